@@ -1,0 +1,168 @@
+"""What an attack is: a small object with its hyper-parameters as dataclass fields, a `check` and a `run`.
+
+A new attack is one file with a dataclass below one of the three family bases, one line in
+:data:`adversaries.ATTACKS`, and one test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from fedattack.errors import ConfigError, unknown_name
+from fedattack.observation import Candidates, MembershipScores, Observation, Reconstruction, Scenario, UnlearningRequest
+
+Progress = Callable[[float, str], None]
+"""Called with (share done in [0, 1], short text); free to ignore."""
+
+
+def no_progress(share: float, text: str) -> None:
+    """A :data:`Progress` that shows nothing."""
+
+
+@dataclass
+class Attack(ABC):
+    """Base of every attack.
+
+    Attributes
+    ----------
+    family : str
+        "reconstruction", "membership" or "unlearning".
+    seat : str
+        Who runs it: "server" or "client".
+    needs : str
+        One line for a person: what it must see or be granted.
+    """
+
+    family: ClassVar[Literal["reconstruction", "membership", "unlearning"]]
+    seat: ClassVar[Literal["server", "client"]] = "server"
+    needs: ClassVar[str] = ""
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse a scenario this attack cannot apply to, before anything starts.
+
+        Raises
+        ------
+        NotApplicable
+            In one sentence: what stands in the way and what would help.
+        """
+        del scenario
+
+
+@dataclass
+class ReconstructionAttack(Attack):
+    """Rebuilds a client's private images from its update."""
+
+    family = "reconstruction"
+
+    @abstractmethod
+    def run(
+        self, observations: Sequence[Observation], seed: int, device: torch.device, progress: Progress = no_progress
+    ) -> list[Reconstruction]:
+        """Attack observations that share one round's weights.
+
+        Parameters
+        ----------
+        observations : sequence of Observation
+            All from the same round; an attack is free to treat them in one batched optimisation.
+        seed : int
+            Seeds every draw of the attack.
+        device : torch.device
+            Where to compute.
+        progress : Progress
+            Told about the share done.
+
+        Returns
+        -------
+        list of Reconstruction
+            In the order of `observations`.
+        """
+
+
+@dataclass
+class MembershipAttack(Attack):
+    """Tells which candidate samples a client trained on."""
+
+    family = "membership"
+
+    @abstractmethod
+    def run(
+        self,
+        observations: Sequence[Observation],
+        target: int,
+        candidates: Candidates,
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> MembershipScores:
+        """Score `candidates` for membership in the data of client `target`.
+
+        Parameters
+        ----------
+        observations : sequence of Observation
+            Everything the seat saw: all clients, all rounds.
+        target : int
+            `Observation.client` of the client asked about.
+        candidates : Candidates
+            One fixed list for the whole run.
+        """
+
+
+@dataclass
+class UnlearningAttack(Attack):
+    """A client that chooses which of its own samples the server must forget."""
+
+    family = "unlearning"
+    seat = "client"
+
+    @abstractmethod
+    def choose(
+        self, client: int, model: nn.Module, images: Tensor, labels: Tensor, requests: int, seed: int
+    ) -> UnlearningRequest:
+        """Choose `requests` positions of the client's own samples.
+
+        Parameters
+        ----------
+        client : int
+            The requesting client.
+        model : nn.Module
+            The current global model, as every client has it.
+        images, labels : Tensor
+            The client's own partition: float32 (N, C, H, W) in [0, 1] and int64 (N,).
+        requests : int
+            How many samples to ask for, at most N.
+        """
+
+
+def build_attack(cls: type[Attack], name: str, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Attack:
+    """Build an attack from its own options and from those shared by all selected attacks.
+
+    Raises
+    ------
+    ConfigError
+        If one of its own options is unknown or malformed. Shared options that it lacks are passed over; the caller
+        sees to it that each is known to at least one attack.
+    """
+    fields = {field.name for field in dataclasses.fields(cls) if field.init}
+    for option in options:
+        if option not in fields:
+            raise unknown_name("setting", f"{name}.{option}", [f"{name}.{field}" for field in fields])
+    chosen = {key: value for key, value in shared.items() if key in fields} | dict(options)
+    try:
+        return TypeAdapter(cls).validate_python(chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([name, *(str(part) for part in first["loc"])])
+        raise ConfigError(f"setting {place!r} = {first['input']!r}: {first['msg']}") from None
+
+
+def attack_options(cls: type[Attack]) -> dict[str, Any]:
+    """Parameter -> default of an attack, for `fedattack list` and the docs."""
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.init}

@@ -1,0 +1,339 @@
+"""The settings of a run: one validated model, filled from the command line, a TOML file or Flower's run-config.
+
+Three spellings reach the same setting:
+
+* dotted, as in ``config.toml`` and ``--set``: ``compression.rate``;
+* short, as on the command line and in Flower's flat run-config: ``compression``, ``learning-rate``
+  (the table :data:`SHORT_NAMES`);
+* an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedattack.errors import ConfigError, unknown_name
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A group of settings; immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Which images are trained on, and how they are cut into disjoint pools."""
+
+    name: str = "faces"
+    dir: str | None = Field(None, description="folder that holds the data set")
+    download: bool = False
+    image_size: int | None = Field(None, ge=4, le=1024, description="square side in pixels; None: as stored")
+    limit: int | None = Field(None, ge=1, description="use at most this many samples (seeded draw)")
+    labels: Literal["natural", "random"] = Field(
+        "natural", description="random: a seeded draw from the model's classes, distinct while they last"
+    )
+    auxiliary: str = Field(
+        "split", description="'split': cut from the same data; else an .npz/.tar.xz/folder of public images"
+    )
+    auxiliary_size: Count | None = Field(
+        None, description="images granted to the adversary; None: all of a file, half of a split"
+    )
+    nonmembers: Count | None = Field(
+        None, description="held-out samples: evaluation and membership non-members; None: a tenth"
+    )
+
+
+class PartitionConfig(Section):
+    """How the clients' pool is dealt out."""
+
+    name: str = Field("iid", description="iid, dirichlet, shards, natural, or flwr_datasets' 'module:Class'")
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is unequal")
+    shards_per_client: Positive = 2
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelConfig(Section):
+    """The classifier that the federation trains. Public: every seat knows it."""
+
+    name: str = "lenet-zhu"
+    classes: Positive | None = Field(None, description="width of the head; None: the model's published head")
+    channels: Positive | None = Field(None, description="None: the data set's")
+    image_size: Positive | None = Field(None, description="None: the data set's")
+    activation: Literal["sigmoid", "relu", "tanh", "gelu", "softplus"] | None = Field(
+        None, description="None: the model's published one"
+    )
+    weights: str | None = Field(None, description="safetensors file of initial weights; None: seeded random")
+
+
+class TrainingConfig(Section):
+    """What a client does with the weights it gets."""
+
+    protocol: Literal["fedsgd", "fedavg"] = Field("fedsgd", description="gradient of one batch, or weight delta")
+    batch_size: Count = Field(1, description="0: all of the client's samples")
+    local_steps: Positive = Field(1, description="optimiser steps a round under fedavg")
+    learning_rate: float = Field(0.1, gt=0)
+    server_learning_rate: float | None = Field(
+        None, gt=0, description="step of the server on the mean gradient under fedsgd; None: learning_rate"
+    )
+    momentum: Fraction = 0.0
+    weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_gradient(self) -> TrainingConfig:
+        if self.protocol == "fedsgd" and self.local_steps != 1:
+            raise ValueError("local_steps must be 1 under protocol 'fedsgd'; use protocol 'fedavg'")
+        return self
+
+
+class CompressionConfig(Section):
+    """What of an update is sent. `rate` is the kept share, so 0.001 is the paper's 0.1 %."""
+
+    name: str = Field("topk", description="none, topk, randomk, sign, qsgd, dgc")
+    rate: float = Field(0.001, gt=0, le=1, description="kept share of all entries")
+    scope: Literal["global", "layer"] = Field("global", description="choose entries over all layers or in each")
+    error_feedback: bool = False
+    levels: int = Field(127, ge=1, le=127, description="QSGD levels per sign")
+    momentum: Fraction = Field(0.9, description="DGC momentum correction")
+    clip_norm: float | None = Field(None, gt=0, description="DGC: clip the gradient to this L2 norm first")
+    warmup_rounds: Count = Field(0, description="DGC: rounds over which the rate falls from 25 % to `rate`")
+
+
+class FederationConfig(Section):
+    """Who takes part and how the server aggregates."""
+
+    clients: Positive = 8
+    rounds: Positive = 1
+    participation: float = Field(1.0, gt=0, le=1, description="share of clients drawn each round")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a drawn client does not answer")
+    strategy: str = Field("fedavg", description="a Flower strategy by name, or 'module:Class'")
+    strategy_options: dict[str, Any] = Field(default_factory=dict)
+    evaluate: bool = True
+
+
+class AttackConfig(Section):
+    """Which adversaries sit in the run."""
+
+    names: tuple[str, ...] = ()
+    victims: Positive = Field(8, description="clients whose updates are reconstructed")
+    rounds: tuple[int, ...] = Field((1,), description="rounds whose updates are reconstructed")
+    candidates: Positive = Field(64, description="membership: members asked about, and as many non-members")
+    requests: Positive = Field(4, description="unlearning: samples whose deletion is requested")
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="attack name -> parameters")
+    shared_options: dict[str, Any] = Field(
+        default_factory=dict, description="parameters for every selected attack that has them"
+    )
+
+
+class UnlearningConfig(Section):
+    """What the honest server does when it is asked to forget."""
+
+    mechanism: str = "retrain"
+    checkpoint_every: Positive = Field(1, description="rounds between the server's checkpoints")
+
+
+class EngineConfig(Section):
+    """Where the clients run. Nothing here changes a result."""
+
+    name: Literal["ray", "inline"] = "ray"
+    actors: Positive = 2
+    cpus_per_actor: float = Field(1.0, ge=0)
+    gpus_per_actor: float = Field(0.0, ge=0)
+    ray_address: str | None = Field(None, description="join this Ray cluster; None: a private local one")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
+    threads: Positive | None = Field(
+        None, description="CPU threads of one attack; None: the machine's cores. Clients always use one"
+    )
+
+
+class OutputConfig(Section):
+    """What a run leaves behind."""
+
+    run_dir: str | None = None
+    save_observations: bool = False
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    seed: Count = 0
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    compression: CompressionConfig = CompressionConfig()
+    federation: FederationConfig = FederationConfig()
+    attack: AttackConfig = AttackConfig()
+    unlearning: UnlearningConfig = UnlearningConfig()
+    engine: EngineConfig = EngineConfig()
+    output: OutputConfig = OutputConfig()
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Config:
+        """Build from a flat or nested mapping.
+
+        Parameters
+        ----------
+        settings : mapping
+            Short names, dotted names or nested sections; values may be strings as typed in a shell.
+            An empty string stands for "not set" (Flower's run-config cannot hold null).
+        base : mapping, optional
+            Nested settings that `settings` override.
+
+        Raises
+        ------
+        ConfigError
+            Names the setting, its value and what would be accepted.
+        """
+        tree: dict[str, Any] = _deep_copy(base or {})
+        for key, value in settings.items():
+            _assign(tree, _resolve(key), value)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+        """Read a TOML file of nested sections, then apply `overrides` (short or dotted names)."""
+        try:
+            base = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {str(path)!r} does not exist") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"configuration file {str(path)!r} is not readable TOML: {error}") from None
+        return cls.from_mapping(overrides or {}, base)
+
+    def to_toml(self) -> str:
+        """TOML text that :meth:`from_toml` reads back to an equal configuration."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that can change a result: all but the engine's and the output's."""
+        return self.model_dump(mode="json", exclude={"engine", "output"})
+
+
+SHORT_NAMES: dict[str, str] = {
+    "seed": "seed",
+    "dataset": "data.name",
+    "data-dir": "data.dir",
+    "download": "data.download",
+    "image-size": "data.image_size",
+    "limit": "data.limit",
+    "labels": "data.labels",
+    "auxiliary": "data.auxiliary",
+    "auxiliary-size": "data.auxiliary_size",
+    "partition": "partition.name",
+    "alpha": "partition.alpha",
+    "model": "model.name",
+    "classes": "model.classes",
+    "activation": "model.activation",
+    "weights": "model.weights",
+    "protocol": "training.protocol",
+    "batch-size": "training.batch_size",
+    "local-steps": "training.local_steps",
+    "learning-rate": "training.learning_rate",
+    "compression": "compression.rate",
+    "compressor": "compression.name",
+    "scope": "compression.scope",
+    "error-feedback": "compression.error_feedback",
+    "clients": "federation.clients",
+    "rounds": "federation.rounds",
+    "participation": "federation.participation",
+    "dropout": "federation.dropout",
+    "strategy": "federation.strategy",
+    "attack": "attack.names",
+    "victims": "attack.victims",
+    "attack-rounds": "attack.rounds",
+    "candidates": "attack.candidates",
+    "requests": "attack.requests",
+    "mechanism": "unlearning.mechanism",
+    "engine": "engine.name",
+    "actors": "engine.actors",
+    "cpus-per-actor": "engine.cpus_per_actor",
+    "gpus-per-actor": "engine.gpus_per_actor",
+    "ray-address": "engine.ray_address",
+    "device": "engine.device",
+    "threads": "engine.threads",
+    "run-dir": "output.run_dir",
+    "save-observations": "output.save_observations",
+}
+"""Command-line option or run-config key -> dotted setting."""
+
+
+def field_type(dotted: str) -> tuple[Any, str]:
+    """The annotation and description of a dotted setting, for building a command line."""
+    section, _, leaf = dotted.rpartition(".")
+    model = Config.model_fields[section].annotation if section else Config
+    assert model is not None
+    info = model.model_fields[leaf]
+    return info.annotation, info.description or ""
+
+
+def _resolve(key: str) -> list[str]:
+    """Path of a short, dotted or attack-parameter name in the nested settings."""
+    if key in SHORT_NAMES:
+        return SHORT_NAMES[key].split(".")
+    parts = key.replace("-", "_").split(".")
+    if parts[0] in Config.model_fields:
+        section = Config.model_fields[parts[0]].annotation
+        if len(parts) == 1:
+            return parts
+        fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        if parts[1] in fields:
+            return parts
+        if parts[0] == "attack":
+            return ["attack", "shared_options", ".".join(parts[1:])]
+        raise unknown_name("setting", key, [f"{parts[0]}.{name}" for name in fields])
+    if len(parts) == 2:  # hcgla.iterations; the attack itself is looked up when it is built
+        return ["attack", "options", key.split(".")[0], parts[1]]
+    raise unknown_name("setting", key, [*SHORT_NAMES, *Config.model_fields])
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    if value == "":
+        value = None
+    if path in (["attack", "names"], ["attack", "rounds"]) and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if path in (["attack", "names"], ["attack", "rounds"]) and isinstance(value, int):
+        value = [value]
+    if path == ["attack", "names"] and value is None:
+        value = []
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"setting {'.'.join(path)!r} has no section {part!r} to go into")
+    if isinstance(value, Mapping) and isinstance(tree.get(path[-1]), dict):
+        for key, inner in value.items():
+            _assign(tree[path[-1]], [key], inner)
+    else:
+        tree[path[-1]] = value
+
+
+def _deep_copy(value: Any) -> Any:
+    return {k: _deep_copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        place = [str(part) for part in item["loc"]]
+        name = ".".join(place)
+        if item["type"] == "extra_forbidden":
+            section: Any = Config
+            for part in place[:-1]:
+                section = section.model_fields[part].annotation
+            lines.append(str(unknown_name("setting", name, [".".join([*place[:-1], f]) for f in section.model_fields])))
+            continue
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"setting {name!r} = {item['input']!r}: {message}" if name else message)
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""Residual networks for 32x32 images: as HCGLA uses them (sigmoid) and as people use them (any other activation)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fedattack.config import ModelConfig
+from fedattack.models.layers import activation
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a projected shortcut where shapes differ (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, name: str | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.act = activation(name)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
+        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        return self.act(y + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """CIFAR-style residual network: 3x3 stem, four stages of 64 to 512 channels, pool, linear head."""
+
+    def __init__(self, config: ModelConfig, blocks: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        assert config.channels is not None
+        assert config.image_size is not None
+        assert config.classes is not None
+        published = config.activation == "sigmoid"
+        strides = (1, 1, 1, 1) if published else (1, 2, 2, 2)
+        layers: list[nn.Module] = [
+            nn.Conv2d(config.channels, 64, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(64),
+            activation(config.activation),
+        ]
+        inputs = 64
+        for stage, (count, stride) in enumerate(zip(blocks, strides, strict=True)):
+            for block in range(count):
+                layers.append(BasicBlock(inputs, 64 << stage, stride if block == 0 else 1, config.activation))
+                inputs = 64 << stage
+        side = config.image_size // 4 if published else 1
+        self.body = nn.Sequential(*layers, nn.AvgPool2d(4) if published else nn.AdaptiveAvgPool2d(1))
+        self.head = nn.Linear(512 * side * side, config.classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees, shape (B, head.in_features)."""
+        return self.body(images).flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W)."""
+        return self.head(self.features(images))
+
+
+def resnet18(config: ModelConfig) -> nn.Module:
+    """ResNet-18 for 32x32: with sigmoid, HCGLA's (all strides 1, 500-way head on 32,768 features); else the usual."""
+    return ResNet(config, (2, 2, 2, 2))
+
+
+def resnet34(config: ModelConfig) -> nn.Module:
+    """ResNet-34 for 32x32: with sigmoid, HCGLA's (all strides 1, 500-way head on 32,768 features); else the usual."""
+    return ResNet(config, (3, 4, 6, 3))

@@ -1,0 +1,246 @@
+"""The types that pass between the rooms: what a seat could see, and what an attack answers.
+
+An adversary is given an :class:`Observation` and nothing else. Private images, true labels, uncompressed
+gradients and the client's random draws live in :mod:`fedattack.groundtruth`, which no adversary imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+
+UpdateKind = Literal["gradient", "delta"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A decoded client update, sparse where it came sparse.
+
+    Entries are addressed by their flat position in the concatenation of all tensors, in the order of `names`.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Parameter names, in the model's order.
+    shapes : tuple of tuple of int
+        Their shapes.
+    indices : Tensor or None
+        int64, shape (k,), strictly increasing flat positions of the entries that were sent; None when every
+        entry was sent.
+    values : Tensor
+        float32, shape (k,) or (numel,): the entries.
+    kind : {"gradient", "delta"}
+        The gradient of the mean loss over the client's batch, or new weights minus received weights.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    indices: Tensor | None
+    values: Tensor
+    kind: UpdateKind = "gradient"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of entries of each tensor."""
+        return [int(torch.Size(shape).numel()) for shape in self.shapes]
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of the dense update."""
+        return sum(self.sizes)
+
+    @property
+    def kept(self) -> int:
+        """Number of entries that were sent (k)."""
+        return int(self.values.numel())
+
+    @property
+    def threshold(self) -> float:
+        """Smallest sent magnitude: under top-k no unsent entry is larger."""
+        return float(self.values.abs().min()) if self.kept else 0.0
+
+    def layers(self) -> Iterator[tuple[str, tuple[int, ...], Tensor, Tensor]]:
+        """Yield (name, shape, flat positions inside the tensor as int64, values) for each tensor."""
+        start = 0
+        for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
+            if self.indices is None:
+                yield name, shape, torch.arange(size), self.values[start : start + size]
+            else:
+                low, high = torch.searchsorted(self.indices, torch.tensor([start, start + size])).tolist()
+                yield name, shape, self.indices[low:high] - start, self.values[low:high]
+            start += size
+
+    def kept_per_layer(self) -> dict[str, int]:
+        """Sent entries of each tensor."""
+        return {name: int(values.numel()) for name, _, _, values in self.layers()}
+
+    def dense(self) -> dict[str, Tensor]:
+        """Name -> dense tensor, zeros where nothing was sent."""
+        flat = self.values
+        if self.indices is not None:
+            flat = torch.zeros(self.numel, dtype=self.values.dtype, device=self.values.device)
+            flat[self.indices.to(flat.device)] = self.values
+        parts = flat.split(self.sizes)
+        return {n: part.reshape(s) for n, s, part in zip(self.names, self.shapes, parts, strict=True)}
+
+    def to(self, device: torch.device | str) -> Update:
+        """The same update with its tensors on `device`."""
+        indices = None if self.indices is None else self.indices.to(device)
+        return Update(self.names, self.shapes, indices, self.values.to(device), self.kind)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What everybody at the table knows: the model's architecture and the agreed training and compression.
+
+    `model` is fully resolved: `classes`, `channels`, `image_size` and `activation` are set.
+    """
+
+    model: ModelConfig
+    training: TrainingConfig
+    compression: CompressionConfig
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one input, pixels in [0, 1]."""
+        channels, size = self.model.channels, self.model.image_size
+        assert channels is not None
+        assert size is not None
+        return channels, size, size
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """Public data granted to the adversary, disjoint from every client's samples.
+
+    Parameters
+    ----------
+    images : Tensor
+        float32, shape (N, C, H, W), values in [0, 1].
+    labels : Tensor or None
+        int64, shape (N,), in the federation's label space; None where the public data has none.
+    source : str
+        Where it came from, for the report.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    source: str = ""
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the server's seat really saw of one client in one round.
+
+    Parameters
+    ----------
+    round : int
+        1-based round.
+    client : int
+        The node the reply came from (its number, not its data).
+    scenario : Scenario
+        Public facts.
+    weights : dict of str to Tensor
+        The model (parameters and buffers) that was sent out.
+    update : Update
+        The reply as it came over the wire.
+    num_examples : int
+        Declared by the client: samples in the batch (fedsgd) or seen in the round (fedavg).
+    wire_bytes : int
+        Size of the update on the wire.
+    auxiliary : Auxiliary or None
+        Public data granted to this adversary.
+    buffers : dict of str to Tensor
+        BatchNorm statistics the client sent beside its update, uncompressed; empty where the model has none.
+    """
+
+    round: int
+    client: int
+    scenario: Scenario
+    weights: dict[str, Tensor]
+    update: Update
+    num_examples: int
+    wire_bytes: int = 0
+    auxiliary: Auxiliary | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Stable name of this observation, for files and logs."""
+        return f"round-{self.round:04d}-client-{self.client:05d}"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a reconstruction attack answers for one observation.
+
+    Parameters
+    ----------
+    images : Tensor
+        float32, shape (B, C, H, W), clamped to [0, 1], on the CPU.
+    labels : Tensor
+        int64, shape (B,): the inferred labels, in the order of `images`.
+    loss : float
+        The attack's own final objective; restarts are compared by nothing else.
+    label_confidence : float
+        In [0, 1]: the attack's own measure of how sure the labels are.
+    certificate : float or None
+        The solver's objective per kept number (about 1 or less when its noise model is right), where it has one.
+    method : str
+        The method that was really used ("gauss-newton", "matching", ...).
+    history : list of float
+        Objective per iteration.
+    floors : dict of str to Tensor
+        Images (B, C, H, W) that the same attacker would have answered without the update ("prior", ...), for the
+        auditor to score as floors.
+    details : dict
+        JSON-able extras for the record (iterations, restarts, schedule, notes).
+    """
+
+    images: Tensor
+    labels: Tensor
+    loss: float
+    label_confidence: float = 1.0
+    certificate: float | None = None
+    method: str = ""
+    history: list[float] = field(default_factory=list)
+    floors: dict[str, Tensor] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Samples a membership attack is asked about: images (N, C, H, W) float32 in [0, 1] and labels (N,) int64.
+
+    Which are members is the auditor's knowledge and not in here.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class MembershipScores:
+    """Score per candidate, shape (N,), float64; higher means "more likely a member"."""
+
+    scores: Tensor
+    statistic: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UnlearningRequest:
+    """A client's request to forget samples of its own, by position in its partition."""
+
+    client: int
+    positions: tuple[int, ...]
+    reason: str = ""

@@ -1,0 +1,27 @@
+"""Where every random number of a run comes from: one stream per (seed, purpose, round, client, ...).
+
+Streams are named, not shared, so that the order in which clients happen to run, the number of actors and the
+engine cannot change a single draw.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+
+def _sequence(seed: int, purpose: str, keys: tuple[int, ...]) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *keys])
+
+
+def numpy_rng(seed: int, purpose: str, *keys: int) -> np.random.Generator:
+    """NumPy generator for `purpose` ("partition", "sampling", ...) and integer keys (round, client)."""
+    return np.random.default_rng(_sequence(seed, purpose, keys))
+
+
+def torch_rng(seed: int, purpose: str, *keys: int) -> torch.Generator:
+    """CPU torch generator for `purpose` and integer keys; draw on the CPU, then move to the device."""
+    state = int(_sequence(seed, purpose, keys).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state % (2**63))
