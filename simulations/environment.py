@@ -1,0 +1,25 @@
+"""The process environment that Flower, Ray and torch read when they are imported."""
+
+from __future__ import annotations
+
+import os
+
+SWITCHES = {
+    # Flower: no telemetry, no update check, no package installation behind the user's back.
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    # Ray: no usage statistics; silence the warning about accelerators of actors that ask for none.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_OFFLINE": "1",
+    # Spinning OpenMP threads cost more than they give on small models and shared machines.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+}
+
+
+def prepare_environment() -> None:
+    """Set the switches that are not already set. Call before importing flwr, ray or torch."""
+    for name, value in SWITCHES.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,280 @@
+"""The command: ``python simulations/run.py --attack hcgla --compression 0.001``, installed as ``fedattack``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: import the checkout, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from simulations.environment import prepare_environment
+
+prepare_environment()
+
+import inspect  # noqa: E402
+import shlex  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Annotated, Any  # noqa: E402
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from fedattack.config import SHORT_NAMES, Config, field_type  # noqa: E402
+from fedattack.errors import ConfigError, FedattackError  # noqa: E402
+
+EXAMPLE = "Example: fedattack --attack hcgla --compression 0.001"
+
+# Shown by --help; every other setting is reached by its option or by --set, and listed by `fedattack settings`.
+PROMINENT = {
+    "The federation": {
+        "dataset": "faces, digits, cifar10, lfw, image-folder, ...",
+        "data-dir": "folder or archive that holds it",
+        "model": "lenet-zhu, resnet18, ...",
+        "classes": "width of the model's head",
+        "clients": "how many take part",
+        "rounds": "rounds of training",
+        "protocol": "fedsgd (gradients) or fedavg (weight deltas)",
+        "batch-size": "samples per local step",
+        "compressor": "topk, randomk, sign, qsgd, dgc, none",
+        "compression": "kept share of an update",
+        "strategy": "any Flower strategy by name",
+    },
+    "The adversary": {
+        "attack": "hcgla, fedmia, ...; several with commas",
+        "victims": "clients whose updates are reconstructed",
+        "auxiliary": "public images granted to it",
+    },
+    "The run": {
+        "engine": "ray or inline",
+        "actors": "long-lived client processes",
+        "device": "auto, cpu, cuda",
+        "seed": "same seed, same bits",
+        "run-dir": "folder for the report",
+    },
+}
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+learn = typer.Typer(help="Train and test HCGLA's generator and denoiser on public auxiliary data.", no_args_is_help=True)
+app.add_typer(learn, name="hcgla")
+console = Console()
+
+
+def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Give `function` one command-line option per short setting name; it receives them as ``settings``."""
+    panels = {name: (panel, text) for panel, group in PROMINENT.items() for name, text in group.items()}
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "settings"]
+    options: list[inspect.Parameter] = []
+    # Prominent ones first and in their order, so that the help reads as a page.
+    for name in [*panels, *(n for n in SHORT_NAMES if n not in panels)]:
+        annotation, description = field_type(SHORT_NAMES[name])
+        panel, text = panels.get(name, ("More", description))
+        flag = annotation is bool
+        declaration = f"--{name}/--no-{name}" if flag else f"--{name}"
+        option = typer.Option(
+            declaration, help=text, rich_help_panel=panel, hidden=name not in panels, show_default=False,
+            metavar=None if flag else "VALUE",
+        )  # fmt: skip
+        kind = bool | None if flag else str | None
+        options.append(
+            inspect.Parameter(
+                name.replace("-", "_"), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+            )
+        )
+
+    def wrapper(**arguments: Any) -> None:
+        settings = {
+            name: value
+            for name in SHORT_NAMES
+            if (value := arguments.pop(name.replace("-", "_"), None)) is not None
+        }
+        function(**arguments, settings=settings)
+
+    wrapper.__name__ = function.__name__
+    wrapper.__doc__ = function.__doc__
+    plain = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    wrapper.__signature__ = inspect.Signature([*plain, *options])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*plain, *options]}
+    return wrapper
+
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of settings", rich_help_panel="The run", metavar="FILE")
+]
+SetOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="any setting: hcgla.iterations=300", rich_help_panel="The run", metavar="NAME=VALUE"
+    ),
+]
+
+
+def read_config(config: Path | None, assignments: list[str] | None, settings: dict[str, Any]) -> Config:
+    """Join a TOML file, ``--set`` assignments and options; options win over assignments, both over the file."""
+    overrides: dict[str, Any] = {}
+    for assignment in assignments or []:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {assignment!r}: expected NAME=VALUE, for example hcgla.iterations=300")
+        overrides[name.strip()] = value.strip()
+    overrides |= settings
+    return Config.from_toml(config, overrides) if config else Config.from_mapping(overrides)
+
+
+@app.callback(invoke_without_command=True, epilog=EXAMPLE)
+@with_settings
+def run(
+    context: typer.Context,
+    config: ConfigFile = None,
+    assignments: SetOptions = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Train a federation for real, attack it for real, and report what leaked beside what would have anyway.
+
+    Sub-commands have their own --help. `fedattack settings` lists every setting.
+    """
+    if context.invoked_subcommand is not None:
+        if settings or config or assignments:
+            raise ConfigError("put options after the sub-command, not before it")
+        return
+    chosen = read_config(config, assignments, settings or {})
+    from simulations.pipeline import simulate
+
+    simulate(chosen, console=console, command=shlex.join(["fedattack", *sys.argv[1:]]))
+
+
+@app.command("list")
+def list_plugins() -> None:
+    """Attacks, mechanisms, data sets, models, strategies and compressors, one line each."""
+    from simulations.catalogue import catalogue
+
+    for title, rows in catalogue().items():
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        table.add_column("name", style="cyan", no_wrap=True)
+        table.add_column("what it is")
+        for name, summary in rows:
+            table.add_row(name, summary)
+        console.print(table, "")
+
+
+@app.command("settings")
+def list_settings() -> None:
+    """Every setting: dotted name, command-line option, default, meaning."""
+    from simulations.catalogue import settings_table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("setting", "option", "default", "meaning"):
+        table.add_column(heading, overflow="fold")
+    for row in settings_table():
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command("attack")
+@with_settings
+def attack_saved(
+    observations: Annotated[Path, typer.Argument(help="folder written by --save-observations", show_default=False)],
+    truth: Annotated[Path | None, typer.Option(help="folder of the private truth, to score against")] = None,
+    config: ConfigFile = None,
+    assignments: SetOptions = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Attack saved observations later, without the federation."""
+    chosen = read_config(config, assignments, settings or {})
+    from simulations.pipeline import attack_folder
+
+    attack_folder(observations, chosen, console=console, truth=truth, command=shlex.join(["fedattack", *sys.argv[1:]]))
+
+
+Output = Annotated[Path, typer.Option("--out", help="file to write", show_default=False)]
+
+
+@learn.command("collect-pairs")
+@with_settings
+def collect_pairs(
+    out: Output,
+    count: Annotated[int, typer.Option(min=2, help="pairs to collect")] = 112,
+    iterations: Annotated[int, typer.Option(min=1, help="matching iterations before a pair is taken")] = 40,
+    config: ConfigFile = None,
+    assignments: SetOptions = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Attack public images for a few iterations and keep (intermediate reconstruction, truth) pairs."""
+    from simulations.learning import run_collect_pairs
+
+    run_collect_pairs(read_config(config, assignments, settings or {}), out, count, iterations, console)
+
+
+@learn.command("train-denoiser")
+def train_denoiser(
+    pairs: Annotated[Path, typer.Argument(help="file written by collect-pairs", show_default=False)],
+    out: Output,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: int = 0,
+) -> None:
+    """Train the DnCNN filter on collected pairs."""
+    from simulations.learning import run_train_denoiser
+
+    run_train_denoiser(pairs, out, epochs, seed, console)
+
+
+@learn.command("test-denoiser")
+def test_denoiser(
+    pairs: Annotated[Path, typer.Argument(help="file written by collect-pairs", show_default=False)],
+    weights: Annotated[Path, typer.Argument(help="file written by train-denoiser", show_default=False)],
+) -> None:
+    """PSNR before and after the filter on held-out pairs."""
+    from simulations.learning import run_test_denoiser
+
+    run_test_denoiser(pairs, weights, console)
+
+
+@learn.command("train-generator")
+@with_settings
+def train_generator(
+    out: Output,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    config: ConfigFile = None,
+    assignments: SetOptions = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Train the generator that turns an intercepted update into an image, through the same compressor."""
+    from simulations.learning import run_train_generator
+
+    run_train_generator(read_config(config, assignments, settings or {}), out, epochs, console)
+
+
+@learn.command("test-generator")
+@with_settings
+def test_generator(
+    weights: Annotated[Path, typer.Argument(help="file written by train-generator", show_default=False)],
+    config: ConfigFile = None,
+    assignments: SetOptions = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """PSNR of the generator on held-out public people, beside its floor."""
+    from simulations.learning import run_test_generator
+
+    run_test_generator(read_config(config, assignments, settings or {}), weights, console)
+
+
+def main() -> None:
+    """Entry point: exit code 2 for a bad request, 1 for a failed run, never a traceback for a user's mistake."""
+    try:
+        app()
+    except FedattackError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the run folder can be resumed with the same command")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
