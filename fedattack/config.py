@@ -124,8 +124,11 @@ class AttackConfig(Section):
     """Which adversaries sit in the run."""
 
     names: tuple[str, ...] = ()
-    victims: Positive = Field(8, description="clients whose updates are reconstructed")
-    rounds: tuple[int, ...] = Field((1,), description="rounds whose updates are reconstructed")
+    victims: Positive | None = Field(
+        None, description="clients whose updates are reconstructed; None: 8, or all where there are fewer"
+    )
+    rounds: tuple[Positive, ...] = Field((1,), description="rounds whose updates are reconstructed")
+    victims_per_task: Positive = Field(4, description="victims reconstructed in one batched optimisation")
     candidates: Positive = Field(64, description="membership: members asked about, and as many non-members")
     requests: Positive = Field(4, description="unlearning: samples whose deletion is requested")
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="attack name -> parameters")
@@ -142,7 +145,7 @@ class UnlearningConfig(Section):
 
 
 class EngineConfig(Section):
-    """Where the clients run. Nothing here changes a result."""
+    """Where the clients and the attacks run. Only `device` and `threads` can touch a result's last bits."""
 
     name: Literal["ray", "inline"] = "ray"
     actors: Positive = 2
@@ -150,9 +153,7 @@ class EngineConfig(Section):
     gpus_per_actor: float = Field(0.0, ge=0)
     ray_address: str | None = Field(None, description="join this Ray cluster; None: a private local one")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
-    threads: Positive | None = Field(
-        None, description="CPU threads of one attack; None: the machine's cores. Clients always use one"
-    )
+    threads: Positive = Field(2, description="CPU threads of one attack; clients always use one")
 
 
 class OutputConfig(Section):
@@ -176,6 +177,24 @@ class Config(Section):
     unlearning: UnlearningConfig = UnlearningConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.attack.victims is not None and self.attack.victims > self.federation.clients:
+            raise ValueError(
+                f"setting 'attack.victims' = {self.attack.victims}: the federation has {self.federation.clients} clients"
+            )
+        late = [number for number in self.attack.rounds if number > self.federation.rounds]
+        if late:
+            raise ValueError(
+                f"setting 'attack.rounds' = {late}: the federation has {self.federation.rounds} round(s)"
+            )
+        return self
+
+    @property
+    def victims(self) -> int:
+        """How many clients' updates are reconstructed: clients 0 to victims - 1."""
+        return self.attack.victims or min(8, self.federation.clients)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Config:

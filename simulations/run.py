@@ -15,7 +15,7 @@ prepare_environment()
 import inspect  # noqa: E402
 import shlex  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from typing import Annotated, Any  # noqa: E402
+from typing import Annotated, Any, get_type_hints  # noqa: E402
 
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -32,11 +32,9 @@ PROMINENT = {
         "dataset": "faces, digits, cifar10, lfw, image-folder, ...",
         "data-dir": "folder or archive that holds it",
         "model": "lenet-zhu, resnet18, ...",
-        "classes": "width of the model's head",
         "clients": "how many take part",
         "rounds": "rounds of training",
         "protocol": "fedsgd (gradients) or fedavg (weight deltas)",
-        "batch-size": "samples per local step",
         "compressor": "topk, randomk, sign, qsgd, dgc, none",
         "compression": "kept share of an update",
         "strategy": "any Flower strategy by name",
@@ -48,8 +46,6 @@ PROMINENT = {
     },
     "The run": {
         "engine": "ray or inline",
-        "actors": "long-lived client processes",
-        "device": "auto, cpu, cuda",
         "seed": "same seed, same bits",
         "run-dir": "folder for the report",
     },
@@ -61,7 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-learn = typer.Typer(help="Train and test HCGLA's generator and denoiser on public auxiliary data.", no_args_is_help=True)
+learn = typer.Typer(help="Train and test HCGLA's generator and denoiser.", no_args_is_help=True)
 app.add_typer(learn, name="hcgla")
 console = Console()
 
@@ -69,7 +65,12 @@ console = Console()
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     """Give `function` one command-line option per short setting name; it receives them as ``settings``."""
     panels = {name: (panel, text) for panel, group in PROMINENT.items() for name, text in group.items()}
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "settings"]
+    hints = get_type_hints(function, include_extras=True)
+    parameters = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name])
+        for p in inspect.signature(function).parameters.values()
+        if p.name != "settings"
+    ]
     options: list[inspect.Parameter] = []
     # Prominent ones first and in their order, so that the help reads as a page.
     for name in [*panels, *(n for n in SHORT_NAMES if n not in panels)]:
@@ -98,9 +99,8 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
 
     wrapper.__name__ = function.__name__
     wrapper.__doc__ = function.__doc__
-    plain = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    wrapper.__signature__ = inspect.Signature([*plain, *options])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in [*plain, *options]}
+    wrapper.__signature__ = inspect.Signature([*parameters, *options])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*parameters, *options]}
     return wrapper
 
 
@@ -137,7 +137,7 @@ def run(
 ) -> None:
     """Train a federation for real, attack it for real, and report what leaked beside what would have anyway.
 
-    Sub-commands have their own --help. `fedattack settings` lists every setting.
+    `fedattack settings` lists every setting; sub-commands have their own --help.
     """
     if context.invoked_subcommand is not None:
         if settings or config or assignments:
@@ -151,7 +151,7 @@ def run(
 
 @app.command("list")
 def list_plugins() -> None:
-    """Attacks, mechanisms, data sets, models, strategies and compressors, one line each."""
+    """Everything that can be named: attacks, data sets, models, ..."""
     from simulations.catalogue import catalogue
 
     for title, rows in catalogue().items():
@@ -165,7 +165,7 @@ def list_plugins() -> None:
 
 @app.command("settings")
 def list_settings() -> None:
-    """Every setting: dotted name, command-line option, default, meaning."""
+    """Every setting, its option, default and meaning."""
     from simulations.catalogue import settings_table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -253,7 +253,7 @@ def train_generator(
 @learn.command("test-generator")
 @with_settings
 def test_generator(
-    weights: Annotated[Path, typer.Argument(help="file written by train-generator", show_default=False)],
+    generator: Annotated[Path, typer.Argument(help="file written by train-generator", show_default=False)],
     config: ConfigFile = None,
     assignments: SetOptions = None,
     settings: dict[str, Any] | None = None,
@@ -261,7 +261,7 @@ def test_generator(
     """PSNR of the generator on held-out public people, beside its floor."""
     from simulations.learning import run_test_generator
 
-    run_test_generator(read_config(config, assignments, settings or {}), weights, console)
+    run_test_generator(read_config(config, assignments, settings or {}), generator, console)
 
 
 def main() -> None:

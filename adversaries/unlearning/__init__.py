@@ -1,0 +1,1 @@
+"""Clients that choose what the server must forget."""
