@@ -17,7 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fedattack.errors import ConfigError, unknown_name
-from fedattack.observation import Candidates, MembershipScores, Observation, Reconstruction, Scenario, UnlearningRequest
+from fedattack.observation import (
+    Candidates,
+    MembershipScores,
+    Observation,
+    Reconstruction,
+    Scenario,
+    UnlearningRequest,
+)
 
 Progress = Callable[[float, str], None]
 """Called with (share done in [0, 1], short text); free to ignore."""
@@ -64,7 +71,11 @@ class ReconstructionAttack(Attack):
 
     @abstractmethod
     def run(
-        self, observations: Sequence[Observation], seed: int, device: torch.device, progress: Progress = no_progress
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
     ) -> list[Reconstruction]:
         """Attack observations that share one round's weights.
 
@@ -141,7 +152,9 @@ class UnlearningAttack(Attack):
         """
 
 
-def build_attack(cls: type[Attack], name: str, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Attack:
+def build_attack(
+    cls: type[Attack], name: str, options: Mapping[str, Any], shared: Mapping[str, Any]
+) -> Attack:
     """Build an attack from its own options and from those shared by all selected attacks.
 
     Raises

@@ -78,7 +78,9 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """What a client does with the weights it gets."""
 
-    protocol: Literal["fedsgd", "fedavg"] = Field("fedsgd", description="gradient of one batch, or weight delta")
+    protocol: Literal["fedsgd", "fedavg"] = Field(
+        "fedsgd", description="gradient of one batch, or weight delta"
+    )
     batch_size: Count = Field(1, description="0: all of the client's samples")
     local_steps: Positive = Field(1, description="optimiser steps a round under fedavg")
     learning_rate: float = Field(0.1, gt=0)
@@ -100,7 +102,9 @@ class CompressionConfig(Section):
 
     name: str = Field("topk", description="none, topk, randomk, sign, qsgd, dgc")
     rate: float = Field(0.001, gt=0, le=1, description="kept share of all entries")
-    scope: Literal["global", "layer"] = Field("global", description="choose entries over all layers or in each")
+    scope: Literal["global", "layer"] = Field(
+        "global", description="choose entries over all layers or in each"
+    )
     error_feedback: bool = False
     levels: int = Field(127, ge=1, le=127, description="QSGD levels per sign")
     momentum: Fraction = Field(0.9, description="DGC momentum correction")
@@ -351,7 +355,9 @@ def _explain(error: ValidationError) -> str:
             section: Any = Config
             for part in place[:-1]:
                 section = section.model_fields[part].annotation
-            lines.append(str(unknown_name("setting", name, [".".join([*place[:-1], f]) for f in section.model_fields])))
+            lines.append(
+                str(unknown_name("setting", name, [".".join([*place[:-1], f]) for f in section.model_fields]))
+            )
             continue
         message = item["msg"].removeprefix("Value error, ")
         lines.append(f"setting {name!r} = {item['input']!r}: {message}" if name else message)

@@ -75,7 +75,9 @@ def _attack(
     finally:
         torch.set_num_threads(before)
     if len(answers) != len(observations):
-        raise RunFailed(f"attack {type(attack).__name__} answered {len(answers)} of {len(observations)} observations")
+        raise RunFailed(
+            f"attack {type(attack).__name__} answered {len(answers)} of {len(observations)} observations"
+        )
     return answers, (time.perf_counter() - started) / len(observations)
 
 

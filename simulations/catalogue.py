@@ -29,7 +29,10 @@ KINDS: dict[str, Registry[Any]] = {
 
 def catalogue() -> dict[str, list[tuple[str, str]]]:
     """Kind -> (name, first line of its docstring) of everything that can be named."""
-    return {title: [(name, registry.summary(name)) for name in registry.names()] for title, registry in KINDS.items()}
+    return {
+        title: [(name, registry.summary(name)) for name in registry.names()]
+        for title, registry in KINDS.items()
+    }
 
 
 def settings_table() -> list[tuple[str, str, str, str]]:
@@ -41,9 +44,13 @@ def settings_table() -> list[tuple[str, str, str, str]]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             for leaf, field in kind.model_fields.items():
                 name = f"{section}.{leaf}"
-                rows.append((name, options.get(name, ""), _show(field.get_default()), field.description or ""))
+                rows.append(
+                    (name, options.get(name, ""), _show(field.get_default()), field.description or "")
+                )
         else:
-            rows.append((section, options.get(section, ""), _show(info.get_default()), info.description or ""))
+            rows.append(
+                (section, options.get(section, ""), _show(info.get_default()), info.description or "")
+            )
     for attack in ATTACKS.names():
         for option, default in attack_options(ATTACKS.get(attack)).items():
             rows.append((f"{attack}.{option}", "", _show(default), ""))

@@ -85,7 +85,10 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
         kind = bool | None if flag else str | None
         options.append(
             inspect.Parameter(
-                name.replace("-", "_"), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+                name.replace("-", "_"),
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind, option],
             )
         )
 
@@ -105,7 +108,8 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
 
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="TOML file of settings", rich_help_panel="The run", metavar="FILE")
+    Path | None,
+    typer.Option("--config", help="TOML file of settings", rich_help_panel="The run", metavar="FILE"),
 ]
 SetOptions = Annotated[
     list[str] | None,
@@ -179,7 +183,9 @@ def list_settings() -> None:
 @app.command("attack")
 @with_settings
 def attack_saved(
-    observations: Annotated[Path, typer.Argument(help="folder written by --save-observations", show_default=False)],
+    observations: Annotated[
+        Path, typer.Argument(help="folder written by --save-observations", show_default=False)
+    ],
     truth: Annotated[Path | None, typer.Option(help="folder of the private truth, to score against")] = None,
     config: ConfigFile = None,
     assignments: SetOptions = None,
@@ -189,7 +195,9 @@ def attack_saved(
     chosen = read_config(config, assignments, settings or {})
     from simulations.pipeline import attack_folder
 
-    attack_folder(observations, chosen, console=console, truth=truth, command=shlex.join(["fedattack", *sys.argv[1:]]))
+    attack_folder(
+        observations, chosen, console=console, truth=truth, command=shlex.join(["fedattack", *sys.argv[1:]])
+    )
 
 
 Output = Annotated[Path, typer.Option("--out", help="file to write", show_default=False)]

@@ -1,0 +1,1 @@
+"""Attacks that tell which samples a client trained on."""

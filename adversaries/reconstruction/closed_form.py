@@ -79,8 +79,8 @@ def _relu_slope(u: Tensor) -> Tensor:
 class Activation:
     """An elementwise activation phi with its first and second derivative.
 
-    ReLU's second derivative is zero almost everywhere, which is what autograd answers too; matching through it
-    sees no curvature.
+    ReLU's second derivative is zero almost everywhere, which is what autograd answers too: matching sees no
+    curvature through it.
     """
 
     value: Elementwise
@@ -154,7 +154,7 @@ def _convolution(name: str, layer: nn.Module, output: Tensor) -> Convolution:
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.dilation == (1, 1)
     if not isinstance(layer, nn.Conv2d) or not plain or layer.bias is None or layer.padding_mode != "zeros":
         raise NotApplicable(
-            f"layer {name!r} is no plain convolution with a bias, for which the closed-form gradients are written"
+            f"layer {name!r} is no plain convolution with a bias, which the closed-form gradients are written for"
         )
     (kernel_h, kernel_w), (stride_h, stride_w) = layer.kernel_size, layer.stride
     pad_h, pad_w = (int(side) for side in layer.padding)

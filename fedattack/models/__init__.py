@@ -113,7 +113,9 @@ def _read_weights(path: str, module: nn.Module) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DataError(f"setting 'model.weights' = {path!r}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise DataError(f"setting 'model.weights' = {path!r}: not a readable safetensors file ({error})") from None
+        raise DataError(
+            f"setting 'model.weights' = {path!r}: not a readable safetensors file ({error})"
+        ) from None
     wanted = module.state_dict()
     if state.keys() != wanted.keys() or any(state[n].shape != wanted[n].shape for n in wanted):
         raise DataError(f"setting 'model.weights' = {path!r}: tensors do not fit the model")

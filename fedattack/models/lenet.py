@@ -97,5 +97,8 @@ def mlp(config: ModelConfig) -> nn.Module:
     assert classes is not None
     hidden = 64
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(channels * size * size, hidden), activation(config.activation), nn.Linear(hidden, classes)
+        nn.Flatten(),
+        nn.Linear(channels * size * size, hidden),
+        activation(config.activation),
+        nn.Linear(hidden, classes),
     )

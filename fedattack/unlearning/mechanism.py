@@ -73,7 +73,9 @@ class Mechanism(ABC):
     """Base of every mechanism: turns accepted deletions into a model that no longer knows the samples."""
 
     @abstractmethod
-    def forget(self, deletions: Sequence[Deletion], memory: ServerMemory, retrain: RetrainFunction) -> Forgotten:
+    def forget(
+        self, deletions: Sequence[Deletion], memory: ServerMemory, retrain: RetrainFunction
+    ) -> Forgotten:
         """Forget the samples of `deletions`.
 
         Parameters
@@ -87,7 +89,9 @@ class Mechanism(ABC):
         """
 
 
-def merged(excluded: Mapping[int, frozenset[int]], deletions: Sequence[Deletion]) -> dict[int, frozenset[int]]:
+def merged(
+    excluded: Mapping[int, frozenset[int]], deletions: Sequence[Deletion]
+) -> dict[int, frozenset[int]]:
     """Earlier exclusions and new deletions in one mapping, client -> positions."""
     union = dict(excluded)
     for deletion in deletions:

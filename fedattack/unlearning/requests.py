@@ -62,7 +62,9 @@ def validate_request(
     """
     who = f"deletion request from client {sender}"
     if isinstance(request.client, bool) or not isinstance(request.client, int) or request.client != sender:
-        raise PayloadError(f"{who}: names client {request.client!r}; a client may only delete samples of its own")
+        raise PayloadError(
+            f"{who}: names client {request.client!r}; a client may only delete samples of its own"
+        )
     # Length first: a request longer than the partition must repeat itself, and is not worth walking through.
     if len(request.positions) > samples:
         raise PayloadError(f"{who}: {len(request.positions)} positions, but the client has {samples} samples")

@@ -14,12 +14,14 @@ class Retrain(Mechanism):
 
     That is the newest checkpoint older than the first round in which any affected client took part: which of its
     samples a client used in a round, the server does not know. The result never saw the samples, so forgetting is
-    exact by construction (Bourtoule et al., "Machine unlearning", 2021, definition III.1); the price is the rounds.
+    exact by construction (Bourtoule et al., "Machine unlearning", IEEE S&P 2021); the price is the rounds.
     What clients or strategy carry from round to round (error-feedback residuals, server momentum) starts afresh at
     the checkpoint, because what was carried may know the samples too.
     """
 
-    def forget(self, deletions: Sequence[Deletion], memory: ServerMemory, retrain: RetrainFunction) -> Forgotten:
+    def forget(
+        self, deletions: Sequence[Deletion], memory: ServerMemory, retrain: RetrainFunction
+    ) -> Forgotten:
         """Forget the samples of `deletions`; see :meth:`Mechanism.forget`.
 
         Clients that never took part cost no round: the model cannot know their samples.

@@ -51,7 +51,9 @@ def worst_error(config: ModelConfig, dtype: torch.dtype) -> float:
     ("name", "channels", "size"), [("lenet-zhu", 3, 32), ("lenet-zhu", 1, 18), ("tiny-cnn", 3, 15)]
 )
 def test_equals_autograd(activation: str, name: str, channels: int, size: int) -> None:
-    assert worst_error(model(name, activation, channels, size), torch.float64) < 1e-12
+    # torch's softplus is linear above 20, where its slope is off by up to 2e-9.
+    bound = 1e-8 if activation == "softplus" else 1e-12
+    assert worst_error(model(name, activation, channels, size), torch.float64) < bound
 
 
 def test_equals_autograd_in_float32_to_rounding() -> None:

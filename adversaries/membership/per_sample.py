@@ -1,0 +1,168 @@
+"""Per-sample quantities of a classifier: losses, and inner products of per-sample gradients with updates.
+
+The gradients themselves are never all in memory. In :class:`ConvChain` and :class:`ResNet` the linear head, which
+may hold millions of entries, is not formed at all: its gradient is the outer product of the residual ``r`` (softmax
+minus one-hot) and the features ``h``, so that ``<g, U> = r^T U h`` and ``||g|| = ||r|| ||h||``. The rest goes
+through ``torch.func`` in chunks of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+
+from fedattack.models.lenet import ConvChain
+from fedattack.models.resnet import ResNet
+from fedattack.observation import Update
+
+MEMORY = 64 * 2**20
+"""Floats that one chunk of per-sample gradients may take (256 MiB)."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The entries of an update that fall into one group of tensors: flat positions (None: all) and values."""
+
+    positions: Tensor | None
+    values: Tensor
+
+    def dot(self, rows: Tensor) -> Tensor:
+        """Inner products with dense rows (B, size), shape (B,)."""
+        return (rows if self.positions is None else rows[:, self.positions]) @ self.values
+
+    def outer_dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """Inner products with the outer products of left (B, m) and right (B, n), shape (B,)."""
+        width = right.shape[1]
+        if self.positions is None:
+            return ((left @ self.values.reshape(-1, width)) * right).sum(1)
+        total = left.new_zeros(len(left))
+        step = max(1, MEMORY // (2 * len(left)))
+        for places, values in zip(self.positions.split(step), self.values.split(step), strict=True):
+            total += (left[:, places // width] * right[:, places % width]) @ values
+        return total
+
+
+def _part(update: Update, names: set[str], device: torch.device) -> _Part:
+    """The part of `update` inside the tensors `names`, addressed by their own concatenation."""
+    positions, values, start = [], [], 0
+    for name, shape, places, entries in update.layers():
+        if name in names:
+            positions.append(places + start)
+            values.append(entries)
+            start += torch.Size(shape).numel()
+    if not values:
+        return _Part(None, torch.zeros(0, device=device))
+    dense = update.indices is None
+    return _Part(None if dense else torch.cat(positions).to(device), torch.cat(values).to(device))
+
+
+def _body_scalar(model: ConvChain | ResNet, parameters: dict[str, Tensor], x: Tensor, pull: Tensor) -> Tensor:
+    """``<features(x), pull>`` of one sample, as a function of the body's parameters."""
+    return functional_call(_Features(model), parameters, (x[None],))[0] @ pull
+
+
+class _Features(nn.Module):
+    """A model up to its head, under the model's own parameter names."""
+
+    def __init__(self, model: ConvChain | ResNet) -> None:
+        super().__init__()
+        self.body = model.body
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images).flatten(1)
+
+
+def _loss(
+    model: nn.Module, fixed: dict[str, Tensor], parameters: dict[str, Tensor], x: Tensor, y: Tensor
+) -> Tensor:
+    """Cross-entropy of one sample as a function of the parameters."""
+    return functional.cross_entropy(functional_call(model, {**fixed, **parameters}, (x[None],)), y[None])
+
+
+def gradient_products(
+    model: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor, updates: Sequence[Update]
+) -> tuple[Tensor, Tensor]:
+    """Inner product of every sample's gradient with every update, and the gradients' norms.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In eval mode, on the device to compute on. Only its architecture is used.
+    weights : dict of str to Tensor
+        Parameters and buffers to differentiate at.
+    images, labels : Tensor
+        float32 (N, C, H, W) and int64 (N,).
+    updates : sequence of Update
+        Each over all of the model's parameters, in the model's order; sparse ones count as zero where nothing was
+        sent.
+
+    Returns
+    -------
+    products : Tensor
+        float64 (K, N), on the CPU.
+    norms : Tensor
+        float64 (N,), on the CPU: L2 norm of the gradient over all parameters, sent or not.
+    """
+    device = next(model.parameters()).device
+    state = {name: tensor.to(device) for name, tensor in weights.items()}
+    order = [name for name, _ in model.named_parameters()]
+    split_head = isinstance(model, ConvChain | ResNet)
+    rest = [name for name in order if not (split_head and name.startswith("head."))]
+    moving = {name: state[name] for name in rest}
+    fixed = {name: tensor for name, tensor in state.items() if name not in moving}
+    rest_parts = [_part(update, set(rest), device) for update in updates]
+    head_parts = [_part(update, {"head.weight"}, device) for update in updates] if split_head else []
+    bias_parts = [_part(update, {"head.bias"}, device) for update in updates] if split_head else []
+
+    sent = max((part.values.numel() for part in rest_parts), default=0)
+    per_sample = 2 * sum(tensor.numel() for tensor in moving.values()) + sent
+    chunk = max(1, min(512, MEMORY // max(1, per_sample)))
+    products = torch.empty(len(updates), len(images), dtype=torch.float64)
+    norms = torch.empty(len(images), dtype=torch.float64)
+    for start in range(0, len(images), chunk):
+        here = slice(start, start + chunk)
+        x, y = images[here].to(device), labels[here].to(device)
+        if isinstance(model, ConvChain | ResNet):
+            buffers = {name: tensor for name, tensor in fixed.items() if not name.startswith("head.")}
+            with torch.no_grad():
+                h = functional_call(_Features(model), {**buffers, **moving}, (x,))
+                logits = functional.linear(h, state["head.weight"], state.get("head.bias"))
+                r = logits.softmax(1) - functional.one_hot(y, logits.shape[1])
+                pull = r @ state["head.weight"]
+            scalar = partial(_scalar_of_body, model, buffers)
+            gradients = vmap(grad(scalar), in_dims=(None, 0, 0))(moving, x, pull)
+        else:
+            gradients = vmap(grad(partial(_loss, model, fixed)), in_dims=(None, 0, 0))(moving, x, y)
+        rows = torch.cat([gradients[name].flatten(1) for name in rest], dim=1)
+        squares = rows.square().sum(1)
+        if split_head:
+            squares = squares + r.square().sum(1) * (h.square().sum(1) + ("head.bias" in state))
+        norms[here] = squares.sqrt().double().cpu()
+        for k, part in enumerate(rest_parts):
+            total = part.dot(rows)
+            if split_head:
+                total = total + head_parts[k].outer_dot(r, h) + bias_parts[k].dot(r)
+            products[k, here] = total.double().cpu()
+    return products, norms
+
+
+@torch.no_grad()
+def losses(
+    model: nn.Module, state: dict[str, Tensor], images: Tensor, labels: Tensor, chunk: int = 256
+) -> Tensor:
+    """Cross-entropy of each sample under `state`, float64 (N,), on the CPU; `model` in eval mode."""
+    device = next(model.parameters()).device
+    state = {name: tensor.to(device) for name, tensor in state.items()}
+    parts = [
+        functional.cross_entropy(
+            functional_call(model, state, (x.to(device),)), y.to(device), reduction="none"
+        )
+        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True)
+    ]
+    return torch.cat(parts).double().cpu()

@@ -1,0 +1,69 @@
+"""Classifiers: published sizes, seeded weights, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedattack.config import ModelConfig
+from fedattack.errors import ConfigError, DataError
+from fedattack.models import build_model, initial_weights, resolve
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "channels", "count"),
+    [
+        ("lenet-zhu", None, 3, 7_834_249),  # HCGLA's LeNet with its 10,177-way head
+        ("lenet-zhu", "relu", 3, 7_834_249),
+        ("resnet18", None, 3, 11_173_962),  # the usual CIFAR ResNet-18 with a 10-way head
+        ("resnet18", "sigmoid", 3, 11_168_832 + 32_768 * 500 + 500),  # HCGLA's: same trunk, 32,768 features
+    ],
+)
+def test_published_parameter_counts(name, activation, channels, count) -> None:
+    model = resolve(ModelConfig(name=name, activation=activation), channels, 32, 10)
+    assert sum(p.numel() for p in build_model(model).parameters()) == count
+
+
+@pytest.mark.parametrize("name", ["lenet-zhu", "tiny-cnn", "mlp", "resnet18"])
+def test_forward_and_seed(name) -> None:
+    model = resolve(ModelConfig(name=name, classes=12), 1, 16, 10)
+    module = build_model(model)
+    module.eval().load_state_dict(initial_weights(model, 5))
+    assert module(torch.rand(3, 1, 16, 16)).shape == (3, 12)
+    again, other = initial_weights(model, 5), initial_weights(model, 6)
+    assert all(torch.equal(a, b) for a, b in zip(again.values(), module.state_dict().values(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(again.values(), other.values(), strict=True))
+
+
+def test_lenet_starts_as_published_with_different_layers() -> None:
+    weights = initial_weights(resolve(ModelConfig(), 3, 32, 10), 0)
+    assert all(w.abs().max() <= 0.5 for w in weights.values())
+    assert not torch.equal(weights["body.2.weight"], weights["body.4.weight"])
+
+
+def test_refusals(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
+        resolve(ModelConfig(name="resnet-18"), 3, 32, 10)
+    with pytest.raises(ConfigError, match="the data set has 10 classes"):
+        resolve(ModelConfig(classes=5), 3, 32, 10)
+    model = resolve(ModelConfig(name="mlp"), 1, 8, 10)
+    path = tmp_path / "w.safetensors"
+    for weights, part in [({"x": torch.zeros(1)}, "do not fit"), (None, "no such file")]:
+        if weights is not None:
+            save_file(weights, path)
+        else:
+            path.unlink()
+        with pytest.raises(DataError, match=part):
+            initial_weights(model.model_copy(update={"weights": str(path)}), 0)
+    good = initial_weights(model, 0)
+    save_file(good, path)
+    read = initial_weights(model.model_copy(update={"weights": str(path)}), 1)
+    assert all(torch.equal(read[n], good[n]) for n in good)
+    good["1.bias"][0] = float("nan")
+    save_file(good, path)
+    with pytest.raises(DataError, match="NaN"):
+        initial_weights(model.model_copy(update={"weights": str(path)}), 0)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(DataError, match="not a readable safetensors"):
+        initial_weights(model.model_copy(update={"weights": str(path)}), 0)
