@@ -12,17 +12,17 @@ from simulations.environment import prepare_environment
 
 prepare_environment()
 
-import inspect  # noqa: E402
-import shlex  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from typing import Annotated, Any, get_type_hints  # noqa: E402
+import inspect
+import shlex
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
-import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import typer
+from rich.console import Console
+from rich.table import Table
 
-from fedattack.config import SHORT_NAMES, Config, field_type  # noqa: E402
-from fedattack.errors import ConfigError, FedattackError  # noqa: E402
+from fedattack.config import SHORT_NAMES, Config, field_type
+from fedattack.errors import ConfigError, FedattackError
 
 EXAMPLE = "Example: fedattack --attack hcgla --compression 0.001"
 
@@ -233,7 +233,7 @@ def train_denoiser(
 
 
 @learn.command("test-denoiser")
-def test_denoiser(
+def check_denoiser(
     pairs: Annotated[Path, typer.Argument(help="file written by collect-pairs", show_default=False)],
     weights: Annotated[Path, typer.Argument(help="file written by train-denoiser", show_default=False)],
 ) -> None:
@@ -260,7 +260,7 @@ def train_generator(
 
 @learn.command("test-generator")
 @with_settings
-def test_generator(
+def check_generator(
     generator: Annotated[Path, typer.Argument(help="file written by train-generator", show_default=False)],
     config: ConfigFile = None,
     assignments: SetOptions = None,
@@ -273,7 +273,7 @@ def test_generator(
 
 
 def main() -> None:
-    """Entry point: exit code 2 for a bad request, 1 for a failed run, never a traceback for a user's mistake."""
+    """Entry point: exit code 2 for a bad request, 1 for a failed run; no traceback for a user's mistake."""
     try:
         app()
     except FedattackError as error:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
+from fedattack.errors import PayloadError
 from fedattack.models.lenet import ConvChain
 from fedattack.models.resnet import ResNet
 from fedattack.observation import Update
+
+State = dict[str, Tensor]
 
 MEMORY = 64 * 2**20
 """Floats that one chunk of per-sample gradients may take (256 MiB)."""
@@ -62,12 +64,7 @@ def _part(update: Update, names: set[str], device: torch.device) -> _Part:
     return _Part(None if dense else torch.cat(positions).to(device), torch.cat(values).to(device))
 
 
-def _body_scalar(model: ConvChain | ResNet, parameters: dict[str, Tensor], x: Tensor, pull: Tensor) -> Tensor:
-    """``<features(x), pull>`` of one sample, as a function of the body's parameters."""
-    return functional_call(_Features(model), parameters, (x[None],))[0] @ pull
-
-
-class _Features(nn.Module):
+class _Body(nn.Module):
     """A model up to its head, under the model's own parameter names."""
 
     def __init__(self, model: ConvChain | ResNet) -> None:
@@ -75,14 +72,40 @@ class _Features(nn.Module):
         self.body = model.body
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features (B, head.in_features)."""
         return self.body(images).flatten(1)
 
 
-def _loss(
-    model: nn.Module, fixed: dict[str, Tensor], parameters: dict[str, Tensor], x: Tensor, y: Tensor
-) -> Tensor:
-    """Cross-entropy of one sample as a function of the parameters."""
-    return functional.cross_entropy(functional_call(model, {**fixed, **parameters}, (x[None],)), y[None])
+def _whole_gradients(model: nn.Module, state: State, names: list[str], x: Tensor, y: Tensor) -> Tensor:
+    """Per-sample gradients of the cross-entropy over the tensors `names`, shape (B, size)."""
+    fixed = {name: tensor for name, tensor in state.items() if name not in names}
+
+    def loss(moving: State, image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, {**fixed, **moving}, (image[None],))
+        return functional.cross_entropy(logits, label[None])
+
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))({name: state[name] for name in names}, x, y)
+    return torch.cat([gradients[name].flatten(1) for name in names], dim=1)
+
+
+def _split_gradients(
+    model: ConvChain | ResNet, state: State, names: list[str], x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-sample gradients over the body's tensors `names` (B, size), and the head's as residual and features."""
+    body = _Body(model)
+    below = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    fixed = {name: tensor for name, tensor in below.items() if name not in names}
+    with torch.no_grad():
+        features = functional_call(body, below, (x,))
+        logits = functional.linear(features, state["head.weight"], state.get("head.bias"))
+        residual = logits.softmax(1) - functional.one_hot(y, logits.shape[1])
+        pull = residual @ state["head.weight"]  # gradient of the loss in the features
+
+    def scalar(moving: State, image: Tensor, direction: Tensor) -> Tensor:
+        return functional_call(body, {**fixed, **moving}, (image[None],))[0] @ direction
+
+    gradients = vmap(grad(scalar), in_dims=(None, 0, 0))({name: state[name] for name in names}, x, pull)
+    return torch.cat([gradients[name].flatten(1) for name in names], dim=1), residual, features
 
 
 def gradient_products(
@@ -108,20 +131,30 @@ def gradient_products(
         float64 (K, N), on the CPU.
     norms : Tensor
         float64 (N,), on the CPU: L2 norm of the gradient over all parameters, sent or not.
+
+    Raises
+    ------
+    PayloadError
+        If an update is not over the model's parameters.
     """
     device = next(model.parameters()).device
     state = {name: tensor.to(device) for name, tensor in weights.items()}
     order = [name for name, _ in model.named_parameters()]
-    split_head = isinstance(model, ConvChain | ResNet)
-    rest = [name for name in order if not (split_head and name.startswith("head."))]
-    moving = {name: state[name] for name in rest}
-    fixed = {name: tensor for name, tensor in state.items() if name not in moving}
+    for update in updates:
+        if list(update.names) != order:
+            raise PayloadError(f"update over tensors {list(update.names)}; the model's are {order}")
+    head = (
+        {name for name in order if name.startswith("head.")}
+        if isinstance(model, ConvChain | ResNet)
+        else set()
+    )
+    rest = [name for name in order if name not in head]
     rest_parts = [_part(update, set(rest), device) for update in updates]
-    head_parts = [_part(update, {"head.weight"}, device) for update in updates] if split_head else []
-    bias_parts = [_part(update, {"head.bias"}, device) for update in updates] if split_head else []
+    weight_parts = [_part(update, head - {"head.bias"}, device) for update in updates]
+    bias_parts = [_part(update, head - {"head.weight"}, device) for update in updates]
 
-    sent = max((part.values.numel() for part in rest_parts), default=0)
-    per_sample = 2 * sum(tensor.numel() for tensor in moving.values()) + sent
+    gathered = max((part.values.numel() for part in rest_parts), default=0)
+    per_sample = 2 * sum(state[name].numel() for name in rest) + gathered
     chunk = max(1, min(512, MEMORY // max(1, per_sample)))
     products = torch.empty(len(updates), len(images), dtype=torch.float64)
     norms = torch.empty(len(images), dtype=torch.float64)
@@ -129,26 +162,17 @@ def gradient_products(
         here = slice(start, start + chunk)
         x, y = images[here].to(device), labels[here].to(device)
         if isinstance(model, ConvChain | ResNet):
-            buffers = {name: tensor for name, tensor in fixed.items() if not name.startswith("head.")}
-            with torch.no_grad():
-                h = functional_call(_Features(model), {**buffers, **moving}, (x,))
-                logits = functional.linear(h, state["head.weight"], state.get("head.bias"))
-                r = logits.softmax(1) - functional.one_hot(y, logits.shape[1])
-                pull = r @ state["head.weight"]
-            scalar = partial(_scalar_of_body, model, buffers)
-            gradients = vmap(grad(scalar), in_dims=(None, 0, 0))(moving, x, pull)
+            rows, r, h = _split_gradients(model, state, rest, x, y)
+            squares = rows.square().sum(1) + r.square().sum(1) * (h.square().sum(1) + ("head.bias" in head))
+            for k, (weight, bias) in enumerate(zip(weight_parts, bias_parts, strict=True)):
+                products[k, here] = (weight.outer_dot(r, h) + bias.dot(r)).double().cpu()
         else:
-            gradients = vmap(grad(partial(_loss, model, fixed)), in_dims=(None, 0, 0))(moving, x, y)
-        rows = torch.cat([gradients[name].flatten(1) for name in rest], dim=1)
-        squares = rows.square().sum(1)
-        if split_head:
-            squares = squares + r.square().sum(1) * (h.square().sum(1) + ("head.bias" in state))
-        norms[here] = squares.sqrt().double().cpu()
+            rows = _whole_gradients(model, state, rest, x, y)
+            squares = rows.square().sum(1)
+            products[:, here] = 0
         for k, part in enumerate(rest_parts):
-            total = part.dot(rows)
-            if split_head:
-                total = total + head_parts[k].outer_dot(r, h) + bias_parts[k].dot(r)
-            products[k, here] = total.double().cpu()
+            products[k, here] += part.dot(rows).double().cpu()
+        norms[here] = squares.sqrt().double().cpu()
     return products, norms
 
 

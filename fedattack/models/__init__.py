@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,15 @@ from fedattack.config import ModelConfig
 from fedattack.errors import ConfigError, DataError
 from fedattack.registry import Registry
 from fedattack.rng import torch_rng
+
+
+@runtime_checkable
+class Initialised(Protocol):
+    """A model that brings its published initialisation."""
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Overwrite all parameters with draws of `generator`."""
+
 
 Builder = Callable[[ModelConfig], nn.Module]
 
@@ -92,7 +102,7 @@ def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
         return _read_weights(model.weights, module)
     generator = torch_rng(seed, "model")
     with torch.no_grad():
-        if hasattr(module, "initialise"):
+        if isinstance(module, Initialised):
             module.initialise(generator)
         else:
             for layer in module.modules():

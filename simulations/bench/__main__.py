@@ -6,21 +6,21 @@ from simulations.environment import prepare_environment
 
 prepare_environment()
 
-import json  # noqa: E402
-import os  # noqa: E402
-import platform  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Annotated, Any  # noqa: E402
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
-import torch  # noqa: E402
-import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
 
-from fedattack.errors import FedattackError  # noqa: E402
-from fedattack.registry import Registry  # noqa: E402
+from fedattack.errors import FedattackError
+from fedattack.registry import Registry
 
 CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
     "benchmark case",

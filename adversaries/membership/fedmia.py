@@ -1,0 +1,205 @@
+"""FedMIA: membership from intercepted updates, with the other clients as shadows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from adversaries.base import MembershipAttack, Progress, no_progress
+from adversaries.membership.per_sample import gradient_products, losses
+from fedattack.errors import NotApplicable
+from fedattack.models import build_model
+from fedattack.observation import Candidates, MembershipScores, Observation
+
+MIN_SHADOWS = 2
+"""Other clients that must have answered in a round: a spread needs two."""
+
+
+@dataclass
+class FedMIA(MembershipAttack):
+    """FedMIA (Zhu et al., CVPR 2025): one-tailed test of the target's update against all other clients'.
+
+    In each round ``t`` every client ``k`` gives a statistic ``s_k(x)`` that grows with membership. The other
+    clients, most of which never saw ``x``, tell how it is distributed for non-members; the score is
+
+        mean over t of  Phi( (s_target - mean_k s_k) / sqrt(var_k s_k + 1e-8) ),   k over the others,
+
+    with the population variance (divisor: number of shadows), as in the authors' code. Every round asks about the
+    same candidates in the same order.
+
+    Parameters
+    ----------
+    statistic : {"cosine", "loss"}
+        ``cosine`` (FedMIA-II): cosine between the gradient ``g_x`` at the weights sent out and the client's update.
+        A gradient update is taken as it is, a weight delta with its sign turned, so that members point along it. A
+        sparse update counts as zero where nothing was sent: inner product over the sent entries, divided by the norm
+        of the *whole* gradient ``g_x`` and the norm of what was sent. An all-zero update or gradient has cosine 0.
+
+        ``loss`` (FedMIA-I): minus the cross-entropy of ``x`` under the client's own model, i.e. the weights sent out
+        plus the delta under "fedavg", and minus the server's step times the gradient under "fedsgd"
+        (`server_learning_rate`, else `learning_rate`); unsent entries stay as sent out, and BatchNorm statistics are
+        the client's where it sent them.
+    drop_members : bool
+        For clients that share samples or classes (non-IID data): per round and candidate, leave out the shadows
+        above mean + 3 standard deviations, which may be members themselves, and take mean and variance again.
+        Among n values none can lie further than sqrt(n - 1) deviations out, so this acts from 11 shadows on.
+
+    Notes
+    -----
+    Gradients are taken in eval mode: BatchNorm has no per-sample gradient on batch statistics. Rounds in which the
+    target, or fewer than two others, did not answer are passed over.
+    """
+
+    statistic: Literal["cosine", "loss"] = "cosine"
+    drop_members: bool = False
+
+    needs = "every client's update in at least one round that the target and two others answered"
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        target: int,
+        candidates: Candidates,
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> MembershipScores:
+        """Score `candidates` for membership in the data of client `target`; see :meth:`MembershipAttack.run`.
+
+        Returns
+        -------
+        MembershipScores
+            In [0, 1]. `details`: rounds used and passed over, shadows per round, `saturated` (share of per-round
+            values that are exactly 0 or 1, hence cannot be ranked), `dropped` (share of shadow values left out).
+
+        Raises
+        ------
+        NotApplicable
+            If no round was answered by the target and two other clients, or there is no candidate.
+        """
+        del seed  # nothing is drawn
+        if len(candidates.images) == 0:
+            raise NotApplicable("fedmia: no candidate to ask about")
+        rounds = _usable_rounds(observations, target)
+        model = build_model(observations[0].scenario.model).to(device).eval()
+        per_round, shadows, dropped = [], [], []
+        for done, answers in enumerate(rounds.values()):
+            progress(done / len(rounds), f"fedmia: round {answers[0].round}")
+            s = statistics(self.statistic, model, answers, candidates)
+            own = [observation.client for observation in answers].index(target)
+            others = torch.cat([s[:own], s[own + 1 :]])
+            keep = _not_outlying(others) if self.drop_members else torch.ones_like(others, dtype=torch.bool)
+            per_round.append(one_tailed(s[own], others, keep))
+            shadows.append(len(others))
+            dropped.append(1 - float(keep.double().mean()))
+        progress(1.0, "fedmia: done")
+        values = torch.stack(per_round)
+        return MembershipScores(
+            values.mean(0),
+            f"fedmia-{'ii' if self.statistic == 'cosine' else 'i'} ({self.statistic})",
+            {
+                "rounds": sorted(rounds),
+                "rounds_passed_over": sorted({o.round for o in observations} - set(rounds)),
+                "shadows": shadows,
+                "saturated": float(((values == 0) | (values == 1)).double().mean()),
+                "dropped": sum(dropped) / len(dropped),
+            },
+        )
+
+
+def _usable_rounds(observations: Sequence[Observation], target: int) -> dict[int, list[Observation]]:
+    """Round -> answers, for the rounds that the target and enough others answered; clients in order."""
+    answers: dict[int, list[Observation]] = defaultdict(list)
+    for observation in sorted(observations, key=lambda o: (o.round, o.client)):
+        answers[observation.round].append(observation)
+    answered = {r: seen for r, seen in answers.items() if target in {o.client for o in seen}}
+    usable = {r: seen for r, seen in answered.items() if len({o.client for o in seen}) > MIN_SHADOWS}
+    if not answered:
+        raise NotApplicable(
+            f"fedmia: client {target}, the target, answered in none of {len(answers)} observed rounds"
+        )
+    if not usable:
+        most = max(len(seen) for seen in answered.values())
+        raise NotApplicable(
+            f"fedmia: at most {most} clients answered in a round together with the target; "
+            f"at least {MIN_SHADOWS + 1} are needed (raise federation.clients or federation.participation)"
+        )
+    return usable
+
+
+def statistics(
+    statistic: Literal["cosine", "loss"],
+    model: nn.Module,
+    answers: Sequence[Observation],
+    candidates: Candidates,
+) -> Tensor:
+    """``s_k(x)`` of one round, float64 (K, N): a row per observation, a column per candidate."""
+    images, labels = candidates.images, candidates.labels
+    if statistic == "loss":
+        return torch.stack([-losses(model, client_model(o), images, labels) for o in answers])
+    result = torch.empty(len(answers), len(images), dtype=torch.float64)
+    for group in _same_weights(answers):
+        updates = [answers[k].update for k in group]
+        products, norms = gradient_products(model, answers[group[0]].weights, images, labels, updates)
+        for row, k in enumerate(group):
+            length = norms * updates[row].values.double().norm().cpu()
+            sign = 1.0 if updates[row].kind == "gradient" else -1.0
+            result[k] = torch.where(length > 0, sign * products[row] / length.clamp_min(1e-300), 0.0)
+    return result
+
+
+def client_model(observation: Observation) -> dict[str, Tensor]:
+    """The client's own model after the round, as far as the server can tell: name -> tensor."""
+    training = observation.scenario.training
+    step = 1.0
+    if observation.update.kind == "gradient":
+        step = -(training.server_learning_rate or training.learning_rate)
+    moved = {
+        name: observation.weights[name] + step * change.to(observation.weights[name].device)
+        for name, change in observation.update.dense().items()
+    }
+    return {**observation.weights, **observation.buffers, **moved}
+
+
+def one_tailed(own: Tensor, others: Tensor, keep: Tensor) -> Tensor:
+    """Probability that a non-member's statistic is below `own` under a normal fitted to `others`.
+
+    Parameters
+    ----------
+    own : Tensor
+        float64 (N,): the target's statistic.
+    others : Tensor
+        float64 (K, N): the shadows'.
+    keep : Tensor
+        bool (K, N): which of them count.
+    """
+    count = keep.sum(0)
+    mean = (others * keep).sum(0) / count
+    variance = ((others - mean).square() * keep).sum(0) / count
+    return torch.special.ndtr((own - mean) / (variance + 1e-8).sqrt())
+
+
+def _not_outlying(others: Tensor) -> Tensor:
+    """Which shadows are not above mean + 3 standard deviations of their candidate, bool (K, N)."""
+    return others <= others.mean(0) + 3 * others.std(0, correction=0)
+
+
+def _same_weights(answers: Sequence[Observation]) -> list[list[int]]:
+    """Positions grouped by the weights that were sent out: one group unless the server told clients different ones."""
+    groups: list[list[int]] = []
+    for k, observation in enumerate(answers):
+        for group in groups:
+            first = answers[group[0]].weights
+            if first is observation.weights or all(
+                torch.equal(first[name], tensor) for name, tensor in observation.weights.items()
+            ):
+                group.append(k)
+                break
+        else:
+            groups.append([k])
+    return groups
