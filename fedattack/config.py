@@ -107,6 +107,7 @@ class CompressionConfig(Section):
     )
     error_feedback: bool = False
     levels: int = Field(127, ge=1, le=127, description="QSGD levels per sign")
+    norm: Literal["max", "l2"] = Field("max", description="QSGD: each tensor's scale")
     momentum: Fraction = Field(0.9, description="DGC momentum correction")
     clip_norm: float | None = Field(None, gt=0, description="DGC: clip the gradient to this L2 norm first")
     warmup_rounds: Count = Field(0, description="DGC: rounds over which the rate falls from 25 % to `rate`")

@@ -1,9 +1,9 @@
 """Per-sample quantities of a classifier: losses, and inner products of per-sample gradients with updates.
 
-The gradients themselves are never all in memory. In :class:`ConvChain` and :class:`ResNet` the linear head, which
-may hold millions of entries, is not formed at all: its gradient is the outer product of the residual ``r`` (softmax
-minus one-hot) and the features ``h``, so that ``<g, U> = r^T U h`` and ``||g|| = ||r|| ||h||``. The rest goes
-through ``torch.func`` in chunks of samples.
+The gradients themselves are never all in memory. In :class:`ConvChain` and :class:`ResNet` the linear head,
+which may hold millions of entries, is not formed at all: its gradient is the outer product of the residual
+``r`` (softmax minus one-hot) and the features ``h``, so that ``<g, U> = r^T U h`` and ``||g|| = ||r||
+||h||``. The rest goes through ``torch.func`` in chunks of samples.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _whole_gradients(model: nn.Module, state: State, names: list[str], x: Tensor
 def _split_gradients(
     model: ConvChain | ResNet, state: State, names: list[str], x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-sample gradients over the body's tensors `names` (B, size), and the head's as residual and features."""
+    """Gradients over the body's tensors `names` (B, size); the head's as residual and features."""
     body = _Body(model)
     below = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     fixed = {name: tensor for name, tensor in below.items() if name not in names}
@@ -122,8 +122,8 @@ def gradient_products(
     images, labels : Tensor
         float32 (N, C, H, W) and int64 (N,).
     updates : sequence of Update
-        Each over all of the model's parameters, in the model's order; sparse ones count as zero where nothing was
-        sent.
+        Each over all of the model's parameters, in the model's order; sparse ones count as zero where nothing
+        was sent.
 
     Returns
     -------

@@ -154,7 +154,7 @@ def _convolution(name: str, layer: nn.Module, output: Tensor) -> Convolution:
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.dilation == (1, 1)
     if not isinstance(layer, nn.Conv2d) or not plain or layer.bias is None or layer.padding_mode != "zeros":
         raise NotApplicable(
-            f"layer {name!r} is no plain convolution with a bias, which the closed-form gradients are written for"
+            f"layer {name!r} is no plain convolution with a bias, as the closed-form gradients need it"
         )
     (kernel_h, kernel_w), (stride_h, stride_w) = layer.kernel_size, layer.stride
     pad_h, pad_w = (int(side) for side in layer.padding)

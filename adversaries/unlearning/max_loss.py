@@ -19,8 +19,8 @@ _CHUNK = 256
 class MaxLoss(UnlearningAttack):
     """Asks to forget the samples on which the current global model does worst.
 
-    The white-box order by per-sample cross-entropy, descending. Samples that the model has not fitted carry the
-    largest gradients, so a mechanism that undoes their influence moves the model furthest.
+    The white-box order by per-sample cross-entropy, descending. Samples that the model has not fitted carry
+    the largest gradients, so a mechanism that undoes their influence moves the model furthest.
     """
 
     needs = "a client's seat: its own samples and the current global model"

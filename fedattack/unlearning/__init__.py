@@ -1,4 +1,4 @@
-"""What an honest server does when it is asked to forget: mechanisms by name, and the check of each request."""
+"""What an honest server does when asked to forget: mechanisms by name, and the check of each request."""
 
 from __future__ import annotations
 

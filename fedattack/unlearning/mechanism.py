@@ -16,8 +16,8 @@ Weights = dict[str, Tensor]
 RetrainFunction = Callable[[Mapping[int, frozenset[int]], Weights, int], Weights]
 """``retrain(excluded, weights, first_round)``: train the federation again from `weights`.
 
-`excluded` maps a client to the positions of its partition that no round may touch; `first_round` is the first round
-to run, 1-based; the last is the same as in the first training. Returns the final global weights.
+`excluded` maps a client to the positions of its partition that no round may touch; `first_round` is the first
+round to run, 1-based; the last is the same as in the first training. Returns the final global weights.
 """
 
 

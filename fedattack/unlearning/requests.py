@@ -34,9 +34,9 @@ def validate_request(
 ) -> Deletion:
     """Accept a request or reject it with a reason.
 
-    The server holds no data, so it checks all that it can check: who asks, and whether the positions name samples
-    that this client registered and that are not forgotten yet. That the samples were *chosen* to do harm cannot be
-    seen from the request.
+    The server holds no data, so it checks all that it can check: who asks, and whether the positions name
+    samples that this client registered and that are not forgotten yet. That the samples were *chosen* to do
+    harm cannot be seen from the request.
 
     Parameters
     ----------
@@ -57,8 +57,8 @@ def validate_request(
     Raises
     ------
     PayloadError
-        If the request names another client's data, or its positions are empty, not integers, repeated, outside
-        ``[0, samples)``, or forgotten already.
+        If the request names another client's data, or its positions are empty, not integers, repeated,
+        outside ``[0, samples)``, or forgotten already.
     """
     who = f"deletion request from client {sender}"
     if isinstance(request.client, bool) or not isinstance(request.client, int) or request.client != sender:

@@ -1,4 +1,4 @@
-"""Forgetting by training again: the exact mechanism, and the control that every other one is compared with."""
+"""Forgetting by training again: exact, and the control that every other mechanism is compared with."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedattack.unlearning.requests import Deletion
 class Retrain(Mechanism):
     """Train again without the samples, from the last checkpoint that cannot know them.
 
-    That is the newest checkpoint older than the first round in which any affected client took part: which of its
-    samples a client used in a round, the server does not know. The result never saw the samples, so forgetting is
-    exact by construction (Bourtoule et al., "Machine unlearning", IEEE S&P 2021); the price is the rounds.
-    What clients or strategy carry from round to round (error-feedback residuals, server momentum) starts afresh at
-    the checkpoint, because what was carried may know the samples too.
+    That is the newest checkpoint older than the first round in which any affected client took part: which of
+    its samples a client used in a round, the server does not know. The result never saw the samples, so
+    forgetting is exact by construction (Bourtoule et al., "Machine unlearning", IEEE S&P 2021); the price is
+    the rounds. What clients or strategy carry from round to round (error-feedback residuals, server momentum)
+    starts afresh at the checkpoint, because what was carried may know the samples too.
     """
 
     def forget(
@@ -39,7 +39,7 @@ class Retrain(Mechanism):
         if not kept:
             raise RunFailed(
                 f"cannot forget by retraining: no checkpoint is older than round {min(entered)} "
-                f"(checkpoints kept: {sorted(memory.checkpoints) or 'none'}); keep the initial model as round 0"
+                f"(kept: {sorted(memory.checkpoints) or 'none'}); the initial model counts as round 0"
             )
         start = max(kept)
         weights = {name: tensor.clone() for name, tensor in memory.checkpoints[start].items()}

@@ -1,4 +1,4 @@
-"""``python -m simulations.bench CASE --json FILE``: fixed cases, reported as ratios to a reference in the same run."""
+"""``python -m simulations.bench CASE --json FILE``: fixed cases, ratios to a reference in the same run."""
 
 from __future__ import annotations
 

@@ -1,0 +1,331 @@
+"""The two ways to compute what a client with given images would have sent.
+
+A back-end holds what V victims sent (:class:`Sent`) and predicts the same entries from candidate images,
+differentiably. :class:`ChainGradients` does it in closed form for a chain of convolutions and never forms the head's
+gradient where that is sparse; :class:`AutogradGradients` differentiates any model twice, one victim at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adversaries.reconstruction import closed_form
+from adversaries.reconstruction.closed_form import Chain, Weights
+from fedattack.config import ModelConfig
+from fedattack.errors import NotApplicable
+from fedattack.models import build_model
+from fedattack.observation import Update
+
+Layers = Literal["all", "last"]
+
+_SPARSE_SHARE = 1 / 8
+"""Above this sent share a tensor is handled densely: gathering would cost more than it saves."""
+
+_TALL_FROM = 16
+"""From this many samples on, BLAS is faster with the classes as rows of the product than with the samples."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What V victims sent, side by side and padded.
+
+    Attributes
+    ----------
+    values : Tensor
+        float32 (V, K), zero where `valid` is.
+    valid : Tensor
+        float32 (V, K), 1 where the entry was sent and 0 where it is padding.
+    """
+
+    values: Tensor
+    valid: Tensor
+
+    def __getitem__(self, victims: slice) -> Sent:
+        return Sent(self.values[victims], self.valid[victims])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What candidate images would have sent.
+
+    Attributes
+    ----------
+    entries : Tensor
+        (V, K), aligned with :attr:`Sent.values`; arbitrary where that is padding.
+    square : Tensor or None
+        (V,): squared norm of the whole gradient, unsent entries included, where it was asked for.
+    """
+
+    entries: Tensor
+    square: Tensor | None = None
+
+
+class GradientModel(Protocol):
+    """A back-end: what was sent and how to predict it.
+
+    Attributes
+    ----------
+    sent : Sent
+    joint : bool
+        Whether all victims are best predicted in one call; otherwise one call per victim keeps the memory down.
+    """
+
+    sent: Sent
+    joint: bool
+
+    def predict(self, images: Tensor, victims: slice, whole: bool = False) -> Prediction:
+        """Entries that `images` (V', B, C, H, W) of the given victims would have sent, differentiable in them."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Where the sent entries of one tensor lie: (V, K_l) flat positions, or None when it is handled densely."""
+
+    flat: Tensor | None
+    sent: Sent
+
+
+def _lay_out(updates: Sequence[Update], device: torch.device) -> dict[str, _Positions]:
+    """Sent entries of all victims, tensor by tensor, padded to the longest."""
+    layers = [list(update.layers()) for update in updates]
+    laid: dict[str, _Positions] = {}
+    for pieces in zip(*layers, strict=True):
+        name, shape = pieces[0][0], pieces[0][1]
+        size = torch.Size(shape).numel()
+        longest = max(int(values.numel()) for *_, values in pieces)
+        dense = longest > size * _SPARSE_SHARE
+        width = size if dense else longest
+        values, valid = torch.zeros(len(pieces), width), torch.zeros(len(pieces), width)
+        flat = torch.zeros(len(pieces), width, dtype=torch.int64)
+        for v, (_, _, positions, sent) in enumerate(pieces):
+            places = positions if dense else torch.arange(sent.numel())
+            values[v, places] = sent.float().cpu()
+            valid[v, places] = 1.0
+            if not dense:
+                flat[v, places] = positions
+        laid[name] = _Positions(
+            None if dense else flat.to(device), Sent(values.to(device), valid.to(device))
+        )
+    return laid
+
+
+def _chosen(names: Sequence[str], shapes: Sequence[tuple[int, ...]], layers: Layers) -> list[str]:
+    """Tensors that take part: all, or the weight of the last linear layer."""
+    if layers == "all":
+        return list(names)
+    matrices = [name for name, shape in zip(names, shapes, strict=True) if len(shape) == 2]
+    if not matrices:
+        raise NotApplicable("layers = 'last' needs a linear layer, which this model does not have; use 'all'")
+    return matrices[-1:]
+
+
+def _join(laid: dict[str, _Positions], names: Sequence[str]) -> Sent:
+    return Sent(
+        torch.cat([laid[name].sent.values for name in names], 1),
+        torch.cat([laid[name].sent.valid for name in names], 1),
+    )
+
+
+def _select(dense: Tensor, flat: Tensor | None) -> Tensor:
+    """Sent entries (V, K_l) of dense per-victim gradients (V, size)."""
+    return dense if flat is None else dense.gather(1, flat)
+
+
+class ChainGradients:
+    """Closed form for a chain of convolutions: all victims in one pass.
+
+    Parameters
+    ----------
+    chain : Chain
+        From :func:`adversaries.reconstruction.closed_form.describe`.
+    weights : mapping of str to Tensor
+        The weights that were sent out, float32.
+    updates : sequence of Update
+        One gradient per victim.
+    labels : Tensor
+        int64 (V, B).
+    layers : {"all", "last"}
+        Which tensors take part; "last" is the head's weight alone.
+    device : torch.device
+    """
+
+    joint = True
+
+    def __init__(
+        self,
+        chain: Chain,
+        weights: Weights,
+        updates: Sequence[Update],
+        labels: Tensor,
+        layers: Layers,
+        device: torch.device,
+    ) -> None:
+        self._chain = chain
+        self._weights = {name: weights[name].detach().float().to(device) for name in updates[0].names}
+        self._labels = labels.to(device)
+        self._names = _chosen(updates[0].names, updates[0].shapes, layers)
+        laid = _lay_out(updates, device)
+        self._flat = {name: laid[name].flat for name in self._names}
+        self.sent = _join(laid, self._names)
+        head = self._weights["head.weight"]
+        # BLAS multiplies few samples fastest by the transposed layout and many by the plain one.
+        self._transposed = head.t().contiguous() if labels.numel() < _TALL_FROM else head.t()
+
+    def predict(self, images: Tensor, victims: slice, whole: bool = False) -> Prediction:
+        """Entries (V', K) that `images` (V', B, C, H, W) of the given victims would have sent."""
+        chain, weights = self._chain, self._weights
+        count, batch = images.shape[:2]
+        labels = self._labels[victims].flatten()
+        forward = closed_form.run_forward(chain, weights, images.flatten(0, 1))
+        top = forward.outputs[-1]
+        features = chain.activation.value(top).flatten(1)
+        residual, pulled = self._head(features, labels)
+        residual, features = residual / batch, features.unflatten(0, (count, batch))
+        found: dict[str, Tensor] = {}
+        if len(self._names) > 1:
+            last = (pulled / batch).reshape(top.shape) * chain.activation.slope(top)
+            deltas = closed_form.deltas(chain, weights, forward, last)
+            for layer, inputs, delta in zip(chain.convolutions, forward.inputs, deltas, strict=True):
+                fields = closed_form.patches(layer, inputs)
+                kernel = torch.einsum(
+                    "vbop,vbip->voi", delta.flatten(2).unflatten(0, (count, batch)), fields.unflatten(0, (count, batch))
+                ).flatten(1)
+                bias = delta.unflatten(0, (count, batch)).sum((1, 3, 4))
+                found |= {layer.weight: kernel, layer.bias: bias}
+        residual = residual.unflatten(0, (count, batch))
+        found["head.bias"] = residual.sum(1)
+        square = None
+        if whole:
+            overlap = (residual @ residual.transpose(1, 2)) * (features @ features.transpose(1, 2))
+            squares = {name: gradient.square().sum(1) for name, gradient in found.items()}
+            squares["head.weight"] = overlap.sum((1, 2))
+            square = torch.stack([squares[name] for name in self._names]).sum(0)
+        entries = []
+        for name in self._names:
+            everyone = self._flat[name]
+            flat = None if everyone is None else everyone[victims]
+            if name == "head.weight":
+                entries.append(self._head_weight(residual, features, flat))
+            else:
+                entries.append(_select(found[name], flat))
+        return Prediction(torch.cat(entries, 1), square)
+
+    def _head(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals p - e_y (N, classes) and their pull-back to the features W^T (p - e_y) (N, F)."""
+        weight, bias = self._weights["head.weight"], self._weights["head.bias"]
+        if len(features) < _TALL_FROM:
+            logits = torch.addmm(bias, features, self._transposed)
+            share = logits.softmax(1)
+            pulled = share @ self._transposed.t()
+        else:
+            share = (weight @ features.t()).t().add(bias).softmax(1)
+            pulled = (weight.t() @ share.t()).t()
+        residual = share - F.one_hot(labels, share.shape[1]).to(share.dtype)
+        return residual, pulled - weight[labels]
+
+    def _head_weight(self, residual: Tensor, features: Tensor, flat: Tensor | None) -> Tensor:
+        """Sent entries of sum_b r_b h_b^T, from (V, B, classes) and (V, B, F)."""
+        if flat is None:
+            return (residual.transpose(1, 2) @ features).flatten(1)
+        width = features.shape[2]
+        rows, cols = flat // width, flat % width
+        shape = (-1, features.shape[1], -1)
+        picked = residual.gather(2, rows[:, None].expand(shape)) * features.gather(2, cols[:, None].expand(shape))
+        return picked.sum(1)
+
+
+class AutogradGradients:
+    """Any differentiable model, by a backward pass that is itself differentiated.
+
+    The model runs in training mode, as the client's did: BatchNorm uses the batch's statistics and no running
+    statistics are written.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        Resolved.
+    weights : mapping of str to Tensor
+        State dict that was sent out.
+    updates, labels, layers, device
+        As for :class:`ChainGradients`.
+    """
+
+    joint = False
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: Weights,
+        updates: Sequence[Update],
+        labels: Tensor,
+        layers: Layers,
+        device: torch.device,
+    ) -> None:
+        self._module = build_model(model).to(device).train()
+        self._module.load_state_dict(dict(weights))
+        for part in self._module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.track_running_stats = False
+        parameters = dict(self._module.named_parameters())
+        self._names = _chosen(updates[0].names, updates[0].shapes, layers)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in self._names)
+        self._parameters = [parameters[name] for name in self._names]
+        self._labels = labels.to(device)
+        laid = _lay_out(updates, device)
+        self._flat = {name: laid[name].flat for name in self._names}
+        self.sent = _join(laid, self._names)
+
+    def predict(self, images: Tensor, victims: slice, whole: bool = False) -> Prediction:
+        """Entries (V', K) that `images` (V', B, C, H, W) of the given victims would have sent."""
+        labels = self._labels[victims]
+        rows, squares = [], []
+        for v in range(len(images)):
+            loss = F.cross_entropy(self._module(images[v]), labels[v])
+            gradients = torch.autograd.grad(loss, self._parameters, create_graph=True)
+            pieces = []
+            for name, gradient in zip(self._names, gradients, strict=True):
+                flat = self._flat[name]
+                place = None if flat is None else flat[victims][v : v + 1]
+                pieces.append(_select(gradient.reshape(1, -1), place))
+            rows.append(torch.cat(pieces, 1))
+            if whole:
+                squares.append(torch.stack([gradient.square().sum() for gradient in gradients]).sum())
+        return Prediction(torch.cat(rows), torch.stack(squares) if whole else None)
+
+
+def gradient_model(
+    model: ModelConfig,
+    weights: Weights,
+    updates: Sequence[Update],
+    labels: Tensor,
+    layers: Layers,
+    device: torch.device,
+) -> GradientModel:
+    """The closed form where the model is a chain of convolutions, else automatic differentiation.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        Resolved.
+    weights : mapping of str to Tensor
+        State dict that was sent out.
+    updates : sequence of Update
+        Gradients (not deltas), one per victim.
+    labels : Tensor
+        int64 (V, B).
+    layers : {"all", "last"}
+    device : torch.device
+    """
+    try:
+        chain = closed_form.describe(model)
+    except NotApplicable:
+        return AutogradGradients(model, weights, updates, labels, layers, device)
+    return ChainGradients(chain, weights, updates, labels, layers, device)

@@ -1,0 +1,309 @@
+"""What an adversary knows about images before it sees an update: a Gaussian, and a regression from features.
+
+Both come from public auxiliary images. Without any, :func:`smooth_prior` says what every natural image has in
+common: its power falls with spatial frequency.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import scipy.fft
+import torch
+from torch import Tensor
+
+from fedattack.errors import DataError
+from fedattack.observation import Auxiliary
+
+NUGGET = 1e-5
+"""Variance of independent pixel noise added to every prior: 8-bit rounding alone is 1.3e-6."""
+
+SHRINKAGES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+"""Candidates between the sample covariance (0) and its diagonal in the cosine basis (1)."""
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Candidate ridge strengths, relative to the mean variance of a feature."""
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPrior:
+    """Images as draws from N(mean, covariance).
+
+    Attributes
+    ----------
+    mean : Tensor
+        float64 (D,), D = C * H * W, on the CPU.
+    covariance : Tensor
+        float64 (D, D), positive definite.
+    image_shape : tuple of int
+        (C, H, W).
+    source : str
+        Where it came from, in words, for the record.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    image_shape: tuple[int, int, int]
+    source: str
+
+    @property
+    def size(self) -> int:
+        """Numbers in one image (D)."""
+        return self.mean.numel()
+
+    @cached_property
+    def _cholesky(self) -> Tensor:
+        return torch.linalg.cholesky(self.covariance)
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return values.flip(0).clamp(min=0), vectors.flip(1)
+
+    def factor(self, modes: int | None = None) -> Tensor:
+        """A with x = mean + A z, z ~ N(0, I): computed once and kept, for all victims.
+
+        Parameters
+        ----------
+        modes : int or None
+            Columns to keep. None or D: all, and then A is the Cholesky factor, which is cheaper to get than the
+            eigenvectors; fewer: the eigenvectors of the largest eigenvalues, scaled by their square roots.
+
+        Returns
+        -------
+        Tensor
+            float64 (D, modes).
+        """
+        if modes is None or modes >= self.size:
+            return self._cholesky
+        values, vectors = self._eigen
+        return vectors[:, :modes] * values[:modes].sqrt()
+
+    def mean_image(self) -> Tensor:
+        """The mean as a float32 image (C, H, W) in [0, 1]."""
+        return self.mean.reshape(self.image_shape).float().clamp(0, 1)
+
+
+def gaussian_prior(
+    auxiliary: Auxiliary | None, image_shape: tuple[int, int, int], shrinkage: float | None = None
+) -> GaussianPrior:
+    """Mean and covariance of the auxiliary images, usable from two images up.
+
+    Few images say little about D (D + 1) / 2 covariances, but enough about D variances. In the basis of the cosine
+    transform (and of the principal colours) the covariance of natural images is nearly diagonal, so the
+    off-diagonal entries are shrunk towards zero there by a factor 1 - `shrinkage`, chosen as the one under which
+    a fifth of the auxiliary images, held out, is most likely. With thousands of images that hardly changes
+    anything; with tens it is what makes the covariance invertible.
+
+    Parameters
+    ----------
+    auxiliary : Auxiliary or None
+        Public images; None or empty: :func:`smooth_prior`.
+    image_shape : tuple of int
+        (C, H, W) of the federation's images.
+    shrinkage : float, optional
+        In (0, 1]; None: chosen by held-out likelihood.
+
+    Returns
+    -------
+    GaussianPrior
+
+    Raises
+    ------
+    DataError
+        If the auxiliary images have another shape.
+
+    References
+    ----------
+    Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004 (shrinkage).
+    """
+    if auxiliary is None or len(auxiliary) < 2:
+        return smooth_prior(image_shape)
+    if tuple(auxiliary.images.shape[1:]) != image_shape:
+        raise DataError(
+            f"auxiliary images of shape {tuple(auxiliary.images.shape[1:])} do not fit the federation's {image_shape}"
+        )
+    images = auxiliary.images.double().cpu()
+    mean = images.mean(0, keepdim=True)
+    centred = images - mean
+    colours = _principal_colours(centred)
+    coefficients = _cosine(centred, colours).flatten(1)
+    if shrinkage is None:
+        shrinkage = _likeliest_shrinkage(coefficients)
+    covariance = _shrunk(coefficients, shrinkage)
+    # Rows, then columns, back from cosine coefficients to pixels.
+    half = _pixels(covariance.unflatten(1, image_shape), colours).flatten(1)
+    covariance = _pixels(half.T.contiguous().unflatten(1, image_shape), colours).flatten(1)
+    covariance = 0.5 * (covariance + covariance.T)
+    source = f"{len(auxiliary)} auxiliary images ({auxiliary.source or 'unnamed'}), shrinkage {shrinkage:g}"
+    return GaussianPrior(mean.flatten(), covariance, image_shape, source)
+
+
+def smooth_prior(
+    image_shape: tuple[int, int, int], deviation: float = 0.25, exponent: float = 2.0, colour: float = 0.9
+) -> GaussianPrior:
+    """A prior for an adversary without auxiliary data: mid-grey, power falling as 1 / frequency^exponent.
+
+    Parameters
+    ----------
+    image_shape : tuple of int
+        (C, H, W).
+    deviation : float
+        Standard deviation of a pixel.
+    exponent : float
+        Of the power spectrum; 2 is the average of natural images (Field 1987).
+    colour : float
+        Correlation between colour channels.
+
+    Returns
+    -------
+    GaussianPrior
+    """
+    channels, height, width = image_shape
+    vertical = torch.arange(height, dtype=torch.float64)[:, None] / height
+    horizontal = torch.arange(width, dtype=torch.float64)[None, :] / width
+    lowest = 1 / max(height, width)
+    power = (vertical**2 + horizontal**2 + lowest**2) ** (-exponent / 2)
+    power = power.flatten() * deviation**2 / power.mean()
+    basis = torch.from_numpy(
+        scipy.fft.idctn(
+            torch.eye(height * width).double().reshape(-1, height, width).numpy(), axes=(1, 2), norm="ortho"
+        )
+    ).flatten(1)
+    plane = basis.T @ (power[:, None] * basis)
+    channel = torch.full((channels, channels), colour, dtype=torch.float64).fill_diagonal_(1.0)
+    covariance = torch.kron(channel, plane)
+    covariance += NUGGET * torch.eye(covariance.shape[0], dtype=torch.float64)
+    mean = torch.full((covariance.shape[0],), 0.5, dtype=torch.float64)
+    source = f"no auxiliary images: mid-grey, power 1/f^{exponent:g}, deviation {deviation:g}"
+    return GaussianPrior(mean, covariance, image_shape, source)
+
+
+def _principal_colours(centred: Tensor) -> Tensor:
+    """Orthogonal (C, C), columns are the principal colours of centred images (N, C, H, W)."""
+    by_channel = centred.transpose(0, 1).flatten(1)
+    return torch.linalg.eigh(by_channel @ by_channel.T)[1]
+
+
+def _cosine(images: Tensor, colours: Tensor) -> Tensor:
+    """Pixels (N, C, H, W) -> coefficients in the orthonormal cosine and colour basis, same shape."""
+    turned = torch.einsum("nchw,cd->ndhw", images, colours).contiguous()
+    return torch.from_numpy(scipy.fft.dctn(turned.numpy(), axes=(2, 3), norm="ortho"))
+
+
+def _pixels(coefficients: Tensor, colours: Tensor) -> Tensor:
+    """The inverse of :func:`_cosine`."""
+    planes = torch.from_numpy(scipy.fft.idctn(coefficients.numpy(), axes=(2, 3), norm="ortho"))
+    return torch.einsum("ndhw,cd->nchw", planes, colours).contiguous()
+
+
+def _shrunk(coefficients: Tensor, shrinkage: float) -> Tensor:
+    """Covariance of centred coefficients (N, D), off-diagonal entries times 1 - shrinkage, plus the nugget."""
+    covariance = coefficients.T @ coefficients / len(coefficients)
+    variances = covariance.diagonal().clone()
+    covariance *= 1 - shrinkage
+    covariance.diagonal().copy_(variances + NUGGET)
+    return covariance
+
+
+def _likeliest_shrinkage(coefficients: Tensor) -> float:
+    """The candidate under which held-out coefficients are likeliest, climbing while it improves."""
+    held_out = torch.zeros(len(coefficients), dtype=torch.bool)
+    held_out[::5] = True
+    seen, unseen = coefficients[~held_out], coefficients[held_out]
+    if len(seen) < 2:
+        return 1.0
+    covariance = _shrunk(seen, 0.0)
+    variances = covariance.diagonal().clone()
+    best, best_score = SHRINKAGES[-1], math.inf
+    for shrinkage in SHRINKAGES:
+        candidate = covariance * (1 - shrinkage)
+        candidate.diagonal().copy_(variances)
+        factor, failed = torch.linalg.cholesky_ex(candidate)
+        if failed:
+            continue
+        white = torch.linalg.solve_triangular(factor, unseen.T, upper=False)
+        score = float(white.pow(2).sum() / len(unseen) + 2 * factor.diagonal().log().sum())
+        if score > best_score:
+            break
+        best, best_score = shrinkage, score
+    return best
+
+
+def ridge_start(
+    auxiliary_features: Tensor,
+    auxiliary_images: Tensor,
+    values: Tensor,
+    known: Tensor,
+    caps: Tensor | float,
+    strengths: Sequence[float] = RIDGES,
+) -> Tensor:
+    """Predict an image from the features that an update gave away, by ridge regression on auxiliary images.
+
+    The intercepted row of the head's gradient gives the features h_j of the entries that were kept and bounds the
+    others: h_j < tau / |r|. Both facts are told to the regression by censoring the auxiliary features in the same
+    way, max(h_j, cap), so that it is trained on exactly what it will be asked.
+
+    Parameters
+    ----------
+    auxiliary_features : Tensor
+        (N, F): features of the auxiliary images under the global weights.
+    auxiliary_images : Tensor
+        (N, C, H, W).
+    values : Tensor
+        (F,): the victim's features, anything where not `known`.
+    known : Tensor
+        bool (F,): which features were recovered.
+    caps : Tensor or float
+        Bound below which a feature is not sent, scalar or (F,); 0 where every feature is sent.
+    strengths : sequence of float
+        Candidate strengths relative to the mean feature variance; the one that predicts a held-out tenth best is
+        taken.
+
+    Returns
+    -------
+    Tensor
+        float32 (C, H, W), not clamped.
+
+    References
+    ----------
+    Wu et al., "Learning to Invert: Simple Adaptive Attacks for Gradient Inversion in Federated Learning", UAI 2023
+    (regression through the defence; a perceptron there).
+    """
+    bounds = torch.as_tensor(caps, dtype=torch.float64).expand(values.shape).cpu()
+    inputs = torch.maximum(auxiliary_features.double().cpu(), bounds)
+    asked = torch.where(known.cpu(), values.double().cpu(), bounds)
+    targets = auxiliary_images.double().cpu().flatten(1)
+    held_out = torch.zeros(len(inputs), dtype=torch.bool)
+    held_out[::10] = True
+    best, best_error = strengths[-1], math.inf
+    for strength in strengths:
+        guess = _Ridge(inputs[~held_out], targets[~held_out], strength).predict(inputs[held_out])
+        error = float((guess - targets[held_out]).pow(2).mean())
+        if error < best_error:
+            best, best_error = strength, error
+    prediction = _Ridge(inputs, targets, best).predict(asked[None])
+    return prediction.reshape(auxiliary_images.shape[1:]).float()
+
+
+class _Ridge:
+    """Ridge regression with an intercept, solved on the smaller side (samples or features)."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, strength: float) -> None:
+        self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
+        x, y = inputs - self.input_mean, targets - self.target_mean
+        damping = strength * len(x) * float(x.pow(2).mean()) + 1e-12
+        if x.shape[0] < x.shape[1]:
+            gram = x @ x.T
+            gram.diagonal().add_(damping)
+            self.weights = x.T @ torch.cholesky_solve(y, torch.linalg.cholesky(gram))
+        else:
+            gram = x.T @ x
+            gram.diagonal().add_(damping)
+            self.weights = torch.cholesky_solve(x.T @ y, torch.linalg.cholesky(gram))
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        return (inputs - self.input_mean) @ self.weights + self.target_mean

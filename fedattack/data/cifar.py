@@ -1,0 +1,230 @@
+"""CIFAR-10 and CIFAR-100 in the published "python" format, complete or cut, as a folder or an archive.
+
+The format is pickles, and a file from the net must not be unpickled: the reader below builds arrays of numbers and
+refuses every other global, so a batch file cannot run code.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from fedattack.config import DataConfig
+from fedattack.data.dataset import Listing, cut_note
+from fedattack.data.files import Missing, Tree, data_dir, is_archive, open_tree, with_download
+from fedattack.data.pixels import adapt
+from fedattack.errors import DataError
+
+
+class _Allowed:
+    """Base of the few callables a batch may name: without attributes, so that a pickle cannot set any."""
+
+    __slots__ = ()
+
+
+class _NdarrayName(_Allowed):
+    """Stands for the class numpy.ndarray, which a batch may name but not call."""
+
+    __slots__ = ()
+
+
+class _Reconstruct(_Allowed):
+    """numpy's empty array, to be filled by its state."""
+
+    __slots__ = ()
+
+    def __call__(self, kind: object, shape: object, code: object) -> np.ndarray:
+        if not isinstance(kind, _NdarrayName) or shape != (0,):
+            raise pickle.UnpicklingError("an array of an unexpected kind")
+        return np.empty(0, np.uint8)
+
+
+class _Dtype(_Allowed):
+    """numpy.dtype for plain numbers only; an object array would hold whatever a pickle builds."""
+
+    __slots__ = ()
+
+    def __call__(self, code: object, align: object = False, copy: object = True) -> np.dtype:
+        text = code.decode("ascii") if isinstance(code, bytes) else code
+        if not isinstance(text, str) or text.lstrip("|<>=") not in {"u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8"}:
+            raise pickle.UnpicklingError(f"an array of type {code!r}")
+        return np.dtype(text, align=False, copy=True)
+
+
+class _Encode(_Allowed):
+    """How Python 3 writes bytes in the old protocols: text to be encoded as latin1."""
+
+    __slots__ = ()
+
+    def __call__(self, text: object, codec: object) -> bytes:
+        if not isinstance(text, str) or codec not in ("latin1", b"latin1"):
+            raise pickle.UnpicklingError("bytes in an unexpected coding")
+        return text.encode("latin1")
+
+
+_GLOBALS: dict[tuple[str, str], object] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
+    ("numpy", "ndarray"): _NdarrayName(),
+    ("numpy", "dtype"): _Dtype(),
+    ("_codecs", "encode"): _Encode(),
+}
+
+
+class _NumbersOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _GLOBALS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not data") from None
+
+
+def load_batch(data: bytes, name: str) -> dict[str, Any]:
+    """Read one pickled batch of numbers, text and lists.
+
+    Parameters
+    ----------
+    data : bytes
+        The file.
+    name : str
+        Its name, for the error message.
+
+    Returns
+    -------
+    dict
+        With text keys.
+
+    Raises
+    ------
+    DataError
+        If the pickle names anything but plain numeric arrays, or is corrupt.
+    """
+    try:
+        batch = _NumbersOnly(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle raises nearly anything; none of it ran foreign code
+        raise DataError(f"refused {name!r}: not a batch of plain arrays ({error})") from None
+    if not isinstance(batch, dict):
+        raise DataError(f"refused {name!r}: holds a {type(batch).__name__}, not a batch")
+    return {_text(key): value for key, value in batch.items()}
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _images_and_labels(batch: dict[str, Any], key: str, name: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = batch.get("data"), batch.get(key)
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
+        raise DataError(f"batch {name!r}: 'data' must be a uint8 array (n, 3072)")
+    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < classes for label in labels):
+        raise DataError(f"batch {name!r}: {key!r} must be a list of integers from 0 to {classes - 1}")
+    if len(labels) != len(pixels):
+        raise DataError(f"batch {name!r} holds {len(pixels)} images, but {len(labels)} labels")
+    return pixels.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
+
+
+def _locate(config: DataConfig, folders: tuple[str, ...], inner: str, files: set[str], archive: str) -> Tree:
+    """The batch files below `data.dir`: unpacked, or in an archive whose name starts with `archive`."""
+    root = data_dir(config, f"a folder or archive with {inner}/{min(files)}")
+
+    def wanted(name: PurePosixPath) -> bool:
+        return name.name in files and (len(name.parts) == 1 or name.parent.name == inner)
+
+    if root.is_file():
+        tree = open_tree(root, wanted)
+        if tree.names:
+            return tree
+        raise Missing(f"setting 'data.dir' = {config.dir!r}: the archive holds no {inner}/{min(files)}")
+    places = [root, *(root / folder for folder in folders)]
+    for place in places:
+        for folder in (place / inner, place):
+            if folder.is_dir() and any((folder / file).is_file() for file in files):
+                return open_tree(folder, lambda name: len(name.parts) == 1 and name.name in files)
+    for place in places:
+        archives = [p for p in sorted(place.glob(f"{archive}*")) if p.is_file() and is_archive(p)]
+        for path in archives:
+            tree = open_tree(path, wanted)
+            if tree.names:
+                return tree
+    raise Missing(f"setting 'data.dir' = {config.dir!r}: no {inner}/{min(files)}, nor an archive {archive}*")
+
+
+def read_batches(tree: Tree, files: list[str], label_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of those of the `files` that are there, in order."""
+    by_name = {PurePosixPath(name).name: name for name in tree.names}
+    parts = [
+        _images_and_labels(load_batch(tree.read(by_name[file]), file), label_key, file, classes)
+        for file in files
+        if file in by_name
+    ]
+    if not parts:
+        raise Missing(f"{str(tree.path)!r} holds none of {', '.join(files)}")
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def _class_names(tree: Tree, meta: str, key: str, classes: int) -> tuple[str, ...]:
+    found = [name for name in tree.names if PurePosixPath(name).name == meta]
+    names = load_batch(tree.read(found[0]), meta).get(key) if found else None
+    if isinstance(names, list) and len(names) == classes:
+        return tuple(_text(name) for name in names)
+    return tuple(str(i) for i in range(classes))
+
+
+def _listing(
+    config: DataConfig,
+    places: tuple[str, ...],
+    inner: str,
+    archive: str,
+    files: list[str],
+    keys: tuple[str, str, str],
+    classes: int,
+    fetch: Callable[[Path], object],
+) -> Listing:
+    label_key, meta, names_key = keys
+
+    def read() -> Listing:
+        tree = _locate(config, places, inner, {*files, meta}, archive)
+        images, labels = read_batches(tree, files, label_key, classes)
+        return Listing(
+            labels=labels,
+            class_names=_class_names(tree, meta, names_key, classes),
+            read=lambda ids, size: adapt(images[ids], None, size),
+            note=cut_note(len(labels), 50_000),
+        )
+
+    listing: Listing = with_download(config, fetch, read)
+    return listing
+
+
+def cifar10(config: DataConfig) -> Listing:
+    """Small colour photographs (CIFAR-10), 50,000 training images, 32x32, 10 classes."""
+
+    def fetch(folder: Path) -> object:
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        url = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+        return download_and_extract_archive(url, str(folder), md5="c58f30108f718f92721af3b95e74349a")
+
+    files = [f"data_batch_{i}" for i in range(1, 6)]
+    keys = ("labels", "batches.meta", "label_names")
+    places = ("CIFAR10", "cifar10", "cifar-10")
+    return _listing(config, places, "cifar-10-batches-py", "cifar-10", files, keys, 10, fetch)
+
+
+def cifar100(config: DataConfig) -> Listing:
+    """Small colour photographs (CIFAR-100), 50,000 training images, 32x32, 100 classes."""
+
+    def fetch(folder: Path) -> object:
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        url = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+        return download_and_extract_archive(url, str(folder), md5="eb9058c3a382ffc7106e4002c42a8d85")
+
+    keys = ("fine_labels", "meta", "fine_label_names")
+    places = ("CIFAR100", "cifar100", "cifar-100")
+    return _listing(config, places, "cifar-100-python", "cifar-100", ["train"], keys, 100, fetch)

@@ -1,0 +1,150 @@
+"""The two shapes a data set has: a listing whose pixels are still unread, and images in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedattack.errors import DataError
+from fedattack.rng import numpy_rng
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Square images in memory, with their labels and, where known, whom they belong to.
+
+    Parameters
+    ----------
+    name : str
+    images : ndarray
+        uint8, shape (N, C, S, S), C 1 or 3.
+    labels : ndarray
+        int64, shape (N,), in ``range(len(class_names))``.
+    class_names : tuple of str
+    groups : ndarray or None
+        int64, shape (N,): the person, writer, ... of each image; None where the source does not say.
+    note : str
+        What a person must know before reading a figure ("cut: 2,500 of 50,000 training images"); may be empty.
+    group_names : tuple of str or None
+        Names that `groups` indexes, where the source names its people.
+
+    Raises
+    ------
+    DataError
+        If the arrays do not fit this description or each other.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    groups: np.ndarray | None
+    note: str
+    group_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        shape, count = self.images.shape, len(self.images)
+        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or shape[2] != shape[3]:
+            raise DataError(
+                f"data set {self.name!r}: images must be uint8 (N, 1 or 3, S, S); got {self.images.dtype} {shape}"
+            )
+        if count == 0:
+            raise DataError(f"data set {self.name!r} holds no images")
+        if self.labels.dtype != np.int64 or self.labels.shape != (count,):
+            raise DataError(
+                f"data set {self.name!r}: {count} images need int64 labels of shape ({count},); "
+                f"got {self.labels.dtype} {self.labels.shape}"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.class_names):
+            raise DataError(
+                f"data set {self.name!r}: labels run from {low} to {high}, but there are "
+                f"{len(self.class_names)} classes"
+            )
+        if self.groups is not None and (self.groups.dtype != np.int64 or self.groups.shape != (count,)):
+            raise DataError(f"data set {self.name!r}: groups must be int64 of shape ({count},)")
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+        return int(self.images.shape[1])
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return int(self.images.shape[2])
+
+    @property
+    def classes(self) -> int:
+        """Width of the label space, which a cut set may not fill."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def tensors(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images float32 (n, C, S, S) in [0, 1] and labels int64 (n,) of the samples `ids`."""
+        wanted = np.asarray(ids, dtype=np.int64)
+        return as_float(self.images[wanted]), torch.from_numpy(self.labels[wanted])
+
+
+def as_float(images: np.ndarray) -> Tensor:
+    """uint8 images of any shape as float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).float().div_(255.0)
+
+
+def random_labels(dataset: ImageDataset, classes: int, seed: int) -> ImageDataset:
+    """The same images with labels drawn from ``range(classes)``, distinct while they last.
+
+    One random permutation of all classes after another, so that no label is used twice before every one was used
+    once. Groups are kept.
+    """
+    rng = numpy_rng(seed, "data.labels")
+    rounds = -(-len(dataset) // classes)
+    labels = np.concatenate([rng.permutation(classes) for _ in range(rounds)])[: len(dataset)]
+    return replace(
+        dataset,
+        labels=labels.astype(np.int64),
+        class_names=tuple(str(i) for i in range(classes)),
+        note=joined(dataset.note, f"labels: a seeded random draw from {classes:,} classes, not the natural ones"),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """A data set whose pixels are read only for the samples that are used.
+
+    What a data-set plug-in returns: a function of a :class:`~fedattack.config.DataConfig` answers a listing, and
+    :func:`~fedattack.data.load_dataset` applies `data.limit` and `data.image_size`.
+
+    Parameters
+    ----------
+    labels, class_names, groups, group_names, note
+        As in :class:`ImageDataset`, for all N samples.
+    read : callable
+        ``read(ids, image_size) -> uint8 (n, C, S, S)``; `image_size` None: as stored.
+    image_size : int or None
+        Side to use when the configuration leaves it open; None: as stored.
+    """
+
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    read: Callable[[np.ndarray, int | None], np.ndarray]
+    groups: np.ndarray | None = None
+    group_names: tuple[str, ...] | None = None
+    note: str = ""
+    image_size: int | None = None
+
+
+def joined(*notes: str) -> str:
+    """Notes as one text, empty ones left out."""
+    return "; ".join(note for note in notes if note)
+
+
+def cut_note(found: int, published: int, what: str = "training images") -> str:
+    """Note for a set that is smaller than the published one; empty when it is complete."""
+    return f"cut: {found:,} of {published:,} {what}" if found < published else ""

@@ -1,0 +1,193 @@
+"""Finding and opening a data set's files: folders, archives, compressed files, downloads.
+
+Nothing is unpacked to disk and nothing is unpickled here. Archive members pass tarfile's "data" filter, so a hostile
+name is refused although it would never be written.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from fedattack.config import DataConfig
+from fedattack.errors import DataError
+
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".zip")
+# A compressed tar can only be read from its start, so its pictures are kept in memory; larger ones must be unpacked.
+_IN_MEMORY_LIMIT = 4 * 2**30
+
+
+class Missing(DataError):
+    """The files of a data set are not where `data.dir` says; a download may help."""
+
+
+def data_dir(config: DataConfig, holds: str) -> Path:
+    """The existing path of `data.dir`.
+
+    Raises
+    ------
+    Missing
+        If it is not set, or does not exist; `holds` says what should be there.
+    """
+    if config.dir is None:
+        raise Missing(f"setting 'data.dir' is not set: data set {config.name!r} is read from {holds}")
+    path = Path(config.dir).expanduser()
+    if not path.exists():
+        raise Missing(f"setting 'data.dir' = {config.dir!r} does not exist: wanted {holds}")
+    return path
+
+
+def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, read: Callable[[], Any]) -> Any:
+    """`read()`, after a download where its files are missing and `data.download` allows it.
+
+    Parameters
+    ----------
+    config : DataConfig
+    fetch : callable or None
+        ``fetch(folder)`` downloads; None: this data set cannot be had that way.
+    read : callable
+        Raises :class:`Missing` when there is nothing to read.
+    """
+    try:
+        return read()
+    except Missing as missing:
+        if not config.download:
+            hint = "; or set 'data.download' = true" if fetch else ""
+            raise DataError(f"{missing}{hint}") from None
+        if fetch is None:
+            raise DataError(f"{missing}; setting 'data.download' = true: it has no free download") from None
+        if config.dir is None:
+            raise DataError("setting 'data.download' = true needs 'data.dir', the folder to download into") from None
+    folder = Path(config.dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fetch(folder)
+    except Exception as error:  # torchvision raises whatever its transport raises
+        raise DataError(f"download of data set {config.name!r} to {str(folder)!r} failed: {error}") from error
+    return read()
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the name is that of an archive that :func:`open_tree` reads."""
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+class Tree:
+    """Files below a folder or in an archive, by relative POSIX path.
+
+    Parameters
+    ----------
+    path : Path
+    names : iterable of str
+    read : callable
+        ``read(name) -> bytes``.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], read: Callable[[str], bytes]) -> None:
+        self.path = path
+        self.names = sorted(names)
+        self.read = read
+
+
+def open_tree(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
+    """List the `wanted` files of a folder or an archive (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip).
+
+    Hidden files and macOS resource forks are left out.
+
+    Raises
+    ------
+    DataError
+        If `path` is neither, cannot be read, or is an archive with a member that points outside it.
+    """
+    if path.is_dir():
+        names = _walk(path, wanted)
+        return Tree(path, names, lambda name: _read_file(path / name))
+    if not path.is_file():
+        raise Missing(f"{str(path)!r} is neither a folder nor a file")
+    if not is_archive(path):
+        raise DataError(f"{str(path)!r} is not a folder or an archive ({', '.join(ARCHIVE_SUFFIXES)})")
+    try:
+        return _open_zip(path, wanted) if path.suffix.lower() == ".zip" else _open_tar(path, wanted)
+    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"cannot read archive {str(path)!r}: {error}") from None
+
+
+def _visible(name: PurePosixPath) -> bool:
+    return not any(part.startswith((".", "__MACOSX")) for part in name.parts)
+
+
+def _walk(root: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[str]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for file in files:
+            name = PurePosixPath((Path(folder) / file).relative_to(root).as_posix())
+            if _visible(name) and wanted(name):
+                yield str(name)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r}: {error}") from None
+
+
+def _open_zip(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
+    archive = zipfile.ZipFile(path)
+    names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+    chosen = [name for name in names if _visible(PurePosixPath(name)) and wanted(PurePosixPath(name))]
+    for name in chosen:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"archive {str(path)!r} holds {name!r}, which points outside it")
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(name)
+        except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
+            raise DataError(f"cannot read {name!r} of archive {str(path)!r}: {error}") from None
+
+    return Tree(path, chosen, read)
+
+
+def _open_tar(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
+    held: dict[str, bytes] = {}
+    total = 0
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if not member.isfile() or not _visible(name) or not wanted(name):
+                continue
+            tarfile.data_filter(member, str(path.parent))
+            total += member.size
+            if total > _IN_MEMORY_LIMIT:
+                raise DataError(f"archive {str(path)!r} holds more than 4 GiB: unpack it and point 'data.dir' there")
+            stream = archive.extractfile(member)
+            assert stream is not None
+            held[str(name)] = stream.read()
+    return Tree(path, held, held.__getitem__)
+
+
+def find_file(folders: Iterable[Path], stems: Iterable[str]) -> Path | None:
+    """First existing file of a name among `stems`, plain or .gz/.xz/.bz2, in the folders' order."""
+    wanted = list(stems)
+    for folder in folders:
+        for stem in wanted:
+            for suffix in ("", ".gz", ".xz", ".bz2"):
+                if (folder / f"{stem}{suffix}").is_file():
+                    return folder / f"{stem}{suffix}"
+    return None
+
+
+def open_compressed(path: Path) -> IO[bytes]:
+    """Binary stream of a plain, .gz, .xz or .bz2 file."""
+    openers: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    opener = openers.get(path.suffix.lower())
+    return opener(path) if opener else path.open("rb")

@@ -1,0 +1,253 @@
+"""MNIST and its relatives: idx files, plain or compressed, complete or cut.
+
+Own readers, because torchvision reads only unpacked files of the published names and sizes.
+"""
+
+from __future__ import annotations
+
+import lzma
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fedattack.config import DataConfig
+from fedattack.data.dataset import Listing, cut_note, joined
+from fedattack.data.files import Missing, data_dir, find_file, open_compressed, with_download
+from fedattack.data.pixels import adapt
+from fedattack.errors import DataError
+
+_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_LARGEST = 8 * 2**30
+_OTHER_SETS = {"mnist", "fashionmnist", "qmnist", "emnist", "kmnist"}
+
+DIGITS = tuple("0123456789")
+GARMENTS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_UPPER, _LOWER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
+_BALANCED = tuple("0123456789" + _UPPER + "abdefghnqrt")  # the letters whose two cases look alike are merged
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Read an idx file.
+
+    Parameters
+    ----------
+    path : Path
+        Plain, .gz, .xz or .bz2.
+    dimensions : int
+        How many the file must have.
+
+    Returns
+    -------
+    ndarray
+        In the file's type and native byte order.
+
+    Raises
+    ------
+    DataError
+        If the magic number, the number of dimensions or the length is wrong, or the compression is corrupt.
+
+    References
+    ----------
+    .. [1] Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits", file formats.
+    """
+    try:
+        with open_compressed(path) as stream:
+            head = stream.read(4)
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES:
+                raise DataError(f"{str(path)!r} is not an idx file: it starts with {head.hex() or 'nothing'}")
+            if head[3] != dimensions:
+                raise DataError(f"{str(path)!r} is an idx file of {head[3]} dimensions; wanted {dimensions}")
+            sizes = stream.read(4 * dimensions)
+            if len(sizes) < 4 * dimensions:
+                raise DataError(f"{str(path)!r} is truncated: its header ends early")
+            shape = tuple(int(size) for size in np.frombuffer(sizes, ">u4"))
+            dtype = np.dtype(_TYPES[head[2]])
+            size = dtype.itemsize
+            for side in shape:
+                size *= side
+            if size > _LARGEST:
+                raise DataError(f"{str(path)!r} declares shape {shape}, more than 8 GiB: its header is damaged")
+            body = stream.read(size + 1)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"cannot read {str(path)!r}: {error}") from None
+    if len(body) != size:
+        problem = "truncated" if len(body) < size else "longer than its header says"
+        raise DataError(f"{str(path)!r} is {problem}: shape {shape} needs {size:,} bytes")
+    return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def read_pair(images: Path, labels: Path, label_dimensions: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 1, H, W) and labels (N,) or (N, columns) of two idx files that must agree.
+
+    Raises
+    ------
+    DataError
+        If either is corrupt, or their counts differ.
+    """
+    pixels, targets = read_idx(images, 3), read_idx(labels, label_dimensions)
+    if pixels.dtype != np.uint8:
+        raise DataError(f"{str(images)!r} holds {pixels.dtype} pixels; wanted uint8")
+    if len(pixels) != len(targets):
+        raise DataError(f"{str(images)!r} holds {len(pixels):,} images, {str(labels)!r} {len(targets):,} labels")
+    return pixels[:, None], targets
+
+
+def _folders(root: Path, *sets: str) -> list[Path]:
+    """Where a set's idx files may lie below, or beside, `root`: named folders first."""
+    named = [root / name / raw for name in sets for raw in ("raw", "")]
+    beside = [root.parent / name / "raw" for name in sets] + [root.parent.parent / name / "raw" for name in sets]
+    own = [root / "raw", root] if not _is_other_set(root, sets) else []
+    return [*named, *own, *beside]
+
+
+def _is_other_set(root: Path, sets: tuple[str, ...]) -> bool:
+    """Whether `root` is the folder of a relative, whose files have the same names."""
+    folder = root.parent if root.name == "raw" else root
+    name = folder.name.lower().replace("-", "").replace("_", "")
+    return name in _OTHER_SETS - {own.lower() for own in sets}
+
+
+def _find(root: Path, folders: list[Path], stems: list[str], config: DataConfig) -> Path:
+    path = find_file(folders, stems)
+    if path is None:
+        wanted = " or ".join(stems)
+        raise Missing(f"setting 'data.dir' = {config.dir!r}: no file {wanted} (plain or .gz) for {config.name!r}")
+    return path
+
+
+def _stems(prefix: str, part: str, kind: str, code: str) -> list[str]:
+    return [f"{prefix}{part}-{kind}-{code}-ubyte", f"{prefix}{part}-{kind}.{code}-ubyte"]
+
+
+def _published(
+    config: DataConfig,
+    folder: str,
+    class_names: tuple[str, ...],
+    full: int,
+    fetch: Callable[[Path], object],
+    prefix: str = "",
+    upright: bool = True,
+    first_label: int = 0,
+) -> Listing:
+    def read() -> Listing:
+        root = data_dir(config, f"a folder with {prefix}train-images-idx3-ubyte and its labels (plain or .gz)")
+        folders = [place for base in _folders(root, folder) for place in (base, base / "gzip")]
+        images, labels = read_pair(
+            _find(root, folders, _stems(prefix, "train", "images", "idx3"), config),
+            _find(root, folders, _stems(prefix, "train", "labels", "idx1"), config),
+        )
+        pixels = images if upright else images.transpose(0, 1, 3, 2)
+        return Listing(
+            labels=labels.astype(np.int64) - first_label,
+            class_names=class_names,
+            read=lambda ids, size: adapt(pixels[ids], None, size),
+            note=cut_note(len(labels), full),
+        )
+
+    listing: Listing = with_download(config, fetch, read)
+    return listing
+
+
+def mnist(config: DataConfig) -> Listing:
+    """Handwritten digits, 60,000 training images, 28x28 grey, 10 classes."""
+
+    def fetch(folder: Path) -> object:
+        from torchvision.datasets import MNIST
+
+        return MNIST(str(folder), download=True)
+
+    return _published(config, "MNIST", DIGITS, 60_000, fetch)
+
+
+def fashion_mnist(config: DataConfig) -> Listing:
+    """Garments (Fashion-MNIST), 60,000 training images, 28x28 grey, 10 classes."""
+
+    def fetch(folder: Path) -> object:
+        from torchvision.datasets import FashionMNIST
+
+        return FashionMNIST(str(folder), download=True)
+
+    return _published(config, "FashionMNIST", GARMENTS, 60_000, fetch)
+
+
+def _emnist(
+    config: DataConfig, split: str, class_names: tuple[str, ...], full: int, first_label: int = 0
+) -> Listing:
+    def fetch(folder: Path) -> object:
+        from torchvision.datasets import EMNIST
+
+        return EMNIST(str(folder), split=split, download=True)
+
+    # The published pixels lie transposed: the reader turns them upright.
+    return _published(config, "EMNIST", class_names, full, fetch, f"emnist-{split}-", False, first_label)
+
+
+def emnist(config: DataConfig) -> Listing:
+    """Letters and digits (EMNIST balanced), 112,800 training images, 28x28 grey, 47 classes."""
+    return _emnist(config, "balanced", _BALANCED, 112_800)
+
+
+def emnist_byclass(config: DataConfig) -> Listing:
+    """Letters and digits (EMNIST by class), 697,932 training images, 28x28 grey, 62 classes."""
+    return _emnist(config, "byclass", (*DIGITS, *_UPPER, *_LOWER), 697_932)
+
+
+def emnist_letters(config: DataConfig) -> Listing:
+    """Letters without case (EMNIST letters), 124,800 training images, 28x28 grey, 26 classes."""
+    return _emnist(config, "letters", tuple(_UPPER), 124_800, first_label=1)
+
+
+def qmnist(config: DataConfig) -> Listing:
+    """MNIST with its writers (QMNIST), 60,000 training images by 539 writers, 28x28 grey, 10 classes.
+
+    Column 2 of the published labels is the writer. Where QMNIST's own image file is absent, MNIST's training images
+    stand in (the same digits in the same order), and the note says so.
+
+    References
+    ----------
+    .. [1] C. Yadav, L. Bottou, "Cold Case: the Lost MNIST Digits", NeurIPS 2019.
+    """
+
+    def fetch(folder: Path) -> object:
+        from torchvision.datasets import QMNIST
+
+        return QMNIST(str(folder), what="train", download=True)
+
+    def read() -> Listing:
+        root = data_dir(config, "a folder with qmnist-train-labels-idx2-int and its images (plain or .gz)")
+        folders = _folders(root, "QMNIST")
+        label_file = _find(root, folders, ["qmnist-train-labels-idx2-int"], config)
+        image_file = find_file([label_file.parent, *folders], ["qmnist-train-images-idx3-ubyte"])
+        stand_in = image_file is None
+        if image_file is None:
+            stems = _stems("", "train", "images", "idx3")
+            image_file = _find(root, [label_file.parent, *_folders(root, "MNIST")], stems, config)
+        images, columns = read_pair(image_file, label_file, 2)
+        if columns.shape[1] != 8:
+            raise DataError(f"{str(label_file)!r} has {columns.shape[1]} columns; QMNIST labels have 8")
+        return Listing(
+            labels=columns[:, 0].astype(np.int64),
+            class_names=DIGITS,
+            groups=columns[:, 2].astype(np.int64),
+            read=lambda ids, size: adapt(images[ids], None, size),
+            note=joined(
+                cut_note(len(columns), 60_000),
+                "images: MNIST's training file (the same digits)" if stand_in else "",
+            ),
+        )
+
+    listing: Listing = with_download(config, fetch, read)
+    return listing

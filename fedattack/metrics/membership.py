@@ -1,0 +1,215 @@
+"""Scores of membership inference: who was in the training data, and what pure chance would have scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from fedattack.errors import DataError
+from fedattack.metrics.statistics import Interval, clopper_pearson
+from fedattack.rng import numpy_rng
+
+_CELLS = 4_000_000
+"""Resampled counts held at once (32 MB)."""
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """True-positive rate where the false-positive rate is at most a given one.
+
+    Parameters
+    ----------
+    max_fpr : float
+        The false-positive rate that was allowed.
+    tpr : Interval
+        Share of members found, with its exact (Clopper-Pearson) interval over the members.
+    fpr : float
+        The false-positive rate really spent.
+    true_positives, false_positives, members, nonmembers : int
+        The counts behind it.
+    chance_mean, chance_high : float
+        Mean and 97.5 % quantile of `tpr` when the scores know nothing (exact, negative hypergeometric).
+    p_value : float
+        Chance of at least this many true positives when the scores know nothing.
+    """
+
+    max_fpr: float
+    tpr: Interval
+    fpr: float
+    true_positives: int
+    false_positives: int
+    members: int
+    nonmembers: int
+    chance_mean: float
+    chance_high: float
+    p_value: float
+
+
+def auc(scores: ArrayLike, is_member: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that a random member outscores a random non-member.
+
+    Parameters
+    ----------
+    scores : array-like of float, shape (N,)
+        Higher means "more likely a member".
+    is_member : array-like of bool, shape (N,)
+
+    Raises
+    ------
+    DataError
+        If the lengths differ, a score is not a number, or there is no member or no non-member.
+    """
+    values, member = _checked(scores, is_member)
+    return float(roc_auc_score(member, values))
+
+
+def auc_interval(
+    scores: ArrayLike, is_member: ArrayLike, seed: int, confidence: float = 0.95, replicates: int = 1000
+) -> Interval:
+    """AUC with its percentile bootstrap interval; members and non-members are resampled separately.
+
+    Raises
+    ------
+    DataError
+        As in :func:`auc`.
+    """
+    values, member = _checked(scores, is_member)
+    _, place = np.unique(values, return_inverse=True)
+    inside = np.bincount(place[member], minlength=place.max() + 1)
+    outside = np.bincount(place[~member], minlength=place.max() + 1)
+    rng = numpy_rng(seed, "auc bootstrap")
+    areas: list[NDArray[np.float64]] = []
+    step = max(1, _CELLS // len(inside))
+    for start in range(0, replicates, step):
+        size = min(step, replicates - start)
+        m = rng.multinomial(member.sum(), inside / inside.sum(), size=size)
+        n = rng.multinomial((~member).sum(), outside / outside.sum(), size=size)
+        below = np.cumsum(n, axis=1) - 0.5 * n  # ties count half
+        areas.append((m * below).sum(axis=1) / (member.sum() * float((~member).sum())))
+    low, high = np.quantile(np.concatenate(areas), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(roc_auc_score(member, values)), float(low), float(high), len(values), confidence)
+
+
+def chance_auc(members: int, nonmembers: int, confidence: float = 0.95) -> Interval:
+    """The AUC of scores that know nothing: 0.5, with the Mann-Whitney interval of so few samples.
+
+    Raises
+    ------
+    DataError
+        If there is no member or no non-member.
+    """
+    if members < 1 or nonmembers < 1:
+        raise DataError(f"{members} members and {nonmembers} non-members: at least one of each is needed")
+    deviation = np.sqrt((members + nonmembers + 1) / (12 * members * nonmembers))
+    reach = float(stats.norm.ppf((1 + confidence) / 2) * deviation)
+    return Interval(0.5, max(0.0, 0.5 - reach), min(1.0, 0.5 + reach), members + nonmembers, confidence)
+
+
+def tpr_at_fpr(scores: ArrayLike, is_member: ArrayLike, max_fpr: float) -> OperatingPoint:
+    """True-positive rate at the last point of the ROC curve whose false-positive rate is at most `max_fpr`.
+
+    With fewer than ``1 / max_fpr`` non-members the point allows no false positive at all; the counts say so.
+
+    Raises
+    ------
+    DataError
+        As in :func:`auc`.
+
+    References
+    ----------
+    Carlini et al., Membership Inference Attacks From First Principles, 2022.
+    """
+    values, member = _checked(scores, is_member)
+    fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
+    point = int(np.nonzero(fpr <= max_fpr)[0][-1])
+    members, nonmembers = int(member.sum()), int((~member).sum())
+    hits = round(float(tpr[point]) * members)
+    # Without knowledge the ranking is a random shuffle: members drawn before the (allowed + 1)-th non-member.
+    allowed = int(np.floor(max_fpr * nonmembers + 1e-9))
+    null = stats.nhypergeom(members + nonmembers, members, min(allowed + 1, nonmembers))
+    return OperatingPoint(
+        max_fpr=max_fpr,
+        tpr=clopper_pearson(hits, members),
+        fpr=float(fpr[point]),
+        true_positives=hits,
+        false_positives=round(float(fpr[point]) * nonmembers),
+        members=members,
+        nonmembers=nonmembers,
+        chance_mean=float(null.mean()) / members,
+        chance_high=float(null.ppf(0.975)) / members,
+        p_value=float(null.sf(hits - 1)),
+    )
+
+
+def balanced_accuracy(scores: ArrayLike, is_member: ArrayLike) -> float:
+    """Largest mean of true-positive and true-negative rate over all thresholds.
+
+    The threshold is chosen on the scored candidates, so chance scores above 0.5: see
+    :func:`chance_balanced_accuracy`.
+
+    Raises
+    ------
+    DataError
+        As in :func:`auc`.
+    """
+    values, member = _checked(scores, is_member)
+    fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
+    return float(((tpr - fpr).max() + 1) / 2)
+
+
+def chance_balanced_accuracy(
+    scores: ArrayLike, is_member: ArrayLike, seed: int, replicates: int = 1000
+) -> tuple[float, float]:
+    """Mean and 97.5 % quantile of :func:`balanced_accuracy` when memberships are shuffled among these scores.
+
+    Raises
+    ------
+    DataError
+        As in :func:`auc`.
+    """
+    values, member = _checked(scores, is_member)
+    order = np.argsort(-values, kind="stable")
+    last = np.append(np.nonzero(np.diff(values[order]))[0], len(values) - 1)  # last place of each tie
+    steps = np.where(member, 1 / member.sum(), -1 / (~member).sum())
+    rng = numpy_rng(seed, "balanced accuracy")
+    best = np.empty(replicates)
+    for index in range(replicates):
+        best[index] = max(0.0, np.cumsum(rng.permutation(steps))[last].max())
+    accuracy = (best + 1) / 2
+    return float(accuracy.mean()), float(np.quantile(accuracy, 0.975))
+
+
+def roc_points(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False- and true-positive rates of the ROC curve, both rising from 0 to 1.
+
+    Raises
+    ------
+    DataError
+        As in :func:`auc`.
+    """
+    values, member = _checked(scores, is_member)
+    fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
+    return fpr, tpr
+
+
+def _checked(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    values, member = np.asarray(scores, dtype=np.float64), np.asarray(is_member)
+    if values.ndim != 1 or values.shape != member.shape:
+        raise DataError(
+            f"{values.shape} scores for {member.shape} memberships: one of each per candidate is needed"
+        )
+    if member.dtype != np.bool_:
+        raise DataError(f"memberships must be booleans, not {member.dtype}")
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"{int((~np.isfinite(values)).sum())} of {values.size} membership scores are not finite"
+        )
+    if member.all() or not member.any():
+        raise DataError(
+            f"{int(member.sum())} members and {int((~member).sum())} non-members: one of each is needed"
+        )
+    return values, member

@@ -1,0 +1,220 @@
+"""What a client does with the weights it gets: one gradient, or a few optimiser steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedattack.config import TrainingConfig
+from fedattack.errors import DataError, RunFailed
+from fedattack.rng import numpy_rng
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training leaves.
+
+    Parameters
+    ----------
+    update : dict of str to Tensor
+        Parameter name -> gradient (fedsgd) or new minus received weights (fedavg), float32, on the model's device.
+    buffers : dict of str to Tensor
+        The floating-point buffers after training (BatchNorm statistics); empty where the model has none.
+    loss : float
+        Mean cross-entropy of the batches, each at the weights it met.
+    num_examples : int
+        Distinct samples used.
+    """
+
+    update: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    loss: float
+    num_examples: int
+
+
+def batch_positions(
+    count: int, training: TrainingConfig, seed: int, round: int, client: int
+) -> list[NDArray[np.int64]]:
+    """Which of a client's samples are in the batch of each local step.
+
+    A pure function of its arguments, so that the auditor can recompute what a client saw.
+
+    Parameters
+    ----------
+    count : int
+        Samples the client has.
+    training : TrainingConfig
+        `batch_size` 0, or no less than `count`, takes all samples in every step.
+    seed, round, client : int
+        Key of the random stream.
+
+    Returns
+    -------
+    list of ndarray of int64
+        Positions in [0, count), one array per local step. Steps walk through a random permutation, which is drawn
+        anew when it is used up; the last batch of such an epoch may be smaller (McMahan et al. 2017).
+
+    Raises
+    ------
+    DataError
+        If the client has no samples.
+    """
+    if count < 1:
+        raise DataError(f"client {client} has no samples to train on; use fewer clients or another partition")
+    size = training.batch_size
+    if size == 0 or size >= count:
+        return [np.arange(count)] * training.local_steps
+    rng = numpy_rng(seed, "batch", round, client)
+    batches: list[NDArray[np.int64]] = []
+    while len(batches) < training.local_steps:
+        order = rng.permutation(count)
+        batches += [order[start : start + size] for start in range(0, count, size)]
+    return batches[: training.local_steps]
+
+
+def local_update(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    batches: Sequence[NDArray[np.int64]],
+    training: TrainingConfig,
+) -> LocalResult:
+    """Train on the client's batches, from the received weights, in train mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Scratch space that is reused for every client: its weights are overwritten. Its layers must not draw random
+        numbers (dropout), for those would come from torch's global stream.
+    weights : mapping of str to Tensor
+        The received state dict; not modified.
+    images : Tensor
+        float32, shape (N, C, H, W), in [0, 1]: all samples of the client.
+    labels : Tensor
+        int64, shape (N,).
+    batches : sequence of ndarray of int64
+        Positions in the samples, one array per step (:func:`batch_positions`).
+    training : TrainingConfig
+        Under "fedsgd" the update is the gradient of the mean cross-entropy over the only batch, without weight decay
+        (the optimiser is the server's). Under "fedavg" it is the weight change of SGD with learning rate, momentum
+        and weight decay as in ``torch.optim.SGD``, its momentum starting at zero.
+
+    Returns
+    -------
+    LocalResult
+
+    Raises
+    ------
+    RunFailed
+        If the loss becomes NaN or infinite, or the weights do not fit the model.
+    """
+    load_weights(model, weights)
+    model.train()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    device = parameters[0].device
+    losses: list[Tensor] = []
+
+    def gradient(batch: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        index = torch.from_numpy(batch)
+        loss = cross_entropy(model(images[index].to(device)), labels[index].to(device))
+        losses.append(loss.detach())
+        return torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+    if training.protocol == "fedsgd":
+        if len(batches) != 1:
+            raise RunFailed(f"protocol 'fedsgd' takes one batch a round, got {len(batches)}")
+        update = gradient(batches[0])
+    else:
+        received = torch._foreach_clone([parameter.detach() for parameter in parameters])
+        velocity: tuple[Tensor, ...] | None = None
+        for batch in batches:
+            step = gradient(batch)
+            with torch.no_grad():
+                if training.weight_decay:
+                    step = torch._foreach_add(step, parameters, alpha=training.weight_decay)
+                if training.momentum:
+                    if velocity is not None:
+                        step = torch._foreach_add(step, velocity, alpha=training.momentum)
+                    velocity = step
+                torch._foreach_add_(parameters, step, alpha=-training.learning_rate)
+        with torch.no_grad():
+            update = torch._foreach_sub([parameter.detach() for parameter in parameters], received)
+    loss = float(torch.stack(losses).mean())
+    if not math.isfinite(loss):
+        raise RunFailed(
+            f"local training diverged: the loss became {loss} (learning_rate {training.learning_rate}, "
+            f"{len(batches)} steps); lower 'training.learning_rate'"
+        )
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers() if b.is_floating_point()}
+    seen = len(batches[0]) if len(batches) == 1 else np.unique(np.concatenate(batches)).size
+    return LocalResult(dict(zip(names, update, strict=True)), buffers, loss, int(seen))
+
+
+def evaluate(
+    model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor, batch_size: int = 512
+) -> dict[str, float]:
+    """Mean cross-entropy and accuracy of `weights` in evaluation mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Scratch space; its weights are overwritten.
+    weights : mapping of str to Tensor
+        State dict.
+    images, labels : Tensor
+        float32 (N, C, H, W) in [0, 1] and int64 (N,).
+    batch_size : int
+        Samples in one forward pass; no effect on the result beyond rounding.
+
+    Returns
+    -------
+    dict
+        "loss" (NaN or infinite where the model has diverged) and "accuracy" in [0, 1].
+
+    Raises
+    ------
+    DataError
+        If there are no samples.
+    RunFailed
+        If the weights do not fit the model.
+    """
+    if len(labels) == 0:
+        raise DataError("no samples to evaluate on")
+    load_weights(model, weights)
+    model.eval()
+    device = next(model.parameters()).device
+    loss, correct = 0.0, 0
+    with torch.inference_mode():
+        for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            truth = truth.to(device)
+            logits = model(some.to(device))
+            loss += float(cross_entropy(logits, truth, reduction="sum"))
+            correct += int((logits.argmax(1) == truth).sum())
+    return {"loss": loss / len(labels), "accuracy": correct / len(labels)}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy a state dict into the model's own tensors (parameters and buffers).
+
+    Raises
+    ------
+    RunFailed
+        If names or shapes differ.
+    """
+    own = model.state_dict()
+    if own.keys() != weights.keys():
+        raise RunFailed(f"weights do not fit the model: tensors {sorted(own.keys() ^ weights.keys())}")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
+            raise RunFailed(f"weights do not fit the model: {name!r} is {found}, should be {wanted}")
+        tensor.copy_(weights[name])

@@ -1,0 +1,437 @@
+"""FedMIA on a small federation that is really trained: sklearn's digits with 20 % wrong labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adversaries.membership import per_sample
+from adversaries.membership.fedmia import FedMIA, client_model, one_tailed, statistics
+from adversaries.membership.per_sample import gradient_products
+from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+from fedattack.errors import NotApplicable, PayloadError
+from fedattack.models import build_model, initial_weights
+from fedattack.models.resnet import ResNet
+from fedattack.observation import Candidates, Observation, Scenario, Update
+
+CPU = torch.device("cpu")
+CLIENTS, EACH, ROUNDS, STEPS, BATCH, RATE = 10, 120, 25, 20, 20, 0.3
+OBSERVED = (5, 10, 15, 20, 25)
+
+
+@dataclass
+class Federation:
+    """The recorded run: what the server saw, the clients' samples, and samples nobody trained on."""
+
+    observations: list[Observation]
+    parts: list[Candidates]
+    held_out: Candidates
+
+
+def joined(*parts: Candidates) -> Candidates:
+    return Candidates(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+
+
+def as_update(tensors: dict[str, Tensor], kind: str) -> Update:
+    values = torch.cat([t.flatten() for t in tensors.values()])
+    return Update(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), None, values, kind)
+
+
+def top_k(update: Update, rate: float) -> Update:
+    kept = max(1, round(rate * update.numel))
+    indices = update.values.abs().topk(kept).indices.sort().values
+    return replace(update, indices=indices, values=update.values[indices])
+
+
+@pytest.fixture(scope="module")
+def federation() -> Federation:
+    digits = load_digits()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(digits.target))
+    labels = np.where(rng.random(len(order)) < 0.2, rng.integers(0, 10, len(order)), digits.target)
+    images = torch.tensor(digits.images[order], dtype=torch.float32)[:, None] / 16
+    targets = torch.tensor(labels[order], dtype=torch.int64)
+    parts = [
+        Candidates(images[k * EACH : (k + 1) * EACH], targets[k * EACH : (k + 1) * EACH])
+        for k in range(CLIENTS)
+    ]
+    held_out = Candidates(images[CLIENTS * EACH :], targets[CLIENTS * EACH :])
+
+    scenario = Scenario(
+        ModelConfig(name="mlp", classes=10, channels=1, image_size=8, activation="relu"),
+        TrainingConfig(protocol="fedavg", batch_size=BATCH, local_steps=STEPS, learning_rate=RATE),
+        CompressionConfig(name="none"),
+    )
+    model = build_model(scenario.model)
+    weights = initial_weights(scenario.model, seed=0)
+    observations = []
+    for round_number in range(1, ROUNDS + 1):
+        deltas = []
+        for k, part in enumerate(parts):
+            model.load_state_dict(weights)
+            optimiser = torch.optim.SGD(model.parameters(), RATE)
+            for _ in range(STEPS):
+                batch = rng.choice(EACH, BATCH, replace=False)
+                optimiser.zero_grad()
+                functional.cross_entropy(model(part.images[batch]), part.labels[batch]).backward()
+                optimiser.step()
+            deltas.append({n: p.detach() - weights[n] for n, p in model.named_parameters()})
+            if round_number in OBSERVED:
+                update = as_update(deltas[-1], "delta")
+                observations.append(Observation(round_number, k, scenario, weights, update, STEPS * BATCH))
+        weights = {n: w + torch.stack([d[n] for d in deltas]).mean(0) for n, w in weights.items()}
+    return Federation(observations, parts, held_out)
+
+
+def interval(truth: np.ndarray, scores: Tensor) -> tuple[float, float, float]:
+    """AUC and its 95 % bootstrap interval."""
+    rng = np.random.default_rng(0)
+    values = scores.numpy()
+    draws = []
+    while len(draws) < 400:
+        pick = rng.integers(0, len(truth), len(truth))
+        if 0 < truth[pick].sum() < len(pick):
+            draws.append(roc_auc_score(truth[pick], values[pick]))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return roc_auc_score(truth, values), low, high
+
+
+def asked(federation: Federation, client: int) -> tuple[Candidates, np.ndarray]:
+    mine = federation.parts[client]
+    truth = np.r_[np.ones(len(mine.labels)), np.zeros(len(federation.held_out.labels))]
+    return joined(mine, federation.held_out), truth
+
+
+@pytest.mark.parametrize("statistic", ["cosine", "loss"])
+def test_members_of_the_target_stand_out(federation: Federation, statistic: str) -> None:
+    pooled, truths = [], []
+    for target in range(4):
+        candidates, truth = asked(federation, target)
+        answer = FedMIA(statistic).run(federation.observations, target, candidates, 0, CPU)
+        assert answer.scores.dtype == torch.float64
+        assert answer.scores.shape == truth.shape
+        assert answer.details["rounds"] == list(OBSERVED)
+        assert answer.details["shadows"] == [CLIENTS - 1] * len(OBSERVED)
+        pooled.append(answer.scores)
+        truths.append(truth)
+    auc, low, high = interval(np.concatenate(truths), torch.cat(pooled))
+    print(f"FedMIA {statistic}: AUC {auc:.3f} [{low:.3f}, {high:.3f}]")
+    assert low > 0.6
+
+
+@pytest.mark.parametrize("statistic", ["cosine", "loss"])
+def test_control_that_trained_on_other_data(federation: Federation, statistic: str) -> None:
+    """Client 0's samples against clients that never had them, client 0's own answers set aside: chance."""
+    others = [o for o in federation.observations if o.client != 0]
+    candidates, truth = asked(federation, 0)
+    truths, pooled = [], []
+    for target in range(1, 6):
+        pooled.append(FedMIA(statistic).run(others, target, candidates, 0, CPU).scores)
+        truths.append(truth)
+    auc = roc_auc_score(np.concatenate(truths), torch.cat(pooled).numpy())
+    assert abs(auc - 0.5) < 0.05
+
+
+def test_sparse_updates_leak_less_but_still_leak(federation: Federation) -> None:
+    def auc(rate: float) -> float:
+        sent = [replace(o, update=top_k(o.update, rate)) for o in federation.observations]
+        truths, pooled = [], []
+        for target in range(4):
+            candidates, truth = asked(federation, target)
+            pooled.append(FedMIA().run(sent, target, candidates, 0, CPU).scores)
+            truths.append(truth)
+        return float(roc_auc_score(np.concatenate(truths), torch.cat(pooled).numpy()))
+
+    tenth, thousandth = auc(0.1), auc(0.001)
+    print(f"FedMIA-II under top-k: 10 % {tenth:.3f}, 0.1 % {thousandth:.3f}")
+    assert tenth > 0.6
+    assert thousandth < tenth
+
+
+def literal(
+    observations: list[Observation], target: int, candidates: Candidates, statistic: str
+) -> np.ndarray:
+    """FedMIA sample by sample with autograd, NumPy and SciPy, all entries dense."""
+    scores = []
+    for round_number in sorted({o.round for o in observations}):
+        answers = [o for o in observations if o.round == round_number]
+        model = build_model(answers[0].scenario.model).double().eval()
+        table = np.zeros((len(answers), len(candidates.labels)))
+        for i, (x, y) in enumerate(zip(candidates.images.double(), candidates.labels, strict=True)):
+            for k, o in enumerate(answers):
+                dense = {n: t.double() for n, t in o.update.dense().items()}
+                state = {n: t.double() for n, t in o.weights.items()}
+                sign = 1 if o.update.kind == "gradient" else -1
+                if statistic == "loss":
+                    step = sign * -(
+                        o.scenario.training.server_learning_rate or o.scenario.training.learning_rate
+                    )
+                    step = step if sign == 1 else 1
+                    model.load_state_dict({n: t + step * dense[n] for n, t in state.items()})
+                    with torch.no_grad():
+                        table[k, i] = -functional.cross_entropy(model(x[None]), y[None])
+                else:
+                    model.load_state_dict(state)
+                    loss = functional.cross_entropy(model(x[None]), y[None])
+                    g = torch.cat(
+                        [t.flatten() for t in torch.autograd.grad(loss, list(model.parameters()))]
+                    ).numpy()
+                    u = torch.cat([dense[n].flatten() for n, _ in model.named_parameters()]).numpy()
+                    table[k, i] = sign * g @ u / (np.linalg.norm(g) * np.linalg.norm(u))
+        own = [o.client for o in answers].index(target)
+        others = np.delete(table, own, axis=0)
+        scores.append(norm.cdf(table[own], others.mean(0), np.sqrt(others.var(0) + 1e-8)))
+    return np.mean(scores, axis=0)
+
+
+@pytest.mark.parametrize("statistic", ["cosine", "loss"])
+@pytest.mark.parametrize("rate", [None, 0.02])
+def test_equals_the_literal_computation(federation: Federation, statistic: str, rate: float | None) -> None:
+    observations = [o for o in federation.observations if o.round in (5, 25) and o.client < 5]
+    if rate is not None:
+        observations = [replace(o, update=top_k(o.update, rate)) for o in observations]
+    candidates = Candidates(federation.parts[2].images[:12], federation.parts[2].labels[:12])
+    answer = FedMIA(statistic).run(observations, 2, candidates, 0, CPU).scores.numpy()
+    # In float32 a z-score is off by the rounding of s over its spread (about 1e-7 / 1e-2).
+    np.testing.assert_allclose(answer, literal(observations, 2, candidates, statistic), atol=1e-5, rtol=0)
+
+
+def gradients(model: nn.Module, state: dict[str, Tensor], candidates: Candidates) -> Tensor:
+    """Per-sample gradients in double precision, one backward pass each, shape (N, P)."""
+    double = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+    rows = []
+    for x, y in zip(candidates.images.double(), candidates.labels, strict=True):
+        leaves = {n: double[n].clone().requires_grad_() for n, _ in model.named_parameters()}
+        loss = functional.cross_entropy(functional_call(model, {**double, **leaves}, (x[None],)), y[None])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(leaves.values()))]))
+    return torch.stack(rows)
+
+
+def tiny_cnn() -> nn.Module:
+    return build_model(ModelConfig(name="tiny-cnn", classes=10, channels=1, image_size=8, activation="relu"))
+
+
+def perceptron() -> nn.Module:
+    return build_model(ModelConfig(name="mlp", classes=10, channels=1, image_size=8, activation="relu"))
+
+
+def resnet() -> nn.Module:
+    config = ModelConfig(name="resnet18", classes=10, channels=1, image_size=8, activation="relu")
+    model = ResNet(config, (1, 1, 1, 1))
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():  # running statistics as after some training
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(("build", "count"), [(perceptron, 20), (tiny_cnn, 20), (resnet, 3)])
+def test_gradient_products_equal_autograd(
+    federation: Federation, build, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    state = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    candidates = Candidates(federation.held_out.images[:count], federation.held_out.labels[:count])
+    tensors = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    dense = as_update(tensors, "gradient")
+    only_head = as_update(
+        {n: t * (10.0 if n.startswith("head") else 1e-3) for n, t in tensors.items()}, "gradient"
+    )
+    updates = [dense, top_k(dense, 0.1), top_k(only_head, 0.0005)]
+    reference = gradients(build_as(model, torch.float64), state, candidates)
+    flat = torch.stack([torch.cat([t.flatten() for t in u.dense().values()]).double() for u in updates])
+    wanted, lengths = flat @ reference.T, reference.norm(dim=1)
+
+    products, norms = gradient_products(model, state, candidates.images, candidates.labels, updates)
+    bound = 1e-6 * flat.norm(dim=1)[:, None] * lengths
+    assert ((products - wanted).abs() <= bound).all()
+    torch.testing.assert_close(norms, lengths, rtol=1e-5, atol=0)
+
+    monkeypatch.setattr(per_sample, "MEMORY", 1)  # one sample and one entry at a time
+    products_in_chunks, _ = gradient_products(
+        model, state, candidates.images[:2], candidates.labels[:2], updates[2:]
+    )
+    assert ((products_in_chunks - wanted[2:, :2]).abs() <= bound[2:, :2]).all()
+
+
+def build_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `model` in another precision."""
+    import copy
+
+    return copy.deepcopy(model).to(dtype).eval()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest floating-point tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_view(function):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def is_view(function) -> bool:
+    return bool(function._schema.returns and function._schema.returns[0].alias_info is not None)
+
+
+def test_large_head_is_never_formed() -> None:
+    """The 7.8M-entry head of the published LeNet: 40 dense gradients would be 1.25 GB."""
+    config = ModelConfig(name="lenet-zhu", classes=10_177, channels=3, image_size=32, activation="sigmoid")
+    model = build_model(config).eval()
+    state = initial_weights(config, 0)
+    names = tuple(n for n, _ in model.named_parameters())
+    shapes = tuple(tuple(p.shape) for _, p in model.named_parameters())
+    total = sum(p.numel() for p in model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randperm(total, generator=generator)[: total // 1000].sort().values
+    update = Update(names, shapes, indices, torch.randn(len(indices), generator=generator))
+    images = torch.rand(40, 3, 32, 32, generator=generator)
+    labels = torch.randint(10_177, (40,), generator=generator)
+    with LargestTensor() as watch:
+        products, norms = gradient_products(model, state, images, labels, [update])
+    assert (
+        40 * 8_000 < watch.elements < total / 8
+    )  # the convolutions' gradients, and nothing near one whole gradient
+    g = gradients(build_as(model, torch.float64), state, Candidates(images[7:8], labels[7:8]))[0]
+    assert float(norms[7]) == pytest.approx(float(g.norm()), rel=1e-5)
+    off = abs(float(products[0, 7]) - float(g[indices] @ update.values.double()))
+    assert off < 1e-6 * float(g.norm()) * float(update.values.norm())
+
+
+def test_sign_follows_the_kind_of_update(federation: Federation) -> None:
+    observations = [o for o in federation.observations if o.round == 5]
+    flipped = [
+        replace(o, update=replace(o.update, values=-o.update.values, kind="gradient")) for o in observations
+    ]
+    candidates = Candidates(federation.held_out.images[:30], federation.held_out.labels[:30])
+    as_delta = FedMIA().run(observations, 0, candidates, 0, CPU).scores
+    as_gradient = FedMIA().run(flipped, 0, candidates, 0, CPU).scores
+    assert torch.equal(as_delta, as_gradient)
+
+    # The gradient of one sample has cosine 1 with that sample's own gradient, and that is what a member shows.
+    model = build_model(observations[0].scenario.model).eval()
+    own = gradients(build_as(model, torch.float64), observations[0].weights, candidates)[4].float()
+    update = replace(observations[0].update, values=own, kind="gradient")
+    table = statistics("cosine", model, [replace(observations[0], update=update)], candidates)
+    assert float(table[0, 4]) == pytest.approx(1, abs=1e-5)
+    assert int(table[0].argmax()) == 4
+
+
+def test_model_of_a_client_that_sent_a_gradient(federation: Federation) -> None:
+    o = federation.observations[0]
+    gradient = replace(o.update, kind="gradient")
+    for server_rate, step in ((None, 0.3), (2.0, 2.0)):
+        training = TrainingConfig(protocol="fedsgd", learning_rate=0.3, server_learning_rate=server_rate)
+        seen = replace(o, update=gradient, scenario=replace(o.scenario, training=training))
+        for name, tensor in client_model(seen).items():
+            torch.testing.assert_close(tensor, o.weights[name] - step * gradient.dense()[name])
+
+
+def test_asks_in_one_order_and_ignores_what_it_must(federation: Federation) -> None:
+    candidates, _ = asked(federation, 0)
+    plain = FedMIA().run(federation.observations, 0, candidates, 0, CPU).scores
+    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0))
+    shuffled = Candidates(candidates.images[order], candidates.labels[order])
+    mixed = [federation.observations[i] for i in torch.randperm(len(federation.observations)).tolist()]
+    again = FedMIA().run(mixed, 0, shuffled, 99, CPU).scores
+    torch.testing.assert_close(again, plain[order], atol=1e-5, rtol=0)
+
+
+def test_personal_weights_are_each_client_s_own(federation: Federation) -> None:
+    """A server that sent client 3 another model: its gradient is taken at that model."""
+    observations = [o for o in federation.observations if o.round == 5 and o.client < 5]
+    other = next(o.weights for o in federation.observations if o.round == 25)
+    observations[3] = replace(observations[3], weights=other)
+    candidates = Candidates(federation.parts[0].images[:10], federation.parts[0].labels[:10])
+    answer = FedMIA().run(observations, 0, candidates, 0, CPU).scores.numpy()
+    np.testing.assert_allclose(answer, literal(observations, 0, candidates, "cosine"), atol=1e-5, rtol=0)
+
+
+def test_rounds_without_the_target_are_passed_over(federation: Federation) -> None:
+    candidates = Candidates(federation.parts[0].images[:5], federation.parts[0].labels[:5])
+    thinned = [
+        o
+        for o in federation.observations
+        if not (o.round == 10 and o.client == 0) and not (o.round == 15 and o.client > 1)
+    ]
+    answer = FedMIA().run(thinned, 0, candidates, 0, CPU)
+    assert answer.details["rounds"] == [5, 20, 25]
+    assert answer.details["rounds_passed_over"] == [10, 15]
+    kept = [o for o in federation.observations if o.round in (5, 20, 25)]
+    assert torch.equal(answer.scores, FedMIA().run(kept, 0, candidates, 0, CPU).scores)
+
+
+def test_refuses_what_it_cannot_do(federation: Federation) -> None:
+    candidates = Candidates(federation.parts[0].images[:5], federation.parts[0].labels[:5])
+    two = [o for o in federation.observations if o.client < 2]
+    with pytest.raises(NotApplicable, match="at least 3 are needed"):
+        FedMIA().run(two, 0, candidates, 0, CPU)
+    with pytest.raises(NotApplicable, match="client 77"):
+        FedMIA().run(federation.observations, 77, candidates, 0, CPU)
+    with pytest.raises(NotApplicable, match="no candidate"):
+        FedMIA().run(
+            federation.observations, 0, Candidates(candidates.images[:0], candidates.labels[:0]), 0, CPU
+        )
+    o = federation.observations[0]
+    renamed = replace(o, update=replace(o.update, names=tuple(reversed(o.update.names))))
+    with pytest.raises(PayloadError):
+        FedMIA().run([renamed, *federation.observations[1:10]], 0, candidates, 0, CPU)
+
+
+def test_one_silent_client_is_a_shadow_without_direction(federation: Federation) -> None:
+    observations = [o for o in federation.observations if o.round == 5]
+    silent = replace(observations[4].update, values=torch.zeros(observations[4].update.numel))
+    observations[4] = replace(observations[4], update=silent)
+    candidates = Candidates(federation.parts[0].images[:5], federation.parts[0].labels[:5])
+    model = build_model(observations[0].scenario.model).eval()
+    assert torch.equal(
+        statistics("cosine", model, observations, candidates)[4], torch.zeros(5, dtype=torch.float64)
+    )
+    assert torch.isfinite(FedMIA().run(observations, 0, candidates, 0, CPU).scores).all()
+
+
+def test_outlying_shadows_can_be_dropped(federation: Federation) -> None:
+    """A shadow that has the very sample hides the member, unless it is left out."""
+    observations = [o for o in federation.observations if o.round == 5]
+    more = [replace(o, client=o.client + 10) for o in observations if o.client > 0]  # 18 shadows
+    candidates = Candidates(federation.parts[0].images[:1], federation.parts[0].labels[:1])
+    model = build_model(observations[0].scenario.model).eval()
+    own = gradients(build_as(model, torch.float64), observations[0].weights, candidates)[0].float()
+    more[-1] = replace(more[-1], update=replace(more[-1].update, values=-own))
+    plain = FedMIA().run(observations + more, 0, candidates, 0, CPU)
+    strict = FedMIA(drop_members=True).run(observations + more, 0, candidates, 0, CPU)
+    assert strict.details["dropped"] == pytest.approx(1 / 18)
+    assert plain.details["dropped"] == 0
+    s = statistics("cosine", model, observations + more, candidates)
+    np.testing.assert_allclose(
+        strict.scores,
+        norm.cdf(s[0], s[1:-1].mean(0), (s[1:-1].var(0, correction=0) + 1e-8).sqrt()),
+        atol=1e-12,
+    )
+
+
+def test_one_tailed_is_the_normal_distribution_function() -> None:
+    own, others = (
+        torch.tensor([0.3, -0.2]).double(),
+        torch.tensor([[0.1, 0.2], [0.3, -0.4], [0.5, 0.0]]).double(),
+    )
+    wanted = norm.cdf(own, others.mean(0), np.sqrt(others.numpy().var(0) + 1e-8))
+    np.testing.assert_allclose(
+        one_tailed(own, others, torch.ones(3, 2, dtype=torch.bool)), wanted, atol=1e-14
+    )
