@@ -127,11 +127,14 @@ class Auxiliary:
         int64, shape (N,), in the federation's label space; None where the public data has none.
     source : str
         Where it came from, for the report.
+    groups : Tensor or None
+        int64, shape (N,): whose image it is (any numbering), so that whole people can be held out; None: unknown.
     """
 
     images: Tensor
     labels: Tensor | None = None
     source: str = ""
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.images.shape[0])

@@ -1,0 +1,144 @@
+"""Server strategies: any of Flower's by name, and the wrapper that makes any of them curious."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from fedattack.config import FederationConfig
+from fedattack.errors import ConfigError, unknown_name
+from fedattack.registry import Registry
+from strategies.eavesdropper import Eavesdropper, RoundReport
+
+_FLOWER = "flwr.serverapp.strategy"
+
+STRATEGIES: Registry[type[Any]] = Registry(
+    "strategy",
+    {
+        "fedavg": f"{_FLOWER}:FedAvg",
+        "fedavgm": f"{_FLOWER}:FedAvgM",
+        "fedadam": f"{_FLOWER}:FedAdam",
+        "fedadagrad": f"{_FLOWER}:FedAdagrad",
+        "fedyogi": f"{_FLOWER}:FedYogi",
+        "fedprox": f"{_FLOWER}:FedProx",
+        "fedmedian": f"{_FLOWER}:FedMedian",
+        "fedtrimmedavg": f"{_FLOWER}:FedTrimmedAvg",
+        "krum": f"{_FLOWER}:Krum",
+        "multikrum": f"{_FLOWER}:MultiKrum",
+        "bulyan": f"{_FLOWER}:Bulyan",
+        "qfedavg": f"{_FLOWER}:QFedAvg",
+    },
+    group="fedattack.strategies",
+)
+
+_SERVER_OPTIMISERS = {"fedavgm", "fedadam", "fedadagrad", "fedyogi", "qfedavg"}
+
+_OURS = {
+    "fraction_train": "federation.participation",
+    "fraction_evaluate": "federation.evaluate",
+    "min_train_nodes": "federation.participation",
+    "min_evaluate_nodes": "federation.evaluate",
+    "min_available_nodes": "federation.clients",
+    "client_learning_rate": "training.learning_rate",
+    "arrayrecord_key": None,
+    "configrecord_key": None,
+    "weighted_by_key": None,
+    "train_loss_key": None,
+    "train_metrics_aggr_fn": None,
+    "evaluate_metrics_aggr_fn": None,
+    "selection_rule": None,
+}
+"""Parameters of Flower's strategies that are set here, and the setting that decides each."""
+
+
+def drawn(federation: FederationConfig) -> int:
+    """How many clients are drawn each round."""
+    return max(1, round(federation.participation * federation.clients))
+
+
+def build_strategy(federation: FederationConfig, learning_rate: float) -> Any:
+    """The Flower strategy of a configuration, ready to be wrapped by an :class:`~strategies.Eavesdropper`.
+
+    Parameters
+    ----------
+    federation : FederationConfig
+        `strategy` and `strategy_options` (in kebab or snake case), besides clients and participation.
+    learning_rate : float
+        The clients', which q-FedAvg estimates a Lipschitz constant from.
+
+    Raises
+    ------
+    ConfigError
+        If the strategy is unknown or is not one, or an option is unknown, reserved or of the wrong type.
+    """
+    from flwr.serverapp.strategy import Strategy
+
+    name = federation.strategy
+    cls = STRATEGIES.get(name)
+    if not (inspect.isclass(cls) and issubclass(cls, Strategy)):
+        raise ConfigError(f"setting 'federation.strategy' = {name!r}: not a flwr.serverapp.strategy.Strategy")
+    accepted = {
+        key: parameter
+        for key, parameter in inspect.signature(cls.__init__).parameters.items()
+        if key != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    ours = {
+        "fraction_train": federation.participation,
+        "min_train_nodes": drawn(federation),
+        "min_available_nodes": federation.clients,
+        "fraction_evaluate": 0.0,
+        "min_evaluate_nodes": 0,
+        "client_learning_rate": learning_rate,
+    }
+    arguments: dict[str, Any] = {key: value for key, value in ours.items() if key in accepted}
+    free = [key for key in accepted if key not in _OURS]
+    for option, value in federation.strategy_options.items():
+        key = option.replace("-", "_")
+        setting = f"federation.strategy_options.{option}"
+        if key in _OURS:
+            decided = f"by setting {_OURS[key]!r}" if _OURS[key] else "by fedattack and cannot be changed"
+            raise ConfigError(f"setting {setting!r}: decided {decided}")
+        if key not in free:
+            raise unknown_name("setting", setting, [f"federation.strategy_options.{k}" for k in free])
+        arguments[key] = _checked(setting, value, accepted[key].annotation)
+    lacking = [k for k in free if accepted[k].default is inspect.Parameter.empty and k not in arguments]
+    if lacking:
+        raise ConfigError(
+            f"setting 'federation.strategy' = {name!r} needs 'federation.strategy_options.{lacking[0]}'"
+        )
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"setting 'federation.strategy' = {name!r}: {error}") from None
+
+
+def averages_buffers(federation: FederationConfig) -> bool:
+    """Whether BatchNorm buffers must be kept from this strategy: a server optimiser would step on them."""
+    if federation.strategy in _SERVER_OPTIMISERS:
+        return True
+    cls = STRATEGIES.get(federation.strategy)
+    return any(issubclass(cls, STRATEGIES.get(name)) for name in sorted(_SERVER_OPTIMISERS))
+
+
+def _checked(setting: str, value: Any, annotation: Any) -> Any:
+    """`value` as the strategy's annotation wants it; values typed in a shell are strings."""
+    from pydantic import TypeAdapter, ValidationError
+
+    kinds = {"float": float, "int": int, "bool": bool, "str": str}
+    kind = kinds.get(annotation, annotation) if isinstance(annotation, str) else annotation
+    if kind not in kinds.values():
+        return value
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"setting {setting!r} = {value!r}: {error.errors()[0]['msg']}") from None
+
+
+__all__ = [
+    "STRATEGIES",
+    "Eavesdropper",
+    "RoundReport",
+    "averages_buffers",
+    "build_strategy",
+    "drawn",
+]

@@ -20,7 +20,7 @@ dL/dW is never formed: :func:`head_entries` gathers the entries that are asked f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -332,12 +332,15 @@ def conv_gradients(
     forward = run_forward(chain, weights, images)
     top = forward.outputs[-1]
     last = feature_gradient.reshape(top.shape) * chain.activation.slope(top)
+    return kernel_gradients(chain, forward, deltas(chain, weights, forward, last))
+
+
+def kernel_gradients(chain: Chain, forward: ForwardPass, delta: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The last step of :func:`conv_gradients`, from a forward pass and its :func:`deltas`."""
     gradients: dict[str, Tensor] = {}
-    for layer, inputs, delta in zip(
-        chain.convolutions, forward.inputs, deltas(chain, weights, forward, last), strict=True
-    ):
-        gradients[layer.weight] = correlate(layer, delta, patches(layer, inputs))
-        gradients[layer.bias] = delta.flatten(2).sum(2)
+    for layer, inputs, dl_du in zip(chain.convolutions, forward.inputs, delta, strict=True):
+        gradients[layer.weight] = correlate(layer, dl_du, patches(layer, inputs))
+        gradients[layer.bias] = dl_du.flatten(2).sum(2)
     return gradients
 
 
@@ -362,3 +365,80 @@ def sample_gradients(chain: Chain, weights: Weights, images: Tensor, labels: Ten
     gradients["head.weight"] = residual[:, :, None] * h[:, None, :]
     gradients["head.bias"] = residual
     return gradients
+
+
+def forward_tangents(chain: Chain, weights: Weights, forward: ForwardPass, tangents: Tensor) -> list[Tensor]:
+    """Directional derivatives of every convolution's output at one image, for many directions at once.
+
+    Parameters
+    ----------
+    forward : ForwardPass
+        Of a single image.
+    tangents : Tensor
+        (R, C, H, W): directions in image space.
+
+    Returns
+    -------
+    list of Tensor
+        du_1 .. du_L, each (R, channels, H', W').
+    """
+    found = [convolve(chain.convolutions[0], weights, tangents, bias=False)]
+    for layer, below in zip(chain.convolutions[1:], forward.outputs, strict=False):
+        found.append(convolve(layer, weights, found[-1] * chain.activation.slope(below), bias=False))
+    return found
+
+
+def conv_gradient_tangents(
+    chain: Chain,
+    weights: Weights,
+    forward: ForwardPass,
+    delta: Sequence[Tensor],
+    tangents: Tensor,
+    output_tangents: Sequence[Tensor],
+    last_tangent: Tensor | None,
+) -> dict[str, Tensor]:
+    """Directional derivatives of one sample's convolution gradients: the columns of a Jacobian, many at once.
+
+    Forward mode by hand: the tangents of a whole chunk of directions go through each convolution as one batch,
+    which costs as much as that many forward and backward passes, without a graph.
+
+    Parameters
+    ----------
+    forward, delta : ForwardPass, sequence of Tensor
+        Of a single image, from :func:`run_forward` and :func:`deltas`.
+    tangents : Tensor
+        (R, C, H, W): directions in image space.
+    output_tangents : sequence of Tensor
+        From :func:`forward_tangents`.
+    last_tangent : Tensor or None
+        Derivative of delta_L, shape (R, channels, H', W'); None where delta_L does not move.
+
+    Returns
+    -------
+    dict of str to Tensor
+        State-dict name -> (R, *shape of the parameter).
+    """
+    activation = chain.activation
+    gradients: dict[str, Tensor] = {}
+    moving = last_tangent
+    for position in range(len(chain.convolutions) - 1, -1, -1):
+        layer = chain.convolutions[position]
+        if position > 0:
+            below, below_tangent = forward.outputs[position - 1], output_tangents[position - 1]
+            slope, bend = activation.slope(below), activation.bend(below)
+            input_tangent = below_tangent * slope
+        else:
+            input_tangent = tangents
+        weight = correlate(layer, delta[position], patches(layer, input_tangent))
+        bias = torch.zeros(len(tangents), layer.output[0], dtype=tangents.dtype, device=tangents.device)
+        if moving is not None:
+            weight = weight + correlate(layer, moving, patches(layer, forward.inputs[position]))
+            bias = moving.flatten(2).sum(2)
+        gradients[layer.bias], gradients[layer.weight] = bias, weight
+        if position > 0:
+            size = (below.shape[2], below.shape[3])
+            moving_below = transpose(layer, weights, delta[position], size) * bend * below_tangent
+            if moving is not None:
+                moving_below = moving_below + transpose(layer, weights, moving, size) * slope
+            moving = moving_below
+    return dict(reversed(gradients.items()))

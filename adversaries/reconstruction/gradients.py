@@ -110,9 +110,7 @@ def _lay_out(updates: Sequence[Update], device: torch.device) -> dict[str, _Posi
             valid[v, places] = 1.0
             if not dense:
                 flat[v, places] = positions
-        laid[name] = _Positions(
-            None if dense else flat.to(device), Sent(values.to(device), valid.to(device))
-        )
+        laid[name] = _Positions(None if dense else flat.to(device), Sent(values.to(device), valid.to(device)))
     return laid
 
 
@@ -195,7 +193,9 @@ class ChainGradients:
             for layer, inputs, delta in zip(chain.convolutions, forward.inputs, deltas, strict=True):
                 fields = closed_form.patches(layer, inputs)
                 kernel = torch.einsum(
-                    "vbop,vbip->voi", delta.flatten(2).unflatten(0, (count, batch)), fields.unflatten(0, (count, batch))
+                    "vbop,vbip->voi",
+                    delta.flatten(2).unflatten(0, (count, batch)),
+                    fields.unflatten(0, (count, batch)),
                 ).flatten(1)
                 bias = delta.unflatten(0, (count, batch)).sum((1, 3, 4))
                 found |= {layer.weight: kernel, layer.bias: bias}
@@ -237,7 +237,9 @@ class ChainGradients:
         width = features.shape[2]
         rows, cols = flat // width, flat % width
         shape = (-1, features.shape[1], -1)
-        picked = residual.gather(2, rows[:, None].expand(shape)) * features.gather(2, cols[:, None].expand(shape))
+        picked = residual.gather(2, rows[:, None].expand(shape)) * features.gather(
+            2, cols[:, None].expand(shape)
+        )
         return picked.sum(1)
 
 

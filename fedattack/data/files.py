@@ -65,7 +65,9 @@ def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, re
         if fetch is None:
             raise DataError(f"{missing}; setting 'data.download' = true: it has no free download") from None
         if config.dir is None:
-            raise DataError("setting 'data.download' = true needs 'data.dir', the folder to download into") from None
+            raise DataError(
+                "setting 'data.download' = true needs 'data.dir', the folder to download into"
+            ) from None
     folder = Path(config.dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +153,14 @@ def _open_zip(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            EOFError,
+            zlib.error,
+            RuntimeError,
+            NotImplementedError,
+        ) as error:
             raise DataError(f"cannot read {name!r} of archive {str(path)!r}: {error}") from None
 
     return Tree(path, chosen, read)
@@ -168,7 +177,9 @@ def _open_tar(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
             tarfile.data_filter(member, str(path.parent))
             total += member.size
             if total > _IN_MEMORY_LIMIT:
-                raise DataError(f"archive {str(path)!r} holds more than 4 GiB: unpack it and point 'data.dir' there")
+                raise DataError(
+                    f"archive {str(path)!r} holds more than 4 GiB: unpack it and point 'data.dir' there"
+                )
             stream = archive.extractfile(member)
             assert stream is not None
             held[str(name)] = stream.read()

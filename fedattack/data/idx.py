@@ -20,7 +20,7 @@ from fedattack.errors import DataError
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _LARGEST = 8 * 2**30
-_OTHER_SETS = {"mnist", "fashionmnist", "qmnist", "emnist", "kmnist"}
+_RELATIVES = {"mnist", "fashionmnist", "qmnist", "emnist", "kmnist"}
 
 DIGITS = tuple("0123456789")
 GARMENTS = (
@@ -79,7 +79,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             for side in shape:
                 size *= side
             if size > _LARGEST:
-                raise DataError(f"{str(path)!r} declares shape {shape}, more than 8 GiB: its header is damaged")
+                raise DataError(
+                    f"{str(path)!r} declares shape {shape}, more than 8 GiB: its header is damaged"
+                )
             body = stream.read(size + 1)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"cannot read {str(path)!r}: {error}") from None
@@ -101,30 +103,32 @@ def read_pair(images: Path, labels: Path, label_dimensions: int = 1) -> tuple[np
     if pixels.dtype != np.uint8:
         raise DataError(f"{str(images)!r} holds {pixels.dtype} pixels; wanted uint8")
     if len(pixels) != len(targets):
-        raise DataError(f"{str(images)!r} holds {len(pixels):,} images, {str(labels)!r} {len(targets):,} labels")
+        raise DataError(
+            f"{str(images)!r} holds {len(pixels):,} images, {str(labels)!r} {len(targets):,} labels"
+        )
     return pixels[:, None], targets
 
 
-def _folders(root: Path, *sets: str) -> list[Path]:
-    """Where a set's idx files may lie below, or beside, `root`: named folders first."""
-    named = [root / name / raw for name in sets for raw in ("raw", "")]
-    beside = [root.parent / name / "raw" for name in sets] + [root.parent.parent / name / "raw" for name in sets]
-    own = [root / "raw", root] if not _is_other_set(root, sets) else []
-    return [*named, *own, *beside]
+def _folders(root: Path, name: str) -> list[Path]:
+    """Where the idx files of the set `name` may lie below `root`: the set's own folder first."""
+    named = [root / name / "raw", root / name]
+    return named if _is_other_set(root, name) else [*named, root / "raw", root]
 
 
-def _is_other_set(root: Path, sets: tuple[str, ...]) -> bool:
+def _is_other_set(root: Path, name: str) -> bool:
     """Whether `root` is the folder of a relative, whose files have the same names."""
     folder = root.parent if root.name == "raw" else root
-    name = folder.name.lower().replace("-", "").replace("_", "")
-    return name in _OTHER_SETS - {own.lower() for own in sets}
+    found = folder.name.lower().replace("-", "").replace("_", "")
+    return found in _RELATIVES - {name.lower()}
 
 
-def _find(root: Path, folders: list[Path], stems: list[str], config: DataConfig) -> Path:
+def _find(folders: list[Path], stems: list[str], config: DataConfig) -> Path:
     path = find_file(folders, stems)
     if path is None:
         wanted = " or ".join(stems)
-        raise Missing(f"setting 'data.dir' = {config.dir!r}: no file {wanted} (plain or .gz) for {config.name!r}")
+        raise Missing(
+            f"setting 'data.dir' = {config.dir!r}: no file {wanted} (plain or .gz) for {config.name!r}"
+        )
     return path
 
 
@@ -143,11 +147,13 @@ def _published(
     first_label: int = 0,
 ) -> Listing:
     def read() -> Listing:
-        root = data_dir(config, f"a folder with {prefix}train-images-idx3-ubyte and its labels (plain or .gz)")
+        root = data_dir(
+            config, f"a folder with {prefix}train-images-idx3-ubyte and its labels (plain or .gz)"
+        )
         folders = [place for base in _folders(root, folder) for place in (base, base / "gzip")]
         images, labels = read_pair(
-            _find(root, folders, _stems(prefix, "train", "images", "idx3"), config),
-            _find(root, folders, _stems(prefix, "train", "labels", "idx1"), config),
+            _find(folders, _stems(prefix, "train", "images", "idx3"), config),
+            _find(folders, _stems(prefix, "train", "labels", "idx1"), config),
         )
         pixels = images if upright else images.transpose(0, 1, 3, 2)
         return Listing(
@@ -229,15 +235,19 @@ def qmnist(config: DataConfig) -> Listing:
     def read() -> Listing:
         root = data_dir(config, "a folder with qmnist-train-labels-idx2-int and its images (plain or .gz)")
         folders = _folders(root, "QMNIST")
-        label_file = _find(root, folders, ["qmnist-train-labels-idx2-int"], config)
+        label_file = _find(folders, ["qmnist-train-labels-idx2-int"], config)
         image_file = find_file([label_file.parent, *folders], ["qmnist-train-images-idx3-ubyte"])
         stand_in = image_file is None
         if image_file is None:
             stems = _stems("", "train", "images", "idx3")
-            image_file = _find(root, [label_file.parent, *_folders(root, "MNIST")], stems, config)
+            beside = [root.parent / "MNIST" / "raw", root.parent.parent / "MNIST" / "raw"]
+            places = [label_file.parent, *_folders(root, "MNIST"), *beside]
+            image_file = _find(places, stems, config)
         images, columns = read_pair(image_file, label_file, 2)
         if columns.shape[1] != 8:
             raise DataError(f"{str(label_file)!r} has {columns.shape[1]} columns; QMNIST labels have 8")
+        if stand_in:
+            _require_same_digits(image_file, columns[:, 0])
         return Listing(
             labels=columns[:, 0].astype(np.int64),
             class_names=DIGITS,
@@ -251,3 +261,10 @@ def qmnist(config: DataConfig) -> Listing:
 
     listing: Listing = with_download(config, fetch, read)
     return listing
+
+
+def _require_same_digits(image_file: Path, digits: np.ndarray) -> None:
+    """Raise DataError unless the stand-in's own labels, where they lie beside it, are QMNIST's."""
+    label_file = find_file([image_file.parent], _stems("", "train", "labels", "idx1"))
+    if label_file is not None and not np.array_equal(read_idx(label_file, 1), digits):
+        raise DataError(f"{str(image_file)!r} cannot stand in for QMNIST's images: its labels are others")

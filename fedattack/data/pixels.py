@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 from PIL import Image
 
 from fedattack.errors import DataError

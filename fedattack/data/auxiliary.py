@@ -1,0 +1,191 @@
+"""The adversary's public images: cut from the data set, or read from a file or folder of its own."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedattack.config import DataConfig
+from fedattack.data.dataset import ImageDataset, as_float, joined
+from fedattack.data.files import open_tree
+from fedattack.data.folders import by_folder, is_picture, read_pictures
+from fedattack.data.pixels import adapt
+from fedattack.data.pools import Pools, fingerprints
+from fedattack.errors import DataError
+from fedattack.observation import Auxiliary
+from fedattack.rng import numpy_rng
+
+_LARGEST = 16 * 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class _Public:
+    """What a file grants: uint8 (N, C, S, S), labels int64 (N,) or None, people per image or None."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    people: list[str] | None
+
+
+def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed: int) -> Auxiliary | None:
+    """The adversary's public images, in the data set's channels and size.
+
+    Parameters
+    ----------
+    config : DataConfig
+        `auxiliary` is "split" (the auxiliary pool), an .npz file with `images` (uint8, or float in [0, 1]; (N, H, W)
+        or (N, H, W, C)) and optionally `labels` and `names`, or a folder or archive of pictures. `auxiliary_size`
+        limits a file by a seeded draw; 0 grants nothing.
+    dataset : ImageDataset
+    pools : Pools
+    seed : int
+
+    Returns
+    -------
+    Auxiliary or None
+
+    Raises
+    ------
+    DataError
+        If the file is missing or malformed, holds fewer images than asked for, or overlaps the clients' or
+        non-members' images or people.
+    """
+    if config.auxiliary == "split":
+        if not len(pools.auxiliary):
+            return None
+        images, labels = dataset.tensors(pools.auxiliary)
+        rest = (
+            "nobody in it is among the clients" if dataset.groups is not None else "no client has one of them"
+        )
+        return Auxiliary(images, labels, f"split: {len(labels):,} images of {dataset.name}, {rest}")
+    if config.auxiliary_size == 0:
+        return None
+    path = Path(config.auxiliary).expanduser()
+    place = f"setting 'data.auxiliary' = {config.auxiliary!r}"
+    if not path.exists():
+        raise DataError(
+            f"{place}: no such file or folder; 'split', an .npz, an archive or a folder is accepted"
+        )
+    natural = config.labels == "natural"
+    try:
+        if path.suffix.lower() == ".npz":
+            public = _read_npz(path, config, dataset, seed)
+        else:
+            public = _read_pictures(path, config, dataset, seed)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    victims = np.concatenate([pools.clients, pools.nonmembers])
+    checked = _refuse_same_people(place, public.people, dataset, victims, natural)
+    theirs = set(fingerprints(dataset.images[victims]))
+    same = sum(digest in theirs for digest in fingerprints(public.images))
+    if same:
+        raise DataError(f"{place}: the auxiliary set overlaps the victims: {same} identical images")
+    # Under random labels the federation's label space means nothing to a public file.
+    labelled = None if public.labels is None or not natural else torch.from_numpy(public.labels)
+    source = joined(f"{path.name}: {len(public.images):,} images", checked)
+    return Auxiliary(as_float(public.images), labelled, source)
+
+
+def _drawn(count: int, config: DataConfig, seed: int) -> np.ndarray:
+    """Which of a file's images are granted, sorted."""
+    if config.auxiliary_size is None:
+        return np.arange(count)
+    if config.auxiliary_size > count:
+        raise DataError(
+            f"it holds {count} images, fewer than setting 'data.auxiliary_size' = {config.auxiliary_size}"
+        )
+    return np.sort(numpy_rng(seed, "data.auxiliary").choice(count, config.auxiliary_size, replace=False))
+
+
+def _read_npz(path: Path, config: DataConfig, dataset: ImageDataset, seed: int) -> _Public:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(entry.file_size for entry in archive.infolist())
+        if declared > _LARGEST:
+            raise DataError(f"it unpacks to {declared / 2**30:.0f} GiB; 16 are accepted")
+        with np.load(path, allow_pickle=False) as held:
+            arrays = {key: held[key] for key in ("images", "labels", "names") if key in held.files}
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, MemoryError) as error:
+        raise DataError(f"not a readable .npz file of plain arrays ({error})") from None
+    if "images" not in arrays:
+        raise DataError("it has no array 'images'")
+    images = _as_uint8(arrays["images"])
+    labels, names = arrays.get("labels"), arrays.get("names")
+    if labels is not None:
+        if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+            raise DataError(
+                f"'labels' must be integers of shape ({len(images)},); got {labels.dtype} {labels.shape}"
+            )
+        if labels.min() < 0 or labels.max() >= dataset.classes:
+            raise DataError(
+                f"'labels' run from {labels.min()} to {labels.max()}; the data set has {dataset.classes} classes"
+            )
+        labels = labels.astype(np.int64)
+    if names is not None and (names.dtype.kind != "U" or names.shape != (len(images),)):
+        raise DataError(f"'names' must be text of shape ({len(images)},); got {names.dtype} {names.shape}")
+    ids = _drawn(len(images), config, seed)
+    return _Public(
+        adapt(images[ids], dataset.channels, dataset.image_size),
+        None if labels is None else labels[ids],
+        None if names is None else [_person(name) for name in names],
+    )
+
+
+def _as_uint8(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, C, H, W) of an (N, H, W) or (N, H, W, C) array of uint8, or of floats in [0, 1]."""
+    colour = images.ndim == 4 and images.shape[3] in (1, 3)
+    if not (images.ndim == 3 or colour) or not images.size:
+        raise DataError(f"'images' must have shape (N, H, W) or (N, H, W, 1 or 3); got {images.shape}")
+    if images.dtype.kind == "f":
+        if not np.isfinite(images).all():
+            raise DataError("'images' holds NaN or infinite values")
+        if images.min() < 0 or images.max() > 1:
+            raise DataError(f"float 'images' must lie in [0, 1]; got {images.min():g} to {images.max():g}")
+        images = np.rint(images * 255).astype(np.uint8)
+    if images.dtype != np.uint8:
+        raise DataError(f"'images' must be uint8 or float; got {images.dtype}")
+    return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def _read_pictures(path: Path, config: DataConfig, dataset: ImageDataset, seed: int) -> _Public:
+    tree = open_tree(path, is_picture)
+    names, labels, class_names = by_folder(tree)
+    ids = _drawn(len(names), config, seed)
+    images = read_pictures(tree, [names[i] for i in ids], dataset.image_size, dataset.channels)
+    number = {name: i for i, name in enumerate(dataset.class_names)}
+    # Only folders that are called like the data set's classes say anything about its labels.
+    known = all(name in number for name in class_names)
+    mapped = np.array([number[class_names[labels[i]]] for i in ids], np.int64) if known else None
+    people = None if class_names == ("all",) else [_person(name) for name in class_names]
+    return _Public(images, mapped, people)
+
+
+def _person(name: object) -> str:
+    """The person of a picture's name: "Ann_Lee_0001.jpg" and "Ann Lee" are "ann lee"."""
+    text = re.sub(r"\.\w{3,4}$", "", str(name))
+    return re.sub(r"_\d+$", "", text).replace("_", " ").strip().casefold()
+
+
+def _refuse_same_people(
+    place: str, people: list[str] | None, dataset: ImageDataset, victims: np.ndarray, natural: bool
+) -> str:
+    """Raise if somebody is among the victims and in the auxiliary set; else a note when that cannot be told."""
+    if dataset.groups is not None and dataset.group_names is not None:
+        theirs = {_person(dataset.group_names[i]) for i in np.unique(dataset.groups[victims])}
+    else:
+        theirs = set()
+    if people is None or not theirs:
+        missing = "the auxiliary set" if people is None else f"data set {dataset.name!r}"
+        return f"people in common could not be looked for: {missing} names nobody"
+    both = sorted(theirs & set(people))
+    if both:
+        shown = ", ".join(both[:5]) + (", ..." if len(both) > 5 else "")
+        raise DataError(
+            f"{place}: the auxiliary set overlaps the victims: {len(both)} of the same people ({shown})"
+        )
+    return "no person in common with the victims"

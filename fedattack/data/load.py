@@ -1,0 +1,87 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fedattack.config import DataConfig
+from fedattack.data.dataset import ImageDataset, Listing, joined, random_labels
+from fedattack.errors import ConfigError, DataError
+from fedattack.registry import Registry
+from fedattack.rng import numpy_rng
+
+DATASETS: Registry[Callable[[DataConfig], Listing]] = Registry(
+    "data set",
+    {
+        "digits": "fedattack.data.embedded:digits",
+        "faces": "fedattack.data.embedded:faces",
+        "usps": "fedattack.data.embedded:usps",
+        "mnist": "fedattack.data.idx:mnist",
+        "fashion-mnist": "fedattack.data.idx:fashion_mnist",
+        "qmnist": "fedattack.data.idx:qmnist",
+        "emnist": "fedattack.data.idx:emnist",
+        "emnist-byclass": "fedattack.data.idx:emnist_byclass",
+        "emnist-letters": "fedattack.data.idx:emnist_letters",
+        "cifar10": "fedattack.data.cifar:cifar10",
+        "cifar100": "fedattack.data.cifar:cifar100",
+        "celeba": "fedattack.data.folders:celeba",
+        "lfw": "fedattack.data.folders:lfw",
+        "imagenet": "fedattack.data.folders:imagenet",
+        "caltech101": "fedattack.data.folders:caltech101",
+        "image-folder": "fedattack.data.folders:image_folder",
+    },
+    group="fedattack.datasets",
+)
+
+
+def load_dataset(config: DataConfig, seed: int, classes: int | None = None) -> ImageDataset:
+    """Load a data set by name.
+
+    Parameters
+    ----------
+    config : DataConfig
+        `limit` draws a seeded subset before any picture is decoded; `image_size` resizes (antialiased bilinear,
+        non-square pictures centre-cropped).
+    seed : int
+    classes : int, optional
+        Width of the label space under ``labels = "random"`` (the model's head); None: the data set's own.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown.
+    DataError
+        If the files are missing, corrupt or of the wrong format.
+
+    Examples
+    --------
+    >>> from fedattack.config import DataConfig
+    >>> digits = load_dataset(DataConfig(name="digits"), seed=0)
+    >>> len(digits), digits.channels, digits.image_size, digits.classes
+    (1797, 1, 8, 10)
+    """
+    listing = DATASETS.get(config.name)(config)
+    count = len(listing.labels)
+    if count == 0:
+        raise DataError(f"data set {config.name!r} (setting 'data.dir' = {config.dir!r}) holds no images")
+    ids = np.arange(count)
+    note = listing.note
+    if config.limit is not None and config.limit < count:
+        ids = np.sort(numpy_rng(seed, "data.limit").choice(count, config.limit, replace=False))
+        note = joined(note, f"limit: {config.limit:,} of {count:,} images, a seeded draw")
+    dataset = ImageDataset(
+        name=config.name,
+        images=np.ascontiguousarray(listing.read(ids, config.image_size or listing.image_size)),
+        labels=listing.labels[ids],
+        class_names=listing.class_names,
+        groups=None if listing.groups is None else listing.groups[ids],
+        note=note,
+        group_names=listing.group_names,
+    )
+    if config.labels == "random":
+        if classes is not None and classes < 1:
+            raise ConfigError(f"random labels need at least one class, got {classes}")
+        return random_labels(dataset, classes or dataset.classes, seed)
+    return dataset

@@ -1,0 +1,250 @@
+"""How the clients' pool is dealt out: own partitioners in NumPy, and an adapter for flwr-datasets'."""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fedattack.config import PartitionConfig
+from fedattack.data.dataset import ImageDataset
+from fedattack.errors import ConfigError, DataError
+from fedattack.registry import Registry
+from fedattack.rng import numpy_rng
+
+Partitioner = Callable[
+    [np.ndarray, np.ndarray | None, int, PartitionConfig, np.random.Generator], list[np.ndarray]
+]
+
+PARTITIONERS: Registry[Partitioner] = Registry(
+    "partition",
+    {
+        "iid": "fedattack.data.partition:iid",
+        "dirichlet": "fedattack.data.partition:dirichlet",
+        "shards": "fedattack.data.partition:shards",
+        "natural": "fedattack.data.partition:natural",
+    },
+    group="fedattack.partitioners",
+)
+
+
+def partition(
+    dataset: ImageDataset, ids: np.ndarray, config: PartitionConfig, clients: int, seed: int
+) -> list[np.ndarray]:
+    """Deal samples out to clients.
+
+    Parameters
+    ----------
+    dataset : ImageDataset
+    ids : ndarray
+        int64, shape (n,): the samples to deal out.
+    config : PartitionConfig
+        `name` is a registered partitioner or a flwr-datasets class ("flwr_datasets.partitioner:DirichletPartitioner",
+        constructed with `options`).
+    clients : int
+    seed : int
+
+    Returns
+    -------
+    list of ndarray
+        Sample ids of each client, int64, disjoint, none empty, each in a random order. Together they are `ids`;
+        only a flwr-datasets partitioner may leave samples out.
+
+    Raises
+    ------
+    ConfigError
+        If the partitioner is unknown, or cannot be built from its options.
+    DataError
+        If there are too few samples or groups for so many clients.
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    if clients > len(ids):
+        raise DataError(f"setting 'federation.clients' = {clients}: only {len(ids)} samples to deal out")
+    rng = numpy_rng(seed, "partition")
+    if config.name.partition(":")[0].split(".")[0] == "flwr_datasets":
+        _require_flwr_datasets(config.name)
+    target: Any = PARTITIONERS.get(config.name)
+    deal: Partitioner = _adapted(target, config.name) if isinstance(target, type) else target
+    groups = None if dataset.groups is None else dataset.groups[ids]
+    parts = deal(dataset.labels[ids], groups, clients, config, rng)
+    _check(parts, clients, len(ids), config.name, complete=not isinstance(target, type))
+    return [ids[rng.permutation(part)] for part in parts]
+
+
+def _check(parts: list[np.ndarray], clients: int, count: int, name: str, complete: bool) -> None:
+    if len(parts) != clients:
+        raise DataError(f"setting 'partition.name' = {name!r} made {len(parts)} parts for {clients} clients")
+    dealt = np.concatenate(parts)
+    if len(np.unique(dealt)) != len(dealt) or dealt.min(initial=0) < 0 or dealt.max(initial=0) >= count:
+        raise DataError(
+            f"setting 'partition.name' = {name!r} gave a sample to two clients, or one that is not there"
+        )
+    empty = [i for i, part in enumerate(parts) if len(part) == 0]
+    if empty:
+        raise DataError(
+            f"setting 'partition.name' = {name!r} left {len(empty)} of {clients} clients without samples "
+            f"(the first is client {empty[0]}): fewer clients or other options are needed"
+        )
+    if complete and len(dealt) != count:
+        raise DataError(f"setting 'partition.name' = {name!r} dealt out {len(dealt)} of {count} samples")
+
+
+def iid(
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    clients: int,
+    config: PartitionConfig,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Every client a random share of equal size (one sample more for the first few)."""
+    return np.array_split(rng.permutation(len(labels)), clients)
+
+
+def dirichlet(
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    clients: int,
+    config: PartitionConfig,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Unequal labels and sizes: each class is cut in shares drawn from Dirichlet(alpha).
+
+    A client that would get nothing is given one random sample of the client that then has most; nothing is redrawn,
+    so any alpha works with as many clients as samples.
+
+    References
+    ----------
+    .. [1] M. Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks", ICML 2019, section 4.
+    .. [2] T.-M. H. Hsu, H. Qi, M. Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated
+       Visual Classification", arXiv:1909.06335.
+    """
+    owner = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(clients, config.alpha))
+        # Rounded cumulative shares: every sample goes to somebody, and no count is off by more than one.
+        ends = np.rint(np.cumsum(shares) * len(members)).astype(np.int64)
+        ends[-1] = len(members)
+        owner[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
+    return _fill_empty(_by_owner(owner, clients), rng)
+
+
+def _by_owner(owner: np.ndarray, clients: int) -> list[np.ndarray]:
+    order = np.argsort(owner, kind="stable")
+    return np.split(order, np.searchsorted(owner[order], np.arange(1, clients)))
+
+
+def _fill_empty(parts: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """Give each empty part one random element of the part that is largest at that moment (lowest number on ties)."""
+    largest = [(-len(part), i) for i, part in enumerate(parts)]
+    heapq.heapify(largest)
+    for i in [i for i, part in enumerate(parts) if len(part) == 0]:
+        size, donor = heapq.heappop(largest)
+        taken = int(rng.integers(-size))
+        parts[i] = parts[donor][taken : taken + 1]
+        parts[donor] = np.delete(parts[donor], taken)
+        heapq.heappush(largest, (size + 1, donor))
+    return parts
+
+
+def shards(
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    clients: int,
+    config: PartitionConfig,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Few labels a client: samples sorted by label, cut into equal shards, `shards_per_client` dealt to each.
+
+    References
+    ----------
+    .. [1] H. B. McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS
+       2017, section 3.
+    """
+    count = clients * config.shards_per_client
+    if count > len(labels):
+        raise DataError(
+            f"setting 'partition.shards_per_client' = {config.shards_per_client}: {clients} clients need {count} "
+            f"shards, there are only {len(labels)} samples"
+        )
+    shuffled = rng.permutation(len(labels))
+    cut = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], count)
+    dealt = rng.permutation(count).reshape(clients, config.shards_per_client)
+    return [np.concatenate([cut[shard] for shard in hand]) for hand in dealt]
+
+
+def natural(
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    clients: int,
+    config: PartitionConfig,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Whole people (writers, ...) to a client: groups in random order, equally many to each."""
+    if groups is None:
+        raise DataError(
+            "setting 'partition.name' = 'natural': this data set does not say whose a sample is; 'qmnist', 'lfw' and "
+            "'celeba' do"
+        )
+    whose, position = np.unique(groups, return_inverse=True)
+    if clients > len(whose):
+        raise DataError(
+            f"setting 'federation.clients' = {clients}: only {len(whose)} groups to deal out under "
+            "partition 'natural'"
+        )
+    owner_of_group = np.empty(len(whose), np.int64)
+    for client, hand in enumerate(np.array_split(rng.permutation(len(whose)), clients)):
+        owner_of_group[hand] = client
+    return _by_owner(owner_of_group[position], clients)
+
+
+def _require_flwr_datasets(name: str) -> None:
+    try:
+        import flwr_datasets  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"setting 'partition.name' = {name!r} needs the optional package flwr-datasets ({error}); without it: "
+            f"{', '.join(PARTITIONERS.names())}"
+        ) from None
+
+
+def _adapted(partitioner: type, name: str) -> Partitioner:
+    """A flwr-datasets partitioner class as one of ours; it partitions a table of labels, never pixels."""
+
+    def deal(
+        labels: np.ndarray,
+        groups: np.ndarray | None,
+        clients: int,
+        config: PartitionConfig,
+        rng: np.random.Generator,
+    ) -> list[np.ndarray]:
+        from datasets import Dataset
+
+        columns: dict[str, Any] = {"label": labels, "idx": np.arange(len(labels))}
+        if groups is not None:
+            columns["group"] = groups
+        accepted = inspect.signature(partitioner).parameters
+        options: dict[str, Any] = {"num_partitions": clients, "seed": int(rng.integers(2**31))}
+        wanted = accepted.get("partition_by")
+        if wanted is not None and wanted.default is inspect.Parameter.empty:
+            options["partition_by"] = "group" if "NaturalId" in partitioner.__name__ else "label"
+        chosen = {key: value for key, value in options.items() if key in accepted} | config.options
+        try:
+            built = partitioner(**chosen)
+            built.dataset = Dataset.from_dict(columns)
+            parts = built.num_partitions
+            if parts != clients:
+                raise ConfigError(
+                    f"setting 'partition.name' = {name!r} makes {parts} partitions, "
+                    f"but 'federation.clients' = {clients}"
+                )
+            return [np.asarray(built.load_partition(i)["idx"], dtype=np.int64) for i in range(parts)]
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"setting 'partition.options' = {config.options!r} of {name!r}: {error}"
+            ) from error
+
+    return deal

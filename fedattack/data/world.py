@@ -1,0 +1,125 @@
+"""Everything a run starts from: data set, pools, clients' partitions, auxiliary images and the public scenario."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedattack.config import Config
+from fedattack.data.auxiliary import load_auxiliary
+from fedattack.data.dataset import ImageDataset, joined, random_labels
+from fedattack.data.load import load_dataset
+from fedattack.data.partition import partition
+from fedattack.data.pools import Pools, make_pools
+from fedattack.errors import ConfigError
+from fedattack.models import resolve
+from fedattack.observation import Auxiliary, Scenario
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """What exists before the first round.
+
+    Parameters
+    ----------
+    dataset : ImageDataset
+    pools : Pools
+    partitions : tuple of ndarray
+        Sample ids of each client.
+    auxiliary : Auxiliary or None
+        Public images granted to the adversary.
+    scenario : Scenario
+        Public facts, with the resolved model.
+    """
+
+    dataset: ImageDataset
+    pools: Pools
+    partitions: tuple[np.ndarray, ...]
+    auxiliary: Auxiliary | None
+    scenario: Scenario
+
+
+def build_world(config: Config) -> World:
+    """Build the world of a configuration; the same configuration and seed give the same world, bit for bit.
+
+    Raises
+    ------
+    ConfigError, DataError
+        Before anything is written.
+
+    Examples
+    --------
+    >>> from fedattack.config import Config
+    >>> world = build_world(Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4}))
+    >>> [len(ids) for ids in world.partitions]
+    [203, 202, 202, 202]
+    """
+    data, seed = config.data, config.seed
+    # Random labels need the head's width, and the head may depend on the natural label space.
+    dataset = load_dataset(data.model_copy(update={"labels": "natural"}), seed)
+    classes = dataset.classes
+    if data.labels == "random" and config.model.classes is not None:
+        classes = min(classes, config.model.classes)
+    model = resolve(config.model, dataset.channels, dataset.image_size, classes)
+    for setting, wanted, found in (
+        ("channels", model.channels, dataset.channels),
+        ("image_size", model.image_size, dataset.image_size),
+    ):
+        if wanted != found:
+            hint = "; 'data.image_size' resizes the images" if setting == "image_size" else ""
+            raise ConfigError(
+                f"setting 'model.{setting}' = {wanted}: data set {data.name!r} has {found}{hint}; leave it open"
+            )
+    if data.labels == "random":
+        assert model.classes is not None
+        dataset = random_labels(dataset, model.classes, seed)
+    pools = make_pools(dataset, data, seed)
+    partitions = partition(dataset, pools.clients, config.partition, config.federation.clients, seed)
+    return World(
+        dataset=dataset,
+        pools=pools,
+        partitions=tuple(partitions),
+        auxiliary=load_auxiliary(data, dataset, pools, seed),
+        scenario=Scenario(model=model, training=config.training, compression=config.compression),
+    )
+
+
+def world_record(world: World) -> dict[str, Any]:
+    """JSON-able record of the split, for the run folder: sizes, sample ids, notes, labels per client."""
+    dataset, pools, auxiliary = world.dataset, world.pools, world.auxiliary
+    dealt = np.concatenate(world.partitions)
+    return {
+        "dataset": {
+            "name": dataset.name,
+            "note": joined(dataset.note, pools.note),
+            "samples": len(dataset),
+            "channels": dataset.channels,
+            "image_size": dataset.image_size,
+            "classes": dataset.classes,
+            "groups": None if dataset.groups is None else len(np.unique(dataset.groups)),
+        },
+        "pools": {
+            name: {"size": len(ids), "ids": ids.tolist()}
+            for name, ids in (
+                ("clients", pools.clients),
+                ("nonmembers", pools.nonmembers),
+                ("auxiliary", pools.auxiliary),
+            )
+        },
+        "auxiliary": None
+        if auxiliary is None
+        else {"source": auxiliary.source, "size": len(auxiliary), "labelled": auxiliary.labels is not None},
+        "unassigned": len(pools.clients) - len(dealt),
+        "clients": [_client_record(dataset, i, ids) for i, ids in enumerate(world.partitions)],
+    }
+
+
+def _client_record(dataset: ImageDataset, client: int, ids: np.ndarray) -> dict[str, Any]:
+    labels, counts = np.unique(dataset.labels[ids], return_counts=True)
+    histogram = {str(label): int(count) for label, count in zip(labels, counts, strict=True)}
+    record: dict[str, Any] = {"client": client, "size": len(ids), "ids": ids.tolist(), "labels": histogram}
+    if dataset.groups is not None:
+        record["groups"] = np.unique(dataset.groups[ids]).tolist()
+    return record

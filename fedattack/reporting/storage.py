@@ -1,0 +1,116 @@
+"""Files that are whole or absent, and JSON that any reader accepts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fedattack.errors import DataError, RunFailed
+
+_REASONS = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the allowed file size",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a temporary neighbour first, then renamed.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full, or the file cannot be written; nothing half-written stays behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise cannot_write(path, error, len(data)) from error
+
+
+def cannot_write(path: Path, error: OSError, size: int) -> RunFailed:
+    """The error for a file that could not be written, in one sentence with what to do."""
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return RunFailed(
+        f"cannot write {path} ({size:,} bytes): {reason}. What was finished before is kept: make room, or make the folder "
+        "writable, and start the same command again to resume"
+    )
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write strictly valid JSON (see :func:`plain`), whole or not at all.
+
+    Raises
+    ------
+    RunFailed
+        As in :func:`write_bytes`.
+    """
+    text = json.dumps(plain(document), indent=1, allow_nan=False)
+    write_bytes(path, text.encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    DataError
+        If it is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not readable JSON: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """The same value in JSON's own types: NaN as null, infinities as "inf" and "-inf", tensors as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, Tensor | np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | int | bool | None):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, set | frozenset):
+        return sorted(plain(inner) for inner in value)
+    if isinstance(value, Sequence):
+        return [plain(inner) for inner in value]
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
+
+
+def number(value: Any) -> float:
+    """A float back from :func:`plain`'s spelling of it."""
+    return math.nan if value is None else float(value)

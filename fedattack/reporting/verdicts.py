@@ -1,0 +1,197 @@
+"""From figures to words. Every threshold of a verdict stands here.
+
+Reconstruction
+    An image counts as *recovered* at 30 dB and SSIM 0.9 or more, at least 6 dB (a quarter of the squared error) above
+    every floor and above the shuffled control. Half of the images or more: "private images recovered".
+    "Partial leakage" needs one recovered image, or a mean PSNR significantly above the best floor *and* above the
+    shuffled control (95 % paired interval over the victims above 0). Anything else is "no leakage beyond the
+    prior", or "undecided" where there are too few victims to have an interval.
+Membership
+    "Membership leaks" when the AUC's interval lies above 0.5 and the AUC above what chance scores with so many
+    candidates, or when so many members stand out at 1 % false positives that chance does it less than
+    once in 200; "members identified" from an AUC of 0.9.
+Unlearning
+    Damage is measured against the deletion of as many random samples; it counts when its 95 % interval lies
+    above 0, and as slight below 5 points of accuracy.
+"""
+
+from __future__ import annotations
+
+from fedattack.metrics import Interval, OperatingPoint
+from fedattack.reporting.results import HEADLINES, Level
+
+RECOVERED_PSNR = 30.0
+RECOVERED_SSIM = 0.9
+RECOVERED_MARGIN = 6.0
+RECOVERED_SHARE = 0.5
+IDENTIFIED_AUC = 0.9
+TAIL_P_VALUE = 0.005
+LABEL_P_VALUE = 0.01
+SLIGHT_DAMAGE = 0.05
+
+
+def image_recovered(psnr: float, ssim: float, best_floor: float, control: float | None) -> bool:
+    """Whether one image is recovered beyond doubt.
+
+    Parameters
+    ----------
+    psnr, ssim : float
+        Of the reconstruction.
+    best_floor : float
+        The highest PSNR of any floor on the same image, in dB.
+    control : float or None
+        PSNR of the same reconstruction against other victims' images; None where there is no other victim.
+    """
+    above = psnr - best_floor >= RECOVERED_MARGIN and (control is None or psnr - control >= RECOVERED_MARGIN)
+    return psnr >= RECOVERED_PSNR and ssim >= RECOVERED_SSIM and above
+
+
+def reconstruction(
+    images: int,
+    recovered: int,
+    psnr: float,
+    ssim: float,
+    floor_name: str,
+    floor_psnr: float,
+    over_floor: Interval,
+    over_control: Interval | None,
+    labels: tuple[int, int, bool],
+    missing: int,
+) -> tuple[Level, str]:
+    """Verdict on a reconstruction attack.
+
+    Parameters
+    ----------
+    images, recovered, missing : int
+        Private images scored, those recovered, and those without a usable reconstruction.
+    psnr, ssim : float
+        Means over the scored images.
+    floor_name, floor_psnr
+        The floor with the highest mean PSNR.
+    over_floor, over_control : Interval
+        PSNR above that floor and above the shuffled control; over the victims.
+    labels : tuple of int, int, bool
+        Labels right, labels asked for, and whether that is more than guessing explains.
+
+    Returns
+    -------
+    tuple of str
+        Level and sentence.
+    """
+    level = _reconstruction_level(images, recovered, over_floor, over_control)
+    floor = f"the best floor ({floor_name} {decibel(floor_psnr)})"
+    score = f"mean {decibel(psnr)}, SSIM {ssim:.3f}"
+    gap = f"{signed_gap(over_floor.mean)} {floor}"
+    interval = (
+        f", 95 % interval {over_floor.low:+.1f} to {over_floor.high:+.1f} dB" if over_floor.known else ""
+    )
+    text = f"{HEADLINES['reconstruction'][level]}: {score}, {gap}{interval}"
+    if recovered and level in ("leak", "partial"):
+        text += (
+            f"; {recovered} of {images} images at {RECOVERED_PSNR:.0f} dB and SSIM {RECOVERED_SSIM} or more"
+        )
+    if not over_floor.known:
+        text += "; one victim only, so no interval"
+    elif level == "none" and over_floor.low > 0:
+        text += "; but no better on its own victim than on another's image"
+    right, asked, beyond = labels
+    if asked:
+        text += f"; labels: {right} of {asked} right"
+        text += "" if beyond else ", no more than guessing explains"
+    if missing:
+        text += f"; {missing} without a usable reconstruction, left out of every mean"
+    return level, text
+
+
+def _reconstruction_level(
+    images: int, recovered: int, over_floor: Interval, over_control: Interval | None
+) -> Level:
+    if recovered >= RECOVERED_SHARE * images:
+        return "leak"
+    if recovered:
+        return "partial"
+    if not over_floor.known or over_control is None or not over_control.known:
+        # One victim at or below its floor is no news either way; above it may be luck.
+        return "none" if over_floor.mean <= 0 else "undecided"
+    return "partial" if over_floor.low > 0 and over_control.low > 0 else "none"
+
+
+def membership(auc: Interval, chance: Interval, tail: OperatingPoint, targets: int) -> tuple[Level, str]:
+    """Verdict on a membership attack.
+
+    Parameters
+    ----------
+    auc, chance : Interval
+        The attack's AUC (mean over the targets) and that of scores which know nothing.
+    tail : OperatingPoint
+        At 1 % false positives, of the target with the smallest p-value.
+    targets : int
+        Clients asked about; the tail's p-value is multiplied by it.
+
+    Returns
+    -------
+    tuple of str
+        Level and sentence.
+    """
+    ranked = auc.low > 0.5 and auc.mean > chance.high
+    stands_out = tail.p_value * targets < TAIL_P_VALUE
+    level: Level = (
+        "leak" if ranked and auc.mean >= IDENTIFIED_AUC else "partial" if ranked or stands_out else "none"
+    )
+    backwards = auc.high < 0.5 and auc.mean < chance.low and not stands_out
+    if backwards:
+        level = "undecided"
+    floor = f"chance 0.500 [{chance.low:.3f}, {chance.high:.3f}]"
+    figures = f"AUC {auc.mean:.3f} [{auc.low:.3f}, {auc.high:.3f}], {floor}"
+    found = (
+        f"at {tail.max_fpr:.0%} false positives {tail.true_positives} of {tail.members} members found "
+        f"(chance: {tail.chance_mean * tail.members:.1f})"
+    )
+    if backwards:
+        return (
+            level,
+            f"undecided: the scores run backwards: {figures}; the statistic's sign is to be questioned; {found}",
+        )
+    return level, f"{HEADLINES['membership'][level]}: {figures}; {found}"
+
+
+def unlearning(before: float, after: float, random: float, damage: Interval) -> tuple[Level, str]:
+    """Verdict on an unlearning attack.
+
+    Parameters
+    ----------
+    before, after, random : float
+        Accuracies in [0, 1]: before the request, after it, and after deleting as many random samples.
+    damage : Interval
+        ``random - after``.
+
+    Returns
+    -------
+    tuple of str
+        Level and sentence.
+    """
+    level: Level = "none"
+    if not damage.known:
+        level = "undecided"
+    elif damage.low > 0:
+        level = "leak" if damage.mean >= SLIGHT_DAMAGE else "partial"
+    side = "below" if damage.mean >= 0 else "above"
+    text = (
+        f"{HEADLINES['unlearning'][level]}: accuracy {before:.1%} before, {after:.1%} after the request, "
+        f"{abs(damage.mean) * 100:.1f} points {side} the deletion of as many random samples ({random:.1%})"
+    )
+    if damage.known:
+        text += f"; damage, 95 % interval {damage.low * 100:+.1f} to {damage.high * 100:+.1f} points"
+    else:
+        text += "; one run and no count of test samples, so no interval"
+    return level, text
+
+
+def decibel(value: float) -> str:
+    """ "63.0 dB", or words for identical images."""
+    return "identical (infinite dB)" if value == float("inf") else f"{value:.1f} dB"
+
+
+def signed_gap(value: float) -> str:
+    """ "48.2 dB above" or "0.3 dB below"."""
+    return f"{abs(value):.1f} dB {'above' if value >= 0 else 'below'}"

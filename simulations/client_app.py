@@ -1,0 +1,355 @@
+"""The client: one ClientApp object for every engine, inline, on Ray actors and under ``flwr run``."""
+
+from __future__ import annotations
+
+from simulations.environment import prepare_environment
+
+prepare_environment()
+
+from collections.abc import Collection, Mapping  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from functools import cached_property, lru_cache  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict  # noqa: E402
+from flwr.clientapp import ClientApp  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from fedattack.compression import Compressor, Memory, build_compressor, encode  # noqa: E402
+from fedattack.compression.carrier import to_array  # noqa: E402
+from fedattack.config import Config, EngineConfig, TrainingConfig  # noqa: E402
+from fedattack.errors import ConfigError, DataError  # noqa: E402
+from fedattack.models import build_model  # noqa: E402
+from fedattack.observation import Scenario  # noqa: E402
+from fedattack.rng import numpy_rng, torch_rng  # noqa: E402
+from fedattack.training import LocalResult, batch_positions, evaluate, local_update  # noqa: E402
+from simulations.attacking import choose_device  # noqa: E402
+from strategies.messages import (  # noqa: E402
+    ARRAYS,
+    CONFIG,
+    DROPPED_OUT,
+    EXCLUDED,
+    METRICS,
+    NUM_EXAMPLES,
+    PACKED,
+    PARTITION,
+    ROUND,
+    TRAIN_LOSS,
+    UPDATE,
+    HeldArray,
+    to_record,
+    to_tensors,
+)
+
+if TYPE_CHECKING:
+    from fedattack.data import World
+
+_MEMORY = "memory"
+
+app = ClientApp()
+
+
+@dataclass(eq=False)
+class Workplace:
+    """What all clients of one process share: settings, the data as stored, one model that is used again and again.
+
+    Parameters
+    ----------
+    config : Config
+    scenario : Scenario
+    images : ndarray
+        uint8 (N, C, S, S), the whole data set; read-only where it lies in Ray's shared memory.
+    labels : ndarray
+        int64 (N,).
+    partitions : tuple of ndarray
+        Sample ids of each client.
+    """
+
+    config: Config
+    scenario: Scenario
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    partitions: tuple[NDArray[np.int64], ...]
+
+    def __post_init__(self) -> None:
+        self._latest: tuple[ArrayRecord, dict[str, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, config: Config, world: World) -> Workplace:
+        """The workplace of a world."""
+        return cls(config, world.scenario, world.dataset.images, world.dataset.labels, tuple(world.partitions))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where clients compute."""
+        return client_device(self.config.engine)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Scratch space of all clients."""
+        return build_model(self.scenario.model).to(self.device)
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """The agreed compressor."""
+        named = list(self.model.named_parameters())
+        return build_compressor(
+            self.scenario.compression, [name for name, _ in named], [tuple(p.shape) for _, p in named]
+        )
+
+    def weights(self, record: ArrayRecord) -> dict[str, Tensor]:
+        """The broadcast as tensors, opened once for all clients that got the same one."""
+        if self._latest is None or self._latest[0] is not record:
+            self._latest = record, to_tensors(record)
+        return self._latest[1]
+
+    def samples(self, client: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Images float32 (n, C, S, S) in [0, 1] and labels int64 (n,) at `positions` of a client's partition."""
+        ids = self.partitions[client][positions]
+        images = torch.from_numpy(self.images[ids]).float().div_(255.0)
+        return images, torch.from_numpy(self.labels[ids])
+
+
+def client_device(engine: EngineConfig) -> torch.device:
+    """Where clients compute. Under "auto": on CUDA if `gpus_per_actor` grants them a share of one, else on the CPU.
+
+    The rule does not ask what the machine has, so that the engine cannot change a result.
+    """
+    if engine.device != "auto":
+        return choose_device(engine.device)
+    return choose_device("cuda") if engine.gpus_per_actor > 0 else torch.device("cpu")
+
+
+_PLACES: dict[int, Workplace] = {}
+
+
+def open_workplace(run_id: int, place: Workplace) -> None:
+    """Use `place` for the clients of run `run_id` in this process."""
+    _PLACES[run_id] = place
+
+
+def close_workplace(run_id: int) -> None:
+    """Forget the workplace of a run."""
+    _PLACES.pop(run_id, None)
+
+
+def _workplace(context: Context) -> Workplace:
+    """The run's workplace; under ``flwr run`` nobody opened one, and each process builds the world from its settings."""
+    if context.run_id in _PLACES:
+        return _PLACES[context.run_id]
+    return _built(Config.from_mapping(context.run_config).model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _built(settings: str) -> Workplace:
+    from fedattack.data import build_world
+
+    torch.set_num_threads(1)
+    config = Config.model_validate_json(settings)
+    return Workplace.of(config, build_world(config))
+
+
+# ---------------------------------------------------------------------- who, when, which samples
+
+
+def _identity(message: Message, context: Context) -> tuple[int, ConfigRecord]:
+    client = context.node_config[PARTITION]
+    assert isinstance(client, int)
+    config = message.content[CONFIG]
+    assert isinstance(config, ConfigRecord)
+    return client, config
+
+
+def remaining_positions(size: int, excluded: Collection[int] = ()) -> NDArray[np.int64]:
+    """Positions of a partition of `size` samples that are left after `excluded` are taken out, ascending."""
+    positions = np.arange(size)
+    return np.setdiff1d(positions, np.asarray(sorted(excluded), np.int64)) if excluded else positions
+
+
+def round_batches(
+    config: Config, size: int, round: int, client: int, excluded: Collection[int] = ()
+) -> list[NDArray[np.int64]]:
+    """Positions in the client's partition of each local step's batch; a pure function, also for the auditor.
+
+    Raises
+    ------
+    DataError
+        If nothing is left to train on.
+    """
+    left = remaining_positions(size, excluded)
+    batches = batch_positions(len(left), config.training, config.seed, round, client)
+    return [left[batch] for batch in batches] if excluded else batches
+
+
+def drops_out(config: Config, round: int, client: int) -> bool:
+    """Whether a drawn client does not answer in this round."""
+    chance = config.federation.dropout
+    return chance > 0 and float(numpy_rng(config.seed, "dropout", round, client).random()) < chance
+
+
+def _excluded(config: ConfigRecord, client: int) -> list[int]:
+    positions = config.get(EXCLUDED.format(client=client), [])
+    assert isinstance(positions, list)
+    return [int(position) for position in positions]
+
+
+def exclusion_settings(excluded: Mapping[int, Collection[int]]) -> dict[str, Any]:
+    """The entries of the train configuration that tell clients what they no longer train on."""
+    return {
+        EXCLUDED.format(client=client): sorted(int(p) for p in positions)
+        for client, positions in sorted(excluded.items())
+        if positions
+    }
+
+
+# ---------------------------------------------------------------------- what it answers
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on the round's batches and answer with the compressed update."""
+    place = _workplace(context)
+    client, settings = _identity(message, context)
+    round = settings[ROUND]
+    assert isinstance(round, int)
+    if drops_out(place.config, round, client):
+        return Message(Error(DROPPED_OUT, "dropped out"), reply_to=message)
+    arrays = message.content[ARRAYS]
+    assert isinstance(arrays, ArrayRecord)
+    batches = round_batches(
+        place.config, len(place.partitions[client]), round, client, _excluded(settings, client)
+    )
+    used = batches[0] if len(batches) == 1 else np.unique(np.concatenate(batches))
+    images, labels = place.samples(client, used)
+    steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
+    mu = float(settings.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+    result = _train(place, place.weights(arrays), images, labels, steps, mu)
+    packet, memory = place.compressor.compress(
+        result.update,
+        _recall(context),
+        round,
+        torch_rng(place.config.seed, "compression", round, client),
+    )
+    _remember(context, memory)
+    reply = ArrayRecord()
+    reply[PACKED] = to_array(encode(packet), place.compressor.numel)
+    for name, buffer in result.buffers.items():
+        reply[name] = HeldArray(buffer.cpu().numpy())
+    metrics = MetricRecord(
+        {NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client}
+    )
+    return Message(RecordDict({UPDATE: reply, METRICS: metrics}), reply_to=message)
+
+
+def _train(
+    place: Workplace,
+    weights: dict[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    batches: list[NDArray[np.int64]],
+    mu: float,
+) -> LocalResult:
+    training = place.scenario.training
+    if mu == 0.0 or len(batches) == 1:  # the proximal term has no gradient at the received weights
+        return local_update(place.model, weights, images, labels, batches, training)
+    return _train_proximal(place, weights, images, labels, batches, training, mu)
+
+
+def _train_proximal(
+    place: Workplace,
+    weights: dict[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    batches: list[NDArray[np.int64]],
+    training: TrainingConfig,
+    mu: float,
+) -> LocalResult:
+    """SGD on the loss plus ``mu / 2 * |w - received|^2`` (Li et al., FedProx, 2020), one plain step at a time."""
+    if training.momentum:
+        raise ConfigError(
+            f"setting 'training.momentum' = {training.momentum}: strategy 'fedprox' needs 0 here"
+        )
+    received = {name: weights[name].to(place.device) for name, _ in place.model.named_parameters()}
+    drift = {name: torch.zeros_like(tensor) for name, tensor in received.items()}
+    current = dict(weights)
+    losses: list[float] = []
+    for batch in batches:
+        result = local_update(place.model, current, images, labels, [batch], training)
+        losses.append(result.loss)
+        current |= result.buffers
+        for name, tensor in received.items():
+            drift[name] = drift[name] + result.update[name] - training.learning_rate * mu * drift[name]
+            current[name] = tensor + drift[name]
+    return replace(result, update=drift, loss=float(np.mean(losses)), num_examples=len(images))
+
+
+def _recall(context: Context) -> Memory:
+    record = context.state.get(_MEMORY)
+    if not isinstance(record, ArrayRecord):
+        return Memory()
+    return Memory({name: torch.from_numpy(_view(array)) for name, array in record.items()})
+
+
+def _view(array: Any) -> NDArray[Any]:
+    return array.view() if isinstance(array, HeldArray) else array.numpy()
+
+
+def _remember(context: Context, memory: Memory) -> None:
+    if memory.tensors:
+        context.state[_MEMORY] = to_record(memory.tensors)
+
+
+@app.evaluate()
+def evaluate_global(message: Message, context: Context) -> Message:
+    """Loss and accuracy of the global model on the client's own samples."""
+    place = _workplace(context)
+    client, _ = _identity(message, context)
+    arrays = message.content[ARRAYS]
+    assert isinstance(arrays, ArrayRecord)
+    images, labels = place.samples(client, remaining_positions(len(place.partitions[client])))
+    figures = evaluate(place.model, place.weights(arrays), images, labels)
+    metrics = MetricRecord({NUM_EXAMPLES: len(labels), **figures})
+    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+
+@app.query("whoami")
+def whoami(message: Message, context: Context) -> Message:
+    """Which client of the federation this node is."""
+    client, _ = _identity(message, context)
+    return Message(RecordDict({METRICS: MetricRecord({PARTITION: client})}), reply_to=message)
+
+
+@app.query("unlearn")
+def unlearn(message: Message, context: Context) -> Message:
+    """Ask the server to forget samples: the malicious client those that its attack chooses, all others none.
+
+    The instruction's configuration names the attack ("attack") and the malicious client ("client").
+    """
+    from adversaries import ATTACKS, UnlearningAttack, build_attack
+
+    client, settings = _identity(message, context)
+    answer: dict[str, Any] = {"client": client, "positions": [], "reason": ""}
+    if settings["client"] == client:
+        place = _workplace(context)
+        name, arrays = settings["attack"], message.content[ARRAYS]
+        assert isinstance(name, str)
+        assert isinstance(arrays, ArrayRecord)
+        options = place.config.attack
+        attack = build_attack(
+            ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options
+        )
+        if not isinstance(attack, UnlearningAttack):
+            raise ConfigError(f"attack {name!r} is of family {attack.family!r}, not 'unlearning'")
+        left = remaining_positions(len(place.partitions[client]), _excluded(settings, client))
+        if not len(left):
+            raise DataError(f"client {client} has no samples left to forget")
+        images, labels = place.samples(client, left)
+        place.model.load_state_dict(place.weights(arrays))
+        request = attack.choose(
+            client, place.model, images, labels, min(options.requests, len(left)), place.config.seed
+        )
+        answer |= {"positions": [int(left[p]) for p in request.positions], "reason": request.reason}
+    return Message(RecordDict({CONFIG: ConfigRecord(answer)}), reply_to=message)

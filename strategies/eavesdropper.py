@@ -1,0 +1,491 @@
+"""The curious server: any Flower strategy, with someone reading the replies before it aggregates them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedattack.compression import decode
+from fedattack.compression.carrier import STYPE, from_array
+from fedattack.errors import ConfigError, PayloadError, RunFailed
+from fedattack.models import build_model
+from fedattack.observation import Auxiliary, Observation, Scenario, Update, UpdateKind
+from fedattack.rng import numpy_rng
+from strategies.messages import (
+    CONFIG,
+    DROPPED_OUT,
+    METRICS,
+    NUM_EXAMPLES,
+    OVERSIZED,
+    PACKED,
+    PARTITION,
+    ROUND,
+    TRAIN_LOSS,
+    UPDATE,
+    HeldArray,
+    SteppedArray,
+    read_dense,
+    to_record,
+    to_tensors,
+)
+
+log = logging.getLogger("fedattack.strategies")
+
+MAX_EXAMPLES = 2**31 - 1
+"""More samples than this a client cannot claim to have trained on."""
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What became of one round's replies.
+
+    Parameters
+    ----------
+    round : int
+    accepted : tuple of int
+        Clients whose updates were aggregated, ascending.
+    failed, rejected : tuple of (int, str)
+        Clients that answered with an error, or with something that was refused, and the reason.
+    dropped : tuple of int
+        Clients that were drawn and did not answer.
+    wire_bytes, buffer_bytes : int
+        Sum over the accepted clients: packed updates, and the BatchNorm buffers beside them.
+    train_loss : float
+        The accepted clients' training loss, averaged by their examples; NaN where nobody was accepted.
+    aggregated : bool
+        False where the weights stayed as they were.
+    """
+
+    round: int
+    accepted: tuple[int, ...]
+    failed: tuple[tuple[int, str], ...]
+    rejected: tuple[tuple[int, str], ...]
+    dropped: tuple[int, ...]
+    wire_bytes: int
+    buffer_bytes: int
+    train_loss: float
+    aggregated: bool
+
+
+@dataclass(frozen=True)
+class _Reply:
+    message: Message
+    client: int
+    update: Update
+    buffers: dict[str, NDArray[Any]]
+    num_examples: int
+    loss: float
+    wire_bytes: int
+    buffer_bytes: int
+
+
+class Eavesdropper(Strategy):
+    """Makes any Flower strategy curious: reads each reply, hands out observations, then lets it aggregate.
+
+    Replies may be packed updates (:mod:`fedattack.compression`) or the new weights that an ordinary Flower client
+    sends. Hostile ones are rejected with a reason and the round goes on. What the wrapped strategy gets to see is
+    what it expects: dense new weights, ``weights + delta`` under fedavg and
+    ``weights - server_learning_rate * gradient`` under fedsgd, in ascending order of the clients' numbers.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        Any Flower strategy whose clients send one ArrayRecord.
+    scenario : Scenario
+        Public facts: model, training, compression.
+    on_observation : callable, optional
+        Called with each :class:`~fedattack.observation.Observation`, before the round is aggregated.
+    observe : callable, optional
+        ``observe(round, client)`` selects what is observed; None: everything.
+    auxiliary : Auxiliary, optional
+        Public data granted to the adversary; put into every observation.
+    seed : int
+        Keys the sampling of clients: Flower draws them with Python's global generator, which is seeded for the draw
+        by (seed, "sampling", round) and restored after it.
+    first_round : int
+        Number of the first round of :meth:`start`.
+    on_round : callable, optional
+        Called with a :class:`RoundReport` after each aggregation.
+    client_of : callable, optional
+        Node id -> the client's number. None: what the reply declares as "partition-id", else the node id.
+    average_buffers : bool
+        Average BatchNorm buffers here, by examples, instead of giving them to the wrapped strategy. For server
+        optimisers (FedAdam, ...), whose steps would make variances negative.
+
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAvg
+    >>> from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+    >>> model = ModelConfig(name="mlp", classes=10, channels=1, image_size=8, activation="relu")
+    >>> scenario = Scenario(model, TrainingConfig(), CompressionConfig())
+    >>> seen = []
+    >>> strategy = Eavesdropper(FedAvg(fraction_evaluate=0.0), scenario, on_observation=seen.append)
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        scenario: Scenario,
+        *,
+        on_observation: Callable[[Observation], None] | None = None,
+        observe: Callable[[int, int], bool] | None = None,
+        auxiliary: Auxiliary | None = None,
+        seed: int = 0,
+        first_round: int = 1,
+        on_round: Callable[[RoundReport], None] | None = None,
+        client_of: Callable[[int], int] | None = None,
+        average_buffers: bool = False,
+    ) -> None:
+        self.strategy = strategy
+        self.scenario = scenario
+        self.on_observation = on_observation
+        self.observe = observe
+        self.auxiliary = auxiliary
+        self.seed = seed
+        self.first_round = first_round
+        self.on_round = on_round
+        self.client_of = client_of
+        self.average_buffers = average_buffers
+        module = build_model(scenario.model)
+        self.names = tuple(name for name, _ in module.named_parameters())
+        self.shapes = tuple(tuple(parameter.shape) for _, parameter in module.named_parameters())
+        self._offsets = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)])
+        self._numel = int(self._offsets[-1])
+        self.kind: UpdateKind = "gradient" if scenario.training.protocol == "fedsgd" else "delta"
+        self.server_step = (
+            -(scenario.training.server_learning_rate or scenario.training.learning_rate)
+            if self.kind == "gradient"
+            else 1.0
+        )
+        self._claims: dict[int, int] = {}  # client number -> the node that goes by it
+        self._sent: dict[str, Tensor] = {}
+        self._sent_arrays: dict[str, NDArray[Any]] = {}
+        self._float_buffers: list[str] = []
+
+    # ------------------------------------------------------------------ what goes out
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Keep the weights that go out, and let the wrapped strategy draw the clients."""
+        round = self._number(server_round)
+        self._keep(arrays)
+        config[ROUND] = round
+        offered = arrays
+        if self.average_buffers and self._float_buffers:
+            offered = ArrayRecord()
+            for name in self.names:
+                offered[name] = arrays[name]
+        with seeded_sampling(self.seed, round):
+            messages = list(self.strategy.configure_train(round, offered, config, grid))
+        if offered is not arrays:
+            _exchange(messages, offered, arrays)
+        return messages
+
+    def _keep(self, arrays: ArrayRecord) -> None:
+        missing = [name for name in self.names if name not in arrays]
+        if missing:
+            raise ConfigError(
+                f"the arrays sent out lack {missing[0]!r}, a parameter of model {self.scenario.model.name!r}: "
+                "give the Eavesdropper the scenario of the model that is trained"
+            )
+        self._sent = to_tensors(arrays)
+        self._sent_arrays = {name: tensor.numpy() for name, tensor in self._sent.items()}
+        self._float_buffers = [
+            name for name, tensor in self._sent.items() if name not in set(self.names) and tensor.is_floating_point()
+        ]
+
+    # ------------------------------------------------------------------ what comes back
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Read, check and observe the replies, then aggregate them with the wrapped strategy."""
+        round = self._number(server_round)
+        accepted: list[_Reply] = []
+        failed: list[tuple[int, str]] = []
+        rejected: list[tuple[int, str]] = []
+        dropped: list[int] = []
+        answered: set[int] = set()
+        for message in replies:
+            node = message.metadata.src_node_id
+            client = self.client_of(node) if self.client_of else node
+            try:
+                if message.has_error():
+                    reason = message.error.reason or "no reason given"
+                    if message.error.code == OVERSIZED:
+                        raise PayloadError(reason)
+                    if message.error.code == DROPPED_OUT:
+                        dropped.append(client)
+                        continue
+                    log.warning("round %d: client %d failed: %s", round, client, _last_line(reason))
+                    failed.append((client, reason))
+                    continue
+                reply = self._read(message, round)
+                if reply.client in answered:
+                    raise PayloadError(f"client {reply.client} has answered already")
+            except PayloadError as error:
+                log.warning("round %d: reply of client %d rejected: %s", round, client, error)
+                rejected.append((client, str(error)))
+                continue
+            answered.add(reply.client)
+            accepted.append(reply)
+        # One fixed order, whatever order the replies came in: float sums depend on it.
+        accepted.sort(key=lambda reply: reply.client)
+        self._hand_out(round, accepted)
+        arrays, metrics = self._aggregate(round, accepted)
+        if arrays is None and accepted:
+            log.warning("round %d: the strategy did not aggregate; the weights stay as they were", round)
+        if not accepted:
+            log.warning("round %d: no reply was accepted; the weights stay as they were", round)
+        examples = sum(reply.num_examples for reply in accepted)
+        loss = sum(reply.loss * reply.num_examples for reply in accepted) / examples if accepted else math.nan
+        if self.on_round is not None:
+            self.on_round(
+                RoundReport(
+                    round=round,
+                    accepted=tuple(reply.client for reply in accepted),
+                    failed=tuple(sorted(failed)),
+                    rejected=tuple(sorted(rejected)),
+                    dropped=tuple(sorted(dropped)),
+                    wire_bytes=sum(reply.wire_bytes for reply in accepted),
+                    buffer_bytes=sum(reply.buffer_bytes for reply in accepted),
+                    train_loss=loss,
+                    aggregated=arrays is not None,
+                )
+            )
+        return arrays, metrics
+
+    def _read(self, message: Message, round: int) -> _Reply:
+        """A reply as an update; raises PayloadError for everything that an honest client would not send."""
+        records = message.content
+        arrays, metrics = _only(records, ArrayRecord), _only(records, MetricRecord)
+        examples = _examples(metrics.get(NUM_EXAMPLES))
+        loss = _loss(metrics)
+        client = self._client(message.metadata.src_node_id, metrics.get(PARTITION))
+        if PACKED in arrays and arrays[PACKED].stype == STYPE:
+            payload = from_array(arrays[PACKED])
+            update = decode(
+                payload, self.names, self.shapes, self.kind, self.scenario.compression, round=round
+            )
+            others, wire_bytes = set(arrays) - {PACKED}, len(payload)
+        else:
+            update, wire_bytes = self._difference(arrays)
+            others = set(arrays) - set(self.names)
+        unknown = others - set(self._sent)
+        if unknown:
+            raise PayloadError(f"unknown array {min(unknown)!r}")
+        buffers: dict[str, NDArray[Any]] = {}
+        buffer_bytes = 0
+        for name in self._float_buffers:
+            if name not in others:
+                raise PayloadError(f"buffer {name!r} is missing")
+            sent = self._sent_arrays[name]
+            buffers[name] = _labelled(name, arrays, sent)
+            buffer_bytes += sent.nbytes
+            if name.endswith("running_var") and buffers[name].min(initial=0.0) < 0.0:
+                raise PayloadError(f"buffer {name!r} holds a negative variance")
+        return _Reply(message, client, update, buffers, examples, loss, wire_bytes, buffer_bytes)
+
+    def _difference(self, arrays: ArrayRecord) -> tuple[Update, int]:
+        """The update behind an ordinary Flower reply, which holds new weights."""
+        missing = [name for name in self.names if name not in arrays]
+        if missing:
+            raise PayloadError(f"neither a packed update nor new weights: {missing[0]!r} is missing")
+        parts = [
+            (_labelled(name, arrays, self._sent_arrays[name]) - self._sent_arrays[name]).reshape(-1)
+            for name in self.names
+        ]
+        values = torch.from_numpy(np.concatenate(parts))
+        if not torch.isfinite(values).all():
+            raise PayloadError("the new weights are too far from those sent out")
+        return Update(self.names, self.shapes, None, values, "delta"), 4 * self._numel
+
+    def _client(self, node: int, declared: object) -> int:
+        """The number a reply is recorded under. A node keeps the first number it goes by, and so does the number."""
+        if self.client_of is not None:
+            return self.client_of(node)
+        client = node
+        if declared is not None:
+            if isinstance(declared, bool) or not isinstance(declared, int) or not 0 <= declared <= MAX_EXAMPLES:
+                raise PayloadError(f"declares {PARTITION!r} {declared!r}")
+            client = declared
+        if self._claims.setdefault(client, node) != node:
+            raise PayloadError(f"claims to be client {client}, which another node is")
+        return client
+
+    def _hand_out(self, round: int, replies: list[_Reply]) -> None:
+        if self.on_observation is None:
+            return
+        for reply in replies:
+            if self.observe is not None and not self.observe(round, reply.client):
+                continue
+            self.on_observation(
+                Observation(
+                    round=round,
+                    client=reply.client,
+                    scenario=self.scenario,
+                    weights=self._sent,
+                    update=reply.update,
+                    num_examples=reply.num_examples,
+                    wire_bytes=reply.wire_bytes,
+                    auxiliary=self.auxiliary,
+                    buffers={name: torch.from_numpy(value.copy()) for name, value in reply.buffers.items()},
+                )
+            )
+
+    # ------------------------------------------------------------------ what it becomes
+
+    def _aggregate(self, round: int, replies: list[_Reply]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        if not replies:
+            return None, None
+        for reply in replies:
+            metrics = MetricRecord({NUM_EXAMPLES: reply.num_examples, TRAIN_LOSS: reply.loss})
+            reply.message.content = RecordDict({UPDATE: self._stepped(reply), METRICS: metrics})
+        try:
+            arrays, aggregated = self.strategy.aggregate_train(round, [reply.message for reply in replies])
+        except AppExitException as error:
+            name = type(self.strategy).__name__
+            raise RunFailed(f"strategy {name} could not aggregate round {round}: {error}") from error
+        if arrays is None:
+            return None, aggregated
+        return self._finished(arrays, replies, round), aggregated
+
+    def _stepped(self, reply: _Reply) -> ArrayRecord:
+        record = ArrayRecord()
+        update = reply.update
+        values = update.values.numpy()
+        scale = self.server_step if update.kind == "gradient" else 1.0
+        if update.indices is None:
+            cuts, indices = self._offsets, None
+        else:
+            indices = update.indices.numpy()
+            cuts = np.searchsorted(indices, self._offsets)
+        for number, name in enumerate(self.names):
+            low, high = cuts[number], cuts[number + 1]
+            positions = None if indices is None else indices[low:high] - self._offsets[number]
+            record[name] = SteppedArray(self._sent_arrays[name], values[low:high], positions, scale)
+        if not self.average_buffers:
+            for name, buffer in reply.buffers.items():
+                record[name] = HeldArray(buffer)
+        return record
+
+    def _finished(self, arrays: ArrayRecord, replies: list[_Reply], round: int) -> ArrayRecord:
+        """The next global model: in the model's order and types, whatever the strategy's arithmetic left."""
+        total = sum(reply.num_examples for reply in replies)
+        result: dict[str, Tensor] = {}
+        for name, sent in self._sent.items():
+            if name in arrays:
+                value = np.asarray(arrays[name].numpy())
+                if value.shape != tuple(sent.shape):
+                    raise RunFailed(
+                        f"strategy {type(self.strategy).__name__} made {name!r} of shape {tuple(sent.shape)} into "
+                        f"{value.shape} in round {round}"
+                    )
+                result[name] = torch.from_numpy(value.astype(self._sent_arrays[name].dtype, copy=True))
+            elif name in self._float_buffers:
+                mean = sum(reply.buffers[name] * np.float64(reply.num_examples / total) for reply in replies)
+                result[name] = torch.from_numpy(np.asarray(mean, dtype=self._sent_arrays[name].dtype))
+            else:  # integer buffers (BatchNorm's counter) are not sent and stay
+                result[name] = sent
+        broken = [name for name, value in result.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise RunFailed(
+                f"the global model has NaN or infinite values in {broken[0]!r} after round {round}; "
+                "lower 'training.learning_rate'"
+            )
+        return to_record(result)
+
+    # ------------------------------------------------------------------ what is passed through
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Left to the wrapped strategy, with the same care for the random draw."""
+        round = self._number(server_round)
+        config[ROUND] = round
+        with seeded_sampling(self.seed, round, "sampling.evaluate"):
+            return list(self.strategy.configure_evaluate(round, arrays, config, grid))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Left to the wrapped strategy."""
+        return self.strategy.aggregate_evaluate(self._number(server_round), replies)
+
+    def summary(self) -> None:
+        """Left to the wrapped strategy."""
+        self.strategy.summary()
+
+    def _number(self, server_round: int) -> int:
+        return server_round + self.first_round - 1
+
+
+@contextmanager
+def seeded_sampling(seed: int, round: int, purpose: str = "sampling") -> Iterator[None]:
+    """Seed Python's global generator for the block, and put it back as it was."""
+    state = random.getstate()
+    random.seed(int(numpy_rng(seed, purpose, round).integers(2**63)))
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _exchange(messages: list[Message], offered: ArrayRecord, arrays: ArrayRecord) -> None:
+    """Put `arrays` in the place of `offered` in all messages; messages that shared their content still do."""
+    exchanged: dict[int, RecordDict] = {}
+    for message in messages:
+        content = message.content
+        if id(content) not in exchanged:
+            exchanged[id(content)] = RecordDict(
+                {key: arrays if record is offered else record for key, record in content.items()}
+            )
+        message.content = exchanged[id(content)]
+
+
+def _only(records: RecordDict, kind: type[Any]) -> Any:
+    found = [record for record in records.values() if isinstance(record, kind)]
+    if len(found) != 1:
+        raise PayloadError(f"reply holds {len(found)} {kind.__name__}s, expected one")
+    return found[0]
+
+
+def _labelled(name: str, arrays: ArrayRecord, sent: NDArray[Any]) -> NDArray[Any]:
+    try:
+        return read_dense(arrays[name], sent.shape, str(sent.dtype))
+    except PayloadError as error:
+        raise PayloadError(f"{name!r}: {error}") from None
+
+
+def _examples(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_EXAMPLES:
+        raise PayloadError(f"declares {NUM_EXAMPLES!r} {value!r}, expected 1 to {MAX_EXAMPLES}")
+    return value
+
+
+def _loss(metrics: MetricRecord) -> float:
+    value = metrics.get(TRAIN_LOSS, metrics.get("loss", 0.0))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise PayloadError(f"declares {TRAIN_LOSS!r} {value!r}, expected a finite number")
+    return float(value)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else text
+
+
+__all__ = ["CONFIG", "Eavesdropper", "RoundReport", "seeded_sampling"]
