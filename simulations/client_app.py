@@ -80,7 +80,9 @@ class Workplace:
     @classmethod
     def of(cls, config: Config, world: World) -> Workplace:
         """The workplace of a world."""
-        return cls(config, world.scenario, world.dataset.images, world.dataset.labels, tuple(world.partitions))
+        return cls(
+            config, world.scenario, world.dataset.images, world.dataset.labels, tuple(world.partitions)
+        )
 
     @cached_property
     def device(self) -> torch.device:
@@ -95,7 +97,7 @@ class Workplace:
     @cached_property
     def compressor(self) -> Compressor:
         """The agreed compressor."""
-        named = list(self.model.named_parameters())
+        named = list(build_model(self.scenario.model).named_parameters())
         return build_compressor(
             self.scenario.compression, [name for name, _ in named], [tuple(p.shape) for _, p in named]
         )
@@ -137,7 +139,7 @@ def close_workplace(run_id: int) -> None:
 
 
 def _workplace(context: Context) -> Workplace:
-    """The run's workplace; under ``flwr run`` nobody opened one, and each process builds the world from its settings."""
+    """The run's workplace; under ``flwr run`` nobody opened one, and each process builds its own."""
     if context.run_id in _PLACES:
         return _PLACES[context.run_id]
     return _built(Config.from_mapping(context.run_config).model_dump_json())
@@ -225,7 +227,7 @@ def train(message: Message, context: Context) -> Message:
     used = batches[0] if len(batches) == 1 else np.unique(np.concatenate(batches))
     images, labels = place.samples(client, used)
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
-    mu = float(settings.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+    mu = float(settings.get("proximal-mu", 0.0))
     result = _train(place, place.weights(arrays), images, labels, steps, mu)
     packet, memory = place.compressor.compress(
         result.update,
@@ -238,9 +240,7 @@ def train(message: Message, context: Context) -> Message:
     reply[PACKED] = to_array(encode(packet), place.compressor.numel)
     for name, buffer in result.buffers.items():
         reply[name] = HeldArray(buffer.cpu().numpy())
-    metrics = MetricRecord(
-        {NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client}
-    )
+    metrics = MetricRecord({NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client})
     return Message(RecordDict({UPDATE: reply, METRICS: metrics}), reply_to=message)
 
 
@@ -338,9 +338,7 @@ def unlearn(message: Message, context: Context) -> Message:
         assert isinstance(name, str)
         assert isinstance(arrays, ArrayRecord)
         options = place.config.attack
-        attack = build_attack(
-            ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options
-        )
+        attack = build_attack(ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options)
         if not isinstance(attack, UnlearningAttack):
             raise ConfigError(f"attack {name!r} is of family {attack.family!r}, not 'unlearning'")
         left = remaining_positions(len(place.partitions[client]), _excluded(settings, client))

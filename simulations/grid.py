@@ -10,14 +10,15 @@ import importlib
 import itertools
 import logging
 import math
+import time
 import traceback
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -26,7 +27,7 @@ from fedattack.errors import BadRequest, RunFailed
 from simulations import flower_internals as internals
 from simulations.client_app import Workplace, app, close_workplace, open_workplace
 from simulations.flower_internals import Plain, from_plain, to_plain
-from strategies.messages import OVERSIZED, PARTITION
+from strategies.messages import CONFIG, METRICS, OVERSIZED, PARTITION
 
 if TYPE_CHECKING:
     from fedattack.data import World
@@ -39,6 +40,7 @@ FIRST_NODE = 1_000_000
 _SPARE_BYTES = 1 << 20
 _RETRIES = 3
 _START_SECONDS = 120.0
+_NODES_SECONDS = 20.0
 
 _run_ids = itertools.count(1)
 
@@ -68,7 +70,12 @@ class LocalGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """A new instruction."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -117,6 +124,10 @@ class LocalGrid(Grid):
     @abstractmethod
     def restore_states(self, states: Mapping[int, Plain]) -> None:
         """Give clients what they kept."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Have all clients forget what they kept."""
 
     @abstractmethod
     def close(self) -> None:
@@ -208,6 +219,10 @@ class InlineGrid(LocalGrid):
         for client, state in states.items():
             self._context(client).state = from_plain(state)
 
+    def reset(self) -> None:
+        """Have all clients forget what they kept."""
+        self._contexts.clear()
+
     def close(self) -> None:
         """Let go of the data."""
         close_workplace(self.run_id)
@@ -230,7 +245,14 @@ class ClientActor:
     """
 
     def __init__(
-        self, run_id: int, client_app: str, config: Config, scenario: Any, images: Any, labels: Any, partitions: Any
+        self,
+        run_id: int,
+        client_app: str,
+        config: Config,
+        scenario: Any,
+        images: Any,
+        labels: Any,
+        partitions: Any,
     ) -> None:
         torch.set_num_threads(1)
         self._run_id = run_id
@@ -247,6 +269,11 @@ class ClientActor:
         """Take over clients of a lost actor, or of a run that was interrupted."""
         for client, state in zip(clients, states, strict=True):
             self._context(client).state = from_plain(state)
+        return True
+
+    def reset(self) -> bool:
+        """Forget what the clients kept."""
+        self._contexts.clear()
         return True
 
     def work(
@@ -311,7 +338,7 @@ class RayGrid(LocalGrid):
             max_restarts=0,
             scheduling_strategy="SPREAD",
         )(ClientActor)
-        self._arguments = (
+        self._arguments: tuple[Any, ...] = (
             self.run_id,
             client_app,
             place.config,
@@ -383,7 +410,9 @@ class RayGrid(LocalGrid):
                         f"a Ray actor with {len(numbers)} clients was lost {_RETRIES} times in one round "
                         f"({_reason(error)}); is there enough memory for {len(self._actors)} actors?"
                     ) from error
-                log.warning("a Ray actor was lost (%s); its %d clients are run again", _reason(error), len(numbers))
+                log.warning(
+                    "a Ray actor was lost (%s); its %d clients are run again", _reason(error), len(numbers)
+                )
                 self._replace(slot)
                 submit(slot, numbers, attempt + 1)
                 continue
@@ -405,7 +434,9 @@ class RayGrid(LocalGrid):
             chosen = fresh
         else:
             ray.kill(fresh)
-            others = [actor for actor in dict.fromkeys(self._actors) if actor is not lost and self._alive(actor)]
+            others = [
+                actor for actor in dict.fromkeys(self._actors) if actor is not lost and self._alive(actor)
+            ]
             if not others:
                 raise RunFailed(
                     "all Ray actors were lost and no new one could be started; the cluster has "
@@ -443,12 +474,110 @@ class RayGrid(LocalGrid):
             self._states |= mine
             self._ray.get(actor.restore.remote(list(mine), *mine.values()))
 
+    def reset(self) -> None:
+        """Have all clients forget what they kept."""
+        self._states.clear()
+        for slot, actor in enumerate(self._actors):
+            try:
+                self._ray.get(actor.reset.remote())
+            except _lost_actor_errors():
+                self._replace(slot)
+
     def close(self) -> None:
         """Stop the actors and let go of the data."""
         for actor in getattr(self, "_actors", []):
             self._ray.kill(actor)
         self._states.clear()
         self._arguments = ()
+
+
+class PartitionedGrid(Grid):
+    """Flower's own grid, seen so that nothing random is left: one node per client, in the order of the clients.
+
+    Under ``flwr run`` node ids are random and their order too. Each node is asked once which partition it has.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's; this process must be the server of its run.
+    clients : int
+        Size of the federation; nodes beyond it are left alone.
+
+    Raises
+    ------
+    RunFailed
+        If there are fewer nodes than clients.
+    """
+
+    def __init__(self, grid: Grid, clients: int) -> None:
+        self._grid = grid
+        question = RecordDict({CONFIG: ConfigRecord()})
+        nodes = _wait_for_nodes(grid, clients)
+        messages = [Message(question, node, "query.whoami") for node in nodes]
+        self._node_of: dict[int, int] = {}
+        for reply in grid.send_and_receive(messages, timeout=_START_SECONDS):
+            if reply.has_error():
+                raise RunFailed(f"a node could not say which client it is: {reply.error.reason}")
+            number: Any = reply.content[METRICS][PARTITION]
+            if number < clients:
+                self._node_of[number] = reply.metadata.src_node_id
+        missing = sorted(set(range(clients)) - set(self._node_of))
+        if missing:
+            raise RunFailed(
+                f"setting 'federation.clients' = {clients}: Flower's federation has {len(nodes)} nodes, and client "
+                f"{missing[0]} is none of them; give it more with --federation-config 'num-supernodes={clients}'"
+            )
+        self._client_of = {node: client for client, node in self._node_of.items()}
+
+    def client_of(self, node: int) -> int:
+        """The client's number behind a node id."""
+        return self._client_of[node]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids in the order of the clients."""
+        return [self._node_of[client] for client in sorted(self._node_of)]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Have the messages answered, in the order of the clients."""
+        replies = self._grid.send_and_receive(list(messages), timeout=timeout)
+        return sorted(replies, key=lambda reply: self.client_of(reply.metadata.src_node_id))
+
+    def set_run(self, run: Any) -> None:
+        """Left to Flower."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Left to Flower."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Left to Flower."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Left to Flower."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Left to Flower."""
+        return self._grid.pull_messages(message_ids)
+
+
+def _wait_for_nodes(grid: Grid, wanted: int) -> list[int]:
+    deadline = time.monotonic() + _NODES_SECONDS
+    while len(nodes := sorted(grid.get_node_ids())) < wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return nodes
 
 
 def _reply(message: Message, answer: Answer | None) -> Message:
@@ -560,6 +689,7 @@ __all__ = [
     "FIRST_NODE",
     "InlineGrid",
     "LocalGrid",
+    "PartitionedGrid",
     "RayGrid",
     "open_grid",
     "ray_session",

@@ -1,27 +1,48 @@
 """The two seats beside reconstruction: who was trained on, and who asks to be forgotten.
 
-Both experiments do what the auditor cannot leave to the adversary: choosing the candidates and the controls. What
-they give an attack is what its seat sees.
+Both experiments do what the auditor cannot leave to the adversary: choosing the candidates and the controls.
+What they give an attack is what its seat sees.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from simulations.environment import prepare_environment
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+prepare_environment()
 
-from adversaries.base import MembershipAttack, Progress, no_progress
-from fedattack.config import Config
-from fedattack.data import ImageDataset, World
-from fedattack.errors import DataError, NotApplicable
-from fedattack.observation import Candidates, MembershipScores, Observation
-from fedattack.rng import numpy_rng
-from simulations.client_app import round_batches
+from collections import Counter, defaultdict  # noqa: E402
+from collections.abc import Mapping, Sequence  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from adversaries.base import MembershipAttack, Progress, no_progress  # noqa: E402
+from fedattack.config import Config  # noqa: E402
+from fedattack.data import ImageDataset, World  # noqa: E402
+from fedattack.errors import DataError, NotApplicable  # noqa: E402
+from fedattack.models import build_model, initial_weights  # noqa: E402
+from fedattack.observation import Candidates, MembershipScores, Observation, UnlearningRequest  # noqa: E402
+from fedattack.rng import numpy_rng  # noqa: E402
+from fedattack.training import evaluate  # noqa: E402
+from fedattack.unlearning import (  # noqa: E402
+    MECHANISMS,
+    Deletion,
+    Forgotten,
+    RetrainFunction,
+    ServerMemory,
+    Weights,
+    validate_request,
+)
+from simulations.attacking import choose_device  # noqa: E402
+from simulations.client_app import round_batches  # noqa: E402
+from simulations.federation import FederationResult, ask_unlearning, run_federation  # noqa: E402
+from simulations.grid import LocalGrid, open_grid  # noqa: E402
+
+MALICIOUS_CLIENT = 0
+"""The client that asks for deletions."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +60,9 @@ class MembershipOutcome:
     sample_ids : ndarray
         int64, shape (N,): the candidates' positions in the data set, for the record.
     details : dict
-        JSON-able: `members_used` (distinct samples of the target that were trained on in the observed rounds),
-        `observed_rounds`, and `matched_label`, `matched_group` (shares of the non-members with the label, and of
-        the person, of a member).
+        JSON-able: `members_used` (distinct samples of the target that were trained on in the observed
+        rounds), `observed_rounds`, and `matched_label`, `matched_group` (shares of the non-members with the
+        label, and of the person, of a member).
     """
 
     target: int
@@ -63,10 +84,10 @@ def membership_experiment(
 ) -> MembershipOutcome:
     """Ask a membership attack about one client.
 
-    Members are samples that the target really trained on in the observed rounds, at most `attack.candidates` of
-    them; as many non-members come from the held-out pool. Each non-member has the label and, where the data set
-    knows people, the person of a member while such are left: else an attack could score by telling classes apart.
-    The list is drawn and shuffled once from the run's seed and stays the same for all rounds.
+    Members are samples that the target really trained on in the observed rounds, at most `attack.candidates`
+    of them; as many non-members come from the held-out pool. Each non-member has the label and, where the
+    data set knows people, the person of a member while such are left: else an attack could score by telling
+    classes apart. The list is drawn and shuffled once from the run's seed and stays the same for all rounds.
 
     Parameters
     ----------
@@ -76,7 +97,8 @@ def membership_experiment(
         Everything that the seat saw.
     attack : MembershipAttack
     target : int, optional
-        The client asked about; None: the one that was observed in most rounds, the lowest number among equals.
+        The client asked about; None: the one that was observed in most rounds, the lowest number among
+        equals.
     device : torch.device, optional
         Where to compute; None: the CPU.
     progress : Progress
@@ -150,13 +172,12 @@ def choose_candidates(
     return ids, (np.arange(2 * count) < count)[order], details
 
 
-def _alike(
-    members: NDArray[np.int64], pool: NDArray[np.int64], dataset: ImageDataset
-) -> NDArray[np.int64]:
+def _alike(members: NDArray[np.int64], pool: NDArray[np.int64], dataset: ImageDataset) -> NDArray[np.int64]:
     """One sample of `pool` per member: of its label and person, else its label, else its person, else any."""
     nobody = np.zeros(len(dataset), dtype=np.int64)
     groups = nobody if dataset.groups is None else dataset.groups
-    left, chosen = list(members), []
+    left = list(members)
+    chosen: list[int] = []
     for label, group in (
         (dataset.labels, groups),
         (dataset.labels, nobody),
@@ -183,3 +204,215 @@ def _shared(key: NDArray[np.int64], members: NDArray[np.int64], nonmembers: NDAr
     """Share of the non-members that have the key of a member, each member counted once."""
     common = Counter(key[members].tolist()) & Counter(key[nonmembers].tolist())
     return common.total() / len(nonmembers)
+
+
+@dataclass(frozen=True)
+class UnlearningOutcome:
+    """What a deletion request did to the global model, beside what it would have done anyway.
+
+    Every repeat trains three times with the same random draws: without any deletion, without the requested
+    samples, and without as many random ones of the same client. The first repeat has the draws of the run
+    itself.
+
+    Parameters
+    ----------
+    request : UnlearningRequest
+        As the client put it.
+    deletion : Deletion
+        As the server accepted it; `drops_out` tells whether the client has anything left.
+    mechanism : str
+        How the server forgets.
+    before, after, random : tuple of float
+        Accuracy on the held-out pool in [0, 1], one per repeat: no deletion, the request, random samples.
+    losses : dict of str to tuple of float
+        Mean cross-entropy on the held-out pool under the same three names.
+    test_samples : int
+        Size of the held-out pool.
+    resumed_after, rounds_trained : int
+        The last round that the server kept, and the rounds that forgetting cost it.
+    details : dict
+        JSON-able: `requested_loss`, the mean cross-entropy of the requested samples "before" and "after"
+        (first repeat), and `random_positions`, one list per repeat.
+    """
+
+    request: UnlearningRequest
+    deletion: Deletion
+    mechanism: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    random: tuple[float, ...]
+    losses: dict[str, tuple[float, ...]]
+    test_samples: int
+    resumed_after: int
+    rounds_trained: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def unlearning_experiment(
+    config: Config,
+    world: World,
+    result: FederationResult,
+    attack: str,
+    *,
+    repeats: int = 3,
+    progress: Progress = no_progress,
+) -> UnlearningOutcome:
+    """Let the malicious client ask for deletions, grant them, and measure the damage against random deletions.
+
+    The client is asked once, through the federation's own query, with the final global model. What training
+    again leaves depends on the draw of every batch, hence the repeats: the damage of one pair of trainings
+    says little.
+
+    Parameters
+    ----------
+    config, world
+        The run's.
+    result : FederationResult
+        What the run left.
+    attack : str
+        Name of the unlearning attack; its parameters come from `config`.
+    repeats : int
+        Pairs of trainings, at least 1. Costs ``3 * repeats - 1`` trainings from the checkpoint on.
+    progress : Progress
+
+    Raises
+    ------
+    NotApplicable
+        If the malicious client never took part.
+    DataError
+        If no sample is held out.
+    PayloadError
+        If the server rejects the request.
+    RunFailed
+        If a federation or the attack fails.
+    """
+    client, samples = MALICIOUS_CLIENT, len(world.partitions[MALICIOUS_CLIENT])
+    first_rounds = rounds_of_entry(result)
+    if client not in first_rounds:
+        raise NotApplicable(
+            f"{attack}: client {client} took part in none of {len(result.rounds)} rounds, so there is nothing to "
+            "forget; raise federation.participation or federation.rounds"
+        )
+    if not len(world.pools.nonmembers):
+        raise DataError(
+            f"{attack}: no sample is held out to measure the damage on; raise setting 'data.nonmembers'"
+        )
+    mechanism = MECHANISMS.get(config.unlearning.mechanism)()
+    quiet = config.model_copy(update={"federation": config.federation.model_copy(update={"evaluate": False})})
+    judge = _Judge(config, world)
+    figures: dict[str, list[dict[str, float]]] = {"before": [], "after": [], "random": []}
+    floors: list[list[int]] = []
+    request: UnlearningRequest | None = None
+    for repeat in range(repeats):
+        again = quiet.model_copy(update={"seed": _seed(config.seed, repeat)})
+        with open_grid(again, world) as grid:
+            retrain = _retrainer(again, world, grid)
+
+            def report(step: int, text: str, repeat: int = repeat) -> None:
+                progress((3 * repeat + step) / (3 * repeats), f"{attack}: repeat {repeat + 1}, {text}")
+
+            if request is None:
+                report(0, "asking the clients")
+                request = _ask(grid, result.weights, attack)
+                deletion = validate_request(request, client, samples)
+                kept = _checkpoint(quiet, world, first_rounds[client], grid)
+                before = result.weights
+            else:
+                report(0, "no deletion")
+                ((start, weights),) = kept.items()
+                before = retrain({}, weights, start + 1)
+            memory = ServerMemory(before, config.federation.rounds, kept, first_rounds)
+            report(1, "the request")
+            answer = mechanism.forget([deletion], memory, retrain)
+            chosen = numpy_rng(config.seed, "unlearning floor", repeat).choice(
+                samples, len(deletion.positions), replace=False
+            )
+            report(2, "random samples")
+            floor = mechanism.forget(
+                [Deletion(client, frozenset(chosen.tolist()), deletion.drops_out)], memory, retrain
+            )
+        if repeat == 0:
+            outcome: Forgotten = answer
+            ids = world.partitions[client][sorted(deletion.positions)]
+            requested = {"before": judge(before, ids)["loss"], "after": judge(answer.weights, ids)["loss"]}
+        figures["before"].append(judge(before))
+        figures["after"].append(judge(answer.weights))
+        figures["random"].append(judge(floor.weights))
+        floors.append(sorted(chosen.tolist()))
+    progress(1.0, f"{attack}: done")
+    assert request is not None, "at least one repeat"
+    accuracy = {name: tuple(f["accuracy"] for f in rows) for name, rows in figures.items()}
+    return UnlearningOutcome(
+        request=request,
+        deletion=deletion,
+        mechanism=config.unlearning.mechanism,
+        before=accuracy["before"],
+        after=accuracy["after"],
+        random=accuracy["random"],
+        losses={name: tuple(f["loss"] for f in rows) for name, rows in figures.items()},
+        test_samples=len(world.pools.nonmembers),
+        resumed_after=outcome.resumed_after,
+        rounds_trained=outcome.rounds_trained,
+        details={"requested_loss": requested, "random_positions": floors},
+    )
+
+
+def rounds_of_entry(result: FederationResult) -> dict[int, int]:
+    """Client -> first round whose aggregate its update went into."""
+    entered: dict[int, int] = {}
+    for record in result.rounds:
+        if record.aggregated:
+            for client in record.clients:
+                entered.setdefault(client, record.round)
+    return entered
+
+
+def _seed(seed: int, repeat: int) -> int:
+    """The run's own seed first, then seeds drawn from it."""
+    if repeat == 0:
+        return seed
+    return int(numpy_rng(seed, "unlearning repeat", repeat).integers(2**31))
+
+
+def _retrainer(config: Config, world: World, grid: LocalGrid) -> RetrainFunction:
+    """What a mechanism calls to train the federation again."""
+
+    def retrain(excluded: Mapping[int, frozenset[int]], weights: Weights, first_round: int) -> Weights:
+        return run_federation(
+            config, world, initial=weights, first_round=first_round, excluded=excluded, grid=grid
+        ).weights
+
+    return retrain
+
+
+def _ask(grid: LocalGrid, weights: Weights, attack: str) -> UnlearningRequest:
+    """The malicious client's request, through the federation's query."""
+    for sender, request in ask_unlearning(grid, weights, attack, MALICIOUS_CLIENT):
+        if sender == MALICIOUS_CLIENT:
+            return request
+    raise NotApplicable(f"{attack}: client {MALICIOUS_CLIENT} asks for no deletion")
+
+
+def _checkpoint(config: Config, world: World, entry: int, grid: LocalGrid) -> dict[int, Weights]:
+    """The server's last checkpoint before round `entry`: round -> weights.
+
+    It is trained again rather than kept through the run: with the run's seed that gives the same bits.
+    """
+    every = config.unlearning.checkpoint_every
+    start = (entry - 1) // every * every
+    if start == 0:
+        return {0: initial_weights(world.scenario.model, config.seed)}
+    rounds = config.federation.model_copy(update={"rounds": start})
+    return {start: run_federation(config.model_copy(update={"federation": rounds}), world, grid=grid).weights}
+
+
+class _Judge:
+    """Loss and accuracy of global weights on the held-out pool, or on other samples."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.world = world
+        self.model = build_model(world.scenario.model).to(choose_device(config.engine.device))
+
+    def __call__(self, weights: Weights, ids: NDArray[np.int64] | None = None) -> dict[str, float]:
+        images, labels = self.world.dataset.tensors(self.world.pools.nonmembers if ids is None else ids)
+        return evaluate(self.model, weights, images, labels)

@@ -125,7 +125,7 @@ def _checked(setting: str, value: Any, annotation: Any) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
     kinds = {"float": float, "int": int, "bool": bool, "str": str}
-    kind = kinds.get(annotation, annotation) if isinstance(annotation, str) else annotation
+    kind: Any = kinds.get(annotation, annotation) if isinstance(annotation, str) else annotation
     if kind not in kinds.values():
         return value
     try:

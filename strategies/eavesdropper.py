@@ -206,7 +206,9 @@ class Eavesdropper(Strategy):
         self._sent = to_tensors(arrays)
         self._sent_arrays = {name: tensor.numpy() for name, tensor in self._sent.items()}
         self._float_buffers = [
-            name for name, tensor in self._sent.items() if name not in set(self.names) and tensor.is_floating_point()
+            name
+            for name, tensor in self._sent.items()
+            if name not in set(self.names) and tensor.is_floating_point()
         ]
 
     # ------------------------------------------------------------------ what comes back
@@ -321,7 +323,11 @@ class Eavesdropper(Strategy):
             return self.client_of(node)
         client = node
         if declared is not None:
-            if isinstance(declared, bool) or not isinstance(declared, int) or not 0 <= declared <= MAX_EXAMPLES:
+            if (
+                isinstance(declared, bool)
+                or not isinstance(declared, int)
+                or not 0 <= declared <= MAX_EXAMPLES
+            ):
                 raise PayloadError(f"declares {PARTITION!r} {declared!r}")
             client = declared
         if self._claims.setdefault(client, node) != node:

@@ -54,22 +54,22 @@ class HeldArray(Array):
         self.__dict__.update(_held=ndarray, _written=None)
 
     @property
-    def dtype(self) -> str:  # type: ignore[override]
+    def dtype(self) -> str:
         """Name of the data type."""
         return str(self._value().dtype)
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
         return tuple(self._value().shape)
 
     @property
-    def stype(self) -> str:  # type: ignore[override]
+    def stype(self) -> str:
         """Flower's name for the npy format, which `data` is in."""
         return _NUMPY
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The array in npy format."""
         if self.__dict__["_written"] is None:
             buffer = io.BytesIO()
@@ -115,12 +115,12 @@ class SteppedArray(HeldArray):
         self.__dict__.update(_base=base, _values=values, _positions=positions, _scale=scale, _written=None)
 
     @property
-    def dtype(self) -> str:  # type: ignore[override]
+    def dtype(self) -> str:
         """Name of the data type."""
         return str(self.__dict__["_base"].dtype)
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
         return tuple(self.__dict__["_base"].shape)
 
@@ -177,7 +177,9 @@ def read_dense(array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[Any]
     if isinstance(array, HeldArray):
         value = array.view()
         if value.shape != shape or str(value.dtype) != dtype:
-            raise PayloadError(f"an array of shape {value.shape} and type {value.dtype}, not {shape} and {dtype}")
+            raise PayloadError(
+                f"an array of shape {value.shape} and type {value.dtype}, not {shape} and {dtype}"
+            )
         _check_finite(value)
         return value
     if array.stype != _NUMPY:
@@ -185,17 +187,21 @@ def read_dense(array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[Any]
     stream = io.BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(stream)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
         found, fortran, kind = reader(stream, max_header_size=_MAX_HEADER)
     except (ValueError, KeyError) as error:
         raise PayloadError(f"an array is not readable as npy ({_first_line(error)})") from None
-    if tuple(found) != tuple(shape) or str(kind) != dtype or fortran and len(shape) > 1:
-        raise PayloadError(f"an array of shape {tuple(found)} and type {kind}, not {tuple(shape)} and {dtype}")
+    if tuple(found) != tuple(shape) or str(kind) != dtype:
+        raise PayloadError(
+            f"an array of shape {tuple(found)} and type {kind}, not {tuple(shape)} and {dtype}"
+        )
     body = memoryview(array.data)[stream.tell() :]
     count = math.prod(shape)
     if len(body) != count * kind.itemsize:
         raise PayloadError(f"an array declares {count * kind.itemsize} bytes and brings {len(body)}")
-    value = np.frombuffer(body, dtype=kind).reshape(shape)
+    value = np.frombuffer(body, dtype=kind).reshape(shape, order="F" if fortran else "C")
     _check_finite(value)
     return value
 

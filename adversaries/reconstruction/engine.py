@@ -71,8 +71,8 @@ def as_gradient(observation: Observation) -> Update:
     check_one_gradient(scenario)
     if accumulates(scenario) and observation.round > 1:
         raise NotApplicable(
-            f"round {observation.round} with error feedback: the update holds residuals of earlier gradients, and this "
-            "attack matches one gradient; attack round 1"
+            f"round {observation.round} with error feedback: the update holds residuals of earlier gradients, and "
+            "this attack matches one gradient; attack round 1"
         )
     if update.kind == "gradient":
         return update

@@ -191,13 +191,10 @@ class ChainGradients:
             last = (pulled / batch).reshape(top.shape) * chain.activation.slope(top)
             deltas = closed_form.deltas(chain, weights, forward, last)
             for layer, inputs, delta in zip(chain.convolutions, forward.inputs, deltas, strict=True):
-                fields = closed_form.patches(layer, inputs)
-                kernel = torch.einsum(
-                    "vbop,vbip->voi",
-                    delta.flatten(2).unflatten(0, (count, batch)),
-                    fields.unflatten(0, (count, batch)),
-                ).flatten(1)
-                bias = delta.unflatten(0, (count, batch)).sum((1, 3, 4))
+                fields = closed_form.patches(layer, inputs).unflatten(0, (count, batch))
+                errors = delta.unflatten(0, (count, batch)).flatten(3)
+                kernel = torch.einsum("vbop,vbip->voi", errors, fields).flatten(1)
+                bias = errors.sum((1, 3))
                 found |= {layer.weight: kernel, layer.bias: bias}
         residual = residual.unflatten(0, (count, batch))
         found["head.bias"] = residual.sum(1)

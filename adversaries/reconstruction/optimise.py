@@ -219,9 +219,8 @@ def lbfgs(
             small = (t * d.abs().amax(1) <= 1e-9) | ((f_new - f).abs() < 1e-9)
             ends = (iteration + block - 1) // block * block
             skip_until = torch.where(accepted & small, ends, skip_until)
-        curved = _dot(step, change) > (
-            1e-10 if line_search == "none" else 1e-10 * step.norm(dim=1) * change.norm(dim=1)
-        )
+        least = 1e-10 if line_search == "none" else 1e-10 * step.norm(dim=1) * change.norm(dim=1)
+        curved = _dot(step, change) > least
         keep = torch.nonzero(accepted & curved)[:, 0]
         if len(keep):
             store.add(keep, step, change)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedattack.data.auxiliary import load_auxiliary
 from fedattack.data.dataset import ImageDataset, Listing
 from fedattack.data.load import DATASETS, load_dataset
-from fedattack.data.partition import PARTITIONERS, partition
+from fedattack.data.partitioners import PARTITIONERS, partition
 from fedattack.data.pools import Pools, make_pools
 from fedattack.data.world import World, build_world, world_record
 

@@ -25,11 +25,15 @@ _LARGEST = 16 * 2**30
 
 @dataclass(frozen=True, eq=False)
 class _Public:
-    """What a file grants: uint8 (N, C, S, S), labels int64 (N,) or None, people per image or None."""
+    """What a file grants: uint8 (N, C, S, S), labels int64 (N,) or None, everybody it names or None.
+
+    `per_picture`: the names are those of single pictures, not of class folders.
+    """
 
     images: np.ndarray
     labels: np.ndarray | None
-    people: list[str] | None
+    people: set[str] | None
+    per_picture: bool = False
 
 
 def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed: int) -> Auxiliary | None:
@@ -80,7 +84,7 @@ def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
     victims = np.concatenate([pools.clients, pools.nonmembers])
-    checked = _refuse_same_people(place, public.people, dataset, victims, natural)
+    checked = _refuse_same_people(place, public, dataset, victims)
     theirs = set(fingerprints(dataset.images[victims]))
     same = sum(digest in theirs for digest in fingerprints(public.images))
     if same:
@@ -132,7 +136,8 @@ def _read_npz(path: Path, config: DataConfig, dataset: ImageDataset, seed: int) 
     return _Public(
         adapt(images[ids], dataset.channels, dataset.image_size),
         None if labels is None else labels[ids],
-        None if names is None else [_person(name) for name in names],
+        None if names is None else set().union(*(_people_of(name) for name in names)),
+        per_picture=names is not None,
     )
 
 
@@ -161,31 +166,40 @@ def _read_pictures(path: Path, config: DataConfig, dataset: ImageDataset, seed: 
     # Only folders that are called like the data set's classes say anything about its labels.
     known = all(name in number for name in class_names)
     mapped = np.array([number[class_names[labels[i]]] for i in ids], np.int64) if known else None
-    people = None if class_names == ("all",) else [_person(name) for name in class_names]
+    people = None if class_names == ("all",) else {_person(name) for name in class_names}
     return _Public(images, mapped, people)
 
 
 def _person(name: object) -> str:
-    """The person of a picture's name: "Ann_Lee_0001.jpg" and "Ann Lee" are "ann lee"."""
-    text = re.sub(r"\.\w{3,4}$", "", str(name))
-    return re.sub(r"_\d+$", "", text).replace("_", " ").strip().casefold()
+    """One spelling of a name: "Ann_Lee" and "ann lee" are the same person."""
+    return str(name).replace("_", " ").strip().casefold()
 
 
-def _refuse_same_people(
-    place: str, people: list[str] | None, dataset: ImageDataset, victims: np.ndarray, natural: bool
-) -> str:
-    """Raise if somebody is among the victims and in the auxiliary set; else a note when that cannot be told."""
+def _people_of(picture: object) -> set[str]:
+    """Whom a picture's name may name: "Ann_Lee_0001.jpg" Ann Lee, "Person_3" Person 3 (or picture 3 of Person)."""
+    stem = re.sub(r"\.\w{3,4}$", "", str(picture))
+    return {_person(stem), _person(re.sub(r"_\d+$", "", stem))}
+
+
+def _refuse_same_people(place: str, public: _Public, dataset: ImageDataset, victims: np.ndarray) -> str:
+    """Raise if somebody is among the victims and in the auxiliary set; else what is known about it, in words.
+
+    Classes may be people too (a folder of faces), so names of single pictures are compared with them as well; names
+    of folders are not, because public pictures of the federation's classes are no overlap.
+    """
+    certain = dataset.groups is not None and dataset.group_names is not None
+    theirs: set[str] = set()
     if dataset.groups is not None and dataset.group_names is not None:
         theirs = {_person(dataset.group_names[i]) for i in np.unique(dataset.groups[victims])}
-    else:
-        theirs = set()
-    if people is None or not theirs:
-        missing = "the auxiliary set" if people is None else f"data set {dataset.name!r}"
-        return f"people in common could not be looked for: {missing} names nobody"
-    both = sorted(theirs & set(people))
+    elif public.per_picture:
+        theirs = {_person(dataset.class_names[i]) for i in np.unique(dataset.labels[victims])}
+    both = sorted(theirs & (public.people or set()))
     if both:
         shown = ", ".join(both[:5]) + (", ..." if len(both) > 5 else "")
         raise DataError(
             f"{place}: the auxiliary set overlaps the victims: {len(both)} of the same people ({shown})"
         )
+    if public.people is None or not certain:
+        missing = "the auxiliary set" if public.people is None else f"data set {dataset.name!r}"
+        return f"people in common could not be looked for: {missing} names nobody"
     return "no person in common with the victims"

@@ -123,7 +123,8 @@ def open_tree(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
 
 
 def _visible(name: PurePosixPath) -> bool:
-    return not any(part.startswith((".", "__MACOSX")) for part in name.parts)
+    # ".." is not hidden: it must come as far as the filter that refuses it.
+    return not any(part != ".." and part.startswith((".", "__MACOSX")) for part in name.parts)
 
 
 def _walk(root: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[str]:

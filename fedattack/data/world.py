@@ -11,7 +11,7 @@ from fedattack.config import Config
 from fedattack.data.auxiliary import load_auxiliary
 from fedattack.data.dataset import ImageDataset, joined, random_labels
 from fedattack.data.load import load_dataset
-from fedattack.data.partition import partition
+from fedattack.data.partitioners import partition
 from fedattack.data.pools import Pools, make_pools
 from fedattack.errors import ConfigError
 from fedattack.models import resolve

@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,14 @@ from fedattack.reporting.observation_store import (
     save_observation,
     save_truth,
 )
-from fedattack.reporting.storage import cannot_write, number, read_json, write_bytes, write_json
+from fedattack.reporting.storage import (
+    cannot_write,
+    fedattack_version,
+    number,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class RunFolder:
             resumed = stored.is_file()
             if not resumed and any(path.iterdir()):
                 raise ConfigError(
-                    f"setting 'output.run_dir' = {str(path)!r}: is not empty and no run folder (it has no config.toml); "
+                    f"setting 'output.run_dir' = {str(path)!r}: is not empty and no run folder (no config.toml); "
                     "give an empty or new folder, or one of an earlier run with the same settings"
                 )
             for leftover in path.rglob(".*.part"):
@@ -92,7 +98,7 @@ class RunFolder:
         if resumed:
             _check_same(stored, config, resume)
         else:
-            header = f"# A run of fedattack {version('fedattack')}; repeat it with: fedattack run --config config.toml\n"
+            header = f"# A run of fedattack {fedattack_version()}; repeat it with: fedattack --config config.toml\n"
             write_bytes(stored, (header + config.to_toml()).encode())
         folder = cls(path, config, resumed)
         folder.log("resumed" if resumed else "started")
@@ -301,8 +307,8 @@ def _check_same(stored: Path, config: Config, resume: bool) -> None:
         )
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ConfigError(
-            f"setting 'output.run_dir' = {str(stored.parent)!r}: holds a run with other settings: {shown}{more}. Give "
-            "another folder, or the same settings to resume"
+            f"setting 'output.run_dir' = {str(stored.parent)!r}: holds a run with other settings: {shown}{more}. "
+            "Give another folder, or the same settings to resume"
         )
 
 

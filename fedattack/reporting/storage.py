@@ -8,7 +8,9 @@ import errno
 import json
 import math
 import os
+import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,8 @@ def cannot_write(path: Path, error: OSError, size: int) -> RunFailed:
     """The error for a file that could not be written, in one sentence with what to do."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return RunFailed(
-        f"cannot write {path} ({size:,} bytes): {reason}. What was finished before is kept: make room, or make the folder "
-        "writable, and start the same command again to resume"
+        f"cannot write {path} ({size:,} bytes): {reason}. What was finished before is kept: make room, or make the "
+        "folder writable, and start the same command again to resume"
     )
 
 
@@ -114,3 +116,14 @@ def plain(value: Any) -> Any:
 def number(value: Any) -> float:
     """A float back from :func:`plain`'s spelling of it."""
     return math.nan if value is None else float(value)
+
+
+def fedattack_version() -> str:
+    """The installed version, or that of the checkout the code runs from."""
+    try:
+        return version("fedattack")
+    except PackageNotFoundError:
+        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        if not project.is_file():
+            return "unknown"
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]) + " (checkout)"

@@ -140,7 +140,7 @@ def test_fedavg_is_a_hand_written_sgd_loop(momentum, decay):
     losses = []
     for batch in batches:
         loss = cross_entropy(model(images[batch].double()), labels[batch])
-        losses.append(float(loss))
+        losses.append(loss.item())
         model.zero_grad()
         loss.backward()
         with torch.no_grad():

@@ -176,7 +176,9 @@ def applies(
         )
     count = num_examples if num_examples is not None else training.batch_size
     if count > MAX_BATCH:
-        raise NotApplicable(f"Gauss-Newton solves for at most {MAX_BATCH} images at once, and the batch has {count}")
+        raise NotApplicable(
+            f"Gauss-Newton solves for at most {MAX_BATCH} images at once, and the batch has {count}"
+        )
     if labels is not None and len(labels.unique()) < len(labels):
         raise NotApplicable(
             f"labels {sorted(labels.tolist())} repeat within the batch, so that rows of the head mix several images"
@@ -297,7 +299,13 @@ def read_update(
 
 
 def _label_rows(
-    chain: Chain, labels: Tensor, rows: Tensor, cols: Tensor, kept: Tensor, bias_rows: Tensor, bias_values: Tensor
+    chain: Chain,
+    labels: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    kept: Tensor,
+    bias_rows: Tensor,
+    bias_values: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The head's rows of the labels, dense, and which entries are known.
 
@@ -541,7 +549,12 @@ class Problem:
                 blocks.append(top[:, active] * feature_scale)
                 last, entries = head(top)
                 gradients = closed_form.conv_gradient_tangents(
-                    chain, self.weights32, one, delta, tangents, outputs,
+                    chain,
+                    self.weights32,
+                    one,
+                    delta,
+                    tangents,
+                    outputs,
                     None if last is None else last.reshape(outputs[-1].shape),
                 )
                 flat = torch.cat([gradients[name].flatten(1) for name in chain.names], 1)[:, m.conv_positions]
@@ -715,7 +728,11 @@ def solve(
     device = torch.device(device)
     labels = labels.cpu()
     applies(
-        observation.scenario, observation.update, round=observation.round, num_examples=len(labels), labels=labels
+        observation.scenario,
+        observation.update,
+        round=observation.round,
+        num_examples=len(labels),
+        labels=labels,
     )
     _check(settings, prior)
     chain = closed_form.describe(observation.scenario.model)
@@ -768,11 +785,17 @@ def solve(
 def _check(settings: GaussNewtonSettings, prior: GaussianPrior) -> None:
     schedule = settings.schedule
     if schedule is not None and (
-        not schedule or min(schedule) <= 0 or any(a <= b for a, b in zip(schedule, schedule[1:], strict=False))
+        not schedule
+        or min(schedule) <= 0
+        or any(a <= b for a, b in zip(schedule, schedule[1:], strict=False))
     ):
-        raise ConfigError(f"setting 'schedule' = {schedule!r}: give positive values that fall, like 1, 0.3, 0.1")
+        raise ConfigError(
+            f"setting 'schedule' = {schedule!r}: give positive values that fall, like 1, 0.3, 0.1"
+        )
     if settings.modes is not None and not 1 <= settings.modes <= prior.size:
-        raise ConfigError(f"setting 'modes' = {settings.modes}: give 1 to {prior.size}, the numbers in one image")
+        raise ConfigError(
+            f"setting 'modes' = {settings.modes}: give 1 to {prior.size}, the numbers in one image"
+        )
 
 
 def _descend(problem: Problem, state: State, s: float, anchor: Anchor) -> State:

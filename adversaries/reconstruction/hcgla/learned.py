@@ -6,11 +6,14 @@ Everything is learned offline from auxiliary images that the adversary puts thro
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
+from adversaries.reconstruction.engine import as_gradient
 from fedattack.compression import Compressor, Memory, build_compressor, decode, encode, kept_share
 from fedattack.compression.selection import quotas
-from fedattack.errors import DataError, NotApplicable
+from fedattack.config import ModelConfig
+from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.models import build_model
-from fedattack.observation import Auxiliary, Observation, Scenario, Update
+from fedattack.observation import Auxiliary, Observation, Scenario, Update, UpdateKind
 from fedattack.rng import numpy_rng, torch_rng
-from fedattack.training import local_update
+from fedattack.training import batch_positions, load_weights, local_update
 
 FORMAT = 1
 _CHUNK = 64
@@ -105,8 +110,8 @@ def read_rows(update: Update, head: Head, labels: Tensor, batch_size: int, unit:
 
     Row y of the head's gradient is ``r_y h`` and the bias gradient ``r_y``, so their quotient is h wherever both
     were sent (Geiping et al. 2020, proposition 3.1; Zhao et al. 2020); in a batch with distinct labels, up to what
-    the softmax gives the other images there. Where the bias was not sent, ``r_y`` is taken for ``-unit / batch_size``,
-    its value when the model gives y no probability.
+    the softmax gives the other images there. Where the bias was not sent, ``r_y`` is taken for
+    ``-unit / batch_size``, its value when the model gives y no probability.
 
     Parameters
     ----------
@@ -144,17 +149,34 @@ def read_rows(update: Update, head: Head, labels: Tensor, batch_size: int, unit:
 
 
 def observed_rows(observation: Observation, labels: Tensor) -> RowSignals:
-    """:func:`read_rows` of an observation: the intercepted signal, one row per label."""
-    head = find_head(build_model(observation.scenario.model))
+    """:func:`read_rows` of an observation: the intercepted signal, one row per label.
+
+    Raises
+    ------
+    DataError
+        If a label is outside the head.
+    NotApplicable
+        If the model has no linear head with a bias.
+    """
+    head = head_of(observation.scenario.model)
     bad = [label for label in labels.tolist() if not 0 <= label < head.classes]
     if bad:
         raise DataError(f"labels {bad} are outside the head's 0 to {head.classes - 1}")
-    return read_rows(observation.update, head, labels, observation.num_examples, _unit(observation.scenario))
+    training, compression = observation.scenario.training, observation.scenario.compression
+    update, unit = observation.update, 1.0
+    if update.kind == "delta":
+        unit = -training.learning_rate * training.local_steps
+        plain = compression.name != "sign" and compression.clip_norm is None and observation.round == 1
+        if training.local_steps == 1 and plain:
+            update, unit = as_gradient(observation), 1.0
+    return read_rows(update, head, labels, observation.num_examples, unit)
 
 
-def _unit(scenario: Scenario) -> float:
-    training = scenario.training
-    return 1.0 if training.protocol == "fedsgd" else -training.learning_rate * training.local_steps
+@lru_cache(maxsize=8)
+def head_of(model: ModelConfig) -> Head:
+    """:func:`find_head` of a resolved configuration, without drawing any weights."""
+    with torch.device("meta"):
+        return find_head(build_model(model))
 
 
 def hold_out(auxiliary: Auxiliary, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -230,15 +252,18 @@ class Client:
         self.shapes = tuple(tuple(parameter.shape) for parameter in parameters)
         self.compressor: Compressor = build_compressor(scenario.compression, self.names, self.shapes)
 
-    def gradient(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What the client computes from its batch before compression."""
-        steps = [np.arange(len(labels))] * self.scenario.training.local_steps
-        result = local_update(self.module, self.weights, images, labels, steps, self.scenario.training)
-        return result.update
+        self.body = copy.deepcopy(self.module)
+        self.body.set_submodule(self.head.weight.rpartition(".")[0], nn.Identity())
+
+    def compute(self, images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
+        """What the client computes from its images before compression."""
+        training = self.scenario.training
+        steps = batch_positions(len(labels), training, self.seed, self.round, number)
+        return local_update(self.module, self.weights, images, labels, steps, training).update
 
     def send(self, dense: Mapping[str, Tensor], number: int) -> Update:
         """What arrives of a dense update: compressed, encoded and decoded as on the wire."""
-        kind = "gradient" if self.scenario.training.protocol == "fedsgd" else "delta"
+        kind: UpdateKind = "gradient" if self.scenario.training.protocol == "fedsgd" else "delta"
         stream = torch_rng(self.seed, "learned.compress", number)
         packet, _ = self.compressor.compress(dense, Memory(), self.round, stream)
         compression = self.scenario.compression
@@ -246,7 +271,7 @@ class Client:
 
     def observe(self, images: Tensor, labels: Tensor, number: int) -> Observation:
         """What the adversary would see of a client with this batch."""
-        update = self.send(self.gradient(images, labels), number)
+        update = self.send(self.compute(images, labels, number), number)
         return Observation(self.round, number, self.scenario, dict(self.weights), update, len(labels))
 
 
@@ -304,61 +329,57 @@ def simulate_rows(
                 if mirror and turn % 2:
                     pixels = pixels.flip(3)
                 batches.append((chosen, pixels, draw_labels(batch_size, client.head.classes, rng)))
-    training = client.scenario.training
-    exact = client.scenario.compression.name in ("topk", "none")
+    exact = _is_exact(client, images[positions[:2]])
     found: list[RowSignals] = []
     step = max(1, _CHUNK // batch_size)
     for start in range(0, len(batches), step):
         part = batches[start : start + step]
         progress(start / len(batches), f"imitating clients {start}/{len(batches)}")
-        if exact and training.protocol == "fedsgd":
+        if exact:
             found += _rows_by_threshold(client, part)
             continue
         for number, (_, pixels, labels) in enumerate(part, start):
-            update = client.send(client.gradient(pixels, labels), number)
-            found.append(read_rows(update, client.head, labels, batch_size, _unit(client.scenario)))
+            found.append(observed_rows(client.observe(pixels, labels, number), labels))
     signals = RowSignals(torch.cat([f.values for f in found]), torch.cat([f.sent for f in found]))
     return SignalPairs(
-        signals, torch.cat([pixels for _, pixels, _ in batches]), torch.cat([chosen for chosen, _, _ in batches])
+        signals,
+        torch.cat([pixels for _, pixels, _ in batches]),
+        torch.cat([chosen for chosen, _, _ in batches]),
     )
+
+
+def _is_exact(client: Client, images: Tensor) -> bool:
+    """Whether signals may be found without the dense gradient: plain top-k of one gradient of a linear head."""
+    scenario, head = client.scenario, client.head
+    if scenario.training.protocol != "fedsgd" or scenario.compression.name not in ("topk", "none"):
+        return False
+    load_weights(client.module, client.weights)
+    client.body.load_state_dict({name: client.weights[name] for name in client.body.state_dict()})
+    images = images.to(client.weights[head.weight].device)
+    with torch.no_grad():
+        logits = client.body(images) @ client.weights[head.weight].T + client.weights[head.bias]
+        return bool(torch.allclose(client.module(images), logits, atol=1e-4))
 
 
 def _rows_by_threshold(client: Client, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[RowSignals]:
     """Signals of batches by :func:`topk_rows`; the residuals of all of them in one product."""
-    module, head = client.module, client.head
-    module.load_state_dict(client.weights)
-    device = client.weights[head.weight].device
-    weight, bias = client.weights[head.weight], client.weights[head.bias]
-    body = [p for name, p in module.named_parameters() if name not in (head.weight, head.bias)]
-    inputs: list[Tensor] = []
-    linear = module.get_submodule(head.weight.rpartition(".")[0])
-    hook = linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    try:
-        for _, pixels, _ in batches:
-            _through_body(module, pixels.to(device))
-    finally:
-        hook.remove()
+    weight, bias = client.weights[client.head.weight], client.weights[client.head.bias]
+    body = dict(client.body.named_parameters())
+    inputs = [client.body(pixels.to(weight.device)) for _, pixels, _ in batches]
+    labels = torch.cat([y for *_, y in batches]).to(weight.device)
     features = torch.cat([h.detach() for h in inputs])
-    labels = torch.cat([y for *_, y in batches]).to(device)
+    size = len(batches[0][2])
     residual = (features @ weight.T + bias).softmax(1)
     residual[torch.arange(len(labels)), labels] -= 1
-    size = len(batches[0][2])
     residual /= size
     pulled = residual @ weight
     found = []
     for i, h in enumerate(inputs):
         rows = slice(i * size, (i + 1) * size)
-        others = torch.autograd.grad(h, body, pulled[rows]) if body else ()
-        rest = {name: g for name, g in zip((n for n in client.names if n not in (head.weight, head.bias)), others)}
-        found.append(
-            topk_rows(client, rest, residual[rows], features[rows], labels[rows])
-        )
+        slopes = torch.autograd.grad(h, list(body.values()), pulled[rows]) if body else ()
+        rest = dict(zip(body, slopes, strict=True))
+        found.append(topk_rows(client, rest, residual[rows], features[rows], labels[rows]))
     return found
-
-
-def _through_body(module: nn.Module, images: Tensor) -> None:
-    """Run a forward pass for the sake of what reaches the head."""
-    module(images)
 
 
 def topk_rows(
@@ -436,7 +457,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def described(scenario: Scenario, weights: Mapping[str, Tensor], batch_size: int, round: int) -> dict[str, Any]:
+def described(
+    scenario: Scenario, weights: Mapping[str, Tensor], batch_size: int, round: int
+) -> dict[str, Any]:
     """What a learned file was made for: the public facts that its signals depend on."""
     model = scenario.model.model_dump(mode="json", exclude={"weights"})
     training = scenario.training.model_dump(mode="json", exclude={"batch_size", "server_learning_rate"})
@@ -522,3 +545,128 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> 
         raise DataError(f"{str(path)!r}: its tensors do not fit the architecture that it names")
     module.load_state_dict(dict(tensors))
     return module.eval().requires_grad_(False)
+
+
+def refuse_other(
+    made_for: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    kind: str,
+    path: str = "",
+    round_free: bool = False,
+) -> None:
+    """Refuse a learned file that was made for something else.
+
+    Parameters
+    ----------
+    made_for, wanted : mapping
+        From :func:`described`.
+    kind : str
+    path : str
+    round_free : bool
+        Leave the share that the round implies out of the comparison.
+
+    Raises
+    ------
+    NotApplicable
+        Naming the first few differences.
+    """
+    old, new = _flat(made_for), _flat(wanted)
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if round_free:
+        keys = [key for key in keys if key != "compression.share"]
+    if not keys:
+        return
+    names = [_difference(key, old.get(key), new.get(key)) for key in keys[:4]]
+    name = f"{kind} {path!r}" if path else f"this {kind}"
+    raise NotApplicable(
+        f"{name} was trained for something else: {'; '.join(names)}. Train one for this scenario."
+    )
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    if key == "weights":
+        return f"other broadcast weights (fingerprint {str(old)[:12]}, now {str(new)[:12]})"
+    return f"{key} = {old!r}, now {new!r}"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_shapes(scenario: Scenario, auxiliary: Auxiliary) -> None:
+    """Refuse auxiliary images that are not of the federation's shape.
+
+    Raises
+    ------
+    DataError
+    """
+    found = tuple(auxiliary.images.shape[1:])
+    if found != scenario.image_shape:
+        raise DataError(
+            f"auxiliary images of shape {found} do not fit the federation's {scenario.image_shape}"
+        )
+
+
+def descend(
+    parameters: Sequence[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    count: int,
+    epochs: int,
+    learning_rate: float,
+    stream: torch.Generator,
+    progress: Progress = no_progress,
+    batch: int = 64,
+) -> None:
+    """Adam over shuffled batches, its rate falling to zero along half a cosine.
+
+    Parameters
+    ----------
+    parameters : sequence of Tensor
+    loss : callable
+        Positions (n,) -> scalar.
+    count : int
+        Training samples.
+    epochs : int
+    learning_rate : float
+        At the start.
+    stream : torch.Generator
+        Shuffles.
+    progress : Progress
+    batch : int
+        Samples per step.
+
+    Raises
+    ------
+    RunFailed
+        If the loss becomes NaN or infinite.
+    """
+    batch = min(batch, count)
+    steps = epochs * (count // batch)
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
+    for epoch in range(epochs):
+        order = torch.randperm(count, generator=stream)
+        # A last short batch would make BatchNorm's statistics noisy.
+        for step, chosen in enumerate(order[: count // batch * batch].split(batch)):
+            optimiser.zero_grad()
+            value = loss(chosen)
+            value.backward()
+            optimiser.step()
+            schedule.step()
+            if step % 20 == 0:
+                shown = float(value.detach())
+                if not math.isfinite(shown):
+                    raise RunFailed(f"training diverged: the loss became {shown}; lower the learning rate")
+                done = epoch * (count // batch) + step
+                progress(done / steps, f"training, epoch {epoch + 1}/{epochs}, loss {shown:.4g}")
+
+
+def share_of(progress: Progress, low: float, high: float) -> Progress:
+    """Report a part's share as one of the whole, from `low` to `high`."""
+    return lambda share, text: progress(low + (high - low) * share, text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +21,10 @@ Partitioner = Callable[
 PARTITIONERS: Registry[Partitioner] = Registry(
     "partition",
     {
-        "iid": "fedattack.data.partition:iid",
-        "dirichlet": "fedattack.data.partition:dirichlet",
-        "shards": "fedattack.data.partition:shards",
-        "natural": "fedattack.data.partition:natural",
+        "iid": "fedattack.data.partitioners:iid",
+        "dirichlet": "fedattack.data.partitioners:dirichlet",
+        "shards": "fedattack.data.partitioners:shards",
+        "natural": "fedattack.data.partitioners:natural",
     },
     group="fedattack.partitioners",
 )
@@ -112,8 +111,8 @@ def dirichlet(
 ) -> list[np.ndarray]:
     """Unequal labels and sizes: each class is cut in shares drawn from Dirichlet(alpha).
 
-    A client that would get nothing is given one random sample of the client that then has most; nothing is redrawn,
-    so any alpha works with as many clients as samples.
+    A client that would get nothing is given one random sample of a client with several; nothing is redrawn, so any
+    alpha works with as many clients as samples.
 
     References
     ----------
@@ -129,7 +128,7 @@ def dirichlet(
         ends = np.rint(np.cumsum(shares) * len(members)).astype(np.int64)
         ends[-1] = len(members)
         owner[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
-    return _fill_empty(_by_owner(owner, clients), rng)
+    return _by_owner(_fill_empty(owner, clients, rng), clients)
 
 
 def _by_owner(owner: np.ndarray, clients: int) -> list[np.ndarray]:
@@ -137,17 +136,21 @@ def _by_owner(owner: np.ndarray, clients: int) -> list[np.ndarray]:
     return np.split(order, np.searchsorted(owner[order], np.arange(1, clients)))
 
 
-def _fill_empty(parts: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-    """Give each empty part one random element of the part that is largest at that moment (lowest number on ties)."""
-    largest = [(-len(part), i) for i, part in enumerate(parts)]
-    heapq.heapify(largest)
-    for i in [i for i, part in enumerate(parts) if len(part) == 0]:
-        size, donor = heapq.heappop(largest)
-        taken = int(rng.integers(-size))
-        parts[i] = parts[donor][taken : taken + 1]
-        parts[donor] = np.delete(parts[donor], taken)
-        heapq.heappush(largest, (size + 1, donor))
-    return parts
+def _fill_empty(owner: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
+    """Move one sample to each client that has none, drawn uniformly from those that are not their owner's last.
+
+    A uniform draw thins all clients alike, where taking from the largest would flatten the tail.
+    """
+    sizes = np.bincount(owner, minlength=clients)
+    empty = np.flatnonzero(sizes == 0).tolist()
+    for sample in rng.permutation(len(owner)):
+        if not empty:
+            break
+        if sizes[owner[sample]] > 1:
+            sizes[owner[sample]] -= 1
+            owner[sample] = empty.pop()
+            sizes[owner[sample]] = 1
+    return owner
 
 
 def shards(
@@ -228,9 +231,8 @@ def _adapted(partitioner: type, name: str) -> Partitioner:
             columns["group"] = groups
         accepted = inspect.signature(partitioner).parameters
         options: dict[str, Any] = {"num_partitions": clients, "seed": int(rng.integers(2**31))}
-        wanted = accepted.get("partition_by")
-        if wanted is not None and wanted.default is inspect.Parameter.empty:
-            options["partition_by"] = "group" if "NaturalId" in partitioner.__name__ else "label"
+        options["partition_by"] = "group" if "NaturalId" in partitioner.__name__ else "label"
+        options["alpha"] = config.alpha
         chosen = {key: value for key, value in options.items() if key in accepted} | config.options
         try:
             built = partitioner(**chosen)

@@ -1,0 +1,231 @@
+"""Where matching starts from: the choice that decides most of its result.
+
+Everything here is made from the update, the global weights and public images; the expensive parts (features of the
+auxiliary images, a generator's weights) are made once for all victims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from adversaries.reconstruction import closed_form
+from adversaries.reconstruction.hcgla.labels import NON_NEGATIVE, head_entries
+from adversaries.reconstruction.hcgla.learned import observed_rows
+from adversaries.reconstruction.priors import ridge_start
+from fedattack.errors import ConfigError, DataError, NotApplicable
+from fedattack.observation import Auxiliary, Observation, Scenario
+from fedattack.rng import torch_rng
+
+Start = Literal["auto", "ridge", "generator", "mean", "grey", "random", "red", "same-label", "image"]
+
+_RESTART_DEVIATION = 0.1
+"""Standard deviation, in pixel values, of what is added to a fixed start for each further restart."""
+
+
+def check_start(start: Start, scenario: Scenario, image: str | None, generator: str | None) -> None:
+    """Refuse a start that lacks what it needs.
+
+    Raises
+    ------
+    ConfigError
+        If the file that it needs is not named.
+    NotApplicable
+        If the model gives no features to regress on.
+    """
+    if start == "image" and not image:
+        raise ConfigError("setting 'hcgla.start' = 'image' needs 'hcgla.start_image', the path of a picture")
+    if start == "generator" and not generator:
+        raise ConfigError("setting 'hcgla.start' = 'generator' needs 'hcgla.generator', the path of trained weights")
+    if start not in get_args(Start):
+        raise ConfigError(f"setting 'hcgla.start' = {start!r}: must be one of {', '.join(get_args(Start))}")
+    if start == "ridge":
+        closed_form.describe(scenario.model)
+
+
+class Starts:
+    """Makes starts for victims that share the weights and the auxiliary images.
+
+    Parameters
+    ----------
+    start : str
+        One of :data:`Start`; "auto": ridge where there are auxiliary images and a chain of convolutions, else the
+        auxiliary mean, else grey.
+    reference : Observation
+        Any of the victims: for the weights, the scenario and the auxiliary images.
+    seed : int
+    image : str, optional
+        File for "image".
+    generator : callable, optional
+        (observation, labels) -> images (B, C, H, W), for "generator".
+
+    Attributes
+    ----------
+    name : str
+        What "auto" came to.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        reference: Observation,
+        seed: int,
+        image: str | None = None,
+        generator: Callable[[Observation, Tensor], Tensor] | None = None,
+    ) -> None:
+        self._reference = reference
+        self._seed = seed
+        self._image_path = image
+        self._generator = generator
+        self._shape = reference.scenario.image_shape
+        self.name: Start = self._resolve() if start == "auto" else start
+        if self.name in ("ridge", "mean", "same-label") and self._auxiliary is None:
+            raise NotApplicable(
+                f"hcgla.start = {self.name!r} needs auxiliary images, and none were granted; use 'grey' or 'random'"
+            )
+
+    @property
+    def _auxiliary(self) -> Auxiliary | None:
+        auxiliary = self._reference.auxiliary
+        return auxiliary if auxiliary is not None and len(auxiliary) else None
+
+    def _resolve(self) -> Start:
+        if self._auxiliary is None:
+            return "grey"
+        try:
+            closed_form.describe(self._reference.scenario.model)
+        except NotApplicable:
+            return "mean"
+        return "ridge" if len(self._auxiliary) >= 10 else "mean"
+
+    @cached_property
+    def prior_image(self) -> Tensor:
+        """The answer without an update, float32 (C, H, W): the auxiliary mean, or flat grey."""
+        if self._auxiliary is None:
+            return torch.full(self._shape, 0.5)
+        return self._auxiliary.images.float().mean(0)
+
+    @cached_property
+    def _auxiliary_features(self) -> Tensor:
+        assert self._auxiliary is not None
+        chain = closed_form.describe(self._reference.scenario.model)
+        weights = {name: tensor.float().cpu() for name, tensor in self._reference.weights.items()}
+        with torch.no_grad():
+            parts = self._auxiliary.images.float().cpu().split(512)
+            return torch.cat([closed_form.features(chain, weights, part) for part in parts])
+
+    @cached_property
+    def _given_image(self) -> Tensor:
+        assert self._image_path is not None
+        return _read_image(self._image_path, self._shape)
+
+    def make(self, observation: Observation, labels: Tensor, restarts: int) -> Tensor:
+        """Starts of one victim.
+
+        Parameters
+        ----------
+        observation : Observation
+            With its update as a gradient.
+        labels : Tensor
+            int64 (B,).
+        restarts : int
+            The first is the start itself; further ones are other draws of "random", or the start with noise added.
+
+        Returns
+        -------
+        Tensor
+            float32 (R, B, C, H, W).
+        """
+        generator = torch_rng(self._seed, "hcgla-start", observation.round, observation.client)
+        shape = (restarts, len(labels), *self._shape)
+        if self.name == "random":
+            return torch.randn(shape, generator=generator)
+        first = self._batch(observation, labels)
+        noise = _RESTART_DEVIATION * torch.randn(shape, generator=generator)
+        noise[0] = 0.0
+        for position, label in enumerate(labels.tolist()):
+            if label in labels[:position].tolist() and torch.equal(first[position], first[labels.tolist().index(label)]):
+                # Equal images with equal labels have equal gradients and would stay equal for ever.
+                noise[0, position] = _RESTART_DEVIATION * torch.randn(self._shape, generator=generator)
+        return first + noise
+
+    def _batch(self, observation: Observation, labels: Tensor) -> Tensor:
+        count = len(labels)
+        if self.name == "ridge":
+            return torch.stack([self._ridge(observation, label) for label in labels])
+        if self.name == "generator":
+            assert self._generator is not None
+            return self._generator(observation, labels).float().cpu()
+        if self.name == "same-label":
+            return torch.stack([self._same_label(int(label)) for label in labels])
+        if self.name == "mean":
+            one = self.prior_image
+        elif self.name == "image":
+            one = self._given_image
+        elif self.name == "red":
+            one = torch.zeros(self._shape)
+            if self._shape[0] == 3:
+                one[0] = 1.0
+        else:
+            one = torch.full(self._shape, 0.5)
+        return one.expand(count, *self._shape).clone()
+
+    def _ridge(self, observation: Observation, label: Tensor) -> Tensor:
+        """Ridge regression from the features that the label's row gives away."""
+        assert self._auxiliary is not None
+        rows = observed_rows(observation, label[None])
+        known, values = rows.sent[0], rows.values[0]
+        if not bool(known.any()):
+            return self.prior_image
+        scenario, update = observation.scenario, observation.update
+        bounded = scenario.compression.name in ("topk", "dgc") and scenario.model.activation in NON_NEGATIVE
+        if bounded and update.indices is not None:
+            head = head_entries(update)
+            bias = head.row(int(label))[2]
+            sent = head.values if scenario.compression.scope == "layer" else update.values
+            residual = abs(bias) if bias is not None else 1 / observation.num_examples
+            caps: Tensor | float = float(sent.abs().min()) / residual
+        else:
+            # An unsent feature may have any value: shut it out by a bound that none exceeds.
+            everything, nothing = torch.tensor(1e6), torch.tensor(-1e6)
+            caps = torch.where(known, nothing, everything)
+        return ridge_start(self._auxiliary_features, self._auxiliary.images, values, known, caps)
+
+    def _same_label(self, label: int) -> Tensor:
+        assert self._auxiliary is not None
+        if self._auxiliary.labels is None:
+            raise NotApplicable("hcgla.start = 'same-label' needs auxiliary images with labels, and these have none")
+        there = torch.nonzero(self._auxiliary.labels == label)[:, 0]
+        if len(there) == 0:
+            raise DataError(f"hcgla.start = 'same-label': no auxiliary image has the inferred label {label}")
+        return self._auxiliary.images[int(there[0])].float()
+
+
+def _read_image(path: str, shape: tuple[int, int, int]) -> Tensor:
+    """A picture as float32 (C, H, W) in [0, 1], resized."""
+    channels, height, width = shape
+    try:
+        with Image.open(Path(path)) as picture:
+            resized = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BICUBIC)
+            pixels = np.asarray(resized, dtype=np.float32) / 255
+    except FileNotFoundError:
+        raise ConfigError(f"setting 'hcgla.start_image' = {path!r}: no such file") from None
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"setting 'hcgla.start_image' = {path!r}: not a readable picture ({error})") from None
+    planes = torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)
+    return planes.expand(channels, -1, -1).contiguous()
+
+
+def make_all(
+    starts: Starts, observations: Sequence[Observation], labels: Sequence[Tensor], restarts: int
+) -> Tensor:
+    """Starts of all victims, float32 (R, V, B, C, H, W)."""
+    pairs = zip(observations, labels, strict=True)
+    return torch.stack([starts.make(observation, batch, restarts) for observation, batch in pairs], 1)
