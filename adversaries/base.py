@@ -99,9 +99,16 @@ class ReconstructionAttack(Attack):
 
 @dataclass
 class MembershipAttack(Attack):
-    """Tells which candidate samples a client trained on."""
+    """Tells which candidate samples a client trained on.
+
+    Attributes
+    ----------
+    clients_needed : int
+        Clients that must answer in one round, the target included.
+    """
 
     family = "membership"
+    clients_needed: ClassVar[int] = 1
 
     @abstractmethod
     def run(

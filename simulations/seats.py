@@ -10,6 +10,7 @@ from simulations.environment import prepare_environment
 
 prepare_environment()
 
+import logging  # noqa: E402
 from collections import Counter, defaultdict  # noqa: E402
 from collections.abc import Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
@@ -19,7 +20,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from adversaries.base import MembershipAttack, Progress, no_progress  # noqa: E402
+from adversaries.base import Attack, MembershipAttack, Progress, no_progress  # noqa: E402
 from fedattack.config import Config  # noqa: E402
 from fedattack.data import ImageDataset, World  # noqa: E402
 from fedattack.errors import DataError, NotApplicable  # noqa: E402
@@ -40,6 +41,12 @@ from simulations.attacking import choose_device  # noqa: E402
 from simulations.client_app import round_batches  # noqa: E402
 from simulations.federation import FederationResult, ask_unlearning, run_federation  # noqa: E402
 from simulations.grid import LocalGrid, open_grid  # noqa: E402
+from strategies import drawn  # noqa: E402
+
+log = logging.getLogger("fedattack.seats")
+
+FEW_MEMBERS = 20
+"""Below so many members chance alone scores an AUC of 0.32 to 0.68 (95 %), and a warning is due."""
 
 MALICIOUS_CLIENT = 0
 """The client that asks for deletions."""
@@ -85,9 +92,10 @@ def membership_experiment(
     """Ask a membership attack about one client.
 
     Members are samples that the target really trained on in the observed rounds, at most `attack.candidates`
-    of them; as many non-members come from the held-out pool. Each non-member has the label and, where the
-    data set knows people, the person of a member while such are left: else an attack could score by telling
-    classes apart. The list is drawn and shuffled once from the run's seed and stays the same for all rounds.
+    of them; as many non-members come from the held-out pool, each with the label and, while there are such,
+    the person of a member: else an attack could score by telling classes apart. Members without such a
+    partner are asked about only when there would be too few others. The list is drawn and shuffled once from
+    the run's seed and stays the same for all rounds.
 
     Parameters
     ----------
@@ -128,6 +136,39 @@ def membership_experiment(
     return MembershipOutcome(target, scores, is_member, ids, details)
 
 
+def check_seats(config: Config, world: World, attacks: Mapping[str, Attack]) -> None:
+    """Refuse, before the first round, what membership and unlearning attacks cannot do with this federation.
+
+    Parameters
+    ----------
+    config, world
+        The run's.
+    attacks : mapping of str to Attack
+        Name -> attack; reconstruction attacks are passed over.
+
+    Raises
+    ------
+    NotApplicable
+        If too few clients are drawn each round.
+    DataError
+        If no sample is held out.
+    """
+    for name, attack in attacks.items():
+        if attack.family == "reconstruction":
+            continue
+        if not len(world.pools.nonmembers):
+            raise DataError(
+                f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
+                "accepted: 1 or more"
+            )
+        if isinstance(attack, MembershipAttack) and drawn(config.federation) < attack.clients_needed:
+            raise NotApplicable(
+                f"attack {name!r} needs {attack.clients_needed} clients that answer in one round, and "
+                f"{drawn(config.federation)} of {config.federation.clients} are drawn: raise 'federation.clients' or "
+                "'federation.participation'"
+            )
+
+
 def most_observed(observations: Sequence[Observation]) -> int:
     """The client observed in most rounds, the lowest number among equals.
 
@@ -157,47 +198,57 @@ def choose_candidates(
         )
     count = min(config.attack.candidates, len(used), len(pool))
     rng = numpy_rng(config.seed, "membership candidates", target)
-    members = rng.choice(used, count, replace=False)
-    nonmembers = _alike(members, rng.permutation(pool), world.dataset)
-    order = rng.permutation(2 * count)
+    members, nonmembers = _pairs(rng.permutation(used), rng.permutation(pool), world.dataset, count)
+    if len(members) < FEW_MEMBERS:
+        log.warning(
+            "membership: only %d members to ask about (client %d trained on %d samples in %d observed rounds, %d "
+            "non-members are held out); chance alone spreads widely over so few",
+            *(len(members), target, len(used), len(rounds), len(pool)),
+        )
+    order = rng.permutation(2 * len(members))
     ids = np.concatenate([members, nonmembers])[order]
+    matched = _shared(world.dataset.labels, members, nonmembers)
     details = {
         "members_used": len(used),
         "observed_rounds": list(rounds),
-        "matched_label": _shared(world.dataset.labels, members, nonmembers),
+        "matched_label": matched,
         "matched_group": None
         if world.dataset.groups is None
         else _shared(world.dataset.groups, members, nonmembers),
     }
-    return ids, (np.arange(2 * count) < count)[order], details
+    if matched < 1 and config.data.labels == "natural":
+        log.warning(
+            "membership: only %.0f %% of the non-members have the label of a member (client %d), so a score above "
+            "chance may tell classes apart rather than members",
+            *(100 * matched, target),
+        )
+    return ids, (np.arange(len(ids)) < len(members))[order], details
 
 
-def _alike(members: NDArray[np.int64], pool: NDArray[np.int64], dataset: ImageDataset) -> NDArray[np.int64]:
-    """One sample of `pool` per member: of its label and person, else its label, else its person, else any."""
+def _pairs(
+    used: NDArray[np.int64], pool: NDArray[np.int64], dataset: ImageDataset, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """At most `count` members, and as many non-members: pair by pair of one label and person, else of one label.
+
+    Unlike pairs are made only to reach :data:`FEW_MEMBERS`: fewer candidates are better than two kinds of them.
+    """
     nobody = np.zeros(len(dataset), dtype=np.int64)
     groups = nobody if dataset.groups is None else dataset.groups
-    left = list(members)
-    chosen: list[int] = []
-    for label, group in (
-        (dataset.labels, groups),
-        (dataset.labels, nobody),
-        (nobody, groups),
-        (nobody, nobody),
-    ):
+    alike = [(dataset.labels, groups), (dataset.labels, nobody)]
+    unlike = [(nobody, groups), (nobody, nobody)]
+    pairs: dict[int, int] = {}
+    for label, group in alike + unlike:
+        wanted = count if label is dataset.labels else min(count, FEW_MEMBERS)
+        taken = set(pairs.values())
         waiting: dict[tuple[int, int], list[int]] = defaultdict(list)
-        taken = set(chosen)
-        for i in pool:
+        for i in pool.tolist():
             if i not in taken:
-                waiting[int(label[i]), int(group[i])].append(int(i))
-        unmatched = []
-        for member in left:
-            alike = waiting[int(label[member]), int(group[member])]
-            if alike:
-                chosen.append(alike.pop())
-            else:
-                unmatched.append(member)
-        left = unmatched
-    return np.array(chosen, dtype=np.int64)
+                waiting[int(label[i]), int(group[i])].append(i)
+        for member in used.tolist():
+            candidates = waiting[int(label[member]), int(group[member])]
+            if len(pairs) < wanted and member not in pairs and candidates:
+                pairs[member] = candidates.pop()
+    return np.array(list(pairs), dtype=np.int64), np.array(list(pairs.values()), dtype=np.int64)
 
 
 def _shared(key: NDArray[np.int64], members: NDArray[np.int64], nonmembers: NDArray[np.int64]) -> float:
@@ -218,8 +269,8 @@ class UnlearningOutcome:
     ----------
     request : UnlearningRequest
         As the client put it.
-    deletion : Deletion
-        As the server accepted it; `drops_out` tells whether the client has anything left.
+    drops_out : bool
+        True when the client has no sample left and leaves the federation.
     mechanism : str
         How the server forgets.
     before, after, random : tuple of float
@@ -236,7 +287,7 @@ class UnlearningOutcome:
     """
 
     request: UnlearningRequest
-    deletion: Deletion
+    drops_out: bool
     mechanism: str
     before: tuple[float, ...]
     after: tuple[float, ...]
@@ -344,7 +395,7 @@ def unlearning_experiment(
     accuracy = {name: tuple(f["accuracy"] for f in rows) for name, rows in figures.items()}
     return UnlearningOutcome(
         request=request,
-        deletion=deletion,
+        drops_out=deletion.drops_out,
         mechanism=config.unlearning.mechanism,
         before=accuracy["before"],
         after=accuracy["after"],

@@ -60,6 +60,7 @@ class FedMIA(MembershipAttack):
     statistic: Literal["cosine", "loss"] = "cosine"
     drop_members: bool = False
 
+    clients_needed = MIN_SHADOWS + 1
     needs = "every client's update in at least one round that the target and two others answered"
 
     def run(

@@ -26,6 +26,9 @@ State = dict[str, Tensor]
 MEMORY = 64 * 2**20
 """Floats that one chunk of per-sample gradients may take (256 MiB)."""
 
+_GATHERING = 90
+"""About what picking one entry costs on a CPU core, in multiply-adds of a dense product."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -41,8 +44,12 @@ class _Part:
     def outer_dot(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner products with the outer products of left (B, m) and right (B, n), shape (B,)."""
         width = right.shape[1]
-        if self.positions is None:
-            return ((left @ self.values.reshape(-1, width)) * right).sum(1)
+        size = left.shape[1] * width
+        if self.positions is None or _GATHERING * len(self.positions) > size:
+            matrix = self.values
+            if self.positions is not None:
+                matrix = self.values.new_zeros(size).index_put((self.positions,), self.values)
+            return ((left @ matrix.reshape(-1, width)) * right).sum(1)
         total = left.new_zeros(len(left))
         step = max(1, MEMORY // (2 * len(left)))
         for places, values in zip(self.positions.split(step), self.values.split(step), strict=True):

@@ -213,6 +213,7 @@ class Problem:
         self._objective, self._whole = OBJECTIVES[settings.objective]
         self._regularisers = [(REGULARISERS[name], w) for name, w in settings.regularisers.items() if w]
         self._box = settings.box
+        self._scale = gradients.sent.values.square().sum(1) if settings.objective != "cosine" else None
 
     def variables(self, images: Tensor) -> Tensor:
         """Variables (V, N) of images (V, B, C, H, W)."""
@@ -235,7 +236,7 @@ class Problem:
         prediction = self._gradients.predict(images, victims, self._whole)
         losses = self._objective(prediction, self._gradients.sent[victims])
         for regulariser, weight in self._regularisers:
-            losses = losses + weight * regulariser(images)
+            losses = losses + weight * self._scale[victims] * regulariser(images)
         (slope,) = torch.autograd.grad(losses.sum(), variables)
         return losses.detach(), slope
 

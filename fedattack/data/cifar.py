@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +23,7 @@ from fedattack.errors import DataError
 
 
 class _Allowed:
-    """Base of the few callables a batch may name: without attributes, so that a pickle cannot set any."""
+    """Base of the few things a batch may name: without attributes, so that a pickle cannot set any."""
 
     __slots__ = ()
 
@@ -33,36 +34,62 @@ class _NdarrayName(_Allowed):
     __slots__ = ()
 
 
+class _ArrayState:
+    """Takes the place of an array being unpickled: numpy's own trusts the state it is given, flags and all."""
+
+    __slots__ = ("array",)
+
+    def __init__(self) -> None:
+        self.array: np.ndarray | None = None
+
+    def __setstate__(self, state: object) -> None:
+        match state:
+            case (1, tuple(shape), _DtypeState(code=code), False | 0, bytes(raw)):
+                self.array = np.frombuffer(raw, code).reshape(shape)
+            case _:
+                raise pickle.UnpicklingError("an array in an unexpected form")
+
+
+class _DtypeState:
+    """Takes the place of a dtype being unpickled; its state may only say the byte order."""
+
+    __slots__ = ("code",)
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        match state:
+            case (3, str() | bytes() as order, None, None, None, -1, -1, 0) if order in _BYTE_ORDERS:
+                self.code = _BYTE_ORDERS[order] + self.code
+            case _:
+                raise pickle.UnpicklingError("an array type in an unexpected form")
+
+
+_BYTE_ORDERS: dict[str | bytes, str] = {"|": "|", "<": "<", ">": ">", b"|": "|", b"<": "<", b">": ">"}
+
+
 class _Reconstruct(_Allowed):
     """numpy's empty array, to be filled by its state."""
 
     __slots__ = ()
 
-    def __call__(self, kind: object, shape: object, code: object) -> np.ndarray:
+    def __call__(self, kind: object, shape: object, code: object) -> _ArrayState:
         if not isinstance(kind, _NdarrayName) or shape != (0,):
             raise pickle.UnpicklingError("an array of an unexpected kind")
-        return np.empty(0, np.uint8)
+        return _ArrayState()
 
 
 class _Dtype(_Allowed):
-    """numpy.dtype for plain numbers only; an object array would hold whatever a pickle builds."""
+    """numpy.dtype for integers only; an object array would hold whatever a pickle builds."""
 
     __slots__ = ()
 
-    def __call__(self, code: object, align: object = False, copy: object = True) -> np.dtype:
+    def __call__(self, code: object, align: object = False, copy: object = True) -> _DtypeState:
         text = code.decode("ascii") if isinstance(code, bytes) else code
-        if not isinstance(text, str) or text.lstrip("|<>=") not in {
-            "u1",
-            "i1",
-            "i2",
-            "i4",
-            "i8",
-            "u2",
-            "u4",
-            "u8",
-        }:
+        if not isinstance(text, str) or text not in {"u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8"}:
             raise pickle.UnpicklingError(f"an array of type {code!r}")
-        return np.dtype(text, align=False, copy=True)
+        return _DtypeState(text)
 
 
 class _Encode(_Allowed):
@@ -93,6 +120,13 @@ class _NumbersOnly(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not data") from None
 
 
+def _refuse_far_memo(data: bytes) -> None:
+    """Raise on a memo position beyond the file's length, for which the unpickler would claim gigabytes."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "LONG_BINPUT") and argument is not None and argument > len(data):
+            raise pickle.UnpicklingError(f"a memo position of {argument}")
+
+
 def load_batch(data: bytes, name: str) -> dict[str, Any]:
     """Read one pickled batch of numbers, text and lists.
 
@@ -106,7 +140,7 @@ def load_batch(data: bytes, name: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        With text keys.
+        With text keys; arrays are read-only views of the file's bytes.
 
     Raises
     ------
@@ -114,12 +148,15 @@ def load_batch(data: bytes, name: str) -> dict[str, Any]:
         If the pickle names anything but plain numeric arrays, or is corrupt.
     """
     try:
+        _refuse_far_memo(data)
         batch = _NumbersOnly(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a damaged pickle raises nearly anything; none of it ran foreign code
         raise DataError(f"refused {name!r}: not a batch of plain arrays ({error})") from None
     if not isinstance(batch, dict):
         raise DataError(f"refused {name!r}: holds a {type(batch).__name__}, not a batch")
-    return {_text(key): value for key, value in batch.items()}
+    return {
+        _text(key): value.array if isinstance(value, _ArrayState) else value for key, value in batch.items()
+    }
 
 
 def _text(value: object) -> str:

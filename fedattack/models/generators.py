@@ -126,13 +126,15 @@ class Residual(nn.Module):
 class RidgeConv(nn.Module):
     """A linear map solved in closed form, and a small residual network that corrects its image.
 
-    The inputs are the pre-activations of the known features (h undone by the activation where that is one-to-one)
-    and the mask itself, standardised: in a convolutional classifier the pre-activation is linear in the layer before,
-    so a linear map goes far. The correction works on the image folded to a quarter of its side, which makes it cheap;
+    The inputs are the pre-activations of the known features (h undone by the activation where that is one-to-one),
+    with the unknown ones at their mean, and the mask itself: in a convolutional classifier the pre-activation is linear
+    in the layer before, so a linear map goes far. The correction works on the image folded to a quarter of its side, which makes it cheap;
     its last layer starts at zero, so that untrained it changes nothing.
 
     Attributes
     ----------
+    centre : Tensor
+        (F,): mean pre-activation of each feature where it is known.
     mean, scale : Tensor
         (2F,): standardisation of the inputs.
     basis : Tensor
@@ -141,6 +143,7 @@ class RidgeConv(nn.Module):
         To C * H * W pixels.
     """
 
+    centre: Tensor
     mean: Tensor
     scale: Tensor
     basis: Tensor
@@ -160,6 +163,7 @@ class RidgeConv(nn.Module):
         self._shape = image_shape
         self._fold = next(fold for fold in (4, 2, 1) if side % fold == 0)
         folded = channels * self._fold**2
+        self.register_buffer("centre", torch.zeros(features))
         self.register_buffer("mean", torch.zeros(2 * features))
         self.register_buffer("scale", torch.ones(2 * features))
         self.register_buffer("basis", torch.zeros(2 * features, rank or 0))
@@ -171,16 +175,18 @@ class RidgeConv(nn.Module):
         assert self.leave.bias is not None
         nn.init.zeros_(self.leave.bias)
 
-    def raw_inputs(self, values: Tensor, sent: Tensor) -> Tensor:
-        """(N, 2F): pre-activations of known features, zero elsewhere, and the mask."""
-        known = sent.to(values.dtype)
+    def undone(self, values: Tensor) -> Tensor:
+        """Pre-activations (N, F) of features."""
         if self._undo == "sigmoid":
-            undone = torch.logit(values.clamp(1e-6, 1 - 1e-6))
-        elif self._undo == "tanh":
-            undone = torch.atanh(values.clamp(-1 + 1e-6, 1 - 1e-6))
-        else:
-            undone = values
-        return torch.cat([undone * known, known], 1)
+            return torch.logit(values.clamp(1e-6, 1 - 1e-6))
+        if self._undo == "tanh":
+            return torch.atanh(values.clamp(-1 + 1e-6, 1 - 1e-6))
+        return values
+
+    def raw_inputs(self, values: Tensor, sent: Tensor) -> Tensor:
+        """(N, 2F): centred pre-activations of known features, zero elsewhere, and the mask."""
+        known = sent.to(values.dtype)
+        return torch.cat([(self.undone(values) - self.centre) * known, known], 1)
 
     def inputs(self, values: Tensor, sent: Tensor) -> Tensor:
         """What the linear map takes: standardised, and in principal directions where there is a basis."""

@@ -348,17 +348,19 @@ def _label_evidence(
     right = sum(bool(row["label_right"]) for row in asked)
     if not asked:
         return 0, 0, False
-    classes = observations[0].scenario.model.classes or 1
-    shares = [1.0 / classes]
-    if len(asked) > 1:
+    truly = [row["label"] for row in asked]
+    # A head may be far wider than the label space: labels count from 0, so the largest one bounds it from below.
+    shares = [1.0 / max(2, *(label + 1 for label in truly))]
+    if len(truly) > 1:
+        commonest = int(np.unique(truly, return_counts=True)[1].max())
         shares.append(
-            float(np.unique([row["label"] for row in asked], return_counts=True)[1].max()) / len(asked)
-        )
+            (commonest - 1) / (len(truly) - 1)
+        )  # of the other victims, as a guesser would know them
     auxiliary = observations[0].auxiliary
     if auxiliary is not None and auxiliary.labels is not None and len(auxiliary):
         shares.append(float(auxiliary.labels.unique(return_counts=True)[1].max()) / len(auxiliary))
-    chance = stats.binomtest(right, len(asked), max(shares), alternative="greater").pvalue
-    return right, len(asked), bool(chance < verdicts.LABEL_P_VALUE)
+    by_luck = stats.binomtest(right, len(asked), max(shares), alternative="greater").pvalue
+    return right, len(asked), bool(by_luck < verdicts.LABEL_P_VALUE)
 
 
 def _seen(observations: Sequence[Observation], records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ Unlearning
 from __future__ import annotations
 
 from fedattack.metrics import Interval, OperatingPoint
+from fedattack.reporting import formats
 from fedattack.reporting.results import HEADLINES, Level
 
 RECOVERED_PSNR = 30.0
@@ -83,7 +84,9 @@ def reconstruction(
     score = f"mean {decibel(psnr)}, SSIM {ssim:.3f}"
     gap = f"{signed_gap(over_floor.mean)} {floor}"
     interval = (
-        f", 95 % interval {over_floor.low:+.1f} to {over_floor.high:+.1f} dB" if over_floor.known else ""
+        f" (95 % interval {formats.signed(over_floor.low)} to {formats.signed(over_floor.high)} dB)"
+        if over_floor.known
+        else ""
     )
     text = f"{HEADLINES['reconstruction'][level]}: {score}, {gap}{interval}"
     if recovered and level in ("leak", "partial"):
@@ -144,7 +147,7 @@ def membership(auc: Interval, chance: Interval, tail: OperatingPoint, targets: i
     floor = f"chance 0.500 [{chance.low:.3f}, {chance.high:.3f}]"
     figures = f"AUC {auc.mean:.3f} [{auc.low:.3f}, {auc.high:.3f}], {floor}"
     found = (
-        f"at {tail.max_fpr:.0%} false positives {tail.true_positives} of {tail.members} members found "
+        f"at {formats.rate(tail.max_fpr)} false positives {tail.true_positives} of {tail.members} members found "
         f"(chance: {tail.chance_mean * tail.members:.1f})"
     )
     if backwards:
@@ -176,12 +179,14 @@ def unlearning(before: float, after: float, random: float, damage: Interval) -> 
     elif damage.low > 0:
         level = "leak" if damage.mean >= SLIGHT_DAMAGE else "partial"
     side = "below" if damage.mean >= 0 else "above"
+    gap = f"{abs(damage.mean) * 100:.1f} points {side} the deletion of as many random samples"
     text = (
-        f"{HEADLINES['unlearning'][level]}: accuracy {before:.1%} before, {after:.1%} after the request, "
-        f"{abs(damage.mean) * 100:.1f} points {side} the deletion of as many random samples ({random:.1%})"
+        f"{HEADLINES['unlearning'][level]}: accuracy {formats.percent(before)} before, {formats.percent(after)} after "
+        f"the request, {gap} ({formats.percent(random)})"
     )
     if damage.known:
-        text += f"; damage, 95 % interval {damage.low * 100:+.1f} to {damage.high * 100:+.1f} points"
+        ends = f"{formats.signed(damage.low * 100)} to {formats.signed(damage.high * 100)}"
+        text += f"; 95 % interval of the damage {ends} points"
     else:
         text += "; one run and no count of test samples, so no interval"
     return level, text

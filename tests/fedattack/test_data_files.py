@@ -205,6 +205,26 @@ def test_cifar_batch_of_python_2_is_read() -> None:
     batch = load_batch(data, "data_batch_1")
     assert batch["labels"] == [6]
     np.testing.assert_array_equal(batch["data"], np.ones((1, 3072), np.uint8))
+    # numpy itself would believe these flags, and take the pixels for pointers to objects.
+    flagged = data.replace(b"J\xff\xff\xff\xffK\x00tb", b"J\xff\xff\xff\xffK\x3ftb")
+    assert flagged != data
+    with pytest.raises(DataError, match="unexpected form"):
+        load_batch(flagged, "data_batch_1")
+
+
+def test_damaged_cifar_batches_are_read_or_refused() -> None:
+    rng = np.random.default_rng(0)
+    data = pickle.dumps({b"data": np.zeros((1, 64), np.uint8), b"labels": [1, 2]}, protocol=2)
+    refused = 0
+    for _ in range(2000):
+        damaged = bytearray(data)
+        for place in rng.integers(len(data), size=3):
+            damaged[place] = rng.integers(256)
+        try:
+            assert isinstance(load_batch(bytes(damaged), "b"), dict)
+        except DataError:
+            refused += 1
+    assert refused > 1000
 
 
 class _Runs:
@@ -238,6 +258,9 @@ def test_hostile_cifar_batch_is_refused_and_runs_nothing(tmp_path: Path) -> None
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(I0\ntS'b'\ntR.",
         b"cnumpy.core.multiarray\n_reconstruct\n}S'__doc__'\nS'x'\nsb.",
         b"\x80\x02cnumpy\ndtype\n}X\x08\x00\x00\x00__call__Nsb.",
+        b"K\x01r\xff\xff\xff\x7f.",
+        b"I1\np2147483647\n.",
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",
         b"",
         b"\x80\x02K\x01.",
         b"]" * 10,

@@ -57,7 +57,7 @@ def test_dirichlet_skew_is_the_distributions(alpha: float) -> None:
 
 
 def test_dirichlet_fills_a_thousand_clients_and_keeps_their_spread() -> None:
-    """A client's share is the mean of k classes' shares: E[sum share^2] = (alpha + 1) / k(n alpha + 1) + (k - 1) / kn."""
+    """A client's share s is the mean of k classes': E[sum s^2] = (alpha + 1) / k(n alpha + 1) + (k - 1) / kn."""
     clients, classes, alpha = 1000, 10, 0.1
     dataset = balanced(60_000, classes)
     start = time.process_time()

@@ -68,7 +68,8 @@ class Denoiser:
         """
         if images.shape[1] != self.metadata["channels"]:
             raise DataError(
-                f"the denoiser was trained for {self.metadata['channels']} channels; the images have {images.shape[1]}"
+                f"the denoiser was trained for {self.metadata['channels']} channels; the images have "
+                f"{images.shape[1]}"
             )
         module = self.module.to(images.device)
         return torch.cat([part - module(part) for part in images.split(256)])
@@ -464,7 +465,8 @@ def compare_denoiser(
     Returns
     -------
     dict
-        "iterations": after each stretch; "with", "without": mean PSNR in dB there; "start": that of the mean; "images".
+        "iterations": after each stretch; "with", "without": mean PSNR in dB there; "start": that of the mean;
+        "images".
     """
     denoiser = load_denoiser(path)
     held = load_pairs(pairs) if isinstance(pairs, str | Path) else pairs

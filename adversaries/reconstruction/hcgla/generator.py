@@ -37,7 +37,7 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3
 """Candidate ridge strengths, added to the Gram matrix of standardised inputs."""
 FOLDS = 5
 RANK = 512
-BATCH = 64
+BATCHES = {"ridge-conv": 64, "deconv": 16}
 EPOCHS = {"ridge-conv": 6, "deconv": 10}
 LEARNING_RATES = {"ridge-conv": 2e-3, "deconv": 1e-3}
 
@@ -106,6 +106,7 @@ def train_generator(
     architecture: str = "ridge-conv",
     batch_size: int | None = None,
     epochs: int | None = None,
+    learning_rate: float | None = None,
     passes: int = 2,
     mirror: bool = False,
     width: int | None = None,
@@ -131,6 +132,8 @@ def train_generator(
         Images per client; None: the scenario's.
     epochs : int, optional
         Passes of stochastic training; None: the architecture's default; 0 leaves "ridge-conv" linear.
+    learning_rate : float, optional
+        Of Adam, at the start; None: the architecture's default.
     passes : int
         How often each image is put through the client (with another label and other company).
     mirror : bool
@@ -166,7 +169,7 @@ def train_generator(
     test = learned.simulate_rows(client, auxiliary.images, unseen, size, seed + 1)
     activation = str(scenario.model.activation)
     count = EPOCHS.get(architecture, 10) if epochs is None else epochs
-    rate = LEARNING_RATES.get(architecture, 1e-3)
+    rate = LEARNING_RATES.get(architecture, 1e-3) if learning_rate is None else learning_rate
     rank = min(RANK, len(pairs.images) // 2) if 2 * client.head.features > 2 * WIDE else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(numpy_rng(seed, "generator.initialise").integers(2**31)))
@@ -210,7 +213,7 @@ def train_generator(
         "made_for": learned.described(scenario, weights, size, round),
         "auxiliary": {"source": auxiliary.source, "images": len(auxiliary)},
         "seed": seed,
-        "settings": {"epochs": count, "passes": passes, "mirror": mirror, "held_out": held_out},
+        "settings": {"epochs": count, "learning_rate": rate, "passes": passes, "mirror": mirror, "held_out": held_out},
         # Seconds are left out: the same seed writes the same file.
         "figures": {key: value for key, value in result.items() if key != "seconds"},
     }
@@ -327,11 +330,17 @@ def fit_linear(
     """
     device = module.mean.device
     signals = RowSignals(pairs.signals.values.to(device), pairs.signals.sent.to(device))
+    known = signals.sent.float()
+    times = known.sum(0).clamp(min=1)
+    module.centre.copy_((module.undone(signals.values) * known).sum(0) / times)
     raw = module.raw_inputs(signals.values, signals.sent)
-    spread = raw.std(0)
-    module.mean.copy_(raw.mean(0))
-    # An input that hardly varies would be blown up to noise.
-    module.scale.copy_(spread.clamp(min=max(1e-3 * float(spread.max()), 1e-6)))
+    share = known.mean(0)
+    module.mean.copy_(torch.cat([torch.zeros_like(share), share]))
+    # Of a feature, how much it varies where it is known: one that is rarely sent is not blown up.
+    spread = torch.cat([(raw[:, : len(share)].square().sum(0) / times).sqrt(), (share * (1 - share)).sqrt()])
+    for half in spread.split(len(share)):
+        half.clamp_(min=max(1e-3 * float(half.max()), 1e-6))
+    module.scale.copy_(spread)
     if module.basis.shape[1]:
         module.basis.copy_(_principal((raw - module.mean) / module.scale, module.basis.shape[1]))
     inputs = module.inputs(signals.values, signals.sent).double()
@@ -416,7 +425,7 @@ def refine(
         return F.mse_loss(module.correct(drafts[chosen]), images[chosen].to(drafts.device))
 
     stream = torch_rng(seed, "generator.batches")
-    learned.descend(parameters, loss, len(images), epochs, learning_rate, stream, progress)
+    learned.descend(parameters, loss, len(images), epochs, learning_rate, stream, progress, BATCHES["ridge-conv"])
 
 
 def train_by_steps(
@@ -440,7 +449,7 @@ def train_by_steps(
         return F.binary_cross_entropy(made, pairs.images[chosen].to(device))
 
     stream = torch_rng(seed, "generator.batches")
-    learned.descend(parameters, loss, len(pairs.images), epochs, learning_rate, stream, progress)
+    learned.descend(parameters, loss, len(pairs.images), epochs, learning_rate, stream, progress, BATCHES["deconv"])
 
 
 @torch.no_grad()

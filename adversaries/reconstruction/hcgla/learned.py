@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from adversaries.base import Progress, no_progress
 from adversaries.reconstruction.engine import as_gradient
 from fedattack.compression import Compressor, Memory, build_compressor, decode, encode, kept_share
-from fedattack.compression.selection import quotas
+from fedattack.compression.selection import largest, quotas
 from fedattack.config import ModelConfig
 from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.models import build_model
@@ -365,6 +365,8 @@ def _rows_by_threshold(client: Client, batches: Sequence[tuple[Tensor, Tensor, T
     """Signals of batches by :func:`topk_rows`; the residuals of all of them in one product."""
     weight, bias = client.weights[client.head.weight], client.weights[client.head.bias]
     body = dict(client.body.named_parameters())
+    compression = client.scenario.compression
+    needed = bool(body) and compression.name == "topk" and compression.scope == "global"
     inputs = [client.body(pixels.to(weight.device)) for _, pixels, _ in batches]
     labels = torch.cat([y for *_, y in batches]).to(weight.device)
     features = torch.cat([h.detach() for h in inputs])
@@ -376,8 +378,8 @@ def _rows_by_threshold(client: Client, batches: Sequence[tuple[Tensor, Tensor, T
     found = []
     for i, h in enumerate(inputs):
         rows = slice(i * size, (i + 1) * size)
-        slopes = torch.autograd.grad(h, list(body.values()), pulled[rows]) if body else ()
-        rest = dict(zip(body, slopes, strict=True))
+        slopes = torch.autograd.grad(h, list(body.values()), pulled[rows]) if needed else ()
+        rest = dict(zip(body, slopes, strict=True)) if needed else {}
         found.append(topk_rows(client, rest, residual[rows], features[rows], labels[rows]))
     return found
 
@@ -396,7 +398,7 @@ def topk_rows(
     client : Client
         Compression "topk" (or "none").
     rest : mapping of str to Tensor
-        Gradients of all tensors but the head's.
+        Gradients of all tensors but the head's; only looked at when entries are chosen over all layers.
     residual : Tensor
         (B, classes): (softmax - one-hot) / B.
     features : Tensor
@@ -419,7 +421,7 @@ def topk_rows(
         sizes = [head.classes * head.features, head.classes]
         weight_quota, bias_quota = quotas(compression, sizes, client.round)
         weight_bar = _head_threshold(residual, features, weight_quota.kept, features.new_empty(0))
-        bias_bar = float(bias.abs().topk(bias_quota.kept).values[-1])
+        bias_bar = _kth_largest(bias.abs(), bias_quota.kept)
     else:
         (quota,) = quotas(compression, [torch.Size(shape).numel() for shape in client.shapes], client.round)
         certain = torch.cat([bias.abs(), *(g.detach().abs().flatten() for g in rest.values())])
@@ -438,13 +440,18 @@ def _head_threshold(residual: Tensor, features: Tensor, count: int, certain: Ten
     first = min(classes, max(0, -(-(count - certain.numel()) // width)) + len(residual))
     taken = torch.cat([certain, (residual[:, order[:first]].T @ features).abs().flatten()])
     if first == classes:
-        return float(taken.topk(min(count, taken.numel())).values[-1])
+        return _kth_largest(taken, min(count, taken.numel()))
     # Rounding may lift an entry a little above its bound.
-    low = float(taken.topk(count).values[-1]) if taken.numel() >= count else 0.0
+    low = _kth_largest(taken, count) if taken.numel() >= count else 0.0
     more = order[first : int((bounds >= low * (1 - 1e-5)).sum())]
     if len(more):
         taken = torch.cat([taken, (residual[:, more].T @ features).abs().flatten()])
-    return float(taken.topk(count).values[-1])
+    return _kth_largest(taken, count)
+
+
+def _kth_largest(magnitudes: Tensor, count: int) -> float:
+    values = magnitudes.cpu().numpy()
+    return float(values[largest(values, count)].min())
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -527,6 +534,7 @@ def load_learned(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or metadata.get("kind") != kind:
         found = metadata.get("kind", "nothing known") if isinstance(metadata, dict) else "nothing known"
         raise DataError(f"{str(path)!r} should hold a {kind} of format {FORMAT}; it holds {found!r}")
+    del metadata["format"]
     if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
         raise DataError(f"{str(path)!r} holds NaN or infinite values")
     return tensors, metadata

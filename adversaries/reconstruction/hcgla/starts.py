@@ -19,7 +19,7 @@ from torch import Tensor
 from adversaries.reconstruction import closed_form
 from adversaries.reconstruction.hcgla.labels import NON_NEGATIVE, head_entries
 from adversaries.reconstruction.hcgla.learned import observed_rows
-from adversaries.reconstruction.priors import ridge_start
+from adversaries.reconstruction.regression import FeatureRegression
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import torch_rng
@@ -113,13 +113,14 @@ class Starts:
         return self._auxiliary.images.float().mean(0)
 
     @cached_property
-    def _auxiliary_features(self) -> Tensor:
+    def _regression(self) -> FeatureRegression:
         assert self._auxiliary is not None
         chain = closed_form.describe(self._reference.scenario.model)
         weights = {name: tensor.float().cpu() for name, tensor in self._reference.weights.items()}
+        images = self._auxiliary.images.float().cpu()
         with torch.no_grad():
-            parts = self._auxiliary.images.float().cpu().split(512)
-            return torch.cat([closed_form.features(chain, weights, part) for part in parts])
+            features = torch.cat([closed_form.features(chain, weights, part) for part in images.split(512)])
+        return FeatureRegression(features, images)
 
     @cached_property
     def _given_image(self) -> Tensor:
@@ -194,9 +195,8 @@ class Starts:
             caps: Tensor | float = float(sent.abs().min()) / residual
         else:
             # An unsent feature may have any value: shut it out by a bound that none exceeds.
-            everything, nothing = torch.tensor(1e6), torch.tensor(-1e6)
-            caps = torch.where(known, nothing, everything)
-        return ridge_start(self._auxiliary_features, self._auxiliary.images, values, known, caps)
+            caps = torch.where(known, -1e6, 1e6)
+        return self._regression.predict(values, known, caps)
 
     def _same_label(self, label: int) -> Tensor:
         assert self._auxiliary is not None

@@ -1,0 +1,329 @@
+"""The least-squares problem that one update poses, and its Jacobian.
+
+Unknowns are z (B, modes) with images = mean + A z and z ~ N(0, I) a priori. Residuals are those of the label rows'
+features before the sigmoid, and the *joint* ones: kept entries of the convolutions' gradients, of the head's bias,
+and, for batches, of the head's other rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adversaries.reconstruction import closed_form
+from adversaries.reconstruction.closed_form import Chain, ForwardPass
+from adversaries.reconstruction.hcgla.measurements import Measurements
+
+FOLLOWED_MASS = 1 - 1e-5
+FOLLOWED_CLASSES = 512
+"""The softmax is differentiated over the likeliest classes only: enough for this mass, and at most so many."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What the label rows say about the features, given the current class probabilities.
+
+    Attributes
+    ----------
+    known : Tensor
+        bool (B, F).
+    logits : Tensor
+        float64 (B, F): features before the sigmoid where `known`.
+    caps : Tensor
+        float64 (B, F): upper bounds before the sigmoid of the others; inf where there is none.
+    rounding : Tensor
+        float64 (B, F): error of `logits` left by the number format.
+    """
+
+    known: Tensor
+    logits: Tensor
+    caps: Tensor
+    rounding: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """The problem at one z.
+
+    Attributes
+    ----------
+    z : Tensor
+        float64 (B, modes).
+    forward, delta : ForwardPass, list of Tensor
+        Of all images, see :mod:`adversaries.reconstruction.closed_form`.
+    held : Tensor
+        (B, F): features before the sigmoid as the head is taken to have seen them: known ones from the update,
+        others from the images, capped.
+    moving : Tensor
+        bool (B, F): which of `held` follow the images.
+    active : Tensor
+        bool (B, F): which features have a residual.
+    softmax, probabilities : Tensor
+        (B, classes): of the held features, and the same corrected by what was sent.
+    vector : Tensor
+        (B, F): v = W^T r.
+    feature_residual, feature_noise : Tensor
+        (B, F).
+    joint_residual, joint_noise : Tensor
+        (number of joint measurements,).
+    """
+
+    z: Tensor
+    forward: ForwardPass
+    delta: list[Tensor]
+    held: Tensor
+    moving: Tensor
+    active: Tensor
+    softmax: Tensor
+    probabilities: Tensor
+    vector: Tensor
+    feature_residual: Tensor
+    feature_noise: Tensor
+    joint_residual: Tensor
+    joint_noise: Tensor
+
+    @property
+    def objective(self) -> float:
+        """Sum of squared, scaled residuals and the prior's |z|^2."""
+        features = (self.feature_residual / self.feature_noise).square().sum()
+        joint = (self.joint_residual / self.joint_noise).square().sum()
+        return float(features + joint + self.z.square().sum())
+
+
+class Problem:
+    """One update's least-squares problem.
+
+    Parameters
+    ----------
+    chain : Chain
+    weights : dict of str to Tensor
+        Global weights.
+    measured : Measurements
+    mean, factor : Tensor
+        float64 (D,) and (D, modes): images = mean + factor z.
+    feature_noise, least_feature_noise : float
+        Standard deviation of a known feature before the sigmoid: a share of s, and a lower limit.
+    chunk : int
+        Directions differentiated at once.
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        weights: dict[str, Tensor],
+        measured: Measurements,
+        mean: Tensor,
+        factor: Tensor,
+        feature_noise: float,
+        least_feature_noise: float,
+        chunk: int,
+        device: torch.device,
+    ) -> None:
+        self.chain, self.measured = chain, measured.to(device)
+        self.mean, self.factor, self.factor32 = (
+            mean.to(device),
+            factor.to(device),
+            factor.to(device, torch.float32),
+        )
+        self.weights = {name: tensor.to(device, torch.float64) for name, tensor in weights.items()}
+        self.weights32 = {name: tensor.to(device, torch.float32) for name, tensor in weights.items()}
+        self.feature_noise, self.least_feature_noise = feature_noise, least_feature_noise
+        self.chunk, self.device = chunk, device
+        self.batch, self.modes = len(measured.labels), factor.shape[1]
+
+    def anchor(self, state: State | None = None) -> Anchor:
+        """Features from the label rows, less what the other images of a batch leak into them by `state`."""
+        m = self.measured
+        own = torch.zeros(self.batch, 1, dtype=torch.float64, device=self.device)
+        other_rows, other_biases = torch.zeros_like(m.row_values), torch.zeros_like(own)
+        if state is not None:
+            p = state.softmax[:, m.labels]
+            own = p.diagonal()[:, None]
+            others = p.T * (1 - torch.eye(self.batch, dtype=p.dtype, device=self.device))
+            other_rows, other_biases = others @ torch.sigmoid(state.held), others.sum(1, keepdim=True)
+        residual = own - 1
+        for sample, label in enumerate(m.labels):
+            sent = m.bias_values[m.bias_rows == label]
+            if sent.numel():
+                residual[sample] = sent[0] - other_biases[sample]
+        h = ((m.row_values - other_rows) / residual).clamp(1e-7, 1 - 1e-7)
+        bound = (m.row_bound / residual.abs()).expand_as(h)
+        caps = torch.where(bound < 1, torch.logit(bound.clamp(max=1 - 1e-7)), math.inf)
+        # d logit(h) = dh / (h (1 - h)), and h, a quotient of two rounded numbers, is off by about 1.5 roundings.
+        return Anchor(m.row_known, torch.logit(h), caps, 1.5 * m.precision / (1 - h))
+
+    def images(self, z: Tensor) -> Tensor:
+        """(B, C, H, W) of z (B, modes)."""
+        return (self.mean + z @ self.factor.T).unflatten(1, self.chain.image_shape)
+
+    def evaluate(self, z: Tensor, s: float, anchor: Anchor) -> State:
+        """All residuals at z, and their standard deviations at s."""
+        m, chain = self.measured, self.chain
+        forward = closed_form.run_forward(chain, self.weights, self.images(z))
+        top = forward.outputs[-1].flatten(1)
+        held = torch.where(anchor.known, anchor.logits, torch.minimum(top, anchor.caps))
+        features = torch.sigmoid(held)
+        logits = features @ self.weights["head.weight"].T + self.weights["head.bias"]
+        log_softmax = logits.log_softmax(1)
+        probabilities = self._with_sent_biases(log_softmax.exp())
+        residual = probabilities.clone()
+        residual[torch.arange(self.batch), m.labels] -= 1
+        vector = closed_form.feature_gradient(self.weights, residual)
+        last = (vector * chain.activation.slope(held)).reshape(forward.outputs[-1].shape)
+        delta = closed_form.deltas(chain, self.weights, forward, last)
+
+        least = max(self.feature_noise * s, self.least_feature_noise)
+        over = (top - anchor.caps).clamp(min=0)
+        feature_noise = torch.where(anchor.known, (least**2 + anchor.rounding**2).sqrt(), least)
+
+        gradients = closed_form.kernel_gradients(chain, forward, delta)
+        predicted = torch.cat([gradients[name].mean(0).flatten() for name in chain.names])[m.conv_positions]
+        conv_noise = ((s * m.conv_scales) ** 2 + m.conv_rounding**2).sqrt()
+        bias_residual, bias_noise = self._bias_residual(log_softmax, s, least)
+        entries = closed_form.head_entries(residual, features, m.head_rows, m.head_cols).sum(0)
+        return State(
+            z=z,
+            forward=forward,
+            delta=delta,
+            held=held,
+            moving=~anchor.known & (top < anchor.caps),
+            active=anchor.known | (over > 0),
+            softmax=log_softmax.exp(),
+            probabilities=probabilities,
+            vector=vector,
+            feature_residual=torch.where(anchor.known, top - anchor.logits, over),
+            feature_noise=feature_noise,
+            joint_residual=torch.cat([predicted - m.conv_values, bias_residual, entries - m.head_values]),
+            joint_noise=torch.cat([conv_noise, bias_noise, torch.full_like(entries, s * m.head_scale)]),
+        )
+
+    def _with_sent_biases(self, softmax: Tensor) -> Tensor:
+        """For one image the bias gradient is the softmax itself: take what was sent, scale and cap the rest."""
+        m = self.measured
+        if self.batch > 1 or not len(m.bias_values):
+            return softmax
+        sent = m.bias_values + (m.bias_rows == m.labels[0])
+        rest = softmax.clone()
+        rest[0, m.bias_rows] = 0
+        rest *= (1 - sent.sum()).clamp(min=0) / rest.sum().clamp(min=1e-30)
+        rest = rest.clamp(max=m.bias_bound)
+        rest[0, m.bias_rows] = sent.clamp(min=0)
+        return rest
+
+    def _bias_residual(self, log_softmax: Tensor, s: float, least: float) -> tuple[Tensor, Tensor]:
+        """Kept entries of the head's bias; for one image as log-probabilities, nearly linear in the features."""
+        m = self.measured
+        own = (m.bias_rows[:, None] == m.labels).to(log_softmax.dtype).sum(1)
+        if self.batch > 1:
+            predicted = log_softmax.exp()[:, m.bias_rows].sum(0) - own
+            return predicted - m.bias_values, torch.full_like(predicted, s * m.bias_scale)
+        # The label's entry is p - 1: a small p is lost in rounding.
+        sent = (m.bias_values + own).clamp(min=1e-6)
+        residual = log_softmax[0, m.bias_rows] - sent.log()
+        return torch.where(sent > 1e-4, residual, 0.0), (s * m.bias_scale / sent).clamp(min=least)
+
+    def jacobian(self, state: State) -> tuple[list[Tensor], Tensor]:
+        """Derivatives of the residuals by z, divided by their noise; transposed, float32.
+
+        Returns
+        -------
+        list of Tensor
+            Per image: the active features', (modes, active).
+        Tensor
+            The joint measurements', (B * modes, measurements).
+        """
+        joint = torch.empty(self.batch * self.modes, len(state.joint_residual), device=self.device)
+        scale = (1 / state.joint_noise).float()
+        per_image = []
+        for sample in range(self.batch):
+            features = torch.empty(self.modes, int(state.active[sample].sum()), device=self.device)
+            differentiate = _OneImage(self, state, sample)
+            for start in range(0, self.modes, self.chunk):
+                rows = slice(start, min(start + self.chunk, self.modes))
+                moved, features[rows] = differentiate(self.factor32[:, rows].T)
+                joint[sample * self.modes :][rows] = moved * scale
+            per_image.append(features)
+        return per_image, joint
+
+
+class _OneImage:
+    """Tangents of all residuals by one image: the state and the softmax, prepared once for all chunks."""
+
+    def __init__(self, problem: Problem, state: State, sample: int) -> None:
+        m = problem.measured
+        self.problem, self.chain, self.measured = problem, problem.chain, m
+        self.forward = ForwardPass(
+            [t[sample : sample + 1].float() for t in state.forward.inputs],
+            [t[sample : sample + 1].float() for t in state.forward.outputs],
+        )
+        self.delta = [t[sample : sample + 1].float() for t in state.delta]
+        self.active = state.active[sample].nonzero()[:, 0]
+        self.feature_scale = (1 / state.feature_noise[sample, self.active]).float()
+        self.moving = state.moving[sample].float()
+        self.still = not bool(state.moving[sample].any())
+        held, activation = state.held[sample], problem.chain.activation
+        self.slope, self.bend = activation.slope(held).float(), activation.bend(held).float()
+        self.vector = state.vector[sample].float()
+        self._prepare_softmax(state, sample, held)
+
+    def _prepare_softmax(self, state: State, sample: int, held: Tensor) -> None:
+        problem, m = self.problem, self.measured
+        softmax, corrected = state.softmax[sample], state.probabilities[sample]
+        order = softmax.argsort(descending=True)
+        needed = int((softmax[order].cumsum(0) < FOLLOWED_MASS).sum()) + 1
+        followed = [order[: min(needed, FOLLOWED_CLASSES)], m.bias_rows, m.head_rows]
+        classes = torch.cat(followed).unique()
+        self.weight = problem.weights32["head.weight"][classes]
+        self.softmax = softmax[classes].float()
+        # For one image the probabilities that were sent, and those at their bound, are constants.
+        unsent = torch.ones_like(corrected)
+        unsent[m.bias_rows] = 0
+        self.unsent = (softmax * unsent / (softmax * unsent).sum().clamp(min=1e-30))[classes].float()
+        self.free = (corrected * unsent * (corrected < m.bias_bound))[classes].float()
+        self.bias_at = torch.searchsorted(classes, m.bias_rows)
+        self.head_at = torch.searchsorted(classes, m.head_rows)
+        self.head_residual = corrected[m.head_rows].float()
+        self.head_features = torch.sigmoid(held)[m.head_cols].float()
+
+    def __call__(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions (R, D) -> tangents of the joint residuals (R, measurements), of the features (R, active)."""
+        chain, m, weights = self.chain, self.measured, self.problem.weights32
+        tangents = directions.unflatten(1, chain.image_shape)
+        outputs = closed_form.forward_tangents(chain, weights, self.forward, tangents)
+        top = outputs[-1].flatten(1)
+        last, biases, entries = self._head(top)
+        gradients = closed_form.conv_gradient_tangents(
+            chain,
+            weights,
+            self.forward,
+            self.delta,
+            tangents,
+            outputs,
+            None if last is None else last.reshape(outputs[-1].shape),
+        )
+        flat = torch.cat([gradients[name].flatten(1) for name in chain.names], 1)[:, m.conv_positions]
+        joint = torch.cat([flat / self.problem.batch, biases, entries], 1)
+        return joint, top[:, self.active] * self.feature_scale
+
+    def _head(self, top: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Tangents of u_L (R, F) -> of delta_L (R, F), None where it rests, of the kept biases and head entries."""
+        m = self.measured
+        if self.still:
+            return None, top.new_zeros(len(top), len(m.bias_rows)), top.new_zeros(len(top), len(m.head_rows))
+        shift = top * self.moving
+        features = shift * self.slope
+        logits = features @ self.weight.T
+        relative = logits - (logits @ self.softmax)[:, None]
+        if self.problem.batch == 1:
+            biases = relative[:, self.bias_at]
+            moved = (logits - (logits @ self.unsent)[:, None]) * self.free
+        else:
+            moved = relative * self.softmax
+            biases = moved[:, self.bias_at]
+        last = (moved @ self.weight) * self.slope + self.vector * self.bend * shift
+        entries = moved[:, self.head_at] * self.head_features + features[:, m.head_cols] * self.head_residual
+        return last, biases, entries

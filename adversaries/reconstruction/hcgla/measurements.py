@@ -1,0 +1,191 @@
+"""An update, read as measurements: which entry says what about a batch with known, distinct labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adversaries.reconstruction.closed_form import Chain
+from fedattack.observation import Observation
+
+BOUNDING = ("topk", "dgc")
+"""Compressors under which no unsent entry is larger than the smallest sent one."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The kept entries of an update, by what they measure.
+
+    The head's values are multiplied by B, so that they are sums over the batch.
+
+    Attributes
+    ----------
+    labels : Tensor
+        int64 (B,).
+    conv_positions : Tensor
+        int64 (m,): kept entries in the concatenation of the chain's kernels and biases.
+    conv_values, conv_scales, conv_rounding : Tensor
+        float64 (m,): their values, the scale of their errors at s = 1, and what the number format adds to it.
+    row_values : Tensor
+        float64 (B, F): gradient of each label's row of the head.
+    row_known : Tensor
+        bool (B, F): which of them were sent.
+    bias_rows, bias_values : Tensor
+        int64 and float64 (e,): kept entries of the head's bias gradient.
+    head_rows, head_cols, head_values : Tensor
+        int64, int64 and float64: kept off-label entries of the head's weight gradient, largest first; none for a
+        single image, whose rows are all multiples of one.
+    bias_scale, head_scale : float
+        Scale of the errors of `bias_values` and `head_values` at s = 1.
+    bias_bound, row_bound : float
+        No unsent entry of the head's bias and weight gradient is larger; inf where nothing is known.
+    precision : float
+        Relative rounding error of the values as they were sent.
+    """
+
+    labels: Tensor
+    conv_positions: Tensor
+    conv_values: Tensor
+    conv_scales: Tensor
+    conv_rounding: Tensor
+    row_values: Tensor
+    row_known: Tensor
+    bias_rows: Tensor
+    bias_values: Tensor
+    head_rows: Tensor
+    head_cols: Tensor
+    head_values: Tensor
+    bias_scale: float
+    head_scale: float
+    bias_bound: float
+    row_bound: float
+    precision: float
+
+    @property
+    def count(self) -> int:
+        """How many numbers of the update are used."""
+        single = len(self.conv_values) + len(self.bias_values) + len(self.head_values)
+        return single + int(self.row_known.sum())
+
+    def to(self, device: torch.device) -> Measurements:
+        """The same measurements with their tensors on `device`."""
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
+        return Measurements(**moved)
+
+
+def read_update(
+    chain: Chain, observation: Observation, labels: Tensor, weight_floor: float, head_entries: int
+) -> Measurements:
+    """Sort the kept entries of an update by what they measure.
+
+    Parameters
+    ----------
+    chain : Chain
+    observation : Observation
+    labels : Tensor
+        int64 (B,), distinct.
+    weight_floor : float
+        Smallest scale of an error at s = 1, as a share of the root mean square of the kept entries of its kind.
+    head_entries : int
+        Off-label entries of the head to use at most.
+    """
+    update, batch, compression = observation.update, len(labels), observation.scenario.compression
+    bounding = update.indices is not None and compression.name in BOUNDING
+    tensors = {name: (positions, values.double()) for name, _, positions, values in update.layers()}
+
+    def bound(name: str) -> float:
+        values = tensors[name][1] if compression.scope == "layer" else update.values
+        return float(values.abs().min()) if bounding and values.numel() else math.inf
+
+    def scales(values: Tensor, bounds: Tensor) -> Tensor:
+        # Where unsent entries are bounded by tau, sent ones are of its order: tau is the natural unit of an error.
+        floor = weight_floor * root_mean_square(values)
+        return torch.where(bounds.isfinite(), bounds, 0.0).clamp(min=floor)
+
+    positions, values, bounds, start = [], [], [], 0
+    for name in chain.names:
+        at, kept = tensors[name]
+        positions.append(at + start)
+        values.append(kept)
+        bounds.append(torch.full_like(kept, bound(name)))
+        start += math.prod(update.shapes[update.names.index(name)])
+    conv_values = torch.cat(values)
+    precision = value_precision(update.values)
+
+    at, kept = tensors["head.weight"]
+    kept = batch * kept
+    rows, cols = at // chain.feature_count, at % chain.feature_count
+    bias_rows, bias_values = tensors["head.bias"][0], batch * tensors["head.bias"][1]
+    row_values, row_known = _label_rows(chain, labels, rows, cols, kept, bias_rows, bias_values)
+    off_label = (~torch.isin(rows, labels)).nonzero()[:, 0]
+    largest = off_label[kept[off_label].abs().argsort(descending=True, stable=True)]
+    largest = largest[: head_entries if batch > 1 else 0]
+    row_bound, bias_bound = batch * bound("head.weight"), batch * bound("head.bias")
+    return Measurements(
+        labels=labels,
+        conv_positions=torch.cat(positions),
+        conv_values=conv_values,
+        conv_scales=scales(conv_values, torch.cat(bounds)),
+        conv_rounding=precision * (conv_values.abs() + root_mean_square(conv_values)),
+        row_values=row_values,
+        row_known=row_known,
+        bias_rows=bias_rows,
+        bias_values=bias_values,
+        head_rows=rows[largest],
+        head_cols=cols[largest],
+        head_values=kept[largest],
+        bias_scale=float(scales(bias_values, torch.tensor(bias_bound, dtype=torch.float64))),
+        head_scale=float(scales(kept[largest], torch.tensor(row_bound, dtype=torch.float64))),
+        bias_bound=bias_bound,
+        row_bound=row_bound,
+        precision=precision,
+    )
+
+
+def root_mean_square(values: Tensor) -> float:
+    """Of a tensor that may be empty."""
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0
+
+
+def value_precision(values: Tensor) -> float:
+    """Relative rounding error of the number format that `values` (float32) fit into."""
+    if torch.equal(values, values.bfloat16().float()):
+        return 2.0**-9
+    if torch.equal(values, values.half().float()):
+        return 2.0**-11
+    return 2.0**-22  # float32, and a few roundings on the way to a gradient
+
+
+def _label_rows(
+    chain: Chain,
+    labels: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    kept: Tensor,
+    bias_rows: Tensor,
+    bias_values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The head's rows of the labels, dense, and which entries are known.
+
+    For a single image every row is a multiple of the same features, so an entry missing from the label's row is
+    filled in from the row with the largest bias gradient that has it.
+    """
+    values = torch.zeros(len(labels), chain.feature_count, dtype=torch.float64)
+    known = torch.zeros_like(values, dtype=torch.bool)
+    for sample, label in enumerate(labels.tolist()):
+        mine = rows == label
+        values[sample, cols[mine]] = kept[mine]
+        known[sample, cols[mine]] = True
+    own_bias = bias_values[bias_rows == labels[0]]
+    if len(labels) == 1 and own_bias.numel() and not known.all():
+        for position in bias_values.abs().argsort(descending=True, stable=True).tolist():
+            there = (rows == bias_rows[position]) & ~known[0, cols]
+            values[0, cols[there]] = kept[there] / bias_values[position] * own_bias
+            known[0, cols[there]] = True
+    return values, known

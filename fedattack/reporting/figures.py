@@ -1,0 +1,357 @@
+"""Figures, drawn without a display. Colours are Okabe and Ito's, told apart by every kind of colour vision."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from fedattack.metrics import clopper_pearson
+from fedattack.reporting import formats, verdicts
+from fedattack.reporting.results import AuditResult
+
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#767676",
+)
+_SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+_FLOOR_MARKS = (("s", ORANGE), ("D", GREEN), ("^", PURPLE), ("v", SKY), ("P", VERMILLION))
+_DPI = 130
+_IDENTICAL_DB = 100.0
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
+    """Originals, reconstructions and floors one below the other, the PSNR under each, pixels enlarged unsmoothed.
+
+    Parameters
+    ----------
+    result : AuditResult
+        Of a reconstruction attack.
+    limit : int
+        Images shown: the first ones in the order of clients, never chosen by quality.
+    """
+    total = len(result.records)
+    shown = min(limit, total)
+    best = result.summary.get("best_floor")
+    others = [
+        n
+        for n in result.images
+        if n not in ("original", "reconstruction", "flat grey", "auxiliary mean", best)
+    ]
+    names = ["original", "reconstruction", *([best] if best in result.images else []), *others]
+    figure = Figure(figsize=(1.45 * shown + 1.5, 1.62 * len(names) + 0.75), layout="constrained")
+    grid = figure.subplots(len(names), shown, squeeze=False)
+    for row, name in enumerate(names):
+        for column in range(shown):
+            axes, record = grid[row, column], result.records[column]
+            _image(axes, result.images[name][column])
+            if row == 0:
+                several = result.summary["batch"] != [1]
+                place = f", image {record['image']}" if several else ""
+                axes.set_title(f"client {record['client']}{place}\nround {record['round']}", fontsize=8)
+            else:
+                key = "psnr" if name == "reconstruction" else f"floor.{name}.psnr"
+                axes.set_xlabel(f"{formats.decimal(record.get(key))} dB", fontsize=9, labelpad=2)
+        label = name if name in ("original", "reconstruction") else f"floor:\n{name}"
+        grid[row, 0].set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    s = result.summary
+    caption = (
+        f"{result.attack}: rebuilt from k = {formats.count(s['k'])} of {s['parameters']:,} numbers "
+        f"({formats.rate(s['rate'])} kept, {formats.compact(s['k_per_pixel'])} per pixel)"
+    )
+    which = f"the first {shown} of {total} images, by client" if shown < total else f"all {total} images"
+    figure.suptitle(f"{caption}\n{which}", fontsize=10)
+    return figure
+
+
+def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
+    """PSNR of every image beside its floors and the shuffled control."""
+    records = result.records[:limit]
+    figure = Figure(figsize=(max(6.0, min(12.0, 0.42 * len(records) + 3.4)), 3.9), layout="constrained")
+    axes = figure.subplots()
+    x = np.arange(len(records))
+    if result.summary["floors"]:
+        floors = [f"floor.{name}.psnr" for name in result.summary["floors"]]
+        top = [np.nanmax([row.get(key, np.nan) for key in floors]) for row in records]
+        axes.vlines(
+            x,
+            top,
+            [min(row.get("psnr", math.nan), _IDENTICAL_DB) for row in records],
+            color="#c4c4c4",
+            linewidth=1.5,
+            zorder=1,
+        )
+    for (marker, colour), name in zip(_FLOOR_MARKS, result.summary["floors"], strict=False):
+        values = [_finite(row.get(f"floor.{name}.psnr")) for row in records]
+        axes.plot(x, values, marker, color=colour, mfc="none", ms=6, label=f"floor: {name}")
+    control = [_finite(row.get("control_psnr")) for row in records]
+    if not np.isnan(control).all():
+        axes.plot(x, control, "x", color=GREY, ms=6, label="control: against other victims")
+    ours = [min(row.get("psnr", math.nan), _IDENTICAL_DB) for row in records]
+    exact = any(value == _IDENTICAL_DB for value in ours)
+    name = f"reconstruction{' (identical: drawn at 100)' if exact else ''}"
+    axes.plot(x, ours, "o", color=BLUE, ms=7, label=name)
+    axes.axhline(verdicts.RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
+    axes.annotate(
+        f"recovered from {verdicts.RECOVERED_PSNR:.0f} dB",
+        (0.995, verdicts.RECOVERED_PSNR),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="#555555",
+    )
+    several_rounds = len({row["round"] for row in records}) > 1
+    labels = [f"{row['round']}/{row['client']}" if several_rounds else str(row["client"]) for row in records]
+    axes.set_xticks(x, labels, fontsize=8, rotation=90 if len(records) > 20 else 0)
+    axes.set_xlabel("round/client" if several_rounds else "client")
+    axes.set_ylabel("PSNR, dB (higher: more leaked)")
+    more = (
+        f" (first {len(records)} of {len(result.records)} images)"
+        if len(records) < len(result.records)
+        else ""
+    )
+    axes.set_title(f"{result.attack}: each image beside what could be guessed{more}", fontsize=10, loc="left")
+    axes.grid(axis="y", color="#e3e3e3")
+    axes.set_axisbelow(True)
+    axes.set_xlim(-0.7, len(records) - 0.3)
+    axes.set_ylim(bottom=min(0.0, *(v for v in [*ours, *control] if np.isfinite(v)), 0.0))
+    _legend_right(axes)
+    return figure
+
+
+def loss_history(result: AuditResult, limit: int = 16) -> Figure:
+    """The attack's own objective per iteration, one line per victim."""
+    figure = Figure(figsize=(6.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    histories = list(result.curves["histories"].items())
+    values = [value for _, history in histories for value in history if np.isfinite(value)]
+    for index, (label, history) in enumerate(histories[:limit]):
+        colour, style = _SERIES[index % len(_SERIES)], ("-", "--", ":")[index // len(_SERIES) % 3]
+        marker = "o" if len(history) < 40 else None
+        axes.plot(
+            np.arange(1, len(history) + 1),
+            history,
+            style,
+            color=colour,
+            marker=marker,
+            ms=3.5,
+            lw=1.4,
+            label=label,
+        )
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("objective")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    more = f" (first {limit} of {len(histories)})" if len(histories) > limit else ""
+    axes.set_title(f"{result.attack}: the attack's own objective{more}", fontsize=10, loc="left")
+    axes.grid(color="#e3e3e3")
+    _legend_right(axes)
+    return figure
+
+
+def roc(results: Sequence[AuditResult]) -> Figure:
+    """ROC curves of membership attacks, linear and log-log, with exact pointwise 95 % bands and chance."""
+    figure = Figure(figsize=(9.4, 4.3), layout="constrained")
+    linear, log = figure.subplots(1, 2)
+    curves = [
+        (f"{result.attack}, {label}" if len(result.curves["roc"]) > 1 else result.attack, curve)
+        for result in results
+        for label, curve in result.curves["roc"].items()
+    ]
+    smallest = min(1 / curve["nonmembers"] for _, curve in curves)
+    low = 10.0 ** np.floor(np.log10(smallest))
+    for (label, curve), colour in zip(curves, _SERIES, strict=False):
+        fpr, tpr, members = np.asarray(curve["fpr"]), np.asarray(curve["tpr"]), curve["members"]
+        bands = {hits: clopper_pearson(int(hits), members) for hits in np.unique(np.rint(tpr * members))}
+        ends = [(bands[h].low, bands[h].high) for h in np.rint(tpr * members)]
+        bottom, top = np.array(ends).T
+        for axes in (linear, log):
+            axes.plot(fpr, tpr, color=colour, linewidth=1.8, label=label)
+            axes.fill_between(fpr, bottom, top, color=colour, alpha=0.15, linewidth=0)
+    line = np.geomspace(low, 1, 50)
+    for axes in (linear, log):
+        axes.plot(line, line, color=GREY, linestyle="--", linewidth=1.2, label="chance")
+        axes.set_xlabel("false-positive rate: non-members called members")
+        axes.grid(color="#e3e3e3")
+        axes.set_axisbelow(True)
+    linear.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2)
+    linear.set(xlim=(0, 1), ylim=(0, 1), ylabel="true-positive rate: members found")
+    linear.set_aspect("equal")
+    log.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1))
+    log.set_aspect("equal")
+    log.axvline(0.01, color=GREY, linewidth=0.8, linestyle=":")
+    log.annotate(
+        "1 %",
+        (0.01, low * 1.15),
+        fontsize=8,
+        color="#555555",
+        ha="left",
+        xytext=(3, 0),
+        textcoords="offset points",
+    )
+    linear.set_title("linear", fontsize=10, loc="left")
+    log.set_title("log-log: what a cautious attacker finds", fontsize=10, loc="left")
+    linear.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def unlearning_bars(results: Sequence[AuditResult]) -> Figure:
+    """Accuracy before and after the request, beside the deletion of as many random samples."""
+    figure = Figure(figsize=(max(5.2, 2.0 * len(results) + 3.0), 3.8), layout="constrained")
+    axes = figure.subplots()
+    x = np.arange(len(results))
+    series = (
+        ("before", GREY, "", [r.summary["metrics"]["accuracy_before"] for r in results]),
+        (
+            "after random deletion (floor)",
+            ORANGE,
+            "//",
+            [r.summary["floors"]["random deletion"]["accuracy"] for r in results],
+        ),
+        ("after the request", BLUE, "", [r.summary["metrics"]["accuracy_after"] for r in results]),
+    )
+    for offset, (label, colour, hatch, described) in zip((-0.27, 0.0, 0.27), series, strict=True):
+        heights = [d["mean"] * 100 for d in described]
+        bars = axes.bar(x + offset, heights, 0.25, color=colour, hatch=hatch, edgecolor="white", label=label)
+        for place, height, d in zip(x + offset, heights, described, strict=True):
+            if d["low"] is not None:
+                ends = [[height - d["low"] * 100], [d["high"] * 100 - height]]
+                axes.errorbar(place, height, yerr=np.maximum(ends, 0), color="black", capsize=3, linewidth=1)
+        axes.bar_label(bars, fmt="%.1f", padding=5, fontsize=9)
+    axes.set_xticks(
+        x,
+        [f"{r.attack}\n({r.summary['mechanism']}, {r.summary['count']} samples)" for r in results],
+        fontsize=9,
+    )
+    axes.set_ylabel("test accuracy, %")
+    axes.set_ylim(0, 110)
+    axes.set_yticks(range(0, 101, 20))
+    axes.grid(axis="y", color="#e3e3e3")
+    axes.set_axisbelow(True)
+    axes.set_title("What a deletion request costs", fontsize=10, loc="left")
+    _legend_right(axes)
+    return figure
+
+
+def accuracy_over_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure:
+    """Test accuracy and losses of the global model over the rounds."""
+    figure = Figure(figsize=(8.4, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x = [row["round"] for row in rounds]
+    marker = "o" if len(x) < 40 else None
+    left.plot(x, [_finite(row.get("accuracy")) * 100 for row in rounds], color=BLUE, marker=marker, ms=4)
+    left.set(ylabel="test accuracy, %", ylim=(0, 100))
+    for key, label, colour, style in (
+        ("loss", "test loss", BLUE, "-"),
+        ("train_loss", "training loss", ORANGE, "--"),
+    ):
+        values = [_finite(row.get(key)) for row in rounds]
+        if not np.isnan(values).all():
+            right.plot(x, values, style, color=colour, marker=marker, ms=4, label=label)
+    right.set(ylabel="loss")
+    if right.lines:
+        right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color="#e3e3e3")
+    return figure
+
+
+def label_histogram(counts: Mapping[int, Mapping[int, int]], limit: int = 40) -> Figure:
+    """Samples of each label at each client.
+
+    Parameters
+    ----------
+    counts : mapping of int to mapping
+        Client -> label -> samples.
+    limit : int
+        The commonest labels, and the first clients, shown.
+    """
+    clients = sorted(counts)[:limit]
+    totals: dict[int, int] = {}
+    for client in clients:
+        for label, number in counts[client].items():
+            totals[label] = totals.get(label, 0) + number
+    labels = sorted(sorted(totals, key=lambda label: (-totals[label], label))[:limit])
+    table = np.array([[counts[client].get(label, 0) for label in labels] for client in clients], dtype=float)
+    figure = Figure(
+        figsize=(min(11.0, 2.6 + 0.32 * len(labels)), min(8.0, 1.5 + 0.26 * len(clients))),
+        layout="constrained",
+    )
+    axes = figure.subplots()
+    drawn = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
+    if table.size <= 400:
+        for row, column in zip(*np.nonzero(table), strict=True):
+            dark = table[row, column] > 0.55 * table.max()
+            colour = "white" if dark else "#333333"
+            axes.text(
+                column, row, f"{table[row, column]:.0f}", ha="center", va="center", fontsize=7, color=colour
+            )
+    axes.set_xticks(
+        range(len(labels)),
+        [str(label) for label in labels],
+        fontsize=8,
+        rotation=90 if len(labels) > 12 else 0,
+    )
+    axes.set_yticks(range(len(clients)), [str(client) for client in clients], fontsize=8)
+    axes.set_xlabel(
+        "label" if len(labels) == len(totals) else f"label ({len(labels)} commonest of {len(totals)})"
+    )
+    axes.set_ylabel(
+        "client" if len(clients) == len(counts) else f"client (first {len(clients)} of {len(counts)})"
+    )
+    figure.colorbar(drawn, ax=axes, label="samples")
+    return figure
+
+
+def enlarged(image: Tensor, side: int = 128) -> np.ndarray:
+    """One image (C, H, W) in [0, 1] as uint8 (H', W', 3), enlarged by whole pixels to at least `side`."""
+    factor = max(1, -(-side // image.shape[-1]))
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3]
+    return np.repeat(np.repeat(pixels, factor, axis=0), factor, axis=1)
+
+
+def _image(axes: Axes, image: Tensor) -> None:
+    axes.set(xticks=[], yticks=[])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    if torch.isnan(image).any():
+        axes.set(xlim=(0, 1), ylim=(0, 1), facecolor="#f0f0f0")
+        axes.set_aspect("equal")
+        axes.text(0.5, 0.5, "none", ha="center", va="center", fontsize=9, color="#555555")
+        return
+    axes.imshow(enlarged(image), interpolation="nearest")
+
+
+def _finite(value: Any) -> float:
+    return float(value) if value is not None and np.isfinite(value) else float("nan")
+
+
+def _legend_right(axes: Axes) -> None:
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -1,0 +1,260 @@
+"""Everything a finished run writes: records, summary, images, figures and the report that opens from disk."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from fedattack.reporting import figures, formats, verdicts, views
+from fedattack.reporting.observation_store import safe_name
+from fedattack.reporting.records import write_records, write_summary
+from fedattack.reporting.results import AuditResult
+from fedattack.reporting.run_folder import RunFolder
+from fedattack.reporting.storage import write_bytes
+
+_IMAGES = 256
+"""Single images written per attack."""
+
+_ROUNDS = 100
+_ROWS = 200
+
+
+@dataclass(frozen=True)
+class _Picture:
+    data: str
+    alt: str
+    caption: str
+
+
+def write_results(
+    folder: RunFolder,
+    results: Sequence[AuditResult],
+    federation: Mapping[str, Any] | None = None,
+    *,
+    command: str = "",
+    label_counts: Mapping[int, Mapping[int, int]] | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write records, summary, images, figures and ``report.html`` into a run's folder.
+
+    Parameters
+    ----------
+    folder : RunFolder
+    results : sequence of AuditResult
+        In the order they are to appear.
+    federation : mapping, optional
+        "rounds": list of {"round", "loss", "accuracy", "train_loss", "answered", "failed", "rejected", "dropped",
+        "wire_bytes", "seconds"} (missing or None where unknown), "rejections": list of {"round", "client", "reason"};
+        every other entry with a plain value is shown as a fact.
+    command : str
+        The command line that repeats the run.
+    label_counts : mapping, optional
+        Client -> label -> samples.
+    notes : sequence of str
+        Warnings shown below the verdicts.
+
+    Returns
+    -------
+    Path
+        The report.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full.
+    """
+    federation = dict(federation or {})
+    write_records(folder, results)
+    write_summary(folder, results, federation)
+    for result in results:
+        _write_images(folder, result)
+    pictures = _attack_pictures(folder, results)
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
+            subtitle=views.subtitle(folder.config),
+            attacks=[views.attack_view(result) for result in results],
+            memberships=[views.attack_view(result) for result in results if result.family == "membership"],
+            unlearnings=[views.attack_view(result) for result in results if result.family == "unlearning"],
+            notes=notes,
+            pictures=pictures,
+            seen=views.seen_views(results),
+            federation=_federation(folder, federation, label_counts) if federation or label_counts else None,
+            command=command or f"fedattack --config {folder.path / 'config.toml'}",
+            versions=views.versions(folder.config),
+            config=folder.config.to_toml(),
+            tables=[table for result in results if (table := views.images_table(result))],
+            families={result.family for result in results},
+            thresholds=verdicts,
+        )
+    )
+    path = folder.path / "report.html"
+    write_bytes(path, page.encode())
+    return path
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fedattack.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("decimal", "compact", "percent", "count", "interval", "seconds", "size"):
+        environment.filters[name] = getattr(formats, name)
+    return environment
+
+
+def _attack_pictures(folder: RunFolder, results: Sequence[AuditResult]) -> list[_Picture]:
+    shown = []
+    for result in results:
+        name = safe_name(result.attack)
+        if result.family != "reconstruction":
+            continue
+        shown.append(
+            _figure(
+                folder,
+                f"{name}-sheet",
+                figures.reconstruction_sheet(result),
+                f"{result.attack}: originals above, reconstructions and the best floor below",
+                "Originals, what the attack made of the update, and what the same attacker would have answered "
+                "without it. PSNR under each image; pixels enlarged, not smoothed.",
+            )
+        )
+        shown.append(
+            _figure(
+                folder,
+                f"{name}-psnr",
+                figures.psnr_dots(result),
+                f"{result.attack}: PSNR of each image beside its floors",
+                "The grey line spans what the update added over the best guess for that image.",
+            )
+        )
+        if result.curves.get("histories"):
+            shown.append(
+                _figure(
+                    folder,
+                    f"{name}-objective",
+                    figures.loss_history(result),
+                    f"{result.attack}: objective over iterations",
+                    "Restarts and stopping are decided by this objective alone, never by the private images.",
+                )
+            )
+    memberships = [result for result in results if result.family == "membership"]
+    if memberships:
+        shown.append(
+            _figure(
+                folder,
+                "roc",
+                figures.roc(memberships),
+                "ROC curves of the membership attacks, linear and log-log",
+                "Bands: exact pointwise 95 % intervals over the members. An attack is worth fearing at the "
+                "left edge of the right panel.",
+            )
+        )
+    unlearnings = [result for result in results if result.family == "unlearning"]
+    if unlearnings:
+        shown.append(
+            _figure(
+                folder,
+                "unlearning",
+                figures.unlearning_bars(unlearnings),
+                "Accuracy before and after the deletion request, and after random deletion",
+                "Only what the request costs beyond the hatched bar is the attack's doing.",
+            )
+        )
+    return shown
+
+
+def _figure(folder: RunFolder, name: str, figure: Any, alt: str, caption: str) -> _Picture:
+    data = figures.png(figure)
+    write_bytes(folder.figures / f"{name}.png", data)
+    return _Picture(base64.b64encode(data).decode(), alt, caption)
+
+
+def _write_images(folder: RunFolder, result: AuditResult) -> None:
+    """Single images at their own size, 8 bit; all of them, unrounded, are in ``parts`` and ``truth``."""
+    place = folder.images / safe_name(result.attack)
+    for name, images in result.images.items():
+        for record, image in zip(result.records[:_IMAGES], images, strict=False):
+            if torch.isnan(image).any():
+                continue
+            pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            buffer = io.BytesIO()
+            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3]).save(
+                buffer, format="PNG"
+            )
+            stem = f"round-{record['round']:04d}-client-{record['client']:05d}-{record['image']}"
+            write_bytes(place / f"{stem}-{name.replace(' ', '-').replace('/', '-')}.png", buffer.getvalue())
+
+
+def _federation(
+    folder: RunFolder, federation: Mapping[str, Any], label_counts: Mapping[int, Mapping[int, int]] | None
+) -> dict[str, Any]:
+    names = (
+        "accuracy",
+        "loss",
+        "train_loss",
+        "answered",
+        "dropped",
+        "failed",
+        "rejected",
+        "wire_bytes",
+        "seconds",
+    )
+    rounds = [dict.fromkeys(names) | dict(row) for row in federation.get("rounds", [])]
+    facts = [
+        (
+            name.replace("_", " "),
+            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value),
+        )
+        for name, value in federation.items()
+        if isinstance(value, str | int | float)
+    ]
+    pictures = []
+    if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
+        pictures.append(
+            _figure(
+                folder,
+                "accuracy",
+                figures.accuracy_over_rounds(rounds),
+                "Accuracy and loss over the rounds",
+                "The global model on held-out samples: an attacked federation that learns nothing proves little.",
+            )
+        )
+    if label_counts:
+        pictures.append(
+            _figure(
+                folder,
+                "labels",
+                figures.label_histogram(label_counts),
+                "Samples of each label at each client",
+                "How the samples are dealt out.",
+            )
+        )
+    left_out = (
+        f"The first {_ROUNDS} of {len(rounds)} rounds; all are in summary.json."
+        if len(rounds) > _ROUNDS
+        else ""
+    )
+    return {
+        "facts": facts,
+        "rounds": rounds[:_ROUNDS],
+        "left_out": left_out,
+        "rejections": list(federation.get("rejections", []))[:_ROWS],
+        "pictures": pictures,
+    }
+
+
+__all__ = ["write_results"]

@@ -1,0 +1,456 @@
+"""A run from its settings to its report: federation, attacks, auditor, run folder."""
+
+from __future__ import annotations
+
+from simulations.environment import prepare_environment
+
+prepare_environment()
+
+import dataclasses
+import datetime
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
+from adversaries.base import attack_options
+from fedattack.config import Config
+from fedattack.data import World, build_world, world_record
+from fedattack.errors import BadRequest, ConfigError, DataError, RunFailed, unknown_name
+from fedattack.groundtruth import GroundTruth
+from fedattack.observation import MembershipScores, Observation, Reconstruction
+from fedattack.reporting import AuditResult, RunFolder, audit_membership, audit_reconstruction, audit_unlearning
+from fedattack.reporting import load_observations as read_observations
+from fedattack.reporting import load_truths as read_truths
+from fedattack.reporting.publish import print_summary, publish
+from simulations.attacking import Attacked, Executor, choose_device, groups, make_executor
+from simulations.client_app import round_batches
+from simulations.federation import FederationResult, RoundRecord, run_federation
+from simulations.grid import ray_session
+from simulations.seats import membership_experiment, unlearning_experiment
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves: its folder, the federation's end, and every attack's audit by name.
+
+    Parameters
+    ----------
+    folder : Path
+    federation : FederationResult or None
+        None where saved observations were attacked.
+    audits : dict of str to AuditResult
+    reconstructions : dict of str to dict of str to Reconstruction
+        Attack -> observation key -> answer.
+    summary : dict
+        The content of ``summary.json``.
+    """
+
+    folder: Path
+    federation: FederationResult | None
+    audits: dict[str, AuditResult]
+    reconstructions: dict[str, dict[str, Reconstruction]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_attacks(config: Config) -> dict[str, Attack]:
+    """The configured attacks, built and ready.
+
+    Raises
+    ------
+    ConfigError
+        If a name or a parameter is unknown, or an attack's parameters are given without the attack.
+    """
+    classes = {name: ATTACKS.get(name) for name in config.attack.names}
+    for name in config.attack.options:
+        if name not in classes:
+            if name not in ATTACKS:
+                raise unknown_name("section or attack", name, [*ATTACKS.names(), *Config.model_fields])
+            raise ConfigError(f"parameters of {name!r} are set, but it is not in setting 'attack.names'")
+    known = {option for cls in classes.values() for option in attack_options(cls)}
+    for option in config.attack.shared_options:
+        if option not in known:
+            raise unknown_name("setting", f"attack.{option}", [f"attack.{one}" for one in known])
+    return {
+        name: build_attack(cls, name, config.attack.options.get(name, {}), config.attack.shared_options)
+        for name, cls in classes.items()
+    }
+
+
+def run_directory(config: Config) -> Path:
+    """The configured run folder, or a new one below ``runs/`` named after the time and the attacks."""
+    if config.output.run_dir is not None:
+        return Path(config.output.run_dir)
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    return Path("runs") / "-".join([stamp, *(config.attack.names or ("federation",))])
+
+
+def simulate(config: Config, *, console: Console | None = None, command: str = "") -> RunResult:
+    """Train a federation, attack it, audit the attacks and write the run folder.
+
+    Everything that can be refused is refused before anything starts. A killed run, started again with the same
+    settings and folder, goes on where it was.
+
+    Parameters
+    ----------
+    config : Config
+    console : rich Console, optional
+        Where progress and the table go; None: nowhere.
+    command : str
+        The command line, for the report.
+
+    Returns
+    -------
+    RunResult
+
+    Raises
+    ------
+    BadRequest
+        If the request cannot be carried out as it was put.
+    RunFailed
+        If a run that had started could not be finished.
+
+    Examples
+    --------
+    >>> from fedattack.config import Config
+    >>> settings = {"dataset": "digits", "image-size": 16, "attack": "hcgla", "clients": 2, "engine": "inline"}
+    >>> result = simulate(Config.from_mapping(settings))  # doctest: +SKIP
+    >>> result.audits["hcgla"].verdict  # doctest: +SKIP
+    """
+    console = console or Console(quiet=True)
+    attacks = choose_attacks(config)
+    choose_device(config.engine.device)
+    world = build_world(config)
+    for attack in attacks.values():
+        attack.check(world.scenario)
+    folder = RunFolder.create(run_directory(config), config)
+    folder.save_part("world", world_record(world))
+    console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
+    session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
+    with session, stages(console) as shown:
+        run = _Run(config, world, folder, attacks, shown)
+        federation = run.federate()
+        run.collect()
+        audits = run.audit(federation)
+    rounds = [round_record(record) for record in federation.rounds]
+    summary = publish(
+        folder, audits, rounds=rounds, world=world_record(world), command=command, scenario=world.scenario
+    )
+    print_summary(console, audits)
+    console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
+    return RunResult(folder.path, federation, audits, run.answers(), summary)
+
+
+def attack_folder(
+    directory: Path, config: Config, *, console: Console | None = None, truth: Path | None = None, command: str = ""
+) -> RunResult:
+    """Attack saved observations, without the federation; score the answers where the truth is given.
+
+    Parameters
+    ----------
+    directory : Path
+        An ``observations`` folder of a run, or the run folder itself.
+    config : Config
+        Of which attacks, seed, engine and output are used; the scenario is the observations' own.
+    truth : Path, optional
+        A ``truth`` folder.
+
+    Raises
+    ------
+    BadRequest
+        If the folder holds no observations, or an attack does not apply to them.
+    """
+    console = console or Console(quiet=True)
+    attacks = choose_attacks(config)
+    choose_device(config.engine.device)
+    if not attacks:
+        raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
+    for name, attack in attacks.items():
+        if not isinstance(attack, ReconstructionAttack):
+            raise ConfigError(f"attack {name!r} needs a running federation; saved observations can be reconstructed")
+    inner = directory / "observations"
+    observations = read_observations(inner if inner.is_dir() else directory)
+    for attack in attacks.values():
+        for observation in observations:
+            attack.check(observation.scenario)
+    truths = read_truths(truth) if truth is not None else None
+    folder = RunFolder.create(run_directory(config), config)
+    console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
+    session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
+    with session, stages(console) as shown:
+        work = _Reconstructions(config, folder, attacks, shown)
+        by_round: dict[int, list[Observation]] = defaultdict(list)
+        for observation in observations:
+            by_round[observation.round].append(observation)
+        for batch in by_round.values():
+            work.submit(batch)
+        work.collect()
+    audits: dict[str, AuditResult] = {}
+    if truths is not None:
+        audits = {name: work.audit(name, truths) for name in attacks}
+        summary = publish(
+            folder, audits, rounds=[], world={}, command=command, scenario=observations[0].scenario
+        )
+        print_summary(console, audits)
+    else:
+        summary = publish(
+            folder, {}, rounds=[], world={}, command=command, scenario=observations[0].scenario,
+            answers=work.answers(),
+        )  # fmt: skip
+        console.print("no truth was given, so nothing is scored; see the pictures and the attacks' own objectives")
+    console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
+    return RunResult(folder.path, None, audits, work.answers(), summary)
+
+
+class Stages:
+    """One progress bar per stage; bars appear when their stage begins."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, share: float, text: str = "") -> None:
+        """Show `share` (0 to 1) of `stage` as done; a bar never goes back."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=1.0, note="")
+        task = self._bars.tasks[self._bars.task_ids.index(self._tasks[stage])]
+        self._bars.update(self._tasks[stage], completed=max(task.completed, min(share, 1.0)), note=text)
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Stages]:
+    """Progress bars on `console` for the block."""
+    columns = (TextColumn("{task.description:22}"), BarColumn(28), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console) as bars:
+        yield Stages(bars)
+
+
+class _Reconstructions:
+    """Submits observations to the attacks, saves every answer when it comes, and knows what is finished."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, attacks: Mapping[str, Attack], shown: Stages
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._attacks = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack)}
+        self._shown = shown
+        self._executor: Executor | None = None
+        self._observations: dict[str, Observation] = {}
+        self._done: dict[str, dict[str, tuple[Reconstruction, float]]] = {name: {} for name in self._attacks}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any reconstruction attack sits in the run."""
+        return bool(self._attacks)
+
+    def submit(self, observations: Sequence[Observation]) -> None:
+        """Attack one round's observations, but for those whose answers are on disk."""
+        self._observations |= {o.key: o for o in observations}
+        for name, attack in self._attacks.items():
+            for group in groups(observations, self._config.attack.victims_per_task):
+                known = {o.key: self._folder.load_reconstruction(name, o.key) for o in group}
+                if all(known.values()):
+                    self._done[name] |= {key: answer for key, answer in known.items() if answer}
+                    continue
+                if self._executor is None:
+                    self._executor = make_executor(self._config.engine, self._config.seed, self._progress)
+                self._executor.submit(name, attack, group)
+
+    def collect(self) -> None:
+        """Wait for all that was submitted."""
+        if self._executor is not None:
+            for finished in self._executor.results():
+                self._keep(finished)
+
+    def _keep(self, finished: Attacked) -> None:
+        key = finished.observation.key
+        self._folder.save_reconstruction(finished.attack, key, finished.reconstruction, finished.seconds)
+        self._done[finished.attack][key] = (finished.reconstruction, finished.seconds)
+        self._folder.log(f"{finished.attack}: {key} done in {finished.seconds:.1f} s by {finished.reconstruction.method}")
+        self._progress(finished.attack, 0.0, f"{len(self._done[finished.attack])} of {len(self._observations)} victims")
+
+    def _progress(self, name: str, share: float, text: str) -> None:
+        finished, total = len(self._done[name]), max(1, len(self._observations))
+        group = min(self._config.attack.victims_per_task, total - finished)
+        self._shown(name, (finished + share * group) / total, text)
+
+    def audit(self, name: str, truths: Sequence[GroundTruth]) -> AuditResult:
+        """Score one attack's answers."""
+        answers = self._done[name]
+        observations = list(self._observations.values())
+        return audit_reconstruction(
+            name,
+            observations,
+            [answers[o.key][0] for o in observations],
+            truths,
+            [answers[o.key][1] for o in observations],
+            seed=self._config.seed,
+        )
+
+    def answers(self) -> dict[str, dict[str, Reconstruction]]:
+        """Attack -> observation key -> answer."""
+        return {name: {key: answer for key, (answer, _) in done.items()} for name, done in self._done.items()}
+
+
+class _Run:
+    """One run: the federation with the adversaries in it."""
+
+    def __init__(
+        self, config: Config, world: World, folder: RunFolder, attacks: Mapping[str, Attack], shown: Stages
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.folder = folder
+        self.attacks = attacks
+        self.shown = shown
+        self.work = _Reconstructions(config, folder, attacks, shown)
+        self.members = {n: a for n, a in attacks.items() if isinstance(a, MembershipAttack)}
+        self.forgetters = [name for name, a in attacks.items() if a.family == "unlearning"]
+        self._this_round: list[Observation] = []
+        self._all: list[Observation] = []
+        self.truths: list[GroundTruth] = []
+
+    def federate(self) -> FederationResult:
+        """Train; hand each round's observations to the attacks while the rounds go on."""
+        total = self.config.federation.rounds
+        self.shown("federation", 0.0, f"round 1 of {total}")
+        return run_federation(
+            self.config,
+            self.world,
+            run_dir=self.folder.path,
+            on_observation=self._observed,
+            observe=self._observe,
+            on_round=self._finished_round,
+        )
+
+    def _victim(self, round: int, client: int) -> bool:
+        return self.work.wanted and round in self.config.attack.rounds and client < self.config.victims
+
+    def _observe(self, round: int, client: int) -> bool:
+        return bool(self.members) or self._victim(round, client)
+
+    def _observed(self, observation: Observation) -> None:
+        if self._victim(observation.round, observation.client):
+            self._this_round.append(observation)
+        if self.members:
+            self._all.append(observation)
+
+    def _finished_round(self, record: RoundRecord) -> None:
+        victims, self._this_round = self._this_round, []
+        for observation in victims:
+            truth = self._truth(observation)
+            self.truths.append(truth)
+            if self.config.output.save_observations:
+                self.folder.save_observation(observation)
+                self.folder.save_truth(truth)
+        for client, reason in (*record.rejected, *record.failed):
+            self.folder.log(f"round {record.round}: reply of client {client} not used: {reason}")
+        accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.1%}"
+        self.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
+        rounds = self.config.federation.rounds
+        self.shown("federation", record.round / rounds, f"round {record.round} of {rounds}{accuracy}")
+        self.work.submit(victims)
+
+    def _truth(self, observation: Observation) -> GroundTruth:
+        partition = self.world.partitions[observation.client]
+        batches = round_batches(self.config, len(partition), observation.round, observation.client)
+        ids = partition[np.unique(np.concatenate(batches))]
+        images, labels = self.world.dataset.tensors(ids)
+        return GroundTruth(observation.round, observation.client, images, labels, tuple(ids.tolist()))
+
+    def collect(self) -> None:
+        """Wait for the reconstructions."""
+        self.work.collect()
+        if self.work.wanted and not self.truths:
+            raise RunFailed(
+                f"no update of a victim was seen in rounds {list(self.config.attack.rounds)}: all of them dropped out, "
+                "were not drawn, or were rejected (log.txt); raise attack.victims or attack.rounds"
+            )
+
+    def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
+        """Score every attack, in the order in which they were named."""
+        audits: dict[str, AuditResult] = {}
+        for name, attack in self.attacks.items():
+            if isinstance(attack, ReconstructionAttack):
+                audits[name] = self.work.audit(name, self.truths)
+            elif isinstance(attack, MembershipAttack):
+                audits[name] = self._membership(name, attack)
+            else:
+                audits[name] = self._unlearning(name, federation)
+        return audits
+
+    def _membership(self, name: str, attack: MembershipAttack) -> AuditResult:
+        started = time.perf_counter()
+        outcome = membership_experiment(
+            self.config,
+            self.world,
+            self._all,
+            attack,
+            device=choose_device(self.config.engine.device),
+            progress=lambda share, text: self.shown(name, share, text),
+        )
+        self.shown(name, 1.0, f"{len(outcome.is_member)} candidates")
+        seconds = time.perf_counter() - started
+        self.folder.save_scores(name, outcome.target, outcome.scores, seconds)
+        self.folder.save_part(f"{name}-candidates", outcome.details)
+        return audit_membership(
+            name, outcome.scores, outcome.is_member, clients=[outcome.target], seconds=seconds, seed=self.config.seed
+        )
+
+    def _unlearning(self, name: str, federation: FederationResult) -> AuditResult:
+        started = time.perf_counter()
+        outcome = unlearning_experiment(
+            self.config,
+            self.world,
+            federation,
+            name,
+            progress=lambda share, text: self.shown(name, share, text.removeprefix(f"{name}: ")),
+        )
+        seconds = time.perf_counter() - started
+        self.folder.save_part(name, dataclasses.asdict(outcome))
+        return audit_unlearning(
+            name,
+            outcome.before,
+            outcome.after,
+            outcome.random,
+            requests=len(outcome.request.positions),
+            mechanism=outcome.mechanism,
+            test_samples=outcome.test_samples,
+            seconds=seconds,
+            seed=self.config.seed,
+        )
+
+    def answers(self) -> dict[str, dict[str, Reconstruction]]:
+        """Attack -> observation key -> answer."""
+        return self.work.answers()
+
+
+def round_record(record: RoundRecord) -> dict[str, Any]:
+    """A round as the report and ``summary.json`` show it."""
+    return {
+        "round": record.round,
+        "loss": record.loss,
+        "accuracy": record.accuracy,
+        "train_loss": record.train_loss,
+        "answered": len(record.clients),
+        "failed": len(record.failed),
+        "rejected": len(record.rejected),
+        "dropped": len(record.dropped),
+        "wire_bytes": record.wire_bytes,
+        "seconds": record.seconds,
+        "rejections": [{"client": client, "reason": reason} for client, reason in record.rejected],
+        "failures": [{"client": client, "reason": reason} for client, reason in record.failed],
+    }
+
+
+__all__ = ["RunResult", "attack_folder", "choose_attacks", "round_record", "run_directory", "simulate"]

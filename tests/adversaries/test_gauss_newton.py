@@ -1,0 +1,236 @@
+"""The Gauss-Newton solver: its Jacobian, exact recovery, refusals, and the certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adversaries.reconstruction import closed_form
+from adversaries.reconstruction.hcgla import gauss_newton
+from adversaries.reconstruction.hcgla.gauss_newton import GaussNewtonSettings, solve
+from adversaries.reconstruction.hcgla.least_squares import Problem, State
+from adversaries.reconstruction.hcgla.measurements import read_update, value_precision
+from adversaries.reconstruction.priors import GaussianPrior, smooth_prior
+from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+from fedattack.errors import ConfigError, NotApplicable
+from fedattack.models import build_model, initial_weights
+from fedattack.observation import Observation, Scenario, Update
+from fedattack.rng import torch_rng
+
+
+def draw(prior: GaussianPrior, count: int) -> Tensor:
+    """Images from the prior, so that the solver's assumption holds."""
+    z = torch.randn(prior.size, count, dtype=torch.float64, generator=torch_rng(1, "test"))
+    images = prior.mean[:, None] + 0.5 * prior.factor() @ z
+    return images.T.reshape(count, *prior.image_shape).float().clamp(0, 1)
+
+
+def observe(
+    images: Tensor, labels: Tensor, classes: int = 10, rate: float = 1.0, compressor: str = "topk"
+) -> Observation:
+    """What a server sees of one client, computed by autograd."""
+    _, channels, size, _ = images.shape
+    config = ModelConfig(classes=classes, channels=channels, image_size=size, activation="sigmoid")
+    weights = initial_weights(config, 7)
+    model = build_model(config)
+    model.load_state_dict(weights)
+    F.cross_entropy(model(images), labels).backward()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    order = {
+        "none": torch.arange(len(flat)),
+        "topk": flat.abs().argsort(descending=True),
+        "randomk": torch.randperm(len(flat), generator=torch_rng(0, "test")),
+    }[compressor]
+    indices = order[: max(1, round(len(flat) * rate))].sort().values
+    sent = None if compressor == "none" else indices
+    update = Update(names, tuple(tuple(p.shape) for p in parameters), sent, flat[indices])
+    scenario = Scenario(
+        config, TrainingConfig(batch_size=len(images)), CompressionConfig(name=compressor, rate=rate)
+    )
+    return Observation(1, 0, scenario, weights, update, len(images))
+
+
+def psnr(images: Tensor, truth: Tensor) -> float:
+    return -10 * math.log10(float((images - truth).square().mean(dim=(1, 2, 3)).max()) + 1e-12)
+
+
+def problem(observation: Observation, labels: Tensor, prior: GaussianPrior) -> Problem:
+    chain = closed_form.describe(observation.scenario.model)
+    measured = read_update(chain, observation, labels, weight_floor=0.1, head_entries=40)
+    return Problem(
+        chain,
+        observation.weights,
+        measured,
+        prior.mean,
+        prior.factor(),
+        feature_noise=0.03,
+        least_feature_noise=1e-3,
+        chunk=50,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "classes", "compressor", "rate", "moving", "hinged"),
+    [
+        (1, 10, "topk", 0.05, False, False),
+        (1, 10, "topk", 0.01, True, False),
+        (2, 40, "topk", 0.02, True, True),
+        (1, 10, "randomk", 0.05, True, False),
+        (2, 40, "randomk", 0.05, True, False),
+    ],
+)
+def test_jacobian_equals_finite_differences(
+    batch: int, classes: int, compressor: str, rate: float, moving: bool, hinged: bool
+) -> None:
+    prior = smooth_prior((1, 8, 8))
+    labels = torch.tensor([3, 8])[:batch]
+    observation = observe(draw(prior, batch), labels, classes, rate, compressor)
+    posed = problem(observation, labels, prior)
+    z = 0.1 * torch.randn(batch, prior.size, dtype=torch.float64, generator=torch_rng(2, "test"))
+    anchor = posed.anchor(posed.evaluate(z, 0.3, posed.anchor()))
+    state = posed.evaluate(z, 0.3, anchor)
+    assert bool(state.moving.any()) == moving, "each kind of feature must be covered by its case"
+    assert bool((state.active & ~anchor.known).any()) == hinged
+    if batch > 1:
+        assert len(posed.measured.head_values) > 0
+    per_image, joint = posed.jacobian(state)
+
+    def scaled(at: State) -> tuple[Tensor, Tensor]:
+        return at.feature_residual / at.feature_noise, at.joint_residual / at.joint_noise
+
+    for position in torch.randint(batch * prior.size, (12,), generator=torch_rng(3, "test")).tolist():
+        shift = torch.zeros(batch * prior.size, dtype=torch.float64)
+        shift[position] = 1e-5
+        shift = shift.reshape(batch, -1)
+        ahead, behind = (scaled(posed.evaluate(z + sign * shift, 0.3, anchor)) for sign in (1, -1))
+        slope_features, slope_joint = ((a - b) / 2e-5 for a, b in zip(ahead, behind, strict=True))
+        sample = position // prior.size
+        features = per_image[sample][position % prior.size]
+        assert_close(features, slope_features[sample, state.active[sample]])
+        assert_close(joint[position], slope_joint)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-6)
+    assert error < 1e-4, float(error)
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "rate", "classes"),
+    [((1, 8, 8), 1, 1.0, 10), ((3, 8, 8), 1, 0.2, 10), ((1, 8, 8), 2, 0.2, 200), ((1, 9, 9), 3, 1.0, 40)],
+)
+def test_recovers_exactly(shape: tuple[int, int, int], batch: int, rate: float, classes: int) -> None:
+    prior = smooth_prior(shape)
+    truth, labels = draw(prior, batch), torch.tensor([3, 8, 1])[:batch]
+    compressor = "none" if rate == 1 else "topk"
+    result = solve(observe(truth, labels, classes, rate, compressor), labels, prior)
+    assert result.explained
+    assert result.images.shape == truth.shape
+    assert psnr(result.images, truth) > 40
+    assert psnr(prior.mean_image().expand_as(truth), truth) < 20
+
+
+def test_same_observation_same_bits() -> None:
+    prior = smooth_prior((1, 8, 8))
+    truth, labels = draw(prior, 1), torch.tensor([3])
+    observation = observe(truth, labels, rate=0.1)
+    first, second = solve(observation, labels, prior), solve(observation, labels, prior)
+    assert torch.equal(first.images, second.images)
+    assert first.history == second.history
+
+
+def test_certificate_stops_annealing_where_values_are_noised() -> None:
+    prior = smooth_prior((1, 8, 8))
+    truth, labels = draw(prior, 1), torch.tensor([3])
+    clean = observe(truth, labels, rate=0.2)
+    values = clean.update.values
+    noise = torch.randn(len(values), generator=torch_rng(4, "test")) * 0.1 * values.abs().mean()
+    noised = dataclasses.replace(clean, update=dataclasses.replace(clean.update, values=values + noise))
+    trusting = GaussNewtonSettings(max_objective=math.inf)
+    stopped, driven = solve(noised, labels, prior), solve(noised, labels, prior, trusting)
+    assert stopped.objective_per_number <= 1.5 or not stopped.explained
+    assert stopped.history[-1] > 1.5
+    assert len(stopped.details["reached"]) < len(stopped.details["schedule"])  # type: ignore[arg-type]
+    assert psnr(stopped.images, truth) > psnr(driven.images, truth)
+    assert solve(clean, labels, prior).explained
+
+
+def test_a_wrong_update_is_not_explained() -> None:
+    prior = smooth_prior((1, 8, 8))
+    labels = torch.tensor([3])
+    observation = observe(draw(prior, 1), labels, rate=0.2)
+    shuffled = observation.update.values[
+        torch.randperm(observation.update.kept, generator=torch_rng(5, "test"))
+    ]
+    wrong = dataclasses.replace(observation, update=dataclasses.replace(observation.update, values=shuffled))
+    assert not solve(wrong, labels, prior).explained
+
+
+def test_precision_of_half_values_is_seen() -> None:
+    values = torch.rand(100, generator=torch_rng(6, "test"))
+    assert value_precision(values) == 2.0**-22
+    assert value_precision(values.half().float()) == 2.0**-11
+    assert value_precision(values.bfloat16().float()) == 2.0**-9
+
+
+def test_default_modes_follow_the_batch() -> None:
+    found = [gauss_newton.default_modes(3072, batch) for batch in (1, 2, 4, 8, 16)]
+    assert found == [3072, 2048, 1536, 1024, 614]
+    assert gauss_newton.default_modes(1024, 4) == 1024
+
+
+def scenario(**changes: Any) -> Scenario:
+    parts: dict[str, dict[str, Any]] = {
+        "model": {"classes": 10, "channels": 1, "image_size": 8, "activation": "sigmoid"},
+        "training": {},
+        "compression": {},
+    }
+    for key, value in changes.items():
+        section, field = key.split("__")
+        parts[section][field] = value
+    return Scenario(
+        ModelConfig(**parts["model"]),
+        TrainingConfig(**parts["training"]),
+        CompressionConfig(**parts["compression"]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__activation": "relu"}, "activation"),
+        ({"model__name": "resnet18"}, "resnet18"),
+        ({"training__protocol": "fedavg"}, "fedavg"),
+        ({"training__batch_size": 17}, "17"),
+        ({"compression__name": "sign"}, "sign"),
+        ({"compression__name": "qsgd"}, "qsgd"),
+        ({"compression__name": "dgc", "compression__clip_norm": 1.0}, "clip"),
+    ],
+)
+def test_refuses_scenarios_it_does_not_model(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(NotApplicable, match=message):
+        gauss_newton.applies(scenario(**changes))
+
+
+def test_refuses_later_rounds_of_error_feedback_and_repeated_labels() -> None:
+    remembering = scenario(compression__error_feedback=True)
+    gauss_newton.applies(remembering, round=1)
+    with pytest.raises(NotApplicable, match="round 2"):
+        gauss_newton.applies(remembering, round=2)
+    with pytest.raises(NotApplicable, match="repeat"):
+        gauss_newton.applies(scenario(), num_examples=2, labels=torch.tensor([1, 1]))
+
+
+def test_refuses_settings_out_of_range() -> None:
+    with pytest.raises(ConfigError, match="schedule"):
+        GaussNewtonSettings(schedule=(0.1, 0.3))
+    with pytest.raises(ConfigError, match="modes"):
+        GaussNewtonSettings(modes=0)
