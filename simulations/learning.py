@@ -23,7 +23,7 @@ def run_collect_pairs(config: Config, out: Path, count: int, iterations: int, co
     """Write (intermediate reconstruction, truth) pairs of public images to `out`."""
     world, auxiliary = _public(config)
     with stages(console) as shown:
-        pairs = denoisers.collect_pairs(
+        denoisers.collect_pairs(
             world.scenario,
             initial_weights(world.scenario.model, config.seed),
             auxiliary,
@@ -34,7 +34,7 @@ def run_collect_pairs(config: Config, out: Path, count: int, iterations: int, co
             device=choose_device(config.engine.device),
             progress=_stage(shown, "collecting pairs"),
         )
-    console.print(f"{len(pairs)} pairs of {auxiliary.source} written to [bold]{out}[/]", highlight=False)
+    console.print(f"{count} pairs of {auxiliary.source} written to [bold]{out}[/]", highlight=False)
 
 
 def run_train_denoiser(pairs: Path, out: Path, epochs: int | None, seed: int, console: Console) -> None:
@@ -69,7 +69,7 @@ def run_train_generator(config: Config, out: Path, epochs: int | None, console: 
 
 
 def run_test_generator(config: Config, generator: Path, console: Console) -> None:
-    """Print the generator's figures on the held-out pool, which shares nobody with the public images, and its floor."""
+    """Print the generator's figures, and their floor, on the held-out pool: nobody in it is in the public images."""
     world = build_world(config)
     images, labels = world.dataset.tensors(world.pools.nonmembers)
     held_out = Auxiliary(images, labels, f"held-out pool of {world.dataset.name}")
@@ -88,7 +88,9 @@ def _public(config: Config) -> tuple[World, Auxiliary]:
     """The configured world and the auxiliary images in it."""
     world = build_world(config)
     if world.auxiliary is None or not len(world.auxiliary):
-        raise DataError("there are no auxiliary images to learn from; set 'data.auxiliary' or 'data.auxiliary_size'")
+        raise DataError(
+            "there are no auxiliary images to learn from; set 'data.auxiliary' or 'data.auxiliary_size'"
+        )
     return world, world.auxiliary
 
 

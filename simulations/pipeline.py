@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
-
-prepare_environment()
-
 import dataclasses
 import datetime
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
 from adversaries.base import attack_options
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
-from fedattack.errors import BadRequest, ConfigError, DataError, RunFailed, unknown_name
+from fedattack.errors import ConfigError, RunFailed, unknown_name
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import MembershipScores, Observation, Reconstruction
-from fedattack.reporting import AuditResult, RunFolder, audit_membership, audit_reconstruction, audit_unlearning
+from fedattack.observation import Observation, Reconstruction
+from fedattack.reporting import (
+    AuditResult,
+    RunFolder,
+    audit_membership,
+    audit_reconstruction,
+    audit_unlearning,
+)
 from fedattack.reporting import load_observations as read_observations
 from fedattack.reporting import load_truths as read_truths
-from fedattack.reporting.publish import print_summary, publish
+from fedattack.reporting.records import summary_document
+from fedattack.reporting.report import write_answers, write_results
+from fedattack.reporting.terminal import print_summary
 from simulations.attacking import Attacked, Executor, choose_device, groups, make_executor
 from simulations.client_app import round_batches
 from simulations.federation import FederationResult, RoundRecord, run_federation
 from simulations.grid import ray_session
 from simulations.seats import membership_experiment, unlearning_experiment
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -141,17 +144,30 @@ def simulate(config: Config, *, console: Console | None = None, command: str = "
         federation = run.federate()
         run.collect()
         audits = run.audit(federation)
-    rounds = [round_record(record) for record in federation.rounds]
-    summary = publish(
-        folder, audits, rounds=rounds, world=world_record(world), command=command, scenario=world.scenario
+    results = list(audits.values())
+    figures = federation_figures(config, world, federation)
+    write_results(
+        folder,
+        results,
+        figures,
+        command=command,
+        label_counts=label_counts(world),
+        notes=[note for note in (world.dataset.note,) if note],
     )
-    print_summary(console, audits)
+    print_summary(console, results)
     console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
-    return RunResult(folder.path, federation, audits, run.answers(), summary)
+    return RunResult(
+        folder.path, federation, audits, run.answers(), summary_document(config, results, figures)
+    )
 
 
 def attack_folder(
-    directory: Path, config: Config, *, console: Console | None = None, truth: Path | None = None, command: str = ""
+    directory: Path,
+    config: Config,
+    *,
+    console: Console | None = None,
+    truth: Path | None = None,
+    command: str = "",
 ) -> RunResult:
     """Attack saved observations, without the federation; score the answers where the truth is given.
 
@@ -176,7 +192,9 @@ def attack_folder(
         raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
     for name, attack in attacks.items():
         if not isinstance(attack, ReconstructionAttack):
-            raise ConfigError(f"attack {name!r} needs a running federation; saved observations can be reconstructed")
+            raise ConfigError(
+                f"attack {name!r} needs a running federation; saved observations can be reconstructed"
+            )
     inner = directory / "observations"
     observations = read_observations(inner if inner.is_dir() else directory)
     for attack in attacks.values():
@@ -194,21 +212,16 @@ def attack_folder(
         for batch in by_round.values():
             work.submit(batch)
         work.collect()
-    audits: dict[str, AuditResult] = {}
-    if truths is not None:
-        audits = {name: work.audit(name, truths) for name in attacks}
-        summary = publish(
-            folder, audits, rounds=[], world={}, command=command, scenario=observations[0].scenario
-        )
-        print_summary(console, audits)
+    results = [work.audit(name, truths) for name in attacks] if truths is not None else []
+    if results:
+        write_results(folder, results, command=command)
+        print_summary(console, results)
+        console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
     else:
-        summary = publish(
-            folder, {}, rounds=[], world={}, command=command, scenario=observations[0].scenario,
-            answers=work.answers(),
-        )  # fmt: skip
-        console.print("no truth was given, so nothing is scored; see the pictures and the attacks' own objectives")
-    console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
-    return RunResult(folder.path, None, audits, work.answers(), summary)
+        write_answers(folder, work.answers())
+        console.print(f"nothing is scored without --truth; the pictures are in [bold]{folder.images}[/]")
+    audits = {result.attack: result for result in results}
+    return RunResult(folder.path, None, audits, work.answers(), summary_document(config, results, None))
 
 
 class Stages:
@@ -229,7 +242,12 @@ class Stages:
 @contextmanager
 def stages(console: Console) -> Iterator[Stages]:
     """Progress bars on `console` for the block."""
-    columns = (TextColumn("{task.description:22}"), BarColumn(28), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description:22}"),
+        BarColumn(28),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as bars:
         yield Stages(bars)
 
@@ -276,8 +294,12 @@ class _Reconstructions:
         key = finished.observation.key
         self._folder.save_reconstruction(finished.attack, key, finished.reconstruction, finished.seconds)
         self._done[finished.attack][key] = (finished.reconstruction, finished.seconds)
-        self._folder.log(f"{finished.attack}: {key} done in {finished.seconds:.1f} s by {finished.reconstruction.method}")
-        self._progress(finished.attack, 0.0, f"{len(self._done[finished.attack])} of {len(self._observations)} victims")
+        self._folder.log(
+            f"{finished.attack}: {key} done in {finished.seconds:.1f} s by {finished.reconstruction.method}"
+        )
+        self._progress(
+            finished.attack, 0.0, f"{len(self._done[finished.attack])} of {len(self._observations)} victims"
+        )
 
     def _progress(self, name: str, share: float, text: str) -> None:
         finished, total = len(self._done[name]), max(1, len(self._observations))
@@ -373,7 +395,7 @@ class _Run:
         self.work.collect()
         if self.work.wanted and not self.truths:
             raise RunFailed(
-                f"no update of a victim was seen in rounds {list(self.config.attack.rounds)}: all of them dropped out, "
+                f"no update of a victim was seen in rounds {list(self.config.attack.rounds)}: all dropped out, "
                 "were not drawn, or were rejected (log.txt); raise attack.victims or attack.rounds"
             )
 
@@ -404,7 +426,12 @@ class _Run:
         self.folder.save_scores(name, outcome.target, outcome.scores, seconds)
         self.folder.save_part(f"{name}-candidates", outcome.details)
         return audit_membership(
-            name, outcome.scores, outcome.is_member, clients=[outcome.target], seconds=seconds, seed=self.config.seed
+            name,
+            outcome.scores,
+            outcome.is_member,
+            clients=[outcome.target],
+            seconds=seconds,
+            seed=self.config.seed,
         )
 
     def _unlearning(self, name: str, federation: FederationResult) -> AuditResult:
@@ -435,22 +462,49 @@ class _Run:
         return self.work.answers()
 
 
-def round_record(record: RoundRecord) -> dict[str, Any]:
-    """A round as the report and ``summary.json`` show it."""
+def federation_figures(config: Config, world: World, federation: FederationResult) -> dict[str, Any]:
+    """The federation as the report and ``summary.json`` show it."""
+    rounds = [
+        {
+            "round": record.round,
+            "loss": record.loss,
+            "accuracy": record.accuracy,
+            "train_loss": record.train_loss,
+            "answered": len(record.clients),
+            "failed": len(record.failed),
+            "rejected": len(record.rejected),
+            "dropped": len(record.dropped),
+            "wire_bytes": record.wire_bytes,
+            "seconds": record.seconds,
+        }
+        for record in federation.rounds
+    ]
+    refused = [
+        {"round": record.round, "client": client, "reason": reason}
+        for record in federation.rounds
+        for client, reason in (*record.rejected, *record.failed)
+    ]
+    auxiliary = world.auxiliary
     return {
-        "round": record.round,
-        "loss": record.loss,
-        "accuracy": record.accuracy,
-        "train_loss": record.train_loss,
-        "answered": len(record.clients),
-        "failed": len(record.failed),
-        "rejected": len(record.rejected),
-        "dropped": len(record.dropped),
-        "wire_bytes": record.wire_bytes,
-        "seconds": record.seconds,
-        "rejections": [{"client": client, "reason": reason} for client, reason in record.rejected],
-        "failures": [{"client": client, "reason": reason} for client, reason in record.failed],
+        "data set": world.dataset.name,
+        "clients": config.federation.clients,
+        "samples of all clients": int(sum(map(len, world.partitions))),
+        "held-out samples": len(world.pools.nonmembers),
+        "auxiliary images granted": 0 if auxiliary is None else len(auxiliary),
+        "auxiliary source": "none" if auxiliary is None else auxiliary.source,
+        "partition": config.partition.name,
+        "strategy": config.federation.strategy,
+        "rounds": rounds,
+        "rejections": refused,
     }
 
 
-__all__ = ["RunResult", "attack_folder", "choose_attacks", "round_record", "run_directory", "simulate"]
+def label_counts(world: World) -> dict[int, dict[int, int]]:
+    """Client -> label -> samples, of the clients' partitions."""
+    return {
+        client: dict(Counter(world.dataset.labels[ids].tolist()))
+        for client, ids in enumerate(world.partitions)
+    }
+
+
+__all__ = ["RunResult", "attack_folder", "choose_attacks", "run_directory", "simulate"]

@@ -8,10 +8,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: import the checkout, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from simulations.environment import prepare_environment
-
-prepare_environment()
-
 import inspect
 import shlex
 from collections.abc import Callable

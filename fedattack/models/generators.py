@@ -71,7 +71,18 @@ class Deconv(nn.Module):
     until it is at least twice the image's side, each followed by BatchNorm and ReLU (Sigmoid at the end), and
     max-pooling halves it. As published for 768 features and 3 x 32 x 32: 512, 256, 128, 64, 3 channels. Wider heads
     (32,768 features of HCGLA's ResNet) are first mapped to 768 channels.
+
+    Unlike there the features are standardised first: those of a sigmoid network vary by a few per cent around means of
+    their own, which BatchNorm over all positions drowns, and the stack learns little but the mean image.
+
+    Attributes
+    ----------
+    centre, spread : Tensor
+        (F,): mean and standard deviation of each feature where it is known.
     """
+
+    centre: Tensor
+    spread: Tensor
 
     def __init__(
         self,
@@ -85,6 +96,8 @@ class Deconv(nn.Module):
         del activation, rank
         channels, side, _ = image_shape
         width = width or 512
+        self.register_buffer("centre", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
         self.squeeze = nn.Linear(features, 768) if features > WIDE else None
         doublings = max(1, math.ceil(math.log2(2 * side / 4)))
         widths = [max(width >> step, 8) for step in range(doublings)]
@@ -104,7 +117,7 @@ class Deconv(nn.Module):
 
     def forward(self, values: Tensor, sent: Tensor) -> Tensor:
         """Images (N, C, H, W) in (0, 1) of features (N, F), zero where not `sent` (bool, N, F)."""
-        row = values * sent
+        row = (values - self.centre) / self.spread * sent
         if self.squeeze is not None:
             row = self.squeeze(row)
         return self.body(row[:, :, None, None])
@@ -183,14 +196,15 @@ class RidgeConv(nn.Module):
             return torch.atanh(values.clamp(-1 + 1e-6, 1 - 1e-6))
         return values
 
-    def raw_inputs(self, values: Tensor, sent: Tensor) -> Tensor:
-        """(N, 2F): centred pre-activations of known features, zero elsewhere, and the mask."""
+    def standardised(self, values: Tensor, sent: Tensor) -> Tensor:
+        """(N, 2F): pre-activations of known features, their mean elsewhere, and the mask; standardised."""
         known = sent.to(values.dtype)
-        return torch.cat([(self.undone(values) - self.centre) * known, known], 1)
+        raw = torch.cat([(self.undone(values) - self.centre) * known, known], 1)
+        return (raw - self.mean) / self.scale
 
     def inputs(self, values: Tensor, sent: Tensor) -> Tensor:
         """What the linear map takes: standardised, and in principal directions where there is a basis."""
-        inputs = (self.raw_inputs(values, sent) - self.mean) / self.scale
+        inputs = self.standardised(values, sent)
         return inputs @ self.basis if self.basis.shape[1] else inputs
 
     def correct(self, images: Tensor) -> Tensor:

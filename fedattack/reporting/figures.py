@@ -137,7 +137,8 @@ def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
     axes.grid(axis="y", color="#e3e3e3")
     axes.set_axisbelow(True)
     axes.set_xlim(-0.7, len(records) - 0.3)
-    axes.set_ylim(bottom=min(0.0, *(v for v in [*ours, *control] if np.isfinite(v)), 0.0))
+    drawn = [value for value in [*ours, *control] if np.isfinite(value)]
+    axes.set_ylim(min(0.0, *drawn, 0.0), 1.08 * max(verdicts.RECOVERED_PSNR, *drawn, 0.0))
     _legend_right(axes)
     return figure
 

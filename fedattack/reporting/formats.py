@@ -15,7 +15,7 @@ def decimal(value: Any, digits: int = 1) -> str:
         return NONE
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    return f"{value:,.{digits}f}"
+    return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.0"
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -48,6 +48,11 @@ def percent(value: Any, digits: int = 1) -> str:
     while shown and round(abs(shown), digits) < 10.0**-digits and digits < 6:
         digits += 1
     return f"{shown:.{digits}f} %"
+
+
+def p_value(value: float) -> str:
+    """``p = 0.031``, ``p < 0.0001``."""
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
 
 
 def rate(value: float) -> str:

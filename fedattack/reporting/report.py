@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
+from torch import Tensor
 
+from fedattack.observation import Reconstruction
 from fedattack.reporting import figures, formats, verdicts, views
 from fedattack.reporting.observation_store import safe_name
 from fedattack.reporting.records import write_records, write_summary
@@ -103,6 +105,26 @@ def write_results(
     return path
 
 
+def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstruction]]) -> None:
+    """Write unscored reconstructions as PNG, one picture per attack and observation, batches side by side.
+
+    Parameters
+    ----------
+    folder : RunFolder
+    answers : mapping of str to mapping of str to Reconstruction
+        Attack -> observation key -> answer.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full.
+    """
+    for attack, by_key in answers.items():
+        for key, answer in by_key.items():
+            row = torch.cat(list(answer.images.clamp(0, 1)), dim=2)
+            write_bytes(folder.images / safe_name(attack) / f"{safe_name(key)}.png", _png(row))
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("fedattack.reporting", "."),
@@ -190,13 +212,16 @@ def _write_images(folder: RunFolder, result: AuditResult) -> None:
         for record, image in zip(result.records[:_IMAGES], images, strict=False):
             if torch.isnan(image).any():
                 continue
-            pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            buffer = io.BytesIO()
-            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3]).save(
-                buffer, format="PNG"
-            )
             stem = f"round-{record['round']:04d}-client-{record['client']:05d}-{record['image']}"
-            write_bytes(place / f"{stem}-{name.replace(' ', '-').replace('/', '-')}.png", buffer.getvalue())
+            write_bytes(place / f"{stem}-{name.replace(' ', '-').replace('/', '-')}.png", _png(image))
+
+
+def _png(image: Tensor) -> bytes:
+    """8-bit PNG of an image (C, H, W) in [0, 1]."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3]).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _federation(
@@ -257,4 +282,4 @@ def _federation(
     }
 
 
-__all__ = ["write_results"]
+__all__ = ["write_answers", "write_results"]

@@ -83,12 +83,10 @@ def reconstruction(
     floor = f"the best floor ({floor_name} {decibel(floor_psnr)})"
     score = f"mean {decibel(psnr)}, SSIM {ssim:.3f}"
     gap = f"{signed_gap(over_floor.mean)} {floor}"
-    interval = (
-        f" (95 % interval {formats.signed(over_floor.low)} to {formats.signed(over_floor.high)} dB)"
-        if over_floor.known
-        else ""
-    )
-    text = f"{HEADLINES['reconstruction'][level]}: {score}, {gap}{interval}"
+    text = f"{HEADLINES['reconstruction'][level]}: {score}, {gap}"
+    if over_floor.known:
+        ends = f"{formats.signed(over_floor.low)} to {formats.signed(over_floor.high)}"
+        text += f"; 95 % interval of the gain {ends} dB"
     if recovered and level in ("leak", "partial"):
         text += (
             f"; {recovered} of {images} images at {RECOVERED_PSNR:.0f} dB and SSIM {RECOVERED_SSIM} or more"
@@ -181,8 +179,8 @@ def unlearning(before: float, after: float, random: float, damage: Interval) -> 
     side = "below" if damage.mean >= 0 else "above"
     gap = f"{abs(damage.mean) * 100:.1f} points {side} the deletion of as many random samples"
     text = (
-        f"{HEADLINES['unlearning'][level]}: accuracy {formats.percent(before)} before, {formats.percent(after)} after "
-        f"the request, {gap} ({formats.percent(random)})"
+        f"{HEADLINES['unlearning'][level]}: accuracy {formats.percent(before)} before, {formats.percent(after)} "
+        f"after the request, {gap} ({formats.percent(random)})"
     )
     if damage.known:
         ends = f"{formats.signed(damage.low * 100)} to {formats.signed(damage.high * 100)}"

@@ -221,9 +221,7 @@ def _remarks(result: AuditResult) -> str:
         if s["statistic"]:
             parts.append(f"statistic: {s['statistic']}")
         tail = s["metrics"]["tpr_at_1_percent_fpr"]
-        parts.append(
-            f"chance of so many members at 1 % false positives: p = {formats.compact(tail['p_value'])}"
-        )
+        parts.append(f"chance of finding so many at 1 % false positives: {formats.p_value(tail['p_value'])}")
         if s["nonmembers"] < 1000:
             parts.append("with so few non-members, 0.1 % means no false positive at all")
         parts.append(f"time: {formats.seconds(s['seconds'])}")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
-
-prepare_environment()
-
 import json
 import os
 import platform

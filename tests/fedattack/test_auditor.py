@@ -339,5 +339,5 @@ def test_verdict_sentence_in_full() -> None:
     assert level == "leak"
     assert text == (
         "private images recovered: mean 63.0 dB, SSIM 1.000, 48.2 dB above the best floor (auxiliary mean 14.8 dB), "
-        "95 % interval +44.0 to +52.0 dB; 8 of 8 images at 30 dB and SSIM 0.9 or more; labels: 8 of 8 right"
+XX images at 30 dB and SSIM 0.9 or more; labels: 8 of 8 right"
     )

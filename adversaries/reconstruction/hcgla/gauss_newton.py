@@ -83,7 +83,7 @@ class GaussNewtonSettings:
     modes: int | None = None
     max_objective: float = 1.5
     steps: int = 3
-    last_steps: int = 2
+    last_steps: int = 1
     halvings: int = 5
     feature_noise: float = 0.03
     weight_floor: float = 0.1

@@ -27,7 +27,7 @@ from adversaries.reconstruction.hcgla import learned
 from adversaries.reconstruction.hcgla.learned import Client, RowSignals, SignalPairs
 from fedattack.errors import ConfigError, DataError
 from fedattack.metrics.images import psnr
-from fedattack.models.generators import WIDE, RidgeConv, build_generator
+from fedattack.models.generators import WIDE, Deconv, RidgeConv, build_generator
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import numpy_rng, torch_rng
 
@@ -213,7 +213,13 @@ def train_generator(
         "made_for": learned.described(scenario, weights, size, round),
         "auxiliary": {"source": auxiliary.source, "images": len(auxiliary)},
         "seed": seed,
-        "settings": {"epochs": count, "learning_rate": rate, "passes": passes, "mirror": mirror, "held_out": held_out},
+        "settings": {
+            "epochs": count,
+            "learning_rate": rate,
+            "passes": passes,
+            "mirror": mirror,
+            "held_out": held_out,
+        },
         # Seconds are left out: the same seed writes the same file.
         "figures": {key: value for key, value in result.items() if key != "seconds"},
     }
@@ -331,18 +337,15 @@ def fit_linear(
     device = module.mean.device
     signals = RowSignals(pairs.signals.values.to(device), pairs.signals.sent.to(device))
     known = signals.sent.float()
-    times = known.sum(0).clamp(min=1)
-    module.centre.copy_((module.undone(signals.values) * known).sum(0) / times)
-    raw = module.raw_inputs(signals.values, signals.sent)
+    centre, spread = _moments(module.undone(signals.values), known)
     share = known.mean(0)
+    module.centre.copy_(centre)
     module.mean.copy_(torch.cat([torch.zeros_like(share), share]))
-    # Of a feature, how much it varies where it is known: one that is rarely sent is not blown up.
-    spread = torch.cat([(raw[:, : len(share)].square().sum(0) / times).sqrt(), (share * (1 - share)).sqrt()])
-    for half in spread.split(len(share)):
-        half.clamp_(min=max(1e-3 * float(half.max()), 1e-6))
-    module.scale.copy_(spread)
+    module.scale.copy_(torch.cat([spread, _floored((share * (1 - share)).sqrt())]))
     if module.basis.shape[1]:
-        module.basis.copy_(_principal((raw - module.mean) / module.scale, module.basis.shape[1]))
+        module.basis.copy_(
+            _principal(module.standardised(signals.values, signals.sent), module.basis.shape[1])
+        )
     inputs = module.inputs(signals.values, signals.sent).double()
     targets = pairs.images.to(device).flatten(1).double()
     names, codes = groups.unique(return_inverse=True)
@@ -369,6 +372,18 @@ def fit_linear(
         module.linear.weight.copy_(slope.T)
         module.linear.bias.copy_(offset)
     return drafts.unflatten(1, pairs.images.shape[1:]), {"ridge": strength}
+
+
+def _moments(values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (F,) of features (N, F) where they are known: a rare one is not blown up."""
+    times = known.sum(0).clamp(min=1)
+    centre = (values * known).sum(0) / times
+    return centre, _floored((((values - centre) * known).square().sum(0) / times).sqrt())
+
+
+def _floored(spread: Tensor) -> Tensor:
+    """Deviations, those of features that hardly vary raised to a thousandth of the largest."""
+    return spread.clamp(min=max(1e-3 * float(spread.max()), 1e-6))
 
 
 class _Ridge:
@@ -425,7 +440,9 @@ def refine(
         return F.mse_loss(module.correct(drafts[chosen]), images[chosen].to(drafts.device))
 
     stream = torch_rng(seed, "generator.batches")
-    learned.descend(parameters, loss, len(images), epochs, learning_rate, stream, progress, BATCHES["ridge-conv"])
+    learned.descend(
+        parameters, loss, len(images), epochs, learning_rate, stream, progress, BATCHES["ridge-conv"]
+    )
 
 
 def train_by_steps(
@@ -442,6 +459,10 @@ def train_by_steps(
     module.train()
     parameters = list(module.parameters())
     device = parameters[0].device
+    if isinstance(module, Deconv):
+        centre, spread = _moments(pairs.signals.values, pairs.signals.sent.float())
+        module.centre.copy_(centre)
+        module.spread.copy_(spread)
 
     def loss(chosen: Tensor) -> Tensor:
         signals = pairs.signals[chosen]
@@ -449,7 +470,9 @@ def train_by_steps(
         return F.binary_cross_entropy(made, pairs.images[chosen].to(device))
 
     stream = torch_rng(seed, "generator.batches")
-    learned.descend(parameters, loss, len(pairs.images), epochs, learning_rate, stream, progress, BATCHES["deconv"])
+    learned.descend(
+        parameters, loss, len(pairs.images), epochs, learning_rate, stream, progress, BATCHES["deconv"]
+    )
 
 
 @torch.no_grad()
