@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -139,7 +140,7 @@ def simulate(config: Config, *, console: Console | None = None, command: str = "
     folder.save_part("world", world_record(world))
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
-    with session, stages(console) as shown:
+    with logging_to(folder), session, stages(console) as shown:
         run = _Run(config, world, folder, attacks, shown)
         federation = run.federate()
         run.collect()
@@ -204,7 +205,7 @@ def attack_folder(
     folder = RunFolder.create(run_directory(config), config)
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
-    with session, stages(console) as shown:
+    with logging_to(folder), session, stages(console) as shown:
         work = _Reconstructions(config, folder, attacks, shown)
         by_round: dict[int, list[Observation]] = defaultdict(list)
         for observation in observations:
@@ -222,6 +223,35 @@ def attack_folder(
         console.print(f"nothing is scored without --truth; the pictures are in [bold]{folder.images}[/]")
     audits = {result.attack: result for result in results}
     return RunResult(folder.path, None, audits, work.answers(), summary_document(config, results, None))
+
+
+class _FolderHandler(logging.Handler):
+    """Writes log records into a run folder's ``log.txt``."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__(logging.INFO)
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._folder.log(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def logging_to(folder: RunFolder) -> Iterator[None]:
+    """Send fedattack's log and Flower's errors to the run folder for the block, not to the terminal."""
+    handler = _FolderHandler(folder)
+    kept: list[tuple[logging.Logger, int, bool, list[logging.Handler]]] = []
+    for name, level in (("fedattack", logging.INFO), ("flwr", logging.ERROR)):
+        logger = logging.getLogger(name)
+        kept.append((logger, logger.level, logger.propagate, logger.handlers))
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, level, propagate, handlers in kept:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 class Stages:

@@ -72,8 +72,8 @@ class Deconv(nn.Module):
     max-pooling halves it. As published for 768 features and 3 x 32 x 32: 512, 256, 128, 64, 3 channels. Wider heads
     (32,768 features of HCGLA's ResNet) are first mapped to 768 channels.
 
-    Unlike there the features are standardised first: those of a sigmoid network vary by a few per cent around means of
-    their own, which BatchNorm over all positions drowns, and the stack learns little but the mean image.
+    Unlike there the features are standardised first: those of a sigmoid network vary by a few per cent around means
+    of their own, which BatchNorm over all positions drowns, and the stack learns little but the mean image.
 
     Attributes
     ----------
@@ -140,9 +140,9 @@ class RidgeConv(nn.Module):
     """A linear map solved in closed form, and a small residual network that corrects its image.
 
     The inputs are the pre-activations of the known features (h undone by the activation where that is one-to-one),
-    with the unknown ones at their mean, and the mask itself: in a convolutional classifier the pre-activation is linear
-    in the layer before, so a linear map goes far. The correction works on the image folded to a quarter of its side, which makes it cheap;
-    its last layer starts at zero, so that untrained it changes nothing.
+    with the unknown ones at their mean, and the mask itself: in a convolutional classifier the pre-activation is
+    linear in the layer before, so a linear map goes far. The correction works on the image folded to a quarter of
+    its side, which makes it cheap; its last layer starts at zero, so that untrained it changes nothing.
 
     Attributes
     ----------

@@ -167,23 +167,23 @@ def test_each_image_of_a_batch_gets_its_own_row(digits):
 
 
 @pytest.mark.parametrize(
-    ("training", "compression"),
+    ("training", "compression", "gain"),
     [
-        ({}, {"name": "qsgd"}),
-        ({}, {"name": "randomk", "rate": 0.7}),
-        ({"protocol": "fedavg", "local_steps": 3, "learning_rate": 0.05}, {}),
+        ({}, {"name": "qsgd"}, 3),
+        ({}, {"name": "randomk", "rate": 0.7}, 0.3),
+        ({"protocol": "fedavg", "local_steps": 3, "learning_rate": 0.05}, {}, 3),
     ],
     ids=["qsgd", "randomk", "local steps"],
 )
-def test_it_learns_through_any_client(digits, training, compression):
+def test_it_learns_through_any_client(digits, training, compression, gain):
     scenario, weights = make(10, training=training, **compression)
     _, result = train_generator(scenario, weights, Auxiliary(digits[:150]), None, 0, epochs=0, passes=1)
-    assert result["psnr"]["generator"] > result["psnr"]["mean"] + 1
+    assert result["psnr"]["generator"] > result["psnr"]["mean"] + gain
 
 
 def test_relu_network_with_a_pooled_head():
     config = resolve(ModelConfig(name="resnet18", classes=10), 1, 8, 10)
-    scenario = Scenario(config, TrainingConfig(batch_size=2), CompressionConfig(rate=0.01))
+    scenario = Scenario(config, TrainingConfig(batch_size=2), CompressionConfig(rate=0.01, scope="layer"))
     images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     generator, result = train_generator(
         scenario, initial_weights(config, 0), Auxiliary(images), None, 0, epochs=1, passes=1, held_out=0.34
@@ -205,13 +205,11 @@ def test_published_stack_has_the_published_shape():
 
 def test_deconv_learns(digits):
     scenario, weights = make()
-    _, short = train_generator(
-        scenario, weights, Auxiliary(digits), None, 0, "deconv", epochs=1, passes=1, width=64
+    auxiliary = Auxiliary(digits[:200])
+    _, result = train_generator(
+        scenario, weights, auxiliary, None, 0, "deconv", epochs=15, passes=1, width=32
     )
-    _, longer = train_generator(
-        scenario, weights, Auxiliary(digits), None, 0, "deconv", epochs=40, passes=1, width=64
-    )
-    assert longer["psnr"]["generator"] > max(short["psnr"]["generator"], longer["psnr"]["mean"]) + 1
+    assert result["psnr"]["generator"] > result["psnr"]["mean"] + 2
 
 
 def test_other_scenarios_and_weights_are_refused(digits, tmp_path):

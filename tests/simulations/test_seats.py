@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adversaries import ATTACKS, build_attack
-from adversaries.base import MembershipAttack, no_progress
+from adversaries.base import MembershipAttack, ReconstructionAttack, no_progress
 from adversaries.membership.fedmia import FedMIA
 from fedattack.config import Config
 from fedattack.data import World, build_world
@@ -280,14 +280,22 @@ def test_initial_weights_are_the_checkpoint_of_round_zero() -> None:
     assert equal(kept[0], initial_weights(world.scenario.model, config.seed))
 
 
+class Rebuilder(ReconstructionAttack):
+    """Of another family."""
+
+    def run(self, observations, seed, device, progress=no_progress):
+        raise AssertionError("not to be run")
+
+
 def test_refuses_before_the_first_round() -> None:
     def check(name: str, **settings: object) -> None:
         config = Config.from_mapping(BASE | settings)
-        check_seats(config, build_world(config), {name: build_attack(ATTACKS.get(name), name, {}, {})})
+        attack = Rebuilder() if name == "rebuilder" else build_attack(ATTACKS.get(name), name, {}, {})
+        check_seats(config, build_world(config), {name: attack})
 
     check("fedmia")
     check("unlearn-max-loss", clients=1)
-    check("hcgla", clients=1, **{"data.nonmembers": 0})
+    check("rebuilder", clients=1, **{"data.nonmembers": 0})
     with pytest.raises(NotApplicable, match="'fedmia' needs 3 clients that answer in one round, and 2 of 6"):
         check("fedmia", participation=0.34)
     for name in ("fedmia", "unlearn-max-loss"):

@@ -39,7 +39,7 @@ FOLDS = 5
 RANK = 512
 BATCHES = {"ridge-conv": 64, "deconv": 16}
 EPOCHS = {"ridge-conv": 6, "deconv": 10}
-LEARNING_RATES = {"ridge-conv": 2e-3, "deconv": 1e-3}
+LEARNING_RATES = {"ridge-conv": 2e-3, "deconv": 1e-2}
 
 
 @dataclass(frozen=True)
