@@ -10,6 +10,7 @@ import importlib
 import itertools
 import logging
 import math
+import socket
 import time
 import traceback
 from abc import abstractmethod
@@ -41,6 +42,7 @@ _SPARE_BYTES = 1 << 20
 _RETRIES = 3
 _START_SECONDS = 120.0
 _NODES_SECONDS = 20.0
+_CONNECT_SECONDS = 10.0
 
 _run_ids = itertools.count(1)
 
@@ -600,9 +602,10 @@ def _lost_actor_errors() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: BaseException) -> str:
+    """One line of a Ray error; of a traceback inside it, the last line."""
     cause = getattr(error, "cause", None) or error
-    text = str(cause)
-    return f"{type(cause).__name__}: {text.strip().splitlines()[0] if text.strip() else 'no reason given'}"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no reason given"]
+    return f"{type(cause).__name__}: {lines[-1] if 'error raised in its creation' in lines[0] else lines[0]}"
 
 
 def _resources(found: Mapping[str, float]) -> str:
@@ -642,13 +645,7 @@ def ray_session(engine: EngineConfig) -> Iterator[None]:
         yield
         return
     if engine.ray_address is not None:
-        try:
-            ray.init(address=engine.ray_address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise BadRequest(
-                f"setting 'engine.ray_address' = {engine.ray_address!r}: no Ray cluster could be joined there "
-                f"({_reason(error)})"
-            ) from error
+        _join(engine.ray_address)
     else:
         cpus = math.ceil(engine.actors * engine.cpus_per_actor) + engine.threads
         with internals.loopback_ray() as address:
@@ -664,6 +661,25 @@ def ray_session(engine: EngineConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    """Join the Ray cluster at "host:port", or with "auto" the one that ``ray start`` left on this machine."""
+    import ray
+
+    refusal = f"setting 'engine.ray_address' = {address!r}: no Ray cluster could be joined there"
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or "/" in host or not port.isdigit():
+            raise BadRequest(f"{refusal}; expected HOST:PORT of its head node, or 'auto'")
+        try:  # ray.init alone would try for many minutes
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise BadRequest(f"{refusal} ({error})") from None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise BadRequest(f"{refusal} ({_reason(error)})") from error
 
 
 @contextmanager

@@ -21,8 +21,11 @@ from fedattack.observation import Auxiliary
 NUGGET = 1e-5
 """Variance of independent pixel noise added to every prior: 8-bit rounding alone is 1.3e-6."""
 
-SHRINKAGES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+SHRINKAGES = (0.01, 0.05, 0.2, 0.35, 0.5, 0.7, 1.0)
 """Candidates between the sample covariance (0) and its diagonal in the cosine basis (1)."""
+
+SPECTRUM_WEIGHT = 5.0
+"""Auxiliary images that the 1/f spectrum counts for, where a coefficient's variance is estimated."""
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidate ridge strengths, relative to the mean variance of a feature."""
@@ -95,8 +98,9 @@ def gaussian_prior(
     Few images say little about D (D + 1) / 2 covariances, but enough about D variances. In the basis of the cosine
     transform (and of the principal colours) the covariance of natural images is nearly diagonal, so the
     off-diagonal entries are shrunk towards zero there by a factor 1 - `shrinkage`, chosen as the one under which
-    a fifth of the auxiliary images, held out, is most likely. With thousands of images that hardly changes
-    anything; with tens it is what makes the covariance invertible.
+    a fifth of the auxiliary images, held out, is most likely. The variances themselves are averaged with those of
+    :func:`smooth_prior`, which counts for :data:`SPECTRUM_WEIGHT` images. With thousands of images neither changes
+    much; with tens they are what makes the covariance invertible and honest.
 
     Parameters
     ----------
@@ -131,15 +135,12 @@ def gaussian_prior(
     centred = images - mean
     colours = _principal_colours(centred)
     coefficients = _cosine(centred, colours).flatten(1)
+    spectrum = _spectrum(image_shape).flatten()
     if shrinkage is None:
-        shrinkage = _likeliest_shrinkage(coefficients)
-    covariance = _shrunk(coefficients, shrinkage)
-    # Rows, then columns, back from cosine coefficients to pixels.
-    half = _pixels(covariance.unflatten(1, image_shape), colours).flatten(1)
-    covariance = _pixels(half.T.contiguous().unflatten(1, image_shape), colours).flatten(1)
-    covariance = 0.5 * (covariance + covariance.T)
+        shrinkage = _likeliest_shrinkage(coefficients, spectrum)
+    covariance = _shrunk(coefficients, spectrum, shrinkage)
     source = f"{len(auxiliary)} auxiliary images ({auxiliary.source or 'unnamed'}), shrinkage {shrinkage:g}"
-    return GaussianPrior(mean.flatten(), covariance, image_shape, source)
+    return GaussianPrior(mean.flatten(), _in_pixels(covariance, colours, image_shape), image_shape, source)
 
 
 def smooth_prior(
@@ -162,24 +163,26 @@ def smooth_prior(
     -------
     GaussianPrior
     """
+    channels = image_shape[0]
+    variances = deviation**2 * _spectrum(image_shape, exponent, colour).flatten()
+    correlations = torch.full((channels, channels), colour, dtype=torch.float64).fill_diagonal_(1.0)
+    colours = torch.linalg.eigh(correlations)[1]
+    covariance = _in_pixels(torch.diag(variances + NUGGET), colours, image_shape)
+    mean = torch.full((len(variances),), 0.5, dtype=torch.float64)
+    source = f"no auxiliary images: mid-grey, power 1/f^{exponent:g}, deviation {deviation:g}"
+    return GaussianPrior(mean, covariance, image_shape, source)
+
+
+def _spectrum(image_shape: tuple[int, int, int], exponent: float = 2.0, colour: float = 0.9) -> Tensor:
+    """Variances (C, H, W) of cosine coefficients by principal colour, the main one last; a pixel's is 1."""
     channels, height, width = image_shape
     vertical = torch.arange(height, dtype=torch.float64)[:, None] / height
     horizontal = torch.arange(width, dtype=torch.float64)[None, :] / width
     lowest = 1 / max(height, width)
     power = (vertical**2 + horizontal**2 + lowest**2) ** (-exponent / 2)
-    power = power.flatten() * deviation**2 / power.mean()
-    basis = torch.from_numpy(
-        scipy.fft.idctn(
-            torch.eye(height * width).double().reshape(-1, height, width).numpy(), axes=(1, 2), norm="ortho"
-        )
-    ).flatten(1)
-    plane = basis.T @ (power[:, None] * basis)
-    channel = torch.full((channels, channels), colour, dtype=torch.float64).fill_diagonal_(1.0)
-    covariance = torch.kron(channel, plane)
-    covariance += NUGGET * torch.eye(covariance.shape[0], dtype=torch.float64)
-    mean = torch.full((covariance.shape[0],), 0.5, dtype=torch.float64)
-    source = f"no auxiliary images: mid-grey, power 1/f^{exponent:g}, deviation {deviation:g}"
-    return GaussianPrior(mean, covariance, image_shape, source)
+    by_colour = torch.full((channels,), 1 - colour, dtype=torch.float64)
+    by_colour[-1] = 1 + (channels - 1) * colour
+    return by_colour[:, None, None] * power / power.mean()
 
 
 def _principal_colours(centred: Tensor) -> Tensor:
@@ -200,31 +203,42 @@ def _pixels(coefficients: Tensor, colours: Tensor) -> Tensor:
     return torch.einsum("ndhw,cd->nchw", planes, colours).contiguous()
 
 
-def _shrunk(coefficients: Tensor, shrinkage: float) -> Tensor:
-    """Covariance of centred coefficients (N, D), off-diagonal entries times 1 - shrinkage, plus the nugget."""
-    covariance = coefficients.T @ coefficients / len(coefficients)
+def _in_pixels(covariance: Tensor, colours: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """Covariance (D, D) of cosine coefficients -> of pixels."""
+    half = _pixels(covariance.unflatten(1, image_shape), colours).flatten(1)
+    whole = _pixels(half.T.contiguous().unflatten(1, image_shape), colours).flatten(1)
+    return 0.5 * (whole + whole.T)
+
+
+def _shrunk(coefficients: Tensor, spectrum: Tensor, shrinkage: float) -> Tensor:
+    """Predictive covariance from centred coefficients (N, D): see :func:`gaussian_prior`, plus the nugget."""
+    count = len(coefficients)
+    covariance = coefficients.T @ coefficients / (count - 1)
     variances = covariance.diagonal().clone()
-    covariance *= 1 - shrinkage
-    covariance.diagonal().copy_(variances + NUGGET)
+    smooth = spectrum * variances.mean() / spectrum.mean()
+    weight = SPECTRUM_WEIGHT / (count + SPECTRUM_WEIGHT)
+    covariance *= (1 - shrinkage) * (1 - weight)
+    covariance.diagonal().copy_((1 - weight) * variances + weight * smooth)
+    # A fresh image also misses the estimated mean by 1 / N of its variance.
+    covariance *= 1 + 1 / count
+    covariance.diagonal().add_(NUGGET)
     return covariance
 
 
-def _likeliest_shrinkage(coefficients: Tensor) -> float:
+def _likeliest_shrinkage(coefficients: Tensor, spectrum: Tensor) -> float:
     """The candidate under which held-out coefficients are likeliest, climbing while it improves."""
     held_out = torch.zeros(len(coefficients), dtype=torch.bool)
     held_out[::5] = True
     seen, unseen = coefficients[~held_out], coefficients[held_out]
-    if len(seen) < 2:
-        return 1.0
-    covariance = _shrunk(seen, 0.0)
-    variances = covariance.diagonal().clone()
+    if len(seen) < 3:
+        return SHRINKAGES[-1]
+    full = _shrunk(seen, spectrum, 0.0)
+    variances = full.diagonal().clone()
     best, best_score = SHRINKAGES[-1], math.inf
     for shrinkage in SHRINKAGES:
-        candidate = covariance * (1 - shrinkage)
+        candidate = full * (1 - shrinkage)
         candidate.diagonal().copy_(variances)
-        factor, failed = torch.linalg.cholesky_ex(candidate)
-        if failed:
-            continue
+        factor = torch.linalg.cholesky(candidate)
         white = torch.linalg.solve_triangular(factor, unseen.T, upper=False)
         score = float(white.pow(2).sum() / len(unseen) + 2 * factor.diagonal().log().sum())
         if score > best_score:

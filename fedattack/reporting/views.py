@@ -95,13 +95,13 @@ def seen_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
         facts = [
             ("Model", f"{model['name']}, {model['classes']:,} classes, {model['activation']}, weights known"),
             ("Update", f"{kind}{local if training['protocol'] == 'fedavg' else ''}"),
-            ("Batch", f"{batch} image{'s' if batch != '1' else ''} of {s['pixels']:,} numbers each"),
+            ("Batch", f"{batch} image{'s' if batch != '1' else ''}, {s['pixels']:,} pixel values each"),
             ("Compression", _compression(compression)),
             (
                 "Sent (k)",
                 f"{formats.count(s['k'])} of {s['parameters']:,} numbers, {formats.rate(s['rate'])}",
             ),
-            ("k per pixel", f"{formats.compact(s['k_per_pixel'])} numbers for each private number"),
+            ("k per pixel", f"{formats.compact(s['k_per_pixel'])} numbers sent for each private pixel value"),
             ("On the wire", f"{formats.size(s['wire_bytes'])} per update"),
             ("Auxiliary data", images),
         ]

@@ -57,7 +57,7 @@ def pairs_file(scenario, weights, auxiliary, tmp_path_factory):
 @pytest.fixture(scope="module")
 def denoiser_file(pairs_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("denoiser") / "denoiser.safetensors"
-    train_denoiser(pairs_file, path, seed=0, depth=4, width=16, epochs=60)
+    train_denoiser(pairs_file, path, seed=0, depth=4, width=16, epochs=30)
     return path
 
 

@@ -92,13 +92,14 @@ def test_a_delta_gives_the_same_signal_as_its_gradient(digits):
     torch.testing.assert_close(rows[0].values, rows[1].values, rtol=1e-3, atol=1e-4)
 
 
-def test_linear_map_is_ridge_regression():
+@pytest.mark.parametrize("features", [6, 60], ids=["more images than inputs", "fewer"])
+def test_linear_map_is_ridge_regression(features):
     rng = np.random.default_rng(0)
-    values = torch.from_numpy(rng.uniform(0.2, 0.8, (90, 6))).float()
-    sent = torch.from_numpy(rng.uniform(size=(90, 6)) < 0.8)
+    values = torch.from_numpy(rng.uniform(0.2, 0.8, (90, features))).float()
+    sent = torch.from_numpy(rng.uniform(size=(90, features)) < 0.8)
     images = torch.from_numpy(rng.uniform(size=(90, 1, 4, 4))).float()
     signals = RowSignals(values * sent, sent)
-    module = RidgeConv(6, (1, 4, 4), "sigmoid", width=4)
+    module = RidgeConv(features, (1, 4, 4), "sigmoid", width=4)
     drafts, notes = fit_linear(module, SignalPairs(signals, images, torch.arange(90)), torch.arange(90))
     logits = torch.logit(values.double()).numpy()
     known = sent.numpy()
@@ -118,13 +119,13 @@ def test_linear_map_is_ridge_regression():
 
 def test_generator_beats_the_mean_on_held_out_images_and_repeats(digits, tmp_path):
     scenario, weights = make()
-    auxiliary = Auxiliary(digits[:250], source="digits", groups=torch.arange(250) // 2)
+    auxiliary = Auxiliary(digits[:160], source="digits", groups=torch.arange(160) // 2)
     told: list[float] = []
     path, again = tmp_path / "a" / "generator.safetensors", tmp_path / "again.safetensors"
     _, result = train_generator(
-        scenario, weights, auxiliary, path, 0, epochs=2, progress=lambda share, text: told.append(share)
+        scenario, weights, auxiliary, path, 0, epochs=1, progress=lambda share, text: told.append(share)
     )
-    train_generator(scenario, weights, auxiliary, again, 0, epochs=2)
+    train_generator(scenario, weights, auxiliary, again, 0, epochs=1)
     assert path.read_bytes() == again.read_bytes()
     assert result["psnr"]["generator"] > result["psnr"]["mean"] + 5
     assert result["held_out_by"] == "people"
@@ -138,7 +139,7 @@ def test_generator_beats_the_mean_on_held_out_images_and_repeats(digits, tmp_pat
 
 def test_start_reads_the_update_and_nothing_else(digits):
     scenario, weights = make()
-    generator, _ = train_generator(scenario, weights, Auxiliary(digits[:250]), None, 0, epochs=0)
+    generator, _ = train_generator(scenario, weights, Auxiliary(digits[:200]), None, 0, epochs=0, passes=1)
     client = Client(scenario, weights, 9)
     label = torch.tensor([42])
     seen = client.observe(digits[300:301], label, 0)
@@ -156,7 +157,9 @@ def test_start_reads_the_update_and_nothing_else(digits):
 
 def test_each_image_of_a_batch_gets_its_own_row(digits):
     scenario, weights = make(1000, batch_size=4, rate=0.02)
-    generator, result = train_generator(scenario, weights, Auxiliary(digits[:250]), None, 0, epochs=0)
+    generator, result = train_generator(
+        scenario, weights, Auxiliary(digits[:200]), None, 0, epochs=0, passes=1
+    )
     assert result["psnr"]["generator"] > result["psnr"]["mean"] + 5
     labels = torch.tensor([5, 900, 17, 300])
     seen = Client(scenario, weights, 9).observe(digits[300:304], labels, 0)

@@ -338,6 +338,20 @@ def test_verdict_sentence_in_full() -> None:
     )
     assert level == "leak"
     assert text == (
-        "private images recovered: mean 63.0 dB, SSIM 1.000, 48.2 dB above the best floor (auxiliary mean 14.8 dB), "
-XX images at 30 dB and SSIM 0.9 or more; labels: 8 of 8 right"
+        "private images recovered: mean 63.0 dB, SSIM 1.000, 48.2 dB above the best floor (auxiliary mean 14.8 dB); "
+        "95 % interval of the gain +44.0 to +52.0 dB; 8 of 8 images at 30 dB and SSIM 0.9 or more; "
+        "labels: 8 of 8 right"
     )
+
+
+def test_labels_are_weighed_against_guessing() -> None:
+    observations, truths = scene(victims=6)  # labels 0..5
+    wrong = [Reconstruction(a.images, (a.labels + 1) % CLASSES, 0.1) for a in noisy(truths, 0.1)]
+    wrong[0] = noisy(truths, 0.1)[0]
+    lucky = audit_reconstruction("a", observations, wrong, truths, 1.0).summary["labels"]
+    assert lucky == {"right": 1, "of": 6, "beyond_guessing": False}
+    right = audit_reconstruction("a", observations, noisy(truths, 0.1), truths, 1.0).summary["labels"]
+    assert right == {"right": 6, "of": 6, "beyond_guessing": True}
+    same = [GroundTruth(1, t.client, t.images, torch.tensor([3]), t.sample_ids) for t in truths]
+    everybody = audit_reconstruction("a", observations, noisy(same, 0.1), same, 1.0).summary["labels"]
+    assert everybody == {"right": 6, "of": 6, "beyond_guessing": False}

@@ -273,6 +273,12 @@ def test_every_other_global_and_every_trick_with_the_allowed_ones_is_refused(pay
     assert load_batch(cifar_batch(), "b")["labels"] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("payload", [b"K\x01r\xe8\x03\x00\x00.", b"I1\np1000\n."])
+def test_far_memo_positions_are_refused_before_memory_is_claimed(payload: bytes) -> None:
+    with pytest.raises(DataError, match="memo position of 1000"):
+        load_batch(payload, "b")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

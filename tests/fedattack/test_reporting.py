@@ -1,4 +1,4 @@
-"""Run folders, stored observations, tables, figures and the report."""
+"""Run folders and stored observations."""
 
 from __future__ import annotations
 

@@ -387,12 +387,19 @@ def _floored(spread: Tensor) -> Tensor:
 
 
 class _Ridge:
-    """Ridge regression with an intercept for many strengths: one eigendecomposition of the Gram matrix."""
+    """Ridge regression with an intercept for many strengths: one eigendecomposition, of the smaller Gram matrix."""
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         self._mean, self._centre = inputs.mean(0), targets.mean(0)
         x = inputs - self._mean
-        self._values, self._vectors = torch.linalg.eigh(x.T @ x)
+        if len(x) < x.shape[1]:
+            values, vectors = torch.linalg.eigh(x @ x.T)
+            # Centring leaves directions in which nothing varies.
+            kept = values > 1e-10 * values[-1].clamp(min=1e-10)
+            self._values = values[kept]
+            self._vectors = x.T @ (vectors[:, kept] / self._values.sqrt())
+        else:
+            self._values, self._vectors = torch.linalg.eigh(x.T @ x)
         self._turned = self._vectors.T @ (x.T @ (targets - self._centre))
 
     def turn(self, inputs: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""The Gaussian prior and the regression start, against scikit-learn and draws from known laws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from adversaries.reconstruction import priors
+from fedattack.errors import DataError
+from fedattack.observation import Auxiliary
+from fedattack.rng import torch_rng
+
+SHAPE = (3, 6, 6)
+
+
+def correlated_images(count: int, seed: int = 0) -> Tensor:
+    """Draws from the smooth prior with a bright left half, so that mean and covariance are known."""
+    smooth = priors.smooth_prior(SHAPE, deviation=0.1)
+    z = torch.randn(smooth.size, count, dtype=torch.float64, generator=torch_rng(seed, "test"))
+    images = (smooth.mean[:, None] + smooth.factor() @ z).T.reshape(count, *SHAPE)
+    images[..., :3] += 0.2
+    return images.float()
+
+
+def test_with_many_images_it_is_near_the_sample_covariance() -> None:
+    images = correlated_images(400)
+    prior = priors.gaussian_prior(Auxiliary(images), SHAPE, shrinkage=1e-12)
+    flat = images.double().flatten(1).numpy()
+    expected = np.cov(flat.T) + priors.NUGGET * np.eye(flat.shape[1])
+    # 400 images against the spectrum's five, and a mean known to 1 / 400.
+    np.testing.assert_allclose(prior.covariance.numpy(), expected, atol=0.02 * expected.max())
+    np.testing.assert_allclose(prior.mean.numpy(), flat.mean(0), atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 20, 2000])
+def test_is_positive_definite_from_two_images_up_and_calibrated(count: int) -> None:
+    prior = priors.gaussian_prior(Auxiliary(correlated_images(count)), SHAPE)
+    assert torch.linalg.eigvalsh(prior.covariance)[0] > 0.9 * priors.NUGGET
+    fresh = correlated_images(200, seed=1).double().flatten(1) - prior.mean
+    white = torch.linalg.solve_triangular(prior.factor(), fresh.T, upper=False)
+    if count > 2:
+        # Under the true covariance this is 1 on average.
+        assert 0.7 < float(white.square().mean()) < 1.5
+
+
+def test_more_images_make_fresh_ones_likelier() -> None:
+    fresh = correlated_images(200, seed=1).double().flatten(1)
+
+    def surprise(prior: priors.GaussianPrior) -> float:
+        law = torch.distributions.MultivariateNormal(prior.mean, scale_tril=prior.factor())
+        return -float(law.log_prob(fresh).mean())
+
+    shapes = [priors.gaussian_prior(Auxiliary(correlated_images(n)), SHAPE) for n in (3, 30, 1000)]
+    found = [surprise(prior) for prior in shapes]
+    assert found == sorted(found, reverse=True)
+
+
+def test_shrinkage_beats_none_where_images_are_few() -> None:
+    sources = [
+        priors.gaussian_prior(Auxiliary(correlated_images(60)), SHAPE, shrinkage=rho) for rho in (1e-6, 1.0)
+    ]
+    chosen = priors.gaussian_prior(Auxiliary(correlated_images(60)), SHAPE)
+    fresh = correlated_images(200, seed=1).double().flatten(1)
+
+    def likelihood(prior: priors.GaussianPrior) -> float:
+        law = torch.distributions.MultivariateNormal(prior.mean, scale_tril=prior.factor())
+        return float(law.log_prob(fresh).mean())
+
+    assert likelihood(chosen) > max(likelihood(source) for source in sources) - 1.0
+    assert likelihood(chosen) > likelihood(sources[0]) + 10
+
+
+def test_factors_span_the_covariance() -> None:
+    prior = priors.gaussian_prior(Auxiliary(correlated_images(100)), SHAPE)
+    full, modes = prior.factor(), prior.factor(40)
+    torch.testing.assert_close(full @ full.T, prior.covariance)
+    values = torch.linalg.eigvalsh(prior.covariance).flip(0)
+    torch.testing.assert_close(modes.square().sum(0), values[:40])
+    # The best approximation of rank 40 leaves exactly the other eigenvalues.
+    rest = torch.linalg.eigvalsh(prior.covariance - modes @ modes.T).flip(0)[: len(values) - 40]
+    torch.testing.assert_close(rest, values[40:])
+
+
+def test_without_auxiliary_images_it_is_grey_and_smooth() -> None:
+    prior = priors.gaussian_prior(None, SHAPE)
+    assert "no auxiliary" in prior.source
+    assert torch.all(prior.mean_image() == 0.5)
+    deviations = prior.covariance.diagonal().sqrt()
+    assert 0.15 < float(deviations.mean()) < 0.3
+    row = prior.covariance[0, :6] / prior.covariance[0, 0]
+    assert torch.all(row[:-1] > row[1:]), "correlation falls with distance"
+
+
+def test_refuses_images_of_another_shape() -> None:
+    with pytest.raises(DataError, match=r"\(3, 6, 6\)"):
+        priors.gaussian_prior(Auxiliary(correlated_images(4)), (1, 6, 6))
+
+
+@pytest.mark.parametrize("count", [30, 300])
+def test_ridge_equals_scikit_learn(count: int) -> None:
+    generator = torch_rng(2, "test")
+    images = correlated_images(count)
+    features = torch.sigmoid(images.flatten(1) @ torch.randn(108, 50, generator=generator))
+    victim = torch.rand(50, generator=generator)
+    known = torch.rand(50, generator=generator) < 0.6
+    cap = 0.4
+    found = priors.ridge_start(features, images, victim, known, cap, strengths=[1e-2])
+    inputs = features.double().clamp(min=cap).numpy()
+    asked = torch.where(known, victim, torch.tensor(cap)).double().numpy()[None]
+    centred = inputs - inputs.mean(0)
+    reference = Ridge(alpha=1e-2 * count * (centred**2).mean()).fit(
+        inputs, images.double().flatten(1).numpy()
+    )
+    np.testing.assert_allclose(found.flatten().numpy(), reference.predict(asked)[0], atol=1e-5)
+
+
+def test_ridge_start_is_nearer_than_the_mean() -> None:
+    generator = torch_rng(3, "test")
+    images = correlated_images(500)
+    victim = correlated_images(1, seed=7)
+    mixing = torch.randn(108, 60, generator=generator)
+    features, seen = (torch.sigmoid(x.flatten(1) @ mixing) for x in (images, victim))
+    start = priors.ridge_start(features, images, seen[0], seen[0] > 0.3, 0.3)
+    assert start.shape == SHAPE
+    assert (start - victim[0]).square().mean() < 0.5 * (images.mean(0) - victim[0]).square().mean()
