@@ -40,7 +40,7 @@ from simulations.attacking import Attacked, Executor, choose_device, groups, mak
 from simulations.client_app import round_batches
 from simulations.federation import FederationResult, RoundRecord, run_federation
 from simulations.grid import ray_session
-from simulations.seats import membership_experiment, unlearning_experiment
+from simulations.seats import check_seats, membership_experiment, unlearning_experiment
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def simulate(config: Config, *, console: Console | None = None, command: str = "
     world = build_world(config)
     for attack in attacks.values():
         attack.check(world.scenario)
+    check_seats(config, world, attacks)
     folder = RunFolder.create(run_directory(config), config)
     folder.save_part("world", world_record(world))
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)

@@ -18,9 +18,10 @@ from adversaries.base import Progress, no_progress
 from adversaries.reconstruction import optimise
 from adversaries.reconstruction.gradients import GradientModel, Layers, Prediction, Sent, gradient_model
 from adversaries.reconstruction.optimise import LineSearch, Outcome
+from adversaries.reconstruction.parametrise import Chart, Parametrisation, chart
 from fedattack.config import ModelConfig
 from fedattack.errors import ConfigError, NotApplicable, unknown_name
-from fedattack.observation import Observation, Scenario, Update
+from fedattack.observation import Auxiliary, Observation, Scenario, Update
 
 Transform = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> images."""
@@ -135,11 +136,12 @@ class Matching:
     objective : str
         A key of :data:`OBJECTIVES`.
     regularisers : dict of str to float
-        Keys of :data:`REGULARISERS` and their weights.
+        Keys of :data:`REGULARISERS` and their weights, in units of the sent entries' squared norm (of 1 under
+        "cosine"), so that a weight means the same whatever the model and the compression.
     layers : {"all", "last"}
         Which tensors are matched.
-    box : bool
-        Optimise the logit of the pixels, so that they stay inside (0, 1); otherwise the pixels, unbounded.
+    parametrisation : {"pixels", "box", "spectrum"}
+        What the optimiser turns; see :mod:`adversaries.reconstruction.parametrise`.
     optimiser : {"lbfgs", "adam", "signed-adam"}
     line_search : {"none", "armijo", "wolfe"}
         For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
@@ -159,7 +161,7 @@ class Matching:
     objective: str = "masked-l2"
     regularisers: dict[str, float] = field(default_factory=dict)
     layers: Layers = "all"
-    box: bool = False
+    parametrisation: Parametrisation = "pixels"
     optimiser: Literal["lbfgs", "adam", "signed-adam"] = "lbfgs"
     line_search: LineSearch = "armijo"
     learning_rate: float = 1.0
@@ -207,21 +209,15 @@ class Match:
 class Problem:
     """Objective and gradient of V victims as a function of the optimiser's variables (V, N)."""
 
-    def __init__(self, gradients: GradientModel, shape: torch.Size, settings: Matching) -> None:
+    def __init__(self, gradients: GradientModel, chart: Chart, settings: Matching) -> None:
         self._gradients = gradients
-        self._shape = shape
+        self._chart = chart
         self._objective, self._whole = OBJECTIVES[settings.objective]
         self._regularisers = [(REGULARISERS[name], w) for name, w in settings.regularisers.items() if w]
-        self._box = settings.box
-        self._scale = gradients.sent.values.square().sum(1) if settings.objective != "cosine" else None
-
-    def variables(self, images: Tensor) -> Tensor:
-        """Variables (V, N) of images (V, B, C, H, W)."""
-        return (torch.logit(images.clamp(0.01, 0.99)) if self._box else images).flatten(1)
-
-    def images(self, variables: Tensor) -> Tensor:
-        """Images (V, B, C, H, W) of variables (V, N)."""
-        return (torch.sigmoid(variables) if self._box else variables).unflatten(1, self._shape)
+        relative = settings.objective == "cosine"
+        size = gradients.sent.values.square().sum(1)
+        self._unit = torch.ones_like(size) if relative else size
+        self.images, self.variables = chart.images, chart.variables
 
     def evaluate(self, variables: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (V,) and their gradients (V, N)."""
@@ -232,11 +228,11 @@ class Problem:
 
     def _part(self, variables: Tensor, victims: slice) -> tuple[Tensor, Tensor]:
         variables = variables.detach().requires_grad_()
-        images = self.images(variables)
+        images = self._chart.images(variables)
         prediction = self._gradients.predict(images, victims, self._whole)
         losses = self._objective(prediction, self._gradients.sent[victims])
         for regulariser, weight in self._regularisers:
-            losses = losses + weight * self._scale[victims] * regulariser(images)
+            losses = losses + weight * self._unit[victims] * regulariser(images)
         (slope,) = torch.autograd.grad(losses.sum(), variables)
         return losses.detach(), slope
 
@@ -251,6 +247,7 @@ def match(
     device: torch.device,
     progress: Progress = no_progress,
     transform: Transform | None = None,
+    auxiliary: Auxiliary | None = None,
 ) -> list[Match]:
     """Match the updates of V victims with the same batch size, from R starts each, in one batched optimisation.
 
@@ -271,6 +268,8 @@ def match(
     progress : Progress
     transform : callable, optional
         A denoiser, for `transform_every`.
+    auxiliary : Auxiliary, optional
+        Public images, for parametrisation "spectrum".
 
     Returns
     -------
@@ -280,7 +279,8 @@ def match(
     restarts, victims = starts.shape[:2]
     everyone = [update for _ in range(restarts) for update in updates]
     gradients = gradient_model(model, weights, everyone, labels.repeat(restarts, 1), settings.layers, device)
-    problem = Problem(gradients, starts.shape[2:], settings)
+    coordinates = chart(settings.parametrisation, tuple(starts.shape[2:]), auxiliary, device)
+    problem = Problem(gradients, coordinates, settings)
     outcome = _minimise(problem, starts.flatten(0, 1).float().to(device), settings, progress, transform)
     losses = outcome.losses.reshape(restarts, victims)
     history = torch.stack(outcome.history, 1).cpu()

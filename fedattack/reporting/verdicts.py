@@ -97,7 +97,8 @@ def reconstruction(
         text += "; but no better on its own victim than on another's image"
     right, asked, beyond = labels
     if asked:
-        text += f"; labels: {right} of {asked} right"
+        leaking = "the labels do leak" if level == "none" and beyond else "labels"
+        text += f"; {leaking}: {right} of {asked} right"
         text += "" if beyond else ", no more than guessing explains"
     if missing:
         text += f"; {missing} without a usable reconstruction, left out of every mean"

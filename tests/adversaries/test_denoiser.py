@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adversaries.reconstruction.engine import Matching
 from adversaries.reconstruction.hcgla import denoiser as denoising
+from adversaries.reconstruction.hcgla import learned
 from adversaries.reconstruction.hcgla.denoiser import (
     collect_pairs,
     compare_denoiser,
@@ -139,6 +140,17 @@ def test_bad_input_is_refused(denoiser_file, pairs_file, scenario, weights, auxi
         load_denoiser(denoiser_file)(torch.zeros(1, 3, 8, 8))
     with pytest.raises(DataError, match="should hold a denoiser"):
         load_denoiser(pairs_file)
+    tensors, metadata = learned.load_learned(denoiser_file, "denoiser")
+    for change in (
+        {"width": 10**9},
+        {"depth": 3},
+        {"depth": 10**9},
+        {"channels": "one"},
+        {"architecture": "os:system"},
+    ):
+        learned.save_learned(tmp_path / "bent", tensors, metadata | change)
+        with pytest.raises(DataError, match="architecture|malformed"):
+            load_denoiser(tmp_path / "bent")
     with pytest.raises(DataError, match="no such file"):
         load_pairs(tmp_path / "none")
     with pytest.raises(DataError, match="'count' = 500"):

@@ -249,6 +249,19 @@ def test_bad_files_and_data_are_refused(digits, tmp_path):
     learned.save_learned(tmp_path / "nan.safetensors", {"a": torch.tensor(np.nan)}, {"kind": "generator"})
     with pytest.raises(DataError, match="NaN"):
         load_generator(tmp_path / "nan.safetensors", scenario)
+    train_generator(scenario, weights, Auxiliary(digits[:40]), tmp_path / "good", 0, epochs=0, passes=1)
+    tensors, metadata = learned.load_learned(tmp_path / "good", "generator")
+    for change, message in (
+        ({"architecture": "os:system"}, "names the architecture 'os:system'"),
+        ({"features": 10**9}, "do not fit the architecture"),
+        ({"features": "many"}, "malformed"),
+        ({"width": 97}, "do not fit the architecture"),
+    ):
+        learned.save_learned(tmp_path / "bent", tensors, metadata | change)
+        with pytest.raises(DataError, match=message):
+            load_generator(tmp_path / "bent", scenario)
+    with pytest.raises(ConfigError, match="did you mean 'deconv'"):
+        train_generator(scenario, weights, Auxiliary(digits), None, 0, "deconf")
     with pytest.raises(DataError, match="do not fit the federation"):
         train_generator(scenario, weights, Auxiliary(torch.rand(20, 3, 8, 8)), None, 0)
     with pytest.raises(DataError, match=r"training\.batch_size"):

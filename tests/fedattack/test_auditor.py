@@ -336,6 +336,11 @@ def test_verdict_sentence_in_full() -> None:
     level, text = verdicts.reconstruction(
         8, 8, 63.0, 1.0, "auxiliary mean", 14.8, over, over, (8, 8, True), 0
     )
+    none = verdicts.reconstruction(
+        8, 0, 14.9, 0.4, "auxiliary mean", 14.8, Interval(0.1, -0.4, 0.6, 8), over, (8, 8, True), 0
+    )
+    assert none[0] == "none"
+    assert none[1].endswith("the labels do leak: 8 of 8 right")
     assert level == "leak"
     assert text == (
         "private images recovered: mean 63.0 dB, SSIM 1.000, 48.2 dB above the best floor (auxiliary mean 14.8 dB); "

@@ -82,6 +82,13 @@ def assert_same(one: FederationResult, other: FederationResult) -> None:
         assert mine.rejected == theirs.rejected == ()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "127.0.0.1:99999"])
+def test_no_cluster_at_the_address_is_a_bad_request(address: str) -> None:
+    engine = settings().engine.model_copy(update={"ray_address": address})
+    with pytest.raises(BadRequest, match=f"'engine.ray_address' = '{address}'"), ray_session(engine):
+        pass
+
+
 def test_inline_repeats_itself_and_something_was_dropped(world: World, expected: FederationResult) -> None:
     assert_same(run_federation(settings(engine="inline"), world), expected)
     drawn = [len(r.clients) + len(r.dropped) for r in expected.rounds]
@@ -159,10 +166,3 @@ def test_an_open_grid_can_be_used_again(world: World, expected: FederationResult
     run_federation(config, world, grid=grid)
     assert grid.client_states()
     assert_same(run_federation(config, world, grid=grid), expected)
-
-
-def test_no_cluster_at_the_address_is_a_bad_request() -> None:
-    pytest.importorskip("ray")
-    engine = settings().engine.model_copy(update={"ray_address": "127.0.0.1:1"})
-    with pytest.raises(BadRequest, match=r"'engine.ray_address' = '127.0.0.1:1'"), ray_session(engine):
-        pass

@@ -27,9 +27,9 @@ from adversaries.base import Progress, no_progress
 from adversaries.reconstruction.engine import Matching, as_gradient, match
 from adversaries.reconstruction.hcgla import learned
 from adversaries.reconstruction.hcgla.learned import Client
-from fedattack.errors import ConfigError, DataError
+from fedattack.errors import ConfigError, DataError, unknown_name
 from fedattack.metrics.images import psnr
-from fedattack.models.denoisers import build_denoiser
+from fedattack.models.denoisers import DENOISERS, build_denoiser
 from fedattack.observation import Auxiliary, Scenario
 from fedattack.rng import numpy_rng, torch_rng
 
@@ -317,7 +317,7 @@ def train_denoiser(
         File to write (safetensors); None: keep it in memory.
     seed : int
     architecture : str
-        "dncnn" or ``package.module:Class``.
+        A name registered in :data:`fedattack.models.denoisers.DENOISERS`: "dncnn".
     depth, width : int
         Layers and channels; published: 17 and 64.
     epochs : int, optional
@@ -336,6 +336,8 @@ def train_denoiser(
         JSON-able: "psnr" in dB on held-out pairs before and after denoising ("noisy", "denoised"), counts, seconds.
     """
     began = time.monotonic()
+    if architecture not in DENOISERS:
+        raise unknown_name("denoiser", architecture, DENOISERS.names())
     held = load_pairs(pairs) if isinstance(pairs, str | Path) else pairs
     seen, unseen = _split(held, held_out, seed)
     train, test = held[seen], held[unseen]
@@ -394,8 +396,16 @@ def load_denoiser(path: str | Path) -> Denoiser:
     """
     tensors, metadata = learned.load_learned(path, KIND)
     try:
-        sizes = (int(metadata[key]) for key in ("channels", "depth", "width"))
-        module = build_denoiser(str(metadata["architecture"]), *sizes)
+        name, channels, depth, width = (metadata[k] for k in ("architecture", "channels", "depth", "width"))
+        # A file may name what is registered, not what is to be imported.
+        if name not in DENOISERS:
+            raise DataError(
+                f"{str(path)!r} names the architecture {name!r}; known: {', '.join(DENOISERS.names())}"
+            )
+        if not 2 <= depth <= 10_000:
+            raise ValueError(f"depth {depth}")
+        with torch.device("meta"):
+            module = build_denoiser(name, channels, depth, width)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{str(path)!r}: its description of the denoiser is malformed ({error!r})") from None
     return Denoiser(learned.fill(module, tensors, path), metadata)

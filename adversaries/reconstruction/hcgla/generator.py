@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from adversaries.base import Progress, no_progress
 from adversaries.reconstruction.hcgla import learned
 from adversaries.reconstruction.hcgla.learned import Client, RowSignals, SignalPairs
-from fedattack.errors import ConfigError, DataError
+from fedattack.errors import ConfigError, DataError, unknown_name
 from fedattack.metrics.images import psnr
-from fedattack.models.generators import WIDE, Deconv, RidgeConv, build_generator
+from fedattack.models.generators import GENERATORS, WIDE, Deconv, RidgeConv, build_generator
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import numpy_rng, torch_rng
 
@@ -127,7 +127,8 @@ def train_generator(
         File to write (safetensors); None: keep it in memory.
     seed : int
     architecture : str
-        "ridge-conv", "deconv" or ``package.module:Class``.
+        A name registered in :data:`fedattack.models.generators.GENERATORS`: "ridge-conv", "deconv". Others than
+        "ridge-conv" must answer in (0, 1).
     batch_size : int, optional
         Images per client; None: the scenario's.
     epochs : int, optional
@@ -159,6 +160,8 @@ def train_generator(
     DataError, NotApplicable, ConfigError
     """
     began = time.monotonic()
+    if architecture not in GENERATORS:
+        raise unknown_name("generator", architecture, GENERATORS.names())
     learned.check_shapes(scenario, auxiliary)
     size = learned.batch_size_of(scenario, batch_size)
     seen, unseen = learned.hold_out(auxiliary, held_out, seed)
@@ -176,16 +179,19 @@ def train_generator(
         module = build_generator(
             architecture, client.head.features, scenario.image_shape, activation, width, rank
         )
-    module = module.to(device)
     figures: dict[str, float] = {}
     fitting, told = learned.share_of(progress, 0.4, 0.6), learned.share_of(progress, 0.6, 1.0)
     notes: dict[str, Any] = {}
     if isinstance(module, RidgeConv):
         groups = auxiliary.groups if auxiliary.groups is not None else torch.arange(len(auxiliary))
+        # The regression is done in float64, which not every accelerator has.
+        module = module.to(device if torch.device(device).type == "cuda" else "cpu")
         drafts, notes = fit_linear(module, pairs, groups[pairs.positions], fitting)
+        module, drafts = module.to(device), drafts.to(device)
         figures["linear"] = _mean_psnr(_apply(module, test.signals), test.images)
         refine(module, drafts, pairs.images, count, rate, seed, told)
     else:
+        module = module.to(device)
         train_by_steps(module, pairs, count, rate, seed, told)
     module.eval().requires_grad_(False)
     figures["generator"] = _mean_psnr(_apply(module, test.signals), test.images)
@@ -242,20 +248,23 @@ def load_generator(path: str | Path, scenario: Scenario) -> Generator:
         If it was trained for another model, rate, scope, compressor or protocol.
     """
     tensors, metadata = learned.load_learned(path, KIND)
+    shape = scenario.image_shape
     try:
-        features, (channels, height, width) = int(metadata["features"]), map(int, metadata["image_shape"])
-        shape = (channels, height, width)
-        made_for, name = dict(metadata["made_for"]), str(metadata["architecture"])
-        module = build_generator(
-            name, features, shape, str(metadata["activation"]), metadata["width"], metadata["rank"]
-        )
+        made_for = dict(metadata["made_for"])
+        name, features, activation = (metadata[key] for key in ("architecture", "features", "activation"))
+        width, rank = metadata["width"], metadata["rank"]
+        wanted = learned.described(scenario, {}, 0, 1)
+        later = {key: wanted[key] for key in ("weights", "batch_size")}
+        learned.refuse_other(made_for | later, wanted, KIND, str(path), round_free=True)
+        # A file may name what is registered, not what is to be imported.
+        if name not in GENERATORS:
+            raise DataError(
+                f"{str(path)!r} names the architecture {name!r}; known: {', '.join(GENERATORS.names())}"
+            )
+        with torch.device("meta"):
+            module = build_generator(name, features, shape, activation, width, rank)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{str(path)!r}: its description of the generator is malformed ({error!r})") from None
-    wanted = learned.described(scenario, {}, 0, 1)
-    same = ("weights", "batch_size")
-    learned.refuse_other(
-        made_for | {key: wanted[key] for key in same}, wanted, KIND, str(path), round_free=True
-    )
     mean = tensors.pop(MEAN, None)
     if mean is None or mean.shape != shape:
         raise DataError(f"{str(path)!r}: its mean image is missing or not of shape {shape}")

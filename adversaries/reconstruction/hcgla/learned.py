@@ -541,7 +541,9 @@ def load_learned(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> nn.Module:
-    """Load tensors into a module and put it in evaluation mode, its parameters frozen.
+    """Put tensors into a module that was built on the "meta" device, in evaluation mode, its parameters frozen.
+
+    So a file can make nothing larger than itself.
 
     Raises
     ------
@@ -549,9 +551,12 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> 
         If they do not fit.
     """
     own = module.state_dict()
-    if own.keys() != tensors.keys() or any(own[n].shape != tensors[n].shape for n in own):
+    fits = own.keys() == tensors.keys() and all(
+        own[name].shape == tensors[name].shape and own[name].dtype == tensors[name].dtype for name in own
+    )
+    if not fits:
         raise DataError(f"{str(path)!r}: its tensors do not fit the architecture that it names")
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict(dict(tensors), assign=True)
     return module.eval().requires_grad_(False)
 
 

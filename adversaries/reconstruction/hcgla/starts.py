@@ -6,7 +6,7 @@ auxiliary images, a generator's weights) are made once for all victims.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -43,7 +43,9 @@ def check_start(start: Start, scenario: Scenario, image: str | None, generator: 
     if start == "image" and not image:
         raise ConfigError("setting 'hcgla.start' = 'image' needs 'hcgla.start_image', the path of a picture")
     if start == "generator" and not generator:
-        raise ConfigError("setting 'hcgla.start' = 'generator' needs 'hcgla.generator', the path of trained weights")
+        raise ConfigError(
+            "setting 'hcgla.start' = 'generator' needs 'hcgla.generator', the path of trained weights"
+        )
     if start not in get_args(Start):
         raise ConfigError(f"setting 'hcgla.start' = {start!r}: must be one of {', '.join(get_args(Start))}")
     if start == "ridge":
@@ -152,7 +154,9 @@ class Starts:
         noise = _RESTART_DEVIATION * torch.randn(shape, generator=generator)
         noise[0] = 0.0
         for position, label in enumerate(labels.tolist()):
-            if label in labels[:position].tolist() and torch.equal(first[position], first[labels.tolist().index(label)]):
+            if label in labels[:position].tolist() and torch.equal(
+                first[position], first[labels.tolist().index(label)]
+            ):
                 # Equal images with equal labels have equal gradients and would stay equal for ever.
                 noise[0, position] = _RESTART_DEVIATION * torch.randn(self._shape, generator=generator)
         return first + noise
@@ -201,7 +205,9 @@ class Starts:
     def _same_label(self, label: int) -> Tensor:
         assert self._auxiliary is not None
         if self._auxiliary.labels is None:
-            raise NotApplicable("hcgla.start = 'same-label' needs auxiliary images with labels, and these have none")
+            raise NotApplicable(
+                "hcgla.start = 'same-label' needs auxiliary images with labels, and these have none"
+            )
         there = torch.nonzero(self._auxiliary.labels == label)[:, 0]
         if len(there) == 0:
             raise DataError(f"hcgla.start = 'same-label': no auxiliary image has the inferred label {label}")
@@ -213,19 +219,15 @@ def _read_image(path: str, shape: tuple[int, int, int]) -> Tensor:
     channels, height, width = shape
     try:
         with Image.open(Path(path)) as picture:
-            resized = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BICUBIC)
+            resized = picture.convert("L" if channels == 1 else "RGB").resize(
+                (width, height), Image.Resampling.BICUBIC
+            )
             pixels = np.asarray(resized, dtype=np.float32) / 255
     except FileNotFoundError:
         raise ConfigError(f"setting 'hcgla.start_image' = {path!r}: no such file") from None
     except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"setting 'hcgla.start_image' = {path!r}: not a readable picture ({error})") from None
+        raise ConfigError(
+            f"setting 'hcgla.start_image' = {path!r}: not a readable picture ({error})"
+        ) from None
     planes = torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)
     return planes.expand(channels, -1, -1).contiguous()
-
-
-def make_all(
-    starts: Starts, observations: Sequence[Observation], labels: Sequence[Tensor], restarts: int
-) -> Tensor:
-    """Starts of all victims, float32 (R, V, B, C, H, W)."""
-    pairs = zip(observations, labels, strict=True)
-    return torch.stack([starts.make(observation, batch, restarts) for observation, batch in pairs], 1)

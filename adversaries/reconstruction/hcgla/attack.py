@@ -1,0 +1,363 @@
+"""HCGLA: data reconstruction from highly compressed gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.reconstruction import engine, parametrise
+from adversaries.reconstruction.gradients import Layers
+from adversaries.reconstruction.hcgla import gauss_newton, labels, matching, starts
+from adversaries.reconstruction.hcgla.denoiser import load_denoiser
+from adversaries.reconstruction.hcgla.gauss_newton import GaussNewtonSettings
+from adversaries.reconstruction.hcgla.generator import load_generator
+from adversaries.reconstruction.hcgla.labels import Labels
+from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior
+from fedattack.config import TrainingConfig
+from fedattack.errors import ConfigError, NotApplicable, PayloadError
+from fedattack.observation import Observation, Reconstruction, Scenario
+
+Method = Literal["auto", "gauss-newton", "matching"]
+
+
+@dataclass
+class HCGLA(ReconstructionAttack):
+    """HCGLA: private images from the few gradient entries that a compressed update keeps (Yang et al. 2023).
+
+    Labels are read from the head's entries. The images are then either solved for by a damped Gauss-Newton method on
+    what was kept ("gauss-newton"), or found by matching the kept entries of the gradient ("matching", the paper's
+    attack; `preset` "published" for its settings).
+
+    Parameters
+    ----------
+    method : {"auto", "gauss-newton", "matching"}
+        "auto": Gauss-Newton where it applies and explains the update, else matching.
+    preset : {"default", "published"}
+        Settings of matching: ours, or the paper's (L-BFGS without line search from N(0, 1), 42 x 20 iterations).
+    start : str
+        Where matching starts: "auto" (published: "random"; else "ridge", "mean" or "grey", the first that the
+        granted data allows), "ridge", "generator", "mean", "grey", "random", "red", "same-label" or "image".
+    start_image : str, optional
+        Picture for start "image".
+    generator : str, optional
+        Trained weights for start "generator" (``fedattack learn generator``).
+    denoise_every : int
+        Clean the images with `denoiser` after each this many matching iterations; 0: never.
+    denoiser : str, optional
+        Trained weights of the denoiser.
+    iterations, tv, learning_rate, optimizer, layers, parametrisation, objective
+        Replace a setting of the preset; None keeps it. See
+        :func:`adversaries.reconstruction.hcgla.matching.settings_for`.
+    restarts : int
+        Starts tried for each victim; the one with the lowest matching loss is answered.
+    schedule : tuple of float, optional
+        Falling noise levels of Gauss-Newton; None: chosen from the number of measurements.
+    modes : int, optional
+        Modes of the prior for each image in Gauss-Newton; None: all for one image, fewer for batches.
+
+    References
+    ----------
+    Yang, Ge, Xiang, Li, "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks",
+    IEEE TIFS 18, 2023.
+    """
+
+    needs: ClassVar[str] = "one update that is a (compressed) gradient; public images help much"
+
+    method: Method = "auto"
+    preset: matching.Preset = "default"
+    start: starts.Start = "auto"
+    start_image: str | None = None
+    generator: str | None = None
+    denoise_every: int = 0
+    denoiser: str | None = None
+    iterations: int | None = None
+    tv: float | None = None
+    learning_rate: float | None = None
+    optimizer: matching.Optimizer | None = None
+    layers: Layers | None = None
+    parametrisation: parametrise.Parametrisation | None = None
+    objective: str | None = None
+    restarts: int = 1
+    schedule: tuple[float, ...] | None = None
+    modes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that can never work."""
+        for name, least in (("restarts", 1), ("denoise_every", 0), ("iterations", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"setting 'hcgla.{name}' = {value}: must be at least {least}")
+        for name in ("tv", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and (value < 0 or (name == "learning_rate" and value == 0)):
+                raise ConfigError(f"setting 'hcgla.{name}' = {value}: must be positive")
+        if self.denoise_every and not self.denoiser:
+            raise ConfigError(
+                f"setting 'hcgla.denoise_every' = {self.denoise_every} needs 'hcgla.denoiser', the path of trained "
+                "weights (fedattack learn denoiser)"
+            )
+        if self.denoiser and not self.denoise_every:
+            raise ConfigError("setting 'hcgla.denoiser' does nothing without 'hcgla.denoise_every', as 100")
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse what is not (a multiple of) entries of one gradient, and settings without what they need.
+
+        Raises
+        ------
+        NotApplicable, ConfigError, DataError
+        """
+        engine.check_one_gradient(scenario)
+        if self.method == "gauss-newton":
+            gauss_newton.applies(_gradient_scenario(scenario))
+            GaussNewtonSettings(schedule=self.schedule, modes=self.modes)
+        starts.check_start(self._start, scenario, self.start_image, self.generator)
+        self._matching(scenario, max(1, scenario.training.batch_size))
+        if self.denoiser:
+            load_denoiser(self.denoiser)
+        if self._start == "generator" and self.generator:
+            load_generator(self.generator, scenario)
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> list[Reconstruction]:
+        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
+        if not observations:
+            return []
+        return _Run(self, observations, seed, device, progress).answers()
+
+    @property
+    def _start(self) -> starts.Start:
+        return "random" if self.start == "auto" and self.preset == "published" else self.start
+
+    def _matching(self, scenario: Scenario, batch: int) -> engine.Matching:
+        return matching.settings_for(
+            self.preset,
+            scenario.model,
+            batch,
+            iterations=self.iterations,
+            tv=self.tv,
+            learning_rate=self.learning_rate,
+            optimizer=self.optimizer,
+            layers=self.layers,
+            parametrisation=self.parametrisation,
+            objective=self.objective,
+            transform_every=self.denoise_every,
+        )
+
+
+def _gradient_scenario(scenario: Scenario) -> Scenario:
+    """The scenario in which the same client sends the gradient itself."""
+    training = scenario.training
+    if training.protocol == "fedsgd":
+        return scenario
+    plain = TrainingConfig(batch_size=training.batch_size, learning_rate=training.learning_rate)
+    return dataclasses.replace(scenario, training=plain)
+
+
+class _Run:
+    """One call: what its victims share is made once, here."""
+
+    def __init__(
+        self,
+        attack: HCGLA,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self._attack, self._device, self._progress = attack, device, progress
+        attack.check(observations[0].scenario)
+        for observation in observations:
+            if observation.num_examples < 1:
+                raise PayloadError(
+                    f"client {observation.client} declares {observation.num_examples} examples; at least 1 is needed"
+                )
+        self._received = {observation.key: observation for observation in observations}
+        self._observations = [
+            dataclasses.replace(
+                o, update=engine.as_gradient(o).to("cpu"), scenario=_gradient_scenario(o.scenario)
+            )
+            for o in observations
+        ]
+        self._seed = seed
+        first = self._observations[0]
+        images = labels.public_images(first.auxiliary, first.scenario.image_shape)
+        expected = labels.expectation(first.scenario.model, first.weights, images)
+        self._labels = [labels.infer_labels(o, o.update, expected) for o in self._observations]
+        self._details: list[dict[str, Any]] = [
+            {"kept": o.update.kept, "labels": found.note}
+            for o, found in zip(self._observations, self._labels, strict=True)
+        ]
+
+    @cached_property
+    def _prior(self) -> GaussianPrior:
+        first = self._observations[0]
+        return gaussian_prior(first.auxiliary, first.scenario.image_shape)
+
+    @cached_property
+    def _starts(self) -> starts.Starts:
+        attack = self._attack
+        generate: Callable[[Observation, Tensor], Tensor] | None = None
+        if attack._start == "generator" and attack.generator:
+            loaded = load_generator(attack.generator, next(iter(self._received.values())).scenario)
+
+            def generate(observation: Observation, values: Tensor) -> Tensor:
+                return loaded.start(self._received[observation.key], values)
+
+        return starts.Starts(attack._start, self._observations[0], self._seed, attack.start_image, generate)
+
+    def answers(self) -> list[Reconstruction]:
+        """Reconstructions in the order of the observations."""
+        solved: dict[int, gauss_newton.GaussNewtonResult] = {}
+        to_match: list[int] = []
+        total = len(self._observations)
+        candidates = self._for_gauss_newton(to_match)
+        for done, position in enumerate(candidates):
+
+            def told(share: float, text: str, done: int = done) -> None:
+                self._progress(
+                    (done + share) / total, f"Gauss-Newton, victim {done + 1}/{len(candidates)}: {text}"
+                )
+
+            solved[position] = gauss_newton.solve(
+                self._observations[position],
+                self._labels[position].values,
+                self._prior,
+                GaussNewtonSettings(schedule=self._attack.schedule, modes=self._attack.modes),
+                self._device,
+                told,
+            )
+            if self._attack.method == "auto" and not solved[position].explained:
+                to_match.append(position)
+        matched = self._match(sorted(to_match), len(candidates) / (len(candidates) + len(to_match)))
+        answers = []
+        for position in range(total):
+            if position in matched:
+                answers.append(self._matched(position, *matched[position], solved.get(position)))
+            else:
+                answers.append(self._solved(position, solved[position]))
+        return answers
+
+    def _for_gauss_newton(self, to_match: list[int]) -> list[int]:
+        """Victims that Gauss-Newton applies to; under "auto" the others join `to_match`, with the reason."""
+        if self._attack.method == "matching":
+            to_match += range(len(self._observations))
+            return []
+        fitting = []
+        for position, observation in enumerate(self._observations):
+            received = self._received[observation.key].scenario.training
+            try:
+                if received.protocol == "fedavg" and received.weight_decay:
+                    raise NotApplicable(
+                        f"training.weight_decay = {received.weight_decay} shifts the threshold under which entries "
+                        "were dropped, which Gauss-Newton relies on; use method 'matching'"
+                    )
+                gauss_newton.applies(
+                    observation.scenario,
+                    observation.update,
+                    round=observation.round,
+                    num_examples=observation.num_examples,
+                    labels=self._labels[position].values,
+                )
+            except NotApplicable as reason:
+                if self._attack.method == "gauss-newton":
+                    raise
+                self._details[position]["why"] = str(reason)
+                to_match.append(position)
+            else:
+                fitting.append(position)
+        return fitting
+
+    def _match(
+        self, positions: Sequence[int], before: float
+    ) -> dict[int, tuple[engine.Match, engine.Matching]]:
+        """Match the victims at `positions`, those of one batch size together."""
+        transform = load_denoiser(self._attack.denoiser) if self._attack.denoiser else None
+        groups: dict[int, list[int]] = defaultdict(list)
+        for position in positions:
+            groups[len(self._labels[position].values)].append(position)
+        found: dict[int, tuple[engine.Match, engine.Matching]] = {}
+        for batch, members in groups.items():
+            observations = [self._observations[position] for position in members]
+            values = [self._labels[position].values for position in members]
+            settings = self._attack._matching(observations[0].scenario, batch)
+            begin = [
+                self._starts.make(o, y, self._attack.restarts)
+                for o, y in zip(observations, values, strict=True)
+            ]
+            done = before + (1 - before) * len(found) / len(positions)
+            share = (1 - before) * len(members) / len(positions)
+
+            def told(part: float, text: str, done: float = done, share: float = share) -> None:
+                self._progress(done + part * share, text)
+
+            matches = matching.reconstruct(
+                observations,
+                values,
+                begin,
+                settings,
+                self._device,
+                told,
+                transform,
+                self._observations[0].auxiliary,
+            )
+            found |= {position: (one, settings) for position, one in zip(members, matches, strict=True)}
+        return found
+
+    def _answer(self, position: int, images: Tensor, **fields: Any) -> Reconstruction:
+        found: Labels = self._labels[position]
+        prior = self._starts.prior_image.clamp(0, 1).expand(len(found.values), -1, -1, -1)
+        return Reconstruction(
+            images.clamp(0, 1).float().cpu(),
+            found.values,
+            label_confidence=found.confidence,
+            floors={"prior": prior.clone()},
+            **fields,
+        )
+
+    def _solved(self, position: int, result: gauss_newton.GaussNewtonResult) -> Reconstruction:
+        details = self._details[position] | {"explained": result.explained, **result.details}
+        return self._answer(
+            position,
+            result.images,
+            loss=result.objective_per_number,
+            certificate=result.objective_per_number,
+            method="gauss-newton",
+            history=result.history,
+            details=details,
+        )
+
+    def _matched(
+        self,
+        position: int,
+        found: engine.Match,
+        settings: engine.Matching,
+        rejected: gauss_newton.GaussNewtonResult | None,
+    ) -> Reconstruction:
+        details = self._details[position] | {
+            "start": self._starts.name,
+            "restart": found.restart,
+            "recoveries": found.recoveries,
+            "iterations": len(found.history) - 1,
+            **{f"matching.{name}": value for name, value in dataclasses.asdict(settings).items()},
+        }
+        if rejected is not None:
+            details["why"] = (
+                f"Gauss-Newton leaves {rejected.objective_per_number:.3g} per measured number unexplained (about 1 "
+                "is right)"
+            )
+        return self._answer(
+            position, found.images, loss=found.loss, method="matching", history=found.history, details=details
+        )

@@ -1,0 +1,158 @@
+"""HCGLA's gradient matching: as published, and with what makes it work better."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adversaries.base import Progress, no_progress
+from adversaries.reconstruction.engine import Match, Matching, Transform, match
+from fedattack.config import ModelConfig
+from fedattack.observation import Auxiliary, Observation
+
+Preset = Literal["default", "published"]
+Optimizer = Literal["lbfgs", "lbfgs-armijo", "lbfgs-wolfe", "adam", "signed-adam"]
+
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "lbfgs": {"optimiser": "lbfgs", "line_search": "none"},
+    "lbfgs-armijo": {"optimiser": "lbfgs", "line_search": "armijo"},
+    "lbfgs-wolfe": {"optimiser": "lbfgs", "line_search": "wolfe"},
+    "adam": {"optimiser": "adam"},
+    "signed-adam": {"optimiser": "signed-adam"},
+}
+
+_RATES = {"lbfgs": 0.1, "lbfgs-armijo": 1.0, "lbfgs-wolfe": 1.0, "adam": 0.1, "signed-adam": 0.1}
+
+_TOGETHER = 64_000_000
+"""Numbers of one gradient prediction, over all victims, that are worth holding at once."""
+
+
+def published(model: ModelConfig, batch: int) -> Matching:
+    """The settings of Yang et al. and their released code.
+
+    42 calls of ``torch.optim.LBFGS`` with 20 iterations each, history 100 and no line search, learning rate 0.1 for
+    one image and 0.01 for batches; no regulariser and no clamping; of a ResNet only the last linear weight.
+    """
+    return Matching(
+        layers="last" if model.name.startswith("resnet") else "all",
+        line_search="none",
+        learning_rate=0.1 if batch == 1 else 0.01,
+        iterations=42 * 20,
+        memory=100,
+        block=20,
+        stop=6e-19,
+    )
+
+
+def improved(batch: int) -> Matching:
+    """Cosine coefficients, backtracking and, for batches, total variation."""
+    return Matching(
+        parametrisation="spectrum",
+        regularisers={"tv2": 1e-3} if batch > 1 else {},
+        line_search="armijo",
+        iterations=400,
+    )
+
+
+def settings_for(
+    preset: Preset,
+    model: ModelConfig,
+    batch: int,
+    *,
+    iterations: int | None = None,
+    tv: float | None = None,
+    learning_rate: float | None = None,
+    optimizer: Optimizer | None = None,
+    **others: Any,
+) -> Matching:
+    """A preset with some of its settings replaced; None keeps the preset's.
+
+    Parameters
+    ----------
+    preset : {"default", "published"}
+    model : ModelConfig
+        Resolved.
+    batch : int
+        Images per victim.
+    iterations : int, optional
+        Evaluations of objective and gradient.
+    tv : float, optional
+        Weight of the mean squared difference of neighbouring pixels, in units of the sent entries' squared norm.
+    learning_rate : float, optional
+    optimizer : str, optional
+        One of :data:`Optimizer`; brings its own learning rate unless that is given.
+    **others
+        Further fields of :class:`adversaries.reconstruction.engine.Matching`; None is passed over.
+    """
+    chosen = published(model, batch) if preset == "published" else improved(batch)
+    changes: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
+    if iterations is not None:
+        changes["iterations"] = iterations
+    if tv is not None:
+        changes["regularisers"] = {"tv2": tv} if tv else {}
+    if optimizer is not None:
+        changes |= _OPTIMIZERS[optimizer] | {"learning_rate": _RATES[optimizer], "block": 0}
+    if learning_rate is not None:
+        changes["learning_rate"] = learning_rate
+    return dataclasses.replace(chosen, **changes)
+
+
+def reconstruct(
+    observations: Sequence[Observation],
+    labels: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    settings: Matching,
+    device: torch.device,
+    progress: Progress = no_progress,
+    transform: Transform | None = None,
+    auxiliary: Auxiliary | None = None,
+) -> list[Match]:
+    """Match victims with one batch size, as many at a time as memory bears.
+
+    Parameters
+    ----------
+    observations : sequence of Observation
+        V victims of one round, with updates as gradients.
+    labels : sequence of Tensor
+        int64 (B,) each.
+    starts : sequence of Tensor
+        float32 (R, B, C, H, W) each.
+    settings : Matching
+    device : torch.device
+    progress : Progress
+    transform : callable, optional
+        Denoiser, for `settings.transform_every`.
+    auxiliary : Auxiliary, optional
+
+    Returns
+    -------
+    list of Match
+    """
+    found: list[Match] = []
+    restarts = starts[0].shape[0]
+    heaviest = max(observation.update.kept for observation in observations)
+    together = max(1, _TOGETHER // (restarts * heaviest))
+    total = len(observations)
+    for first in range(0, total, together):
+        part = slice(first, min(total, first + together))
+
+        def told(share: float, text: str, low: int = part.start, high: int = part.stop) -> None:
+            progress((low + share * (high - low)) / total, text)
+
+        found += match(
+            observations[first].scenario.model,
+            observations[first].weights,
+            [observation.update for observation in observations[part]],
+            torch.stack(list(labels[part])),
+            torch.stack(list(starts[part]), 1),
+            settings,
+            device,
+            told,
+            transform,
+            auxiliary,
+        )
+    return found

@@ -1,0 +1,130 @@
+"""What the optimiser turns: pixels, pixels in a box, or coefficients of a cosine basis."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import scipy.fft
+import torch
+from torch import Tensor
+
+from fedattack.observation import Auxiliary
+
+Parametrisation = Literal["pixels", "box", "spectrum"]
+
+
+class Chart(Protocol):
+    """A map between variables (V, N) and images (V, B, C, H, W)."""
+
+    def images(self, variables: Tensor) -> Tensor:
+        """Images of variables, differentiable."""
+        ...
+
+    def variables(self, images: Tensor) -> Tensor:
+        """Variables of images."""
+        ...
+
+
+class Pixels:
+    """Variables are pixels, unbounded."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+
+    def images(self, variables: Tensor) -> Tensor:
+        """(V, N) -> (V, B, C, H, W)."""
+        return variables.unflatten(1, self._shape)
+
+    def variables(self, images: Tensor) -> Tensor:
+        """(V, B, C, H, W) -> (V, N)."""
+        return images.flatten(1)
+
+
+class Box(Pixels):
+    """Variables are logits of pixels, which stay inside (0, 1)."""
+
+    def images(self, variables: Tensor) -> Tensor:
+        """(V, N) -> (V, B, C, H, W)."""
+        return super().images(torch.sigmoid(variables))
+
+    def variables(self, images: Tensor) -> Tensor:
+        """(V, B, C, H, W) -> (V, N)."""
+        return super().variables(torch.logit(images.clamp(0.01, 0.99)))
+
+
+class Spectrum:
+    """Variables are cosine coefficients of principal colours, each divided by the root of its usual deviation.
+
+    Natural images have little power at high frequencies. Scaling a coefficient by the power s of its deviation is a
+    preconditioner: s = 1 makes all coefficients equally likely and the gradient's high frequencies slow, s = 0 is
+    the pixels' metric. Half way a first-order optimiser gains most (8 dB on faces after 200 L-BFGS iterations).
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (B, C, H, W).
+    auxiliary : Auxiliary or None
+        Public images that say what is usual; None: deviation falling as 1 / frequency, plain colour channels.
+    device : torch.device
+    exponent : float
+        s, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        auxiliary: Auxiliary | None,
+        device: torch.device,
+        exponent: float = 0.5,
+    ) -> None:
+        _, channels, height, width = shape
+        self._shape = shape
+        self._down, self._across = _cosines(height), _cosines(width)
+        if auxiliary is not None and len(auxiliary) > 1:
+            centred = auxiliary.images.float().cpu()
+            centred = centred - centred.mean(0)
+            by_channel = centred.transpose(0, 1).flatten(1)
+            self._colours = torch.linalg.eigh(by_channel @ by_channel.T)[1]
+            deviation = self._analyse(centred).square().mean(0).sqrt()
+        else:
+            self._colours = torch.eye(channels)
+            vertical, horizontal = (
+                torch.arange(height)[:, None] / height,
+                torch.arange(width)[None, :] / width,
+            )
+            frequency = (vertical**2 + horizontal**2 + 1 / max(height, width) ** 2).sqrt()
+            deviation = (1 / frequency).expand(channels, -1, -1)
+        deviation = deviation / deviation.square().mean().sqrt()
+        self._scale = (deviation + 1e-4).pow(exponent).to(device)
+        self._colours, self._down, self._across = (
+            t.to(device) for t in (self._colours, self._down, self._across)
+        )
+
+    def _analyse(self, images: Tensor) -> Tensor:
+        """Coefficients (..., C, H, W) of images (..., C, H, W)."""
+        coefficients = self._down @ images @ self._across.T
+        return torch.einsum("...chw,cd->...dhw", coefficients, self._colours)
+
+    def images(self, variables: Tensor) -> Tensor:
+        """(V, N) -> (V, B, C, H, W)."""
+        coefficients = variables.unflatten(1, self._shape) * self._scale
+        planes = torch.einsum("...dhw,cd->...chw", coefficients, self._colours)
+        return self._down.T @ planes @ self._across
+
+    def variables(self, images: Tensor) -> Tensor:
+        """(V, B, C, H, W) -> (V, N)."""
+        return (self._analyse(images) / self._scale).flatten(1)
+
+
+def _cosines(size: int) -> Tensor:
+    """Orthonormal type-II cosine transform, float32 (size, size)."""
+    return torch.from_numpy(scipy.fft.dct(torch.eye(size).double().numpy(), axis=0, norm="ortho")).float()
+
+
+def chart(
+    kind: Parametrisation, shape: tuple[int, ...], auxiliary: Auxiliary | None, device: torch.device
+) -> Chart:
+    """The chart of that name for images (B, C, H, W) = `shape`."""
+    if kind == "spectrum":
+        return Spectrum(shape, auxiliary, device)
+    return Box(shape) if kind == "box" else Pixels(shape)
