@@ -290,11 +290,13 @@ def _recall(context: Context) -> Memory:
     record = context.state.get(_MEMORY)
     if not isinstance(record, ArrayRecord):
         return Memory()
-    return Memory({name: torch.from_numpy(_view(array)) for name, array in record.items()})
+    return Memory({name: torch.from_numpy(_writable(array)) for name, array in record.items()})
 
 
-def _view(array: Any) -> NDArray[Any]:
-    return array.view() if isinstance(array, HeldArray) else array.numpy()
+def _writable(array: Any) -> NDArray[Any]:
+    """What a client keeps, as memory that torch accepts: Ray's store and the journal are read-only."""
+    value = array.view() if isinstance(array, HeldArray) else array.numpy()
+    return value if value.flags.writeable else value.copy()
 
 
 def _remember(context: Context, memory: Memory) -> None:

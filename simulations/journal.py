@@ -10,6 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -179,7 +180,8 @@ class Journal:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise RunFailed(
                     f"no space left on the disk that holds {str(self.folder)!r}: round not journaled; free some "

@@ -21,9 +21,9 @@ class FeatureRegression:
     """Predicts an image from features of which only some are known.
 
     An unsent feature is known to be below a cap. Both facts are told to the regression by censoring the auxiliary
-    features in the same way, max(h_j, cap), so that it is fitted to exactly what it will be asked. Each victim has its
-    own caps and so its own normal equations; what does not depend on them is computed once, and the (F, C H W) matrix
-    of coefficients, of which a victim needs one row, is never formed.
+    features in the same way, max(h_j, cap), so that it is fitted to exactly what it will be asked. Each victim has
+    its own caps and so its own normal equations; what does not depend on them is computed once, and the matrix of
+    coefficients, of which a victim needs one combination, is never formed.
 
     Parameters
     ----------

@@ -149,7 +149,7 @@ def test_bad_input_is_refused(denoiser_file, pairs_file, scenario, weights, auxi
         {"architecture": "os:system"},
     ):
         learned.save_learned(tmp_path / "bent", tensors, metadata | change)
-        with pytest.raises(DataError, match="architecture|malformed"):
+        with pytest.raises(DataError, match=r"architecture|malformed"):
             load_denoiser(tmp_path / "bent")
     with pytest.raises(DataError, match="no such file"):
         load_pairs(tmp_path / "none")

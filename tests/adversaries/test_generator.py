@@ -232,6 +232,8 @@ def test_other_scenarios_and_weights_are_refused(digits, tmp_path):
         generator.start(Client(scenario, other, 0).observe(digits[:1], label, 0), label)
     with pytest.raises(NotApplicable, match="batch_size = 1, now 2"):
         generator.start(Client(scenario, weights, 0).observe(digits[:2], torch.tensor([1, 2]), 0), label)
+    with pytest.raises(NotApplicable, match="round 2 with error feedback"):
+        Client(make(error_feedback=True)[0], weights, 0, round=2)
     with pytest.raises(DataError, match="outside the head"):
         generator.start(Client(scenario, weights, 0).observe(digits[:1], label, 0), torch.tensor([100]))
 

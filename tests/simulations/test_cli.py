@@ -32,7 +32,17 @@ def test_help_fits_a_screen() -> None:
 
 def test_list_names_everything_with_a_line_each() -> None:
     shown = command("list").stdout
-    for word in ("hcgla", "fedmia", "unlearn-max-loss", "retrain", "faces", "qmnist", "lenet-zhu", "resnet34", "krum"):
+    for word in (
+        "hcgla",
+        "fedmia",
+        "unlearn-max-loss",
+        "retrain",
+        "faces",
+        "qmnist",
+        "lenet-zhu",
+        "resnet34",
+        "krum",
+    ):
         assert word in shown
 
 
@@ -126,7 +136,14 @@ def test_three_seats_in_one_run(tmp_path: Path) -> None:
     assert scored["attacks"]["hcgla"]["metrics"]["psnr"] == hcgla["metrics"]["psnr"]
 
     unscored = command(
-        "attack", str(folder), "--attack", "hcgla", "--engine", "inline", "--run-dir", str(tmp_path / "unscored")
+        "attack",
+        str(folder),
+        "--attack",
+        "hcgla",
+        "--engine",
+        "inline",
+        "--run-dir",
+        str(tmp_path / "unscored"),
     )
     assert unscored.returncode == 0, unscored.stderr
     assert len(list((tmp_path / "unscored" / "images" / "hcgla").glob("*.png"))) == 2

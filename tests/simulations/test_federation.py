@@ -144,7 +144,9 @@ def test_excluded_samples_are_as_if_they_had_never_been(world: World) -> None:
     # No bit of the excluded samples is left: with other pixels there, the result is the same.
     images = world.dataset.images.copy()
     for client, positions in excluded.items():
-        images[world.partitions[client][list(positions)]] = 255 - images[world.partitions[client][list(positions)]]
+        images[world.partitions[client][list(positions)]] = (
+            255 - images[world.partitions[client][list(positions)]]
+        )
     painted = replace(world, dataset=replace(world.dataset, images=images))
     again = run_federation(settings(), painted, excluded=excluded)
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in result.weights.items())
@@ -201,13 +203,23 @@ def test_records_hold_the_figures(world: World) -> None:
 def test_batch_norm_buffers_are_averaged_and_stay_variances(strategy: str) -> None:
     options = {"federation.strategy_options": {"eta": 1.0}} if strategy == "fedadam" else {}
     config = Config.from_mapping(
-        {**BASE, **options, "model": "rigged_models:batch_norm_net", "strategy": strategy, "rounds": 3, "clients": 3}
+        {
+            **BASE,
+            **options,
+            "model": "rigged_models:batch_norm_net",
+            "strategy": strategy,
+            "rounds": 3,
+            "clients": 3,
+        }
     )
     world = build_world(config)
     seen: list[Observation] = []
     states: dict[int, dict[str, Tensor]] = {}
     result = run_federation(
-        config, world, on_observation=seen.append, on_weights=lambda r, w: states.update({r: copy.deepcopy(w)})
+        config,
+        world,
+        on_observation=seen.append,
+        on_weights=lambda r, w: states.update({r: copy.deepcopy(w)}),
     )
     assert result.rounds[-1].buffer_bytes == 3 * 2 * 4 * 4
     assert result.rounds[-1].rejected == ()

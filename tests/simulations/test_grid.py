@@ -107,7 +107,9 @@ def test_an_actor_killed_in_mid_round_changes_no_bit(
     world: World, expected: FederationResult, ray_up: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fatal = expected.rounds[rigged_clients.FATAL_ROUND - 1]
-    assert rigged_clients.FATAL_CLIENT in fatal.clients, "the seed must draw the fatal client in the fatal round"
+    assert rigged_clients.FATAL_CLIENT in fatal.clients, (
+        "the seed must draw the fatal client in the fatal round"
+    )
     assert_same(on_ray(settings(actors=2), world, "rigged_clients:dying_once"), expected)
     assert (ray_up / "died").exists()
     assert "actor was lost" in caplog.text

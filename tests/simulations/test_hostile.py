@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import tracemalloc
 import zlib
@@ -25,18 +26,17 @@ from strategies.messages import METRICS, NUM_EXAMPLES, PACKED, PARTITION, TRAIN_
 
 HOSTILE = 2
 
-CONFIG = Config.from_mapping(
-    {
-        "dataset": "digits",
-        "model": "tiny-cnn",
-        "clients": 4,
-        "rounds": 2,
-        "compressor": "topk",
-        "compression": 0.01,
-        "engine": "inline",
-        "limit": 120,
-    }
-)
+SETTINGS = {
+    "dataset": "digits",
+    "model": "tiny-cnn",
+    "clients": 4,
+    "rounds": 2,
+    "compressor": "topk",
+    "compression": 0.01,
+    "engine": "inline",
+    "limit": 120,
+}
+CONFIG = Config.from_mapping(SETTINGS)
 HEADER = struct.Struct("<4sBBBBQQ")
 
 
@@ -45,7 +45,9 @@ def world() -> World:
     return build_world(CONFIG)
 
 
-def federation(world: World, reply: Callable[[Message, Message], Message], config: Config) -> FederationResult:
+def federation(
+    world: World, reply: Callable[[Message, Message], Message], config: Config
+) -> FederationResult:
     def meddle(message: Message, honest: Message, client: int, round: int) -> Message:
         return reply(message, honest) if client == HOSTILE else honest
 
@@ -157,7 +159,9 @@ def dense_reply(change: Callable[[ArrayRecord], None]) -> Callable[[Message, Mes
     """New weights, as an ordinary Flower client sends them, with one thing wrong."""
 
     def reply(message: Message, honest: Message) -> Message:
-        arrays = ArrayRecord({name: Array(array.numpy()) for name, array in message.content["arrays"].items()})
+        arrays = ArrayRecord(
+            {name: Array(array.numpy()) for name, array in message.content["arrays"].items()}
+        )
         change(arrays)
         honest.content[UPDATE] = arrays
         return honest
@@ -172,7 +176,10 @@ CASES = {
     "index out of range": (with_payload(out_of_range), "position"),
     "duplicate indices": (with_payload(duplicates), "position"),
     "truncated": (with_payload(lambda honest, n: payload_of(honest)[:-7]), "bytes"),
-    "truncated in the header": (with_payload(lambda honest, n: payload_of(honest)[:9]), "fewer than the header"),
+    "truncated in the header": (
+        with_payload(lambda honest, n: payload_of(honest)[:9]),
+        "fewer than the header",
+    ),
     "empty": (with_payload(lambda honest, n: b""), "0 bytes"),
     "a billion entries declared": (with_payload(declared(None, 10**9)), "declares 1000000000 entries"),
     "a billion parameters declared": (with_payload(declared(10**9, None)), "declares 1000000000 entries"),
@@ -194,7 +201,10 @@ CASES = {
         records(lambda content: content.__setitem__("more", ArrayRecord())),
         "2 ArrayRecords",
     ),
-    "nothing": (lambda message, honest: Message(RecordDict({"x": ConfigRecord()}), reply_to=message), "ArrayRecords"),
+    "nothing": (
+        lambda message, honest: Message(RecordDict({"x": ConfigRecord()}), reply_to=message),
+        "ArrayRecords",
+    ),
     "an unknown array": (
         records(lambda content: content[UPDATE].__setitem__("../x", Array(np.zeros(3, np.float32)))),
         "unknown array '../x'",
@@ -226,14 +236,12 @@ CASES = {
         "declares 40 bytes and brings 36",
     ),
     "dense weights without a header": (
-        dense_reply(lambda a: a.__setitem__("head.bias", Array("float32", (10,), "numpy.ndarray", b"x" * 40))),
+        dense_reply(
+            lambda a: a.__setitem__("head.bias", Array("float32", (10,), "numpy.ndarray", b"x" * 40))
+        ),
         "not readable as npy",
     ),
     "a dense weight missing": (dense_reply(lambda a: a.__delitem__("head.bias")), "'head.bias' is missing"),
-    "weights of float32's end": (
-        dense_reply(lambda a: a.__setitem__("head.bias", Array(np.full(10, 3e38, np.float32)))),
-        None,
-    ),
 }
 
 
@@ -243,7 +251,7 @@ def pickled_npy() -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("case", [name for name, (_, reason) in CASES.items() if reason])
+@pytest.mark.parametrize("case", CASES)
 def test_a_hostile_reply_is_rejected_and_the_round_goes_on(
     case: str, world: World, without: FederationResult, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,8 +267,7 @@ def test_a_hostile_reply_is_rejected_and_the_round_goes_on(
         assert record.clients == (0, 1, 3)
         assert [client for client, _ in record.rejected] == [HOSTILE]
         assert record.failed == ()
-        assert reason is not None
-        assert __import__("re").search(reason, record.rejected[0][1]), record.rejected[0][1]
+        assert re.search(reason, record.rejected[0][1]), record.rejected[0][1]
         assert f"round {record.round}: reply of client {HOSTILE} rejected: " in caplog.text
     assert [(r, c) for r, c, _ in result.rejections] == [(1, HOSTILE), (2, HOSTILE)]
     for name, tensor in without.weights.items():
@@ -284,9 +291,7 @@ def test_if_every_reply_is_rejected_the_weights_stay(world: World, caplog: pytes
 
 
 def test_hostile_batch_norm_buffers_are_rejected() -> None:
-    config = Config.from_mapping(
-        {**CONFIG.model_dump(), "model": {"name": "rigged_models:batch_norm_net"}, "rounds": 1}
-    )
+    config = Config.from_mapping(SETTINGS | {"model": "rigged_models:batch_norm_net", "rounds": 1})
     world = build_world(config)
     for change, reason in (
         (lambda a: a.__setitem__("1.running_var", Array(np.full(4, -1.0, np.float32))), "negative variance"),

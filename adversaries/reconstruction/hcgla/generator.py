@@ -91,6 +91,7 @@ class Generator:
         ------
         NotApplicable
         """
+        learned.check_memory(observation.scenario, observation.round)
         wanted = learned.described(
             observation.scenario, observation.weights, observation.num_examples, observation.round
         )

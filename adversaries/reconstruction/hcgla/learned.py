@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
-from adversaries.reconstruction.engine import as_gradient
+from adversaries.reconstruction.engine import accumulates, as_gradient
 from fedattack.compression import Compressor, Memory, build_compressor, decode, encode, kept_share
 from fedattack.compression.selection import largest, quotas
 from fedattack.config import ModelConfig
@@ -222,6 +222,20 @@ def draw_labels(count: int, classes: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.concatenate(rounds)[:count].astype(np.int64))
 
 
+def check_memory(scenario: Scenario, round: int) -> None:
+    """Refuse a round in which updates carry what earlier rounds held back: that cannot be imitated from one image.
+
+    Raises
+    ------
+    NotApplicable
+    """
+    if accumulates(scenario) and round > 1:
+        raise NotApplicable(
+            f"round {round} with error feedback or DGC: updates hold residuals of earlier rounds, which public "
+            "images cannot imitate; attack round 1"
+        )
+
+
 class Client:
     """An imitation of the scenario's client, for auxiliary images.
 
@@ -234,6 +248,11 @@ class Client:
     round : int
         1-based round whose compression is imitated. Clients start with an empty memory.
     device : torch.device
+
+    Raises
+    ------
+    NotApplicable
+        If a client's update of that round would hold residuals of earlier rounds.
     """
 
     def __init__(
@@ -244,6 +263,7 @@ class Client:
         round: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_memory(scenario, round)
         self.scenario, self.seed, self.round = scenario, seed, round
         self.weights = {name: tensor.detach().to(device) for name, tensor in weights.items()}
         self.module = build_model(scenario.model).to(device).train()
