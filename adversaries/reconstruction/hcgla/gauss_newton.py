@@ -217,7 +217,7 @@ def default_modes(size: int, batch: int) -> int:
 def default_schedule(measurements: int, unknowns: int, batch: int) -> tuple[float, ...]:
     """Falling values of s: fast where measurements outnumber unknowns, gentle elsewhere and for batches."""
     if batch == 1 and measurements >= unknowns:
-        return (0.3, 0.03, 0.003, 0.001)
+        return (1.0, 0.1, 0.01, 0.001)
     if batch == 2:
         return (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
     return (1.0, 0.3, 0.1, 0.03, 0.01)
