@@ -40,6 +40,9 @@ from strategies.messages import (  # noqa: E402
     TRAIN_LOSS,
     UPDATE,
     HeldArray,
+    LightArrays,
+    LightMetrics,
+    LightRecords,
     to_record,
     to_tensors,
 )
@@ -236,12 +239,11 @@ def train(message: Message, context: Context) -> Message:
         torch_rng(place.config.seed, "compression", round, client),
     )
     _remember(context, memory)
-    reply = ArrayRecord()
-    reply[PACKED] = to_array(encode(packet), place.compressor.numel)
+    reply = {PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():
         reply[name] = HeldArray(buffer.cpu().numpy())
-    metrics = MetricRecord({NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client})
-    return Message(RecordDict({UPDATE: reply, METRICS: metrics}), reply_to=message)
+    metrics = LightMetrics({NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client})
+    return Message(LightRecords({UPDATE: LightArrays(reply), METRICS: metrics}), reply_to=message)
 
 
 def _train(

@@ -136,19 +136,18 @@ class LocalGrid(Grid):
         """Let go of everything the grid holds."""
 
 
-def _answer(client_app: ClientApp, message: Message, context: Context, limit: int) -> RecordDict | Error:
-    """What a client answers: records, or an error with its reason where it raised one or answers without measure."""
+def _answer(client_app: ClientApp, message: Message, context: Context, limit: int) -> Message:
+    """What a client answers, or an error with its reason where it raised one or answers without measure."""
     try:
         reply = client_app(message, context)
     except Exception as error:
         log.debug("client %s raised\n%s", context.node_config[PARTITION], traceback.format_exc())
-        return Error(internals.CLIENT_RAISED, f"{type(error).__name__}: {error}")
-    if reply.has_error():
-        return reply.error
-    size = internals.size_of(reply.content)
+        return Message(Error(internals.CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    size = 0 if reply.has_error() else internals.size_of(reply.content)
     if size > limit:
-        return Error(OVERSIZED, f"reply has {size} bytes, no honest one has more than {limit}")
-    return reply.content
+        reason = f"reply has {size} bytes, no honest one has more than {limit}"
+        return Message(Error(OVERSIZED, reason), reply_to=message)
+    return reply
 
 
 def _limit(content: RecordDict) -> int:
@@ -206,8 +205,7 @@ class InlineGrid(LocalGrid):
                 if id(content) not in limits:
                     limits[id(content)] = _limit(content)
                 context = self._context(self.client_of(message.metadata.dst_node_id))
-                answer = _answer(self._app, message, context, limits[id(content)])
-                replies.append(Message(answer, reply_to=message))
+                replies.append(_answer(self._app, message, context, limits[id(content)]))
         finally:
             torch.set_num_threads(threads)
         return replies
@@ -299,7 +297,9 @@ class ClientActor:
             )
             context = self._context(client)
             answer = _answer(self._app, message, context, limits[index])
-            answers.append((answer.code, answer.reason) if isinstance(answer, Error) else to_plain(answer))
+            answers.append(
+                (answer.error.code, answer.error.reason) if answer.has_error() else to_plain(answer.content)
+            )
             if stateful:
                 states.append(to_plain(context.state))
         return (answers, *states) if states else answers

@@ -179,10 +179,12 @@ class _Run:
     ) -> None:
         self._attack, self._device, self._progress = attack, device, progress
         attack.check(observations[0].scenario)
+        agreed = observations[0].scenario.training.batch_size
         for observation in observations:
-            if observation.num_examples < 1:
+            if observation.num_examples < 1 or (agreed and observation.num_examples > agreed):
                 raise PayloadError(
-                    f"client {observation.client} declares {observation.num_examples} examples; at least 1 is needed"
+                    f"client {observation.client} declares {observation.num_examples} examples; 1 to "
+                    f"{agreed or 'all of its own'} were agreed"
                 )
         self._received = {observation.key: observation for observation in observations}
         self._observations = [
@@ -248,6 +250,7 @@ class _Run:
                 answers.append(self._matched(position, *matched[position], solved.get(position)))
             else:
                 answers.append(self._solved(position, solved[position]))
+        self._progress(1.0, "done")
         return answers
 
     def _for_gauss_newton(self, to_match: list[int]) -> list[int]:

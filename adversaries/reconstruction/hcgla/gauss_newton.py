@@ -337,10 +337,21 @@ def _anneal(
     return path
 
 
+def _step(state: State, per_image: list[Tensor], joint: Tensor, double: bool) -> Tensor:
+    """The step in float32 where that suffices; zero where even float64 has no answer (absurd values were sent)."""
+    for wide in (False, True):
+        if double and not wide:
+            continue
+        try:
+            return gauss_newton_step(state, per_image, joint, wide)
+        except torch.linalg.LinAlgError:
+            continue
+    return torch.zeros_like(state.z)
+
+
 def _descend(problem: Problem, state: State, s: float, anchor: Anchor, halvings: int) -> State:
     """One Gauss-Newton step, halved until the objective falls; the old state where it never does."""
-    per_image, joint = problem.jacobian(state)
-    step = gauss_newton_step(state, per_image, joint, double=s < DOUBLE_BELOW)
+    step = _step(state, *problem.jacobian(state), double=s < DOUBLE_BELOW)
     for halving in range(halvings + 1):
         candidate = problem.evaluate(state.z + step / 2**halving, s, anchor)
         if candidate.objective < state.objective:

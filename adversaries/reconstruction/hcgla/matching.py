@@ -48,14 +48,9 @@ def published(model: ModelConfig, batch: int) -> Matching:
     )
 
 
-def improved(batch: int) -> Matching:
-    """Cosine coefficients, backtracking and, for batches, total variation."""
-    return Matching(
-        parametrisation="spectrum",
-        regularisers={"tv2": 1e-3} if batch > 1 else {},
-        line_search="armijo",
-        iterations=400,
-    )
+def improved() -> Matching:
+    """Cosine coefficients and backtracking; total variation only costs detail once these are there."""
+    return Matching(parametrisation="spectrum", line_search="armijo", iterations=400)
 
 
 def settings_for(
@@ -88,7 +83,7 @@ def settings_for(
     **others
         Further fields of :class:`adversaries.reconstruction.engine.Matching`; None is passed over.
     """
-    chosen = published(model, batch) if preset == "published" else improved(batch)
+    chosen = published(model, batch) if preset == "published" else improved()
     changes: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
     if iterations is not None:
         changes["iterations"] = iterations
