@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from fedattack.data import World
 
 _MEMORY = "memory"
+_UNUSED = torch.Generator()
 
 app = ClientApp()
 
@@ -232,12 +233,9 @@ def train(message: Message, context: Context) -> Message:
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
     result = _train(place, place.weights(arrays), images, labels, steps, mu)
-    packet, memory = place.compressor.compress(
-        result.update,
-        _recall(context),
-        round,
-        torch_rng(place.config.seed, "compression", round, client),
-    )
+    draws = place.compressor.draws
+    generator = torch_rng(place.config.seed, "compression", round, client) if draws else _UNUSED
+    packet, memory = place.compressor.compress(result.update, _recall(context), round, generator)
     _remember(context, memory)
     reply = {PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():

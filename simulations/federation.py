@@ -7,10 +7,11 @@ from simulations.environment import prepare_environment
 prepare_environment()
 
 import dataclasses  # noqa: E402
+import gc  # noqa: E402
 import logging  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Collection, Mapping  # noqa: E402
-from contextlib import ExitStack  # noqa: E402
+from collections.abc import Callable, Collection, Iterator, Mapping  # noqa: E402
+from contextlib import ExitStack, contextmanager  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -265,16 +266,27 @@ def serve(
             return None
         return MetricRecord({"loss": record.loss, "accuracy": record.accuracy})
 
-    strategy.start(
-        grid=served,
-        initial_arrays=to_record(weights),
-        num_rounds=total,
-        timeout=_PATIENCE_SECONDS,
-        train_config=ConfigRecord(exclusion_settings(excluded or {})),
-        evaluate_fn=after_round,
-    )
+    with _settled_heap():
+        strategy.start(
+            grid=served,
+            initial_arrays=to_record(weights),
+            num_rounds=total,
+            timeout=_PATIENCE_SECONDS,
+            train_config=ConfigRecord(exclusion_settings(excluded or {})),
+            evaluate_fn=after_round,
+        )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
     return FederationResult(weights, rounds, rejections)
+
+
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Keep the collector from walking through all of torch again and again while replies come and go."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _journaled(

@@ -200,15 +200,15 @@ class _Light:
         return type(self)(dict(self._entries()))
 
 
-class LightArrays(_Light, ArrayRecord):  # type: ignore[misc]
+class LightArrays(_Light, ArrayRecord):
     """An ArrayRecord of arrays that need no check."""
 
 
-class LightMetrics(_Light, MetricRecord):  # type: ignore[misc]
+class LightMetrics(_Light, MetricRecord):
     """A MetricRecord of numbers that need no check."""
 
 
-class LightRecords(_Light, RecordDict):  # type: ignore[misc]
+class LightRecords(_Light, RecordDict):
     """A RecordDict of records that need no check."""
 
     @property

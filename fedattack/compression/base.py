@@ -56,6 +56,9 @@ class Compressor(ABC):
     codec: ClassVar[str]
     """Wire form of the packets: "dense", "sparse", "signs" or "quantised"."""
 
+    draws: ClassVar[bool] = True
+    """Whether :meth:`pack` draws from its generator; where it does not, callers need not seed one."""
+
     def __init__(
         self, config: CompressionConfig, names: Sequence[str], shapes: Sequence[Sequence[int]]
     ) -> None:

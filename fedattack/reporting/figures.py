@@ -60,7 +60,10 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
         for n in result.images
         if n not in ("original", "reconstruction", "flat grey", "auxiliary mean", best)
     ]
-    names = ["original", "reconstruction", *([best] if best in result.images else []), *others]
+    names = ["original", "reconstruction", *([best] if best in result.images else [])]
+    for name in others:  # a prior that is flat grey, say, need not be shown twice
+        if not any(torch.equal(result.images[name], result.images[seen]) for seen in names):
+            names.append(name)
     figure = Figure(figsize=(1.45 * shown + 1.5, 1.62 * len(names) + 0.75), layout="constrained")
     grid = figure.subplots(len(names), shown, squeeze=False)
     for row, name in enumerate(names):

@@ -14,11 +14,11 @@ import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
-import psutil  # noqa: E402
+import psutil  # type: ignore[import-untyped]  # noqa: E402
 import torch  # noqa: E402
 
 from fedattack.config import Config  # noqa: E402
@@ -66,8 +66,8 @@ def run(quick: bool = False) -> dict[str, Any]:
     Returns
     -------
     dict
-        CPU-seconds a round ("bare_cpu_s", "inline_cpu_s", "ray_cpu_s", "flower_cpu_s"), their ratios to the bare loop,
-        wall seconds, and all single rounds.
+        CPU-seconds a round ("bare_cpu_s", "inline_cpu_s", "ray_cpu_s", "flower_cpu_s"), their ratios to the bare
+        loop, wall seconds, and all single rounds.
     """
     clients, rounds = (50, 1) if quick else (1000, 5)
     config, world = crowd(clients)
@@ -154,12 +154,10 @@ def _table(figures: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     return table
 
 
-# ---------------------------------------------------------------------- Flower's own simulation, in a process of its own
-
-
 def _flower(clients: int) -> list[tuple[float, float]]:
+    """Flower's own simulation, in a process of its own: it shuts Ray down when it ends."""
     finished = subprocess.run(
-        [sys.executable, "-m", "simulations.bench.flower_native", str(clients)],
+        [sys.executable, "-m", "simulations.bench.flower_native", str(clients), str(_ACTORS)],
         capture_output=True,
         text=True,
         timeout=_FLOWER_SECONDS,
@@ -170,17 +168,3 @@ def _flower(clients: int) -> list[tuple[float, float]]:
         if line.startswith("{"):
             return [(figure["cpu_s"], figure["wall_s"]) for figure in [json.loads(line)]]
     raise RuntimeError(f"Flower's simulation gave no figures:\n{finished.stderr[-2000:]}")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence Flower's round-by-round log for the block."""
-    import logging
-
-    flower = logging.getLogger("flwr")
-    before = flower.level
-    flower.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        flower.setLevel(before)

@@ -47,7 +47,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     Raises
     ------
     RunFailed
-        If the two formulations disagree by more than 1e-4.
+        If the two formulations disagree by more than 1e-4 in the objective or 1e-3 in its gradient.
     """
     victims = 4 if quick else VICTIMS
     weights = initial_weights(MODEL, 7)
@@ -69,10 +69,10 @@ def run(quick: bool = False) -> dict[str, Any]:
             place = v if len(found[0]) > 1 else 0
             objective_error = max(objective_error, _error(found[0][place], reference[0][0]))
             gradient_error = max(gradient_error, _error(found[1][place], reference[1][0]))
-    if max(objective_error, gradient_error) > 1e-4:
+    if objective_error > 1e-4 or gradient_error > 1e-3:
         raise RunFailed(
             f"the closed form and the double backward disagree: objective by {objective_error:.2g}, gradient by "
-            f"{gradient_error:.2g} (relative; at most 1e-4)"
+            f"{gradient_error:.2g} (relative; at most 1e-4 and 1e-3)"
         )
 
     repeats = 3 if quick else 30

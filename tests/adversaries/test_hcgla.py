@@ -208,9 +208,19 @@ def test_without_public_images_it_starts_grey() -> None:
         run(HCGLA(method="matching", start="mean"), [dataclasses.replace(victims[0], auxiliary=None)])
 
 
+def test_total_variation_only_from_flat_starts_with_few_entries() -> None:
+    few, _ = seen(1, rate=0.01)
+    many, _ = seen(1, rate=0.2)
+    for victims, start, expected in ((few, "grey", {"tv2": 1e-3}), (few, "ridge", {}), (many, "grey", {})):
+        (answer,) = run(HCGLA(start=start, iterations=2), victims)  # type: ignore[arg-type]
+        assert answer.details["matching.regularisers"] == expected
+
+
 def test_published_preset_runs_as_published() -> None:
     victims, _ = seen(1)
-    (answer,) = run(HCGLA(method="matching", preset="published", iterations=6), victims)
+    (answer,) = run(HCGLA(preset="published", iterations=6), victims)
+    assert answer.method == "matching"
+    assert "published" in answer.details["why"]
     assert answer.details["start"] == "random"
     assert answer.details["matching.line_search"] == "none"
     assert answer.details["matching.learning_rate"] == 0.1
@@ -226,6 +236,8 @@ def test_published_preset_runs_as_published() -> None:
         ({"iterations": 0}, "hcgla.iterations"),
         ({"learning_rate": 0.0}, "hcgla.learning_rate"),
         ({"tv": -1.0}, "hcgla.tv"),
+        ({"method": "gauss-newton", "preset": "published"}, "hcgla.preset"),
+        ({"method": "gauss-newton", "start": "grey"}, "hcgla.start"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], named: str) -> None:

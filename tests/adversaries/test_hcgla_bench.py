@@ -12,7 +12,7 @@ from simulations.bench import hcgla_iteration
 def test_quick_run_agrees_with_the_dense_reference() -> None:
     figures = hcgla_iteration.run(quick=True)
     assert figures["objective_error"] < 1e-4
-    assert figures["gradient_error"] < 1e-4
+    assert figures["gradient_error"] < 1e-3
     assert figures["sent_entries"] == round(0.001 * 7_834_249)
     assert figures["speedup_one_victim"] > 1
     assert figures["speedup_batched"] > 1

@@ -137,7 +137,9 @@ def test_train_mode_batchnorm_without_side_effects() -> None:
     truth = smooth_images(2, 16)[None]
     first = model.predict(truth, slice(0, 1))
     # The client's own images explain its update, which holds in training mode only.
-    assert float(engine.masked_l2(first, model.sent).detach()) < 1e-6 * float(seen.update.values.square().sum())
+    assert float(engine.masked_l2(first, model.sent).detach()) < 1e-6 * float(
+        seen.update.values.square().sum()
+    )
     second = model.predict(truth, slice(0, 1))
     assert torch.equal(first.entries, second.entries)
     assert all(torch.equal(before[name], seen.weights[name]) for name in before)
@@ -186,7 +188,7 @@ def test_without_line_search_lbfgs_is_torchs() -> None:
         f.backward()
         return f
 
-    losses = [float(reference.step(closure)) for _ in range(4)]
+    losses = [float(reference.step(closure).detach()) for _ in range(4)]
     found = optimise.lbfgs(rosenbrock, start, 60, line_search="none", learning_rate=0.1, memory=100, block=20)
     # torch reports the loss at the beginning of each call of 20 iterations.
     assert [float(found.history[i]) for i in (0, 20, 40, 60)] == pytest.approx(losses, rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class HCGLA(ReconstructionAttack):
     Parameters
     ----------
     method : {"auto", "gauss-newton", "matching"}
-        "auto": Gauss-Newton where it applies and explains the update, else matching.
+        "auto": Gauss-Newton where it applies and explains the update, else matching. Asking for a preset, a start or
+        a denoiser asks for matching.
     preset : {"default", "published"}
         Settings of matching: ours, or the paper's (L-BFGS without line search from N(0, 1), 42 x 20 iterations).
     start : str
@@ -107,6 +109,21 @@ class HCGLA(ReconstructionAttack):
         if self.denoiser and not self.denoise_every:
             raise ConfigError("setting 'hcgla.denoiser' does nothing without 'hcgla.denoise_every', as 100")
 
+        if self.method == "gauss-newton" and self._asks_for_matching:
+            raise ConfigError(
+                f"setting 'hcgla.method' = 'gauss-newton': {self._asks_for_matching} belongs to method 'matching'"
+            )
+
+    @property
+    def _asks_for_matching(self) -> str:
+        """The setting that only matching has and that was changed, if any."""
+        asked = {
+            "preset": self.preset != "default",
+            "start": self.start != "auto",
+            "denoise_every": self.denoise_every > 0,
+        }
+        return ", ".join(f"hcgla.{name} = {getattr(self, name)!r}" for name, given in asked.items() if given)
+
     def check(self, scenario: Scenario) -> None:
         """Refuse what is not (a multiple of) entries of one gradient, and settings without what they need.
 
@@ -141,11 +158,12 @@ class HCGLA(ReconstructionAttack):
     def _start(self) -> starts.Start:
         return "random" if self.start == "auto" and self.preset == "published" else self.start
 
-    def _matching(self, scenario: Scenario, batch: int) -> engine.Matching:
+    def _matching(self, scenario: Scenario, batch: int, smooth: bool = False) -> engine.Matching:
         return matching.settings_for(
             self.preset,
             scenario.model,
             batch,
+            smooth=smooth,
             iterations=self.iterations,
             tv=self.tv,
             learning_rate=self.learning_rate,
@@ -195,7 +213,9 @@ class _Run:
         ]
         self._seed = seed
         first = self._observations[0]
-        images = labels.public_images(first.auxiliary, first.scenario.image_shape)
+        images = labels.public_images(
+            first.auxiliary, first.scenario.image_shape, labels.enough(first.scenario.model)
+        )
         expected = labels.expectation(first.scenario.model, first.weights, images)
         self._labels = [labels.infer_labels(o, o.update, expected) for o in self._observations]
         self._details: list[dict[str, Any]] = [
@@ -255,8 +275,11 @@ class _Run:
 
     def _for_gauss_newton(self, to_match: list[int]) -> list[int]:
         """Victims that Gauss-Newton applies to; under "auto" the others join `to_match`, with the reason."""
-        if self._attack.method == "matching":
+        asked = self._attack._asks_for_matching
+        if self._attack.method == "matching" or asked:
             to_match += range(len(self._observations))
+            for details in self._details:
+                details["why"] = f"{asked or 'method matching'} was asked for"
             return []
         fitting = []
         for position, observation in enumerate(self._observations):
@@ -286,16 +309,20 @@ class _Run:
     def _match(
         self, positions: Sequence[int], before: float
     ) -> dict[int, tuple[engine.Match, engine.Matching]]:
-        """Match the victims at `positions`, those of one batch size together."""
+        """Match the victims at `positions`, those of one shape and preset together."""
         transform = load_denoiser(self._attack.denoiser) if self._attack.denoiser else None
-        groups: dict[int, list[int]] = defaultdict(list)
+        informed = self._starts.name in ("ridge", "generator")
+        groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for position in positions:
-            groups[len(self._labels[position].values)].append(position)
+            batch = len(self._labels[position].values)
+            unknowns = batch * math.prod(self._observations[position].scenario.image_shape)
+            smooth = not informed and self._observations[position].update.kept < unknowns
+            groups[batch, smooth].append(position)
         found: dict[int, tuple[engine.Match, engine.Matching]] = {}
-        for batch, members in groups.items():
+        for (batch, smooth), members in groups.items():
             observations = [self._observations[position] for position in members]
             values = [self._labels[position].values for position in members]
-            settings = self._attack._matching(observations[0].scenario, batch)
+            settings = self._attack._matching(observations[0].scenario, batch, smooth)
             begin = [
                 self._starts.make(o, y, self._attack.restarts)
                 for o, y in zip(observations, values, strict=True)

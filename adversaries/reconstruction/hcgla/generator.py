@@ -38,7 +38,7 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3
 FOLDS = 5
 RANK = 512
 BATCHES = {"ridge-conv": 64, "deconv": 16}
-EPOCHS = {"ridge-conv": 6, "deconv": 10}
+EPOCHS = {"ridge-conv": 4, "deconv": 10}
 LEARNING_RATES = {"ridge-conv": 2e-3, "deconv": 1e-2}
 
 
