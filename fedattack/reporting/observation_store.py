@@ -89,6 +89,8 @@ def save_observation(folder: Path | str, observation: Observation) -> Path:
         tensors = {"images": observation.auxiliary.images}
         if observation.auxiliary.labels is not None:
             tensors["labels"] = observation.auxiliary.labels
+        if observation.auxiliary.groups is not None:
+            tensors["groups"] = observation.auxiliary.groups
         auxiliary = _save_once(folder, "auxiliary", tensors)
     update = observation.update
     sent = {"values": update.values}

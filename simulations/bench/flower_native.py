@@ -1,7 +1,7 @@
 """The same clients and the same strategy on Flower's own simulation engine, for comparison with the grids here.
 
-``python -m simulations.bench.flower_native CLIENTS ACTORS`` prints one JSON line: CPU-seconds of the process tree and wall
-seconds of the second of two rounds.
+``python -m simulations.bench.flower_native CLIENTS ACTORS`` prints one JSON line: CPU-seconds of the process tree and
+wall seconds of the second of two rounds.
 """
 
 from __future__ import annotations
