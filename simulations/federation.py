@@ -177,6 +177,7 @@ def run_federation(
         else:
             grid.reset()
         stack.enter_context(server_identity(grid.run_id))
+        stack.enter_context(_hushed(logging.WARNING))
         return serve(
             grid,
             config,
@@ -225,8 +226,10 @@ def serve(
         if replayed >= first_round:
             log.info("rounds %d to %d come from the journal", first_round, replayed)
     reports: list[RoundReport] = []
+    with _hushed(logging.ERROR):  # FedAvg warns of what was asked of it: no evaluation on clients
+        aggregator = build_strategy(config.federation, config.training.learning_rate)
     strategy = Eavesdropper(
-        build_strategy(config.federation, config.training.learning_rate),
+        aggregator,
         world.scenario,
         on_observation=on_observation,
         observe=observe,
@@ -277,6 +280,18 @@ def serve(
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
     return FederationResult(weights, rounds, rejections)
+
+
+@contextmanager
+def _hushed(level: int) -> Iterator[None]:
+    """Have Flower log nothing below `level` for the block."""
+    flower = logging.getLogger("flwr")
+    before = flower.level
+    flower.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        flower.setLevel(before)
 
 
 @contextmanager

@@ -91,9 +91,13 @@ class HeldArray(Array):
         """A copy that the caller owns, as Flower's arrays give."""
         return self._value().copy()
 
+    # It travels as a plain Array, by pickle or through a SuperLink: whoever opens it needs none of these classes.
     def __reduce__(self) -> tuple[Any, ...]:
-        # Travels as a plain Array: whoever opens it needs none of this project's classes.
         return Array, (self.dtype, self.shape, self.stype, self.data)
+
+    def deflate(self) -> bytes:
+        """Flower's wire format."""
+        return Array(self.dtype, self.shape, self.stype, self.data).deflate()
 
 
 class SteppedArray(HeldArray):
@@ -150,9 +154,14 @@ class _Light:
     def __init__(self, entries: dict[str, Any]) -> None:
         self.__dict__["_light"] = entries
 
+    # It travels as Flower's own record, as the arrays do.
     def __reduce__(self) -> tuple[Any, ...]:
-        # Travels as Flower's own record, as the arrays do.
         return type(self).__mro__[2], (self._entries(),)
+
+    def deflate(self) -> bytes:
+        """Flower's wire format."""
+        whole: bytes = type(self).__mro__[2](self._entries()).deflate()
+        return whole
 
     def _entries(self) -> dict[str, Any]:
         entries: dict[str, Any] = self.__dict__["_light"]

@@ -218,10 +218,12 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
     if document.auxiliary is not None:
         source = folder / document.auxiliary
         public = _read_once(source, shared)
-        images, labels = _images(source, public, scenario.image_shape), public.get("labels")
-        if labels is not None and (labels.dtype != torch.int64 or labels.shape != (len(images),)):
-            raise DataError(f"{source}: labels must be int64 of shape ({len(images)},)")
-        auxiliary = Auxiliary(images, labels, document.auxiliary_source)
+        images = _images(source, public, scenario.image_shape)
+        for name in ("labels", "groups"):
+            numbers = public.get(name)
+            if numbers is not None and (numbers.dtype != torch.int64 or numbers.shape != (len(images),)):
+                raise DataError(f"{source}: {name} must be int64 of shape ({len(images)},)")
+        auxiliary = Auxiliary(images, public.get("labels"), document.auxiliary_source, public.get("groups"))
     return Observation(
         round=document.round,
         client=document.client,

@@ -82,7 +82,7 @@ class GaussNewtonSettings:
     schedule: tuple[float, ...] | None = None
     modes: int | None = None
     max_objective: float = 1.5
-    steps: int = 3
+    steps: int = 6
     last_steps: int = 1
     halvings: int = 5
     feature_noise: float = 0.03
@@ -218,9 +218,9 @@ def default_schedule(measurements: int, unknowns: int, batch: int) -> tuple[floa
     """Falling values of s: fast where measurements outnumber unknowns, gentle elsewhere and for batches."""
     if batch == 1 and measurements >= unknowns:
         return (1.0, 0.1, 0.01, 0.001)
-    if batch == 2:
-        return (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
-    return (1.0, 0.3, 0.1, 0.03, 0.01)
+    if batch == 1:
+        return (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+    return (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 
 
 def solve(
