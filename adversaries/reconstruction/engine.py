@@ -177,8 +177,8 @@ class Matching:
         for name in self.regularisers:
             if name not in REGULARISERS:
                 raise unknown_name("regulariser", name, REGULARISERS)
-        if self.iterations < 1:
-            raise ConfigError(f"setting 'iterations' = {self.iterations}: must be at least 1")
+        if self.iterations < 0:
+            raise ConfigError(f"setting 'iterations' = {self.iterations}: must not be negative")
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from adversaries.reconstruction.gradients import Layers
 from adversaries.reconstruction.hcgla import gauss_newton, labels, matching, starts
 from adversaries.reconstruction.hcgla.denoiser import load_denoiser
 from adversaries.reconstruction.hcgla.gauss_newton import GaussNewtonSettings
-from adversaries.reconstruction.hcgla.generator import load_generator
+from adversaries.reconstruction.hcgla.generator import load_generator, obtain_generator
 from adversaries.reconstruction.hcgla.labels import Labels
 from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.observation import Observation, Reconstruction, Scenario
 
-Method = Literal["auto", "gauss-newton", "matching"]
+Method = Literal["auto", "gauss-newton", "matching", "generator"]
 
 
 @dataclass
@@ -39,9 +39,9 @@ class HCGLA(ReconstructionAttack):
 
     Parameters
     ----------
-    method : {"auto", "gauss-newton", "matching"}
+    method : {"auto", "gauss-newton", "matching", "generator"}
         "auto": Gauss-Newton where it applies and explains the update, else matching. Asking for a preset, a start or
-        a denoiser asks for matching.
+        a denoiser asks for matching. "generator": what the trained generator draws, with no optimisation after it.
     preset : {"default", "published"}
         Settings of matching: ours, or the paper's (L-BFGS without line search from N(0, 1), 42 x 20 iterations).
     start : str
@@ -50,11 +50,12 @@ class HCGLA(ReconstructionAttack):
     start_image : str, optional
         Picture for start "image".
     generator : str, optional
-        Trained weights for start "generator" (``fedattack learn generator``).
+        For start or method "generator": the file of a trained one (``fedattack hcgla train-generator``), or "train"
+        to train one on the auxiliary images before the attack, which takes minutes.
     denoise_every : int
         Clean the images with `denoiser` after each this many matching iterations; 0: never.
     denoiser : str, optional
-        Trained weights of the denoiser.
+        Trained weights of the denoiser (``fedattack hcgla train-denoiser``).
     iterations, tv, learning_rate, optimizer, layers, parametrisation, objective
         Replace a setting of the preset; None keeps it. See
         :func:`adversaries.reconstruction.hcgla.matching.settings_for`.
@@ -104,7 +105,7 @@ class HCGLA(ReconstructionAttack):
         if self.denoise_every and not self.denoiser:
             raise ConfigError(
                 f"setting 'hcgla.denoise_every' = {self.denoise_every} needs 'hcgla.denoiser', the path of trained "
-                "weights (fedattack learn denoiser)"
+                "weights (fedattack hcgla train-denoiser)"
             )
         if self.denoiser and not self.denoise_every:
             raise ConfigError("setting 'hcgla.denoiser' does nothing without 'hcgla.denoise_every', as 100")
@@ -139,7 +140,7 @@ class HCGLA(ReconstructionAttack):
         self._matching(scenario, max(1, scenario.training.batch_size))
         if self.denoiser:
             load_denoiser(self.denoiser)
-        if self._start == "generator" and self.generator:
+        if self._start == "generator" and self.generator and self.generator != "train":
             load_generator(self.generator, scenario)
 
     def run(
@@ -156,6 +157,8 @@ class HCGLA(ReconstructionAttack):
 
     @property
     def _start(self) -> starts.Start:
+        if self.method == "generator":
+            return "generator"
         return "random" if self.start == "auto" and self.preset == "published" else self.start
 
     def _matching(self, scenario: Scenario, batch: int, smooth: bool = False) -> engine.Matching:
@@ -164,7 +167,7 @@ class HCGLA(ReconstructionAttack):
             scenario.model,
             batch,
             smooth=smooth,
-            iterations=self.iterations,
+            iterations=0 if self.method == "generator" else self.iterations,
             tv=self.tv,
             learning_rate=self.learning_rate,
             optimizer=self.optimizer,
@@ -233,7 +236,8 @@ class _Run:
         attack = self._attack
         generate: Callable[[Observation, Tensor], Tensor] | None = None
         if attack._start == "generator" and attack.generator:
-            loaded = load_generator(attack.generator, next(iter(self._received.values())).scenario)
+            received = next(iter(self._received.values()))
+            loaded = obtain_generator(attack.generator, received, self._seed, self._device, self._progress)
 
             def generate(observation: Observation, values: Tensor) -> Tensor:
                 return loaded.start(self._received[observation.key], values)
@@ -276,10 +280,10 @@ class _Run:
     def _for_gauss_newton(self, to_match: list[int]) -> list[int]:
         """Victims that Gauss-Newton applies to; under "auto" the others join `to_match`, with the reason."""
         asked = self._attack._asks_for_matching
-        if self._attack.method == "matching" or asked:
+        if self._attack.method in ("matching", "generator") or asked:
             to_match += range(len(self._observations))
             for details in self._details:
-                details["why"] = f"{asked or 'method matching'} was asked for"
+                details["why"] = f"{asked or f'method {self._attack.method}'} was asked for"
             return []
         fitting = []
         for position, observation in enumerate(self._observations):
@@ -348,12 +352,18 @@ class _Run:
 
     def _answer(self, position: int, images: Tensor, **fields: Any) -> Reconstruction:
         found: Labels = self._labels[position]
-        prior = self._starts.prior_image.clamp(0, 1).expand(len(found.values), -1, -1, -1)
+        floors = {"prior": self._starts.prior_image.clamp(0, 1).expand(len(found.values), -1, -1, -1).clone()}
+        public = self._observations[position].auxiliary
+        if public is not None and public.labels is not None:
+            # What the label alone gives away: an attacker that learnt nothing else would answer the class's mean.
+            means = [public.images[public.labels == label] for label in found.values]
+            if all(len(images) > 1 for images in means):
+                floors["label alone"] = torch.stack([images.mean(0) for images in means]).clamp(0, 1)
         return Reconstruction(
             images.clamp(0, 1).float().cpu(),
             found.values,
             label_confidence=found.confidence,
-            floors={"prior": prior.clone()},
+            floors=floors,
             **fields,
         )
 
@@ -388,6 +398,7 @@ class _Run:
                 f"Gauss-Newton leaves {rejected.objective_per_number:.3g} per measured number unexplained (about 1 "
                 "is right)"
             )
+        method = "generator" if self._attack.method == "generator" else "matching"
         return self._answer(
-            position, found.images, loss=found.loss, method="matching", history=found.history, details=details
+            position, found.images, loss=found.loss, method=method, history=found.history, details=details
         )
