@@ -296,6 +296,8 @@ class _OneImage:
         outputs = closed_form.forward_tangents(chain, weights, self.forward, tangents)
         top = outputs[-1].flatten(1)
         last, biases, entries = self._head(top)
+        if not len(m.conv_positions):
+            return torch.cat([biases, entries], 1), top[:, self.active] * self.feature_scale
         gradients = closed_form.conv_gradient_tangents(
             chain,
             weights,
