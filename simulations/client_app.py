@@ -185,9 +185,10 @@ def round_batches(
     DataError
         If nothing is left to train on.
     """
+    if not excluded:
+        return batch_positions(size, config.training, config.seed, round, client)
     left = remaining_positions(size, excluded)
-    batches = batch_positions(len(left), config.training, config.seed, round, client)
-    return [left[batch] for batch in batches] if excluded else batches
+    return [left[batch] for batch in batch_positions(len(left), config.training, config.seed, round, client)]
 
 
 def drops_out(config: Config, round: int, client: int) -> bool:

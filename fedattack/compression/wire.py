@@ -188,8 +188,8 @@ def _width(levels: int) -> int:
     return (2 * levels).bit_length()
 
 
-def _floats(values: NDArray[np.float32]) -> memoryview:
-    return np.ascontiguousarray(values, dtype="<f4").view(np.uint8).data
+def _floats(values: NDArray[np.float32]) -> bytes:
+    return values.astype("<f4", copy=False).tobytes()
 
 
 def _read_floats(data: memoryview) -> NDArray[np.float32]:
