@@ -7,7 +7,7 @@ import datetime
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +98,13 @@ def run_directory(config: Config) -> Path:
     return Path("runs") / "-".join([stamp, *(config.attack.names or ("federation",))])
 
 
-def simulate(config: Config, *, console: Console | None = None, command: str = "") -> RunResult:
+def simulate(
+    config: Config,
+    *,
+    console: Console | None = None,
+    command: str = "",
+    federate: Callable[..., FederationResult] = run_federation,
+) -> RunResult:
     """Train a federation, attack it, audit the attacks and write the run folder.
 
     Everything that can be refused is refused before anything starts. A killed run, started again with the same
@@ -111,6 +117,8 @@ def simulate(config: Config, *, console: Console | None = None, command: str = "
         Where progress and the table go; None: nowhere.
     command : str
         The command line, for the report.
+    federate : callable
+        What trains, called like :func:`simulations.federation.run_federation`; ``flwr run`` brings its own grid here.
 
     Returns
     -------
@@ -143,7 +151,7 @@ def simulate(config: Config, *, console: Console | None = None, command: str = "
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
     with logging_to(folder), session, stages(console) as shown:
         run = _Run(config, world, folder, attacks, shown)
-        federation = run.federate()
+        federation = run.train(federate)
         run.collect()
         audits = run.audit(federation)
     results = list(audits.values())
@@ -373,11 +381,11 @@ class _Run:
         self._all: list[Observation] = []
         self.truths: list[GroundTruth] = []
 
-    def federate(self) -> FederationResult:
+    def train(self, federate: Callable[..., FederationResult]) -> FederationResult:
         """Train; hand each round's observations to the attacks while the rounds go on."""
         total = self.config.federation.rounds
         self.shown("federation", 0.0, f"round 1 of {total}")
-        return run_federation(
+        return federate(
             self.config,
             self.world,
             run_dir=self.folder.path,
