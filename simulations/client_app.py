@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
-prepare_environment()
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from collections.abc import Collection, Mapping  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-from functools import cached_property, lru_cache  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict  # noqa: E402
-from flwr.clientapp import ClientApp  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from fedattack.compression import Compressor, Memory, build_compressor, encode  # noqa: E402
-from fedattack.compression.carrier import to_array  # noqa: E402
-from fedattack.config import Config, EngineConfig, TrainingConfig  # noqa: E402
-from fedattack.errors import ConfigError, DataError  # noqa: E402
-from fedattack.models import build_model  # noqa: E402
-from fedattack.observation import Scenario  # noqa: E402
-from fedattack.rng import numpy_rng, torch_rng  # noqa: E402
-from fedattack.training import LocalResult, batch_positions, evaluate, local_update  # noqa: E402
-from simulations.attacking import choose_device  # noqa: E402
-from strategies.messages import (  # noqa: E402
+from fedattack.compression import Compressor, Memory, build_compressor, encode
+from fedattack.compression.carrier import to_array
+from fedattack.config import Config, EngineConfig, TrainingConfig
+from fedattack.errors import ConfigError, DataError
+from fedattack.models import build_model
+from fedattack.observation import Scenario
+from fedattack.rng import numpy_rng, torch_rng
+from fedattack.training import LocalResult, batch_positions, evaluate, local_update
+from simulations.attacking import choose_device
+from strategies.messages import (
     ARRAYS,
     CONFIG,
     DROPPED_OUT,

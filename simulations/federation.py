@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
+import dataclasses
+import gc
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-prepare_environment()
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
 
-import dataclasses  # noqa: E402
-import gc  # noqa: E402
-import logging  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Collection, Iterator, Mapping  # noqa: E402
-from contextlib import ExitStack, contextmanager  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import numpy as np  # noqa: E402
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: E402
-from flwr.serverapp import Grid  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from fedattack.config import Config  # noqa: E402
-from fedattack.data import World  # noqa: E402
-from fedattack.errors import ConfigError, RunFailed  # noqa: E402
-from fedattack.models import build_model, initial_weights  # noqa: E402
-from fedattack.observation import Observation, UnlearningRequest  # noqa: E402
-from fedattack.training import evaluate  # noqa: E402
-from simulations.attacking import choose_device  # noqa: E402
-from simulations.client_app import Workplace, exclusion_settings  # noqa: E402
-from simulations.flower_internals import server_identity  # noqa: E402
-from simulations.grid import LocalGrid, PartitionedGrid, open_grid  # noqa: E402
-from simulations.journal import Journal, JournaledGrid  # noqa: E402
-from strategies import Eavesdropper, RoundReport, averages_buffers, build_strategy  # noqa: E402
-from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors  # noqa: E402
+from fedattack.config import Config
+from fedattack.data import World
+from fedattack.errors import ConfigError, RunFailed
+from fedattack.models import build_model, initial_weights
+from fedattack.observation import Observation, UnlearningRequest
+from fedattack.training import evaluate
+from simulations.attacking import choose_device
+from simulations.client_app import Workplace, exclusion_settings
+from simulations.flower_internals import server_identity
+from simulations.grid import LocalGrid, PartitionedGrid, open_grid
+from simulations.journal import Journal, JournaledGrid
+from strategies import Eavesdropper, RoundReport, averages_buffers, build_strategy
+from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors
 
 log = logging.getLogger("fedattack.federation")
 

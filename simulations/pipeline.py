@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
 from adversaries.base import attack_options
+from fedattack.compression import COMPRESSORS
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
 from fedattack.errors import ConfigError, RunFailed, unknown_name
@@ -36,11 +37,16 @@ from fedattack.reporting import load_truths as read_truths
 from fedattack.reporting.records import summary_document
 from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
+from fedattack.unlearning import MECHANISMS
 from simulations.attacking import Attacked, Executor, choose_device, groups, make_executor
 from simulations.client_app import round_batches
 from simulations.federation import FederationResult, RoundRecord, run_federation
 from simulations.grid import ray_session
 from simulations.seats import check_seats, membership_experiment, unlearning_experiment
+from strategies import build_strategy
+
+# A run has its own progress bars and table; Flower's lines between them would say the same again.
+logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,19 @@ def choose_attacks(config: Config) -> dict[str, Attack]:
         name: build_attack(cls, name, config.attack.options.get(name, {}), config.attack.shared_options)
         for name, cls in classes.items()
     }
+
+
+def check_names(config: Config) -> None:
+    """Refuse unknown names and devices before anything is read.
+
+    Raises
+    ------
+    BadRequest
+    """
+    build_strategy(config.federation, config.training.learning_rate)
+    COMPRESSORS.get(config.compression.name)
+    MECHANISMS.get(config.unlearning.mechanism)
+    choose_device(config.engine.device)
 
 
 def run_directory(config: Config) -> Path:
@@ -140,7 +159,7 @@ def simulate(
     """
     console = console or Console(quiet=True)
     attacks = choose_attacks(config)
-    choose_device(config.engine.device)
+    check_names(config)
     world = build_world(config)
     for attack in attacks.values():
         attack.check(world.scenario)

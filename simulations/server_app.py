@@ -1,30 +1,27 @@
-"""The ServerApp of ``flwr run .``: the same clients and strategy, on Flower's own engine.
+"""The ServerApp of ``flwr run .``: the same clients, strategy, attacks and report, on Flower's own engine.
 
-Flower's exit code is 0 even when a run failed, so what became of the run is written to a file:
-``flower-run.json`` in `run-dir`.
+The attacks run in the ServerApp's process. Flower's exit code is 0 even when a run failed, so what became of the run
+is written to a file: ``flower-run.json`` in `run-dir`.
 """
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
 
-prepare_environment()
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from safetensors.torch import save_file
 
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-from flwr.app import Context  # noqa: E402
-from flwr.serverapp import Grid, ServerApp  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-from fedattack.config import Config  # noqa: E402
-from fedattack.data import build_world  # noqa: E402
-from fedattack.errors import ConfigError, FedattackError  # noqa: E402
-from simulations.federation import FederationResult, serve  # noqa: E402
-from simulations.grid import PartitionedGrid  # noqa: E402
+from fedattack.config import Config
+from fedattack.data import World
+from fedattack.errors import ConfigError, FedattackError
+from simulations.federation import FederationResult, serve
+from simulations.grid import PartitionedGrid
+from simulations.pipeline import simulate
 
 REPORT = "flower-run.json"
 WEIGHTS = "weights.safetensors"
@@ -34,12 +31,18 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train the federation of the run's configuration and write down what became of it."""
-    config = Config.from_mapping(context.run_config)
-    run_dir = report_folder(config)
+    """Carry out the run's configuration, attacks and report included, and write down what became of it."""
+    asked = Config.from_mapping(context.run_config)
+    run_dir = report_folder(asked)
+    config = asked.model_copy(update={"engine": asked.engine.model_copy(update={"name": "inline"})})
+    (run_dir / REPORT).unlink(missing_ok=True)
+
+    def federate(config: Config, world: World, **how: Any) -> FederationResult:
+        return serve(PartitionedGrid(grid, config.federation.clients), config, world, **how)
+
     try:
-        world = build_world(config)
-        result = serve(PartitionedGrid(grid, config.federation.clients), config, world, run_dir=run_dir)
+        result = simulate(config, command="flwr run .", federate=federate).federation
+        assert result is not None
     except BaseException as error:
         reason = str(error) if isinstance(error, FedattackError) else f"{type(error).__name__}: {error}"
         _write(run_dir, {"status": "failed", "reason": reason})

@@ -19,8 +19,12 @@ def test_notebook_runs_and_reads_as_a_page(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     for cell in notebook.cells:
-        cell.pop("outputs", None) if cell.cell_type != "code" else cell.update(outputs=[], execution_count=None)
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+        cell.pop("outputs", None) if cell.cell_type != "code" else cell.update(
+            outputs=[], execution_count=None
+        )
+    NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     page, _ = HTMLExporter().from_notebook_node(notebook)
     assert page.count("data:image/png;base64,") >= 2, "the pictures are in the page"
     assert "Traceback" not in page

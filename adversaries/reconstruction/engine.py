@@ -147,7 +147,7 @@ class Matching:
         For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
     learning_rate : float
     iterations : int
-        Evaluations of objective and gradient after the first.
+        Evaluations of objective and gradient after the first; 0 answers the start.
     memory : int
         Pairs that L-BFGS keeps.
     block : int

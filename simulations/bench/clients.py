@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
-prepare_environment()
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import torch
 
-import contextlib  # noqa: E402
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from typing import Any  # noqa: E402
-
-import numpy as np  # noqa: E402
-import psutil  # type: ignore[import-untyped]  # noqa: E402
-import torch  # noqa: E402
-
-from fedattack.config import Config  # noqa: E402
-from fedattack.data import World, build_world  # noqa: E402
-from fedattack.models import initial_weights  # noqa: E402
-from fedattack.rng import numpy_rng  # noqa: E402
-from fedattack.training import local_update  # noqa: E402
-from simulations.client_app import Workplace  # noqa: E402
-from simulations.federation import run_federation  # noqa: E402
-from simulations.grid import InlineGrid, LocalGrid, RayGrid, ray_session  # noqa: E402
+from fedattack.config import Config
+from fedattack.data import World, build_world
+from fedattack.models import initial_weights
+from fedattack.rng import numpy_rng
+from fedattack.training import local_update
+from simulations.client_app import Workplace
+from simulations.federation import run_federation
+from simulations.grid import InlineGrid, LocalGrid, RayGrid, ray_session
 
 _SAMPLES = 16
 _ACTORS = 2

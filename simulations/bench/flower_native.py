@@ -6,28 +6,24 @@ wall seconds of the second of two rounds.
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from functools import lru_cache
 
-prepare_environment()
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
 
-import json  # noqa: E402
-import logging  # noqa: E402
-import os  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-import warnings  # noqa: E402
-from functools import lru_cache  # noqa: E402
-
-import torch  # noqa: E402
-from flwr.app import Context, Message  # noqa: E402
-from flwr.clientapp import ClientApp  # noqa: E402
-from flwr.serverapp import Grid, ServerApp  # noqa: E402
-
-from fedattack.models import initial_weights  # noqa: E402
-from simulations.bench.clients import crowd, tree_cpu_seconds  # noqa: E402
-from simulations.client_app import Workplace, open_workplace, train  # noqa: E402
-from strategies import Eavesdropper, RoundReport, build_strategy  # noqa: E402
-from strategies.messages import to_record  # noqa: E402
+from fedattack.models import initial_weights
+from simulations.bench.clients import crowd, tree_cpu_seconds
+from simulations.client_app import Workplace, open_workplace, train
+from strategies import Eavesdropper, RoundReport, build_strategy
+from strategies.messages import to_record
 
 _CLIENTS = "FEDATTACK_BENCH_CLIENTS"
 _ROUNDS = 2

@@ -353,7 +353,7 @@ def test_unknown_parts_are_refused() -> None:
     with pytest.raises(ConfigError, match="tv2"):
         Matching(regularisers={"tv": 0.1})
     with pytest.raises(ConfigError, match="iterations"):
-        Matching(iterations=0)
+        Matching(iterations=-1)
 
 
 # What was sent
