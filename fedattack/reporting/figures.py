@@ -187,7 +187,7 @@ def roc(results: Sequence[AuditResult]) -> Figure:
         for label, curve in result.curves["roc"].items()
     ]
     smallest = min(1 / curve["nonmembers"] for _, curve in curves)
-    low = 10.0 ** np.floor(np.log10(smallest))
+    low = min(0.1, 10.0 ** np.floor(np.log10(smallest)))
     for (label, curve), colour in zip(curves, _SERIES, strict=False):
         fpr, tpr, members = np.asarray(curve["fpr"]), np.asarray(curve["tpr"]), curve["members"]
         bands = {hits: clopper_pearson(int(hits), members) for hits in np.unique(np.rint(tpr * members))}
