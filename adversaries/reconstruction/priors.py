@@ -75,15 +75,15 @@ class GaussianPrior:
         Parameters
         ----------
         modes : int or None
-            Columns to keep. None or D: all, and then A is the Cholesky factor, which is cheaper to get than the
-            eigenvectors; fewer: the eigenvectors of the largest eigenvalues, scaled by their square roots.
+            None: the Cholesky factor, which is cheaper to get than eigenvectors. Otherwise the eigenvectors of so
+            many largest eigenvalues, scaled by their square roots.
 
         Returns
         -------
         Tensor
-            float64 (D, modes).
+            float64 (D, D) or (D, modes).
         """
-        if modes is None or modes >= self.size:
+        if modes is None:
             return self._cholesky
         values, vectors = self._eigen
         return vectors[:, :modes] * values[:modes].sqrt()
@@ -101,9 +101,10 @@ def gaussian_prior(
     Few images say little about D (D + 1) / 2 covariances, but enough about D variances. In the basis of the cosine
     transform (and of the principal colours) the covariance of natural images is nearly diagonal, so the
     off-diagonal entries are shrunk towards zero there by a factor 1 - `shrinkage`, chosen as the one under which
-    auxiliary images that were held out are most likely; so is whether mirror images count as images too. The variances themselves are averaged with those of
-    :func:`smooth_prior`, which counts for :data:`SPECTRUM_WEIGHT` images. With thousands of images neither changes
-    much; with tens they are what makes the covariance invertible and honest.
+    auxiliary images that were held out are most likely; so is whether mirror images count as images too. The
+    variances themselves are averaged with those of :func:`smooth_prior`, which counts for :data:`SPECTRUM_WEIGHT`
+    images. With thousands of images that hardly changes anything; with tens it is what makes the covariance
+    invertible and honest.
 
     Parameters
     ----------

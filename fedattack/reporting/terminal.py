@@ -59,7 +59,7 @@ def _table(title: str, width: int, columns: Sequence[str]) -> Table:
     )
     for index, column in enumerate(columns):
         # Headings are broken by hand, so that the columns are as narrow as their figures and nothing folds at 80.
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        table.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=index in (2, 3))
     return table
 
 
@@ -73,7 +73,7 @@ def _reconstructions(results: Sequence[AuditResult], width: int) -> Table:
         s = result.summary
         psnr, labels = s["metrics"]["psnr"], s.get("labels")
         best = s.get("best_floor")
-        floor = f"{formats.decimal(s['floors'][best]['psnr']['mean'])}\n{best.replace(' ', chr(10))}" if best else formats.NONE
+        floor = formats.decimal(s['floors'][best]['psnr']['mean']) if best else formats.NONE
         table.add_row(
             escape(result.attack),
             formats.count(s["images"]),

@@ -201,6 +201,26 @@ def test_absurd_values_are_not_explained_and_do_no_harm(factor: float) -> None:
     assert torch.isfinite(result.images).all()
 
 
+@pytest.mark.parametrize(("images", "measurements"), [(1, 40), (2, 30), (3, 200)])
+def test_both_ways_to_solve_a_step_agree_with_dense_least_squares(images: int, measurements: int) -> None:
+    generator = torch_rng(8, "test")
+    modes, known = 20, (5, 0, 12)
+    z = torch.randn(images, modes, dtype=torch.float64, generator=generator)
+    joint = torch.randn(images * modes, measurements, generator=generator)
+    blocks = [torch.randn(modes, known[b], generator=generator) for b in range(images)]
+    others = torch.randn(measurements, dtype=torch.float64, generator=generator)
+    features = [torch.randn(known[b], dtype=torch.float64, generator=generator) for b in range(images)]
+    rows = [joint.T, *(torch.zeros(known[b], images * modes) for b in range(images))]
+    for b, block in enumerate(blocks):
+        rows[b + 1][:, b * modes : (b + 1) * modes] = block.T
+    stacked = torch.cat([*rows, torch.eye(images * modes)]).double()
+    residual = torch.cat([others, *features, z.flatten()])
+    expected = torch.linalg.lstsq(stacked, -residual[:, None]).solution.reshape(z.shape)
+    for way in (gauss_newton._solve_unknowns, gauss_newton._solve_measurements):
+        found = way(z, blocks, features, joint, others, torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
 def test_precision_of_half_values_is_seen() -> None:
     values = torch.rand(100, generator=torch_rng(6, "test"))
     assert value_precision(values) == 2.0**-22
