@@ -59,7 +59,9 @@ def _table(title: str, width: int, columns: Sequence[str]) -> Table:
     )
     for index, column in enumerate(columns):
         # Headings are broken by hand, so that the columns are as narrow as their figures and nothing folds at 80.
-        table.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=index in (2, 3))
+        table.add_column(
+            column, justify="right" if index else "left", overflow="fold", no_wrap=index in (2, 3)
+        )
     return table
 
 
@@ -67,13 +69,24 @@ def _reconstructions(results: Sequence[AuditResult], width: int) -> Table:
     table = _table(
         "Reconstruction of private images (mean with 95 % interval)",
         width,
-        ["attack", "images", "PSNR, dB", "worst", "SSIM", "best floor,\ndB", "k", "k per\npixel", "labels", "time"],
+        [
+            "attack",
+            "images",
+            "PSNR, dB",
+            "worst",
+            "SSIM",
+            "best floor,\ndB",
+            "k",
+            "k per\npixel",
+            "labels",
+            "time",
+        ],
     )
     for result in results:
         s = result.summary
         psnr, labels = s["metrics"]["psnr"], s.get("labels")
         best = s.get("best_floor")
-        floor = formats.decimal(s['floors'][best]['psnr']['mean']) if best else formats.NONE
+        floor = formats.decimal(s["floors"][best]["psnr"]["mean"]) if best else formats.NONE
         table.add_row(
             escape(result.attack),
             formats.count(s["images"]),
@@ -93,7 +106,16 @@ def _memberships(results: Sequence[AuditResult], width: int) -> Table:
     table = _table(
         "Membership inference (with 95 % intervals)",
         width,
-        ["attack", "asked\nabout", "AUC", "chance\nAUC", "TPR at\n1 % FPR", "chance", "TPR at\n0.1 % FPR", "time"],
+        [
+            "attack",
+            "asked\nabout",
+            "AUC",
+            "chance\nAUC",
+            "TPR at\n1 % FPR",
+            "chance",
+            "TPR at\n0.1 % FPR",
+            "time",
+        ],
     )
     for result in results:
         s = result.summary
@@ -116,7 +138,16 @@ def _unlearnings(results: Sequence[AuditResult], width: int) -> Table:
     table = _table(
         "Unlearning requests (with 95 % interval)",
         width,
-        ["attack", "re-\nquests", "mecha-\nnism", "before", "after", "random\ndeletion", "damage,\npoints", "time"],
+        [
+            "attack",
+            "re-\nquests",
+            "mecha-\nnism",
+            "before",
+            "after",
+            "random\ndeletion",
+            "damage,\npoints",
+            "time",
+        ],
     )
     for result in results:
         s = result.summary
