@@ -255,6 +255,7 @@ def scenario(**changes: Any) -> Scenario:
     [
         ({"model__activation": "relu"}, "activation"),
         ({"model__name": "resnet18"}, "resnet18"),
+        ({"model__image_size": 65, "model__channels": 3}, "covariance"),
         ({"training__protocol": "fedavg"}, "fedavg"),
         ({"training__batch_size": 17}, "17"),
         ({"compression__name": "sign"}, "sign"),

@@ -74,7 +74,8 @@ def test_every_engine_and_a_killed_run_find_the_same(tmp_path: Path) -> None:
     assert "resumed" in (folder / "log.txt").read_text()
     # Error feedback: from the second round on an update is no mask of one gradient, and the attack says so.
     refused = subprocess.run(
-        arguments(*rounds, "--engine", "inline", "--run-dir", str(tmp_path / "ef"), "--set", "hcgla.method=gauss-newton"),
+        arguments(*rounds, "--engine", "inline", "--run-dir", str(tmp_path / "ef"),
+                  "--set", "hcgla.method=gauss-newton"),
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert refused.returncode == 2
@@ -129,8 +130,9 @@ def test_learned_parts_from_the_shell(tmp_path: Path) -> None:
     assert started["metrics"]["psnr"]["mean"] > found["floors"]["auxiliary mean"]["psnr"]["mean"] + 1
     # A generator for another rate is refused.
     other = subprocess.run(
-        arguments("--attack", "hcgla", "--engine", "inline", *scene, "--compression", "0.5", "--set",
-                  "hcgla.method=generator", "--set", f"hcgla.generator={generator}", "--run-dir", str(tmp_path / "x")),
+        arguments("--attack", "hcgla", "--engine", "inline", *scene, "--compression", "0.5",
+                  "--set", "hcgla.method=generator", "--set", f"hcgla.generator={generator}",
+                  "--run-dir", str(tmp_path / "x")),
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert other.returncode == 2

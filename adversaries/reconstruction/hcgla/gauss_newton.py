@@ -45,6 +45,8 @@ from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Scenario, Update
 
 MAX_BATCH = 16
+MAX_PIXELS = 3 * 64 * 64
+"""Numbers in one image: the prior's covariance is dense and takes their square, 1.2 GB at the limit."""
 DOUBLE_BELOW = 0.3
 """Below this s the normal equations are too ill-conditioned for float32."""
 
@@ -127,7 +129,8 @@ class GaussNewtonResult:
         The certificate at the answer.
     explained : bool
         Whether the certificate stayed below its limit; False: not even the loosest noise model explains the
-        update, and the answer is not to be trusted.
+        update, and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent, many
+        images explain them.
     steps : int
         Gauss-Newton steps taken.
     history : list of float
@@ -192,6 +195,12 @@ def applies(
         raise NotApplicable(
             "Gauss-Newton needs the gradient's scale, which clipping hides "
             f"(compression.clip_norm = {compression.clip_norm:g}); leave clip_norm unset"
+        )
+    pixels = math.prod(scenario.image_shape)
+    if pixels > MAX_PIXELS:
+        raise NotApplicable(
+            f"Gauss-Newton holds a dense covariance of at most {MAX_PIXELS:,} numbers an image, but one of shape "
+            f"{scenario.image_shape} has {pixels:,}; use method 'matching' or a smaller data.image_size"
         )
     remembers = compression.name == "dgc" or (compression.error_feedback and compression.name != "none")
     if remembers and round > 1:
