@@ -12,6 +12,7 @@ import time  # noqa: E402
 from collections.abc import Callable, Collection, Mapping  # noqa: E402
 from contextlib import ExitStack  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -20,6 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from adversaries.base import ReconstructionAttack  # noqa: E402
 from fedattack.config import Config  # noqa: E402
 from fedattack.data import World  # noqa: E402
 from fedattack.errors import ConfigError, RunFailed  # noqa: E402
@@ -31,7 +33,7 @@ from simulations.client_app import Workplace, exclusion_settings  # noqa: E402
 from simulations.flower_internals import server_identity  # noqa: E402
 from simulations.grid import LocalGrid, PartitionedGrid, open_grid  # noqa: E402
 from simulations.journal import Journal, JournaledGrid  # noqa: E402
-from strategies import Eavesdropper, RoundReport, averages_buffers, build_strategy  # noqa: E402
+from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy  # noqa: E402
 from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors  # noqa: E402
 
 log = logging.getLogger("fedattack.federation")
@@ -120,6 +122,7 @@ def run_federation(
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
     grid: LocalGrid | None = None,
+    arming: ReconstructionAttack | None = None,
 ) -> FederationResult:
     """Train a federation on the configured engine.
 
@@ -149,6 +152,9 @@ def run_federation(
     grid : LocalGrid, optional
         An open grid of the same configuration and world (:func:`simulations.grid.open_grid`), to save its start;
         its clients start with empty memories.
+    arming : ReconstructionAttack, optional
+        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``; the global
+        model skips them.
 
     Returns
     -------
@@ -188,6 +194,7 @@ def run_federation(
             excluded=excluded,
             on_round=on_round,
             on_weights=on_weights,
+            arming=arming,
         )
 
 
@@ -204,6 +211,7 @@ def serve(
     excluded: Mapping[int, Collection[int]] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
+    arming: ReconstructionAttack | None = None,
 ) -> FederationResult:
     """The server's side of :func:`run_federation`, on any grid; this process must be the server of its run."""
     if config.federation.strategy == "fedprox" and config.training.momentum:
@@ -224,7 +232,10 @@ def serve(
         if replayed >= first_round:
             log.info("rounds %d to %d come from the journal", first_round, replayed)
     reports: list[RoundReport] = []
-    strategy = Eavesdropper(
+    seat: Callable[..., Eavesdropper] = Eavesdropper
+    if arming is not None:
+        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds)
+    strategy = seat(
         build_strategy(config.federation, config.training.learning_rate),
         world.scenario,
         on_observation=on_observation,
