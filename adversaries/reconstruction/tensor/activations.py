@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from adversaries.reconstruction import closed_form
 from adversaries.reconstruction.closed_form import Activation
@@ -30,11 +31,18 @@ def hermite_coefficients(activation: Activation, scale: float = 1.0) -> list[flo
     ``scale^p E[s^(p)(scale Z)] / sqrt(p!)``. Gauss-Hermite quadrature: exact for polynomials, and its symmetric nodes
     keep the coefficients that vanish by parity at rounding level.
     """
-    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    nodes, weighted_basis = _quadrature()
     values = activation.value(torch.from_numpy(scale * nodes)).numpy()
+    return [float(c) for c in values @ weighted_basis]
+
+
+@lru_cache(maxsize=1)
+def _quadrature() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nodes (n,) and orthonormal polynomials there times the weights, (n, orders)."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     basis = np.polynomial.hermite_e.hermevander(nodes, MAX_ORDER)
-    raw = (weights * values) @ basis / math.sqrt(2 * math.pi)
-    return [float(c / math.sqrt(math.factorial(p))) for p, c in enumerate(raw)]
+    norms = np.sqrt([math.factorial(p) for p in range(MAX_ORDER + 1)])
+    return nodes, weights[:, None] * basis / norms / math.sqrt(2 * math.pi)
 
 
 def stein_order(activation: Activation) -> int:
@@ -65,8 +73,3 @@ def is_polynomial(name: str) -> bool:
 def homogeneous(name: str) -> bool:
     """Whether s(c u) = c s(u) for c > 0, so that weights and scales of the samples cannot be told apart."""
     return name == "relu"
-
-
-def tensor_values(activation: Activation, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """s(u), s'(u) and s''(u), each of u's shape."""
-    return activation.value(u), activation.slope(u), activation.bend(u)

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
 from adversaries.reconstruction import engine
-from adversaries.reconstruction.tensor import kept, recover
-from adversaries.reconstruction.tensor.activations import ACTIVATIONS, homogeneous, stein_order
+from adversaries.reconstruction.tensor import kept, recover, steps
+from adversaries.reconstruction.tensor.activations import (
+    ACTIVATIONS,
+    homogeneous,
+    is_polynomial,
+    stein_order,
+)
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, read_labels, residuals_of
@@ -66,12 +71,14 @@ class TensorAttack(ReconstructionAttack):
         The last two are tensorly's, as a cross-check.
     refine : {"auto", "off"}
         "auto": taken only where it brings the residual to rounding level, or down tenfold, which noise does not allow.
-    whiten_weights : bool
-        Draw the neurons with the inverse covariance of the public images, which spreads similar samples apart.
-    scale : float
-        Typical size of w.x.
-    head_signs : bool
-        Random signs in the head's row, which keeps its output small where it is larger than 1/m.
+    whiten_weights : bool, optional
+        Draw the neurons with the inverse second moment of the public images, which spreads similar samples apart. None:
+        where the first estimate is not exact (other activations than the cubic, local steps, a stem).
+    scale : float, optional
+        Typical size of w.x; None: 1, and 2 for GELU, whose fourth moment is larger there.
+    head_signs : bool, optional
+        Random signs in the head's row, which keep its output small where its entries are larger than 1/m, and these
+        keep the head from turning in several local steps; None: under several local steps.
     head_strength : float, optional
         Size of the head's entries; None: 1/m, or 1/sqrt(m) with signs.
     restarts : int
@@ -95,9 +102,9 @@ class TensorAttack(ReconstructionAttack):
     batch: int | None = None
     decomposer: Decomposer = "simdiag"
     refine: Literal["auto", "off"] = "auto"
-    whiten_weights: bool = False
-    scale: float = 1.0
-    head_signs: bool = False
+    whiten_weights: bool | None = None
+    scale: float | None = None
+    head_signs: bool | None = None
     head_strength: float | None = None
     restarts: int = 4
     secure_aggregation: bool = False
@@ -164,15 +171,20 @@ class TensorAttack(ReconstructionAttack):
 
         With a single row the softmax residuals of the classes cannot cancel in the wide layer's gradient.
         """
+        activation = scenario.model.activation
+        assert activation is not None
         return armed(
             scenario,
             weights,
             seed,
             auxiliary,
-            scale=self.scale,
-            signs=self.head_signs,
+            scale=self.scale or (2.0 if activation == "gelu" else 1.0),
+            signs=scenario.training.local_steps > 1 if self.head_signs is None else self.head_signs,
             strength=self.head_strength,
             whiten=self.whiten_weights,
+            spread=not is_polynomial(activation)
+            or scenario.training.local_steps > 1
+            or scenario.model.name != "two-layer",
         )
 
     def run(
@@ -317,12 +329,12 @@ class _Victim:
     def answer(self) -> Reconstruction:
         """Rebuild, label, certify."""
         complete = self._update.indices is None or self._update.kept == self._update.numel
-        steps = self._observation.scenario.training.local_steps
+        several = self._observation.scenario.training.local_steps > 1
         if self._attack.method == "published":
             found, method = self._published(), "published"
         elif not complete or self._attack.view == "last_layer":
             found, method = self._from_entries(complete), "entries"
-        elif steps > 1:
+        elif several:
             found, method = self._from_steps(), "local steps"
         else:
             found, method = self._from_gradient(), "tensor"
@@ -403,7 +415,50 @@ class _Victim:
             self._head, last * self._samples, span, size, self._attack.decomposer, self._generator, self._seed
         )
         self._take(estimate)
-        return self._labelled(estimate.inputs, wide, last)
+        found = self._labelled(estimate.inputs, wide, last)
+        training = self._observation.scenario.training
+        if not steps.replayable(training, self._samples):
+            self._notes.append(
+                "the client's order of batches (or its weight decay) is not in the update: the steps cannot be played "
+                "again, and the residual is that of one gradient"
+            )
+            return found
+        positions, labels = found.labelled.expanded()
+        if len(positions) != len(found.inputs):
+            return found
+        raw = self._observation.update.dense()
+        change = {n: raw[n].to(self._device).double() for n in ("wide.weight", "head.weight")}
+        # New weights are float32: their rounding is all that is left of small changes.
+        self._figures["rounding"] = max(
+            2.0**-25 * float(weight.norm() / change[name].norm().clamp_min(1e-300))
+            for name, weight in (("wide.weight", self._head.wide), ("head.weight", self._head.head))
+        )
+        labels = labels.to(self._device)
+        found = self._replayed(found, found.inputs, labels, change)
+        if self._attack.refine == "off":
+            return found
+        inputs = steps.fit(
+            self._head,
+            change["wide.weight"],
+            change["head.weight"],
+            found.inputs,
+            labels,
+            training,
+            span.basis[:, :size],
+            progress=lambda part: self._progress(0.5 + 0.5 * part, "refinement"),
+        )
+        return self._better(found, self._replayed(found, inputs, labels, change))
+
+    def _replayed(self, found: _Answer, inputs: Tensor, labels: Tensor, change: dict[str, Tensor]) -> _Answer:
+        """The answer with the residual of the client's whole training played again."""
+        wide, last = steps.play(
+            self._head, self._head.wide, inputs, labels, self._observation.scenario.training
+        )
+        parts = {
+            "head": _relative(change["head.weight"], last),
+            "wide": _relative(change["wide.weight"], wide),
+        }
+        return _Answer(inputs, found.labelled, max(parts.values()), parts)
 
     def _from_entries(self, complete: bool) -> _Answer:
         entries = self._entries()

@@ -150,12 +150,14 @@ class Model:
         inner = torch.einsum("cm,im,md->icd", head.head, slope, head.wide)
         turn = p[:, :, None] * (inner - torch.einsum("ic,icd->id", p, inner)[:, None])
         unknowns = size * dimension
-        gram = torch.zeros(unknowns, unknowns, dtype=x.dtype, device=x.device)
+        # float32: a step with four right digits costs half, and the residual is float64's.
+        gram = torch.zeros(unknowns, unknowns, dtype=torch.float32, device=x.device)
         right = torch.zeros(unknowns, dtype=x.dtype, device=x.device)
 
         def gather(rows: Tensor, values: Tensor) -> None:
             flat = rows.reshape(len(rows), unknowns)
-            gram.addmm_(flat.T, flat)
+            low = flat.float()
+            gram.addmm_(low.T, low)
             right.addmv_(flat.T, values)
 
         split = len(e.head_values)
@@ -172,7 +174,7 @@ class Model:
             rows = x[:, k].T[:, :, None] * (through + bent)
             rows[torch.arange(len(part), device=x.device), :, k] += (back[:, j] * slope[:, j]).T
             gather(rows / (wide_norm * size), left[split + part])
-        return gram, right
+        return gram.double(), right
 
 
 def _norms(entries: Entries) -> tuple[float, float]:
@@ -316,6 +318,8 @@ def starts(head: Head, entries: Entries, labels: Tensor, generator: torch.Genera
             for place, member in enumerate(members.tolist()):
                 sign = 1.0 if place % 2 == 0 else -1.0
                 spread[member] = sign * probe[:, place // 2]
+    if len(labels.unique()) < len(labels):
+        yield _parted(head, entries, labels, typical * base, generator)
     yield typical * (base + 0.6 * spread)
     while True:
         noise = torch.randn(samples, dimension, dtype=base.dtype, generator=generator).to(base.device)
@@ -323,6 +327,42 @@ def starts(head: Head, entries: Entries, labels: Tensor, generator: torch.Genera
         mix = torch.rand(samples, 1, dtype=base.dtype, generator=generator).to(base.device)
         point = base + (2 * mix - 1) * spread + 0.7 * noise
         yield typical * point / point.norm(dim=1, keepdim=True).clamp_min(1e-300)
+
+
+def _parted(
+    head: Head, entries: Entries, labels: Tensor, start: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Samples of one label taken apart from their mean.
+
+    First all samples of a label are one input, which Gauss-Newton finds (equal inputs with equal labels take equal
+    steps). What it leaves is of second order in the samples' differences d, ``s''(w . mean) (w . d)^2``: their direction
+    is the leading eigenvector of the neurons' second moment with these weights.
+    """
+    function, wanted = Model(head, entries, labels), targets(entries)
+    together, _ = levenberg_marquardt(function, wanted, _scaled(function, wanted, start), 10)
+    left = (wanted - function(together))[: len(entries.head_values)]
+    apart = together.clone()
+    for label in labels.unique().tolist():
+        members = torch.nonzero(labels == label).flatten()
+        if len(members) < 2:
+            continue
+        mean = together[members[0]]
+        where = entries.head_rows == label
+        w = head.wide[entries.head_columns[where]]
+        weights = -left[where] * head.activation.bend(w @ mean)
+        weights = weights - weights.mean()
+        probe = torch.randn(head.inputs, len(members) + 3, dtype=w.dtype, generator=generator).to(w)
+        for _ in range(30):
+            probe = torch.linalg.qr(w.T @ (weights[:, None] * (w @ probe))).Q
+        values = ((w @ probe).square() * weights[:, None]).sum(0)
+        probe = probe[:, values.argsort(descending=True)]
+        for place, member in enumerate(members.tolist()):
+            apart[member] = (1.0 if place % 2 == 0 else -1.0) * probe[:, place // 2]
+    still = torch.isin(labels, labels.unique()[torch.bincount(labels)[labels.unique()] < 2])
+    direction = torch.where(still[:, None], torch.zeros_like(apart), apart)
+    scale = float(together.norm(dim=1).mean())
+    tried = [together + size * scale * direction for size in (0.2, 0.35, 0.5, 0.7, 0.9)]
+    return min(tried, key=lambda x: float((function(x) - wanted).norm()))
 
 
 def solve(

@@ -247,11 +247,9 @@ def from_head(
     size = coordinates.u.shape[1]
     stack = found[order].movedim(-1, 0).reshape(-1, size, size)
     directions, notes = _decompose_stack(stack, found, decomposer, generator)
-    v = coordinates.u @ directions
     norms = _profile_norms(head, found, directions)
     inputs = coordinates.outside((directions * norms).T)
     inputs, _ = _upright(inputs, torch.ones(batch, dtype=inputs.dtype, device=inputs.device), head)
-    del v
     hidden = head.activation.value(inputs @ head.wide.T)
     delta = torch.linalg.lstsq(hidden.T, values).solution
     return Estimate(
@@ -328,8 +326,6 @@ def _profile_norms(head: Head, found: dict[int, Tensor], directions: Tensor) -> 
     seen = []
     for q in orders:
         tensor = found[q]
-        for _ in range(q):  # contract every mode with every sample's dual direction, keeping the diagonal
-            pass
         letters = "abcd"[:q]
         spec = ",".join(["i" + letter for letter in letters])
         seen.append(torch.einsum(f"{letters}k,{spec}->ik", tensor, *[dual] * q))
