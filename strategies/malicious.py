@@ -1,4 +1,4 @@
-"""The malicious server: sends weights that an attack made, reads the replies, and trains on as if nothing had been."""
+"""The malicious server: sends weights that an attack made, reads the replies, and trains on as if nothing were."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ def armed(
 
     The wide layer's rows are draws of N(0, sigma^2 I) with sigma such that w.x is about `scale` for a typical input,
     or of N(0, sigma^2 S^-1) with S the inputs' second moment, shrunk by a hundredth of its mean: images have much in
-    common (their mean, above all), and neurons that look away from it see how they differ. The head is zero but for its
-    first row: then the wide layer's gradient is that of a single output, and the softmax residuals of the classes
+    common (their mean, above all), and neurons that look away from it see how they differ. The head is zero but for
+    its first row: then the wide layer's gradient is that of a single output, and the softmax residuals of the classes
     cannot cancel in it (summed over all classes they do).
 
     Parameters

@@ -70,10 +70,11 @@ class TensorAttack(ReconstructionAttack):
     decomposer : {"simdiag", "jennrich", "als", "tensorly_power"}
         The last two are tensorly's, as a cross-check.
     refine : {"auto", "off"}
-        "auto": taken only where it brings the residual to rounding level, or down tenfold, which noise does not allow.
+        "auto": taken only where it brings the residual to rounding level, or down tenfold, which noise does not
+        allow.
     whiten_weights : bool, optional
-        Draw the neurons with the inverse second moment of the public images, which spreads similar samples apart. None:
-        where the first estimate is not exact (other activations than the cubic, local steps, a stem).
+        Draw the neurons with the inverse second moment of the public images, which spreads similar samples apart.
+        None: where the first estimate is not exact (other activations than the cubic) and behind a stem.
     scale : float, optional
         Typical size of w.x; None: 1, and 2 for GELU, whose fourth moment is larger there.
     head_signs : bool, optional
@@ -138,8 +139,8 @@ class TensorAttack(ReconstructionAttack):
         order = stein_order(ACTIVATIONS[model.activation])
         if self.method == "published" and order != 3:
             raise NotApplicable(
-                f"model.activation = {model.activation!r} has a zero third Hermite coefficient, and method 'published' "
-                "averages third moments; use poly3 or method 'exact'"
+                f"model.activation = {model.activation!r} has a zero third Hermite coefficient, and method "
+                "'published' averages third moments; use poly3 or method 'exact'"
             )
         one_step = dataclasses.replace(scenario, training=_one_step(training))
         engine.check_one_gradient(one_step)
@@ -182,9 +183,7 @@ class TensorAttack(ReconstructionAttack):
             signs=scenario.training.local_steps > 1 if self.head_signs is None else self.head_signs,
             strength=self.head_strength,
             whiten=self.whiten_weights,
-            spread=not is_polynomial(activation)
-            or scenario.training.local_steps > 1
-            or scenario.model.name != "two-layer",
+            spread=not is_polynomial(activation) or scenario.model.name != "two-layer",
         )
 
     def run(
@@ -278,8 +277,8 @@ def aggregate(observations: Sequence[Observation]) -> Observation:
     for observation in observations:
         if observation.update.indices is not None:
             raise NotApplicable(
-                "setting 'tensor.secure_aggregation' = True with sparse updates: a secure sum adds complete ones; use "
-                "compression.name 'none'"
+                "setting 'tensor.secure_aggregation' = True with sparse updates: a secure sum adds complete ones; "
+                "use compression.name 'none'"
             )
         values += observation.update.values.double().cpu() * (observation.num_examples / examples)
     update = Update(first.update.names, first.update.shapes, None, values.float(), first.update.kind)
@@ -403,13 +402,15 @@ class _Victim:
         wide, last = self._dense()
         if not float(wide.norm()) > 0:
             raise NotApplicable("the wide layer did not move: nothing of the batch is in the update")
+        # The spectrum of several gradients has no clear end; the declared batch is believed.
+        declared = self._observation.num_examples
         span, size, notes = recover.find_span(
-            self._head, wide, self._attack.batch, self._observation.num_examples, self._generator
+            self._head, wide, self._attack.batch or declared, declared, self._generator
         )
         self._notes += notes
         self._notes.append(
-            f"{self._observation.scenario.training.local_steps} local steps: span from the wide layer's change, tensor "
-            "from the head's"
+            f"{self._observation.scenario.training.local_steps} local steps: span from the wide layer's change, "
+            "tensor from the head's"
         )
         estimate = recover.from_head(
             self._head, last * self._samples, span, size, self._attack.decomposer, self._generator, self._seed
@@ -419,13 +420,17 @@ class _Victim:
         training = self._observation.scenario.training
         if not steps.replayable(training, self._samples):
             self._notes.append(
-                "the client's order of batches (or its weight decay) is not in the update: the steps cannot be played "
-                "again, and the residual is that of one gradient"
+                "the client's order of batches (or its weight decay) is not in the update: the steps cannot be "
+                "played again, and the residual is that of one gradient"
             )
             return found
         positions, labels = found.labelled.expanded()
         if len(positions) != len(found.inputs):
-            return found
+            # The head's mean residuals are no residuals of one model: one sample each, by the most negative class.
+            delta = residuals_of(self._head, found.inputs, last, self._samples)
+            counts = torch.nn.functional.one_hot(delta.argmin(1), self._head.classes)
+            found = dataclasses.replace(found, labelled=Labelled(counts, 0.5))
+            positions, labels = found.labelled.expanded()
         raw = self._observation.update.dense()
         change = {n: raw[n].to(self._device).double() for n in ("wide.weight", "head.weight")}
         # New weights are float32: their rounding is all that is left of small changes.
@@ -470,7 +475,8 @@ class _Victim:
         self._figures |= {"equations": equations, "unknowns": unknowns}
         if equations < unknowns:
             raise NotApplicable(
-                f"kept entries {equations} < unknowns {unknowns}: underdetermined; a wider model or a smaller batch helps"
+                f"kept entries {equations} < unknowns {unknowns}: underdetermined; a wider model or a "
+                "smaller batch helps"
             )
         if equations < SPARE * unknowns:
             self._notes.append(

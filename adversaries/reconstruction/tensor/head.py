@@ -25,7 +25,8 @@ class Head:
     head : Tensor
         A, (C, m).
     row : Tensor
-        v, (C,): which mixture of the softmax residuals ``delta`` the wide layer's gradient holds, ``r_i = v . delta_i``.
+        v, (C,): which mixture of the softmax residuals ``delta`` the wide layer's gradient holds,
+        ``r_i = v . delta_i``.
     scale : Tensor
         a, (m,).
     name : str
@@ -75,8 +76,8 @@ class Head:
         row = head @ first / square
         if float((head - torch.outer(row, first)).norm()) > 1e-6 * float(head.norm()):
             raise NotApplicable(
-                "the head that was sent has more than one direction (an honest server's): one gradient then mixes the "
-                "samples' residuals differently in each neuron; let the server send the attack's weights "
+                "the head that was sent has more than one direction (an honest server's): one gradient then mixes "
+                "the samples' residuals differently in each neuron; let the server send the attack's weights "
                 "(attack.names with 'tensor' arms the rounds in attack.rounds)"
             )
         return cls(wide, head, row, first, name)
@@ -156,9 +157,9 @@ def read_labels(head: Head, inputs: Tensor, delta: Tensor) -> Labelled:
 def fix_scales(head: Head, directions: Tensor, gradient: Tensor, samples: int) -> Tensor:
     """Norms of samples where the activation is homogeneous, from cross-entropy.
 
-    The wide layer's gradient gives only r_i x_i. The head's gives ``n_i delta_i``, and ``delta_i = p(n_i) - e_y`` with
-    p(n) = softmax(n v k_i) is a curve that is met in one point (below its maximum, where two of different norm can
-    be, the smaller is taken).
+    The wide layer's gradient gives only r_i x_i. The head's gives ``n_i delta_i``, and ``delta_i = p(n_i) - e_y``
+    with p(n) = softmax(n v k_i) is a curve that is met in one point (below its maximum, where two of different norm
+    can be, the smaller is taken).
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Inputs from single entries of the gradient: top-k updates and the last layer alone.
 
 Where the wide layer's gradient is not complete its row space is lost, but every entry that was sent is still an
-equation. They are solved for the inputs themselves, in all d dimensions, by Levenberg-Marquardt from averages over the
-neurons; the residual tells a solution from a stuck run as long as there are clearly more entries than unknowns.
+equation. They are solved for the inputs themselves, in all d dimensions, by Levenberg-Marquardt from averages over
+the neurons; the residual tells a solution from a stuck run as long as there are clearly more entries than unknowns.
 """
 
 from __future__ import annotations
@@ -264,9 +264,9 @@ def _damped_step(push: Function, pull: Function, left: Tensor, damping: float, g
 def guess_labels(head: Head, entries: Entries, samples: int, most: int) -> list[Tensor]:
     """Labels (samples,) from the head's entries, the likeliest of at most `most` guesses first.
 
-    A class's row is ``sum_i delta_ic s(W x_i)'`` with delta_ic negative only where x_i has that label, and s is positive
-    on average: a row with a negative sum has a label for sure. Labels left over are dealt to those rows such that each
-    of a row's labels accounts for about the same share of all.
+    A class's row is ``sum_i delta_ic s(W x_i)'`` with delta_ic negative only where x_i has that label, and s is
+    positive on average: a row with a negative sum has a label for sure. Labels left over are dealt to those rows such
+    that each of a row's labels accounts for about the same share of all.
     """
     totals = torch.zeros(head.classes, dtype=head.wide.dtype, device=head.wide.device)
     totals.index_add_(0, entries.head_rows, entries.head_values)
@@ -335,8 +335,8 @@ def _parted(
     """Samples of one label taken apart from their mean.
 
     First all samples of a label are one input, which Gauss-Newton finds (equal inputs with equal labels take equal
-    steps). What it leaves is of second order in the samples' differences d, ``s''(w . mean) (w . d)^2``: their direction
-    is the leading eigenvector of the neurons' second moment with these weights.
+    steps). What it leaves is of second order in the samples' differences d, ``s''(w . mean) (w . d)^2``: their
+    direction is the leading eigenvector of the neurons' second moment with these weights.
     """
     function, wanted = Model(head, entries, labels), targets(entries)
     together, _ = levenberg_marquardt(function, wanted, _scaled(function, wanted, start), 10)

@@ -1,8 +1,8 @@
 """From gradients to symmetric tensors: regression on Hermite polynomials, and the published averages.
 
-Both estimate the coefficients of ``y(u) = sum_i r_i phi(u . c_i) c_i`` in products of orthonormal Hermite polynomials of
-u, whose degree-q part is the symmetric tensor ``sum_i r_i E[phi^(q)] c_i^(q+1) / sqrt(q!)``. An average over random u
-has an error of sqrt(d / m); least squares has none where y is a polynomial of the degree used.
+Both estimate the coefficients of ``y(u) = sum_i r_i phi(u . c_i) c_i`` in products of orthonormal Hermite
+polynomials of u, whose degree-q part is the symmetric tensor ``sum_i r_i E[phi^(q)] c_i^(q+1) / sqrt(q!)``. An
+average over random u has an error of sqrt(d / m); least squares has none where y is a polynomial of the degree used.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _refined(
 
 
 def stein_second(w: Tensor, g: Tensor) -> Tensor:
-    """The published order-2 average ``(1/m) sum_j g_j (w_j w_j' - I)``: w (m, d) standard normal, g (m,) -> (d, d)."""
+    """The published order-2 average ``(1/m) sum_j g_j (w_j w_j' - I)``: w (m, d) normal, g (m,) -> (d, d)."""
     moment = (w * g[:, None]).T @ w / len(w)
     moment.diagonal().sub_(g.mean())
     return moment

@@ -279,8 +279,8 @@ def _decompose_stack(
 def _fit_curves(head: Head, v: Tensor, curves: Tensor) -> tuple[Tensor, Tensor]:
     """Norms n (with sign) and weights r with ``curves_i = r_i n_i s'(n_i v_i)``.
 
-    Closed form for the cubic, whose two coefficients have the ratio 3 n / 2; else a search over n, r by least squares.
-    A homogeneous activation gives r n only: n is set to 1, its sign decided.
+    Closed form for the cubic, whose two coefficients have the ratio 3 n / 2; else a search over n with r by least
+    squares. A homogeneous activation gives r n only: n is set to 1, its sign decided.
     """
     act = head.activation
     if head.name == "poly3":
@@ -391,7 +391,8 @@ def published(
     coefficients = hermite_coefficients(head.activation)
     if min(abs(coefficients[2]), abs(coefficients[3])) < 1e-6:
         raise NotApplicable(
-            f"method 'published' with {head.name}: its second or third Hermite coefficient is zero; use method 'exact'"
+            f"method 'published' with {head.name}: its second or third Hermite coefficient is zero; use "
+            "method 'exact'"
         )
     scale = float(head.wide.square().mean().sqrt())
     w = head.wide / scale

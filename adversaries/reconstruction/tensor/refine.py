@@ -196,8 +196,9 @@ def relu_masks(
     """r_i x_i for ReLU from exact masks: with them the gradient is linear in the samples.
 
     In the span, ``Y = M (r_i x_i)`` with M in {0, 1}. The masks of an estimate are read off twice: from the side of
-    the kink on which w.x lies, and by rounding ``Y (r_i x_i)^-1``. The neurons that agree best are solved for by least
-    absolute deviations (a wrong mask is an outlier), and so on until the solution explains all neurons to rounding.
+    the kink on which w.x lies, and by rounding ``Y (r_i x_i)^-1``. The neurons that agree best are solved for by
+    least absolute deviations (a wrong mask is an outlier), and so on until the solution explains all neurons to
+    rounding.
 
     Parameters
     ----------

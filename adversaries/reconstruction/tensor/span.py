@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 GAP = 2e3
-"""A ratio s_B / s_{B+1} of at least this much is taken for the end of the batch (float32 gradients give 1e4 and up)."""
+"""A ratio s_B / s_{B+1} of at least this much is taken for the batch's end (float32 gradients give 1e4 and more)."""
 
 DEPENDENT = 1e-6
 """Samples whose s_B / s_1 is below this are dependent as far as a float32 gradient can tell."""

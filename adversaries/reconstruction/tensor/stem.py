@@ -12,7 +12,7 @@ from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior
 from fedattack.observation import Auxiliary
 
 _LEVELS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
-"""Assumed errors of a feature, relative to the features' deviation from the mean image's: they fall as steps get exact."""
+"""Assumed errors of a feature, relative to the features' deviation from the mean image's, one after the other."""
 
 _CHUNK = 256
 
@@ -22,8 +22,9 @@ def invert_stem(
 ) -> tuple[Tensor, dict[str, float]]:
     """Images whose features are the given ones; where the stem loses something, the likeliest of them.
 
-    Gauss-Newton on ``|stem(x) - f|^2 / tau^2 + |z|^2`` with x = mean + A z under a Gaussian prior of the public images,
-    tau falling to the features' rounding: the data then decide everything that they determine, the prior the rest.
+    Gauss-Newton on ``|stem(x) - f|^2 / tau^2 + |z|^2`` with x = mean + A z under a Gaussian prior of the public
+    images, tau falling to the features' rounding: the data then decide everything that they determine, the prior
+    the rest.
 
     Parameters
     ----------

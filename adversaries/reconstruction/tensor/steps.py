@@ -1,7 +1,7 @@
 """Several local steps on one batch: the client's whole training, played again inside the span.
 
-All samples lie in a span of B dimensions that the wide layer's change shows, and so does that change. The training can
-therefore be played with B inputs instead of d, and fitted to what was sent by Gauss-Newton on the samples.
+All samples lie in a span of B dimensions that the wide layer's change shows, and so does that change. The training
+can therefore be played with B inputs instead of d, and fitted to what was sent by Gauss-Newton on the samples.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def fit(
 ) -> Tensor:
     """Inputs (B, d) in the span of `basis` (d, k) whose training explains the changes best, from an estimate.
 
+    The span is not moved: where the rounding of the new weights has turned its weakest directions, that stays.
     Levenberg-Marquardt on both layers' changes, each over its norm; the Jacobian by forward differentiation.
     """
     neurons = head.wide @ basis
