@@ -188,10 +188,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.attack.victims is not None and self.attack.victims > self.federation.clients:
-            raise ValueError(
-                f"setting 'attack.victims' = {self.attack.victims}: the federation has {self.federation.clients} clients"
-            )
+        victims, clients = self.attack.victims, self.federation.clients
+        if victims is not None and victims > clients:
+            raise ValueError(f"setting 'attack.victims' = {victims}: the federation has {clients} clients")
         late = [number for number in self.attack.rounds if number > self.federation.rounds]
         if late:
             raise ValueError(

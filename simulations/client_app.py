@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
-prepare_environment()
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from collections.abc import Collection, Mapping  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-from functools import cached_property, lru_cache  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict  # noqa: E402
-from flwr.clientapp import ClientApp  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from fedattack.compression import Compressor, Memory, build_compressor, encode  # noqa: E402
-from fedattack.compression.carrier import to_array  # noqa: E402
-from fedattack.config import Config, EngineConfig, TrainingConfig  # noqa: E402
-from fedattack.errors import ConfigError, DataError  # noqa: E402
-from fedattack.models import build_model  # noqa: E402
-from fedattack.observation import Scenario  # noqa: E402
-from fedattack.rng import numpy_rng, torch_rng  # noqa: E402
-from fedattack.training import LocalResult, batch_positions, evaluate, local_update  # noqa: E402
-from simulations.attacking import choose_device  # noqa: E402
-from strategies.messages import (  # noqa: E402
+from fedattack.compression import Compressor, Memory, build_compressor, encode
+from fedattack.compression.carrier import to_array
+from fedattack.config import Config, EngineConfig, TrainingConfig
+from fedattack.errors import ConfigError, DataError
+from fedattack.models import build_model
+from fedattack.observation import Scenario
+from fedattack.rng import numpy_rng, torch_rng
+from fedattack.training import LocalResult, batch_positions, evaluate, local_update
+from simulations.attacking import choose_device
+from strategies.messages import (
     ARRAYS,
     CONFIG,
     DROPPED_OUT,
@@ -40,6 +36,9 @@ from strategies.messages import (  # noqa: E402
     TRAIN_LOSS,
     UPDATE,
     HeldArray,
+    LightArrays,
+    LightMetrics,
+    LightRecords,
     to_record,
     to_tensors,
 )
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from fedattack.data import World
 
 _MEMORY = "memory"
+_UNUSED = torch.Generator()
 
 app = ClientApp()
 
@@ -181,9 +181,10 @@ def round_batches(
     DataError
         If nothing is left to train on.
     """
+    if not excluded:
+        return batch_positions(size, config.training, config.seed, round, client)
     left = remaining_positions(size, excluded)
-    batches = batch_positions(len(left), config.training, config.seed, round, client)
-    return [left[batch] for batch in batches] if excluded else batches
+    return [left[batch] for batch in batch_positions(len(left), config.training, config.seed, round, client)]
 
 
 def drops_out(config: Config, round: int, client: int) -> bool:
@@ -229,19 +230,15 @@ def train(message: Message, context: Context) -> Message:
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
     result = _train(place, place.weights(arrays), images, labels, steps, mu)
-    packet, memory = place.compressor.compress(
-        result.update,
-        _recall(context),
-        round,
-        torch_rng(place.config.seed, "compression", round, client),
-    )
+    draws = place.compressor.draws
+    generator = torch_rng(place.config.seed, "compression", round, client) if draws else _UNUSED
+    packet, memory = place.compressor.compress(result.update, _recall(context), round, generator)
     _remember(context, memory)
-    reply = ArrayRecord()
-    reply[PACKED] = to_array(encode(packet), place.compressor.numel)
+    reply = {PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():
         reply[name] = HeldArray(buffer.cpu().numpy())
-    metrics = MetricRecord({NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client})
-    return Message(RecordDict({UPDATE: reply, METRICS: metrics}), reply_to=message)
+    metrics = LightMetrics({NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client})
+    return Message(LightRecords({UPDATE: LightArrays(reply), METRICS: metrics}), reply_to=message)
 
 
 def _train(

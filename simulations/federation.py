@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
+import dataclasses
+import gc
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-prepare_environment()
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
 
-import dataclasses  # noqa: E402
-import logging  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Collection, Mapping  # noqa: E402
-from contextlib import ExitStack  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import numpy as np  # noqa: E402
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: E402
-from flwr.serverapp import Grid  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from adversaries.base import ReconstructionAttack  # noqa: E402
-from fedattack.config import Config  # noqa: E402
-from fedattack.data import World  # noqa: E402
-from fedattack.errors import ConfigError, RunFailed  # noqa: E402
-from fedattack.models import build_model, initial_weights  # noqa: E402
-from fedattack.observation import Observation, UnlearningRequest  # noqa: E402
-from fedattack.training import evaluate  # noqa: E402
-from simulations.attacking import choose_device  # noqa: E402
-from simulations.client_app import Workplace, exclusion_settings  # noqa: E402
-from simulations.flower_internals import server_identity  # noqa: E402
-from simulations.grid import LocalGrid, PartitionedGrid, open_grid  # noqa: E402
-from simulations.journal import Journal, JournaledGrid  # noqa: E402
-from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy  # noqa: E402
-from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors  # noqa: E402
+from adversaries.base import ReconstructionAttack
+from fedattack.config import Config
+from fedattack.data import World
+from fedattack.errors import ConfigError, RunFailed
+from fedattack.models import build_model, initial_weights
+from fedattack.observation import Observation, UnlearningRequest
+from fedattack.training import evaluate
+from simulations.attacking import choose_device
+from simulations.client_app import Workplace, exclusion_settings
+from simulations.flower_internals import server_identity
+from simulations.grid import LocalGrid, PartitionedGrid, open_grid
+from simulations.journal import Journal, JournaledGrid
+from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
+from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors
 
 log = logging.getLogger("fedattack.federation")
 
@@ -182,6 +179,7 @@ def run_federation(
         else:
             grid.reset()
         stack.enter_context(server_identity(grid.run_id))
+        stack.enter_context(_hushed(logging.WARNING))
         return serve(
             grid,
             config,
@@ -232,11 +230,13 @@ def serve(
         if replayed >= first_round:
             log.info("rounds %d to %d come from the journal", first_round, replayed)
     reports: list[RoundReport] = []
+    with _hushed(logging.ERROR):  # FedAvg warns of what was asked of it: no evaluation on clients
+        aggregator = build_strategy(config.federation, config.training.learning_rate)
     seat: Callable[..., Eavesdropper] = Eavesdropper
     if arming is not None:
         seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds)
     strategy = seat(
-        build_strategy(config.federation, config.training.learning_rate),
+        aggregator,
         world.scenario,
         on_observation=on_observation,
         observe=observe,
@@ -276,16 +276,39 @@ def serve(
             return None
         return MetricRecord({"loss": record.loss, "accuracy": record.accuracy})
 
-    strategy.start(
-        grid=served,
-        initial_arrays=to_record(weights),
-        num_rounds=total,
-        timeout=_PATIENCE_SECONDS,
-        train_config=ConfigRecord(exclusion_settings(excluded or {})),
-        evaluate_fn=after_round,
-    )
+    with _settled_heap():
+        strategy.start(
+            grid=served,
+            initial_arrays=to_record(weights),
+            num_rounds=total,
+            timeout=_PATIENCE_SECONDS,
+            train_config=ConfigRecord(exclusion_settings(excluded or {})),
+            evaluate_fn=after_round,
+        )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
     return FederationResult(weights, rounds, rejections)
+
+
+@contextmanager
+def _hushed(level: int) -> Iterator[None]:
+    """Have Flower log nothing below `level` for the block."""
+    flower = logging.getLogger("flwr")
+    before = flower.level
+    flower.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        flower.setLevel(before)
+
+
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Keep the collector from walking through all of torch again and again while replies come and go."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _journaled(

@@ -40,8 +40,9 @@ FIRST_NODE = 1_000_000
 
 _SPARE_BYTES = 1 << 20
 _RETRIES = 3
-_START_SECONDS = 120.0
+_START_SECONDS = 60.0
 _NODES_SECONDS = 20.0
+_ROOM_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
 
 _run_ids = itertools.count(1)
@@ -136,19 +137,18 @@ class LocalGrid(Grid):
         """Let go of everything the grid holds."""
 
 
-def _answer(client_app: ClientApp, message: Message, context: Context, limit: int) -> RecordDict | Error:
-    """What a client answers: records, or an error with its reason where it raised one or answers without measure."""
+def _answer(client_app: ClientApp, message: Message, context: Context, limit: int) -> Message:
+    """What a client answers, or an error with its reason where it raised one or answers without measure."""
     try:
         reply = client_app(message, context)
     except Exception as error:
         log.debug("client %s raised\n%s", context.node_config[PARTITION], traceback.format_exc())
-        return Error(internals.CLIENT_RAISED, f"{type(error).__name__}: {error}")
-    if reply.has_error():
-        return reply.error
-    size = internals.size_of(reply.content)
+        return Message(Error(internals.CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    size = 0 if reply.has_error() else internals.size_of(reply.content)
     if size > limit:
-        return Error(OVERSIZED, f"reply has {size} bytes, no honest one has more than {limit}")
-    return reply.content
+        reason = f"reply has {size} bytes, no honest one has more than {limit}"
+        return Message(Error(OVERSIZED, reason), reply_to=message)
+    return reply
 
 
 def _limit(content: RecordDict) -> int:
@@ -206,8 +206,7 @@ class InlineGrid(LocalGrid):
                 if id(content) not in limits:
                     limits[id(content)] = _limit(content)
                 context = self._context(self.client_of(message.metadata.dst_node_id))
-                answer = _answer(self._app, message, context, limits[id(content)])
-                replies.append(Message(answer, reply_to=message))
+                replies.append(_answer(self._app, message, context, limits[id(content)]))
         finally:
             torch.set_num_threads(threads)
         return replies
@@ -263,9 +262,11 @@ class ClientActor:
         self._contexts: dict[int, Context] = {}
         open_workplace(run_id, Workplace(config, scenario, images, labels, tuple(partitions)))
 
-    def ready(self) -> bool:
-        """True, once the actor is up."""
-        return True
+    def ready(self) -> str:
+        """The id of the node it is on, once the actor is up."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def restore(self, clients: Sequence[int], *states: Plain) -> bool:
         """Take over clients of a lost actor, or of a run that was interrupted."""
@@ -299,7 +300,9 @@ class ClientActor:
             )
             context = self._context(client)
             answer = _answer(self._app, message, context, limits[index])
-            answers.append((answer.code, answer.reason) if isinstance(answer, Error) else to_plain(answer))
+            answers.append(
+                (answer.error.code, answer.error.reason) if answer.has_error() else to_plain(answer.content)
+            )
             if stateful:
                 states.append(to_plain(context.state))
         return (answers, *states) if states else answers
@@ -430,12 +433,8 @@ class RayGrid(LocalGrid):
         """A new actor in the place of a lost one, or, where the cluster has no room for it, one that is left."""
         ray = self._ray
         lost = self._actors[slot]
-        fresh = self._start()
-        ready, _ = ray.wait([fresh.ready.remote()], timeout=_START_SECONDS)
-        if ready and self._alive(fresh):
-            chosen = fresh
-        else:
-            ray.kill(fresh)
+        chosen = self._fresh()
+        if chosen is None:
             others = [
                 actor for actor in dict.fromkeys(self._actors) if actor is not lost and self._alive(actor)
             ]
@@ -456,6 +455,24 @@ class RayGrid(LocalGrid):
                 "the memory of clients (error feedback) was lost together with the node that held it: "
                 f"{_reason(error)}"
             ) from error
+
+    def _fresh(self) -> Any | None:
+        """A new actor that is up, or None where the cluster has no room for one."""
+        ray, engine = self._ray, self._engine
+        deadline = time.monotonic() + _ROOM_SECONDS
+        while True:
+            free = ray.available_resources()
+            if free.get("CPU", 0) >= engine.cpus_per_actor and free.get("GPU", 0) >= engine.gpus_per_actor:
+                break
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.1)
+        actor = self._start()
+        ready, _ = ray.wait([actor.ready.remote()], timeout=_START_SECONDS)
+        if ready and self._alive(actor):
+            return actor
+        ray.kill(actor)
+        return None
 
     def _alive(self, actor: Any) -> bool:
         try:

@@ -47,11 +47,11 @@ class Journal:
         return number - 1
 
     def write_replies(self, number: int, answers: Mapping[int, Answer]) -> None:
-        """Keep a round's replies, by node id."""
+        """Keep a round's replies, by client."""
         self._write_blobs(self._replies(number), answers)
 
     def read_replies(self, number: int) -> dict[int, Answer]:
-        """A round's replies, by node id."""
+        """A round's replies, by client."""
         return self._read_blobs(self._replies(number))
 
     def write_states(self, number: int, states: Mapping[int, Plain]) -> None:
@@ -212,7 +212,7 @@ class JournaledGrid(Grid):
     Parameters
     ----------
     grid : Grid
-        The one whose clients answer.
+        The one whose clients answer. Its `client_of` tells a node's client: node ids are another run's business.
     journal : Journal
     first_round : int
         First round of the federation.
@@ -220,7 +220,7 @@ class JournaledGrid(Grid):
         Has `client_states` and `restore_states`; None where clients keep nothing from round to round.
     """
 
-    def __init__(self, grid: Grid, journal: Journal, first_round: int, keeper: Any | None) -> None:
+    def __init__(self, grid: Any, journal: Journal, first_round: int, keeper: Any | None) -> None:
         self.grid = grid
         self.journal = journal
         self.keeper = keeper
@@ -234,9 +234,9 @@ class JournaledGrid(Grid):
         instructions = sorted(messages, key=lambda message: message.metadata.dst_node_id)
         number = _round(instructions)
         if number is None:
-            return self.grid.send_and_receive(instructions, timeout=timeout)
+            return list(self.grid.send_and_receive(instructions, timeout=timeout))
         if number <= self.replayed:
-            return _replay(instructions, self.journal.read_replies(number), number)
+            return self._replay(instructions, number)
         if self._to_restore:
             assert self.keeper is not None
             self.keeper.restore_states(self.journal.read_states(self.replayed))
@@ -245,9 +245,25 @@ class JournaledGrid(Grid):
         # The states first: where they lack, their round's replies lack too, and the round is run again.
         if self.keeper is not None:
             self.journal.write_states(number, self.keeper.client_states())
-        self.journal.write_replies(number, {reply.metadata.src_node_id: _plain(reply) for reply in replies})
+        answers = {self.grid.client_of(reply.metadata.src_node_id): _plain(reply) for reply in replies}
+        self.journal.write_replies(number, answers)
         if self.keeper is not None:
             self.journal.drop_states(before=number)
+        return replies
+
+    def _replay(self, messages: Sequence[Message], number: int) -> list[Message]:
+        answers = self.journal.read_replies(number)
+        drawn = {self.grid.client_of(message.metadata.dst_node_id): message for message in messages}
+        if drawn.keys() != answers.keys():
+            raise RunFailed(
+                f"the journal's round {number} was answered by other clients than those drawn now: it belongs to "
+                "another run"
+            )
+        replies = []
+        for client, message in sorted(drawn.items()):
+            answer = answers[client]
+            content = Error(*answer) if isinstance(answer, tuple) else from_plain(answer)
+            replies.append(Message(content, reply_to=message))
         return replies
 
     def set_run(self, run: Any) -> None:
@@ -296,18 +312,3 @@ def _plain(reply: Message) -> Answer:
     if reply.has_error():
         return reply.error.code, reply.error.reason
     return to_plain(reply.content)
-
-
-def _replay(messages: Sequence[Message], answers: Mapping[int, Answer], number: int) -> list[Message]:
-    drawn = [message.metadata.dst_node_id for message in messages]
-    if set(drawn) != set(answers):
-        raise RunFailed(
-            f"the journal's round {number} was answered by other clients than those drawn now: it belongs to "
-            "another run"
-        )
-    replies = []
-    for message in messages:
-        answer = answers[message.metadata.dst_node_id]
-        content = Error(*answer) if isinstance(answer, tuple) else from_plain(answer)
-        replies.append(Message(content, reply_to=message))
-    return replies

@@ -7,7 +7,7 @@ import datetime
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
 from adversaries.base import attack_options
+from fedattack.compression import COMPRESSORS
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
 from fedattack.errors import ConfigError, RunFailed, unknown_name
@@ -36,11 +37,16 @@ from fedattack.reporting import load_truths as read_truths
 from fedattack.reporting.records import summary_document
 from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
+from fedattack.unlearning import MECHANISMS
 from simulations.attacking import Attacked, Executor, choose_device, groups, make_executor
 from simulations.client_app import round_batches
 from simulations.federation import FederationResult, RoundRecord, run_federation
 from simulations.grid import ray_session
 from simulations.seats import check_seats, membership_experiment, unlearning_experiment
+from strategies import build_strategy
+
+# A run has its own progress bars and table; Flower's lines between them would say the same again.
+logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,19 @@ def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
     return next(iter(arming.values()), None)
 
 
+def check_names(config: Config) -> None:
+    """Refuse unknown names and devices before anything is read.
+
+    Raises
+    ------
+    BadRequest
+    """
+    build_strategy(config.federation, config.training.learning_rate)
+    COMPRESSORS.get(config.compression.name)
+    MECHANISMS.get(config.unlearning.mechanism)
+    choose_device(config.engine.device)
+
+
 def run_directory(config: Config) -> Path:
     """The configured run folder, or a new one below ``runs/`` named after the time and the attacks."""
     if config.output.run_dir is not None:
@@ -115,7 +134,13 @@ def run_directory(config: Config) -> Path:
     return Path("runs") / "-".join([stamp, *(config.attack.names or ("federation",))])
 
 
-def simulate(config: Config, *, console: Console | None = None, command: str = "") -> RunResult:
+def simulate(
+    config: Config,
+    *,
+    console: Console | None = None,
+    command: str = "",
+    federate: Callable[..., FederationResult] = run_federation,
+) -> RunResult:
     """Train a federation, attack it, audit the attacks and write the run folder.
 
     Everything that can be refused is refused before anything starts. A killed run, started again with the same
@@ -128,6 +153,8 @@ def simulate(config: Config, *, console: Console | None = None, command: str = "
         Where progress and the table go; None: nowhere.
     command : str
         The command line, for the report.
+    federate : callable
+        What trains, called like :func:`simulations.federation.run_federation`; ``flwr run`` brings its own grid here.
 
     Returns
     -------
@@ -149,7 +176,7 @@ def simulate(config: Config, *, console: Console | None = None, command: str = "
     """
     console = console or Console(quiet=True)
     attacks = choose_attacks(config)
-    choose_device(config.engine.device)
+    check_names(config)
     world = build_world(config)
     for attack in attacks.values():
         attack.check(world.scenario)
@@ -161,7 +188,7 @@ def simulate(config: Config, *, console: Console | None = None, command: str = "
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
     with logging_to(folder), session, stages(console) as shown:
         run = _Run(config, world, folder, attacks, shown)
-        federation = run.federate()
+        federation = run.train(federate)
         run.collect()
         audits = run.audit(federation)
     results = list(audits.values())
@@ -391,11 +418,11 @@ class _Run:
         self._all: list[Observation] = []
         self.truths: list[GroundTruth] = []
 
-    def federate(self) -> FederationResult:
+    def train(self, federate: Callable[..., FederationResult]) -> FederationResult:
         """Train; hand each round's observations to the attacks while the rounds go on."""
         total = self.config.federation.rounds
         self.shown("federation", 0.0, f"round 1 of {total}")
-        return run_federation(
+        return federate(
             self.config,
             self.world,
             run_dir=self.folder.path,

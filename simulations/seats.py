@@ -6,29 +6,25 @@ What they give an attack is what its seat sees.
 
 from __future__ import annotations
 
-from simulations.environment import prepare_environment
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-prepare_environment()
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
-import logging  # noqa: E402
-from collections import Counter, defaultdict  # noqa: E402
-from collections.abc import Mapping, Sequence  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-from typing import Any  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from adversaries.base import Attack, MembershipAttack, Progress, no_progress  # noqa: E402
-from fedattack.config import Config  # noqa: E402
-from fedattack.data import ImageDataset, World  # noqa: E402
-from fedattack.errors import DataError, NotApplicable  # noqa: E402
-from fedattack.models import build_model, initial_weights  # noqa: E402
-from fedattack.observation import Candidates, MembershipScores, Observation, UnlearningRequest  # noqa: E402
-from fedattack.rng import numpy_rng  # noqa: E402
-from fedattack.training import evaluate  # noqa: E402
-from fedattack.unlearning import (  # noqa: E402
+from adversaries.base import Attack, MembershipAttack, Progress, no_progress
+from fedattack.config import Config
+from fedattack.data import ImageDataset, World
+from fedattack.errors import DataError, NotApplicable
+from fedattack.models import build_model, initial_weights
+from fedattack.observation import Candidates, MembershipScores, Observation, UnlearningRequest
+from fedattack.rng import numpy_rng
+from fedattack.training import evaluate
+from fedattack.unlearning import (
     MECHANISMS,
     Deletion,
     Forgotten,
@@ -37,11 +33,11 @@ from fedattack.unlearning import (  # noqa: E402
     Weights,
     validate_request,
 )
-from simulations.attacking import choose_device  # noqa: E402
-from simulations.client_app import round_batches  # noqa: E402
-from simulations.federation import FederationResult, ask_unlearning, run_federation  # noqa: E402
-from simulations.grid import LocalGrid, open_grid  # noqa: E402
-from strategies import drawn  # noqa: E402
+from simulations.attacking import choose_device
+from simulations.client_app import round_batches
+from simulations.federation import FederationResult, ask_unlearning, run_federation
+from simulations.grid import LocalGrid, open_grid
+from strategies import drawn
 
 log = logging.getLogger("fedattack.seats")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -37,6 +37,9 @@ from strategies.messages import (
     TRAIN_LOSS,
     UPDATE,
     HeldArray,
+    LightArrays,
+    LightMetrics,
+    LightRecords,
     SteppedArray,
     read_dense,
     to_record,
@@ -375,8 +378,8 @@ class Eavesdropper(Strategy):
         if not replies:
             return None, None
         for reply in replies:
-            metrics = MetricRecord({NUM_EXAMPLES: reply.num_examples, TRAIN_LOSS: reply.loss})
-            reply.message.content = RecordDict({UPDATE: self._stepped(reply), METRICS: metrics})
+            metrics = LightMetrics({NUM_EXAMPLES: reply.num_examples, TRAIN_LOSS: reply.loss})
+            reply.message.content = LightRecords({UPDATE: self._stepped(reply), METRICS: metrics})
         try:
             arrays, aggregated = self.strategy.aggregate_train(round, [reply.message for reply in replies])
         except AppExitException as error:
@@ -387,7 +390,7 @@ class Eavesdropper(Strategy):
         return self._finished(arrays, replies, round), aggregated
 
     def _stepped(self, reply: _Reply) -> ArrayRecord:
-        record = ArrayRecord()
+        record: dict[str, Array] = {}
         update = reply.update
         values = update.values.numpy()
         scale = self.server_step if update.kind == "gradient" else 1.0
@@ -403,7 +406,7 @@ class Eavesdropper(Strategy):
         if not self.average_buffers:
             for name, buffer in reply.buffers.items():
                 record[name] = HeldArray(buffer)
-        return record
+        return LightArrays(record)
 
     def _finished(self, arrays: ArrayRecord, replies: list[_Reply], round: int) -> ArrayRecord:
         """The next global model: in the model's order and types, whatever the strategy's arithmetic left."""

@@ -147,7 +147,7 @@ class Matching:
         For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
     learning_rate : float
     iterations : int
-        Evaluations of objective and gradient after the first.
+        Evaluations of objective and gradient after the first; 0 answers the start.
     memory : int
         Pairs that L-BFGS keeps.
     block : int
@@ -177,8 +177,8 @@ class Matching:
         for name in self.regularisers:
             if name not in REGULARISERS:
                 raise unknown_name("regulariser", name, REGULARISERS)
-        if self.iterations < 1:
-            raise ConfigError(f"setting 'iterations' = {self.iterations}: must be at least 1")
+        if self.iterations < 0:
+            raise ConfigError(f"setting 'iterations' = {self.iterations}: must not be negative")
 
 
 @dataclass(frozen=True)

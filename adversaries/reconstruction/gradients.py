@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adversaries.reconstruction import closed_form
-from adversaries.reconstruction.closed_form import Chain, Weights
+from adversaries.reconstruction.closed_form import Chain, ForwardPass, Weights
 from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -180,64 +180,87 @@ class ChainGradients:
         """Entries (V', K) that `images` (V', B, C, H, W) of the given victims would have sent."""
         chain, weights = self._chain, self._weights
         count, batch = images.shape[:2]
-        labels = self._labels[victims].flatten()
+        labels = self._labels[victims]
         forward = closed_form.run_forward(chain, weights, images.flatten(0, 1))
         top = forward.outputs[-1]
-        features = chain.activation.value(top).flatten(1)
-        residual, pulled = self._head(features, labels)
-        residual, features = residual / batch, features.unflatten(0, (count, batch))
-        found: dict[str, Tensor] = {}
-        if len(self._names) > 1:
-            last = (pulled / batch).reshape(top.shape) * chain.activation.slope(top)
-            deltas = closed_form.deltas(chain, weights, forward, last)
-            for layer, inputs, delta in zip(chain.convolutions, forward.inputs, deltas, strict=True):
-                fields = closed_form.patches(layer, inputs).unflatten(0, (count, batch))
-                errors = delta.unflatten(0, (count, batch)).flatten(3)
-                kernel = torch.einsum("vbop,vbip->voi", errors, fields).flatten(1)
-                bias = errors.sum((1, 3))
-                found |= {layer.weight: kernel, layer.bias: bias}
-        residual = residual.unflatten(0, (count, batch))
-        found["head.bias"] = residual.sum(1)
-        square = None
-        if whole:
-            overlap = (residual @ residual.transpose(1, 2)) * (features @ features.transpose(1, 2))
-            squares = {name: gradient.square().sum(1) for name, gradient in found.items()}
-            squares["head.weight"] = overlap.sum((1, 2))
-            square = torch.stack([squares[name] for name in self._names]).sum(0)
+        flat_features = chain.activation.value(top).flatten(1)
+        shares, pulled = self._head(flat_features, labels.flatten())
+        features, shares = (x.unflatten(0, (count, batch)) for x in (flat_features, shares))
+        found = self._convolutions(forward, pulled, batch) if len(self._names) > 1 else {}
         entries = []
         for name in self._names:
             everyone = self._flat[name]
             flat = None if everyone is None else everyone[victims]
             if name == "head.weight":
-                entries.append(self._head_weight(residual, features, flat))
+                entries.append(_head_weight(shares, labels, features, flat))
+            elif name == "head.bias":
+                entries.append(_head_bias(shares, labels, flat))
             else:
                 entries.append(_select(found[name], flat))
+        square = None
+        if whole:
+            residual = _residual(shares, labels)
+            overlap = (residual @ residual.transpose(1, 2)) * (features @ features.transpose(1, 2)) / batch**2
+            squares = {name: gradient.square().sum(1) for name, gradient in found.items()}
+            squares["head.weight"] = overlap.sum((1, 2))
+            squares["head.bias"] = residual.mean(1).square().sum(1)
+            square = torch.stack([squares[name] for name in self._names]).sum(0)
         return Prediction(torch.cat(entries, 1), square)
 
     def _head(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals p - e_y (N, classes) and their pull-back to the features W^T (p - e_y) (N, F)."""
+        """Predicted shares p (N, classes) and the loss' gradient at the features, W^T (p - e_y) (N, F)."""
         weight, bias = self._weights["head.weight"], self._weights["head.bias"]
         if len(features) < _TALL_FROM:
-            logits = torch.addmm(bias, features, self._transposed)
-            share = logits.softmax(1)
-            pulled = share @ self._transposed.t()
+            shares = torch.addmm(bias, features, self._transposed).softmax(1)
+            pulled = shares @ self._transposed.t()
         else:
-            share = (weight @ features.t()).t().add(bias).softmax(1)
-            pulled = (weight.t() @ share.t()).t()
-        residual = share - F.one_hot(labels, share.shape[1]).to(share.dtype)
-        return residual, pulled - weight[labels]
+            shares = (weight @ features.t()).t().add(bias).softmax(1)
+            pulled = (weight.t() @ shares.t()).t()
+        return shares, pulled - weight[labels]
 
-    def _head_weight(self, residual: Tensor, features: Tensor, flat: Tensor | None) -> Tensor:
-        """Sent entries of sum_b r_b h_b^T, from (V, B, classes) and (V, B, F)."""
-        if flat is None:
-            return (residual.transpose(1, 2) @ features).flatten(1)
-        width = features.shape[2]
-        rows, cols = flat // width, flat % width
-        shape = (-1, features.shape[1], -1)
-        picked = residual.gather(2, rows[:, None].expand(shape)) * features.gather(
-            2, cols[:, None].expand(shape)
-        )
-        return picked.sum(1)
+    def _convolutions(self, forward: ForwardPass, pulled: Tensor, batch: int) -> dict[str, Tensor]:
+        """Gradients (V, size) of the convolutions' tensors, means over each batch."""
+        chain = self._chain
+        top = forward.outputs[-1]
+        last = pulled.reshape(top.shape) * (chain.activation.slope(top) / batch)
+        found: dict[str, Tensor] = {}
+        for layer, inputs, delta in zip(
+            chain.convolutions,
+            forward.inputs,
+            closed_form.deltas(chain, self._weights, forward, last),
+            strict=True,
+        ):
+            kernels = closed_form.correlate(layer, delta, closed_form.patches(layer, inputs))
+            for name, samples in ((layer.weight, kernels.flatten(1)), (layer.bias, delta.sum((2, 3)))):
+                found[name] = samples if batch == 1 else samples.unflatten(0, (-1, batch)).sum(1)
+        return found
+
+
+def _residual(shares: Tensor, labels: Tensor) -> Tensor:
+    """p - e_y, (V, B, classes)."""
+    return shares - F.one_hot(labels, shares.shape[2]).to(shares.dtype)
+
+
+def _residual_at(shares: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """p - e_y at some classes, (V, B, E), from (V, B, classes), (V, B) and (V, E)."""
+    picked = shares.gather(2, rows[:, None].expand(-1, shares.shape[1], -1))
+    return picked - (rows[:, None] == labels[:, :, None]).to(picked.dtype)
+
+
+def _head_bias(shares: Tensor, labels: Tensor, flat: Tensor | None) -> Tensor:
+    """Sent entries of the mean of p - e_y over each batch."""
+    residual = _residual(shares, labels) if flat is None else _residual_at(shares, labels, flat)
+    return residual.mean(1)
+
+
+def _head_weight(shares: Tensor, labels: Tensor, features: Tensor, flat: Tensor | None) -> Tensor:
+    """Sent entries of the mean of (p - e_y) h^T over each batch, features (V, B, F)."""
+    batch, width = features.shape[1:]
+    if flat is None:
+        return (_residual(shares, labels).transpose(1, 2) @ (features / batch)).flatten(1)
+    rows, cols = flat // width, flat % width
+    picked = features.gather(2, cols[:, None].expand(-1, batch, -1))
+    return (_residual_at(shares, labels, rows) * picked).mean(1)
 
 
 class AutogradGradients:

@@ -24,6 +24,9 @@ NUGGET = 1e-5
 SHRINKAGES = (0.01, 0.05, 0.2, 0.35, 0.5, 0.7, 1.0)
 """Candidates between the sample covariance (0) and its diagonal in the cosine basis (1)."""
 
+HELD_OUT = 300
+"""Auxiliary images held out for these choices; a fifth where there are fewer than five times as many."""
+
 SPECTRUM_WEIGHT = 5.0
 """Auxiliary images that the 1/f spectrum counts for, where a coefficient's variance is estimated."""
 
@@ -72,15 +75,15 @@ class GaussianPrior:
         Parameters
         ----------
         modes : int or None
-            Columns to keep. None or D: all, and then A is the Cholesky factor, which is cheaper to get than the
-            eigenvectors; fewer: the eigenvectors of the largest eigenvalues, scaled by their square roots.
+            None: the Cholesky factor, which is cheaper to get than eigenvectors. Otherwise the eigenvectors of so
+            many largest eigenvalues, scaled by their square roots.
 
         Returns
         -------
         Tensor
-            float64 (D, modes).
+            float64 (D, D) or (D, modes).
         """
-        if modes is None or modes >= self.size:
+        if modes is None:
             return self._cholesky
         values, vectors = self._eigen
         return vectors[:, :modes] * values[:modes].sqrt()
@@ -98,9 +101,10 @@ def gaussian_prior(
     Few images say little about D (D + 1) / 2 covariances, but enough about D variances. In the basis of the cosine
     transform (and of the principal colours) the covariance of natural images is nearly diagonal, so the
     off-diagonal entries are shrunk towards zero there by a factor 1 - `shrinkage`, chosen as the one under which
-    a fifth of the auxiliary images, held out, is most likely. The variances themselves are averaged with those of
-    :func:`smooth_prior`, which counts for :data:`SPECTRUM_WEIGHT` images. With thousands of images neither changes
-    much; with tens they are what makes the covariance invertible and honest.
+    auxiliary images that were held out are most likely; so is whether mirror images count as images too. The
+    variances themselves are averaged with those of :func:`smooth_prior`, which counts for :data:`SPECTRUM_WEIGHT`
+    images. With thousands of images that hardly changes anything; with tens it is what makes the covariance
+    invertible and honest.
 
     Parameters
     ----------
@@ -131,16 +135,19 @@ def gaussian_prior(
             f"auxiliary images of shape {tuple(auxiliary.images.shape[1:])} do not fit the federation's {image_shape}"
         )
     images = auxiliary.images.double().cpu()
-    mean = images.mean(0, keepdim=True)
-    centred = images - mean
-    colours = _principal_colours(centred)
-    coefficients = _cosine(centred, colours).flatten(1)
-    spectrum = _spectrum(image_shape).flatten()
-    if shrinkage is None:
-        shrinkage = _likeliest_shrinkage(coefficients, spectrum)
-    covariance = _shrunk(coefficients, spectrum, shrinkage)
-    source = f"{len(auxiliary)} auxiliary images ({auxiliary.source or 'unnamed'}), shrinkage {shrinkage:g}"
-    return GaussianPrior(mean.flatten(), _in_pixels(covariance, colours, image_shape), image_shape, source)
+    colours = _principal_colours(images)
+    coefficients = _cosine(images, colours).flatten(1)
+    estimators = [_Estimator(image_shape, mirrored) for mirrored in (False, True)]
+    candidates = [(e, *e.choose(coefficients, shrinkage)) for e in estimators]
+    estimator, chosen, _ = min(candidates, key=lambda candidate: candidate[2])
+    mean, covariance = estimator.fit(coefficients, chosen)
+    source = f"{len(auxiliary)} auxiliary images ({auxiliary.source or 'unnamed'}), shrinkage {chosen:g}"
+    return GaussianPrior(
+        _pixels(mean.reshape(1, *image_shape), colours).flatten(),
+        _in_pixels(covariance, colours, image_shape),
+        image_shape,
+        source + (", mirrored" if estimator.mirrored else ""),
+    )
 
 
 def smooth_prior(
@@ -185,9 +192,9 @@ def _spectrum(image_shape: tuple[int, int, int], exponent: float = 2.0, colour: 
     return by_colour[:, None, None] * power / power.mean()
 
 
-def _principal_colours(centred: Tensor) -> Tensor:
-    """Orthogonal (C, C), columns are the principal colours of centred images (N, C, H, W)."""
-    by_channel = centred.transpose(0, 1).flatten(1)
+def _principal_colours(images: Tensor) -> Tensor:
+    """Orthogonal (C, C), columns are the principal colours of images (N, C, H, W), the main one last."""
+    by_channel = (images - images.mean(0)).transpose(0, 1).flatten(1)
     return torch.linalg.eigh(by_channel @ by_channel.T)[1]
 
 
@@ -210,41 +217,64 @@ def _in_pixels(covariance: Tensor, colours: Tensor, image_shape: tuple[int, int,
     return 0.5 * (whole + whole.T)
 
 
-def _shrunk(coefficients: Tensor, spectrum: Tensor, shrinkage: float) -> Tensor:
-    """Predictive covariance from centred coefficients (N, D): see :func:`gaussian_prior`, plus the nugget."""
-    count = len(coefficients)
-    covariance = coefficients.T @ coefficients / (count - 1)
-    variances = covariance.diagonal().clone()
-    smooth = spectrum * variances.mean() / spectrum.mean()
-    weight = SPECTRUM_WEIGHT / (count + SPECTRUM_WEIGHT)
-    covariance *= (1 - shrinkage) * (1 - weight)
-    covariance.diagonal().copy_((1 - weight) * variances + weight * smooth)
-    # A fresh image also misses the estimated mean by 1 / N of its variance.
-    covariance *= 1 + 1 / count
-    covariance.diagonal().add_(NUGGET)
-    return covariance
+@dataclass(frozen=True)
+class _Estimator:
+    """Mean and predictive covariance in the cosine basis; `mirrored` takes an image and its mirror as equally likely.
 
+    Mirroring an image changes the sign of its horizontally odd coefficients, and of nothing else.
+    """
 
-def _likeliest_shrinkage(coefficients: Tensor, spectrum: Tensor) -> float:
-    """The candidate under which held-out coefficients are likeliest, climbing while it improves."""
-    held_out = torch.zeros(len(coefficients), dtype=torch.bool)
-    held_out[::5] = True
-    seen, unseen = coefficients[~held_out], coefficients[held_out]
-    if len(seen) < 3:
-        return SHRINKAGES[-1]
-    full = _shrunk(seen, spectrum, 0.0)
-    variances = full.diagonal().clone()
-    best, best_score = SHRINKAGES[-1], math.inf
-    for shrinkage in SHRINKAGES:
-        candidate = full * (1 - shrinkage)
-        candidate.diagonal().copy_(variances)
-        factor = torch.linalg.cholesky(candidate)
-        white = torch.linalg.solve_triangular(factor, unseen.T, upper=False)
-        score = float(white.pow(2).sum() / len(unseen) + 2 * factor.diagonal().log().sum())
-        if score > best_score:
-            break
-        best, best_score = shrinkage, score
-    return best
+    image_shape: tuple[int, int, int]
+    mirrored: bool
+
+    def moments(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and covariance (D, D), not shrunk yet, of coefficients (N, D)."""
+        count = len(coefficients)
+        odd = (torch.arange(coefficients.shape[1]) % self.image_shape[2]) % 2 == 1
+        mean = coefficients.mean(0)
+        if self.mirrored:
+            mean = torch.where(odd, 0.0, mean)
+        centred = coefficients - mean
+        covariance = centred.T @ centred / (count - 1)
+        if self.mirrored:
+            covariance *= odd[:, None] == odd
+        return mean, covariance
+
+    def shrink(self, covariance: Tensor, count: int, shrinkage: float) -> Tensor:
+        """Predictive covariance: see :func:`gaussian_prior`; with the nugget."""
+        variances = covariance.diagonal()
+        spectrum = _spectrum(self.image_shape).flatten()
+        smooth = spectrum * variances.mean() / spectrum.mean()
+        weight = SPECTRUM_WEIGHT / (count + SPECTRUM_WEIGHT)
+        shrunk = covariance * ((1 - shrinkage) * (1 - weight))
+        shrunk.diagonal().copy_((1 - weight) * variances + weight * smooth)
+        # A fresh image also misses the estimated mean by 1 / N of its variance.
+        shrunk *= 1 + 1 / count
+        shrunk.diagonal().add_(NUGGET)
+        return shrunk
+
+    def fit(self, coefficients: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """Mean and shrunk covariance."""
+        mean, covariance = self.moments(coefficients)
+        return mean, self.shrink(covariance, len(coefficients), shrinkage)
+
+    def choose(self, coefficients: Tensor, shrinkage: float | None) -> tuple[float, float]:
+        """The likeliest shrinkage on held-out images (or the given one) and its negative log-likelihood."""
+        held_out = torch.zeros(len(coefficients), dtype=torch.bool)
+        held_out[:: max(5, len(coefficients) // HELD_OUT)] = True
+        seen, unseen = coefficients[~held_out], coefficients[held_out]
+        if len(seen) < 3:
+            return shrinkage or SHRINKAGES[-1], math.inf
+        mean, covariance = self.moments(seen)
+        best, best_score = SHRINKAGES[-1], math.inf
+        for candidate in SHRINKAGES if shrinkage is None else (shrinkage,):
+            factor = torch.linalg.cholesky(self.shrink(covariance, len(seen), candidate))
+            white = torch.linalg.solve_triangular(factor, (unseen - mean).T, upper=False)
+            score = float(white.pow(2).sum() / len(unseen) + 2 * factor.diagonal().log().sum())
+            if score > best_score:
+                break
+            best, best_score = candidate, score
+        return best, best_score
 
 
 def ridge_start(

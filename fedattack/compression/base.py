@@ -56,6 +56,9 @@ class Compressor(ABC):
     codec: ClassVar[str]
     """Wire form of the packets: "dense", "sparse", "signs" or "quantised"."""
 
+    draws: ClassVar[bool] = True
+    """Whether :meth:`pack` draws from its generator; where it does not, callers need not seed one."""
+
     def __init__(
         self, config: CompressionConfig, names: Sequence[str], shapes: Sequence[Sequence[int]]
     ) -> None:
@@ -126,13 +129,13 @@ class Compressor(ABC):
             raise RunFailed(
                 f"update holds tensors the model has not: {sorted(update.keys() - set(self.names))}"
             )
-        flat = torch.cat([update[name].detach().reshape(-1) for name in self.names]).float().cpu()
-        if not torch.isfinite(flat.sum(dtype=torch.float64)):
+        flat = torch.cat([update[name].detach().reshape(-1) for name in self.names]).float().cpu().numpy()
+        if not np.isfinite(flat).all():
             bad = [name for name in self.names if not torch.isfinite(update[name]).all()]
             raise RunFailed(
                 f"update holds NaN or infinite values in {', '.join(bad)}; lower the learning rate?"
             )
-        return flat.numpy()
+        return flat
 
     def recall(self, memory: Memory, role: str) -> NDArray[np.float32]:
         """The flat tensor a client remembers as `role`; zeros before its first round."""

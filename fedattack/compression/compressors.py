@@ -19,6 +19,7 @@ class Identity(Compressor):
     """No compression: every entry as float32."""
 
     codec: ClassVar[str] = "dense"
+    draws: ClassVar[bool] = False
 
     @property
     def stateful(self) -> bool:
@@ -49,6 +50,8 @@ class TopK(Sparsifier):
     With error feedback this is the sparsified SGD with memory of Stich et al. (2018).
     """
 
+    draws: ClassVar[bool] = False
+
     def pack(self, flat: NDArray[np.float32], round: int, generator: torch.Generator) -> Packet:
         """The largest entries of each quota."""
         magnitudes = np.abs(flat)
@@ -78,6 +81,7 @@ class Sign(Compressor):
     """
 
     codec: ClassVar[str] = "signs"
+    draws: ClassVar[bool] = False
 
     def pack(self, flat: NDArray[np.float32], round: int, generator: torch.Generator) -> Packet:
         """Signs and mean magnitudes."""

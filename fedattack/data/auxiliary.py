@@ -34,6 +34,7 @@ class _Public:
     labels: np.ndarray | None
     people: set[str] | None
     per_picture: bool = False
+    groups: np.ndarray | None = None
 
 
 def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed: int) -> Auxiliary | None:
@@ -66,7 +67,9 @@ def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed
         rest = (
             "nobody in it is among the clients" if dataset.groups is not None else "no client has one of them"
         )
-        return Auxiliary(images, labels, f"split: {len(labels):,} images of {dataset.name}, {rest}")
+        source = f"split: {len(labels):,} images of {dataset.name}, {rest}"
+        groups = None if dataset.groups is None else torch.from_numpy(dataset.groups[pools.auxiliary])
+        return Auxiliary(images, labels, source, groups)
     if config.auxiliary_size == 0:
         return None
     path = Path(config.auxiliary).expanduser()
@@ -92,7 +95,8 @@ def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed
     # Under random labels the federation's label space means nothing to a public file.
     labelled = None if public.labels is None or not natural else torch.from_numpy(public.labels)
     source = joined(f"{path.name}: {len(public.images):,} images", checked)
-    return Auxiliary(as_float(public.images), labelled, source)
+    groups = None if public.groups is None else torch.from_numpy(public.groups)
+    return Auxiliary(as_float(public.images), labelled, source, groups)
 
 
 def _drawn(count: int, config: DataConfig, seed: int) -> np.ndarray:
@@ -138,7 +142,14 @@ def _read_npz(path: Path, config: DataConfig, dataset: ImageDataset, seed: int) 
         None if labels is None else labels[ids],
         None if names is None else set().union(*(_people_of(name) for name in names)),
         per_picture=names is not None,
+        groups=None if names is None else _numbered(names[ids]),
     )
+
+
+def _numbered(names: np.ndarray) -> np.ndarray:
+    """int64 number of each picture's person: "Ann_Lee_0001.jpg" and "Ann_Lee_0002.jpg" are the same one's."""
+    people = [_person(re.sub(r"(_\d+)?(\.\w{3,4})?$", "", str(name))) for name in names]
+    return np.unique(people, return_inverse=True)[1].astype(np.int64)
 
 
 def _as_uint8(images: np.ndarray) -> np.ndarray:

@@ -60,7 +60,10 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
         for n in result.images
         if n not in ("original", "reconstruction", "flat grey", "auxiliary mean", best)
     ]
-    names = ["original", "reconstruction", *([best] if best in result.images else []), *others]
+    names = ["original", "reconstruction", *([best] if best in result.images else [])]
+    for name in others:  # a prior that is flat grey, say, need not be shown twice
+        if not any(torch.equal(result.images[name], result.images[seen]) for seen in names):
+            names.append(name)
     figure = Figure(figsize=(1.45 * shown + 1.5, 1.62 * len(names) + 0.75), layout="constrained")
     grid = figure.subplots(len(names), shown, squeeze=False)
     for row, name in enumerate(names):
@@ -184,7 +187,7 @@ def roc(results: Sequence[AuditResult]) -> Figure:
         for label, curve in result.curves["roc"].items()
     ]
     smallest = min(1 / curve["nonmembers"] for _, curve in curves)
-    low = 10.0 ** np.floor(np.log10(smallest))
+    low = min(0.1, 10.0 ** np.floor(np.log10(smallest)))
     for (label, curve), colour in zip(curves, _SERIES, strict=False):
         fpr, tpr, members = np.asarray(curve["fpr"]), np.asarray(curve["tpr"]), curve["members"]
         bands = {hits: clopper_pearson(int(hits), members) for hits in np.unique(np.rint(tpr * members))}

@@ -89,6 +89,8 @@ def save_observation(folder: Path | str, observation: Observation) -> Path:
         tensors = {"images": observation.auxiliary.images}
         if observation.auxiliary.labels is not None:
             tensors["labels"] = observation.auxiliary.labels
+        if observation.auxiliary.groups is not None:
+            tensors["groups"] = observation.auxiliary.groups
         auxiliary = _save_once(folder, "auxiliary", tensors)
     update = observation.update
     sent = {"values": update.values}
@@ -216,10 +218,12 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
     if document.auxiliary is not None:
         source = folder / document.auxiliary
         public = _read_once(source, shared)
-        images, labels = _images(source, public, scenario.image_shape), public.get("labels")
-        if labels is not None and (labels.dtype != torch.int64 or labels.shape != (len(images),)):
-            raise DataError(f"{source}: labels must be int64 of shape ({len(images)},)")
-        auxiliary = Auxiliary(images, labels, document.auxiliary_source)
+        images = _images(source, public, scenario.image_shape)
+        for name in ("labels", "groups"):
+            numbers = public.get(name)
+            if numbers is not None and (numbers.dtype != torch.int64 or numbers.shape != (len(images),)):
+                raise DataError(f"{source}: {name} must be int64 of shape ({len(images)},)")
+        auxiliary = Auxiliary(images, public.get("labels"), document.auxiliary_source, public.get("groups"))
     return Observation(
         round=document.round,
         client=document.client,

@@ -58,8 +58,10 @@ def _table(title: str, width: int, columns: Sequence[str]) -> Table:
         padding=(0, 1, 0, 0),
     )
     for index, column in enumerate(columns):
-        # Names may fold; figures never do.
-        table.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=False)
+        # Headings are broken by hand, so that the columns are as narrow as their figures and nothing folds at 80.
+        table.add_column(
+            column, justify="right" if index else "left", overflow="fold", no_wrap=index in (2, 3)
+        )
     return table
 
 
@@ -67,13 +69,24 @@ def _reconstructions(results: Sequence[AuditResult], width: int) -> Table:
     table = _table(
         "Reconstruction of private images (mean with 95 % interval)",
         width,
-        ["attack", "images", "PSNR, dB", "worst", "SSIM", "best floor, dB", "k", "k/pixel", "labels", "time"],
+        [
+            "attack",
+            "images",
+            "PSNR, dB",
+            "worst",
+            "SSIM",
+            "best floor,\ndB",
+            "k",
+            "k per\npixel",
+            "labels",
+            "time",
+        ],
     )
     for result in results:
         s = result.summary
         psnr, labels = s["metrics"]["psnr"], s.get("labels")
         best = s.get("best_floor")
-        floor = f"{formats.decimal(s['floors'][best]['psnr']['mean'])}\n{best}" if best else formats.NONE
+        floor = formats.decimal(s["floors"][best]["psnr"]["mean"]) if best else formats.NONE
         table.add_row(
             escape(result.attack),
             formats.count(s["images"]),
@@ -93,7 +106,16 @@ def _memberships(results: Sequence[AuditResult], width: int) -> Table:
     table = _table(
         "Membership inference (with 95 % intervals)",
         width,
-        ["attack", "candidates", "AUC", "chance AUC", "TPR at 1 % FPR", "chance", "TPR at 0.1 %", "time"],
+        [
+            "attack",
+            "asked\nabout",
+            "AUC",
+            "chance\nAUC",
+            "TPR at\n1 % FPR",
+            "chance",
+            "TPR at\n0.1 % FPR",
+            "time",
+        ],
     )
     for result in results:
         s = result.summary
@@ -116,7 +138,16 @@ def _unlearnings(results: Sequence[AuditResult], width: int) -> Table:
     table = _table(
         "Unlearning requests (with 95 % interval)",
         width,
-        ["attack", "requests", "mechanism", "before", "after", "random deletion", "damage, points", "time"],
+        [
+            "attack",
+            "re-\nquests",
+            "mecha-\nnism",
+            "before",
+            "after",
+            "random\ndeletion",
+            "damage,\npoints",
+            "time",
+        ],
     )
     for result in results:
         s = result.summary

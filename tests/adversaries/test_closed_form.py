@@ -89,6 +89,40 @@ def test_reverse_forward_and_vmapped_derivatives_agree() -> None:
     torch.testing.assert_close(forward, tangents.flatten(1) @ reverse.T)
 
 
+def test_hand_written_tangents_equal_forward_mode() -> None:
+    config = model(channels=3, size=11)
+    weights = {name: tensor.double() for name, tensor in initial_weights(config, 1).items()}
+    chain = closed_form.describe(config)
+    images = batch(config, 1)[0].double()
+    generator = torch.Generator().manual_seed(4)
+    tangents = torch.randn(5, *images.shape[1:], generator=generator).double()
+    fixed = torch.randn(1, chain.feature_count, generator=generator).double()
+
+    def top_gradient(x: torch.Tensor) -> torch.Tensor:
+        return fixed * torch.sin(closed_form.features(chain, weights, x))  # any smooth function of the image
+
+    def kernels(x: torch.Tensor) -> torch.Tensor:
+        found = closed_form.conv_gradients(chain, weights, x, top_gradient(x))
+        return torch.cat([found[name].flatten() for name in chain.names])
+
+    forward = closed_form.run_forward(chain, weights, images)
+    outputs = closed_form.forward_tangents(chain, weights, forward, tangents)
+    top = forward.outputs[-1]
+    slope, bend = chain.activation.slope(top), chain.activation.bend(top)
+    gradient = top_gradient(images).reshape(top.shape)
+    gradient_tangents = torch.func.vmap(lambda t: torch.func.jvp(top_gradient, (images,), (t[None],))[1][0])(
+        tangents
+    )
+    last_tangents = gradient_tangents.reshape(outputs[-1].shape) * slope + gradient * bend * outputs[-1]
+    delta = closed_form.deltas(chain, weights, forward, gradient * slope)
+    by_hand = closed_form.conv_gradient_tangents(
+        chain, weights, forward, delta, tangents, outputs, last_tangents
+    )
+    expected = torch.func.vmap(lambda t: torch.func.jvp(kernels, (images,), (t[None],))[1])(tangents)
+    assert list(by_hand) == chain.names
+    torch.testing.assert_close(torch.cat([by_hand[name].flatten(1) for name in chain.names], 1), expected)
+
+
 def test_head_entries_are_gathered() -> None:
     residual, features = torch.randn(2, 5), torch.rand(2, 4)
     rows, cols = torch.tensor([0, 4, 2]), torch.tensor([3, 0, 2])

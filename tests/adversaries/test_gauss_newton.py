@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,12 @@ from adversaries.reconstruction.hcgla import gauss_newton
 from adversaries.reconstruction.hcgla.gauss_newton import GaussNewtonSettings, solve
 from adversaries.reconstruction.hcgla.least_squares import Problem, State
 from adversaries.reconstruction.hcgla.measurements import read_update, value_precision
-from adversaries.reconstruction.priors import GaussianPrior, smooth_prior
-from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior, smooth_prior
+from fedattack.config import CompressionConfig, DataConfig, ModelConfig, TrainingConfig
+from fedattack.data import load_dataset
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Observation, Scenario, Update
+from fedattack.observation import Auxiliary, Observation, Scenario, Update
 from fedattack.rng import torch_rng
 
 
@@ -138,6 +140,19 @@ def test_recovers_exactly(shape: tuple[int, int, int], batch: int, rate: float, 
     assert psnr(prior.mean_image().expand_as(truth), truth) < 20
 
 
+def test_a_real_face_from_a_thousandth_of_the_published_lenets_gradient() -> None:
+    faces = load_dataset(DataConfig(name="faces"), seed=0)
+    public, _ = faces.tensors(np.arange(45))
+    truth, _ = faces.tensors(np.array([60]))
+    labels = torch.tensor([4711])
+    prior = gaussian_prior(Auxiliary(public), (1, 32, 32))
+    observation = observe(truth, labels, classes=10_177, rate=0.001)
+    result = solve(observation, labels, prior)
+    assert result.explained
+    assert psnr(result.images, truth) > 45
+    assert psnr(prior.mean_image()[None], truth) < 20
+
+
 def test_same_observation_same_bits() -> None:
     prior = smooth_prior((1, 8, 8))
     truth, labels = draw(prior, 1), torch.tensor([3])
@@ -172,6 +187,38 @@ def test_a_wrong_update_is_not_explained() -> None:
     ]
     wrong = dataclasses.replace(observation, update=dataclasses.replace(observation.update, values=shuffled))
     assert not solve(wrong, labels, prior).explained
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e4, 1e30])
+def test_absurd_values_are_not_explained_and_do_no_harm(factor: float) -> None:
+    prior = smooth_prior((1, 8, 8))
+    labels = torch.tensor([3])
+    observation = observe(draw(prior, 1), labels, rate=0.2)
+    values = observation.update.values * factor
+    absurd = dataclasses.replace(observation, update=dataclasses.replace(observation.update, values=values))
+    result = solve(absurd, labels, prior)
+    assert not result.explained
+    assert torch.isfinite(result.images).all()
+
+
+@pytest.mark.parametrize(("images", "measurements"), [(1, 40), (2, 30), (3, 200)])
+def test_both_ways_to_solve_a_step_agree_with_dense_least_squares(images: int, measurements: int) -> None:
+    generator = torch_rng(8, "test")
+    modes, known = 20, (5, 0, 12)
+    z = torch.randn(images, modes, dtype=torch.float64, generator=generator)
+    joint = torch.randn(images * modes, measurements, generator=generator)
+    blocks = [torch.randn(modes, known[b], generator=generator) for b in range(images)]
+    others = torch.randn(measurements, dtype=torch.float64, generator=generator)
+    features = [torch.randn(known[b], dtype=torch.float64, generator=generator) for b in range(images)]
+    rows = [joint.T, *(torch.zeros(known[b], images * modes) for b in range(images))]
+    for b, block in enumerate(blocks):
+        rows[b + 1][:, b * modes : (b + 1) * modes] = block.T
+    stacked = torch.cat([*rows, torch.eye(images * modes)]).double()
+    residual = torch.cat([others, *features, z.flatten()])
+    expected = torch.linalg.lstsq(stacked, -residual[:, None]).solution.reshape(z.shape)
+    for way in (gauss_newton._solve_unknowns, gauss_newton._solve_measurements):
+        found = way(z, blocks, features, joint, others, torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_precision_of_half_values_is_seen() -> None:

@@ -169,6 +169,19 @@ def test_each_image_of_a_batch_gets_its_own_row(digits):
     assert torch.equal(scores.argmax(1), torch.arange(4))
 
 
+def test_a_generator_is_trained_on_the_spot_where_images_were_granted(digits):
+    scenario, weights = make()
+    label = torch.tensor([42])
+    seen = Client(scenario, weights, 9).observe(digits[300:301], label, 0)
+    with pytest.raises(NotApplicable, match="needs auxiliary images"):
+        init_generation.obtain_generator("train", seen, 0)
+    granted = dataclasses.replace(seen, auxiliary=Auxiliary(digits[:80]))
+    made = init_generation.obtain_generator("train", granted, 0).start(seen, label)
+    again = init_generation.obtain_generator("train", granted, 0).start(seen, label)
+    assert torch.equal(made, again)
+    assert float(psnr(made, digits[300:301])) > float(psnr(digits[:80].mean(0, True), digits[300:301])) + 3
+
+
 @pytest.mark.parametrize(
     ("training", "compression", "gain"),
     [

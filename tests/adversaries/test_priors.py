@@ -33,12 +33,13 @@ def surprise(prior: priors.GaussianPrior, images: Tensor) -> float:
 
 
 def test_with_many_images_it_is_near_the_sample_covariance() -> None:
-    images = correlated_images(400)
+    images = correlated_images(4000)
     prior = priors.gaussian_prior(Auxiliary(images), SHAPE, shrinkage=1e-12)
+    assert "mirrored" not in prior.source, "the left half is brighter"
     flat = images.double().flatten(1).numpy()
     expected = np.cov(flat.T) + priors.NUGGET * np.eye(flat.shape[1])
-    # 400 images against the spectrum's five, and a mean known to 1 / 400.
-    np.testing.assert_allclose(prior.covariance.numpy(), expected, atol=0.02 * expected.max())
+    # 4,000 images against the spectrum's five, and a mean known to 1 / 4,000.
+    np.testing.assert_allclose(prior.covariance.numpy(), expected, atol=0.003 * expected.max())
     np.testing.assert_allclose(prior.mean.numpy(), flat.mean(0), atol=1e-12)
 
 
@@ -70,6 +71,19 @@ def test_shrinkage_beats_none_where_images_are_few() -> None:
 
     assert surprise(chosen, fresh) < min(surprise(source, fresh) for source in sources) + 1.0
     assert surprise(chosen, fresh) < surprise(sources[0], fresh) - 10
+
+
+def test_mirror_images_count_where_left_and_right_are_alike() -> None:
+    smooth = priors.smooth_prior(SHAPE, deviation=0.1)
+    z = torch.randn(smooth.size, 200, dtype=torch.float64, generator=torch_rng(4, "test"))
+    images = (smooth.mean[:, None] + smooth.factor() @ z).T.reshape(200, *SHAPE).float()
+    prior = priors.gaussian_prior(Auxiliary(images), SHAPE, shrinkage=1e-12)
+    assert "mirrored" in prior.source
+    both = torch.cat([images, images.flip(3)]).double().flatten(1).numpy()
+    mirrored = priors.gaussian_prior(Auxiliary(images), SHAPE, shrinkage=1e-12)
+    np.testing.assert_allclose(mirrored.mean.numpy(), both.mean(0), atol=1e-12)
+    expected = np.cov(both.T) + priors.NUGGET * np.eye(both.shape[1])
+    np.testing.assert_allclose(mirrored.covariance.numpy(), expected, atol=0.04 * expected.max())
 
 
 def test_factors_span_the_covariance() -> None:

@@ -15,6 +15,7 @@ from fedattack.data import World, build_world
 from fedattack.errors import BadRequest, RunFailed
 from simulations.client_app import Workplace
 from simulations.federation import FederationResult, run_federation
+from simulations.flower_internals import loopback_ray
 from simulations.grid import InlineGrid, RayGrid, ray_session
 
 CLIENTS, ROUNDS, SEED = 6, 3, 5
@@ -80,6 +81,38 @@ def assert_same(one: FederationResult, other: FederationResult) -> None:
         assert mine.train_loss == theirs.train_loss
         assert mine.failed == theirs.failed == ()
         assert mine.rejected == theirs.rejected == ()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_nodes_and_the_loss_of_one_change_no_bit(world: World) -> None:
+    """A real cluster of two raylets, each with room for one actor; then one of them is killed."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    config = settings(compressor="topk", actors=2)
+    expected = run_federation(settings(compressor="topk", engine="inline"), world)
+    with loopback_ray():
+        node = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
+        cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+        other = cluster.add_node(**node)
+        try:
+            with ray_session(config.engine.model_copy(update={"ray_address": cluster.address})):
+                grid = RayGrid(Workplace.of(config, world))
+                places = ray.get([actor.ready.remote() for actor in grid._actors])
+                assert len(set(places)) == 2
+                assert_same(run_federation(config, world, grid=grid), expected)
+
+                def lose(number: int, weights: object) -> None:
+                    if number == 1:
+                        cluster.remove_node(other, allow_graceful=False)
+
+                assert_same(run_federation(config, world, grid=grid, on_weights=lose), expected)
+                places = ray.get([actor.ready.remote() for actor in grid._actors])
+                assert len(set(places)) == 1, "the actor that is left has taken over"
+                grid.close()
+        finally:
+            cluster.shutdown()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "127.0.0.1:99999"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from adversaries.reconstruction.gradients import Layers
 from adversaries.reconstruction.hcgla import gauss_newton, labels, matching, starts
 from adversaries.reconstruction.hcgla.denoiser import load_denoiser
 from adversaries.reconstruction.hcgla.gauss_newton import GaussNewtonSettings
-from adversaries.reconstruction.hcgla.generator import load_generator
+from adversaries.reconstruction.hcgla.generator import load_generator, obtain_generator
 from adversaries.reconstruction.hcgla.labels import Labels
 from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.observation import Observation, Reconstruction, Scenario
 
-Method = Literal["auto", "gauss-newton", "matching"]
+Method = Literal["auto", "gauss-newton", "matching", "generator"]
 
 
 @dataclass
@@ -38,8 +39,9 @@ class HCGLA(ReconstructionAttack):
 
     Parameters
     ----------
-    method : {"auto", "gauss-newton", "matching"}
-        "auto": Gauss-Newton where it applies and explains the update, else matching.
+    method : {"auto", "gauss-newton", "matching", "generator"}
+        "auto": Gauss-Newton where it applies and explains the update, else matching. Asking for a preset, a start or
+        a denoiser asks for matching. "generator": what the trained generator draws, with no optimisation after it.
     preset : {"default", "published"}
         Settings of matching: ours, or the paper's (L-BFGS without line search from N(0, 1), 42 x 20 iterations).
     start : str
@@ -48,11 +50,12 @@ class HCGLA(ReconstructionAttack):
     start_image : str, optional
         Picture for start "image".
     generator : str, optional
-        Trained weights for start "generator" (``fedattack learn generator``).
+        For start or method "generator": the file of a trained one (``fedattack hcgla train-generator``), or "train"
+        to train one on the auxiliary images before the attack, which takes minutes.
     denoise_every : int
         Clean the images with `denoiser` after each this many matching iterations; 0: never.
     denoiser : str, optional
-        Trained weights of the denoiser.
+        Trained weights of the denoiser (``fedattack hcgla train-denoiser``).
     iterations, tv, learning_rate, optimizer, layers, parametrisation, objective
         Replace a setting of the preset; None keeps it. See
         :func:`adversaries.reconstruction.hcgla.matching.settings_for`.
@@ -102,10 +105,25 @@ class HCGLA(ReconstructionAttack):
         if self.denoise_every and not self.denoiser:
             raise ConfigError(
                 f"setting 'hcgla.denoise_every' = {self.denoise_every} needs 'hcgla.denoiser', the path of trained "
-                "weights (fedattack learn denoiser)"
+                "weights (fedattack hcgla train-denoiser)"
             )
         if self.denoiser and not self.denoise_every:
             raise ConfigError("setting 'hcgla.denoiser' does nothing without 'hcgla.denoise_every', as 100")
+
+        if self.method == "gauss-newton" and self._asks_for_matching:
+            raise ConfigError(
+                f"setting 'hcgla.method' = 'gauss-newton': {self._asks_for_matching} belongs to method 'matching'"
+            )
+
+    @property
+    def _asks_for_matching(self) -> str:
+        """The setting that only matching has and that was changed, if any."""
+        asked = {
+            "preset": self.preset != "default",
+            "start": self.start != "auto",
+            "denoise_every": self.denoise_every > 0,
+        }
+        return ", ".join(f"hcgla.{name} = {getattr(self, name)!r}" for name, given in asked.items() if given)
 
     def check(self, scenario: Scenario) -> None:
         """Refuse what is not (a multiple of) entries of one gradient, and settings without what they need.
@@ -122,7 +140,7 @@ class HCGLA(ReconstructionAttack):
         self._matching(scenario, max(1, scenario.training.batch_size))
         if self.denoiser:
             load_denoiser(self.denoiser)
-        if self._start == "generator" and self.generator:
+        if self._start == "generator" and self.generator and self.generator != "train":
             load_generator(self.generator, scenario)
 
     def run(
@@ -139,14 +157,17 @@ class HCGLA(ReconstructionAttack):
 
     @property
     def _start(self) -> starts.Start:
+        if self.method == "generator":
+            return "generator"
         return "random" if self.start == "auto" and self.preset == "published" else self.start
 
-    def _matching(self, scenario: Scenario, batch: int) -> engine.Matching:
+    def _matching(self, scenario: Scenario, batch: int, smooth: bool = False) -> engine.Matching:
         return matching.settings_for(
             self.preset,
             scenario.model,
             batch,
-            iterations=self.iterations,
+            smooth=smooth,
+            iterations=0 if self.method == "generator" else self.iterations,
             tv=self.tv,
             learning_rate=self.learning_rate,
             optimizer=self.optimizer,
@@ -179,10 +200,12 @@ class _Run:
     ) -> None:
         self._attack, self._device, self._progress = attack, device, progress
         attack.check(observations[0].scenario)
+        agreed = observations[0].scenario.training.batch_size
         for observation in observations:
-            if observation.num_examples < 1:
+            if observation.num_examples < 1 or (agreed and observation.num_examples > agreed):
                 raise PayloadError(
-                    f"client {observation.client} declares {observation.num_examples} examples; at least 1 is needed"
+                    f"client {observation.client} declares {observation.num_examples} examples; 1 to "
+                    f"{agreed or 'all of its own'} were agreed"
                 )
         self._received = {observation.key: observation for observation in observations}
         self._observations = [
@@ -193,7 +216,9 @@ class _Run:
         ]
         self._seed = seed
         first = self._observations[0]
-        images = labels.public_images(first.auxiliary, first.scenario.image_shape)
+        images = labels.public_images(
+            first.auxiliary, first.scenario.image_shape, labels.enough(first.scenario.model)
+        )
         expected = labels.expectation(first.scenario.model, first.weights, images)
         self._labels = [labels.infer_labels(o, o.update, expected) for o in self._observations]
         self._details: list[dict[str, Any]] = [
@@ -211,7 +236,8 @@ class _Run:
         attack = self._attack
         generate: Callable[[Observation, Tensor], Tensor] | None = None
         if attack._start == "generator" and attack.generator:
-            loaded = load_generator(attack.generator, next(iter(self._received.values())).scenario)
+            received = next(iter(self._received.values()))
+            loaded = obtain_generator(attack.generator, received, self._seed, self._device, self._progress)
 
             def generate(observation: Observation, values: Tensor) -> Tensor:
                 return loaded.start(self._received[observation.key], values)
@@ -248,12 +274,16 @@ class _Run:
                 answers.append(self._matched(position, *matched[position], solved.get(position)))
             else:
                 answers.append(self._solved(position, solved[position]))
+        self._progress(1.0, "done")
         return answers
 
     def _for_gauss_newton(self, to_match: list[int]) -> list[int]:
         """Victims that Gauss-Newton applies to; under "auto" the others join `to_match`, with the reason."""
-        if self._attack.method == "matching":
+        asked = self._attack._asks_for_matching
+        if self._attack.method in ("matching", "generator") or asked:
             to_match += range(len(self._observations))
+            for details in self._details:
+                details["why"] = f"{asked or f'method {self._attack.method}'} was asked for"
             return []
         fitting = []
         for position, observation in enumerate(self._observations):
@@ -283,16 +313,20 @@ class _Run:
     def _match(
         self, positions: Sequence[int], before: float
     ) -> dict[int, tuple[engine.Match, engine.Matching]]:
-        """Match the victims at `positions`, those of one batch size together."""
+        """Match the victims at `positions`, those of one shape and preset together."""
         transform = load_denoiser(self._attack.denoiser) if self._attack.denoiser else None
-        groups: dict[int, list[int]] = defaultdict(list)
+        informed = self._starts.name in ("ridge", "generator")
+        groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for position in positions:
-            groups[len(self._labels[position].values)].append(position)
+            batch = len(self._labels[position].values)
+            unknowns = batch * math.prod(self._observations[position].scenario.image_shape)
+            smooth = not informed and self._observations[position].update.kept < unknowns
+            groups[batch, smooth].append(position)
         found: dict[int, tuple[engine.Match, engine.Matching]] = {}
-        for batch, members in groups.items():
+        for (batch, smooth), members in groups.items():
             observations = [self._observations[position] for position in members]
             values = [self._labels[position].values for position in members]
-            settings = self._attack._matching(observations[0].scenario, batch)
+            settings = self._attack._matching(observations[0].scenario, batch, smooth)
             begin = [
                 self._starts.make(o, y, self._attack.restarts)
                 for o, y in zip(observations, values, strict=True)
@@ -318,12 +352,18 @@ class _Run:
 
     def _answer(self, position: int, images: Tensor, **fields: Any) -> Reconstruction:
         found: Labels = self._labels[position]
-        prior = self._starts.prior_image.clamp(0, 1).expand(len(found.values), -1, -1, -1)
+        floors = {"prior": self._starts.prior_image.clamp(0, 1).expand(len(found.values), -1, -1, -1).clone()}
+        public = self._observations[position].auxiliary
+        if public is not None and public.labels is not None:
+            # What the label alone gives away: an attacker that learnt nothing else would answer the class's mean.
+            means = [public.images[public.labels == label] for label in found.values]
+            if all(len(images) > 1 for images in means):
+                floors["label alone"] = torch.stack([images.mean(0) for images in means]).clamp(0, 1)
         return Reconstruction(
             images.clamp(0, 1).float().cpu(),
             found.values,
             label_confidence=found.confidence,
-            floors={"prior": prior.clone()},
+            floors=floors,
             **fields,
         )
 
@@ -358,6 +398,7 @@ class _Run:
                 f"Gauss-Newton leaves {rejected.objective_per_number:.3g} per measured number unexplained (about 1 "
                 "is right)"
             )
+        method = "generator" if self._attack.method == "generator" else "matching"
         return self._answer(
-            position, found.images, loss=found.loss, method="matching", history=found.history, details=details
+            position, found.images, loss=found.loss, method=method, history=found.history, details=details
         )

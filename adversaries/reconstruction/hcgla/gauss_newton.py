@@ -58,7 +58,10 @@ class GaussNewtonSettings:
     schedule : tuple of float or None
         Falling values of s; None: :func:`default_schedule`.
     modes : int or None
-        Prior modes per image; None: :func:`default_modes`.
+        Prior modes per image, throughout; None: :func:`default_modes` while s is at least `all_modes_below`, then
+        all.
+    all_modes_below : float
+        See `modes`: the modes left out act as noise, which limits how far s can fall.
     max_objective : float
         Certificate above which annealing ends: objective per measured number.
     steps : int
@@ -81,8 +84,9 @@ class GaussNewtonSettings:
 
     schedule: tuple[float, ...] | None = None
     modes: int | None = None
+    all_modes_below: float = 0.1
     max_objective: float = 1.5
-    steps: int = 3
+    steps: int = 6
     last_steps: int = 1
     halvings: int = 5
     feature_noise: float = 0.03
@@ -208,7 +212,7 @@ def applies(
 
 
 def default_modes(size: int, batch: int) -> int:
-    """Prior modes per image: all while the unknowns number at most 4,096, else D / (1 + B / 4)."""
+    """Prior modes per image to begin with: all while the unknowns number at most 4,096, else D / (1 + B / 4)."""
     if batch == 1 or size * batch <= 4096:
         return size
     return min(size, max(4096 // batch, round(size / (1 + batch / 4))))
@@ -217,10 +221,10 @@ def default_modes(size: int, batch: int) -> int:
 def default_schedule(measurements: int, unknowns: int, batch: int) -> tuple[float, ...]:
     """Falling values of s: fast where measurements outnumber unknowns, gentle elsewhere and for batches."""
     if batch == 1 and measurements >= unknowns:
-        return (0.3, 0.03, 0.003, 0.001)
-    if batch == 2:
-        return (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
-    return (1.0, 0.3, 0.1, 0.03, 0.01)
+        return (1.0, 0.1, 0.01, 0.001)
+    if batch == 1:
+        return (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+    return (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 
 
 def solve(
@@ -266,25 +270,27 @@ def solve(
     chain = closed_form.describe(observation.scenario.model)
     measured = read_update(chain, observation, labels, settings.weight_floor, settings.head_entries)
     batch = len(labels)
-    modes = min(settings.modes or default_modes(prior.size, batch), prior.size)
+    most = min(settings.modes or prior.size, prior.size)
+    few = most if settings.modes else default_modes(prior.size, batch)
     problem = Problem(
         chain,
         observation.weights,
         measured,
         prior.mean,
-        prior.factor(modes),
+        prior.factor(None if few == prior.size else most),
         settings.feature_noise,
         least_feature_noise=0.001 if batch == 1 else 0.003,
         chunk=settings.chunk,
         device=torch.device(device),
     )
-    schedule = settings.schedule or default_schedule(measured.count, batch * modes, batch)
-    path = _anneal(problem, schedule, settings, progress)
+    schedule = settings.schedule or default_schedule(measured.count, batch * most, batch)
+    levels = [(s, few if s >= settings.all_modes_below else most) for s in schedule]
+    path = _anneal(problem, levels, settings, progress)
     details: dict[str, object] = {
         "schedule": list(schedule),
         "reached": path.reached,
-        "modes": modes,
-        "unknowns": batch * modes,
+        "modes": path.answer.shape[1],
+        "unknowns": path.answer.numel(),
         "measurements": measured.count,
         "conv_entries": len(measured.conv_values),
         "features_known": int(measured.row_known.sum()),
@@ -308,15 +314,16 @@ class _Path:
 
 
 def _anneal(
-    problem: Problem, schedule: tuple[float, ...], settings: GaussNewtonSettings, progress: Progress
+    problem: Problem, levels: list[tuple[float, int]], settings: GaussNewtonSettings, progress: Progress
 ) -> _Path:
-    """Lower s while the certificate holds."""
-    z = torch.zeros(problem.batch, problem.modes, dtype=torch.float64, device=problem.device)
-    anchor = problem.anchor(problem.evaluate(z, schedule[0], problem.anchor()))
+    """Lower s (and raise the number of modes) along `levels` while the certificate holds."""
+    z = torch.zeros(problem.batch, levels[0][1], dtype=torch.float64, device=problem.device)
+    anchor = problem.anchor(problem.evaluate(z, levels[0][0], problem.anchor()))
     path = _Path(z)
-    for level, s in enumerate(schedule):
-        progress(level / len(schedule), f"s = {s:g}")
-        last = level == len(schedule) - 1
+    for level, (s, modes) in enumerate(levels):
+        progress(level / len(levels), f"s = {s:g}")
+        last = level == len(levels) - 1
+        z = torch.nn.functional.pad(z, (0, modes - z.shape[1]))
         for _ in range(settings.last_steps if last else settings.steps):
             before = problem.evaluate(z, s, anchor)
             after = _descend(problem, before, s, anchor, settings.halvings)
@@ -337,10 +344,21 @@ def _anneal(
     return path
 
 
+def _step(state: State, per_image: list[Tensor], joint: Tensor, double: bool) -> Tensor:
+    """The step in float32 where that suffices; zero where even float64 has no answer (absurd values were sent)."""
+    for wide in (False, True):
+        if double and not wide:
+            continue
+        try:
+            return gauss_newton_step(state, per_image, joint, wide)
+        except torch.linalg.LinAlgError:
+            continue
+    return torch.zeros_like(state.z)
+
+
 def _descend(problem: Problem, state: State, s: float, anchor: Anchor, halvings: int) -> State:
     """One Gauss-Newton step, halved until the objective falls; the old state where it never does."""
-    per_image, joint = problem.jacobian(state)
-    step = gauss_newton_step(state, per_image, joint, double=s < DOUBLE_BELOW)
+    step = _step(state, *problem.jacobian(state), double=s < DOUBLE_BELOW)
     for halving in range(halvings + 1):
         candidate = problem.evaluate(state.z + step / 2**halving, s, anchor)
         if candidate.objective < state.objective:
@@ -349,7 +367,7 @@ def _descend(problem: Problem, state: State, s: float, anchor: Anchor, halvings:
 
 
 def gauss_newton_step(state: State, per_image: list[Tensor], joint: Tensor, double: bool) -> Tensor:
-    """Solve (J^T J + I) dz = -(J^T residual + z) on the smaller of unknowns and measurements.
+    """Solve (J^T J + I) dz = -(J^T residual + z), on the unknowns or on the joint measurements: the cheaper.
 
     Parameters
     ----------
@@ -363,33 +381,80 @@ def gauss_newton_step(state: State, per_image: list[Tensor], joint: Tensor, doub
     -------
     Tensor
         float64, the shape of z.
+
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        If the system is not positive definite in that precision.
     """
-    batch, modes = state.z.shape
     dtype = torch.float64 if double else torch.float32
     scaled = state.feature_residual / state.feature_noise
-    residuals = [scaled[b, state.active[b]] for b in range(batch)]
-    joint_residual = state.joint_residual / state.joint_noise
-    unknowns, rows = batch * modes, joint.shape[1] + sum(block.shape[1] for block in per_image)
-    if unknowns <= rows:
-        system = torch.zeros(unknowns, unknowns, dtype=dtype, device=joint.device)
-        _gram(joint, system)
-        right = state.z.flatten() + joint.double() @ joint_residual
-        for b, block in enumerate(per_image):
-            own = slice(b * modes, (b + 1) * modes)
-            _gram(block, system[own, own])
-            right[own] += block.double() @ residuals[b]
-        return -_solve(system, right).reshape(batch, modes)
-    transposed = torch.zeros(rows, unknowns, device=joint.device)
-    transposed[: joint.shape[1]] = joint.T
-    start = joint.shape[1]
+    features = [scaled[b, state.active[b]] for b in range(len(per_image))]
+    others = state.joint_residual / state.joint_noise
+    unknowns, rows = joint.shape
+    on_unknowns = unknowns**2 * (rows + unknowns / 3)
+    on_measurements = rows**2 * (unknowns + rows / 3)
+    if on_unknowns <= on_measurements:
+        return _solve_unknowns(state.z, per_image, features, joint, others, dtype)
+    return _solve_measurements(state.z, per_image, features, joint, others, dtype)
+
+
+def _solve_unknowns(
+    z: Tensor,
+    per_image: list[Tensor],
+    features: list[Tensor],
+    joint: Tensor,
+    others: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The normal equations, (B modes, B modes)."""
+    modes = z.shape[1]
+    system = torch.zeros(len(joint), len(joint), dtype=dtype, device=joint.device)
+    _gram(joint, system)
+    right = z.flatten() + joint.double() @ others
+    for b, (block, residual) in enumerate(zip(per_image, features, strict=True)):
+        own = slice(b * modes, (b + 1) * modes)
+        _gram(block, system[own, own])
+        right[own] += block.double() @ residual
+    return -_solve(_factor(system), right).reshape(z.shape)
+
+
+def _solve_measurements(
+    z: Tensor,
+    per_image: list[Tensor],
+    features: list[Tensor],
+    joint: Tensor,
+    others: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same step by the matrix inversion lemma, applied twice.
+
+    With F_b an image's feature rows, C_b its part of the joint rows and P_b = I + F_b^T F_b, the new z is
+    z0 + P^-1 C^T (I + sum_b C_b P_b^-1 C_b^T)^-1 (target - C z0), where z0 answers the features alone and
+    P_b^-1 = I - F_b^T (I + F_b F_b^T)^-1 F_b needs a system of the features' number only.
+    """
+    modes = z.shape[1]
+    system = torch.zeros(joint.shape[1], joint.shape[1], dtype=dtype, device=joint.device)
+    _gram(joint.T, system)
+    target, starts, factors, crossed = -others, [], [], []
+    for b, (block, residual) in enumerate(zip(per_image, features, strict=True)):
+        part, wide = joint[b * modes : (b + 1) * modes].to(dtype), block.to(dtype)
+        factors.append(_factor(wide.T @ wide))
+        cross = torch.linalg.solve_triangular(factors[b], wide.T @ part, upper=False)
+        system.addmm_(cross.T, cross, alpha=-1)
+        crossed.append(cross)
+        block64 = block.double()
+        starts.append(block64 @ _solve(factors[b], z[b] @ block64 - residual))
+        target = target + (z[b] - starts[b]) @ part.double()
+    pull = _solve(_factor(system), target)
+    moved = []
     for b, block in enumerate(per_image):
-        transposed[start : start + block.shape[1], b * modes : (b + 1) * modes] = block.T
-        start += block.shape[1]
-    system = torch.zeros(rows, rows, dtype=dtype, device=joint.device)
-    _gram(transposed, system)
-    flat = state.z.flatten()
-    target = transposed.double() @ flat - torch.cat([joint_residual, *residuals])
-    return (transposed.double().T @ _solve(system, target) - flat).reshape(batch, modes)
+        part = joint[b * modes : (b + 1) * modes]
+        back = torch.linalg.solve_triangular(
+            factors[b].T, (crossed[b] @ pull.to(dtype))[:, None], upper=True
+        )[:, 0]
+        moved.append(starts[b] + part.double() @ pull - block.double() @ back.double())
+    return torch.stack(moved) - z
 
 
 def _gram(rows: Tensor, into: Tensor) -> None:
@@ -402,8 +467,12 @@ def _gram(rows: Tensor, into: Tensor) -> None:
             into[start:, start : start + size].addmm_(part[start:], block.T)
 
 
-def _solve(system: Tensor, right: Tensor) -> Tensor:
-    """(system + I)^-1 right for a positive semi-definite system given by its lower triangle; overwrites it."""
+def _factor(system: Tensor) -> Tensor:
+    """Cholesky factor of system + I, system positive semi-definite and given by its lower triangle; overwrites it."""
     system.diagonal().add_(1)
-    factor = torch.linalg.cholesky(system)
-    return torch.cholesky_solve(right.to(system.dtype)[:, None], factor)[:, 0].double()
+    return torch.linalg.cholesky(system)
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    """Solve with a Cholesky factor, in its precision; float64 (n,)."""
+    return torch.cholesky_solve(right.to(factor.dtype)[:, None], factor)[:, 0].double()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adversaries.base import Progress, no_progress
 from adversaries.reconstruction.hcgla import learned
 from adversaries.reconstruction.hcgla.learned import Client, RowSignals, SignalPairs
-from fedattack.errors import ConfigError, DataError, unknown_name
+from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
 from fedattack.metrics.images import psnr
 from fedattack.models.generators import GENERATORS, WIDE, Deconv, RidgeConv, build_generator
 from fedattack.observation import Auxiliary, Observation, Scenario
@@ -38,7 +38,7 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3
 FOLDS = 5
 RANK = 512
 BATCHES = {"ridge-conv": 64, "deconv": 16}
-EPOCHS = {"ridge-conv": 6, "deconv": 10}
+EPOCHS = {"ridge-conv": 4, "deconv": 10}
 LEARNING_RATES = {"ridge-conv": 2e-3, "deconv": 1e-2}
 
 
@@ -270,6 +270,49 @@ def load_generator(path: str | Path, scenario: Scenario) -> Generator:
     if mean is None or mean.shape != shape:
         raise DataError(f"{str(path)!r}: its mean image is missing or not of shape {shape}")
     return Generator(learned.fill(module, tensors, path), mean, metadata)
+
+
+def obtain_generator(
+    setting: str,
+    observation: Observation,
+    seed: int,
+    device: torch.device | str = "cpu",
+    progress: Progress = no_progress,
+) -> Generator:
+    """The generator that a setting asks for: the path of a trained one, or "train" for one trained on the spot.
+
+    Parameters
+    ----------
+    setting : str
+    observation : Observation
+        Any victim of the round: for the scenario, the weights, the batch size and the auxiliary images.
+    seed : int
+    device : torch.device or str
+    progress : Progress
+        Told how many clients are imitated and how far training has come: a minute or more for thousands of images.
+
+    Raises
+    ------
+    NotApplicable
+        If "train" is asked for and no auxiliary images were granted.
+    """
+    if setting != "train":
+        return load_generator(setting, observation.scenario)
+    if observation.auxiliary is None or not len(observation.auxiliary):
+        raise NotApplicable(
+            "generator = 'train' needs auxiliary images, and none were granted; name the file of a trained generator"
+        )
+    return train_generator(
+        observation.scenario,
+        observation.weights,
+        observation.auxiliary,
+        None,
+        seed,
+        batch_size=observation.num_examples,
+        round=observation.round,
+        device=device,
+        progress=progress,
+    )[0]
 
 
 def test_generator(

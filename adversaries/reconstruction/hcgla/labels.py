@@ -150,6 +150,11 @@ def public_images(auxiliary: Auxiliary | None, image_shape: tuple[int, int, int]
     return (0.2 + 0.6 * colours).expand(-1, *image_shape)
 
 
+def enough(model: ModelConfig) -> int:
+    """Public images worth a forward pass: a deep network costs seconds for each."""
+    return 16 if model.name.startswith("resnet") else 256
+
+
 @torch.no_grad()
 def expectation(
     model: ModelConfig, weights: Mapping[str, Tensor], images: Tensor, batch: int = 64

@@ -103,7 +103,7 @@ class Problem:
         Global weights.
     measured : Measurements
     mean, factor : Tensor
-        float64 (D,) and (D, modes): images = mean + factor z.
+        float64 (D,) and (D, most modes): images = mean + factor z, with as many columns as z has numbers.
     feature_noise, least_feature_noise : float
         Standard deviation of a known feature before the sigmoid: a share of s, and a lower limit.
     chunk : int
@@ -133,7 +133,7 @@ class Problem:
         self.weights32 = {name: tensor.to(device, torch.float32) for name, tensor in weights.items()}
         self.feature_noise, self.least_feature_noise = feature_noise, least_feature_noise
         self.chunk, self.device = chunk, device
-        self.batch, self.modes = len(measured.labels), factor.shape[1]
+        self.batch = len(measured.labels)
 
     def anchor(self, state: State | None = None) -> Anchor:
         """Features from the label rows, less what the other images of a batch leak into them by `state`."""
@@ -158,7 +158,7 @@ class Problem:
 
     def images(self, z: Tensor) -> Tensor:
         """(B, C, H, W) of z (B, modes)."""
-        return (self.mean + z @ self.factor.T).unflatten(1, self.chain.image_shape)
+        return (self.mean + z @ self.factor[:, : z.shape[1]].T).unflatten(1, self.chain.image_shape)
 
     def evaluate(self, z: Tensor, s: float, anchor: Anchor) -> State:
         """All residuals at z, and their standard deviations at s."""
@@ -236,16 +236,17 @@ class Problem:
         Tensor
             The joint measurements', (B * modes, measurements).
         """
-        joint = torch.empty(self.batch * self.modes, len(state.joint_residual), device=self.device)
+        modes = state.z.shape[1]
+        joint = torch.empty(self.batch * modes, len(state.joint_residual), device=self.device)
         scale = (1 / state.joint_noise).float()
         per_image = []
         for sample in range(self.batch):
-            features = torch.empty(self.modes, int(state.active[sample].sum()), device=self.device)
+            features = torch.empty(modes, int(state.active[sample].sum()), device=self.device)
             differentiate = _OneImage(self, state, sample)
-            for start in range(0, self.modes, self.chunk):
-                rows = slice(start, min(start + self.chunk, self.modes))
+            for start in range(0, modes, self.chunk):
+                rows = slice(start, min(start + self.chunk, modes))
                 moved, features[rows] = differentiate(self.factor32[:, rows].T)
-                joint[sample * self.modes :][rows] = moved * scale
+                joint[sample * modes :][rows] = moved * scale
             per_image.append(features)
         return per_image, joint
 
@@ -296,6 +297,8 @@ class _OneImage:
         outputs = closed_form.forward_tangents(chain, weights, self.forward, tangents)
         top = outputs[-1].flatten(1)
         last, biases, entries = self._head(top)
+        if not len(m.conv_positions):
+            return torch.cat([biases, entries], 1), top[:, self.active] * self.feature_scale
         gradients = closed_form.conv_gradient_tangents(
             chain,
             weights,
