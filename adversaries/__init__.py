@@ -12,6 +12,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
     "attack",
     {
         "hcgla": "adversaries.reconstruction.hcgla:HCGLA",
+        "tensor": "adversaries.reconstruction.tensor:TensorAttack",
         "fedmia": "adversaries.membership.fedmia:FedMIA",
         "unlearn-max-loss": "adversaries.unlearning.max_loss:MaxLoss",
     },

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedattack.errors import ConfigError, unknown_name
 from fedattack.observation import (
+    Auxiliary,
     Candidates,
     MembershipScores,
     Observation,
@@ -65,9 +66,39 @@ class Attack(ABC):
 
 @dataclass
 class ReconstructionAttack(Attack):
-    """Rebuilds a client's private images from its update."""
+    """Rebuilds a client's private images from its update.
+
+    Attributes
+    ----------
+    arms : bool
+        Whether the attack needs a malicious server: then the weights of :meth:`arm` are sent in the attacked rounds.
+    """
 
     family = "reconstruction"
+    arms: ClassVar[bool] = False
+
+    def arm(
+        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+    ) -> dict[str, Tensor]:
+        """What a malicious server sends instead of the global model, where :attr:`arms` is set.
+
+        Parameters
+        ----------
+        scenario : Scenario
+        weights : dict of str to Tensor
+            The global state dict; not to be modified.
+        seed : int
+            Seeds every draw; differs from round to round.
+        auxiliary : Auxiliary or None
+            Public data granted to the adversary.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The same names, shapes and types.
+        """
+        del scenario, seed, auxiliary
+        return weights
 
     @abstractmethod
     def run(

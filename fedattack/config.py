@@ -69,8 +69,11 @@ class ModelConfig(Section):
     classes: Positive | None = Field(None, description="width of the head; None: the model's published head")
     channels: Positive | None = Field(None, description="None: the data set's")
     image_size: Positive | None = Field(None, description="None: the data set's")
-    activation: Literal["sigmoid", "relu", "tanh", "gelu", "softplus"] | None = Field(
+    activation: Literal["sigmoid", "relu", "tanh", "gelu", "softplus", "poly3"] | None = Field(
         None, description="None: the model's published one"
+    )
+    width: Positive | None = Field(
+        None, description="hidden neurons, of models whose width is free; None: the model's default"
     )
     weights: str | None = Field(None, description="safetensors file of initial weights; None: seeded random")
 
@@ -260,6 +263,7 @@ SHORT_NAMES: dict[str, str] = {
     "model": "model.name",
     "classes": "model.classes",
     "activation": "model.activation",
+    "width": "model.width",
     "weights": "model.weights",
     "protocol": "training.protocol",
     "batch-size": "training.batch_size",

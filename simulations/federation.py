@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from adversaries.base import ReconstructionAttack
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import ConfigError, RunFailed
@@ -28,7 +30,7 @@ from simulations.client_app import Workplace, exclusion_settings
 from simulations.flower_internals import server_identity
 from simulations.grid import LocalGrid, PartitionedGrid, open_grid
 from simulations.journal import Journal, JournaledGrid
-from strategies import Eavesdropper, RoundReport, averages_buffers, build_strategy
+from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
 from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors
 
 log = logging.getLogger("fedattack.federation")
@@ -117,6 +119,7 @@ def run_federation(
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
     grid: LocalGrid | None = None,
+    arming: ReconstructionAttack | None = None,
 ) -> FederationResult:
     """Train a federation on the configured engine.
 
@@ -146,6 +149,9 @@ def run_federation(
     grid : LocalGrid, optional
         An open grid of the same configuration and world (:func:`simulations.grid.open_grid`), to save its start;
         its clients start with empty memories.
+    arming : ReconstructionAttack, optional
+        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``; the global
+        model skips them.
 
     Returns
     -------
@@ -186,6 +192,7 @@ def run_federation(
             excluded=excluded,
             on_round=on_round,
             on_weights=on_weights,
+            arming=arming,
         )
 
 
@@ -202,6 +209,7 @@ def serve(
     excluded: Mapping[int, Collection[int]] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
+    arming: ReconstructionAttack | None = None,
 ) -> FederationResult:
     """The server's side of :func:`run_federation`, on any grid; this process must be the server of its run."""
     if config.federation.strategy == "fedprox" and config.training.momentum:
@@ -224,7 +232,10 @@ def serve(
     reports: list[RoundReport] = []
     with _hushed(logging.ERROR):  # FedAvg warns of what was asked of it: no evaluation on clients
         aggregator = build_strategy(config.federation, config.training.learning_rate)
-    strategy = Eavesdropper(
+    seat: Callable[..., Eavesdropper] = Eavesdropper
+    if arming is not None:
+        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds)
+    strategy = seat(
         aggregator,
         world.scenario,
         on_observation=on_observation,

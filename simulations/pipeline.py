@@ -96,6 +96,23 @@ def choose_attacks(config: Config) -> dict[str, Attack]:
     }
 
 
+def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
+    """The one attack that needs the server to send other weights; None where the server stays honest.
+
+    Raises
+    ------
+    ConfigError
+        If there are two: a round carries one model.
+    """
+    arming = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack) and a.arms}
+    if len(arming) > 1:
+        raise ConfigError(
+            f"setting 'attack.names' = {', '.join(attacks)}: {' and '.join(arming)} each send weights of their own; "
+            "run them one at a time"
+        )
+    return next(iter(arming.values()), None)
+
+
 def check_names(config: Config) -> None:
     """Refuse unknown names and devices before anything is read.
 
@@ -164,6 +181,7 @@ def simulate(
     for attack in attacks.values():
         attack.check(world.scenario)
     check_seats(config, world, attacks)
+    arming_attack(attacks)
     folder = RunFolder.create(run_directory(config), config)
     folder.save_part("world", world_record(world))
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
@@ -411,6 +429,7 @@ class _Run:
             on_observation=self._observed,
             observe=self._observe,
             on_round=self._finished_round,
+            arming=arming_attack(self.attacks),
         )
 
     def _victim(self, round: int, client: int) -> bool:

@@ -9,6 +9,7 @@ from fedattack.config import FederationConfig
 from fedattack.errors import ConfigError, unknown_name
 from fedattack.registry import Registry
 from strategies.eavesdropper import Eavesdropper, RoundReport
+from strategies.malicious import MaliciousServer
 
 _FLOWER = "flwr.serverapp.strategy"
 
@@ -137,6 +138,7 @@ def _checked(setting: str, value: Any, annotation: Any) -> Any:
 __all__ = [
     "STRATEGIES",
     "Eavesdropper",
+    "MaliciousServer",
     "RoundReport",
     "averages_buffers",
     "build_strategy",

@@ -178,6 +178,7 @@ class Eavesdropper(Strategy):
         self._sent: dict[str, Tensor] = {}
         self._sent_arrays: dict[str, NDArray[Any]] = {}
         self._float_buffers: list[str] = []
+        self._armed = False
 
     # ------------------------------------------------------------------ what goes out
 
@@ -195,9 +196,23 @@ class Eavesdropper(Strategy):
                 offered[name] = arrays[name]
         with seeded_sampling(self.seed, round):
             messages = list(self.strategy.configure_train(round, offered, config, grid))
+        sent = self.outgoing(round, self._sent)
+        self._armed = sent is not None
+        if sent is not None:
+            arrays = to_record(sent)
+            self._keep(arrays)
         if offered is not arrays:
             _exchange(messages, offered, arrays)
         return messages
+
+    def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """What is sent in this round instead of the global model; None: the global model.
+
+        A round in which something else is sent is observed and not aggregated. Overridden by
+        :class:`strategies.malicious.MaliciousServer`.
+        """
+        del round, weights
+        return None
 
     def _keep(self, arrays: ArrayRecord) -> None:
         missing = [name for name in self.names if name not in arrays]
@@ -252,8 +267,8 @@ class Eavesdropper(Strategy):
         # One fixed order, whatever order the replies came in: float sums depend on it.
         accepted.sort(key=lambda reply: reply.client)
         self._hand_out(round, accepted)
-        arrays, metrics = self._aggregate(round, accepted)
-        if arrays is None and accepted:
+        arrays, metrics = (None, None) if self._armed else self._aggregate(round, accepted)
+        if arrays is None and accepted and not self._armed:
             log.warning("round %d: the strategy did not aggregate; the weights stay as they were", round)
         if not accepted:
             log.warning("round %d: no reply was accepted; the weights stay as they were", round)

@@ -32,12 +32,16 @@ MODELS: Registry[Builder] = Registry(
         "resnet34": "fedattack.models.resnet:resnet34",
         "tiny-cnn": "fedattack.models.lenet:tiny_cnn",
         "mlp": "fedattack.models.lenet:mlp",
+        "two-layer": "fedattack.models.two_layer:two_layer",
+        "lenet-two-layer": "fedattack.models.two_layer:lenet_two_layer",
     },
     group="fedattack.models",
 )
 
 _PUBLISHED_HEADS = {"lenet-zhu": 10_177}
-_PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid"}
+_PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-two-layer": "poly3"}
+_WIDTHS = {"two-layer": 1024, "lenet-two-layer": 1024}
+_FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet34", "tiny-cnn", "mlp"}
 
 
 def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) -> ModelConfig:
@@ -52,14 +56,19 @@ def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) ->
     Returns
     -------
     ModelConfig
-        With `classes`, `channels`, `image_size` and `activation` set.
+        With `classes`, `channels`, `image_size` and `activation` set, and `width` where the model has one.
 
     Raises
     ------
     ConfigError
-        If the model is unknown or its head is narrower than the data's label space.
+        If the model is unknown, its head is narrower than the data's label space, or it has no free width.
     """
     MODELS.get(model.name)
+    if model.width is not None and model.name in _FIXED_WIDTH:
+        raise ConfigError(
+            f"setting 'model.width' = {model.width}: model {model.name!r} has no free width; "
+            f"{' and '.join(sorted(_WIDTHS))} have"
+        )
     activation = model.activation or _PUBLISHED_ACTIVATIONS.get(model.name, "relu")
     published_head = 500 if model.name.startswith("resnet") and activation == "sigmoid" else None
     head = model.classes or _PUBLISHED_HEADS.get(model.name) or published_head or classes
@@ -69,6 +78,7 @@ def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) ->
             "channels": model.channels or channels,
             "image_size": model.image_size or image_size,
             "activation": activation,
+            "width": model.width or _WIDTHS.get(model.name),
         }
     )
     if head < classes:

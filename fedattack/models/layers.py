@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class Poly3(nn.Module):
+    """u^2 + u^3, the activation with which a wide layer's gradient is a polynomial of its weights."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Elementwise, any shape."""
+        return u * u * (1 + u)
+
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -10,6 +19,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "gelu": nn.GELU,
     "softplus": nn.Softplus,
+    "poly3": Poly3,
 }
 
 

@@ -47,7 +47,8 @@ class ConvChain(nn.Module):
                 parameter.uniform_(-limit, limit, generator=generator)
 
 
-def _halved(size: int, times: int) -> int:
+def halved(size: int, times: int) -> int:
+    """Side of an image after `times` convolutions of stride 2 with padding."""
     for _ in range(times):
         size = (size + 1) // 2
     return size
@@ -71,7 +72,7 @@ def lenet_zhu(config: ModelConfig) -> nn.Module:
         nn.Conv2d(12, 12, 5, stride=1, padding=2),
         activation(config.activation),
     )
-    return ConvChain(body, nn.Linear(12 * _halved(size, 2) ** 2, classes), bound=0.5)
+    return ConvChain(body, nn.Linear(12 * halved(size, 2) ** 2, classes), bound=0.5)
 
 
 def tiny_cnn(config: ModelConfig) -> nn.Module:
@@ -86,7 +87,7 @@ def tiny_cnn(config: ModelConfig) -> nn.Module:
         nn.Conv2d(8, 16, 3, stride=2, padding=1),
         activation(config.activation),
     )
-    return ConvChain(body, nn.Linear(16 * _halved(size, 2) ** 2, classes))
+    return ConvChain(body, nn.Linear(16 * halved(size, 2) ** 2, classes))
 
 
 def mlp(config: ModelConfig) -> nn.Module:

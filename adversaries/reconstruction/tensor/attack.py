@@ -1,0 +1,624 @@
+"""The tensor attack: whole batches from one gradient of a wide two-layer head."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.reconstruction import engine
+from adversaries.reconstruction.tensor import kept, recover, steps
+from adversaries.reconstruction.tensor.activations import (
+    ACTIVATIONS,
+    homogeneous,
+    is_polynomial,
+    stein_order,
+)
+from adversaries.reconstruction.tensor.arming import armed
+from adversaries.reconstruction.tensor.decompose import Decomposer
+from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, read_labels, residuals_of
+from adversaries.reconstruction.tensor.recover import Estimate
+from adversaries.reconstruction.tensor.refine import refine, relu_masks
+from fedattack.config import TrainingConfig
+from fedattack.errors import ConfigError, NotApplicable
+from fedattack.models import build_model
+from fedattack.models.two_layer import TwoLayer
+from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario, Update
+from fedattack.rng import torch_rng
+
+CERTIFIED = 1e-5
+"""Relative residual below which the answer explains the update to float32's rounding."""
+
+APPROXIMATE = 0.25
+"""Relative residual above which the answer explains too little of the update to be one."""
+
+SPARE = 1.2
+"""Equations per unknown from which on a small residual singles out the batch."""
+
+Status = Literal["certified", "approximate", "failed"]
+
+
+@dataclass
+class TensorAttack(ReconstructionAttack):
+    """Tensor: a malicious server sends a wide two-layer head and reads the whole batch off one gradient.
+
+    The gradient of the wide layer spans the batch, and its third moment over the Gaussian neurons is a symmetric
+    tensor whose components are the samples (Wang, Lee, Lei 2023). The moments are not averaged, as published, but
+    solved for by least squares inside the span, which is exact for the cubic activation; other activations are
+    finished by Gauss-Newton on the gradient itself. The answer is put through the model: the residual of the update
+    tells "certified" (10^-5 at most), "approximate" and "failed" apart without the truth.
+
+    What it may change in the model: the weights of the wide layer and of the head (see :meth:`arm`). What a server
+    learns from an armed round is the batch and nothing else; the global model skips it
+    (:class:`strategies.malicious.MaliciousServer`).
+
+    Parameters
+    ----------
+    method : {"exact", "published"}
+        "published": averages over the neurons as in the paper, whose error falls with the square root of the width.
+    view : {"full", "last_layer"}
+        "last_layer" looks at the head's gradient only.
+    batch : int, optional
+        Samples in the batch (of all clients together under `secure_aggregation`); None: read from the spectrum, or
+        where noise hides that, the number that the client declares.
+    decomposer : {"simdiag", "jennrich", "als", "tensorly_power"}
+        The last two are tensorly's, as a cross-check.
+    refine : {"auto", "off"}
+        "auto": taken only where it brings the residual to rounding level, or down tenfold, which noise does not
+        allow.
+    whiten_weights : bool, optional
+        Draw the neurons with the inverse second moment of the public images, which spreads similar samples apart.
+        None: where the first estimate is not exact (other activations than the cubic) and behind a stem.
+    scale : float, optional
+        Typical size of w.x; None: 1, and 2 for GELU, whose fourth moment is larger there.
+    head_signs : bool, optional
+        Random signs in the head's row, which keep its output small where its entries are larger than 1/m, and these
+        keep the head from turning in several local steps; None: under several local steps.
+    head_strength : float, optional
+        Size of the head's entries; None: 1/m, or 1/sqrt(m) with signs.
+    restarts : int
+        Starts tried where single entries are solved for (top-k, last layer).
+    secure_aggregation : bool
+        See only the sum over all observations of one call (`attack.victims_per_task` clients): the batches of all
+        clients are rebuilt as one, and each observation is answered with all of it.
+
+    References
+    ----------
+    Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023.
+    """
+
+    needs: ClassVar[str] = (
+        "a malicious server: it sends the weights of a wide two-layer head (model two-layer)"
+    )
+    arms: ClassVar[bool] = True
+
+    method: Literal["exact", "published"] = "exact"
+    view: Literal["full", "last_layer"] = "full"
+    batch: int | None = None
+    decomposer: Decomposer = "simdiag"
+    refine: Literal["auto", "off"] = "auto"
+    whiten_weights: bool | None = None
+    scale: float | None = None
+    head_signs: bool | None = None
+    head_strength: float | None = None
+    restarts: int = 4
+    secure_aggregation: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that can never work."""
+        for name in ("batch", "restarts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"setting 'tensor.{name}' = {value}: must be at least 1")
+        for name in ("scale", "head_strength"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"setting 'tensor.{name}' = {value}: must be positive")
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse what cannot be identified: wrong model, activation, width, or too few entries.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        model, training = scenario.model, scenario.training
+        module = build_model(model)
+        if not isinstance(module, TwoLayer):
+            raise NotApplicable(
+                f"model.name = {model.name!r} has no wide two-layer head to read a batch from; use --model two-layer "
+                "or lenet-two-layer"
+            )
+        assert model.activation is not None
+        order = stein_order(ACTIVATIONS[model.activation])
+        if self.method == "published" and order != 3:
+            raise NotApplicable(
+                f"model.activation = {model.activation!r} has a zero third Hermite coefficient, and method "
+                "'published' averages third moments; use poly3 or method 'exact'"
+            )
+        one_step = dataclasses.replace(scenario, training=_one_step(training))
+        engine.check_one_gradient(one_step)
+        batch = self.batch or training.batch_size
+        if not batch:
+            return  # all of a client's samples: known when it declares them
+        m, d = module.wide.weight.shape
+        if self.view == "last_layer" or _sparse(scenario):
+            _check_entries(self.view, scenario, module, batch)
+        elif self.method == "exact":
+            needed = recover.needed_width(model.activation, batch)
+            if training.local_steps > 1:
+                needed = recover.feature_count(batch, order)
+            if batch > d:
+                raise NotApplicable(
+                    f"training.batch_size = {batch} > input dimension {d}: the samples' span is the whole space"
+                )
+            if m < needed:
+                what = "(B+1)(B+2)/2" if order == 3 and training.local_steps == 1 else "more neurons here:"
+                raise NotApplicable(
+                    f"model.width = {m} < {needed}: regression with {model.activation} needs {what} = {needed} "
+                    f"neurons for B = {batch}; raise --width or lower --batch-size"
+                )
+
+    def arm(
+        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+    ) -> dict[str, Tensor]:
+        """The weights to send: Gaussian neurons, and a head of one constant row.
+
+        With a single row the softmax residuals of the classes cannot cancel in the wide layer's gradient.
+        """
+        activation = scenario.model.activation
+        assert activation is not None
+        return armed(
+            scenario,
+            weights,
+            seed,
+            auxiliary,
+            scale=self.scale or (2.0 if activation == "gelu" else 1.0),
+            signs=scenario.training.local_steps > 1 if self.head_signs is None else self.head_signs,
+            strength=self.head_strength,
+            whiten=self.whiten_weights,
+            spread=not is_polynomial(activation) or scenario.model.name != "two-layer",
+        )
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> list[Reconstruction]:
+        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
+        if not observations:
+            return []
+        if device.type == "mps":  # has no float64
+            device = torch.device("cpu")
+        if self.secure_aggregation and len(observations) > 1:
+            return [self._one(aggregate(observations), seed, device, progress, 0, 1)] * len(observations)
+        total = len(observations)
+        return [self._one(o, seed, device, progress, n, total) for n, o in enumerate(observations)]
+
+    def _one(
+        self,
+        observation: Observation,
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+        number: int,
+        total: int,
+    ) -> Reconstruction:
+        def share(part: float, text: str) -> None:
+            progress((number + part) / total, f"client {observation.client}: {text}")
+
+        try:
+            return _Victim(self, observation, seed, device, share).answer()
+        except NotApplicable as reason:
+            return _failure(observation.scenario, str(reason))
+
+
+def _one_step(training: TrainingConfig) -> TrainingConfig:
+    return training if training.local_steps == 1 else training.model_copy(update={"local_steps": 1})
+
+
+def _sparse(scenario: Scenario) -> bool:
+    return scenario.compression.name in ("topk", "randomk", "dgc") and scenario.compression.rate < 1
+
+
+def _check_entries(view: str, scenario: Scenario, module: TwoLayer, batch: int) -> None:
+    """Refuse fewer equations than unknowns, as far as the settings tell."""
+    m, d = module.wide.weight.shape
+    classes = module.head.out_features
+    unknowns = batch * d
+    if _sparse(scenario):
+        compression = scenario.compression
+        entries = round(compression.rate * m * (d + classes))
+        if view == "last_layer":
+            entries = min(entries, m * classes)
+        if compression.warmup_rounds:
+            return
+        what = "kept entries"
+    else:
+        entries, what = m * min(batch, classes - 1), "independent entries of the head"
+    if entries < unknowns:
+        raise NotApplicable(
+            f"{what} {entries} < unknowns {unknowns}: underdetermined for B = {batch}; raise --width (now {m}), keep "
+            "more, or lower --batch-size"
+        )
+
+
+def _failure(scenario: Scenario, reason: str) -> Reconstruction:
+    empty = torch.zeros(0, *scenario.image_shape)
+    return Reconstruction(
+        images=empty,
+        labels=torch.zeros(0, dtype=torch.int64),
+        loss=math.inf,
+        label_confidence=0.0,
+        method="tensor",
+        details={"status": "failed", "reason": reason, "residual": None, "notes": []},
+    )
+
+
+def aggregate(observations: Sequence[Observation]) -> Observation:
+    """What secure aggregation shows of several clients: their updates' mean, weighted by their samples.
+
+    Raises
+    ------
+    NotApplicable
+        If an update is not complete: compressed updates do not add up under a secure sum.
+    """
+    first = observations[0]
+    examples = sum(o.num_examples for o in observations)
+    values = torch.zeros(first.update.numel, dtype=torch.float64)
+    for observation in observations:
+        if observation.update.indices is not None:
+            raise NotApplicable(
+                "setting 'tensor.secure_aggregation' = True with sparse updates: a secure sum adds complete ones; "
+                "use compression.name 'none'"
+            )
+        values += observation.update.values.double().cpu() * (observation.num_examples / examples)
+    update = Update(first.update.names, first.update.shapes, None, values.float(), first.update.kind)
+    return dataclasses.replace(first, update=update, num_examples=examples)
+
+
+@dataclass
+class _Answer:
+    """Inputs of the wide layer, and what the labels are."""
+
+    inputs: Tensor
+    labelled: Labelled
+    residual: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class _Victim:
+    """One observation."""
+
+    def __init__(
+        self,
+        attack: TensorAttack,
+        observation: Observation,
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self._attack, self._observation, self._device = attack, observation, device
+        self._progress, self._seed = progress, seed
+        scenario = observation.scenario
+        module = build_model(scenario.model)
+        if not isinstance(module, TwoLayer):
+            raise NotApplicable(f"model.name = {scenario.model.name!r} has no wide two-layer head")
+        module.load_state_dict(observation.weights)
+        self._module = module.eval()
+        assert scenario.model.activation is not None
+        weights = {name: tensor.to(device) for name, tensor in observation.weights.items()}
+        self._head = Head.of(weights["wide.weight"], weights["head.weight"], scenario.model.activation)
+        self._update = _gradient_of(observation)
+        self._samples = observation.num_examples
+        if attack.batch:
+            self._samples = max(attack.batch, 1)
+        self._generator = torch_rng(seed, "tensor", observation.round, observation.client)
+        self._notes: list[str] = []
+        self._figures: dict[str, Any] = {"kept": observation.update.kept}
+
+    def answer(self) -> Reconstruction:
+        """Rebuild, label, certify."""
+        complete = self._update.indices is None or self._update.kept == self._update.numel
+        several = self._observation.scenario.training.local_steps > 1
+        if self._attack.method == "published":
+            found, method = self._published(), "published"
+        elif not complete or self._attack.view == "last_layer":
+            found, method = self._from_entries(complete), "entries"
+        elif several:
+            found, method = self._from_steps(), "local steps"
+        else:
+            found, method = self._from_gradient(), "tensor"
+        return self._finished(found, method)
+
+    # ------------------------------------------------------------------ routes
+
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        tensors = self._update.dense()
+        return (
+            tensors["wide.weight"].to(self._device).double(),
+            tensors["head.weight"].to(self._device).double(),
+        )
+
+    def _scaled(self, wide: Tensor) -> Tensor:
+        """The wide layer's gradient as ``sum_i r_i s'(W x_i) x_i'``."""
+        return wide * (self._samples / self._head.scale[:, None])
+
+    def _from_gradient(self) -> _Answer:
+        wide, last = self._dense()
+        y = self._scaled(wide)
+        self._progress(0.0, "span")
+        span, size, notes = recover.find_span(
+            self._head, y, self._attack.batch, self._observation.num_examples, self._generator
+        )
+        self._notes += notes
+        self._progress(0.1, "tensor")
+        estimate = recover.from_wide(
+            self._head, y, span, size, self._attack.decomposer, self._generator, self._seed
+        )
+        self._take(estimate)
+        self._progress(0.5, "labels")
+        if homogeneous(self._head.name):
+            return self._from_products(estimate, y, wide, last)
+        found = self._labelled(estimate.inputs, wide, last)
+        if self._attack.refine == "off":
+            return found
+        fit = refine(
+            self._head,
+            y,
+            estimate.inputs,
+            estimate.weights,
+            progress=lambda part: self._progress(0.5 + 0.5 * part, "refinement"),
+        )
+        return self._better(found, self._labelled(fit.inputs, wide, last))
+
+    def _from_products(self, estimate: Estimate, y: Tensor, wide: Tensor, last: Tensor) -> _Answer:
+        """ReLU: exact masks give r_i x_i, cross-entropy the scale."""
+
+        def scaled(products: Tensor, signs: Tensor) -> _Answer:
+            directions = products / products.norm(dim=1, keepdim=True).clamp_min(1e-300) * signs[:, None]
+            norms = fix_scales(self._head, directions, last, self._samples)
+            return self._labelled(directions * norms[:, None], wide, last)
+
+        found = scaled(estimate.inputs, torch.ones_like(estimate.weights))
+        if self._attack.refine == "off":
+            return found
+        basis = torch.linalg.qr(estimate.inputs.T).Q
+        products, signs, explained = relu_masks(
+            self._head, y, basis, estimate.inputs * estimate.weights[:, None]
+        )
+        self._figures["neurons_explained"] = explained
+        return self._better(found, scaled(products, signs))
+
+    def _from_steps(self) -> _Answer:
+        wide, last = self._dense()
+        if not float(wide.norm()) > 0:
+            raise NotApplicable("the wide layer did not move: nothing of the batch is in the update")
+        # The spectrum of several gradients has no clear end; the declared batch is believed.
+        declared = self._observation.num_examples
+        span, size, notes = recover.find_span(
+            self._head, wide, self._attack.batch or declared, declared, self._generator
+        )
+        self._notes += notes
+        self._notes.append(
+            f"{self._observation.scenario.training.local_steps} local steps: span from the wide layer's change, "
+            "tensor from the head's"
+        )
+        estimate = recover.from_head(
+            self._head, last * self._samples, span, size, self._attack.decomposer, self._generator, self._seed
+        )
+        self._take(estimate)
+        found = self._labelled(estimate.inputs, wide, last)
+        training = self._observation.scenario.training
+        if not steps.replayable(training, self._samples):
+            self._notes.append(
+                "the client's order of batches (or its weight decay) is not in the update: the steps cannot be "
+                "played again, and the residual is that of one gradient"
+            )
+            return found
+        positions, labels = found.labelled.expanded()
+        if len(positions) != len(found.inputs):
+            # The head's mean residuals are no residuals of one model: one sample each, by the most negative class.
+            delta = residuals_of(self._head, found.inputs, last, self._samples)
+            counts = torch.nn.functional.one_hot(delta.argmin(1), self._head.classes)
+            found = dataclasses.replace(found, labelled=Labelled(counts, 0.5))
+            positions, labels = found.labelled.expanded()
+        raw = self._observation.update.dense()
+        change = {n: raw[n].to(self._device).double() for n in ("wide.weight", "head.weight")}
+        # New weights are float32: their rounding is all that is left of small changes.
+        self._figures["rounding"] = max(
+            2.0**-25 * float(weight.norm() / change[name].norm().clamp_min(1e-300))
+            for name, weight in (("wide.weight", self._head.wide), ("head.weight", self._head.head))
+        )
+        labels = labels.to(self._device)
+        found = self._replayed(found, found.inputs, labels, change)
+        if self._attack.refine == "off":
+            return found
+        inputs = steps.fit(
+            self._head,
+            change["wide.weight"],
+            change["head.weight"],
+            found.inputs,
+            labels,
+            training,
+            span.basis[:, :size],
+            progress=lambda part: self._progress(0.5 + 0.5 * part, "refinement"),
+        )
+        return self._better(found, self._replayed(found, inputs, labels, change))
+
+    def _replayed(self, found: _Answer, inputs: Tensor, labels: Tensor, change: dict[str, Tensor]) -> _Answer:
+        """The answer with the residual of the client's whole training played again."""
+        wide, last = steps.play(
+            self._head, self._head.wide, inputs, labels, self._observation.scenario.training
+        )
+        parts = {
+            "head": _relative(change["head.weight"], last),
+            "wide": _relative(change["wide.weight"], wide),
+        }
+        return _Answer(inputs, found.labelled, max(parts.values()), parts)
+
+    def _from_entries(self, complete: bool) -> _Answer:
+        entries = self._entries()
+        unknowns = self._samples * self._head.inputs
+        if complete and self._attack.view == "last_layer":
+            equations = self._head.width * min(self._samples, self._head.classes - 1)
+        else:
+            equations = entries.count
+        self._figures |= {"equations": equations, "unknowns": unknowns}
+        if equations < unknowns:
+            raise NotApplicable(
+                f"kept entries {equations} < unknowns {unknowns}: underdetermined; a wider model or a "
+                "smaller batch helps"
+            )
+        if equations < SPARE * unknowns:
+            self._notes.append(
+                f"{equations} equations for {unknowns} unknowns: too few for the residual to be a certificate"
+            )
+        solution = kept.solve(
+            self._head,
+            entries,
+            self._samples,
+            self._attack.restarts,
+            self._generator,
+            CERTIFIED,
+            progress=lambda part: self._progress(part, "entries"),
+        )
+        counts = torch.nn.functional.one_hot(solution.labels, self._head.classes)
+        return _Answer(
+            solution.inputs, Labelled(counts, min(1.0, solution.residual)), solution.residual, solution.parts
+        )
+
+    def _published(self) -> _Answer:
+        if self._update.indices is not None:
+            raise NotApplicable("method 'published' averages over all neurons: it needs a complete update")
+        wide, last = self._dense()
+        y = None if self._attack.view == "last_layer" else self._scaled(wide)
+        g = (self._head.row @ last) * self._samples
+        estimate = recover.published(self._head, g, y, self._samples, self._generator)
+        self._take(estimate)
+        return self._labelled(estimate.inputs, wide, last)
+
+    # ------------------------------------------------------------------ pieces
+
+    def _entries(self) -> kept.Entries:
+        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for name, shape, positions, values in self._update.layers():
+            if name in ("wide.weight", "head.weight"):
+                positions = positions.to(self._device)
+                found[name] = (
+                    positions // shape[1],
+                    positions % shape[1],
+                    values.to(self._device).double(),
+                )
+        if self._attack.view == "last_layer":
+            found["wide.weight"] = tuple(part[:0] for part in found["wide.weight"])  # type: ignore[assignment]
+        return kept.Entries(*found["head.weight"], *found["wide.weight"])
+
+    def _take(self, estimate: Estimate) -> None:
+        self._notes += estimate.notes
+        self._figures |= estimate.figures
+
+    def _labelled(self, inputs: Tensor, wide: Tensor, last: Tensor) -> _Answer:
+        """Labels from the head's gradient, and the residual of the whole answer put through the model."""
+        if not bool(torch.isfinite(inputs).all()):
+            raise NotApplicable("the decomposition is degenerate: the samples cannot be told apart")
+        delta = residuals_of(self._head, inputs, last, self._samples)
+        labelled = read_labels(self._head, inputs, delta)
+        positions, labels = labelled.expanded()
+        model_wide, model_last = self._head.gradient(
+            inputs[positions.to(inputs.device)], labels.to(inputs.device)
+        )
+        parts = {"head": _relative(last, model_last)}
+        if self._attack.view == "full":
+            parts["wide"] = _relative(wide, model_wide)
+        return _Answer(inputs, labelled, max(parts.values()), parts)
+
+    def _better(self, found: _Answer, refined: _Answer) -> _Answer:
+        taken = refined.residual <= CERTIFIED or refined.residual < 0.1 * found.residual
+        self._figures["residual_before_refinement"] = found.residual
+        self._figures["refined"] = bool(taken and refined.residual <= found.residual)
+        return refined if self._figures["refined"] else found
+
+    def _finished(self, found: _Answer, method: str) -> Reconstruction:
+        positions, labels = found.labelled.expanded()
+        inputs = found.inputs.cpu()[positions]
+        norms = found.inputs.norm(dim=1).cpu()
+        status: Status = "failed"
+        reason = ""
+        enough = self._figures.get("equations", math.inf) >= SPARE * self._figures.get("unknowns", 1)
+        if found.residual <= CERTIFIED and enough and len(inputs) == self._samples:
+            status = "certified"
+        elif found.residual <= APPROXIMATE:
+            status = "approximate"
+        else:
+            reason = f"residual {found.residual:.0e}: the answer does not explain the update"
+        if status != "certified":
+            self._notes.append(
+                f"residual {found.residual:.0e}: not certified; retry with another seed or more neurons"
+            )
+        if len(inputs) != self._samples:
+            self._notes.append(f"{len(inputs)} samples found, {self._samples} in the batch")
+        images = self._images(inputs, self._observation.scenario.image_shape)
+        if "feature_residual" in self._figures:
+            self._figures["features_status"] = status
+            if status == "certified":
+                # The residual vouches for the features; what the stem lost is the prior's guess.
+                status = "approximate"
+                self._notes.append(
+                    "features certified; the images are the likeliest with these features, not the only ones"
+                )
+        self._progress(1.0, f"{status}, residual {found.residual:.0e}")
+        return Reconstruction(
+            images=images.clamp(0, 1).float(),
+            labels=labels,
+            loss=found.residual,
+            label_confidence=max(0.0, 1.0 - 2 * found.labelled.doubt),
+            method=f"tensor ({method})",
+            details={
+                "status": status,
+                "reason": reason,
+                "residual": found.residual,
+                "residual_parts": found.parts,
+                "batch": len(found.inputs),
+                "copies": found.labelled.counts.sum(1).tolist(),
+                "norms": norms.tolist(),
+                "notes": self._notes,
+                **self._figures,
+            },
+        )
+
+    def _images(self, inputs: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        if isinstance(self._module.stem, torch.nn.Flatten):
+            return inputs.reshape(-1, *shape)
+        from adversaries.reconstruction.tensor.stem import invert_stem
+
+        images, figures = invert_stem(self._module.stem, inputs, shape, self._observation.auxiliary)
+        self._figures |= figures
+        return images
+
+
+def _relative(seen: Tensor, model: Tensor) -> float:
+    return float((seen - model).norm() / seen.norm().clamp_min(1e-300))
+
+
+def _gradient_of(observation: Observation) -> Update:
+    """The update as entries of one gradient; of several local steps, as their mean gradient."""
+    scenario = observation.scenario
+    training, update = scenario.training, observation.update
+    if training.local_steps == 1 or update.kind == "gradient":
+        return engine.as_gradient(observation)
+    mass = sum(sum(training.momentum**lag for lag in range(step + 1)) for step in range(training.local_steps))
+    single = dataclasses.replace(
+        observation,
+        scenario=dataclasses.replace(scenario, training=_one_step(training)),
+        update=Update(update.names, update.shapes, update.indices, update.values / mass, update.kind),
+    )
+    return engine.as_gradient(single)

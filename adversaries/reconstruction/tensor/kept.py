@@ -1,0 +1,410 @@
+"""Inputs from single entries of the gradient: top-k updates and the last layer alone.
+
+Where the wide layer's gradient is not complete its row space is lost, but every entry that was sent is still an
+equation. They are solved for the inputs themselves, in all d dimensions, by Levenberg-Marquardt from averages over
+the neurons; the residual tells a solution from a stuck run as long as there are clearly more entries than unknowns.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adversaries.reconstruction.tensor.head import Head
+
+Function = Callable[[Tensor], Tensor]
+
+DIRECT = 3200
+"""Up to this many unknowns the normal equations are formed."""
+
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of a gradient of the mean loss that were sent.
+
+    Attributes
+    ----------
+    head_rows, head_columns, head_values : Tensor
+        Of A's gradient: class and neuron (int64) and value (float64), each (k_A,).
+    wide_rows, wide_columns, wide_values : Tensor
+        Of W's gradient: neuron, input and value, each (k_W,).
+    """
+
+    head_rows: Tensor
+    head_columns: Tensor
+    head_values: Tensor
+    wide_rows: Tensor
+    wide_columns: Tensor
+    wide_values: Tensor
+
+    @property
+    def count(self) -> int:
+        """Equations."""
+        return len(self.head_values) + len(self.wide_values)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Inputs (B, d) with their labels (B,), and the largest relative residual of the two blocks of entries."""
+
+    inputs: Tensor
+    labels: Tensor
+    residual: float
+    parts: dict[str, float]
+
+
+class Model:
+    """x (B, d) -> the entries' values, each block over its norm, with products by the Jacobian both ways.
+
+    Parameters
+    ----------
+    head : Head
+    entries : Entries
+    labels : Tensor
+        int64 (B,).
+    """
+
+    def __init__(self, head: Head, entries: Entries, labels: Tensor) -> None:
+        self._head, self._entries = head, entries
+        self._hot = torch.nn.functional.one_hot(labels, head.classes).to(head.wide.dtype)
+        self._norms = _norms(entries)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The values at x."""
+        return self.at(x)[0]
+
+    def at(self, x: Tensor) -> tuple[Tensor, Function, Function]:
+        """Values at x, and the Jacobian there as a map of steps (B, d) and, transposed, of residuals (k,)."""
+        head, e = self._head, self._entries
+        act, (head_norm, wide_norm) = head.activation, self._norms
+        size, split = len(x), len(e.head_values)
+        u = x @ head.wide.T
+        hidden, slope = act.value(u), act.slope(u)
+        p = (hidden @ head.head.T).softmax(1)
+        delta = p - self._hot
+        back = delta @ head.head
+        bend = act.bend(u) * back if len(e.wide_values) else u
+        wide_weights = back * slope
+
+        def joined(full: Tensor, wide: Tensor) -> Tensor:
+            return torch.cat([full[e.head_rows, e.head_columns] / head_norm, wide / wide_norm]) / size
+
+        def wide_entries(weights: Tensor, inputs: Tensor) -> Tensor:
+            return (weights[:, e.wide_rows] * inputs[:, e.wide_columns]).sum(0)
+
+        def through_softmax(d: Tensor) -> Tensor:
+            return p * (d - (p * d).sum(1, keepdim=True))
+
+        def push(step: Tensor) -> Tensor:
+            du = step @ head.wide.T
+            dh = slope * du
+            dd = through_softmax(dh @ head.head.T)
+            wide = e.wide_values
+            if len(wide):
+                dw = (dd @ head.head) * slope + bend * du
+                wide = wide_entries(dw, x) + wide_entries(wide_weights, step)
+            return joined(dd.T @ hidden + delta.T @ dh, wide)
+
+        def pull(left: Tensor) -> Tensor:
+            scattered = torch.zeros_like(head.head)
+            scattered.index_put_(
+                (e.head_rows, e.head_columns), left[:split] / head_norm / size, accumulate=True
+            )
+            dd, dh = hidden @ scattered.T, delta @ scattered
+            direct: Tensor | None = None
+            du_extra: Tensor | None = None
+            if len(e.wide_values):
+                part = left[split:] / wide_norm / size
+                dw = torch.zeros_like(u).index_add_(1, e.wide_rows, x[:, e.wide_columns] * part)
+                direct = torch.zeros_like(x).index_add_(
+                    1, e.wide_columns, wide_weights[:, e.wide_rows] * part
+                )
+                dd = dd + (dw * slope) @ head.head.T
+                du_extra = dw * bend
+            dh = dh + through_softmax(dd) @ head.head
+            du = slope * dh
+            if du_extra is not None:
+                du = du + du_extra
+            found = du @ head.wide
+            return found if direct is None else found + direct
+
+        values = joined(delta.T @ hidden, wide_entries(wide_weights, x))
+        return values, push, pull
+
+    def normal_equations(self, x: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """J'J (B d, B d) and J' left (B d,) at x, the Jacobian's rows formed in blocks."""
+        head, e = self._head, self._entries
+        act, (head_norm, wide_norm) = head.activation, self._norms
+        size, dimension = x.shape
+        u = x @ head.wide.T
+        hidden, slope = act.value(u), act.slope(u)
+        p = (hidden @ head.head.T).softmax(1)
+        delta = p - self._hot
+        # d delta_i / d x_i = (diag p - p p') A diag(s') W, (B, C, d)
+        inner = torch.einsum("cm,im,md->icd", head.head, slope, head.wide)
+        turn = p[:, :, None] * (inner - torch.einsum("ic,icd->id", p, inner)[:, None])
+        unknowns = size * dimension
+        # float32: a step with four right digits costs half, and the residual is float64's.
+        gram = torch.zeros(unknowns, unknowns, dtype=torch.float32, device=x.device)
+        right = torch.zeros(unknowns, dtype=x.dtype, device=x.device)
+
+        def gather(rows: Tensor, values: Tensor) -> None:
+            flat = rows.reshape(len(rows), unknowns)
+            low = flat.float()
+            gram.addmm_(low.T, low)
+            right.addmv_(flat.T, values)
+
+        split = len(e.head_values)
+        for part in torch.arange(split, device=x.device).split(_ROWS):
+            c, j = e.head_rows[part], e.head_columns[part]
+            first = (delta[:, c] * slope[:, j]).T[:, :, None] * head.wide[j][:, None]
+            second = hidden[:, j].T[:, :, None] * turn[:, c].movedim(0, 1)
+            gather((first + second) / (head_norm * size), left[part])
+        back = delta @ head.head
+        for part in torch.arange(len(e.wide_values), device=x.device).split(_ROWS):
+            j, k = e.wide_rows[part], e.wide_columns[part]
+            through = torch.einsum("cn,icd->nid", head.head[:, j], turn) * slope[:, j].T[:, :, None]
+            bent = (back[:, j] * act.bend(u[:, j])).T[:, :, None] * head.wide[j][:, None]
+            rows = x[:, k].T[:, :, None] * (through + bent)
+            rows[torch.arange(len(part), device=x.device), :, k] += (back[:, j] * slope[:, j]).T
+            gather(rows / (wide_norm * size), left[split + part])
+        return gram.double(), right
+
+
+def _norms(entries: Entries) -> tuple[float, float]:
+    return (
+        float(entries.head_values.norm().clamp_min(1e-300)),
+        float(entries.wide_values.norm().clamp_min(1e-300)),
+    )
+
+
+def targets(entries: Entries) -> Tensor:
+    """The entries' values, each block over its norm: what :class:`Model` should answer."""
+    head_norm, wide_norm = _norms(entries)
+    return torch.cat([entries.head_values / head_norm, entries.wide_values / wide_norm])
+
+
+def levenberg_marquardt(
+    function: Model, wanted: Tensor, start: Tensor, iterations: int, settled: float = 1e-7
+) -> tuple[Tensor, float]:
+    """Minimise |function(x) - wanted| from `start` by damped Gauss-Newton steps.
+
+    The normal equations are formed where they are small enough (:data:`DIRECT` unknowns), and solved by conjugate
+    gradients elsewhere.
+
+    Returns
+    -------
+    x : Tensor
+    residual : float
+        |function(x) - wanted| / |wanted|.
+    """
+    x, norm = start, float(wanted.norm())
+    value, push, pull = function.at(x)
+    left = wanted - value
+    damping, gain = 1e-2, 1.0
+    for _ in range(iterations):
+        if float(left.norm()) < settled * norm:
+            break
+        improved = False
+        direct = function.normal_equations(x, left) if x.numel() <= DIRECT else None
+        for _ in range(6):
+            if direct is not None:
+                step = _solved(*direct, damping).reshape(x.shape)
+            else:
+                step = _damped_step(push, pull, left, damping, gain)
+            trial = x + step
+            trial_value, trial_push, trial_pull = function.at(trial)
+            trial_left = wanted - trial_value
+            if float(trial_left.norm()) < float(left.norm()):
+                gain = 1 - float(trial_left.norm()) / float(left.norm())
+                x, left, push, pull, improved = trial, trial_left, trial_push, trial_pull, True
+                damping = max(damping * (0.1 if gain > 0.3 else 0.4), 1e-10)
+                break
+            damping *= 6
+        if not improved or (gain < 1e-4 and damping < 1e-3):
+            break
+    return x, float(left.norm()) / norm
+
+
+def _solved(gram: Tensor, right: Tensor, damping: float) -> Tensor:
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean())
+    factor = torch.linalg.cholesky_ex(damped)[0]
+    return torch.cholesky_solve(right[:, None], factor)[:, 0]
+
+
+def _damped_step(push: Function, pull: Function, left: Tensor, damping: float, gain: float) -> Tensor:
+    """Conjugate gradients on (J'J + damping s I) step = J' left, with s the mean diagonal of J'J by one probe.
+
+    Solved the better, the better the last step was: far from a solution an exact step is wasted.
+    """
+    gradient = pull(left)
+    step, direction, product = torch.zeros_like(gradient), gradient, float(gradient.square().sum())
+    probe = torch.where(torch.arange(step.numel(), device=step.device) % 2 == 0, 1.0, -1.0)
+    shift = damping * float(push(probe.to(step).reshape(step.shape)).square().sum()) / step.numel()
+    first, tolerance = product, 1e-2 if gain < 0.5 else 1e-3
+    for _ in range(100):
+        curved = pull(push(direction)) + shift * direction
+        length = product / float((direction * curved).sum())
+        step = step + length * direction
+        gradient = gradient - length * curved
+        fresh = float(gradient.square().sum())
+        if fresh < tolerance**2 * first:
+            break
+        direction, product = gradient + fresh / product * direction, fresh
+    return step
+
+
+def guess_labels(head: Head, entries: Entries, samples: int, most: int) -> list[Tensor]:
+    """Labels (samples,) from the head's entries, the likeliest of at most `most` guesses first.
+
+    A class's row is ``sum_i delta_ic s(W x_i)'`` with delta_ic negative only where x_i has that label, and s is
+    positive on average: a row with a negative sum has a label for sure. Labels left over are dealt to those rows such
+    that each of a row's labels accounts for about the same share of all.
+    """
+    totals = torch.zeros(head.classes, dtype=head.wide.dtype, device=head.wide.device)
+    totals.index_add_(0, entries.head_rows, entries.head_values)
+    order = totals.argsort()
+    sure = [int(c) for c in order if float(totals[c]) < 0][:samples] or [int(order[0])]
+    strength = {c: max(1e-300, -float(totals[c])) for c in sure}
+    ways = list(itertools.islice(itertools.combinations_with_replacement(sure, samples - len(sure)), 10_000))
+
+    def imbalance(extra: tuple[int, ...]) -> float:
+        counts = {c: 1 + extra.count(c) for c in sure}
+        total = sum(strength.values())
+        return sum((counts[c] / samples - strength[c] / total) ** 2 for c in sure)
+
+    ways.sort(key=imbalance)
+    return [
+        torch.tensor(sorted([*sure, *extra]), device=head.wide.device, dtype=torch.int64)
+        for extra in ways[:most]
+    ]
+
+
+def starts(head: Head, entries: Entries, labels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Starting inputs (B, d), the best guess first.
+
+    By Stein's lemma the average of g_j w_j over the neurons of a class's row points to the mean of the samples that
+    dominate it: those of that label. Samples that share a label start on both sides of their mean, along the row's
+    second moment. Later starts disturb the first.
+    """
+    dimension, samples = head.inputs, len(labels)
+    sigma = float(head.wide.square().mean().sqrt())
+    typical = 1.0 / sigma
+    base = torch.zeros(samples, dimension, dtype=head.wide.dtype, device=head.wide.device)
+    spread = torch.zeros_like(base)
+    for label in labels.unique().tolist():
+        where = entries.head_rows == label
+        columns, values = entries.head_columns[where], -entries.head_values[where]
+        if not len(values):
+            continue
+        mean = values @ head.wide[columns]
+        direction = mean / mean.norm().clamp_min(1e-300)
+        members = torch.nonzero(labels == label).flatten()
+        base[members] = direction
+        if len(members) > 1:
+            w = head.wide[columns] / sigma
+            probe = torch.randn(dimension, len(members) + 2, dtype=w.dtype, generator=generator).to(w.device)
+            for _ in range(6):
+                probe = torch.linalg.qr(w.T @ (values[:, None] * (w @ probe)) - values.sum() * probe).Q
+            probe = probe - torch.outer(direction, direction @ probe)
+            probe = torch.linalg.qr(probe).Q
+            for place, member in enumerate(members.tolist()):
+                sign = 1.0 if place % 2 == 0 else -1.0
+                spread[member] = sign * probe[:, place // 2]
+    if len(labels.unique()) < len(labels):
+        yield _parted(head, entries, labels, typical * base, generator)
+    yield typical * (base + 0.6 * spread)
+    while True:
+        noise = torch.randn(samples, dimension, dtype=base.dtype, generator=generator).to(base.device)
+        noise = noise / noise.norm(dim=1, keepdim=True)
+        mix = torch.rand(samples, 1, dtype=base.dtype, generator=generator).to(base.device)
+        point = base + (2 * mix - 1) * spread + 0.7 * noise
+        yield typical * point / point.norm(dim=1, keepdim=True).clamp_min(1e-300)
+
+
+def _parted(
+    head: Head, entries: Entries, labels: Tensor, start: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Samples of one label taken apart from their mean.
+
+    First all samples of a label are one input, which Gauss-Newton finds (equal inputs with equal labels take equal
+    steps). What it leaves is of second order in the samples' differences d, ``s''(w . mean) (w . d)^2``: their
+    direction is the leading eigenvector of the neurons' second moment with these weights.
+    """
+    function, wanted = Model(head, entries, labels), targets(entries)
+    together, _ = levenberg_marquardt(function, wanted, _scaled(function, wanted, start), 10)
+    left = (wanted - function(together))[: len(entries.head_values)]
+    apart = together.clone()
+    for label in labels.unique().tolist():
+        members = torch.nonzero(labels == label).flatten()
+        if len(members) < 2:
+            continue
+        mean = together[members[0]]
+        where = entries.head_rows == label
+        w = head.wide[entries.head_columns[where]]
+        weights = -left[where] * head.activation.bend(w @ mean)
+        weights = weights - weights.mean()
+        probe = torch.randn(head.inputs, len(members) + 3, dtype=w.dtype, generator=generator).to(w)
+        for _ in range(30):
+            probe = torch.linalg.qr(w.T @ (weights[:, None] * (w @ probe))).Q
+        values = ((w @ probe).square() * weights[:, None]).sum(0)
+        probe = probe[:, values.argsort(descending=True)]
+        for place, member in enumerate(members.tolist()):
+            apart[member] = (1.0 if place % 2 == 0 else -1.0) * probe[:, place // 2]
+    still = torch.isin(labels, labels.unique()[torch.bincount(labels)[labels.unique()] < 2])
+    direction = torch.where(still[:, None], torch.zeros_like(apart), apart)
+    scale = float(together.norm(dim=1).mean())
+    tried = [together + size * scale * direction for size in (0.2, 0.35, 0.5, 0.7, 0.9)]
+    return min(tried, key=lambda x: float((function(x) - wanted).norm()))
+
+
+def solve(
+    head: Head,
+    entries: Entries,
+    samples: int,
+    restarts: int,
+    generator: torch.Generator,
+    certified: float,
+    iterations: int = 60,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Solution:
+    """Inputs and labels from the entries; the best of `restarts` starts by residual, the first that is certified.
+
+    Parameters
+    ----------
+    certified : float
+        Residual at which no further start is tried.
+    """
+    guesses = guess_labels(head, entries, samples, restarts)
+    sources = [starts(head, entries, labels, generator) for labels in guesses]
+    wanted = targets(entries)
+    best: Solution | None = None
+    for attempt in range(restarts):
+        labels = guesses[attempt % len(guesses)]
+        function = Model(head, entries, labels)
+        start = next(sources[attempt % len(guesses)])
+        start = _scaled(function, wanted, start)
+        x, _ = levenberg_marquardt(function, wanted, start, iterations)
+        left, split = wanted - function(x), len(entries.head_values)
+        parts = {"head": float(left[:split].norm()), "wide": float(left[split:].norm())}
+        if best is None or max(parts.values()) < best.residual:
+            best = Solution(x, labels, max(parts.values()), parts)
+        progress((attempt + 1) / restarts)
+        if best.residual <= certified:
+            break
+    assert best is not None
+    return best
+
+
+def _scaled(function: Model, wanted: Tensor, start: Tensor) -> Tensor:
+    """`start` times the one common factor that explains the entries best."""
+    factors = torch.logspace(-0.5, 0.5, 11, dtype=start.dtype).tolist()
+    misfits = [float((function(factor * start) - wanted).norm()) for factor in factors]
+    return start * factors[misfits.index(min(misfits))]

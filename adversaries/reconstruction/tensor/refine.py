@@ -1,0 +1,269 @@
+"""Gauss-Newton on the exact model of the wide layer's gradient: ``Y = sum_i r_i s'(W x_i) x_i'``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adversaries.reconstruction.tensor.head import Head
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Inputs x (B, d) with weights r (B,), and |Y - model| / |Y|."""
+
+    inputs: Tensor
+    weights: Tensor
+    residual: float
+
+
+def misfit(head: Head, y: Tensor, inputs: Tensor, weights: Tensor) -> float:
+    """|Y - sum_i r_i s'(W x_i) x_i'| / |Y| for Y (m, d)."""
+    k = head.activation.slope(head.wide @ inputs.T) * weights
+    return float((y - k @ inputs).norm() / y.norm())
+
+
+def refine(
+    head: Head,
+    y: Tensor,
+    inputs: Tensor,
+    weights: Tensor,
+    iterations: int = 30,
+    settled: float = 3e-9,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Fit:
+    """Levenberg-Marquardt from an estimate, alternating between the span and what lies in it.
+
+    Off the span the model is linear in the inputs, which one least-squares solve with all d columns settles and which
+    averages the rounding of float32 over the neurons. In the span there are B^2 + B unknowns; their normal equations
+    are solved by conjugate gradients, preconditioned by each sample's own block, with products of cost m B^2.
+
+    Parameters
+    ----------
+    head : Head
+    y : Tensor
+        (m, d): gradient of W times batch size over a.
+    inputs, weights : Tensor
+        (B, d) and (B,): the estimate.
+    iterations : int
+    settled : float
+        Stop when a step changes the residual's norm by less than this share.
+
+    Returns
+    -------
+    Fit
+        Never worse than the estimate.
+    """
+    best = Fit(inputs, weights, misfit(head, y, inputs, weights))
+    damping = 1e-6
+    for iteration in range(iterations):
+        before = best.residual
+        moved = _off_span(head, y, best)
+        basis = torch.linalg.qr(moved.T).Q
+        stepped, damping = _in_span(head, y, moved, best.weights, basis, damping)
+        if stepped.residual < best.residual:
+            best = stepped
+        progress((iteration + 1) / iterations)
+        if best.residual > before * (1 - 1e-3) or best.residual < settled:
+            break
+    return best
+
+
+def _off_span(head: Head, y: Tensor, fit: Fit) -> Tensor:
+    """The inputs with their part outside their own span solved for."""
+    k = head.activation.slope(head.wide @ fit.inputs.T) * fit.weights
+    scale = k.norm(dim=0).clamp_min(1e-300)
+    q, r = torch.linalg.qr(k / scale)
+    if float(r.diagonal().abs().min()) < 1e-10:
+        return fit.inputs
+    step = torch.linalg.solve_triangular(r, q.T @ (y - k @ fit.inputs), upper=True) / scale[:, None]
+    basis = torch.linalg.qr(fit.inputs.T).Q
+    return fit.inputs + step - (step @ basis) @ basis.T
+
+
+def _in_span(
+    head: Head, y: Tensor, inputs: Tensor, weights: Tensor, basis: Tensor, damping: float
+) -> tuple[Fit, float]:
+    u, seen = head.wide @ basis, y @ basis
+    c = inputs @ basis
+    act = head.activation
+    for _ in range(8):
+        z = u @ c.T
+        slope, bend = act.slope(z), act.bend(z) * weights
+        k = slope * weights
+        left = seen - k @ c
+        before = float(left.square().sum())
+
+        def adjoint(
+            e: Tensor, k: Tensor = k, slope: Tensor = slope, bend: Tensor = bend, c: Tensor = c
+        ) -> Tensor:
+            onto = e @ c.T
+            return torch.cat([k.T @ e + (bend * onto).T @ u, (slope * onto).sum(0)[:, None]], 1)
+
+        def forward(
+            d: Tensor, k: Tensor = k, slope: Tensor = slope, bend: Tensor = bend, c: Tensor = c
+        ) -> Tensor:
+            return k @ d[:, :-1] + (bend * (u @ d[:, :-1].T) + slope * d[:, -1]) @ c
+
+        step = _conjugate_gradients(
+            forward,
+            adjoint,
+            left,
+            _blocks(u, c, k, slope, bend, damping),
+            damping,
+            _diagonal(u, c, k, slope, bend),
+        )
+        trial_c, trial_w = c + step[:, :-1], weights + step[:, -1]
+        after = float((seen - (act.slope(u @ trial_c.T) * trial_w) @ trial_c).square().sum())
+        if after < before:
+            found = trial_c @ basis.T
+            return Fit(found, trial_w, misfit(head, y, found, trial_w)), max(damping / 10, 1e-12)
+        damping = max(damping * 10, 1e-8)
+    return Fit(inputs, weights, misfit(head, y, inputs, weights)), damping
+
+
+def _diagonal(u: Tensor, c: Tensor, k: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+    """Diagonal of the normal equations, (B, B + 1)."""
+    square = c.square().sum(1)
+    first = (
+        k.square().sum(0)[:, None]
+        + 2 * ((k * bend).T @ u) * c
+        + square[:, None] * (bend.square().T @ u.square())
+    )
+    return torch.cat([first, (square * slope.square().sum(0))[:, None]], 1)
+
+
+def _blocks(u: Tensor, c: Tensor, k: Tensor, slope: Tensor, bend: Tensor, damping: float) -> Tensor:
+    """Cholesky factors (B, B + 1, B + 1) of each sample's own block of the normal equations."""
+    size, span = c.shape
+    blocks = torch.empty(size, span + 1, span + 1, dtype=u.dtype, device=u.device)
+    for i in range(size):
+        square = c[i].square().sum()
+        weighted = u * bend[:, i : i + 1]
+        cross = torch.outer(weighted.T @ k[:, i], c[i])
+        inner = square * (weighted.T @ weighted) + cross + cross.T
+        inner.diagonal().add_(k[:, i].square().sum())
+        blocks[i, :span, :span] = inner
+        blocks[i, span, :span] = blocks[i, :span, span] = (slope[:, i] @ k[:, i]) * c[i] + square * (
+            weighted.T @ slope[:, i]
+        )
+        blocks[i, span, span] = square * slope[:, i].square().sum()
+    diagonal = blocks.diagonal(dim1=1, dim2=2)
+    diagonal.mul_(1 + max(damping, 1e-10))
+    return torch.linalg.cholesky_ex(blocks)[0]
+
+
+def _conjugate_gradients(
+    forward: Linear, adjoint: Linear, left: Tensor, factors: Tensor, damping: float, diagonal: Tensor,
+    most: int = 300, tolerance: float = 1e-4,
+) -> Tensor:  # fmt: skip
+    """Preconditioned conjugate gradients on (J'J + damping D) x = J' left; x of shape (B, B + 1)."""
+
+    def precondition(g: Tensor) -> Tensor:
+        return torch.cholesky_solve(g[:, :, None], factors)[:, :, 0]
+
+    gradient = adjoint(left)
+    x = torch.zeros_like(gradient)
+    z = precondition(gradient)
+    if not bool(torch.isfinite(z).all()):
+        return x
+    direction, product = z, float((gradient * z).sum())
+    first = product
+    for _ in range(most):
+        curved = adjoint(forward(direction)) + damping * diagonal * direction
+        bent = float((direction * curved).sum())
+        if not bent > 0:
+            break
+        length = product / bent
+        x = x + length * direction
+        gradient = gradient - length * curved
+        z = precondition(gradient)
+        fresh = float((gradient * z).sum())
+        if fresh < tolerance**2 * first:
+            break
+        direction, product = z + fresh / product * direction, fresh
+    return x
+
+
+def relu_masks(
+    head: Head, y: Tensor, basis: Tensor, products: Tensor, rounds: int = 40
+) -> tuple[Tensor, Tensor, float]:
+    """r_i x_i for ReLU from exact masks: with them the gradient is linear in the samples.
+
+    In the span, ``Y = M (r_i x_i)`` with M in {0, 1}. The masks of an estimate are read off twice: from the side of
+    the kink on which w.x lies, and by rounding ``Y (r_i x_i)^-1``. The neurons that agree best are solved for by
+    least absolute deviations (a wrong mask is an outlier), and so on until the solution explains all neurons to
+    rounding.
+
+    Parameters
+    ----------
+    y : Tensor
+        (m, d).
+    basis : Tensor
+        (d, B), orthonormal: the span.
+    products : Tensor
+        (B, d): estimates of r_i x_i.
+
+    Returns
+    -------
+    products : Tensor
+        r_i x_i, (B, d).
+    signs : Tensor
+        Of r_i, (B,).
+    explained : float
+        Share of the neurons explained to rounding.
+
+    References
+    ----------
+    Dimitrov et al., "SPEAR: Exact Gradient Inversion of Batches in Federated Learning", NeurIPS 2024.
+    """
+    inside, neurons = y @ basis, head.wide @ basis
+    found = products @ basis
+    size, m = len(found), len(y)
+    typical = float(inside.norm(dim=1).median())
+    signs = None
+    best, most, stale = found, -1.0, 0
+    for _ in range(rounds):
+        inverse, failed = torch.linalg.inv_ex(found)
+        if int(failed):
+            break
+        coded = inside @ inverse
+        doubt = torch.minimum(coded.abs(), (coded - 1).abs()).amax(1)
+        mask = coded > 0.5
+        if signs is None:
+            # r_i is negative where the coded mask is the one of -x.
+            along = neurons @ found.T > 0
+            signs = torch.where((along == mask).double().mean(0) >= 0.5, 1.0, -1.0).to(found)
+        sides = neurons @ (found * signs[:, None]).T > 0
+        doubt = doubt + (sides != mask).double().sum(1)
+        share = max(0.3, min(1.0, most + 0.2))
+        rows = doubt.argsort()[: max(3 * size, int(share * m))]
+        chosen, values = mask[rows].to(y.dtype), inside[rows]
+        weights = torch.ones(len(rows), 1, dtype=y.dtype, device=y.device)
+        for _ in range(20):
+            found = torch.linalg.lstsq(chosen * weights, values * weights).solution
+            left = (values - chosen @ found).norm(dim=1, keepdim=True) / typical
+            weights = (left.square() + 1e-12).pow(-0.25)
+            weights = weights / weights.max()
+        sides = (neurons @ (found * signs[:, None]).T > 0).to(y.dtype)
+        explained = float(((inside - sides @ found).norm(dim=1) < 1e-5 * typical).double().mean())
+        if explained > most + 1e-3:
+            best, most, stale = found, explained, 0
+        else:
+            stale += 1
+        if most > 0.999 or stale >= 8:
+            break
+    if signs is None:
+        return products, torch.ones_like(products[:, 0]), 0.0
+    sides = (neurons @ (best * signs[:, None]).T > 0).to(y.dtype)
+    right = (inside - sides @ best).norm(dim=1) < 1e-5 * typical
+    if int(right.sum()) >= 2 * size:
+        best_full = torch.linalg.lstsq(sides[right], y[right]).solution
+    else:
+        best_full = best @ basis.T
+    return best_full, signs, max(most, 0.0)

@@ -1,0 +1,105 @@
+"""Several local steps on one batch: the client's whole training, played again inside the span.
+
+All samples lie in a span of B dimensions that the wide layer's change shows, and so does that change. The training
+can therefore be played with B inputs instead of d, and fitted to what was sent by Gauss-Newton on the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from adversaries.reconstruction.tensor.head import Head
+from fedattack.config import TrainingConfig
+
+_CHUNK = 32
+_MOST_UNKNOWNS = 1100
+
+
+def replayable(training: TrainingConfig, samples: int) -> bool:
+    """Whether every local step sees the whole batch, so that nothing of the client's order is unknown."""
+    return (training.batch_size == 0 or training.batch_size >= samples) and training.weight_decay == 0
+
+
+def play(
+    head: Head, neurons: Tensor, samples: Tensor, labels: Tensor, training: TrainingConfig
+) -> tuple[Tensor, Tensor]:
+    """Weight changes of SGD on the mean cross-entropy of one batch: of the neurons (m, k) and of the head (C, m).
+
+    Parameters
+    ----------
+    neurons : Tensor
+        (m, k): the wide layer, all of it or in coordinates of a span.
+    samples : Tensor
+        (B, k): the batch in the same coordinates.
+    """
+    act = head.activation
+    hot = torch.nn.functional.one_hot(labels, head.classes).to(neurons.dtype)
+    wide, last = neurons, head.head
+    velocity: tuple[Tensor, Tensor] | None = None
+    for _ in range(training.local_steps):
+        u = samples @ wide.T
+        hidden = act.value(u)
+        delta = ((hidden @ last.T).softmax(1) - hot) / len(samples)
+        step = (((delta @ last) * act.slope(u)).T @ samples, delta.T @ hidden)
+        if velocity is not None and training.momentum:
+            step = (step[0] + training.momentum * velocity[0], step[1] + training.momentum * velocity[1])
+        velocity = step
+        wide = wide - training.learning_rate * step[0]
+        last = last - training.learning_rate * step[1]
+    return wide - neurons, last - head.head
+
+
+def fit(
+    head: Head,
+    wide_change: Tensor,
+    head_change: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
+    training: TrainingConfig,
+    basis: Tensor,
+    iterations: int = 25,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Tensor:
+    """Inputs (B, d) in the span of `basis` (d, k) whose training explains the changes best, from an estimate.
+
+    The span is not moved: where the rounding of the new weights has turned its weakest directions, that stays.
+    Levenberg-Marquardt on both layers' changes, each over its norm; the Jacobian by forward differentiation.
+    """
+    neurons = head.wide @ basis
+    seen = (wide_change @ basis / wide_change.norm(), head_change / head_change.norm())
+    wanted = torch.cat([part.flatten() for part in seen])
+
+    def played(flat: Tensor) -> Tensor:
+        first, second = play(head, neurons, flat.reshape(len(inputs), -1), labels, training)
+        return torch.cat([(first / wide_change.norm()).flatten(), (second / head_change.norm()).flatten()])
+
+    point = (inputs @ basis).flatten()
+    if point.numel() > _MOST_UNKNOWNS:
+        return inputs
+    eye = torch.eye(point.numel(), dtype=point.dtype, device=point.device)
+    left = wanted - played(point)
+    damping = 1e-3
+    for iteration in range(iterations):
+        columns = [
+            vmap(lambda v: jvp(played, (point,), (v,))[1])(part)  # noqa: B023 - used at once
+            for part in eye.split(_CHUNK)
+        ]
+        jacobian = torch.cat(columns)
+        gram, right = jacobian @ jacobian.T, jacobian @ left
+        before = float(left.norm())
+        for _ in range(7):
+            damped = gram + torch.diag(damping * gram.diagonal())
+            trial = point + torch.linalg.solve(damped, right)
+            trial_left = wanted - played(trial)
+            if float(trial_left.norm()) < before:
+                point, left, damping = trial, trial_left, max(damping / 10, 1e-12)
+                break
+            damping *= 10
+        progress((iteration + 1) / iterations)
+        if float(left.norm()) > before * (1 - 1e-4):
+            break
+    return point.reshape(len(inputs), -1) @ basis.T

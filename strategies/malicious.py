@@ -1,0 +1,98 @@
+"""The malicious server: sends weights that an attack made, reads the replies, and trains on as if nothing were."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from adversaries.base import ReconstructionAttack
+from fedattack.errors import ConfigError
+from fedattack.observation import Scenario
+from fedattack.rng import numpy_rng
+from strategies.eavesdropper import Eavesdropper
+
+log = logging.getLogger("fedattack.strategies")
+
+
+class MaliciousServer(Eavesdropper):
+    """An :class:`~strategies.Eavesdropper` that in chosen rounds sends an attack's weights instead of its model.
+
+    A gradient at those weights says nothing about the global model, so that an armed round is observed and not
+    aggregated: the global model, and whatever the wrapped strategy keeps, stay as they were. Training loses that
+    round and is not otherwise harmed. All clients that are drawn get the same weights.
+
+    Parameters
+    ----------
+    strategy : Strategy
+    scenario : Scenario
+    attack : ReconstructionAttack
+        Whose :meth:`~adversaries.base.ReconstructionAttack.arm` makes the weights.
+    rounds : collection of int
+        The armed rounds.
+    **options
+        As for :class:`~strategies.Eavesdropper`.
+
+    Raises
+    ------
+    ConfigError
+        If the attack arms nothing, or (in the round) its weights do not fit the model.
+
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAvg
+    >>> from adversaries.reconstruction.tensor import TensorAttack
+    >>> from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+    >>> model = ModelConfig(
+    ...     name="two-layer", classes=10, channels=1, image_size=8, activation="poly3", width=64
+    ... )
+    >>> scenario = Scenario(model, TrainingConfig(), CompressionConfig(name="none"))
+    >>> server = MaliciousServer(FedAvg(), scenario, attack=TensorAttack(), rounds=(1,))
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        scenario: Scenario,
+        *,
+        attack: ReconstructionAttack,
+        rounds: Collection[int],
+        **options: Any,
+    ) -> None:
+        if not attack.arms:
+            raise ConfigError(
+                f"attack {type(attack).__name__} changes nothing in the model: use Eavesdropper"
+            )
+        super().__init__(strategy, scenario, **options)
+        self.attack = attack
+        self.rounds = frozenset(rounds)
+
+    def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """The attack's weights in an armed round, else None."""
+        if round not in self.rounds:
+            return None
+        seed = int(numpy_rng(self.seed, "arm", round).integers(2**31))
+        sent = self.attack.arm(self.scenario, dict(weights), seed, self.auxiliary)
+        name = type(self.attack).__name__
+        if list(sent) != list(weights):
+            raise ConfigError(f"attack {name} sends other tensors than the model's")
+        for key, tensor in sent.items():
+            like = weights[key]
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise ConfigError(
+                    f"attack {name} sends {key!r} as {tuple(tensor.shape)} {tensor.dtype}, the model's is "
+                    f"{tuple(like.shape)} {like.dtype}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ConfigError(f"attack {name} sends NaN or infinite values in {key!r}")
+        log.info(
+            "round %d: the weights of attack %s are sent; the global model skips this round", round, name
+        )
+        return sent
+
+
+__all__ = ["MaliciousServer"]
