@@ -55,13 +55,11 @@ def _table(title: str, width: int, columns: Sequence[str]) -> Table:
         title_style="bold",
         width=width,
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     for index, column in enumerate(columns):
         # Headings are broken by hand, so that the columns are as narrow as their figures and nothing folds at 80.
-        table.add_column(
-            column, justify="right" if index else "left", overflow="fold", no_wrap=index in (2, 3)
-        )
+        table.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
     return table
 
 
