@@ -73,7 +73,7 @@ def _reconstructions(results: Sequence[AuditResult], width: int) -> Table:
             "PSNR, dB",
             "worst",
             "SSIM",
-            "best floor,\ndB",
+            "best\nfloor",
             "k",
             "k per\npixel",
             "labels",
