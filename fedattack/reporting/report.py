@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from fedattack.reporting.records import write_records, write_summary
 from fedattack.reporting.results import AuditResult
 from fedattack.reporting.run_folder import RunFolder
 from fedattack.reporting.storage import write_bytes
+from fedattack.reporting.template import REPORT
 
 _IMAGES = 256
 """Single images written per attack."""
@@ -81,7 +82,7 @@ def write_results(
     pictures = _attack_pictures(folder, results)
     page = (
         _environment()
-        .get_template("report.html.j2")
+        .from_string(REPORT)
         .render(
             title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
             subtitle=views.subtitle(folder.config),
@@ -127,7 +128,6 @@ def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstr
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("fedattack.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -103,14 +103,14 @@ def test_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_learned_parts_from_the_shell(tmp_path: Path) -> None:
-    scene = ["--dataset", "digits", "--image-size", "16", "--classes", "100", "--limit", "400"]
+    scene = ["--dataset", "digits", "--image-size", "16", "--classes", "1000", "--limit", "800"]
     pairs, denoiser, generator = (
         str(tmp_path / f"{n}.safetensors") for n in ("pairs", "denoiser", "generator")
     )
     run("hcgla", "collect-pairs", "--out", pairs, "--count", "48", "--iterations", "20", *scene)
     run("hcgla", "train-denoiser", pairs, "--out", denoiser, "--epochs", "20")
     assert "psnr" in run("hcgla", "test-denoiser", pairs, denoiser)
-    run("hcgla", "train-generator", "--out", generator, "--epochs", "2", *scene)
+    run("hcgla", "train-generator", "--out", generator, "--epochs", "1", *scene)
     assert "psnr" in run("hcgla", "test-generator", generator, *scene)
     folder = tmp_path / "run"
     run(

@@ -1,3 +1,11 @@
+"""The page of a run's report, as a Jinja template.
+
+It is Python, not a file of its own, because Flower packs no other kind of file into what `flwr run` runs.
+"""
+
+from __future__ import annotations
+
+REPORT = """\
 <!doctype html>
 <html lang="en">
 <head>
@@ -188,3 +196,4 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: var(--link); }
 </dl>
 </body>
 </html>
+"""
