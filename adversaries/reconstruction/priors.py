@@ -1,13 +1,12 @@
-"""What an adversary knows about images before it sees an update: a Gaussian, and a regression from features.
+"""What an adversary knows about images before it sees an update: a Gaussian.
 
-Both come from public auxiliary images. Without any, :func:`smooth_prior` says what every natural image has in
+It comes from public auxiliary images. Without any, :func:`smooth_prior` says what every natural image has in
 common: its power falls with spatial frequency.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,9 +28,6 @@ HELD_OUT = 300
 
 SPECTRUM_WEIGHT = 5.0
 """Auxiliary images that the 1/f spectrum counts for, where a coefficient's variance is estimated."""
-
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Candidate ridge strengths, relative to the mean variance of a feature."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,79 +271,3 @@ class _Estimator:
                 break
             best, best_score = candidate, score
         return best, best_score
-
-
-def ridge_start(
-    auxiliary_features: Tensor,
-    auxiliary_images: Tensor,
-    values: Tensor,
-    known: Tensor,
-    caps: Tensor | float,
-    strengths: Sequence[float] = RIDGES,
-) -> Tensor:
-    """Predict an image from the features that an update gave away, by ridge regression on auxiliary images.
-
-    The intercepted row of the head's gradient gives the features h_j of the entries that were kept and bounds the
-    others: h_j < tau / |r|. Both facts are told to the regression by censoring the auxiliary features in the same
-    way, max(h_j, cap), so that it is trained on exactly what it will be asked.
-
-    Parameters
-    ----------
-    auxiliary_features : Tensor
-        (N, F): features of the auxiliary images under the global weights.
-    auxiliary_images : Tensor
-        (N, C, H, W).
-    values : Tensor
-        (F,): the victim's features, anything where not `known`.
-    known : Tensor
-        bool (F,): which features were recovered.
-    caps : Tensor or float
-        Bound below which a feature is not sent, scalar or (F,); 0 where every feature is sent.
-    strengths : sequence of float
-        Candidate strengths relative to the mean feature variance; the one that predicts a held-out tenth best is
-        taken.
-
-    Returns
-    -------
-    Tensor
-        float32 (C, H, W), not clamped.
-
-    References
-    ----------
-    Wu et al., "Learning to Invert: Simple Adaptive Attacks for Gradient Inversion in Federated Learning", UAI 2023
-    (regression through the defence; a perceptron there).
-    """
-    bounds = torch.as_tensor(caps, dtype=torch.float64).expand(values.shape).cpu()
-    inputs = torch.maximum(auxiliary_features.double().cpu(), bounds)
-    asked = torch.where(known.cpu(), values.double().cpu(), bounds)
-    targets = auxiliary_images.double().cpu().flatten(1)
-    held_out = torch.zeros(len(inputs), dtype=torch.bool)
-    held_out[::10] = True
-    best, best_error = strengths[-1], math.inf
-    for strength in strengths:
-        guess = _Ridge(inputs[~held_out], targets[~held_out], strength).predict(inputs[held_out])
-        error = float((guess - targets[held_out]).pow(2).mean())
-        if error < best_error:
-            best, best_error = strength, error
-    prediction = _Ridge(inputs, targets, best).predict(asked[None])
-    return prediction.reshape(auxiliary_images.shape[1:]).float()
-
-
-class _Ridge:
-    """Ridge regression with an intercept, solved on the smaller side (samples or features)."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor, strength: float) -> None:
-        self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
-        x, y = inputs - self.input_mean, targets - self.target_mean
-        damping = strength * len(x) * float(x.pow(2).mean()) + 1e-12
-        if x.shape[0] < x.shape[1]:
-            gram = x @ x.T
-            gram.diagonal().add_(damping)
-            self.weights = x.T @ torch.cholesky_solve(y, torch.linalg.cholesky(gram))
-        else:
-            gram = x.T @ x
-            gram.diagonal().add_(damping)
-            self.weights = torch.cholesky_solve(x.T @ y, torch.linalg.cholesky(gram))
-
-    def predict(self, inputs: Tensor) -> Tensor:
-        return (inputs - self.input_mean) @ self.weights + self.target_mean

@@ -10,6 +10,7 @@ from adversaries.reconstruction import closed_form
 from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
+from fedattack.models.lenet import ConvChain
 
 
 def model(
@@ -30,6 +31,7 @@ def worst_error(config: ModelConfig, dtype: torch.dtype) -> float:
     """Largest relative error over parameters and samples."""
     weights = {name: tensor.to(dtype) for name, tensor in initial_weights(config, 3).items()}
     module = build_model(config).to(dtype)
+    assert isinstance(module, ConvChain)
     module.load_state_dict(weights)
     images, labels = batch(config)
     images = images.to(dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from adversaries.reconstruction import priors
@@ -110,32 +109,3 @@ def test_without_auxiliary_images_it_is_grey_and_smooth() -> None:
 def test_refuses_images_of_another_shape() -> None:
     with pytest.raises(DataError, match=r"\(3, 6, 6\)"):
         priors.gaussian_prior(Auxiliary(correlated_images(4)), (1, 6, 6))
-
-
-@pytest.mark.parametrize("count", [30, 300])
-def test_ridge_equals_scikit_learn(count: int) -> None:
-    generator = torch_rng(2, "test")
-    images = correlated_images(count)
-    features = torch.sigmoid(images.flatten(1) @ torch.randn(108, 50, generator=generator))
-    victim = torch.rand(50, generator=generator)
-    known = torch.rand(50, generator=generator) < 0.6
-    cap = 0.4
-    found = priors.ridge_start(features, images, victim, known, cap, strengths=[1e-2])
-    inputs = features.double().clamp(min=cap).numpy()
-    asked = torch.where(known, victim, torch.tensor(cap)).double().numpy()[None]
-    centred = inputs - inputs.mean(0)
-    reference = Ridge(alpha=1e-2 * count * (centred**2).mean()).fit(
-        inputs, images.double().flatten(1).numpy()
-    )
-    np.testing.assert_allclose(found.flatten().numpy(), reference.predict(asked)[0], atol=1e-5)
-
-
-def test_ridge_start_is_nearer_than_the_mean() -> None:
-    generator = torch_rng(3, "test")
-    images = correlated_images(500)
-    victim = correlated_images(1, seed=7)
-    mixing = torch.randn(108, 60, generator=generator)
-    features, seen = (torch.sigmoid(x.flatten(1) @ mixing) for x in (images, victim))
-    start = priors.ridge_start(features, images, seen[0], seen[0] > 0.3, 0.3)
-    assert start.shape == SHAPE
-    assert (start - victim[0]).square().mean() < 0.5 * (images.mean(0) - victim[0]).square().mean()
