@@ -324,7 +324,8 @@ def stages(console: Console) -> Iterator[Stages]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bars:
+    # A notebook would show moving bars only through a widget package, and a warning without it.
+    with Progress(*columns, console=console, disable=console.is_jupyter) as bars:
         yield Stages(bars)
 
 
