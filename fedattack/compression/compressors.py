@@ -76,8 +76,9 @@ class RandomK(Sparsifier):
 
 
 class Sign(Compressor):
-    """Scaled sign: one bit an entry times the tensor's mean magnitude (Karimireddy et al. 2019; signSGD, Bernstein
-    et al. 2018, without the scale). Zero counts as positive: there is no third symbol.
+    """Scaled sign: one bit an entry times the tensor's mean magnitude (Karimireddy et al. 2019).
+
+    signSGD (Bernstein et al. 2018) is the same without the scale. Zero counts as positive: there is no third symbol.
     """
 
     codec: ClassVar[str] = "signs"
@@ -91,8 +92,7 @@ class Sign(Compressor):
 
 
 class QSGD(Compressor):
-    """QSGD: each entry stochastically rounded to one of `levels` steps a sign of its tensor's scale (Alistarh et al.
-    2017, section 3.1).
+    """QSGD: stochastic rounding to `levels` steps a sign of each tensor's scale (Alistarh et al. 2017, section 3.1).
 
     The scale is the tensor's largest magnitude (`norm` "max", as in the paper's experiments) or its L2 norm ("l2", as
     in its theory). The rounding is unbiased: the expected packet is the update.
