@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,7 @@ class _FolderHandler(logging.Handler):
 
 @contextmanager
 def logging_to(folder: RunFolder) -> Iterator[None]:
-    """Send fedattack's log and Flower's errors to the run folder for the block, not to the terminal."""
+    """Send fedattack's log, Flower's errors and what ended the block to the run folder, not to the terminal."""
     handler = _FolderHandler(folder)
     kept: list[tuple[logging.Logger, int, bool, list[logging.Handler]]] = []
     for name, level in (("fedattack", logging.INFO), ("flwr", logging.ERROR)):
@@ -294,6 +294,10 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
         logger.setLevel(level)
     try:
         yield
+    except BaseException as error:
+        with suppress(RunFailed):  # the disk may be full
+            folder.log(f"ended by {type(error).__name__}: {error}")
+        raise
     finally:
         for logger, level, propagate, handlers in kept:
             logger.handlers, logger.propagate = handlers, propagate
