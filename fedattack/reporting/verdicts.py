@@ -95,6 +95,10 @@ def reconstruction(
         text += "; one victim only, so no interval"
     elif level == "none" and over_floor.low > 0:
         text += "; but no better on its own victim than on another's image"
+    elif level == "undecided":
+        text += (
+            "; too few victims to tell a likeness of its own victim from one of anybody: attack more of them"
+        )
     right, asked, beyond = labels
     if asked:
         leaking = "the labels do leak" if level == "none" and beyond else "labels"
@@ -115,7 +119,11 @@ def _reconstruction_level(
     if not over_floor.known or over_control is None or not over_control.known:
         # One victim at or below its floor is no news either way; above it may be luck.
         return "none" if over_floor.mean <= 0 else "undecided"
-    return "partial" if over_floor.low > 0 and over_control.low > 0 else "none"
+    if over_floor.low > 0 and over_control.low > 0:
+        return "partial"
+    # Above the floor, and likelier its own victim than another by as much, but with too few victims to be sure.
+    unsure = over_floor.low > 0 and over_control.mean >= over_floor.mean
+    return "undecided" if unsure else "none"
 
 
 def membership(auc: Interval, chance: Interval, tail: OperatingPoint, targets: int) -> tuple[Level, str]:

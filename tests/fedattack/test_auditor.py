@@ -147,6 +147,21 @@ def test_a_better_prior_is_not_taken_for_leakage() -> None:
     assert "no better on its own victim than on another's image" in found.verdict
 
 
+@pytest.mark.parametrize(
+    ("control", "level"),
+    [
+        (Interval(12.0, 5.0, 19.0, 8), "partial"),
+        (Interval(12.0, -14.0, 38.0, 2), "undecided"),  # alike by as much as it gains, but two victims only
+        (Interval(0.3, -0.2, 0.8, 32), "none"),  # as good on anybody's image: a better prior
+    ],
+)
+def test_the_control_decides_what_a_gain_over_the_floor_means(control: Interval, level: str) -> None:
+    gain = Interval(8.0, 5.0, 11.0, control.count)
+    found, words = verdicts.reconstruction(8, 0, 21.0, 0.7, "flat grey", 13.0, gain, control, (8, 8, True), 0)
+    assert found == level
+    assert ("too few victims" in words) == (level == "undecided")
+
+
 def test_one_leaked_image_among_many_is_not_averaged_away() -> None:
     observations, truths = scene(victims=8)
     answers = noisy(truths, 0.4)
