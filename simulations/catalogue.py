@@ -28,11 +28,12 @@ KINDS: dict[str, Registry[Any]] = {
 
 
 def catalogue() -> dict[str, list[tuple[str, str]]]:
-    """Kind -> (name, first line of its docstring) of everything that can be named."""
-    return {
-        title: [(name, registry.summary(name)) for name in registry.names()]
-        for title, registry in KINDS.items()
-    }
+    """Kind -> (name, first line of its docstring) of everything that can be named; for attacks, what they need."""
+    rows = {title: [(n, registry.summary(n)) for n in registry.names()] for title, registry in KINDS.items()}
+    rows["Attacks"] = [
+        (name, f"{summary} Needs: {ATTACKS.get(name).needs}.") for name, summary in rows["Attacks"]
+    ]
+    return rows
 
 
 def settings_table() -> list[tuple[str, str, str, str]]:

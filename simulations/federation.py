@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adversaries.base import ReconstructionAttack
@@ -247,7 +248,9 @@ def serve(
         client_of=grid.client_of,
         average_buffers=averages_buffers(config.federation),
     )
-    judge = _Judge(config, world)
+    judge = Judge(config, world)
+    if config.federation.evaluate and not len(world.pools.nonmembers):
+        log.warning("no held-out samples (setting 'data.nonmembers'): the global model is not evaluated")
     rounds: list[RoundRecord] = []
     clock = time.perf_counter()
 
@@ -351,24 +354,31 @@ def _refuse_if_all_failed(report: RoundReport) -> None:
         )
 
 
-class _Judge:
-    """Loss and accuracy of global weights on the held-out pool."""
+class Judge:
+    """Loss and accuracy of global weights on the held-out pool, or on other samples; ``{}`` where there are none.
+
+    Parameters
+    ----------
+    config, world
+        The run's.
+    """
 
     def __init__(self, config: Config, world: World) -> None:
         self._world = world
-        self._ids = world.pools.nonmembers
-        if config.federation.evaluate and not len(self._ids):
-            log.warning("no held-out samples (setting 'data.nonmembers'): the global model is not evaluated")
         self._model = build_model(world.scenario.model).to(choose_device(config.engine.device))
 
-    def __call__(self, weights: dict[str, Tensor]) -> dict[str, float]:
+    def __call__(
+        self, weights: Mapping[str, Tensor], ids: NDArray[np.int64] | None = None
+    ) -> dict[str, float]:
+        """Mean cross-entropy ("loss") and share of right answers ("accuracy") on samples `ids`; None: the pool."""
+        chosen = self._world.pools.nonmembers if ids is None else ids
         total = {"loss": 0.0, "accuracy": 0.0}
-        for start in range(0, len(self._ids), _EVALUATED_AT_ONCE):
-            images, labels = self._world.dataset.tensors(self._ids[start : start + _EVALUATED_AT_ONCE])
-            figures = evaluate(self._model, weights, images, labels)
+        for start in range(0, len(chosen), _EVALUATED_AT_ONCE):
+            images, labels = self._world.dataset.tensors(chosen[start : start + _EVALUATED_AT_ONCE])
+            figures = evaluate(self._model, dict(weights), images, labels)
             for name in total:
-                total[name] += figures[name] * (len(labels) / len(self._ids))
-        return total if len(self._ids) else {}
+                total[name] += figures[name] * (len(labels) / len(chosen))
+        return total if len(chosen) else {}
 
 
 def ask_unlearning(
@@ -422,4 +432,4 @@ def ask_unlearning(
     return requests
 
 
-__all__ = ["FederationResult", "RoundRecord", "ask_unlearning", "run_federation", "serve"]
+__all__ = ["FederationResult", "Judge", "RoundRecord", "ask_unlearning", "run_federation", "serve"]

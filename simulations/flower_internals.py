@@ -23,9 +23,6 @@ SERVER_NODE = 1
 CLIENT_RAISED = 2
 """Flower's error code of a ClientApp that raised an exception."""
 
-NODE_UNAVAILABLE = 5
-"""Flower's error code of a node that is not there."""
-
 
 @contextmanager
 def server_identity(run_id: int) -> Iterator[None]:

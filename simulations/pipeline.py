@@ -418,7 +418,6 @@ class _Run:
         self.shown = shown
         self.work = _Reconstructions(config, folder, attacks, shown)
         self.members = {n: a for n, a in attacks.items() if isinstance(a, MembershipAttack)}
-        self.forgetters = [name for name, a in attacks.items() if a.family == "unlearning"]
         self._this_round: list[Observation] = []
         self._all: list[Observation] = []
         self.truths: list[GroundTruth] = []

@@ -20,10 +20,9 @@ from adversaries.base import Attack, MembershipAttack, Progress, no_progress
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.errors import DataError, NotApplicable
-from fedattack.models import build_model, initial_weights
+from fedattack.models import initial_weights
 from fedattack.observation import Candidates, MembershipScores, Observation, UnlearningRequest
 from fedattack.rng import numpy_rng
-from fedattack.training import evaluate
 from fedattack.unlearning import (
     MECHANISMS,
     Deletion,
@@ -33,9 +32,8 @@ from fedattack.unlearning import (
     Weights,
     validate_request,
 )
-from simulations.attacking import choose_device
 from simulations.client_app import round_batches
-from simulations.federation import FederationResult, ask_unlearning, run_federation
+from simulations.federation import FederationResult, Judge, ask_unlearning, run_federation
 from simulations.grid import LocalGrid, open_grid
 from strategies import drawn
 
@@ -346,7 +344,7 @@ def unlearning_experiment(
         )
     mechanism = MECHANISMS.get(config.unlearning.mechanism)()
     quiet = config.model_copy(update={"federation": config.federation.model_copy(update={"evaluate": False})})
-    judge = _Judge(config, world)
+    judge = Judge(config, world)
     figures: dict[str, list[dict[str, float]]] = {"before": [], "after": [], "random": []}
     floors: list[list[int]] = []
     request: UnlearningRequest | None = None
@@ -451,15 +449,3 @@ def _checkpoint(config: Config, world: World, entry: int, grid: LocalGrid) -> di
         return {0: initial_weights(world.scenario.model, config.seed)}
     rounds = config.federation.model_copy(update={"rounds": start})
     return {start: run_federation(config.model_copy(update={"federation": rounds}), world, grid=grid).weights}
-
-
-class _Judge:
-    """Loss and accuracy of global weights on the held-out pool, or on other samples."""
-
-    def __init__(self, config: Config, world: World) -> None:
-        self.world = world
-        self.model = build_model(world.scenario.model).to(choose_device(config.engine.device))
-
-    def __call__(self, weights: Weights, ids: NDArray[np.int64] | None = None) -> dict[str, float]:
-        images, labels = self.world.dataset.tensors(self.world.pools.nonmembers if ids is None else ids)
-        return evaluate(self.model, weights, images, labels)

@@ -215,7 +215,7 @@ def test_a_request_is_asked_granted_and_measured() -> None:
 
     # What the server does: trains again without them, from the start since client 0 was in round 1.
     assert (outcome.mechanism, outcome.resumed_after, outcome.rounds_trained) == ("retrain", 0, 6)
-    judge = seats._Judge(config, world)
+    judge = seats.Judge(config, world)
     retrained = run_federation(config, world, excluded={0: outcome.request.positions}).weights
     floor = run_federation(config, world, excluded={0: outcome.details["random_positions"][0]}).weights
     assert outcome.before[0] == judge(result.weights)["accuracy"] == pytest.approx(result.rounds[-1].accuracy)
@@ -255,7 +255,7 @@ def test_resumes_from_the_checkpoint_before_a_late_client() -> None:
     assert (outcome.resumed_after, outcome.rounds_trained) == (start, 9 - start)
     # Plain FedAvg without error feedback carries nothing but the weights, so this is a training from the start.
     whole = run_federation(config, world, excluded={0: outcome.request.positions}).weights
-    assert outcome.losses["after"][0] == seats._Judge(config, world)(whole)["loss"]
+    assert outcome.losses["after"][0] == seats.Judge(config, world)(whole)["loss"]
 
 
 def test_all_samples_of_a_client_may_go() -> None:
