@@ -1,34 +1,58 @@
 """Gradient matching: find images whose gradient is the one that was sent.
 
 An attack of this family is a choice of objective, regularisers, parametrisation, start and optimiser
-(:class:`Matching`) and a call of :func:`match`. Several victims are attacked in one batched optimisation, each with
-its own decisions; restarts are compared by the attack's own loss and nothing else.
+(:class:`~adversaries.reconstruction.settings.Matching`) and a call of :func:`match`. Several victims are attacked in
+one batched optimisation, each with its own decisions; restarts are compared by the attack's own loss alone.
+
+The engine leaves torch's number of threads as it finds it. One thread is best for small networks (LeNet, ResNet20),
+above all where several processes share a machine: a second one gains little when the machine is quiet and costs an
+order of magnitude when it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.reconstruction import optimise
-from adversaries.reconstruction.gradients import GradientModel, Layers, Prediction, Sent, gradient_model
-from adversaries.reconstruction.optimise import LineSearch, Outcome
-from adversaries.reconstruction.parametrise import Chart, Parametrisation, chart
-from fedattack.config import ModelConfig
-from fedattack.errors import ConfigError, NotApplicable, unknown_name
-from fedattack.observation import Auxiliary, Observation, Scenario, Update
+from adversaries.reconstruction import parametrise
+from adversaries.reconstruction.checkpoint import Checkpoint, digest
+from adversaries.reconstruction.descent import Noise, Transform, descend
+from adversaries.reconstruction.gradients import Schedule, Statistics, gradient_model
+from adversaries.reconstruction.optimise import Outcome
+from adversaries.reconstruction.parametrise import Chart
+from adversaries.reconstruction.problem import Penalty, Problem
+from adversaries.reconstruction.regularisers import batch_norm_targets
+from adversaries.reconstruction.settings import Matching
+from fedattack.errors import ConfigError, NotApplicable, PayloadError
+from fedattack.observation import Observation, Scenario, Update
+from fedattack.rng import torch_rng
 
-Transform = Callable[[Tensor], Tensor]
-"""Images (N, C, H, W) -> images."""
+__all__ = [
+    "Match",
+    "Matching",
+    "Penalty",
+    "Problem",
+    "Transform",
+    "accumulates",
+    "as_gradient",
+    "check_one_gradient",
+    "match",
+]
 
 
-def check_one_gradient(scenario: Scenario) -> None:
+def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
     """Refuse a scenario in which the update is not (a known multiple of) entries of one gradient.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    signs : bool
+        Whether the attack can do with the gradient's signs (objective "sign", or a cosine).
 
     Raises
     ------
@@ -40,7 +64,7 @@ def check_one_gradient(scenario: Scenario) -> None:
             f"training.local_steps = {training.local_steps}: the update is a sum of gradients at weights that were "
             "never sent, and this attack matches one gradient; use local_steps 1 or protocol 'fedsgd'"
         )
-    if compression.name == "sign":
+    if compression.name == "sign" and not signs:
         raise NotApplicable(
             "compression.name = 'sign': only signs are sent and there is no gradient to match; use 'none', 'topk', "
             "'randomk', 'qsgd' or 'dgc'"
@@ -57,8 +81,8 @@ def accumulates(scenario: Scenario) -> bool:
     return scenario.compression.error_feedback or scenario.compression.name == "dgc"
 
 
-def as_gradient(observation: Observation) -> Update:
-    """The update as entries of one gradient.
+def as_gradient(observation: Observation, *, signs: bool = False) -> Update:
+    """The update as entries of one gradient, or of its signs where these are all that was sent and `signs` is set.
 
     A weight delta of one plain SGD step is -lr * (gradient + weight decay * weights), whatever the momentum, whose
     buffer starts empty. That is undone exactly, entry by entry.
@@ -69,7 +93,7 @@ def as_gradient(observation: Observation) -> Update:
         If the update is not made of one gradient.
     """
     scenario, update = observation.scenario, observation.update
-    check_one_gradient(scenario)
+    check_one_gradient(scenario, signs=signs)
     if accumulates(scenario) and observation.round > 1:
         raise NotApplicable(
             f"round {observation.round} with error feedback: the update holds residuals of earlier gradients, and "
@@ -85,102 +109,6 @@ def as_gradient(observation: Observation) -> Update:
     return Update(update.names, update.shapes, update.indices, values, "gradient")
 
 
-def masked_l2(prediction: Prediction, sent: Sent) -> Tensor:
-    """Sum of squared differences over the entries that were sent, (V,)."""
-    return ((prediction.entries - sent.values) * sent.valid).square().sum(1)
-
-
-def full_l2(prediction: Prediction, sent: Sent) -> Tensor:
-    """Sum of squared differences to the update with zeros where nothing was sent, (V,)."""
-    assert prediction.square is not None
-    kept = (prediction.entries * sent.valid).square().sum(1)
-    return masked_l2(prediction, sent) + (prediction.square - kept)
-
-
-def masked_cosine(prediction: Prediction, sent: Sent) -> Tensor:
-    """One minus the cosine between the sent entries and their prediction, (V,)."""
-    entries = prediction.entries * sent.valid
-    norms = entries.norm(dim=1) * sent.values.norm(dim=1)
-    return 1 - (entries * sent.values).sum(1) / norms.clamp(min=1e-30)
-
-
-OBJECTIVES: dict[str, tuple[Callable[[Prediction, Sent], Tensor], bool]] = {
-    "masked-l2": (masked_l2, False),
-    "l2": (full_l2, True),
-    "cosine": (masked_cosine, False),
-}
-"""Name -> (objective, whether it needs the norm of the whole predicted gradient)."""
-
-
-def tv_l2(images: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels, vertical plus horizontal: (V, B, C, H, W) -> (V,)."""
-    down, across = images.diff(dim=3), images.diff(dim=4)
-    return down.square().flatten(1).mean(1) + across.square().flatten(1).mean(1)
-
-
-def tv_l1(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, vertical plus horizontal: (V, B, C, H, W) -> (V,)."""
-    down, across = images.diff(dim=3), images.diff(dim=4)
-    return down.abs().flatten(1).mean(1) + across.abs().flatten(1).mean(1)
-
-
-REGULARISERS: dict[str, Callable[[Tensor], Tensor]] = {"tv2": tv_l2, "tv1": tv_l1}
-
-
-@dataclass(frozen=True)
-class Matching:
-    """How to match.
-
-    Attributes
-    ----------
-    objective : str
-        A key of :data:`OBJECTIVES`.
-    regularisers : dict of str to float
-        Keys of :data:`REGULARISERS` and their weights, in units of the sent entries' squared norm (of 1 under
-        "cosine"), so that a weight means the same whatever the model and the compression.
-    layers : {"all", "last"}
-        Which tensors are matched.
-    parametrisation : {"pixels", "box", "spectrum"}
-        What the optimiser turns; see :mod:`adversaries.reconstruction.parametrise`.
-    optimiser : {"lbfgs", "adam", "signed-adam"}
-    line_search : {"none", "armijo", "wolfe"}
-        For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
-    learning_rate : float
-    iterations : int
-        Evaluations of objective and gradient after the first; 0 answers the start.
-    memory : int
-        Pairs that L-BFGS keeps.
-    block : int
-        See :func:`adversaries.reconstruction.optimise.lbfgs`.
-    stop : float
-        A victim below this objective has finished.
-    transform_every : int
-        Apply `transform` to the images after each this many iterations and start the optimiser afresh; 0: never.
-    """
-
-    objective: str = "masked-l2"
-    regularisers: dict[str, float] = field(default_factory=dict)
-    layers: Layers = "all"
-    parametrisation: Parametrisation = "pixels"
-    optimiser: Literal["lbfgs", "adam", "signed-adam"] = "lbfgs"
-    line_search: LineSearch = "armijo"
-    learning_rate: float = 1.0
-    iterations: int = 400
-    memory: int = 20
-    block: int = 0
-    stop: float = 0.0
-    transform_every: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise unknown_name("objective", self.objective, OBJECTIVES)
-        for name in self.regularisers:
-            if name not in REGULARISERS:
-                raise unknown_name("regulariser", name, REGULARISERS)
-        if self.iterations < 0:
-            raise ConfigError(f"setting 'iterations' = {self.iterations}: must not be negative")
-
-
 @dataclass(frozen=True)
 class Match:
     """What matching found for one victim.
@@ -190,13 +118,18 @@ class Match:
     images : Tensor
         float32 (B, C, H, W) on the CPU, not clamped: the point of lowest loss that was met.
     loss : float
-        Objective plus regularisers there.
+        Objective plus regularisers there; infinite where they were not finite at any point, and then `images` is the
+        start.
     history : list of float
         Loss per iteration of the chosen restart.
     restart : int
         Which start was chosen, by its loss.
     recoveries : int
         How often the optimiser had to go back to its best point because its loss was not finite.
+    labels : Tensor
+        int64 (B,) on the CPU: those that were given, or the largest of the optimised logits under joint labels.
+    losses : list of float
+        Lowest loss from each start.
     """
 
     images: Tensor
@@ -204,156 +137,205 @@ class Match:
     history: list[float]
     restart: int
     recoveries: int
-
-
-class Problem:
-    """Objective and gradient of V victims as a function of the optimiser's variables (V, N)."""
-
-    def __init__(self, gradients: GradientModel, chart: Chart, settings: Matching) -> None:
-        self._gradients = gradients
-        self._chart = chart
-        self._objective, self._whole = OBJECTIVES[settings.objective]
-        self._regularisers = [(REGULARISERS[name], w) for name, w in settings.regularisers.items() if w]
-        relative = settings.objective == "cosine"
-        size = gradients.sent.values.square().sum(1)
-        self._unit = torch.ones_like(size) if relative else size
-        self.images, self.variables = chart.images, chart.variables
-
-    def evaluate(self, variables: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (V,) and their gradients (V, N)."""
-        victims = len(variables)
-        parts = [slice(0, victims)] if self._gradients.joint else [slice(v, v + 1) for v in range(victims)]
-        losses, slopes = zip(*(self._part(variables[part], part) for part in parts), strict=True)
-        return torch.cat(losses), torch.cat(slopes)
-
-    def _part(self, variables: Tensor, victims: slice) -> tuple[Tensor, Tensor]:
-        variables = variables.detach().requires_grad_()
-        images = self._chart.images(variables)
-        prediction = self._gradients.predict(images, victims, self._whole)
-        losses = self._objective(prediction, self._gradients.sent[victims])
-        for regulariser, weight in self._regularisers:
-            losses = losses + weight * self._unit[victims] * regulariser(images)
-        (slope,) = torch.autograd.grad(losses.sum(), variables)
-        return losses.detach(), slope
+    labels: Tensor
+    losses: list[float] = field(default_factory=list)
 
 
 def match(
-    model: ModelConfig,
-    weights: dict[str, Tensor],
-    updates: Sequence[Update],
-    labels: Tensor,
+    observations: Sequence[Observation],
+    labels: Tensor | None,
     starts: Tensor,
     settings: Matching,
     device: torch.device,
     progress: Progress = no_progress,
+    *,
     transform: Transform | None = None,
-    auxiliary: Auxiliary | None = None,
+    label_starts: Tensor | None = None,
+    chart: Chart | None = None,
+    unroll: Schedule | None = None,
+    penalty: Penalty | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> list[Match]:
     """Match the updates of V victims with the same batch size, from R starts each, in one batched optimisation.
 
     Parameters
     ----------
-    model : ModelConfig
-        Resolved.
-    weights : dict of str to Tensor
-        The weights that were sent out, float32.
-    updates : sequence of Update
-        V gradients, from :func:`as_gradient`.
-    labels : Tensor
-        int64 (V, B).
+    observations : sequence of Observation
+        V victims with equal weights and scenario. Updates are gradients (:func:`as_gradient`), or deltas of several
+        local steps with `unroll`. Auxiliary images of the first one make the basis of parametrisation "spectrum".
+    labels : Tensor or None
+        int64 (V, B); not looked at under joint labels.
     starts : Tensor
-        float32 (R, V, B, C, H, W).
+        float32 (R, V, B, C, H, W): images; or the variables of `chart`, (R, V, N).
     settings : Matching
     device : torch.device
     progress : Progress
     transform : callable, optional
         A denoiser, for `transform_every`.
-    auxiliary : Auxiliary, optional
-        Public images, for parametrisation "spectrum".
+    label_starts : Tensor, optional
+        float32 (R, V, B, classes): logits, for joint labels.
+    chart : Chart, optional
+        Replaces the settings' parametrisation, as by a generator's latent space.
+    unroll : Schedule, optional
+        Which images are in each local step's batch; see :func:`~adversaries.reconstruction.gradients.gradient_model`.
+    penalty : Penalty, optional
+        A term of the attack's own, in the units of the regularisers.
+    seed : int
+        Of the noise, under `settings.noise`; its stream depends on round, client, restart and iteration alone.
+    checkpoint : str or Path, optional
+        File in which the optimiser's state is kept from time to time, and from which it goes on where it exists; the
+        answer is that of an unbroken run, bit for bit. The caller removes it.
 
     Returns
     -------
     list of Match
-        In the order of `updates`.
+        In the order of `observations`.
+
+    Raises
+    ------
+    PayloadError
+        If an update holds values that are not finite, or nothing but zeros.
+    ConfigError, NotApplicable
+        If settings and arguments do not fit together.
     """
-    restarts, victims = starts.shape[:2]
-    everyone = [update for _ in range(restarts) for update in updates]
-    gradients = gradient_model(model, weights, everyone, labels.repeat(restarts, 1), settings.layers, device)
-    coordinates = chart(settings.parametrisation, tuple(starts.shape[2:]), auxiliary, device)
-    problem = Problem(gradients, coordinates, settings)
-    outcome = _minimise(problem, starts.flatten(0, 1).float().to(device), settings, progress, transform)
-    losses = outcome.losses.reshape(restarts, victims)
+    _check(observations, labels, starts, settings, label_starts, chart, unroll)
+    restarts = len(starts)
+    rows = [observation for _ in range(restarts) for observation in observations]
+    logits = label_starts if settings.labels == "joint" else None
+    problem = _problem(rows, labels, starts, logits, settings, device, chart, unroll, penalty)
+    first = starts.flatten(0, 1).float().to(device)
+    begin = problem.variables(first, None if logits is None else logits.flatten(0, 1).float().to(device))
+    noise = _noise(rows, len(observations), problem.width(begin), seed, begin) if settings.noise else None
+    kept = None
+    if checkpoint is not None:
+        words = [repr(settings), repr(unroll), type(chart).__name__, str(device), str(seed)]
+        kept = Checkpoint(checkpoint, digest(words, _tensors(observations, labels, starts, logits)))
+    outcome = descend(problem, begin, settings, progress, transform=transform, noise=noise, checkpoint=kept)
+    return _answers(problem, outcome, restarts, None if logits is not None else labels)
+
+
+def _problem(
+    rows: Sequence[Observation],
+    labels: Tensor | None,
+    starts: Tensor,
+    logits: Tensor | None,
+    settings: Matching,
+    device: torch.device,
+    chart: Chart | None,
+    unroll: Schedule | None,
+    penalty: Penalty | None,
+) -> Problem:
+    """The problem of all rows, one per victim and start."""
+    restarts = len(starts)
+    given = None if logits is not None or labels is None else labels.repeat(restarts, 1)
+    gradients = gradient_model(
+        rows,
+        given,
+        layers=settings.layers,
+        batch_norm=settings.batch_norm,
+        unroll=unroll,
+        device=device,
+    )
+    if chart is None:
+        shape = tuple(starts.shape[2:])
+        chart = parametrise.chart(settings.parametrisation, shape, rows[0].auxiliary, device)
+    targets: Statistics = ()
+    if settings.regularisers.get("batch-norm"):
+        batch = (labels if logits is None else logits[0]).shape[1]  # type: ignore[union-attr]
+        targets = batch_norm_targets(rows, batch, device)
+    return Problem(
+        gradients,
+        chart,
+        settings,
+        restarts=restarts,
+        label_shape=None if logits is None else (logits.shape[2], logits.shape[3]),
+        targets=targets,
+        penalty=penalty,
+    )
+
+
+def _noise(rows: Sequence[Observation], victims: int, width: int, seed: int, like: Tensor) -> Noise:
+    """Standard normal noise for the images' variables, each row from a stream of its own."""
+
+    def noise(iteration: int) -> Tensor:
+        drawn = torch.zeros(like.shape)
+        for row, observation in enumerate(rows):
+            keys = (observation.round, observation.client, row // victims, iteration)
+            drawn[row, :width] = torch.randn(width, generator=torch_rng(seed, "matching noise", *keys))
+        return drawn.to(like)
+
+    return noise
+
+
+def _tensors(
+    observations: Sequence[Observation], labels: Tensor | None, starts: Tensor, logits: Tensor | None
+) -> Iterator[Tensor]:
+    """Everything numeric that a match depends on."""
+    yield from (tensor for tensor in (labels, starts, logits) if tensor is not None)
+    yield from observations[0].weights.values()
+    for observation in observations:
+        yield observation.update.values
+        if observation.update.indices is not None:
+            yield observation.update.indices
+        yield from observation.buffers.values()
+
+
+def _answers(problem: Problem, outcome: Outcome, restarts: int, labels: Tensor | None) -> list[Match]:
+    """For each victim what the restart of lowest loss found."""
+    losses = outcome.losses.reshape(restarts, -1).cpu()
     history = torch.stack(outcome.history, 1).cpu()
-    images = problem.images(outcome.variables).cpu()
+    images = problem.images(outcome.variables).detach().cpu()
+    logits = problem.logits(outcome.variables)
     found = []
     for v, restart in enumerate(losses.argmin(0).tolist()):
-        row = restart * victims + v
+        row = restart * losses.shape[1] + v
         found.append(
             Match(
-                images[row],
-                float(losses[restart, v]),
-                [float(loss) for loss in history[row]],
-                restart,
-                int(outcome.recoveries[row]),
+                images=images[row],
+                loss=float(losses[restart, v]),
+                history=history[row].tolist(),
+                restart=restart,
+                recoveries=int(outcome.recoveries[row]),
+                labels=labels[v].cpu() if labels is not None else logits[row].argmax(1).cpu(),  # type: ignore[index]
+                losses=losses[:, v].tolist(),
             )
         )
     return found
 
 
-def _minimise(
-    problem: Problem, images: Tensor, settings: Matching, progress: Progress, transform: Transform | None
-) -> Outcome:
-    """Run the optimiser in one go, or in stretches with `transform` between them; the last stretch matches."""
-    every = settings.transform_every if transform is not None else 0
-    stretches = [settings.iterations]
-    if every:
-        whole, rest = divmod(settings.iterations, every)
-        stretches = [every] * whole + ([rest] if rest else [])
-    history: list[Tensor] = []
-    done = 0
-    outcome = None
-    for stretch in stretches:
-        if outcome is not None and transform is not None:
-            found = problem.images(outcome.variables)
-            images = transform(found.flatten(0, 1)).reshape(found.shape).detach()
-
-        def notify(iteration: int, losses: Tensor, before: int = done) -> None:
-            if iteration % 10 == 0:
-                share = (before + iteration) / settings.iterations
-                progress(share, f"matching {before + iteration}/{settings.iterations}")
-
-        previous = outcome
-        outcome = _run(problem, problem.variables(images), settings, stretch, notify)
-        history += outcome.history if previous is None else outcome.history[1:]
-        if previous is not None:
-            outcome.recoveries = outcome.recoveries + previous.recoveries
-        done += stretch
-    assert outcome is not None
-    outcome.history = history
-    return outcome
-
-
-def _run(
-    problem: Problem, start: Tensor, settings: Matching, iterations: int, notify: optimise.Notify
-) -> Outcome:
-    if settings.optimiser == "lbfgs":
-        return optimise.lbfgs(
-            problem.evaluate,
-            start,
-            iterations,
-            line_search=settings.line_search,
-            learning_rate=settings.learning_rate,
-            memory=settings.memory,
-            stop=settings.stop,
-            block=settings.block,
-            notify=notify,
+def _check(
+    observations: Sequence[Observation],
+    labels: Tensor | None,
+    starts: Tensor,
+    settings: Matching,
+    label_starts: Tensor | None,
+    chart: Chart | None,
+    unroll: Schedule | None,
+) -> None:
+    """Refuse what cannot be matched, before anything is computed."""
+    if chart is not None and settings.clamp:
+        raise ConfigError("setting 'clamp' is for pixels, and a chart replaces them: leave it out")
+    for observation in observations:
+        values, client = observation.update.values, observation.client
+        if not bool(values.isfinite().all()):
+            broken = int((~values.isfinite()).sum())
+            raise PayloadError(
+                f"client {client}: {broken} of {values.numel()} values of the update are not finite, so that no "
+                "images can match it"
+            )
+        if not bool(values.any()):
+            raise PayloadError(
+                f"client {client}: the update holds nothing but zeros, which any image matches"
+            )
+    if unroll is None and any(observation.update.kind != "gradient" for observation in observations):
+        raise ValueError("updates are weight deltas: pass them through as_gradient, or give `unroll`")
+    if starts.ndim != (6 if chart is None else 3):
+        raise ValueError(
+            f"starts have shape {tuple(starts.shape)}: (R, V, B, C, H, W), or (R, V, N) with a chart"
         )
-    return optimise.adam(
-        problem.evaluate,
-        start,
-        iterations,
-        learning_rate=settings.learning_rate,
-        signed=settings.optimiser == "signed-adam",
-        stop=settings.stop,
-        notify=notify,
-    )
+    if settings.labels == "joint":
+        if label_starts is None:
+            raise ConfigError("setting 'labels' = 'joint' needs label starts")
+    elif labels is None:
+        raise ConfigError("setting 'labels' = 'given': no labels were given; infer them, or use 'joint'")

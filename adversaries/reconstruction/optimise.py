@@ -2,13 +2,18 @@
 
 Row v of a (V, N) tensor is one problem's variables. Evaluations are shared, decisions are not: every row has its own
 step length, its own L-BFGS memory and its own best point, so that a row's result does not depend on its companions.
+
+A minimiser is its state: everything it knows between two iterations is in tensors that :meth:`Minimiser.state` hands
+out and :meth:`Minimiser.restore` takes back, and a minimiser that was restored goes on as if it had never stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +22,7 @@ Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Variables (V, N) -> losses (V,) and gradients (V, N)."""
 
 Notify = Callable[[int, Tensor], None]
-"""Called after each evaluation with (evaluations so far, current losses (V,))."""
+"""Called after each iteration with (iterations so far, current losses (V,))."""
 
 LineSearch = Literal["none", "armijo", "wolfe"]
 
@@ -27,9 +32,11 @@ _CHECK_EVERY = 10
 _MAX_TRIALS = 20
 _ARMIJO = 1e-4
 _CURVATURE = 0.9
+_PROGRESS = 1e-3
+"""Share of the loss by which it must fall to count as progress, under patience."""
 
 
-def ignore(evaluations: int, losses: Tensor) -> None:
+def ignore(iteration: int, losses: Tensor) -> None:
     """A :data:`Notify` that does nothing."""
 
 
@@ -51,25 +58,238 @@ class Outcome:
 
     variables: Tensor
     losses: Tensor
-    history: list[Tensor] = field(default_factory=list)
-    recoveries: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    history: list[Tensor]
+    recoveries: Tensor
 
 
-class _Best:
-    """Each row's lowest loss so far and where it was."""
+@dataclass(frozen=True)
+class Rules:
+    """What all minimisers have in common.
 
-    def __init__(self, variables: Tensor, losses: Tensor) -> None:
-        self.variables = variables.clone()
-        self.losses = torch.where(losses.isfinite(), losses, torch.inf)
+    Attributes
+    ----------
+    learning_rate : float
+    stop : float
+        A row below this loss has finished; minus infinity: never.
+    patience : int
+        A row whose lowest loss has not fallen by a thousandth for this many iterations has finished; 0: never.
+    decay : int
+        Divide the learning rate by ten after 3/8, 5/8 and 7/8 of this many iterations; 0: keep it. Not L-BFGS.
+    project : callable, optional
+        (V, N) -> (V, N), row by row: where each step is put back to, as into a box.
+    noise : callable, optional
+        Iteration -> (V, N), added to that iteration's step in units of the learning rate. Not L-BFGS.
+    """
 
-    def offer(self, variables: Tensor, losses: Tensor) -> None:
-        better = losses < self.losses  # False for NaN
-        self.variables = torch.where(better[:, None], variables, self.variables)
-        self.losses = torch.where(better, losses, self.losses)
+    learning_rate: float = 1.0
+    stop: float = -math.inf
+    patience: int = 0
+    decay: int = 0
+    project: Callable[[Tensor], Tensor] | None = None
+    noise: Callable[[int], Tensor] | None = None
+
+    def rate(self, iteration: int) -> float:
+        """Learning rate of the step that leads to this 1-based iteration."""
+        passed = sum(iteration > self.decay * eighths // 8 for eighths in (3, 5, 7)) if self.decay else 0
+        return self.learning_rate * 0.1**passed
+
+
+class Minimiser(ABC):
+    """A minimiser of V independent problems and its whole state.
+
+    Parameters
+    ----------
+    evaluate : Evaluate
+    start : Tensor
+        (V, N).
+    rules : Rules
+    """
+
+    STATE: ClassVar[tuple[str, ...]] = (
+        "x", "f", "g", "best_x", "best_f", "done", "recoveries", "mark", "marked_at",
+    )  # fmt: skip
+    """Attributes that make the state; tensors whose first axis is the row."""
+
+    def __init__(self, evaluate: Evaluate, start: Tensor, rules: Rules) -> None:
+        self._evaluate, self.rules = evaluate, rules
+        self.x = start.clone()
+        rows = len(start)
+        self.iteration = 0
+        self.history: list[Tensor] = []
+        self.f, self.g = start.new_zeros(rows), torch.zeros_like(start)
+        self.best_x, self.best_f = self.x, self.f
+        self.done = torch.zeros(rows, dtype=torch.bool, device=start.device)
+        self.recoveries = torch.zeros(rows, dtype=torch.int64, device=start.device)
+        self.mark = torch.full_like(self.f, torch.inf)
+        self.marked_at = torch.zeros_like(self.recoveries)
+        # Where no row can finish before its time nobody has to ask whether it has.
+        self._masked = rules.stop > -math.inf or rules.patience > 0
+
+    def run(self, iterations: int, notify: Notify = ignore) -> Outcome:
+        """Go on until so many iterations have passed in all, or every row has finished."""
+        if not self.history:
+            self._begin()
+        while self.iteration < iterations:
+            if self.iteration % _CHECK_EVERY == 0 and bool(self.done.all()):
+                break
+            self.iteration += 1
+            self._step()
+            if self._masked:
+                self._finish_rows()
+            self.history.append(self.f)
+            notify(self.iteration, self.f)
+        return Outcome(self.best_x, self.best_f, self.history, self.recoveries)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next iteration depends on, and the history."""
+        kept = {name: getattr(self, name) for name in self.STATE}
+        kept["history"] = torch.stack(self.history)
+        kept["iteration"] = torch.tensor(self.iteration)
+        return kept
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` handed out.
+
+        Raises
+        ------
+        KeyError
+            If something is missing.
+        """
+        for name in self.STATE:
+            setattr(self, name, state[name])
+        self.history = list(state["history"])
+        self.iteration = int(state["iteration"])
+        self._masked = self._masked or bool(self.done.any())
+
+    def _begin(self) -> None:
+        self.f, self.g = self._evaluate(self.x)
+        lost = ~self.f.isfinite()
+        self.best_x = self.x.clone()
+        self.best_f = torch.where(lost, torch.inf, self.f)
+        self.done = (self.f < self.rules.stop) | lost
+        self._masked = self._masked or bool(lost.any())
+        self.history = [self.f]
+
+    @abstractmethod
+    def _step(self) -> None:
+        """One iteration: move x, f and g of the rows that have not finished."""
+
+    def _offer(self, x: Tensor, f: Tensor) -> None:
+        """Keep x (V, N) of loss f (V,) in the rows where it is the best so far."""
+        better = f < self.best_f  # False for NaN
+        self.best_x = torch.where(better[:, None], x, self.best_x)
+        self.best_f = torch.where(better, f, self.best_f)
+
+    def _finish_rows(self) -> None:
+        if self.rules.patience:
+            progress = self.best_f < self.mark - _PROGRESS * self.mark.abs().nan_to_num(posinf=0.0)
+            self.mark = torch.where(progress, self.best_f, self.mark)
+            self.marked_at = torch.where(progress, self.iteration, self.marked_at)
+            self.done = self.done | (self.iteration - self.marked_at >= self.rules.patience)
+        self.done = self.done | (self.f < self.rules.stop)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1)
+
+
+class _FirstOrder(Minimiser):
+    """Steps along a direction made from the gradient; a row that meets NaN goes back to its best point, half as fast.
+
+    Subclasses keep what the direction is made of (momentum, ...) in tensors named in `MOMENTS`.
+    """
+
+    STATE = (*Minimiser.STATE, "damping")
+    MOMENTS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, evaluate: Evaluate, start: Tensor, rules: Rules) -> None:
+        super().__init__(evaluate, start, rules)
+        self.damping = start.new_ones(len(start), 1)
+        for name in self.MOMENTS:
+            setattr(self, name, torch.zeros_like(start))
+
+    def state(self) -> dict[str, Tensor]:
+        """See :meth:`Minimiser.state`."""
+        return super().state() | {name: getattr(self, name) for name in self.MOMENTS}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See :meth:`Minimiser.restore`."""
+        super().restore(state)
+        for name in self.MOMENTS:
+            setattr(self, name, state[name])
+
+    @abstractmethod
+    def _change(self, rate: float) -> Tensor:
+        """The step (V, N) at the current gradient."""
+
+    def _step(self) -> None:
+        rules = self.rules
+        rate = rules.rate(self.iteration)
+        change = self._change(rate)
+        if rules.noise is not None:
+            change = change.add(rules.noise(self.iteration), alpha=rate)
+        x = torch.addcmul(self.x, self.damping, change)
+        if rules.project is not None:
+            x = rules.project(x)
+        if self._masked:
+            x = torch.where(self.done[:, None], self.x, x)
+        f, g = self._evaluate(x)
+        # Sums of finite numbers that overflow only cost a closer look.
+        if not bool((f.sum() + g.sum()).isfinite()):
+            x, f, g = self._recover(x, f, g)
+        if self._masked:
+            f = torch.where(self.done, self.f, f)
+        self.x, self.f, self.g = x, f, g
+        self._offer(x, f)
+
+    def _recover(self, x: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        lost = ~self.done & ~(f.isfinite() & g.isfinite().all(1))
+        if not bool(lost.any()):
+            return x, f, g
+        self.recoveries = self.recoveries + lost
+        self.damping = torch.where(lost[:, None], self.damping / 2, self.damping)
+        for name in self.MOMENTS:
+            getattr(self, name)[lost] = 0.0
+        x = torch.where(lost[:, None], self.best_x, x)
+        f_best, g_best = self._evaluate(x)
+        return x, torch.where(lost, f_best, f), torch.where(lost[:, None], g_best, g)
+
+
+class Adam(_FirstOrder):
+    """Adam (Kingma and Ba 2015) with the usual constants, as ``torch.optim.Adam``."""
+
+    MOMENTS = ("first", "second")
+    first: Tensor
+    second: Tensor
+
+    def _change(self, rate: float) -> Tensor:
+        self.first.lerp_(self.g, 0.1)
+        self.second.mul_(0.999).addcmul_(self.g, self.g, value=0.001)
+        root = (1 - 0.999**self.iteration) ** 0.5
+        spread = self.second.sqrt().div_(root).add_(1e-8)
+        return self.first.div(spread).mul_(-rate / (1 - 0.9**self.iteration))
+
+
+class Sgd(_FirstOrder):
+    """Gradient descent with momentum, as ``torch.optim.SGD``.
+
+    Parameters
+    ----------
+    evaluate, start, rules
+        See :class:`Minimiser`.
+    momentum : float
+    """
+
+    MOMENTS = ("velocity",)
+    velocity: Tensor
+
+    def __init__(self, evaluate: Evaluate, start: Tensor, rules: Rules, momentum: float = 0.0) -> None:
+        super().__init__(evaluate, start, rules)
+        self._momentum = momentum
+
+    def _change(self, rate: float) -> Tensor:
+        self.velocity.mul_(self._momentum).add_(self.g)
+        return self.velocity * -rate
 
 
 class _Memory:
@@ -88,6 +308,8 @@ class _Memory:
         self.age = torch.full((rows, size), -1, dtype=torch.int64, device=like.device)  # -1: empty
         self.taken = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.gamma = like.new_ones(rows)
+
+    TENSORS = ("steps", "changes", "sy", "yy", "age", "taken", "gamma")
 
     def forget(self, rows: Tensor) -> None:
         """Empty the memory of the rows (bool mask)."""
@@ -127,18 +349,7 @@ class _Memory:
         return -(self.gamma[:, None] * bent + (weights_s[:, None] @ self.steps)[:, 0])
 
 
-def lbfgs(
-    evaluate: Evaluate,
-    start: Tensor,
-    iterations: int,
-    *,
-    line_search: LineSearch = "armijo",
-    learning_rate: float = 1.0,
-    memory: int = 20,
-    stop: float = 0.0,
-    block: int = 0,
-    notify: Notify = ignore,
-) -> Outcome:
+class Lbfgs(Minimiser):
     """L-BFGS with a line search for each row.
 
     One iteration is one evaluation of all rows. A row whose trial point passes its line search takes it and turns to
@@ -146,117 +357,141 @@ def lbfgs(
 
     Parameters
     ----------
-    evaluate : Evaluate
-    start : Tensor
-        (V, N).
-    iterations : int
-        Evaluations after the one at `start`.
+    evaluate, start, rules
+        See :class:`Minimiser`. The learning rate is the first step length tried; torch's first step of all is
+        shorter, by 1 / |gradient|_1 where that is below 1.
     line_search : {"none", "armijo", "wolfe"}
         "none" takes every step at full length, as ``torch.optim.LBFGS`` does by default; "armijo" backtracks until
         the loss has fallen enough; "wolfe" brackets and bisects until the slope has levelled off too (strong Wolfe).
-    learning_rate : float
-        First step length tried. torch's first step of all is shorter, by 1 / |gradient|_1 where that is below 1.
     memory : int
         Pairs kept (m).
-    stop : float
-        A row below this loss has finished.
     block : int
         Without a line search: torch looks at its tolerances (1e-9 in step and loss) inside calls of this many
         iterations and gives up the rest of a call when one is met. 0: no tolerances.
-    notify : Notify
-
-    Returns
-    -------
-    Outcome
 
     References
     ----------
     Liu and Nocedal, "On the limited memory BFGS method for large scale optimization", 1989.
     """
-    x = start.clone()
-    f, g = evaluate(x)
-    best = _Best(x, f)
-    store = _Memory(x, memory)
-    rows = len(x)
-    rate = torch.full((rows,), float(learning_rate), dtype=x.dtype, device=x.device)
-    recoveries = torch.zeros(rows, dtype=torch.int64, device=x.device)
-    skip_until = torch.zeros(rows, dtype=torch.int64, device=x.device)
-    low, high = torch.zeros_like(rate), torch.full_like(rate, torch.inf)
-    trials = torch.zeros(rows, dtype=torch.int64, device=x.device)
-    done = (f < stop) | ~f.isfinite()
-    d = -g
-    fresh = torch.ones(rows, dtype=torch.bool, device=x.device)  # the memory is empty
-    t = _first_step(g, rate)
-    history = [f]
-    for iteration in range(1, iterations + 1):
-        slope = _dot(g, d)
-        waiting = skip_until >= iteration
-        move = ~done & ~waiting
-        trial = torch.where(move[:, None], x + t[:, None] * d, x)
-        f_new, g_new = evaluate(trial)
-        finite = f_new.isfinite() & g_new.isfinite().all(1)
-        best.offer(trial, torch.where(finite, f_new, torch.inf))
-        trials = trials + 1
-        if line_search == "none":
-            accepted, failed = move & finite, move & ~finite
-        else:
-            far = ~finite | (f_new > f + _ARMIJO * t * slope)
-            slope_new = _dot(g_new, d)
-            if line_search == "wolfe":
-                near = ~far & (slope_new < _CURVATURE * slope)
-                far = far | (slope_new > -_CURVATURE * slope)
-            else:
-                near = torch.zeros_like(far)
-            accepted = move & ~far & ~near
-            high = torch.where(far, t, high)
-            low = torch.where(near, t, low)
-            failed = move & ~accepted & (trials >= _MAX_TRIALS)
-            t = torch.where(
-                move & ~accepted, _next_step(t, low, high, f, f_new, slope, finite, line_search), t
-            )
-        step, change = trial - x, g_new - g
-        if line_search == "none" and block:
-            small = (t * d.abs().amax(1) <= 1e-9) | ((f_new - f).abs() < 1e-9)
-            ends = (iteration + block - 1) // block * block
-            skip_until = torch.where(accepted & small, ends, skip_until)
-        least = 1e-10 if line_search == "none" else 1e-10 * step.norm(dim=1) * change.norm(dim=1)
-        curved = _dot(step, change) > least
-        keep = torch.nonzero(accepted & curved)[:, 0]
-        if len(keep):
-            store.add(keep, step, change)
-            fresh[keep] = False
-        x = torch.where(accepted[:, None], trial, x)
-        f, g = torch.where(accepted, f_new, f), torch.where(accepted[:, None], g_new, g)
+
+    STATE = (*Minimiser.STATE, "rate", "skip_until", "low", "high", "trials", "d", "fresh", "t")
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        start: Tensor,
+        rules: Rules,
+        line_search: LineSearch = "armijo",
+        memory: int = 20,
+        block: int = 0,
+    ) -> None:
+        super().__init__(evaluate, start, rules)
+        self._line_search, self._block = line_search, block
+        self._store = _Memory(start, memory)
+        rows = len(start)
+        self.rate = torch.full((rows,), float(rules.learning_rate), dtype=start.dtype, device=start.device)
+        self.skip_until, self.trials = torch.zeros_like(self.recoveries), torch.zeros_like(self.recoveries)
+        self.low, self.high = torch.zeros_like(self.rate), torch.full_like(self.rate, torch.inf)
+        self.fresh = torch.ones(rows, dtype=torch.bool, device=start.device)  # the memory is empty
+        self.d, self.t = self.g, self.rate
+        self._masked = True
+
+    def state(self) -> dict[str, Tensor]:
+        """See :meth:`Minimiser.state`."""
+        return super().state() | {f"store.{name}": getattr(self._store, name) for name in _Memory.TENSORS}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See :meth:`Minimiser.restore`."""
+        super().restore(state)
+        for name in _Memory.TENSORS:
+            setattr(self._store, name, state[f"store.{name}"])
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.d, self.t = -self.g, _first_step(self.g, self.rate)
+
+    def _step(self) -> None:
+        slope = _dot(self.g, self.d)
+        move = ~self.done & (self.skip_until < self.iteration)
+        trial = self.x + self.t[:, None] * self.d
+        if self.rules.project is not None:
+            trial = self.rules.project(trial)
+        trial = torch.where(move[:, None], trial, self.x)
+        f, g = self._evaluate(trial)
+        finite = f.isfinite() & g.isfinite().all(1)
+        self._offer(trial, torch.where(finite & move, f, torch.inf))
+        accepted, failed = self._judge(move, finite, slope, f, g)
+        self._remember(accepted, trial - self.x, g - self.g, f)
+        self.x = torch.where(accepted[:, None], trial, self.x)
+        self.f, self.g = torch.where(accepted, f, self.f), torch.where(accepted[:, None], g, self.g)
         if bool(failed.any()):
-            # Back to the best point with an empty memory; a row that fails from there too has converged.
-            if line_search == "none":
-                recoveries += failed
-                rate = torch.where(failed, rate / 2, rate)
-                x = torch.where(failed[:, None], best.variables, x)
-                f_best, g_best = evaluate(x)
-                f, g = torch.where(failed, f_best, f), torch.where(failed[:, None], g_best, g)
-            else:
-                done = done | (failed & fresh)
-            store.forget(failed)
-            fresh = fresh | failed
-        turn = accepted | failed
-        d = torch.where(turn[:, None], torch.where(fresh[:, None], -g, store.direction(g)), d)
-        ascent = turn & (_dot(g, d) >= 0)
-        if line_search == "none":
-            done = done | (turn & (_dot(g, d) > -1e-9))
-        elif bool(ascent.any()):
-            store.forget(ascent)
-            fresh = fresh | ascent
-            d = torch.where(ascent[:, None], -g, d)
-        t = torch.where(turn, torch.where(fresh, _first_step(g, rate), rate), t)
-        low, high = torch.where(turn, 0.0, low), torch.where(turn, torch.inf, high)
-        trials = torch.where(turn, 0, trials)
-        done = done | (f < stop)
-        history.append(f)
-        notify(iteration, f)
-        if iteration % _CHECK_EVERY == 0 and bool(done.all()):
-            break
-    return Outcome(best.variables, best.losses, history, recoveries)
+            self._retreat(failed)
+        self._turn(accepted | failed)
+
+    def _judge(
+        self, move: Tensor, finite: Tensor, slope: Tensor, f: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which rows take their trial and which give their line search up; the others get their next step length."""
+        self.trials = self.trials + 1
+        if self._line_search == "none":
+            return move & finite, move & ~finite
+        far = ~finite | (f > self.f + _ARMIJO * self.t * slope)
+        near = torch.zeros_like(far)
+        if self._line_search == "wolfe":
+            slope_new = _dot(g, self.d)
+            near = ~far & (slope_new < _CURVATURE * slope)
+            far = far | (slope_new > -_CURVATURE * slope)
+        accepted = move & ~far & ~near
+        self.high = torch.where(far, self.t, self.high)
+        self.low = torch.where(near, self.t, self.low)
+        shorter = _next_step(self.t, self.low, self.high, self.f, f, slope, finite, self._line_search)
+        self.t = torch.where(move & ~accepted, shorter, self.t)
+        return accepted, move & ~accepted & (self.trials >= _MAX_TRIALS)
+
+    def _remember(self, accepted: Tensor, step: Tensor, change: Tensor, f: Tensor) -> None:
+        """Add the pairs of curvature; under torch's tolerances, let rows sleep to the end of their call."""
+        if self._line_search == "none" and self._block:
+            small = (self.t * self.d.abs().amax(1) <= 1e-9) | ((f - self.f).abs() < 1e-9)
+            ends = (self.iteration + self._block - 1) // self._block * self._block
+            self.skip_until = torch.where(accepted & small, ends, self.skip_until)
+        least: float | Tensor = 1e-10
+        if self._line_search != "none":
+            least = 1e-10 * step.norm(dim=1) * change.norm(dim=1)
+        keep = torch.nonzero(accepted & (_dot(step, change) > least))[:, 0]
+        if len(keep):
+            self._store.add(keep, step, change)
+            self.fresh = self.fresh.index_fill(0, keep, False)
+
+    def _retreat(self, failed: Tensor) -> None:
+        """Back to the best point with an empty memory; a row that fails from there too has converged."""
+        if self._line_search == "none":
+            self.recoveries = self.recoveries + failed
+            self.rate = torch.where(failed, self.rate / 2, self.rate)
+            self.x = torch.where(failed[:, None], self.best_x, self.x)
+            f, g = self._evaluate(self.x)
+            self.f, self.g = torch.where(failed, f, self.f), torch.where(failed[:, None], g, self.g)
+        else:
+            self.done = self.done | (failed & self.fresh)
+        self._store.forget(failed)
+        self.fresh = self.fresh | failed
+
+    def _turn(self, turn: Tensor) -> None:
+        """The next direction and first step length of the rows that `turn`."""
+        wanted = torch.where(self.fresh[:, None], -self.g, self._store.direction(self.g))
+        self.d = torch.where(turn[:, None], wanted, self.d)
+        slope = _dot(self.g, self.d)
+        if self._line_search == "none":
+            self.done = self.done | (turn & (slope > -1e-9))
+        else:
+            ascent = turn & (slope >= 0)
+            if bool(ascent.any()):
+                self._store.forget(ascent)
+                self.fresh = self.fresh | ascent
+                self.d = torch.where(ascent[:, None], -self.g, self.d)
+        step = torch.where(self.fresh, _first_step(self.g, self.rate), self.rate)
+        self.t = torch.where(turn, step, self.t)
+        self.low, self.high = torch.where(turn, 0.0, self.low), torch.where(turn, torch.inf, self.high)
+        self.trials = torch.where(turn, 0, self.trials)
 
 
 def _first_step(gradient: Tensor, rate: Tensor) -> Tensor:
@@ -279,64 +514,3 @@ def _next_step(
     parabola = -slope * t * t / (2 * (f_new - f - slope * t)).clamp(min=1e-30)
     wanted = torch.where(finite & parabola.isfinite(), parabola, 0.1 * t)
     return torch.minimum(torch.maximum(wanted, 0.1 * t), 0.5 * t)
-
-
-def adam(
-    evaluate: Evaluate,
-    start: Tensor,
-    iterations: int,
-    *,
-    learning_rate: float = 0.1,
-    signed: bool = False,
-    decay: bool = True,
-    stop: float = 0.0,
-    notify: Notify = ignore,
-) -> Outcome:
-    """Adam, or Adam on the gradient's sign (Geiping et al. 2020).
-
-    Parameters
-    ----------
-    evaluate, start, stop, notify
-        As for :func:`lbfgs`.
-    iterations : int
-        Steps.
-    learning_rate : float
-    signed : bool
-        Feed Adam the sign of the gradient.
-    decay : bool
-        Divide the learning rate by ten after 3/8, 5/8 and 7/8 of the steps.
-
-    Returns
-    -------
-    Outcome
-    """
-    x = start.clone()
-    optimiser = torch.optim.Adam([x], lr=learning_rate)
-    milestones = [iterations * eighths // 8 for eighths in (3, 5, 7)] if decay else []
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones, gamma=0.1)
-    f, g = evaluate(x)
-    best = _Best(x, f)
-    done = (f < stop) | ~f.isfinite()
-    recoveries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    history = [f]
-    for iteration in range(1, iterations + 1):
-        before = x.clone()
-        x.grad = torch.where(done[:, None], 0.0, g.sign() if signed else g)
-        optimiser.step()
-        schedule.step()
-        x.copy_(torch.where(done[:, None], before, x))
-        f, g = evaluate(x)
-        lost = ~done & ~(f.isfinite() & g.isfinite().all(1))
-        if bool(lost.any()):
-            recoveries += lost
-            x.copy_(torch.where(lost[:, None], best.variables, x))
-            for moment in ("exp_avg", "exp_avg_sq"):
-                optimiser.state[x][moment][lost] = 0.0
-            f, g = evaluate(x)
-        best.offer(x, f)
-        done = done | (f < stop)
-        history.append(f)
-        notify(iteration, f)
-        if iteration % _CHECK_EVERY == 0 and bool(done.all()):
-            break
-    return Outcome(best.variables, best.losses, history, recoveries)

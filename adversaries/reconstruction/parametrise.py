@@ -1,8 +1,8 @@
-"""What the optimiser turns: pixels, pixels in a box, or coefficients of a cosine basis."""
+"""What the optimiser turns: pixels, standardised or in a box, or coefficients of a cosine basis."""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import scipy.fft
 import torch
@@ -10,23 +10,57 @@ from torch import Tensor
 
 from fedattack.observation import Auxiliary
 
-Parametrisation = Literal["pixels", "box", "spectrum"]
+Parametrisation = Literal["pixels", "standardised", "box", "spectrum"]
+
+PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
+"""What images are standardised by; CIFAR-10's own figures are .47 and .25 over all colours."""
 
 
 class Chart(Protocol):
     """A map between variables (V, N) and images (V, B, C, H, W)."""
 
     def images(self, variables: Tensor) -> Tensor:
-        """Images of variables, differentiable."""
+        """Images of variables, differentiable; row v depends on row v alone."""
         ...
+
+
+@runtime_checkable
+class ImageChart(Chart, Protocol):
+    """A chart that can be inverted."""
 
     def variables(self, images: Tensor) -> Tensor:
         """Variables of images."""
         ...
 
 
+@runtime_checkable
+class Bounded(Chart, Protocol):
+    """A chart whose variables must stay somewhere."""
+
+    def project(self, variables: Tensor) -> Tensor:
+        """The nearest variables (V, N) that are allowed, row by row."""
+        ...
+
+
+@runtime_checkable
+class Priced(Chart, Protocol):
+    """A chart some of whose variables are less likely than others."""
+
+    def cost(self, variables: Tensor) -> Tensor:
+        """What the variables (V, N) cost beside what their images do, (V,), in the units of the regularisers."""
+        ...
+
+
 class Pixels:
-    """Variables are pixels, unbounded."""
+    """Variables are pixels, unbounded.
+
+    Attributes
+    ----------
+    limits : (float, float)
+        The variables of black and white, for clamping.
+    """
+
+    limits = (0.0, 1.0)
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
@@ -38,6 +72,20 @@ class Pixels:
     def variables(self, images: Tensor) -> Tensor:
         """(V, B, C, H, W) -> (V, N)."""
         return images.flatten(1)
+
+
+class Standardised(Pixels):
+    """Variables are (pixels - 0.5) / 0.25, unbounded: the scale that most papers' step lengths and starts are for."""
+
+    limits = (-PIXEL_MEAN / PIXEL_DEVIATION, (1 - PIXEL_MEAN) / PIXEL_DEVIATION)
+
+    def images(self, variables: Tensor) -> Tensor:
+        """(V, N) -> (V, B, C, H, W)."""
+        return PIXEL_MEAN + PIXEL_DEVIATION * super().images(variables)
+
+    def variables(self, images: Tensor) -> Tensor:
+        """(V, B, C, H, W) -> (V, N)."""
+        return super().variables((images - PIXEL_MEAN) / PIXEL_DEVIATION)
 
 
 class Box(Pixels):
@@ -123,8 +171,8 @@ def _cosines(size: int) -> Tensor:
 
 def chart(
     kind: Parametrisation, shape: tuple[int, ...], auxiliary: Auxiliary | None, device: torch.device
-) -> Chart:
+) -> ImageChart:
     """The chart of that name for images (B, C, H, W) = `shape`."""
     if kind == "spectrum":
         return Spectrum(shape, auxiliary, device)
-    return Box(shape) if kind == "box" else Pixels(shape)
+    return {"box": Box, "standardised": Standardised}.get(kind, Pixels)(shape)

@@ -31,28 +31,42 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR-style residual network: 3x3 stem, four stages of 64 to 512 channels, pool, linear head."""
+    """CIFAR-style residual network: 3x3 stem, stages whose width doubles and side halves, pool, linear head.
 
-    def __init__(self, config: ModelConfig, blocks: tuple[int, int, int, int]) -> None:
+    Parameters
+    ----------
+    config : ModelConfig
+        Resolved.
+    blocks : tuple of int
+        Blocks in each stage.
+    width : int
+        Channels of the stem and the first stage.
+    hcgla : bool
+        HCGLA's variant: all strides 1 and the head on 4x4-pooled features.
+    """
+
+    def __init__(
+        self, config: ModelConfig, blocks: tuple[int, ...], width: int = 64, hcgla: bool = False
+    ) -> None:
         super().__init__()
         assert config.channels is not None
         assert config.image_size is not None
         assert config.classes is not None
-        published = config.activation == "sigmoid"
-        strides = (1, 1, 1, 1) if published else (1, 2, 2, 2)
         layers: list[nn.Module] = [
-            nn.Conv2d(config.channels, 64, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(64),
+            nn.Conv2d(config.channels, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
             activation(config.activation),
         ]
-        inputs = 64
-        for stage, (count, stride) in enumerate(zip(blocks, strides, strict=True)):
+        inputs = width
+        for stage, count in enumerate(blocks):
+            outputs = width << stage
             for block in range(count):
-                layers.append(BasicBlock(inputs, 64 << stage, stride if block == 0 else 1, config.activation))
-                inputs = 64 << stage
-        side = config.image_size // 4 if published else 1
-        self.body = nn.Sequential(*layers, nn.AvgPool2d(4) if published else nn.AdaptiveAvgPool2d(1))
-        self.head = nn.Linear(512 * side * side, config.classes)
+                stride = 2 if stage and block == 0 and not hcgla else 1
+                layers.append(BasicBlock(inputs, outputs, stride, config.activation))
+                inputs = outputs
+        side = config.image_size // 4 if hcgla else 1
+        self.body = nn.Sequential(*layers, nn.AvgPool2d(4) if hcgla else nn.AdaptiveAvgPool2d(1))
+        self.head = nn.Linear(inputs * side * side, config.classes)
 
     def features(self, images: Tensor) -> Tensor:
         """What the head sees, shape (B, head.in_features)."""
@@ -63,11 +77,16 @@ class ResNet(nn.Module):
         return self.head(self.features(images))
 
 
+def resnet20(config: ModelConfig) -> nn.Module:
+    """ResNet-20 for 32x32 (He et al. 2016): 16, 32, 64 channels, projected shortcuts, 272,474 parameters."""
+    return ResNet(config, (3, 3, 3), width=16)
+
+
 def resnet18(config: ModelConfig) -> nn.Module:
     """ResNet-18 for 32x32: with sigmoid, HCGLA's (all strides 1, 500-way head on 32,768 features); else the usual."""
-    return ResNet(config, (2, 2, 2, 2))
+    return ResNet(config, (2, 2, 2, 2), hcgla=config.activation == "sigmoid")
 
 
 def resnet34(config: ModelConfig) -> nn.Module:
     """ResNet-34 for 32x32: with sigmoid, HCGLA's (all strides 1, 500-way head on 32,768 features); else the usual."""
-    return ResNet(config, (3, 4, 6, 3))
+    return ResNet(config, (3, 4, 6, 3), hcgla=config.activation == "sigmoid")

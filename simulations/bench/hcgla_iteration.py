@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from adversaries.reconstruction.engine import Matching, Problem
 from adversaries.reconstruction.gradients import gradient_model
 from adversaries.reconstruction.parametrise import Pixels
-from fedattack.config import ModelConfig
+from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import RunFailed
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Update
+from fedattack.observation import Observation, Scenario, Update
 from fedattack.rng import torch_rng
 
 CLASSES, RATE, VICTIMS = 10_177, 0.001, 32
@@ -125,7 +125,9 @@ def _dense(module: nn.Module, update: Update, images: Tensor, labels: Tensor) ->
 
 def _sparse(weights: dict[str, Tensor], updates: list[Update], images: Tensor, labels: Tensor) -> Evaluation:
     """What HCGLA evaluates."""
-    gradients = gradient_model(MODEL, weights, updates, labels[:, None], "all", torch.device("cpu"))
+    scene = Scenario(MODEL, TrainingConfig(), CompressionConfig(rate=RATE))
+    seen = [Observation(1, client, scene, weights, update, 1) for client, update in enumerate(updates)]
+    gradients = gradient_model(seen, labels[:, None], device=torch.device("cpu"))
     problem = Problem(gradients, Pixels((1, *images.shape[1:])), Matching())
     variables = images.flatten(1)
     return lambda: problem.evaluate(variables)

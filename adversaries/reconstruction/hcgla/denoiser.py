@@ -281,15 +281,13 @@ class _Runner:
             self.client.observe(images, y, number + v)
             for v, (images, y) in enumerate(zip(clean, labels, strict=True))
         ]
-        updates = [as_gradient(observation) for observation in seen]
-        weights = dict(self.client.weights)
+        seen = [dataclasses.replace(one, update=as_gradient(one)) for one in seen]
         images, shots = begin, []
         for stretch in range(stretches):
             if stretch and denoiser is not None:
                 images = denoiser(images.flatten(0, 1)).reshape(images.shape)
             told = learned.share_of(progress, stretch / stretches, (stretch + 1) / stretches)
-            model = self.client.scenario.model
-            found = match(model, weights, updates, labels, images[None], self.settings, self._device, told)
+            found = match(seen, labels, images[None], self.settings, self._device, told)
             images = torch.stack([one.images for one in found])
             shots.append(images)
         return shots

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.reconstruction.engine import Match, Matching, Transform, match
+from adversaries.reconstruction.engine import Match, Transform, match
+from adversaries.reconstruction.settings import Matching
 from fedattack.config import ModelConfig
-from fedattack.observation import Auxiliary, Observation
+from fedattack.observation import Observation
 
 Preset = Literal["default", "published"]
 Optimizer = Literal["lbfgs", "lbfgs-armijo", "lbfgs-wolfe", "adam", "signed-adam"]
@@ -96,7 +97,7 @@ def settings_for(
     optimizer : str, optional
         One of :data:`Optimizer`; brings its own learning rate unless that is given.
     **others
-        Further fields of :class:`adversaries.reconstruction.engine.Matching`; None is passed over.
+        Further fields of :class:`adversaries.reconstruction.settings.Matching`; None is passed over.
     """
     chosen = published(model, batch) if preset == "published" else improved(smooth)
     changes: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
@@ -119,7 +120,6 @@ def reconstruct(
     device: torch.device,
     progress: Progress = no_progress,
     transform: Transform | None = None,
-    auxiliary: Auxiliary | None = None,
 ) -> list[Match]:
     """Match victims with one batch size, as many at a time as memory bears.
 
@@ -136,7 +136,6 @@ def reconstruct(
     progress : Progress
     transform : callable, optional
         Denoiser, for `settings.transform_every`.
-    auxiliary : Auxiliary, optional
 
     Returns
     -------
@@ -155,15 +154,12 @@ def reconstruct(
             progress((low + share * (high - low)) / total, text)
 
         found += match(
-            observations[first].scenario.model,
-            observations[first].weights,
-            [observation.update for observation in observations[part]],
+            observations[part],
             torch.stack(list(labels[part])),
             torch.stack(list(starts[part]), 1),
             settings,
             device,
             told,
-            transform,
-            auxiliary,
+            transform=transform,
         )
     return found

@@ -1,0 +1,230 @@
+"""What victims sent, laid out side by side, and the contract of a back-end that predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedattack.errors import NotApplicable
+from fedattack.observation import Update
+
+Layers = Literal["all", "last"]
+BatchNormMode = Literal["train", "eval"]
+Statistics = tuple[tuple[Tensor, Tensor], ...]
+
+_SPARSE_SHARE = 1 / 8
+"""Above this sent share a tensor is handled densely: gathering would cost more than it saves."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The columns [start, stop) of :attr:`Sent.values` that belong to one tensor; the same for all victims."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def columns(self) -> slice:
+        """Its columns."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What V victims sent, side by side and padded.
+
+    Attributes
+    ----------
+    values : Tensor
+        float32 (V, K), zero where `valid` is.
+    valid : Tensor
+        float32 (V, K), 1 where the entry was sent and 0 where it is padding.
+    segments : tuple of Segment
+        Tensor by tensor, covering the K columns.
+    rows : Tensor
+        int64 (V, K): the output row (first index) of each entry inside its tensor; arbitrary where it is padding.
+    complete : bool
+        Whether every column was sent by every victim, so that `valid` is 1 everywhere and need not be multiplied by.
+    """
+
+    values: Tensor
+    valid: Tensor
+    segments: tuple[Segment, ...]
+    rows: Tensor
+    complete: bool = False
+
+    def __getitem__(self, victims: slice) -> Sent:
+        return Sent(
+            self.values[victims], self.valid[victims], self.segments, self.rows[victims], self.complete
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What candidate images would have sent.
+
+    Attributes
+    ----------
+    entries : Tensor
+        (V, K), aligned with :attr:`Sent.values`; arbitrary where that is padding.
+    square : Tensor or None
+        (V,): squared norm of the whole gradient, unsent entries included, where it was asked for.
+    statistics : tuple of (Tensor, Tensor)
+        Mean and biased variance of each BatchNorm layer's input over the victim's batch, (V, channels) each, first
+        layer first; empty where they were not asked for or the model has no BatchNorm.
+    """
+
+    entries: Tensor
+    square: Tensor | None = None
+    statistics: Statistics = ()
+
+
+class GradientModel(Protocol):
+    """A back-end: what was sent and how to predict it.
+
+    Attributes
+    ----------
+    sent : Sent
+    joint : bool
+        Whether all victims are best predicted in one call; otherwise one call per victim keeps the memory down.
+    """
+
+    sent: Sent
+    joint: bool
+
+    def predict(
+        self,
+        images: Tensor,
+        victims: slice,
+        *,
+        whole: bool = False,
+        shares: Tensor | None = None,
+        statistics: bool = False,
+    ) -> Prediction:
+        """What `images` of the given victims would have sent, differentiable in them and in `shares`.
+
+        Parameters
+        ----------
+        images : Tensor
+            float32 (V', B, C, H, W).
+        victims : slice
+            Which of the V victims these are.
+        whole : bool
+            Whether the squared norm of the whole gradient is wanted.
+        shares : Tensor, optional
+            float32 (V', B, classes), rows sum to 1: the targets of the cross-entropy. None: the labels given at
+            construction.
+        statistics : bool
+            Whether the BatchNorm inputs' means and variances are wanted.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sent entries of V victims lie, tensor by tensor.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The tensors that take part, in the model's order.
+    flat : tuple of Tensor or None
+        For each: int64 (V, K_l) flat positions inside the tensor, or None where it is handled densely.
+    sent : Sent
+        The values there, side by side.
+    """
+
+    names: tuple[str, ...]
+    flat: tuple[Tensor | None, ...]
+    sent: Sent
+
+    def select(self, gradients: Sequence[Tensor], victims: slice) -> Tensor:
+        """Entries (V', K) of dense gradients (V', size), one per tensor."""
+        pieces = [
+            gradient if flat is None else gradient.gather(1, flat[victims])
+            for gradient, flat in zip(gradients, self.flat, strict=True)
+        ]
+        return torch.cat(pieces, 1)
+
+
+def lay_out(updates: Sequence[Update], layers: Layers, device: torch.device) -> Layout:
+    """Put what V victims sent side by side, each tensor padded to the longest.
+
+    Raises
+    ------
+    NotApplicable
+        If `layers` is "last" and the model has no linear layer.
+    """
+    names = _chosen(updates[0].names, updates[0].shapes, layers)
+    by_tensor = {
+        pieces[0][0]: pieces for pieces in zip(*(update.layers() for update in updates), strict=True)
+    }
+    flats: list[Tensor | None] = []
+    segments: list[Segment] = []
+    values, valid, rows = [], [], []
+    for name in names:
+        shape = by_tensor[name][0][1]
+        numbers, sent, flat = _pad(shape, [piece[2:] for piece in by_tensor[name]])
+        start = segments[-1].stop if segments else 0
+        segments.append(Segment(name, shape, start, start + numbers.shape[1]))
+        places = torch.arange(numbers.shape[1])[None] if flat is None else flat
+        rows.append((places // torch.Size(shape[1:]).numel()).to(device))
+        flats.append(None if flat is None else flat.to(device))
+        values.append(numbers.to(device))
+        valid.append(sent.to(device))
+    count = len(updates)
+    if all(flat is None for flat in flats):
+        joined_rows = torch.cat(rows, 1).expand(count, -1)
+    else:
+        joined_rows = torch.cat([row.expand(count, -1) for row in rows], 1)
+    known = torch.cat(valid, 1)
+    complete = bool(known.all())
+    if complete:
+        known = known[:1].clone().expand(count, -1)
+    return Layout(
+        tuple(names), tuple(flats), Sent(torch.cat(values, 1), known, tuple(segments), joined_rows, complete)
+    )
+
+
+def _pad(
+    shape: tuple[int, ...], pieces: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values, validity and flat positions (V, K_l) of one tensor from each victim's (positions, values)."""
+    size = torch.Size(shape).numel()
+    longest = max(int(values.numel()) for _, values in pieces)
+    dense = longest > size * _SPARSE_SHARE
+    width = size if dense else longest
+    numbers, valid = torch.zeros(len(pieces), width), torch.zeros(len(pieces), width)
+    flat = torch.zeros(len(pieces), width, dtype=torch.int64)
+    for v, (positions, values) in enumerate(pieces):
+        columns = positions if dense else torch.arange(values.numel())
+        numbers[v, columns] = values.float().cpu()
+        valid[v, columns] = 1.0
+        if not dense:
+            flat[v, columns] = positions
+    return numbers, valid, None if dense else flat
+
+
+def _chosen(names: Sequence[str], shapes: Sequence[tuple[int, ...]], layers: Layers) -> list[str]:
+    """Tensors that take part: all, or the weight of the last linear layer."""
+    if layers == "all":
+        return list(names)
+    matrices = [name for name, shape in zip(names, shapes, strict=True) if len(shape) == 2]
+    if not matrices:
+        raise NotApplicable("layers = 'last' needs a linear layer, which this model does not have; use 'all'")
+    return matrices[-1:]
+
+
+def targets_of(shares: Tensor | None, labels: Tensor | None, victims: slice) -> Tensor:
+    """Soft targets (V, B, classes) or hard labels int64 (V, B)."""
+    if shares is not None:
+        return shares
+    if labels is None:
+        raise ValueError("no labels were given at construction: predict needs `shares`")
+    return labels[victims]

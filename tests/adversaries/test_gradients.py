@@ -1,0 +1,201 @@
+"""The gradient back-ends: soft targets, BatchNorm modes and statistics, unrolled local training, layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hcgla_scenes import scenario, smooth_images
+from torch import Tensor
+
+from adversaries.reconstruction.gradients import GradientModel, Schedule, gradient_model, schedule_for
+from fedattack.config import TrainingConfig
+from fedattack.errors import NotApplicable
+from fedattack.models import build_model, initial_weights
+from fedattack.observation import Observation, Scenario, Update
+from fedattack.training import local_update
+
+CPU = torch.device("cpu")
+SLOW_STEP = TrainingConfig(protocol="fedavg", learning_rate=0.05)
+
+
+def fedavg(model: str, activation: str, **training: object) -> Scenario:
+    settings = SLOW_STEP.model_copy(update=training)
+    return scenario(10, model=model, activation=activation, size=16, training=settings, name="none")
+
+
+def send(scene: Scenario, images: Tensor, labels: Tensor, orders: Schedule, client: int = 0) -> Observation:
+    """What a real client with these images sends, uncompressed."""
+    weights = initial_weights(scene.model, 3)
+    batches = [torch.tensor(order).numpy() for order in orders.orders]
+    module = build_model(scene.model)
+    sent = local_update(module, weights, images, labels, batches, scene.training)
+    kind = "gradient" if scene.training.protocol == "fedsgd" else "delta"
+    shapes = tuple(tuple(tensor.shape) for tensor in sent.update.values())
+    values = torch.cat([tensor.flatten() for tensor in sent.update.values()])
+    update = Update(tuple(sent.update), shapes, None, values, kind)  # type: ignore[arg-type]
+    return Observation(1, client, scene, weights, update, sent.num_examples, buffers=sent.buffers)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).detach().norm() / wanted.norm())
+
+
+# Layout
+
+
+def test_segments_and_rows_address_the_update() -> None:
+    scene = scenario(30, rate=0.02, size=16)
+    images, labels = smooth_images(2, 16), torch.tensor([3, 4])
+    everything = Schedule(((0,),))
+    seen = send(dataclasses.replace(scene, training=TrainingConfig()), images[:1], labels[:1], everything)
+    dense = gradient_model([seen], labels[:1, None], device=CPU).sent
+    assert dense.complete
+    kept = torch.arange(0, seen.update.numel, 37)
+    update = Update(seen.update.names, seen.update.shapes, kept, seen.update.values[kept])
+    sparse = gradient_model([dataclasses.replace(seen, update=update)], labels[:1, None], device=CPU).sent
+    assert int(sparse.valid.sum()) == len(kept)
+    pieces = seen.update.dense()
+    for sent in (dense, sparse):
+        assert sent.segments[0].start == 0
+        assert sent.segments[-1].stop == sent.values.shape[1]
+        for segment in sent.segments:
+            columns = segment.columns
+            known = sent.valid[0, columns] > 0
+            rows, values = sent.rows[0, columns][known], sent.values[0, columns][known]
+            tensor = pieces[segment.name]
+            assert tuple(tensor.shape) == segment.shape
+            for row, value in list(zip(rows.tolist(), values, strict=True))[::50]:
+                assert bool((tensor[row] == value).any())
+
+
+# Soft targets
+
+
+@pytest.mark.parametrize("model", ["lenet-zhu", "mlp"])
+def test_soft_targets(model: str) -> None:
+    scene = dataclasses.replace(fedavg(model, "sigmoid"), training=TrainingConfig(batch_size=2))
+    images, labels = smooth_images(4, 16).reshape(2, 2, 3, 16, 16), torch.tensor([[1, 2], [3, 3]])
+    both = Schedule(((0, 1),))
+    seen = [send(scene, images[v], labels[v], both, v) for v in range(2)]
+    backend = gradient_model(seen, None, device=CPU)
+    with pytest.raises(ValueError, match="needs `shares`"):
+        backend.predict(images, slice(0, 2))
+    hard = F.one_hot(labels, 10).float()
+    found = backend.predict(images, slice(0, 2), shares=hard)
+    assert relative(found.entries, backend.sent.values) < 1e-5
+    shares = torch.rand(2, 2, 10).softmax(2).requires_grad_()
+    loss = backend.predict(images, slice(0, 2), shares=shares).entries.square().sum()
+    (slope,) = torch.autograd.grad(loss, shares)
+    module = build_model(scene.model)
+    module.load_state_dict(seen[0].weights)
+    again = shares.detach().clone().requires_grad_()
+    reference = torch.zeros(())
+    for v in range(2):
+        loss = F.cross_entropy(module(images[v]), again[v])
+        gradients = torch.autograd.grad(loss, list(module.parameters()), create_graph=True)
+        reference = reference + torch.stack([g.square().sum() for g in gradients]).sum()
+    (wanted,) = torch.autograd.grad(reference, again)
+    # Along the simplex: back-ends may differ in the direction in which rows no longer sum to 1.
+    centred = [one - one.mean(2, keepdim=True) for one in (slope, wanted)]
+    assert relative(centred[0], centred[1]) < 1e-4
+
+
+# BatchNorm
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_batchnorm_modes_and_statistics(mode: str) -> None:
+    scene = dataclasses.replace(fedavg("resnet20", "relu"), training=TrainingConfig(batch_size=2))
+    images, labels = smooth_images(2, 16), torch.tensor([1, 7])
+    seen = send(scene, images, labels, Schedule(((0, 1),)))
+    weights = {name: tensor.clone() for name, tensor in seen.weights.items()}
+    module = build_model(scene.model).train(mode == "train")
+    module.load_state_dict(weights)
+    loss = F.cross_entropy(module(images), labels)
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+    backend = gradient_model([seen], labels[None], batch_norm=mode, device=CPU)  # type: ignore[arg-type]
+    found = backend.predict(images[None], slice(0, 1), statistics=True)
+    assert relative(found.entries[0], wanted) < 1e-5
+    assert len(found.statistics) == 21
+    if mode == "train":
+        # running' = 0.9 running + 0.1 batch, the variance unbiased: what the client itself sent says the same.
+        mean, variance = found.statistics[0]
+        old, new = seen.weights["body.1.running_mean"], seen.buffers["body.1.running_mean"]
+        torch.testing.assert_close(mean[0], (new - 0.9 * old) / 0.1, rtol=1e-4, atol=1e-5)
+        count = images.shape[0] * images.shape[2] * images.shape[3]
+        old, new = seen.weights["body.1.running_var"], seen.buffers["body.1.running_var"]
+        biased = (new - 0.9 * old) / 0.1 * (count - 1) / count
+        torch.testing.assert_close(variance[0], biased, rtol=1e-4, atol=1e-5)
+    assert not backend.predict(images[None], slice(0, 1)).statistics
+    assert all(torch.equal(weights[name], seen.weights[name]) for name in weights)
+
+
+# Unrolled local training
+
+FIVE = Schedule(((0, 1), (2, 3), (4,), (0, 1), (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model", "activation"), [("lenet-zhu", "sigmoid"), ("tiny-cnn", "relu"), ("resnet20", "gelu")]
+)
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"momentum": 0.5, "weight_decay": 0.01}])
+def test_unrolled_training_is_the_clients(model: str, activation: str, settings: dict[str, float]) -> None:
+    scene = fedavg(model, activation, local_steps=5, batch_size=2, **settings)
+    images, labels = smooth_images(5, 16), torch.tensor([1, 2, 3, 4, 4])
+    seen = send(scene, images, labels, FIVE)
+    assert seen.num_examples == 5
+    backend = gradient_model([seen, seen], labels.repeat(2, 1), unroll=FIVE, device=CPU)
+    found = backend.predict(images.repeat(2, 1, 1, 1, 1), slice(0, 2), statistics=True)
+    assert relative(found.entries, backend.sent.values) < 2e-4
+    assert torch.equal(found.entries[0], found.entries[1])
+    # In units of a gradient, whatever the learning rate.
+    torch.testing.assert_close(backend.sent.values[0], -seen.update.values / (0.05 * 5))
+    assert len(found.statistics) == (21 if model == "resnet20" else 0)
+    # The order matters: the same images the other way round are no explanation.
+    other = backend.predict(images.flip(0).repeat(2, 1, 1, 1, 1), slice(0, 2))
+    assert relative(other.entries, backend.sent.values) > 0.05
+
+
+def slope_error(backend: GradientModel, images: Tensor, step: float) -> float:
+    """Relative error of the directional derivative of the masked squared distance, against central differences."""
+
+    def objective(x: Tensor) -> Tensor:
+        return (backend.predict(x, slice(0, 1)).entries - backend.sent.values).double().square().sum()
+
+    x = images.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(objective(x), x)
+    direction = slope / slope.norm()
+    with torch.enable_grad():
+        ahead, behind = objective(images + step * direction), objective(images - step * direction)
+    numeric = float((ahead - behind).detach()) / (2 * step)
+    return abs(numeric / float((slope * direction).sum()) - 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.5, "weight_decay": 0.01}])
+def test_unrolled_derivative(settings: dict[str, float]) -> None:
+    scene = fedavg("lenet-zhu", "sigmoid", local_steps=3, batch_size=2, **settings)
+    orders = Schedule(((0, 1), (2, 0), (1, 2)))
+    images, labels = smooth_images(3, 16), torch.tensor([1, 2, 3])
+    seen = send(scene, images, labels, orders)
+    backend = gradient_model([seen], labels[None], unroll=orders, device=CPU)
+    assert slope_error(backend, smooth_images(3, 16, seed=9)[None], 1e-1) < 2e-2
+
+
+def test_what_a_server_can_assume_about_the_order() -> None:
+    def assumed(size: int, steps: int, declared: int) -> tuple[tuple[int, ...], ...]:
+        training = TrainingConfig(protocol="fedavg", batch_size=size, local_steps=steps)
+        return schedule_for(scenario(10, training=training), declared).orders
+
+    assert assumed(0, 2, 3) == ((0, 1, 2), (0, 1, 2))
+    assert assumed(2, 3, 6) == ((0, 1), (2, 3), (4, 5))
+    assert assumed(2, 4, 5) == ((0, 1), (2, 3), (4,), (0, 1))  # the client has five samples
+    assert assumed(8, 2, 3) == ((0, 1, 2), (0, 1, 2))
+    with pytest.raises(NotApplicable, match="hold 4"):
+        assumed(2, 2, 5)
+    with pytest.raises(NotApplicable, match="nothing to reconstruct"):
+        assumed(2, 2, 0)
+    with pytest.raises(ValueError, match="must be in some step"):
+        Schedule(((0, 2),))
