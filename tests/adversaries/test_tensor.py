@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -376,6 +377,25 @@ def test_top_k_entries_are_equations() -> None:
     assert answer.details["status"] == "failed"
     assert "underdetermined" in answer.details["reason"]
     assert len(answer.images) == 0
+
+
+def test_more_entries_than_unknowns_do_not_certify_what_no_entry_sees() -> None:
+    attack = TensorAttack()
+    observation, images, labels = observe(1, 512, attack)
+    dense = observation.update
+    wide, head = dense.values.split([512 * 64, 512 * 10])
+    near = wide.abs().reshape(512, 64)
+    near[:, 40:], near[10:] = 0, 0  # 24 pixels are seen only through 10 neurons here and 5 in the head
+    at = torch.cat([near.flatten().topk(400).indices, 512 * 64 + head.abs().topk(5).indices]).sort().values
+    compression = CompressionConfig(name="topk", rate=405 / len(dense.values), scope="layer")
+    update = dataclasses.replace(dense, indices=at, values=dense.values[at])
+    scene = dataclasses.replace(observation.scenario, compression=compression)
+    answer = attack.run([dataclasses.replace(observation, update=update, scenario=scene)], 0, CPU)[0]
+    assert answer.details["equations"] > 1.2 * answer.details["unknowns"]
+    assert answer.details["residual"] < 1e-5
+    assert scored(answer, images, labels)[0].mean() < 60
+    assert answer.details["status"] == "approximate"
+    assert any("unseen" in note for note in answer.details["notes"])
 
 
 def test_last_layer_alone() -> None:

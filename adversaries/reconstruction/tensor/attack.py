@@ -159,9 +159,10 @@ class TensorAttack(ReconstructionAttack):
                     f"training.batch_size = {batch} > input dimension {d}: the samples' span is the whole space"
                 )
             if m < needed:
-                what = "(B+1)(B+2)/2" if order == 3 and training.local_steps == 1 else "more neurons here:"
+                closed = order == 3 and training.local_steps == 1
+                what = f"(B+1)(B+2)/2 = {needed}" if closed else f"at least {needed}"
                 raise NotApplicable(
-                    f"model.width = {m} < {needed}: regression with {model.activation} needs {what} = {needed} "
+                    f"model.width = {m} < {needed}: regression with {model.activation} needs {what} "
                     f"neurons for B = {batch}; raise --width or lower --batch-size"
                 )
 
@@ -491,6 +492,13 @@ class _Victim:
             CERTIFIED,
             progress=lambda part: self._progress(part, "entries"),
         )
+        if solution.residual <= CERTIFIED:
+            self._figures["unseen"] = solution.unseen
+            if solution.unseen > kept.UNSEEN:
+                self._notes.append(
+                    f"the entries that were sent leave {solution.unseen:.1%} of a random change of the inputs unseen: "
+                    "they fit many batches, and a small residual vouches for none of them"
+                )
         counts = torch.nn.functional.one_hot(solution.labels, self._head.classes)
         return _Answer(
             solution.inputs, Labelled(counts, min(1.0, solution.residual)), solution.residual, solution.parts
@@ -554,6 +562,7 @@ class _Victim:
         status: Status = "failed"
         reason = ""
         enough = self._figures.get("equations", math.inf) >= SPARE * self._figures.get("unknowns", 1)
+        enough = enough and self._figures.get("unseen", 0.0) <= kept.UNSEEN
         if found.residual <= CERTIFIED and enough and len(inputs) == self._samples:
             status = "certified"
         elif found.residual <= APPROXIMATE:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ Function = Callable[[Tensor], Tensor]
 DIRECT = 3200
 """Up to this many unknowns the normal equations are formed."""
 
+UNSEEN = 3e-3
+"""Share of a random step that may go unseen where a small residual is to vouch for the inputs."""
+
 _ROWS = 512
+_PROBE_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,21 @@ class Entries:
 
 @dataclass(frozen=True)
 class Solution:
-    """Inputs (B, d) with their labels (B,), and the largest relative residual of the two blocks of entries."""
+    """Inputs (B, d) with their labels (B,), and how well they are founded.
+
+    Attributes
+    ----------
+    residual : float
+        The largest relative residual of the two blocks of entries, whose own are in `parts`.
+    unseen : float
+        See :func:`unseen`.
+    """
 
     inputs: Tensor
     labels: Tensor
     residual: float
     parts: dict[str, float]
+    unseen: float = 1.0
 
 
 class Model:
@@ -232,6 +245,39 @@ def levenberg_marquardt(
     return x, float(left.norm()) / norm
 
 
+def unseen(function: Model, x: Tensor, generator: torch.Generator, probes: int = 2) -> float:
+    """Share of a random step from x that no entry notices, in [0, 1].
+
+    More entries than unknowns do not determine all unknowns: where the entries of a column were not sent, its inputs
+    enter hardly any equation, and a residual of zero says nothing about them. Conjugate gradients on J'J z = J'J v
+    recover from J v all of v but what lies in the Jacobian's null space.
+    """
+    _, push, pull = function.at(x)
+    worst = 0.0
+    for _ in range(probes):
+        hidden = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+        found = torch.zeros_like(hidden)
+        gradient = pull(push(hidden))
+        direction, size = gradient, float(gradient.square().sum())
+        share, settled = 1.0, 1.0
+        for step in range(_PROBE_STEPS):
+            pushed = push(direction)
+            length = size / float(pushed.square().sum().clamp_min(1e-300))
+            found = found + length * direction
+            share = float((hidden - found).norm() / hidden.norm())
+            gradient = gradient - length * pull(pushed)
+            fresh = float(gradient.square().sum())
+            if share < 0.1 * UNSEEN or fresh == 0:
+                break
+            if step % 50 == 49:  # nothing more comes in where only the null space is left
+                if share > 0.99 * settled:
+                    break
+                settled = share
+            direction, size = gradient + fresh / size * direction, fresh
+        worst = max(worst, share)
+    return worst
+
+
 def _solved(gram: Tensor, right: Tensor, damping: float) -> Tensor:
     damped = gram.clone()
     damped.diagonal().add_(damping * gram.diagonal().mean())
@@ -377,6 +423,8 @@ def solve(
 ) -> Solution:
     """Inputs and labels from the entries; the best of `restarts` starts by residual, the first that is certified.
 
+    What the entries leave open is measured where the residual could be taken for a certificate.
+
     Parameters
     ----------
     certified : float
@@ -400,7 +448,9 @@ def solve(
         if best.residual <= certified:
             break
     assert best is not None
-    return best
+    if best.residual > certified:
+        return best
+    return replace(best, unseen=unseen(Model(head, entries, best.labels), best.inputs, generator))
 
 
 def _scaled(function: Model, wanted: Tensor, start: Tensor) -> Tensor:
