@@ -130,6 +130,8 @@ class Match:
         int64 (B,) on the CPU: those that were given, or the largest of the optimised logits under joint labels.
     losses : list of float
         Lowest loss from each start.
+    variables : Tensor or None
+        float32 (N,) on the CPU: what the chart drew `images` from.
     """
 
     images: Tensor
@@ -139,6 +141,7 @@ class Match:
     recoveries: int
     labels: Tensor
     losses: list[float] = field(default_factory=list)
+    variables: Tensor | None = None
 
 
 def match(
@@ -185,7 +188,8 @@ def match(
         Of the noise, under `settings.noise`; its stream depends on round, client, restart and iteration alone.
     checkpoint : str or Path, optional
         File in which the optimiser's state is kept from time to time, and from which it goes on where it exists; the
-        answer is that of an unbroken run, bit for bit. The caller removes it.
+        answer is that of an unbroken run, bit for bit. The caller removes it, and sees to it that `transform` and
+        `penalty` are the same again.
 
     Returns
     -------
@@ -210,7 +214,10 @@ def match(
     kept = None
     if checkpoint is not None:
         words = [repr(settings), repr(unroll), type(chart).__name__, str(device), str(seed)]
-        kept = Checkpoint(checkpoint, digest(words, _tensors(observations, labels, starts, logits)))
+        tensors = [*_tensors(observations, labels, starts, logits)]
+        if isinstance(chart, parametrise.Drawn):
+            tensors += chart.tensors()
+        kept = Checkpoint(checkpoint, digest(words, tensors))
     outcome = descend(problem, begin, settings, progress, transform=transform, noise=noise, checkpoint=kept)
     return _answers(problem, outcome, restarts, None if logits is not None else labels)
 
@@ -299,6 +306,7 @@ def _answers(problem: Problem, outcome: Outcome, restarts: int, labels: Tensor |
                 recoveries=int(outcome.recoveries[row]),
                 labels=labels[v].cpu() if labels is not None else logits[row].argmax(1).cpu(),  # type: ignore[index]
                 losses=losses[:, v].tolist(),
+                variables=outcome.variables[row, : problem.width(outcome.variables)].detach().cpu(),
             )
         )
     return found

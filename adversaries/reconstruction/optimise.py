@@ -79,6 +79,8 @@ class Rules:
         (V, N) -> (V, N), row by row: where each step is put back to, as into a box.
     noise : callable, optional
         Iteration -> (V, N), added to that iteration's step in units of the learning rate. Not L-BFGS.
+    rest : callable, optional
+        Told now and then which rows have finished (list of V bool); `evaluate` may answer zeros for these then.
     """
 
     learning_rate: float = 1.0
@@ -87,6 +89,7 @@ class Rules:
     decay: int = 0
     project: Callable[[Tensor], Tensor] | None = None
     noise: Callable[[int], Tensor] | None = None
+    rest: Callable[[list[bool]], None] | None = None
 
     def rate(self, iteration: int) -> float:
         """Learning rate of the step that leads to this 1-based iteration."""
@@ -130,7 +133,7 @@ class Minimiser(ABC):
         if not self.history:
             self._begin()
         while self.iteration < iterations:
-            if self.iteration % _CHECK_EVERY == 0 and bool(self.done.all()):
+            if self.iteration % _CHECK_EVERY == 0 and self._all_done():
                 break
             self.iteration += 1
             self._step()
@@ -169,6 +172,14 @@ class Minimiser(ABC):
         self.done = (self.f < self.rules.stop) | lost
         self._masked = self._masked or bool(lost.any())
         self.history = [self.f]
+
+    def _all_done(self) -> bool:
+        if not self._masked:
+            return False
+        done = self.done.tolist()
+        if self.rules.rest is not None:
+            self.rules.rest(done)
+        return all(done)
 
     @abstractmethod
     def _step(self) -> None:

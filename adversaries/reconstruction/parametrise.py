@@ -51,6 +51,15 @@ class Priced(Chart, Protocol):
         ...
 
 
+@runtime_checkable
+class Drawn(Chart, Protocol):
+    """A chart that a network draws."""
+
+    def tensors(self) -> list[Tensor]:
+        """Everything numeric that its images depend on beside the variables."""
+        ...
+
+
 class Pixels:
     """Variables are pixels, unbounded.
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.gradients import GradientModel, Statistics
+from adversaries.reconstruction.gradients import GradientModel, Prediction, Statistics
 from adversaries.reconstruction.objectives import OBJECTIVES, Layout, scale
 from adversaries.reconstruction.parametrise import Bounded, Chart, ImageChart, Pixels, Priced
 from adversaries.reconstruction.regularisers import PIXEL_TERMS, batch_norm, group
@@ -60,6 +60,7 @@ class Problem:
         self._whole = objective.whole
         layout = Layout(gradients.sent, settings.layer_weights, settings.l1_share)
         self._distance = objective.build(layout)
+        self._slope = None if objective.slope is None else objective.slope(layout)
         weights = {name: weight for name, weight in settings.regularisers.items() if weight}
         self._pixel_terms = [(PIXEL_TERMS[name], w) for name, w in weights.items() if name in PIXEL_TERMS]
         self._group = weights.get("group", 0.0)
@@ -72,8 +73,12 @@ class Problem:
         absolute = settings.units == "absolute"
         ones = gradients.sent.values.new_ones(len(gradients.sent.values))
         self._unit = ones if absolute else scale(objective, self._distance, gradients.sent)
+        self._plain_unit = bool((self._unit == 1).all())
+        self._cost = chart.cost if isinstance(chart, Priced) else None
+        self._finished = [False] * len(self._unit)
         self._restarts, self._label_shape, self._penalty = restarts, label_shape, penalty
         self._label_count = 0 if label_shape is None else label_shape[0] * label_shape[1]
+        self._pixels_only = type(chart) is Pixels and label_shape is None
 
     def variables(self, start: Tensor, logits: Tensor | None = None) -> Tensor:
         """Variables (rows, N) of images (rows, B, C, H, W) or the chart's variables, and label logits.
@@ -130,9 +135,18 @@ class Problem:
         centres = self._centres(variables) if self._group else None
         if self._gradients.joint or rows == 1:
             return self._part(variables, slice(0, rows), centres)
-        parts = [self._part(variables[row : row + 1], slice(row, row + 1), centres) for row in range(rows)]
+        parts = [
+            (variables.new_zeros(1), torch.zeros_like(variables[:1]))
+            if self._finished[row]
+            else self._part(variables[row : row + 1], slice(row, row + 1), centres)
+            for row in range(rows)
+        ]
         losses, slopes = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(slopes)
+
+    def rest(self, finished: list[bool]) -> None:
+        """Answer zeros for these rows from now on, where rows are evaluated one by one."""
+        self._finished = finished
 
     def _centres(self, variables: Tensor) -> Tensor:
         """Each row's victim's mean image over its restarts, (rows, B, C, H, W)."""
@@ -141,25 +155,84 @@ class Problem:
             return images.mean(0, keepdim=True).expand_as(images).flatten(0, 1)
 
     def _part(self, variables: Tensor, rows: slice, centres: Tensor | None) -> tuple[Tensor, Tensor]:
-        variables = variables.detach().requires_grad_()
-        images = self.images(variables)
+        """Losses and gradients of some rows.
+
+        The graph is cut at the images: terms whose gradient there, or at the predicted entries, is written out are
+        added without a graph, and where variables are pixels there is nothing before the cut.
+        """
+        variables = variables.detach()
+        if not self._pixels_only:
+            variables.requires_grad_()
+        drawn = self.images(variables)
+        images = drawn.detach().requires_grad_()
         logits = self.logits(variables)
         shares = None if logits is None else logits.softmax(2)
         prediction = self._gradients.predict(
             images, rows, whole=self._whole, shares=shares, statistics=self._statistics > 0
         )
-        losses = self._distance(prediction, rows)
+        losses, roots, pulls = self._roots(variables, images, shares, prediction, rows)
+        if self._pixels_only:
+            (at_images,) = torch.autograd.grad(roots, images, pulls)
+            at_variables = None
+        else:
+            at_images, at_variables = torch.autograd.grad(
+                roots, (images, variables), pulls, allow_unused=True
+            )
+        with torch.no_grad():
+            if self._pixel_terms or centres is not None:
+                value, pull = self._on_pixels(images, rows, centres)
+                losses, at_images = losses + value, at_images + pull
+        if self._pixels_only:
+            return losses, at_images.flatten(1)
+        (slope,) = torch.autograd.grad(drawn, variables, at_images)
+        return losses, slope if at_variables is None else slope + at_variables
+
+    def _roots(
+        self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice
+    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """Losses (rows,) of all terms but those of the pixels, and the tensors and cotangents to differentiate."""
+        rest = self._differentiated(variables, images, shares, prediction, rows)
+        roots: list[Tensor] = []
+        pulls: list[Tensor | None] = []
+        if rest is not None and rest.requires_grad:
+            roots, pulls = [rest.sum()], [None]
+        if self._slope is None:
+            assert rest is not None
+            return rest.detach(), roots, pulls
+        with torch.no_grad():
+            losses, pull = self._slope(prediction.entries, rows)
+        if rest is not None:
+            losses = losses + rest.detach()
+        return losses, [prediction.entries, *roots], [pull, *pulls]
+
+    def _differentiated(
+        self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice
+    ) -> Tensor | None:
+        """The terms that are left to automatic differentiation, (rows,), or None where there are none."""
         unit = self._unit[rows]
-        for term, weight in self._pixel_terms:
-            losses = losses + weight * unit * term(images)
+        losses = self._distance(prediction, rows) if self._slope is None else None
         if self._statistics:
             aims = tuple((mean[rows], variance[rows]) for mean, variance in self._targets)
-            losses = losses + self._statistics * unit * batch_norm(prediction.statistics, aims)
-        if centres is not None:
-            losses = losses + self._group * unit * group(images, centres[rows])
-        if isinstance(self._chart, Priced):
-            losses = losses + unit * self._chart.cost(variables[:, : self.width(variables)])
+            losses = _sum(losses, self._statistics * unit * batch_norm(prediction.statistics, aims))
+        if self._cost is not None:
+            losses = _sum(losses, unit * self._cost(variables[:, : self.width(variables)]))
         if self._penalty is not None:
-            losses = losses + unit * self._penalty(images, shares, rows)
-        (slope,) = torch.autograd.grad(losses.sum(), variables)
-        return losses.detach(), slope
+            losses = _sum(losses, unit * self._penalty(images, shares, rows))
+        return losses
+
+    def _on_pixels(self, images: Tensor, rows: slice, centres: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The terms of the images alone, (rows,), and their gradient."""
+        terms = [term(images, weight) for term, weight in self._pixel_terms]
+        if centres is not None:
+            terms.append(group(images, centres[rows], self._group))
+        value, slope = terms[0]
+        for more_value, more_slope in terms[1:]:
+            value, slope = value + more_value, slope + more_slope
+        if self._plain_unit:
+            return value, slope
+        unit = self._unit[rows]
+        return value * unit, slope * unit[:, None, None, None, None]
+
+
+def _sum(losses: Tensor | None, more: Tensor) -> Tensor:
+    return more if losses is None else losses + more

@@ -16,25 +16,66 @@ from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation
 
-
-def tv_l2(images: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels, vertical plus horizontal: (V, B, C, H, W) -> (V,)."""
-    down, across = images.diff(dim=3), images.diff(dim=4)
-    return down.square().flatten(1).mean(1) + across.square().flatten(1).mean(1)
+PixelTerm = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+"""(Images (V, B, C, H, W), weight) -> weight times the term (V,), and its gradient (V, B, C, H, W), written out."""
 
 
-def tv_l1(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, vertical plus horizontal: (V, B, C, H, W) -> (V,)."""
-    down, across = images.diff(dim=3), images.diff(dim=4)
-    return down.abs().flatten(1).mean(1) + across.abs().flatten(1).mean(1)
+def tv_l2(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mean squared difference of neighbouring pixels, vertical plus horizontal, and its gradient."""
+    slope = torch.zeros_like(images)
+    values = []
+    for axis in (3, 4):
+        steps, share = _steps(images, axis, weight)
+        values.append(steps.square().sum((1, 2, 3, 4)) * share)
+        _push_apart(slope, steps.mul_(2 * share), axis)
+    return values[0] + values[1], slope
 
 
-def l2(images: Tensor) -> Tensor:
-    """Mean squared pixel: (V, B, C, H, W) -> (V,)."""
-    return images.square().flatten(1).mean(1)
+def tv_l1(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mean absolute difference of neighbouring pixels, vertical plus horizontal, and its gradient."""
+    slope = torch.zeros_like(images)
+    values = []
+    for axis in (3, 4):
+        steps, share = _steps(images, axis, weight)
+        values.append(steps.abs().sum((1, 2, 3, 4)) * share)
+        _push_apart(slope, steps.sign_().mul_(share), axis)
+    return values[0] + values[1], slope
 
 
-PIXEL_TERMS: dict[str, Callable[[Tensor], Tensor]] = {"tv2": tv_l2, "tv1": tv_l1, "l2": l2}
+def _steps(images: Tensor, axis: int, weight: float) -> tuple[Tensor, float]:
+    """Differences of neighbours along an axis, and the weight over their number in each victim."""
+    steps = images.diff(dim=axis)
+    return steps, weight * len(steps) / max(steps.numel(), 1)
+
+
+def _push_apart(slope: Tensor, steps: Tensor, axis: int) -> None:
+    """Add the gradient that belongs to that of neighbours' differences, in place."""
+    count = slope.shape[axis] - 1
+    slope.narrow(axis, 1, count).add_(steps)
+    slope.narrow(axis, 0, count).sub_(steps)
+
+
+def l2(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mean squared pixel and its gradient."""
+    share = weight * len(images) / images.numel()
+    return images.square().sum((1, 2, 3, 4)) * share, images * (2 * share)
+
+
+def group(images: Tensor, centres: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mean squared distance to the mean image of a victim's restarts, and its gradient (Yin et al. 2021, eq. 11).
+
+    Unlike there the restarts are not registered to each other first, and the mean is held fixed.
+
+    Parameters
+    ----------
+    images, centres : Tensor
+        (V, B, C, H, W).
+    weight : float
+    """
+    return l2(images - centres, weight)
+
+
+PIXEL_TERMS: dict[str, PixelTerm] = {"tv2": tv_l2, "tv1": tv_l1, "l2": l2}
 """Terms of the images alone."""
 
 REGULARISERS: tuple[str, ...] = (*PIXEL_TERMS, "batch-norm", "group")
@@ -62,17 +103,6 @@ def batch_norm(statistics: Statistics, targets: Statistics) -> Tensor:
         for found, wanted in zip(layer, target, strict=True)
     ]
     return torch.stack(terms).sum(0)
-
-
-def group(images: Tensor, centres: Tensor) -> Tensor:
-    """Mean squared distance to the mean image of a victim's restarts (Yin et al. 2021, eq. 11, not registered).
-
-    Parameters
-    ----------
-    images, centres : Tensor
-        (V, B, C, H, W); `centres` does not pass a gradient on.
-    """
-    return (images - centres.detach()).square().flatten(1).mean(1)
 
 
 def batch_norm_targets(observations: Sequence[Observation], batch: int, device: torch.device) -> Statistics:

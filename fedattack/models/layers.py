@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,3 +28,14 @@ def activation(name: str | None) -> nn.Module:
     """A fresh activation module by the name used in the configuration."""
     assert name is not None, "resolve the model configuration first"
     return ACTIVATIONS[name]()
+
+
+@torch.no_grad()
+def kaiming_uniform(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw all convolutions and linear layers of `module`: U(-b, b) with b = sqrt(6 / inputs), zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            bound = (6.0 / layer.weight[0].numel()) ** 0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            if layer.bias is not None:
+                layer.bias.zero_()

@@ -24,7 +24,9 @@ from adversaries.reconstruction.gradients.layers import (
     Layer,
     Linear,
     Rearrangement,
+    Relu,
     Saved,
+    Sigmoid,
 )
 from adversaries.reconstruction.gradients.sent import (
     BatchNormMode,
@@ -91,6 +93,52 @@ def trace(module: nn.Module, weights: dict[str, Tensor], batch_norm: BatchNormMo
     return steps
 
 
+def fold(steps: Sequence[Step], image_shape: Sequence[int], device: torch.device) -> list[Step]:
+    """Take BatchNorm with running statistics into the convolution before it, where that saves work.
+
+    Folding replaces some nine passes over the activations by five over the weights.
+
+    Parameters
+    ----------
+    steps : sequence of Step
+    image_shape : sequence of int
+        (C, H, W).
+    device : torch.device
+        Of the weights.
+    """
+    users = [0] * (len(steps) + 1)
+    for step in steps:
+        for i in step.inputs:
+            users[i] += 1
+    positions = _positions(steps, image_shape, device)
+    kept: list[Step] = []
+    place = [0]
+    for number, step in enumerate(steps, start=1):
+        below = step.inputs[0]
+        before = kept[place[below] - 1] if below else None
+        taken = None
+        if isinstance(step.layer, BatchNorm) and users[below] == 1 and before is not None:
+            inner = before.layer
+            if isinstance(inner, Convolution) and 9 * positions[number] > 5 * inner.inputs:
+                taken = step.layer.fold()
+                if taken is not None:
+                    kept[place[below] - 1] = Step(inner.folded(taken), before.inputs)
+                    place.append(place[below])
+        if taken is None:
+            kept.append(Step(step.layer, tuple(place[i] for i in step.inputs)))
+            place.append(len(kept))
+    return kept
+
+
+def _positions(steps: Sequence[Step], image_shape: Sequence[int], device: torch.device) -> list[int]:
+    """Pixels of each value for one image."""
+    with torch.no_grad():
+        values = [torch.zeros(1, *image_shape, device=device)]
+        for step in steps:
+            values.append(step.layer.forward({}, 1, *(values[i] for i in step.inputs)))
+    return [value[0, 0].numel() for value in values]
+
+
 def _layer(
     node: fx.Node, parts: dict[str, nn.Module], weights: dict[str, Tensor], batch_norm: BatchNormMode
 ) -> Layer | None:
@@ -136,7 +184,13 @@ def _activation(part: nn.Module) -> Layer:
         isinstance(part, nn.Softplus) and (part.beta, part.threshold) != (1, 20)
     ):
         raise NotApplicable(f"{part} has no explicit second derivative")
-    return Elementwise(ACTIVATIONS[_ACTIVATION_MODULES[type(part)]])
+    if isinstance(part, nn.ReLU):
+        return Relu()
+    return (
+        Sigmoid()
+        if isinstance(part, nn.Sigmoid)
+        else Elementwise(ACTIVATIONS[_ACTIVATION_MODULES[type(part)]])
+    )
 
 
 def _flatten() -> Layer:
@@ -179,9 +233,7 @@ class Passes:
         Soft (V, B, classes) or hard (V, B).
     """
 
-    def __init__(
-        self, steps: Sequence[Step], wanted: Sequence[str], images: Tensor, targets: Tensor
-    ) -> None:
+    def __init__(self, steps: Sequence[Step], wanted: Sequence[str], images: Tensor, targets: Tensor) -> None:
         self._steps, self._wanted = steps, wanted
         self._shape = images.shape
         self._saved: list[Saved] = [{} for _ in steps]
@@ -247,9 +299,7 @@ class Passes:
                         before = shifts[i]
                         shifts[i] = part if before is None else before + part
         at_images = shifts[0]
-        images = (
-            torch.zeros(self._shape) if at_images is None else at_images.reshape(self._shape)
-        )
+        images = torch.zeros(self._shape) if at_images is None else at_images.reshape(self._shape)
         targets = torch.zeros_like(self._shares) if top is None else -top / batch
         return images, targets.unflatten(0, (victims, batch))
 
@@ -258,8 +308,10 @@ class _Gradients(torch.autograd.Function):
     """(images, targets) -> gradients (V, size) of the wanted tensors, then moments of the BatchNorm inputs."""
 
     @staticmethod
-    def forward(ctx: Any, backend: ExplicitGradients, statistics: bool, images: Tensor, targets: Tensor) -> Any:
-        passes = Passes(backend.steps, backend.names, images, targets)
+    def forward(
+        ctx: Any, backend: ExplicitGradients, statistics: bool, images: Tensor, targets: Tensor
+    ) -> Any:
+        passes = Passes(backend.steps(statistics), backend.names, images, targets)
         ctx.passes, ctx.names = passes, backend.names
         ctx.set_materialize_grads(False)
         gradients = [passes.gradients[name].flatten(1) for name in backend.names]
@@ -315,11 +367,19 @@ class ExplicitGradients:
             for name, tensor in weights.items()
             if tensor.is_floating_point()
         }
-        self.steps = trace(build_model(model), own, batch_norm)
+        self._steps = trace(build_model(model), own, batch_norm)
+        assert model.channels is not None
+        assert model.image_size is not None
+        shape = (model.channels, model.image_size, model.image_size)
+        self._folded = fold(self._steps, shape, device)
         self._layout = lay_out(updates, layers, device)
         self.names, self.sent = self._layout.names, self._layout.sent
         self.joint = len(updates) * sum(own[name].numel() for name in self.names) <= _JOINT_UP_TO
         self._labels = None if labels is None else labels.to(device)
+
+    def steps(self, statistics: bool) -> Sequence[Step]:
+        """The network; folded layers have no BatchNorm inputs to take statistics of."""
+        return self._steps if statistics else self._folded
 
     def predict(
         self,

@@ -33,6 +33,10 @@ Saved = dict[str, Any]
 """What a layer keeps of one evaluation."""
 
 _backward = torch.ops.aten.convolution_backward
+_masked = torch.ops.aten.threshold_backward
+
+_SMALL = 40_000
+"""Up to this many numbers in a sample's receptive fields a convolution is done as a product."""
 
 
 class Layer:
@@ -78,96 +82,297 @@ def _sum(*parts: Tensor | None) -> Tensor | None:
 
 
 class Convolution(Layer):
-    """A two-dimensional convolution with zero padding."""
+    """A two-dimensional convolution with zero padding.
 
-    def __init__(self, name: str, layer: nn.Conv2d, weights: dict[str, Tensor]) -> None:
+    Parameters
+    ----------
+    name : str
+    layer : nn.Conv2d
+    weights : dict of str to Tensor
+        State dict.
+    fold : Fold, optional
+        A BatchNorm with running statistics that follows and is taken into the kernel and bias.
+    """
+
+    def __init__(
+        self, name: str, layer: nn.Conv2d, weights: dict[str, Tensor], fold: Fold | None = None
+    ) -> None:
         self.names = tuple(f"{name}.{part}" for part in ("weight", "bias") if f"{name}.{part}" in weights)
-        self._weight = weights[self.names[0]]
+        self._weight: Tensor = weights[self.names[0]]
         self._bias = weights[self.names[1]] if len(self.names) == 2 else None
-        self._geometry = (layer.stride, tuple(int(side) for side in layer.padding), layer.dilation)
+        self._geometry = (list(layer.stride), [int(side) for side in layer.padding], list(layer.dilation))
         self._groups = layer.groups
+        self._source, self._fold = (name, layer, weights), fold
+        if fold is not None:
+            self.names = (*self.names, *fold.names)
+            self._plain, self._plain_bias = self._weight, self._bias
+            self._weight, self._bias = fold.weights(self._weight, self._bias)
+        self._last = self._weight.contiguous(memory_format=torch.channels_last)
+
+    def folded(self, fold: Fold) -> Convolution:
+        """This convolution with the BatchNorm after it taken in."""
+        return Convolution(*self._source, fold)
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in one receptive field."""
+        return self._weight[0].numel()
 
     def forward(self, saved: Saved, victims: int, *inputs: Tensor) -> Tensor:
-        saved["x"], saved["victims"] = inputs[0], victims
-        return F.conv2d(inputs[0], self._weight, self._bias, *self._geometry, self._groups)
+        x = inputs[0]
+        saved["victims"] = victims
+        if self._small(x):
+            saved["shape"] = x.shape
+            saved["columns"] = columns = self._columns(x)
+            flat = self._weight.flatten(1).expand(len(x), -1, -1)
+            bias = x.new_zeros(1) if self._bias is None else self._bias
+            found = torch.baddbmm(bias.reshape(1, -1, 1), flat, columns)
+            return found.unflatten(2, self._size(x.shape))
+        # oneDNN needs no reordering of channels-last memory; groups, one for each victim, need planes.
+        dense = x.is_cpu and (victims == 1 or len(x) > victims)
+        saved["weight"] = self._last if dense else self._weight
+        saved["x"] = x = x.contiguous(memory_format=torch.channels_last) if dense else x.contiguous()
+        return F.conv2d(x, saved["weight"], self._bias, *self._geometry, self._groups)
 
     def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
-        return [self._adjoint(delta, saved["x"], self._weight, self._groups)]
+        return [self._adjoint(saved, delta)]
 
     def gradients(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
-        x, victims = saved["x"], saved["victims"]
-        if victims > 1 and len(x) == victims:
-            kernel = self._weight.new_empty(1).expand(victims * len(self._weight), *self._weight.shape[1:])
-            found = self._correlate(_side_by_side(delta), _side_by_side(x), kernel, victims * self._groups)
-            weight = found.unflatten(0, (victims, -1))
+        victims = saved["victims"]
+        if "columns" in saved:
+            each = delta.flatten(2) @ saved["columns"].transpose(1, 2)
+            if len(each) > victims:
+                each = each.unflatten(0, (victims, -1)).sum(1)
+            weight = each.reshape(victims, *self._weight.shape)
         else:
-            pairs = zip(delta.chunk(victims), x.chunk(victims), strict=True)
-            weight = torch.stack([self._correlate(d, a, self._weight, self._groups) for d, a in pairs])
+            weight = self._correlate(saved["x"], delta, victims)
         if len(self.names) == 1:
             return [weight]
-        return [weight, delta.sum((2, 3)).unflatten(0, (victims, -1)).sum(1)]
+        bias = delta.sum((2, 3)).unflatten(0, (victims, -1)).sum(1)
+        if self._fold is None:
+            return [weight, bias]
+        return self._fold.gradients(self._plain, self._plain_bias, weight, bias)
 
     def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
-        moved, kernels = tangents[0], directions[0]
-        offset = directions[1] if len(self.names) == 2 else None
+        moved = tangents[0]
+        kernels, offset = saved["along"] = self._along(directions)
+        if "columns" in saved:
+            return self._push_columns(saved, moved, kernels, offset)
         found = None
-        if moved is not None:
-            found = F.conv2d(moved, self._weight, None, *self._geometry, self._groups)
         if kernels is not None:
-            found = _sum(found, self._each(saved["x"], kernels))
-        if offset is not None:
-            shape = (len(saved["x"]), len(self._weight), 1, 1)
-            spread = offset.repeat_interleave(len(saved["x"]) // len(offset), 0).reshape(shape)
-            found = spread if found is None else found + spread
-        return found
+            found = self._each(saved["x"], kernels)
+        if moved is not None:
+            moved = moved.contiguous(memory_format=_format(saved["x"]))
+            through = F.conv2d(moved, saved["weight"], None, *self._geometry, self._groups)
+            found = through if found is None else found.add_(through)
+        return found if offset is None else _offset(found, offset)
 
     def pull(
         self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
     ) -> Sequence[Tensor | None]:
-        found = None if shift is None else self._adjoint(shift, saved["x"], self._weight, self._groups)
-        if directions[0] is not None and delta is not None:
-            found = _sum(found, self._each_adjoint(delta, saved["x"], directions[0]))
+        kernels = saved["along"][0]
+        if "columns" in saved:
+            return [self._pull_columns(saved, shift, delta, kernels)]
+        found = None if shift is None else self._adjoint(saved, shift)
+        if kernels is not None and delta is not None:
+            each = self._each_adjoint(delta, saved["x"], kernels)
+            found = each if found is None else found.add_(each)
         return [found]
 
-    def _correlate(self, delta: Tensor, x: Tensor, like: Tensor, groups: int) -> Tensor:
-        """Gradient of the kernel, summed over samples."""
-        return _backward(delta, x, like, None, *self._geometry, False, [0, 0], groups, [False, True, False])[1]
+    def _along(self, directions: Directions) -> tuple[Tensor | None, Tensor | None]:
+        """Directions (V, ...) of the kernel and the bias that are convolved with."""
+        if self._fold is not None and any(direction is not None for direction in directions):
+            return self._fold.directions(self._plain, self._plain_bias, directions)
+        return directions[0], directions[1] if len(directions) == 2 else None
 
-    def _adjoint(self, delta: Tensor, like: Tensor, kernel: Tensor, groups: int) -> Tensor:
+    def _adjoint(self, saved: Saved, delta: Tensor) -> Tensor:
         """Gradient of the input."""
-        return _backward(
-            delta, like, kernel, None, *self._geometry, False, [0, 0], groups, [True, False, False]
-        )[0]
+        if "columns" in saved:
+            flat = self._weight.flatten(1).t().expand(len(delta), -1, -1)
+            return self._fold_back(torch.bmm(flat, delta.flatten(2)), saved["shape"])
+        delta = delta.contiguous(memory_format=_format(saved["x"]))
+        return self._backward(delta, saved["x"], saved["weight"], self._groups, True)
+
+    def _backward(self, delta: Tensor, x: Tensor, kernel: Tensor, groups: int, inputs: bool) -> Tensor:
+        """Gradient of the input, or of the kernel summed over samples."""
+        mask = [inputs, not inputs, False]
+        found = _backward(delta, x, kernel, None, *self._geometry, False, [0, 0], groups, mask)
+        return found[0] if inputs else found[1]
+
+    def _correlate(self, x: Tensor, delta: Tensor, victims: int) -> Tensor:
+        """Gradient (V, *shape) of each victim's kernel."""
+        if victims == 1:
+            delta = delta.contiguous(memory_format=_format(x))
+            return self._backward(delta, x, self._weight, self._groups, False)[None]
+        if len(x) == victims:
+            like = self._weight.expand(victims, *self._weight.shape).flatten(0, 1)
+            found = self._backward(_aside(delta), _aside(x), like, victims * self._groups, False)
+            return found.unflatten(0, (victims, -1))
+        pairs = zip(delta.chunk(victims), x.chunk(victims), strict=True)
+        return torch.stack([self._backward(d, a, self._weight, self._groups, False) for d, a in pairs])
 
     def _each(self, x: Tensor, kernels: Tensor) -> Tensor:
         """Convolve every victim's samples with its own kernel (V, *shape)."""
         victims = len(kernels)
         if victims > 1 and len(x) == victims:
-            found = F.conv2d(
-                _side_by_side(x), kernels.flatten(0, 1), None, *self._geometry, victims * self._groups
-            )
+            side = kernels.flatten(0, 1)
+            found = F.conv2d(_aside(x), side, None, *self._geometry, victims * self._groups)
             return found.unflatten(1, (victims, -1))[0]
         pairs = zip(x.chunk(victims), kernels, strict=True)
         return _join([F.conv2d(a, u, None, *self._geometry, self._groups) for a, u in pairs])
 
-    def _each_adjoint(self, delta: Tensor, like: Tensor, kernels: Tensor) -> Tensor:
+    def _each_adjoint(self, delta: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         victims = len(kernels)
+        delta = delta.contiguous(memory_format=_format(x))
         if victims > 1 and len(delta) == victims:
-            found = self._adjoint(
-                _side_by_side(delta), _side_by_side(like), kernels.flatten(0, 1), victims * self._groups
-            )
+            side = kernels.flatten(0, 1)
+            found = self._backward(_aside(delta), _aside(x), side, victims * self._groups, True)
             return found.unflatten(1, (victims, -1))[0]
-        pieces = zip(delta.chunk(victims), like.chunk(victims), kernels, strict=True)
-        return _join([self._adjoint(d, a, u, self._groups) for d, a, u in pieces])
+        pieces = zip(delta.chunk(victims), x.chunk(victims), kernels, strict=True)
+        return _join([self._backward(d, a, u, self._groups, True) for d, a, u in pieces])
+
+    # Small convolutions, for which a library call costs more than its arithmetic, as products with patches.
+
+    def _small(self, x: Tensor) -> bool:
+        if self._groups != 1 or self._geometry[2] != [1, 1]:
+            return False
+        height, width = self._size(x.shape)
+        return x.is_cpu and self.inputs * height * width <= _SMALL
+
+    def _size(self, shape: torch.Size) -> tuple[int, int]:
+        """Height and width of the output for inputs (N, C, H, W)."""
+        strides, padding, _ = self._geometry
+        kernel = self._weight.shape[2:]
+        height, width = ((shape[2 + i] + 2 * padding[i] - kernel[i]) // strides[i] + 1 for i in (0, 1))
+        return height, width
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """Receptive fields (N, C * kh * kw, positions): one strided copy, several times faster than F.unfold."""
+        (down, across), (tall, wide), _ = self._geometry
+        padded = (F.pad(x, (wide, wide, tall, tall)) if tall or wide else x).contiguous()
+        count, channels, height, width = padded.shape
+        plane = height * width
+        shape = (count, channels, *self._weight.shape[2:], *self._size(x.shape))
+        strides = (channels * plane, plane, width, 1, down * width, across)
+        return padded.as_strided(shape, strides).reshape(count, math.prod(shape[1:4]), -1)
+
+    def _fold_back(self, columns: Tensor, shape: torch.Size) -> Tensor:
+        """Adjoint of :meth:`_columns`."""
+        strides, padding, dilation = self._geometry
+        kernel = list(self._weight.shape[2:])
+        return torch.ops.aten.col2im(columns, list(shape[2:]), kernel, dilation, padding, strides)
+
+    def _push_columns(
+        self, saved: Saved, moved: Tensor | None, kernels: Tensor | None, offset: Tensor | None
+    ) -> Tensor | None:
+        columns, samples = saved["columns"], saved["shape"][0]
+        found = None
+        if kernels is not None:
+            each = kernels.flatten(2)
+            spread = each if len(each) == samples else each.repeat_interleave(samples // len(each), 0)
+            if offset is None:
+                found = torch.bmm(spread, columns)
+            else:
+                biases = offset if len(each) == samples else offset.repeat_interleave(samples // len(each), 0)
+                found = torch.baddbmm(biases[:, :, None], spread, columns)
+        if moved is not None:
+            flat = self._weight.flatten(1).expand(samples, -1, -1)
+            inner = self._columns(moved)
+            found = torch.bmm(flat, inner) if found is None else found.baddbmm_(flat, inner)
+        return None if found is None else found.unflatten(2, self._size(saved["shape"]))
+
+    def _pull_columns(
+        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, kernels: Tensor | None
+    ) -> Tensor | None:
+        samples = saved["shape"][0]
+        found = None
+        if shift is not None:
+            found = torch.bmm(self._weight.flatten(1).t().expand(samples, -1, -1), shift.flatten(2))
+        if kernels is not None and delta is not None:
+            each = kernels.flatten(2).transpose(1, 2)
+            spread = each if len(each) == samples else each.repeat_interleave(samples // len(each), 0)
+            inner = delta.flatten(2)
+            found = torch.bmm(spread, inner) if found is None else found.baddbmm_(spread, inner)
+        return None if found is None else self._fold_back(found, saved["shape"])
 
 
-def _side_by_side(x: Tensor) -> Tensor:
+def _aside(x: Tensor) -> Tensor:
     """(V, C, H, W) -> (1, V * C, H, W): one sample whose groups are the victims."""
-    return x.flatten(0, 1)[None]
+    return x.contiguous().flatten(0, 1)[None]
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _offset(found: Tensor | None, offset: Tensor) -> Tensor:
+    """Add each victim's bias (V, channels) to (V * B, channels, H, W)."""
+    assert found is not None
+    return found.add_(offset.repeat_interleave(len(found) // len(offset), 0)[:, :, None, None])
+
+
+class Fold:
+    """BatchNorm with running statistics as part of the convolution before it.
+
+    y = gamma (W x + b - m) / s + beta is a convolution with kernel (gamma / s) W and bias beta + (b - m) gamma / s.
+    Gradients G, g of that kernel and bias give those of the four tensors by the chain rule, which touches tensors of
+    the weights' size and no activations.
+
+    Parameters
+    ----------
+    name : str
+        Of the BatchNorm.
+    layer : nn.Module
+    weights : dict of str to Tensor
+    """
+
+    def __init__(self, name: str, layer: nn.Module, weights: dict[str, Tensor]) -> None:
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        self.names = (f"{name}.weight", f"{name}.bias")
+        self._gamma, self._beta = (weights[part] for part in self.names)
+        self._mean = weights[f"{name}.running_mean"]
+        self._scale = (weights[f"{name}.running_var"] + layer.eps).rsqrt()
+        self._gain = self._gamma * self._scale
+
+    def _centre(self, bias: Tensor | None) -> Tensor:
+        return -self._mean if bias is None else bias - self._mean
+
+    def weights(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Kernel and bias of the folded convolution."""
+        return weight * self._gain[:, None, None, None], self._beta + self._centre(bias) * self._gain
+
+    def gradients(
+        self, weight: Tensor, bias: Tensor | None, kernels: Tensor, offsets: Tensor
+    ) -> Sequence[Tensor]:
+        """Gradients (V, ...) of kernel, bias (where there is one), gamma and beta."""
+        along = (kernels.flatten(2) * weight.flatten(1)).sum(2)
+        gamma = (along + self._centre(bias) * offsets) * self._scale
+        inner = [kernels * self._gain[:, None, None, None]]
+        if bias is not None:
+            inner.append(offsets * self._gain)
+        return [*inner, gamma, offsets]
+
+    def directions(
+        self, weight: Tensor, bias: Tensor | None, directions: Directions
+    ) -> tuple[Tensor, Tensor]:
+        """The adjoint of :meth:`gradients`: directions of the folded kernel and bias."""
+        assert directions[0] is not None
+        gamma, beta = directions[-2:]
+        assert gamma is not None
+        assert beta is not None
+        rate = gamma * self._scale
+        kernels = directions[0] * self._gain[:, None, None, None]
+        kernels = kernels.addcmul_(rate[:, :, None, None, None], weight)
+        offsets = torch.addcmul(beta, rate, self._centre(bias))
+        if bias is not None:
+            assert directions[1] is not None
+            offsets = torch.addcmul(offsets, directions[1], self._gain)
+        return kernels, offsets
 
 
 class Linear(Layer):
@@ -212,11 +417,10 @@ class Linear(Layer):
 
 
 class Elementwise(Layer):
-    """An activation."""
+    """An activation with its slope and its second derivative."""
 
     def __init__(self, activation: Activation) -> None:
         self._activation = activation
-        self._flat = activation is ACTIVATIONS["relu"]  # no second derivative
 
     def forward(self, saved: Saved, victims: int, *inputs: Tensor) -> Tensor:
         saved["x"], saved["slope"] = inputs[0], self._activation.slope(inputs[0])
@@ -233,10 +437,48 @@ class Elementwise(Layer):
         self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
     ) -> Sequence[Tensor | None]:
         found = None if shift is None else shift * saved["slope"]
-        if not self._flat and delta is not None and saved["tangent"] is not None:
-            bent = delta * self._activation.bend(saved["x"]) * saved["tangent"]
-            found = _sum(found, bent)
+        if delta is not None and saved["tangent"] is not None:
+            bent = delta * saved["tangent"]
+            bend = self._bend(saved)
+            found = bent.mul_(bend) if found is None else found.addcmul_(bent, bend)
         return [found]
+
+    def _bend(self, saved: Saved) -> Tensor:
+        return self._activation.bend(saved["x"])
+
+
+class Sigmoid(Elementwise):
+    """Its derivatives are polynomials of its value a: a (1 - a) and a (1 - a) (1 - 2 a)."""
+
+    def __init__(self) -> None:
+        super().__init__(ACTIVATIONS["sigmoid"])
+
+    def forward(self, saved: Saved, victims: int, *inputs: Tensor) -> Tensor:
+        saved["value"] = value = torch.sigmoid(inputs[0])
+        saved["slope"] = torch.addcmul(value, value, value, value=-1)
+        return value
+
+    def _bend(self, saved: Saved) -> Tensor:
+        return torch.addcmul(saved["slope"], saved["slope"], saved["value"], value=-2)
+
+
+class Relu(Layer):
+    """max(0, x): its slope is a mask and its second derivative nothing, as automatic differentiation has it too."""
+
+    def forward(self, saved: Saved, victims: int, *inputs: Tensor) -> Tensor:
+        saved["y"] = inputs[0].relu()
+        return saved["y"]
+
+    def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
+        return [_masked(delta, saved["y"], 0)]
+
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
+        return None if tangents[0] is None else _masked(tangents[0], saved["y"], 0)
+
+    def pull(
+        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
+    ) -> Sequence[Tensor | None]:
+        return [None if shift is None else _masked(shift, saved["y"], 0)]
 
 
 class Rearrangement(Layer):
@@ -302,16 +544,20 @@ class BatchNorm(Layer):
         self.names = (f"{name}.weight", f"{name}.bias") if layer.affine else ()
         count = layer.num_features
         like = next(iter(weights.values()))
-        ones, zeros = torch.ones(count).to(like), torch.zeros(count).to(like)
-        self._gamma = weights[self.names[0]] if layer.affine else ones
-        self._beta = weights[self.names[1]] if layer.affine else zeros
+        self._gamma = weights[self.names[0]] if layer.affine else like.new_ones(count)
+        self._beta = weights[self.names[1]] if layer.affine else like.new_zeros(count)
         self._eps = layer.eps
         self._train = train or layer.running_mean is None
+        self._source = (name, layer, weights)
         if not self._train:
             self._mean = weights[f"{name}.running_mean"]
             self._scale = (weights[f"{name}.running_var"] + self._eps).rsqrt()
             self._gain = self._gamma * self._scale
             self._offset = self._beta - self._mean * self._gain
+
+    def fold(self) -> Fold | None:
+        """What a convolution needs to take this layer in; None where it cannot."""
+        return Fold(*self._source) if not self._train and self.names else None
 
     def moments(self, saved: Saved) -> tuple[Tensor, Tensor]:
         """Mean and biased variance (V, channels) of the input over each victim's batch."""
