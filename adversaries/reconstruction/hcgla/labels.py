@@ -204,7 +204,7 @@ def infer_labels(observation: Observation, update: Update, expected: Expectation
     batch = observation.num_examples
     mass = _missing_mass(head, expected)
     if batch > 1:
-        return _many(mass, expected.shares, batch)
+        return counted(mass, expected.shares, batch)
     if not bool((mass > 0).any()):
         return _vote(mass, update, expected)
     return _one(head, mass, observation.scenario.model.activation not in NON_NEGATIVE)
@@ -288,10 +288,19 @@ def _vote(mass: Tensor, update: Update, expected: Expectation) -> Labels:
     )
 
 
-def _many(mass: Tensor, shares: Tensor, batch: int) -> Labels:
+def counted(mass: Tensor, shares: Tensor, batch: int) -> Labels:
     """Batch > 1: one sample for each negative row, then one at a time for the largest unexplained count.
 
     The count of class i is B * (-mean r[i]) + sum_b p_b[i].
+
+    Parameters
+    ----------
+    mass : Tensor
+        float64 (classes,): an estimate of -mean_b r_b[i]; NaN where nothing of a class was sent.
+    shares : Tensor
+        float (classes,): the mean predicted probabilities that are expected.
+    batch : int
+        B, the labels to name.
     """
     missing = mass.nan_to_num(nan=0.0).clamp(min=0)
     rows = torch.nonzero(missing)[:, 0]
