@@ -1,0 +1,299 @@
+"""Damped Gauss-Newton without matrices, its noise annealed by the residual itself.
+
+With x = mean + S z and the scaled residual r, one step minimises |r + J S dz|^2 / s^2 + |z + dz|^2 by conjugate
+gradients. The noise level s follows the residual down, s = min(s, c rms(r)), so that the prior fills in what the
+residual does not yet determine and fades as it comes to do so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adversaries.base import Progress, no_progress
+from adversaries.reconstruction.gauss_newton.linearise import Linearisation, Network
+from adversaries.reconstruction.gauss_newton.whitening import Whitening, uniform
+from fedattack.errors import ConfigError
+
+Draw = Callable[[], Tensor]
+"""A fresh z ~ N(0, I), (B, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to solve.
+
+    Attributes
+    ----------
+    products : int
+        Jacobian products to spend over all starts; an iteration of conjugate gradients takes two.
+    starts : int
+        The prior's mean, then draws from the prior; compared by their residuals.
+    noise : float, optional
+        c, the noise level in units of the residual; None: 0.5, or 1 for ReLU.
+    kink : float
+        Largest width of ReLU's surrogate kinks, which otherwise is the noise level; 0: none.
+    hybrid_below : float
+        Residual under which a single image behind smooth activations is no longer whitened nor pulled to the prior;
+        0: never.
+    hop : float
+        After a descent has stalled, the best image is shaken by this times its residual times a draw from the prior,
+        and descends again, while products last; 0: never.
+    tolerance : float
+        Of conjugate gradients, relative.
+    inner : int
+        Their iterations at first; :data:`GROWTH` times as many after each full step that would have used more.
+    solved : float
+        A residual that ends the search.
+    """
+
+    products: int = 8000
+    starts: int = 3
+    noise: float | None = None
+    kink: float = 0.3
+    hybrid_below: float = 0.05
+    hop: float = 1.0
+    tolerance: float = 0.05
+    inner: int = 25
+    solved: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name, least in (("products", 100), ("starts", 1), ("inner", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must be at least {least}")
+        for name in ("kink", "hybrid_below", "hop", "solved"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must not be negative")
+        if self.noise is not None and not 0 < self.noise < math.inf:
+            raise ConfigError(f"setting 'noise' = {self.noise}: must be positive")
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(f"setting 'tolerance' = {self.tolerance}: must be between 0 and 1")
+
+
+GROWTH = 1.5
+MOST_INNER = 600
+LEAST_INNER = 5
+SMALLEST_STEP = 0.02
+FAILURES = 6
+"""Failed steps in a row after which a descent has stalled."""
+
+HYBRID_DEVIATION = 0.3
+"""Deviation of a pixel after the switch."""
+
+
+@dataclass
+class Solution:
+    """The iterate of lowest residual.
+
+    Attributes
+    ----------
+    images : Tensor
+        (B, C, H, W), not clamped.
+    rms : float
+        Its scaled residual, root mean square over the sent entries.
+    history : list of float
+        Residual after each accepted step of the descent it came from.
+    products : int
+        Jacobian products spent, over all starts.
+    residuals : list of float
+        Of each start and of each hop, in their order.
+    start : int
+        Which start led to it.
+    hops : int
+        Hops that were tried.
+    hops_kept : int
+        Hops that lowered the residual.
+    """
+
+    images: Tensor
+    rms: float
+    history: list[float] = field(default_factory=list)
+    products: int = 0
+    residuals: list[float] = field(default_factory=list)
+    start: int = 0
+    hops: int = 0
+    hops_kept: int = 0
+
+
+def conjugate_gradients(
+    system: Callable[[Tensor], Tensor], right: Tensor, most: int, tolerance: float
+) -> tuple[Tensor, bool]:
+    """Solve system(x) = right, symmetric and positive definite.
+
+    Parameters
+    ----------
+    system : callable
+        x -> A x, both shaped as `right`.
+    right : Tensor
+    most : int
+        Iterations at most.
+    tolerance : float
+        Relative to the norm of `right`.
+
+    Returns
+    -------
+    x : Tensor
+    capped : bool
+        Whether it ended before the tolerance was met.
+    """
+    x, residual, direction = torch.zeros_like(right), right.clone(), right.clone()
+    size = residual.square().sum()
+    enough = float(size) * tolerance**2
+    for _ in range(most):
+        image = system(direction)
+        length = size / (direction * image).sum()
+        x.add_(direction * length)
+        residual.sub_(image * length)
+        new = residual.square().sum()
+        if float(new) <= enough:
+            return x, False
+        direction.mul_(new / size).add_(residual)
+        size = new
+    return x, True
+
+
+class _Descent:
+    """One descent: where it is, and what its steps so far taught about noise, damping and effort."""
+
+    def __init__(
+        self, network: Network, prior: Whitening, images: Tensor, settings: Settings, budget: int
+    ) -> None:
+        self._network, self._settings = network, settings
+        self._basis, self._centre = prior, prior.mean
+        self._ratio = settings.noise or (1.0 if network.kinked else 0.5)
+        self._last = network.products + budget
+        self._noise, self._damping, self._cap = math.inf, 0.0, settings.inner
+        self._free = False
+        self._z = prior.whiten(images)
+        self._at = network.linearise(images, settings.kink)
+        self._anneal()
+
+    def run(self) -> Solution:
+        """Step until the budget is spent, the residual is as good as zero, or nothing helps."""
+        settings = self._settings
+        hybrid = len(self._at.images) == 1 and not self._network.kinked
+        best = Solution(self._at.images.detach(), self._at.rms, [self._at.rms])
+        failures = 0
+        while self._network.products < self._last and failures < FAILURES and best.rms > settings.solved:
+            if hybrid and self._at.rms < settings.hybrid_below:
+                self._basis, self._free = uniform(self._basis, HYBRID_DEVIATION), True
+                hybrid = False
+            failures = 0 if self._step() else failures + 1
+            if not failures:
+                best.history.append(self._at.rms)
+            if self._at.rms < best.rms:
+                best.images, best.rms = self._at.images.detach(), self._at.rms
+        return best
+
+    def _anneal(self) -> None:
+        self._noise = min(self._noise, self._ratio * self._at.rms)
+
+    def _objective(self, at: Linearisation, z: Tensor) -> float:
+        return self._network.count * (at.rms / self._noise) ** 2 + float(z.square().sum())
+
+    def _step(self) -> bool:
+        """Try one step; whether it lowered the objective."""
+        if self._free:
+            # No pull towards any image: every step is measured from where it starts.
+            self._centre, self._z = self._at.images.detach(), torch.zeros_like(self._z)
+        change, capped = self._solve()
+        before, step = self._objective(self._at, self._z), 1.0
+        kink = min(self._settings.kink, self._noise)
+        while step >= SMALLEST_STEP:
+            z = self._z + step * change
+            at = self._network.linearise(self._centre + self._basis.turn(z), kink)
+            if self._objective(at, z) < before:
+                break
+            step /= 2
+        else:
+            self._damping = max(0.3, 3 * self._damping)
+            self._noise *= 1.5
+            self._cap = max(LEAST_INNER, self._cap // 2)
+            return False
+        self._at, self._z = at, z
+        self._damping = self._damping / 3 if self._damping > 0.1 else 0.0
+        if capped and step == 1:
+            self._cap = min(MOST_INNER, int(self._cap * GROWTH))
+        self._anneal()
+        return True
+
+    def _solve(self) -> tuple[Tensor, bool]:
+        """The change of z, and whether conjugate gradients could have used more iterations."""
+        at, basis = self._at, self._basis
+        precision, damping = 1 / self._noise**2, 1 + self._damping
+        right = -basis.back(at.pull(at.residual)) * precision - self._z
+
+        def system(v: Tensor) -> Tensor:
+            return basis.back(at.pull(at.push(basis.turn(v)))) * precision + damping * v
+
+        affordable = max(1, (self._last - self._network.products) // 2)
+        return conjugate_gradients(system, right, min(self._cap, affordable), self._settings.tolerance)
+
+
+def solve(
+    network: Network,
+    prior: Whitening,
+    draw: Draw,
+    settings: Settings,
+    progress: Progress = no_progress,
+) -> Solution:
+    """Find images whose gradient is what was sent.
+
+    Parameters
+    ----------
+    network : Network
+    prior : Whitening
+    draw : callable
+        Makes the random starts and hops.
+    settings : Settings
+    progress : Progress
+
+    Returns
+    -------
+    Solution
+        Chosen among starts and hops by its residual alone.
+    """
+    spent = network.products
+    last = spent + settings.products
+    best: Solution | None = None
+    residuals: list[float] = []
+
+    def descend(images: Tensor, budget: int) -> Solution:
+        found = _Descent(network, prior, images, settings, min(budget, last - network.products)).run()
+        residuals.append(found.rms)
+        progress(min(1.0, (network.products - spent) / settings.products), f"residual {min(residuals):.2g}")
+        return found
+
+    for start in range(settings.starts):
+        z = _apart(network, draw()) if start == 0 else draw()
+        # Where several starts are asked for, half of the products are kept for hops from the best of them.
+        found = descend(prior.mean + prior.turn(z), settings.products // max(1, 2 * (settings.starts - 1)))
+        if best is None or found.rms < best.rms:
+            best, best.start = found, start
+        if best.rms <= settings.solved:
+            break
+    assert best is not None
+    tried = kept = 0
+    while settings.hop and best.rms > settings.solved and last - network.products >= 2 * settings.inner:
+        tried += 1
+        found = descend(best.images + settings.hop * best.rms * prior.turn(draw()), settings.products)
+        if found.rms < best.rms:
+            found.start, kept = best.start, kept + 1
+            best = found
+    best.residuals, best.products = residuals, network.products - spent
+    best.hops, best.hops_kept = tried, kept
+    return best
+
+
+def _apart(network: Network, z: Tensor) -> Tensor:
+    """Zero, the prior's mean, but for images that share a label: equal ones would stay equal for ever."""
+    seen: set[int] = set()
+    for position, label in enumerate(network.labels.tolist()):
+        if label not in seen:
+            z[position] = 0
+        seen.add(label)
+    return z
