@@ -6,17 +6,14 @@ A new attack is one file with a dataclass below one of the three family bases, o
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from fedattack.errors import ConfigError, unknown_name
 from fedattack.observation import (
     Auxiliary,
     Candidates,
@@ -26,6 +23,7 @@ from fedattack.observation import (
     Scenario,
     UnlearningRequest,
 )
+from fedattack.registry import build_plugin, plugin_options
 
 Progress = Callable[[float, str], None]
 """Called with (share done in [0, 1], short text); free to ignore."""
@@ -201,19 +199,9 @@ def build_attack(
         If one of its own options is unknown or malformed. Shared options that it lacks are passed over; the caller
         sees to it that each is known to at least one attack.
     """
-    fields = {field.name for field in dataclasses.fields(cls) if field.init}
-    for option in options:
-        if option not in fields:
-            raise unknown_name("setting", f"{name}.{option}", [f"{name}.{field}" for field in fields])
-    chosen = {key: value for key, value in shared.items() if key in fields} | dict(options)
-    try:
-        return TypeAdapter(cls).validate_python(chosen)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join([name, *(str(part) for part in first["loc"])])
-        raise ConfigError(f"setting {place!r} = {first['input']!r}: {first['msg']}") from None
+    return build_plugin(cls, name, options, shared)
 
 
 def attack_options(cls: type[Attack]) -> dict[str, Any]:
     """Parameter -> default of an attack, for `fedattack list` and the docs."""
-    return {f.name: f.default for f in dataclasses.fields(cls) if f.init}
+    return plugin_options(cls)

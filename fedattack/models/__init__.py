@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fedattack.config import ModelConfig
 from fedattack.errors import ConfigError, DataError
+from fedattack.models.layers import kaiming_uniform
+from fedattack.models.precode import Bottlenecked
 from fedattack.registry import Registry
 from fedattack.rng import torch_rng
 
@@ -29,9 +31,12 @@ MODELS: Registry[Builder] = Registry(
     {
         "lenet-zhu": "fedattack.models.lenet:lenet_zhu",
         "resnet18": "fedattack.models.resnet:resnet18",
+        "resnet20": "fedattack.models.resnet:resnet20",
         "resnet34": "fedattack.models.resnet:resnet34",
         "tiny-cnn": "fedattack.models.lenet:tiny_cnn",
         "mlp": "fedattack.models.lenet:mlp",
+        "imprint": "fedattack.models.imprint:imprint",
+        "imprint-sparse": "fedattack.models.imprint:imprint_sparse",
         "two-layer": "fedattack.models.two_layer:two_layer",
         "lenet-two-layer": "fedattack.models.two_layer:lenet_two_layer",
     },
@@ -40,8 +45,9 @@ MODELS: Registry[Builder] = Registry(
 
 _PUBLISHED_HEADS = {"lenet-zhu": 10_177}
 _PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-two-layer": "poly3"}
-_WIDTHS = {"two-layer": 1024, "lenet-two-layer": 1024}
-_FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet34", "tiny-cnn", "mlp"}
+_WIDTHS = {"imprint": 1024, "imprint-sparse": 1024, "two-layer": 1024, "lenet-two-layer": 1024, "mlp": 64}
+_HCGLA_RESNETS = {"resnet18", "resnet34"}
+_FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn"}
 
 
 def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) -> ModelConfig:
@@ -67,10 +73,10 @@ def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) ->
     if model.width is not None and model.name in _FIXED_WIDTH:
         raise ConfigError(
             f"setting 'model.width' = {model.width}: model {model.name!r} has no free width; "
-            f"{' and '.join(sorted(_WIDTHS))} have"
+            f"{', '.join(sorted(_WIDTHS))} have"
         )
     activation = model.activation or _PUBLISHED_ACTIVATIONS.get(model.name, "relu")
-    published_head = 500 if model.name.startswith("resnet") and activation == "sigmoid" else None
+    published_head = 500 if model.name in _HCGLA_RESNETS and activation == "sigmoid" else None
     head = model.classes or _PUBLISHED_HEADS.get(model.name) or published_head or classes
     resolved = model.model_copy(
         update={
@@ -88,7 +94,8 @@ def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) ->
 
 def build_model(model: ModelConfig) -> nn.Module:
     """The module of a resolved configuration, in torch's default initialisation (see :func:`initial_weights`)."""
-    return MODELS.get(model.name)(model)
+    module = MODELS.get(model.name)(model)
+    return module if model.bottleneck is None else Bottlenecked(module, model.bottleneck)
 
 
 def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -111,16 +118,11 @@ def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     if model.weights is not None:
         return _read_weights(model.weights, module)
     generator = torch_rng(seed, "model")
-    with torch.no_grad():
-        if isinstance(module, Initialised):
+    if isinstance(module, Initialised):
+        with torch.no_grad():
             module.initialise(generator)
-        else:
-            for layer in module.modules():
-                if isinstance(layer, nn.Conv2d | nn.Linear):
-                    bound = (6.0 / layer.weight[0].numel()) ** 0.5
-                    layer.weight.uniform_(-bound, bound, generator=generator)
-                    if layer.bias is not None:
-                        layer.bias.zero_()
+    else:
+        kaiming_uniform(module, generator)
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 

@@ -91,12 +91,12 @@ def tiny_cnn(config: ModelConfig) -> nn.Module:
 
 
 def mlp(config: ModelConfig) -> nn.Module:
-    """Perceptron with one hidden layer of 64 units on the flattened image."""
+    """Perceptron with one hidden layer on the flattened image; `model.width` hidden neurons (64)."""
     channels, size, classes = config.channels, config.image_size, config.classes
     assert channels is not None
     assert size is not None
     assert classes is not None
-    hidden = 64
+    hidden = config.width or 64
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(channels * size * size, hidden),

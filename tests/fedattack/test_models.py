@@ -17,6 +17,7 @@ from fedattack.models import build_model, initial_weights, resolve
         ("lenet-zhu", None, 3, 7_834_249),  # HCGLA's LeNet with its 10,177-way head
         ("lenet-zhu", "relu", 3, 7_834_249),
         ("resnet18", None, 3, 11_173_962),  # the usual CIFAR ResNet-18 with a 10-way head
+        ("resnet20", None, 3, 272_474),  # 0.27M in the paper
         ("resnet18", "sigmoid", 3, 11_168_832 + 32_768 * 500 + 500),  # HCGLA's: same trunk, 32,768 features
     ],
 )
@@ -25,7 +26,7 @@ def test_published_parameter_counts(name, activation, channels, count) -> None:
     assert sum(p.numel() for p in build_model(model).parameters()) == count
 
 
-@pytest.mark.parametrize("name", ["lenet-zhu", "tiny-cnn", "mlp", "resnet18"])
+@pytest.mark.parametrize("name", ["lenet-zhu", "tiny-cnn", "mlp", "resnet18", "resnet20"])
 def test_forward_and_seed(name) -> None:
     model = resolve(ModelConfig(name=name, classes=12), 1, 16, 10)
     module = build_model(model)

@@ -1,0 +1,192 @@
+"""The first linear layer: the one whose inputs are the private pixels, and a model played through from it.
+
+With z = W x + c its outputs and d_i = dL/dz_i, the gradients are ``dL/dW = sum_i d_i x_i'`` and
+``dL/dc = sum_i d_i``: the batch spans the rows of the first, and the second fixes its scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from fedattack.config import ModelConfig
+from fedattack.errors import NotApplicable
+from fedattack.models import build_model
+from fedattack.observation import Observation, Scenario, Update
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """A linear layer on the flattened image.
+
+    Attributes
+    ----------
+    name : str
+        Of the module.
+    biased : bool
+        Whether it has a bias.
+    """
+
+    name: str
+    biased: bool
+
+    @property
+    def weight(self) -> str:
+        """State-dict name of W, shape (m, d)."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str:
+        """State-dict name of c, shape (m,)."""
+        return f"{self.name}.bias"
+
+
+@lru_cache(maxsize=16)
+def first_layer(model: ModelConfig) -> FirstLayer:
+    """The first layer of a model, where it is linear and sees the pixels themselves.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        Resolved.
+
+    Raises
+    ------
+    NotApplicable
+        If another kind of layer comes first.
+    """
+    assert model.channels is not None
+    assert model.image_size is not None
+    with torch.random.fork_rng(devices=[]):
+        module = build_model(model).eval()
+    probe = torch.linspace(0, 1, model.channels * model.image_size**2)
+    probe = probe.reshape(1, model.channels, model.image_size, model.image_size)
+    order: list[tuple[str, nn.Module, Tensor]] = []
+    for name, part in module.named_modules():
+        if list(part.parameters(recurse=False)):
+            part.register_forward_hook(
+                lambda part, inputs, _, name=name: order.append((name, part, inputs[0]))
+            )
+    with torch.no_grad():
+        module(probe)
+    name, part, seen = order[0]
+    if not isinstance(part, nn.Linear) or not torch.equal(seen, probe.flatten(1)):
+        raise NotApplicable(
+            f"model.name = {model.name!r} begins with {name!r}, {type(part).__name__}: this attack reads a linear "
+            "layer on the pixels; use --model mlp"
+        )
+    return FirstLayer(name, part.bias is not None)
+
+
+def is_complete(scenario: Scenario) -> bool:
+    """Whether every entry of an update is sent, as far as the settings tell."""
+    compression = scenario.compression
+    return compression.name not in ("topk", "randomk", "dgc") or compression.rate >= 1
+
+
+def dense_layer(update: Update, layer: FirstLayer) -> tuple[Tensor, Tensor | None]:
+    """The layer's gradients, float64: of W (m, d) and of c (m,), or None without a bias.
+
+    Raises
+    ------
+    NotApplicable
+        If entries are missing.
+    """
+    wanted = {layer.weight, layer.bias} if layer.biased else {layer.weight}
+    found: dict[str, Tensor] = {}
+    for name, shape, positions, values in update.layers():
+        if name in wanted:
+            size = torch.Size(shape).numel()
+            if len(positions) < size:
+                raise NotApplicable(
+                    f"{len(positions)} of {size} entries of {name!r} were sent: this attack needs them all; use "
+                    "compression.name 'none' or 'qsgd'"
+                )
+            found[name] = values.double().reshape(shape)
+    return found[layer.weight], found.get(layer.bias)
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a batch does to a model.
+
+    Attributes
+    ----------
+    gradients : dict of str to Tensor
+        Of the mean cross-entropy, by parameter name.
+    back : Tensor
+        dL/dz of the first layer, (B, m).
+    """
+
+    gradients: dict[str, Tensor]
+    back: Tensor
+
+
+class Player:
+    """The model that was sent out, in float64 and in train mode like the client's.
+
+    Parameters
+    ----------
+    observation : Observation
+    first : str
+        Name of the module whose outputs are z.
+    device : torch.device
+    """
+
+    def __init__(self, observation: Observation, first: str, device: torch.device) -> None:
+        self._module = build_model(observation.scenario.model).to(device)
+        self._module.load_state_dict(observation.weights)
+        self._module = self._module.double().train()
+        self._shape = observation.scenario.image_shape
+        linear = [part for part in self._module.modules() if isinstance(part, nn.Linear)]
+        names = [name for name, part in self._module.named_modules() if part is linear[-1]]
+        self._head = f"{names[0]}.weight"
+        self._first: list[Tensor] = []
+        self._last: list[Tensor] = []
+        self._module.get_submodule(first).register_forward_hook(lambda *a: self._first.append(a[2]))
+        linear[-1].register_forward_pre_hook(lambda _, inputs: self._last.append(inputs[0]))
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        self._first.clear()
+        self._last.clear()
+        return self._module(inputs.unflatten(1, self._shape))
+
+    @torch.no_grad()
+    def residuals(self, inputs: Tensor, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Softmax residuals by least squares on the head's gradient, and the logits, both (B, classes).
+
+        Parameters
+        ----------
+        inputs : Tensor
+            Flat images, (B, d).
+        gradients : mapping of str to Tensor
+            As they were sent: means over the batch.
+        """
+        logits = self._forward(inputs)
+        features = self._last[0]
+        scale = features.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        sent = gradients[self._head].to(features) * len(inputs)
+        return torch.linalg.lstsq((features / scale).T, sent.T).solution / scale, logits
+
+    def play(self, inputs: Tensor, labels: Tensor) -> Played:
+        """Gradients of a batch: inputs (B, d) and labels int64 (B,)."""
+        loss = nn.functional.cross_entropy(self._forward(inputs), labels.to(inputs.device))
+        names, parameters = zip(*self._module.named_parameters(), strict=True)
+        *found, back = torch.autograd.grad(loss, [*parameters, self._first[0]], materialize_grads=True)
+        return Played(dict(zip(names, found, strict=True)), back)
+
+
+def misfits(sent: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative error of each tensor that is not zero in both."""
+    errors = {}
+    for name, tensor in sent.items():
+        seen = tensor.to(found[name])
+        size = float(seen.norm())
+        wrong = float((seen - found[name]).norm())
+        if size or wrong:
+            errors[name] = wrong / max(size, 1e-300)
+    return errors

@@ -1,0 +1,87 @@
+"""Scenes for the malicious server's attacks: a client's real update, at the weights that an attack sends."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adversaries.base import ReconstructionAttack
+from fedattack.compression import Memory, build_compressor, decode, encode
+from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+from fedattack.metrics import match, psnr
+from fedattack.models import build_model, initial_weights, resolve
+from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
+from fedattack.training import local_update
+
+SIZE = 8
+NONE = CompressionConfig(name="none")
+
+
+def pictures(count: int, seed: int = 0, size: int = SIZE) -> Tensor:
+    """Smooth images (N, 1, S, S) in [0, 1] that resemble one another, as photographs do."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 1, 3, 3, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    fine = torch.rand(count, 1, size, size, generator=generator)
+    return (0.7 * smooth + 0.3 * fine).clamp(0, 1)
+
+
+PUBLIC = Auxiliary(pictures(400, seed=900), torch.arange(400) % 10)
+
+
+def scenario(
+    model: str,
+    batch: int,
+    width: int | None = None,
+    *,
+    classes: int = 10,
+    training: TrainingConfig | None = None,
+    compression: CompressionConfig = NONE,
+    activation: str | None = None,
+) -> Scenario:
+    """A resolved scenario of ten-class grey images."""
+    config = ModelConfig.model_validate(
+        {"name": model, "width": width, "activation": activation, "classes": classes}
+    )
+    training = training or TrainingConfig(batch_size=batch)
+    return Scenario(resolve(config, 1, SIZE, 10), training, compression)
+
+
+def observe(
+    attack: ReconstructionAttack,
+    scene: Scenario,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    public: Auxiliary | None = PUBLIC,
+    seed: int = 0,
+    honest: bool = False,
+) -> Observation:
+    """What the server sees of a client with this batch."""
+    weights = initial_weights(scene.model, seed)
+    if not honest:
+        weights = attack.arm(scene, weights, seed, public)
+    steps = [np.arange(len(images))] * scene.training.local_steps
+    result = local_update(build_model(scene.model), weights, images, labels, steps, scene.training)
+    names = tuple(result.update)
+    shapes = tuple(tuple(tensor.shape) for tensor in result.update.values())
+    packet, _ = build_compressor(scene.compression, names, shapes).compress(
+        result.update, Memory(), 1, torch.Generator().manual_seed(seed)
+    )
+    kind = "gradient" if scene.training.protocol == "fedsgd" else "delta"
+    update = decode(encode(packet), names, shapes, kind, scene.compression, round=1)
+    return Observation(1, 0, scene, weights, update, len(images), auxiliary=public)
+
+
+def batch_of(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Images and labels, drawn independently."""
+    labels = torch.randint(0, 10, (count,), generator=torch.Generator().manual_seed(seed))
+    return pictures(count, seed=seed), labels
+
+
+def scored(answer: Reconstruction, images: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """PSNR of each private image, capped at 150, and how many were found with their label."""
+    order = list(match(answer.images, images).order)
+    quality = psnr(answer.images[order], images).clamp(max=150)
+    return quality, int(((answer.labels[order] == labels) & (quality > 40)).sum())
