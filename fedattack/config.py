@@ -5,7 +5,8 @@ Three spellings reach the same setting:
 * dotted, as in ``config.toml`` and ``--set``: ``compression.rate``;
 * short, as on the command line and in Flower's flat run-config: ``compression``, ``learning-rate``
   (the table :data:`SHORT_NAMES`);
-* an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``.
+* an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``;
+* a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ class ModelConfig(Section):
     width: Positive | None = Field(
         None, description="hidden neurons, of models whose width is free; None: the model's default"
     )
+    bottleneck: Positive | None = Field(
+        None, description="width of a bottleneck before the head; defence 'precode' sets it"
+    )
     weights: str | None = Field(None, description="safetensors file of initial weights; None: seeded random")
 
 
@@ -103,17 +107,35 @@ class TrainingConfig(Section):
 class CompressionConfig(Section):
     """What of an update is sent. `rate` is the kept share, so 0.001 is the paper's 0.1 %."""
 
-    name: str = Field("topk", description="none, topk, randomk, sign, qsgd, dgc")
+    name: str = Field("topk", description="none, topk, randomk, sign, qsgd, topk-qsgd, dgc")
     rate: float = Field(0.001, gt=0, le=1, description="kept share of all entries")
     scope: Literal["global", "layer"] = Field(
         "global", description="choose entries over all layers or in each"
     )
     error_feedback: bool = False
-    levels: int = Field(127, ge=1, le=127, description="QSGD levels per sign")
-    norm: Literal["max", "l2"] = Field("max", description="QSGD: each tensor's scale")
+    levels: int = Field(127, ge=1, le=127, description="qsgd, topk-qsgd: levels per sign")
+    norm: Literal["max", "l2"] = Field("max", description="qsgd, topk-qsgd: each tensor's scale")
     momentum: Fraction = Field(0.9, description="DGC momentum correction")
     clip_norm: float | None = Field(None, gt=0, description="DGC: clip the gradient to this L2 norm first")
     warmup_rounds: Count = Field(0, description="DGC: rounds over which the rate falls from 25 % to `rate`")
+
+
+class DefenseConfig(Section):
+    """What clients do against leakage, in the agreed order. Names and parameters are public."""
+
+    names: tuple[str, ...] = Field(
+        (), description="clip-noise, prune, soteria, precode, transform, secure-aggregation; several with commas"
+    )
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="defence name -> parameters")
+    shared_options: dict[str, Any] = Field(
+        default_factory=dict, description="parameters for every selected defence that has them"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DefenseConfig:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names {', '.join(self.names)}: name each defence once")
+        return self
 
 
 class FederationConfig(Section):
@@ -179,6 +201,7 @@ class Config(Section):
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    defense: DefenseConfig = DefenseConfig()
     compression: CompressionConfig = CompressionConfig()
     federation: FederationConfig = FederationConfig()
     attack: AttackConfig = AttackConfig()
@@ -269,6 +292,7 @@ SHORT_NAMES: dict[str, str] = {
     "batch-size": "training.batch_size",
     "local-steps": "training.local_steps",
     "learning-rate": "training.learning_rate",
+    "defense": "defense.names",
     "compression": "compression.rate",
     "compressor": "compression.name",
     "scope": "compression.scope",
@@ -320,20 +344,28 @@ def _resolve(key: str) -> list[str]:
             return parts
         if parts[0] == "attack":
             return ["attack", "shared_options", ".".join(parts[1:])]
+        if parts[0] == "defense" and len(parts) == 2:
+            return ["defense", "shared_options", parts[1]]
+        if parts[0] == "defense" and len(parts) == 3:
+            return ["defense", "options", key.split(".")[1], parts[2]]
         raise unknown_name("setting", key, [f"{parts[0]}.{name}" for name in fields])
     if len(parts) == 2:  # hcgla.iterations; the attack itself is looked up when it is built
         return ["attack", "options", key.split(".")[0], parts[1]]
     raise unknown_name("setting", key, [*SHORT_NAMES, *Config.model_fields])
 
 
+_LISTS = (["attack", "names"], ["attack", "rounds"], ["defense", "names"])
+"""Settings that hold several values, written with commas."""
+
+
 def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
     if value == "":
         value = None
-    if path in (["attack", "names"], ["attack", "rounds"]) and isinstance(value, str):
+    if path in _LISTS and isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    if path in (["attack", "names"], ["attack", "rounds"]) and isinstance(value, int):
+    if path in _LISTS and isinstance(value, int):
         value = [value]
-    if path == ["attack", "names"] and value is None:
+    if path in _LISTS and path[-1] == "names" and value is None:
         value = []
     for part in path[:-1]:
         tree = tree.setdefault(part, {})

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedattack.observation import observation_name
+
 
 @dataclass(frozen=True)
 class GroundTruth:
@@ -21,6 +23,9 @@ class GroundTruth:
         int64, shape (B,).
     sample_ids : tuple of int
         Positions in the data set, for the record.
+    shown : Tensor or None
+        float32, shape (B, C, H, W), in [0, 1]: what the model was shown where a defence transforms the images; None
+        where it was shown `images`.
     """
 
     round: int
@@ -28,8 +33,9 @@ class GroundTruth:
     images: Tensor
     labels: Tensor
     sample_ids: tuple[int, ...]
+    shown: Tensor | None = None
 
     @property
     def key(self) -> str:
         """The same name as the observation's."""
-        return f"round-{self.round:04d}-client-{self.client:05d}"
+        return observation_name(self.round, self.client)

@@ -13,9 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, TrainingConfig
 
 UpdateKind = Literal["gradient", "delta"]
+
+EVERYONE = -1
+"""`client` of an observation under secure aggregation: what all clients of a round sent, summed."""
+
+
+def observation_name(round: int, client: int) -> str:
+    """Stable name of an observation, for files and logs."""
+    return f"round-{round:04d}-" + ("everyone" if client == EVERYONE else f"client-{client:05d}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What everybody at the table knows: the model's architecture and the agreed training and compression.
+    """What everybody at the table knows: the model's architecture and the agreed training, compression and defence.
 
     `model` is fully resolved: `classes`, `channels`, `image_size` and `activation` are set.
     """
@@ -105,6 +113,7 @@ class Scenario:
     model: ModelConfig
     training: TrainingConfig
     compression: CompressionConfig
+    defense: DefenseConfig = field(default_factory=DefenseConfig)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -113,6 +122,15 @@ class Scenario:
         assert channels is not None
         assert size is not None
         return channels, size, size
+
+    def record(self) -> dict[str, Any]:
+        """The facts as JSON-able sections: "model", "training", "compression", "defense"."""
+        return {
+            "model": self.model.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+            "compression": self.compression.model_dump(mode="json"),
+            "defense": self.defense.model_dump(mode="json"),
+        }
 
 
 @dataclass(frozen=True)
@@ -149,7 +167,7 @@ class Observation:
     round : int
         1-based round.
     client : int
-        The node the reply came from (its number, not its data).
+        The node the reply came from (its number, not its data), or :data:`EVERYONE`.
     scenario : Scenario
         Public facts.
     weights : dict of str to Tensor
@@ -157,7 +175,8 @@ class Observation:
     update : Update
         The reply as it came over the wire.
     num_examples : int
-        Declared by the client: samples in the batch (fedsgd) or seen in the round (fedavg).
+        Declared by the client: samples in the batch (fedsgd) or seen in the round (fedavg); their sum under secure
+        aggregation.
     wire_bytes : int
         Size of the update on the wire.
     auxiliary : Auxiliary or None
@@ -179,7 +198,7 @@ class Observation:
     @property
     def key(self) -> str:
         """Stable name of this observation, for files and logs."""
-        return f"round-{self.round:04d}-client-{self.client:05d}"
+        return observation_name(self.round, self.client)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ One :class:`Registry` per kind of thing (attack, data set, model, compressor, ..
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from fedattack.errors import ConfigError, unknown_name
 
@@ -84,3 +87,46 @@ class Registry(Generic[T]):
         if self._group is None:
             return {}
         return {point.name: point for point in entry_points(group=self._group)}
+
+
+def build_plugin(
+    cls: type[T], name: str, options: Mapping[str, Any], shared: Mapping[str, Any], prefix: str = ""
+) -> T:
+    """Build a dataclass plug-in from its own options and from those shared by all selected plug-ins of its kind.
+
+    Parameters
+    ----------
+    cls : type
+        A dataclass whose fields are its settings.
+    name : str
+        Its name in this run, for messages.
+    options : mapping
+        Field -> value; values may be strings as typed in a shell.
+    shared : mapping
+        The same for all; fields that it lacks are passed over, and the caller sees to it that each is known to
+        at least one plug-in.
+    prefix : str
+        What stands before the name in the name of a setting.
+
+    Raises
+    ------
+    ConfigError
+        If one of its own options is unknown, or a value is malformed.
+    """
+    fields = set(plugin_options(cls))
+    for option in options:
+        if option not in fields:
+            known = [f"{prefix}{name}.{field}" for field in fields]
+            raise unknown_name("setting", f"{prefix}{name}.{option}", known)
+    chosen = {key: value for key, value in shared.items() if key in fields} | dict(options)
+    try:
+        return TypeAdapter(cls).validate_python(chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([prefix + name, *(str(part) for part in first["loc"])])
+        raise ConfigError(f"setting {place!r} = {first['input']!r}: {first['msg']}") from None
+
+
+def plugin_options(cls: type[Any]) -> dict[str, Any]:
+    """Setting -> default of a dataclass plug-in."""
+    return {field.name: field.default for field in dataclasses.fields(cls) if field.init}

@@ -13,7 +13,9 @@ import torch
 
 
 def _sequence(seed: int, purpose: str, keys: tuple[int, ...]) -> np.random.SeedSequence:
-    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *keys])
+    # A client's number may be -1 (everyone), which SeedSequence does not take.
+    whole = [key if key >= 0 else key + 2**64 for key in keys]
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *whole])
 
 
 def numpy_rng(seed: int, purpose: str, *keys: int) -> np.random.Generator:

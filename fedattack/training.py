@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +16,12 @@ from torch.nn.functional import cross_entropy
 from fedattack.config import TrainingConfig
 from fedattack.errors import DataError, RunFailed
 from fedattack.rng import numpy_rng
+
+LossAndGradient = tuple[Tensor, tuple[Tensor, ...]]
+"""The loss of a batch, a scalar, and its gradient in the order of the model's parameters."""
+
+GradientStep = Callable[[nn.Module, Tensor, Tensor], LossAndGradient]
+"""Takes the model in the mode it is to be used in, images (n, C, H, W) and labels (n,), on one device."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,27 @@ def batch_positions(
     return batches[: training.local_steps]
 
 
+def batch_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+    """Loss and gradient of the mean cross-entropy of one batch: what an undefended client computes."""
+    loss = objective(model, model(images), labels)
+    return loss, torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A model that adds something of its own to the loss."""
+
+    def penalty(self) -> Tensor:
+        """What its last forward pass adds, a scalar."""
+        ...
+
+
+def objective(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """What a client minimises: the mean cross-entropy, and the model's own penalty where it has one."""
+    loss = cross_entropy(logits, labels)
+    return loss + model.penalty() if isinstance(model, Penalised) else loss
+
+
 def local_update(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -86,6 +114,7 @@ def local_update(
     labels: Tensor,
     batches: Sequence[NDArray[np.int64]],
     training: TrainingConfig,
+    step: GradientStep = batch_gradient,
 ) -> LocalResult:
     """Train on the client's batches, from the received weights, in train mode.
 
@@ -106,6 +135,8 @@ def local_update(
         Under "fedsgd" the update is the gradient of the mean cross-entropy over the only batch, without weight decay
         (the optimiser is the server's). Under "fedavg" it is the weight change of SGD with learning rate, momentum
         and weight decay as in ``torch.optim.SGD``, its momentum starting at zero.
+    step : callable
+        How the loss and gradient of one batch are computed; a defence may have a say in it.
 
     Returns
     -------
@@ -124,9 +155,9 @@ def local_update(
 
     def gradient(batch: NDArray[np.int64]) -> tuple[Tensor, ...]:
         index = torch.from_numpy(batch)
-        loss = cross_entropy(model(images[index].to(device)), labels[index].to(device))
+        loss, found = step(model, images[index].to(device), labels[index].to(device))
         losses.append(loss.detach())
-        return torch.autograd.grad(loss, parameters, materialize_grads=True)
+        return found
 
     if training.protocol == "fedsgd":
         if len(batches) != 1:
@@ -136,15 +167,15 @@ def local_update(
         received = torch._foreach_clone([parameter.detach() for parameter in parameters])
         velocity: tuple[Tensor, ...] | None = None
         for batch in batches:
-            step = gradient(batch)
+            slope = gradient(batch)
             with torch.no_grad():
                 if training.weight_decay:
-                    step = torch._foreach_add(step, parameters, alpha=training.weight_decay)
+                    slope = torch._foreach_add(slope, parameters, alpha=training.weight_decay)
                 if training.momentum:
                     if velocity is not None:
-                        step = torch._foreach_add(step, velocity, alpha=training.momentum)
-                    velocity = step
-                torch._foreach_add_(parameters, step, alpha=-training.learning_rate)
+                        slope = torch._foreach_add(slope, velocity, alpha=training.momentum)
+                    velocity = slope
+                torch._foreach_add_(parameters, slope, alpha=-training.learning_rate)
         with torch.no_grad():
             update = torch._foreach_sub([parameter.detach() for parameter in parameters], received)
     loss = float(torch.stack(losses).mean())

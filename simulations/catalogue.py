@@ -11,13 +11,15 @@ from adversaries.base import attack_options
 from fedattack.compression import COMPRESSORS
 from fedattack.config import SHORT_NAMES, Config
 from fedattack.data import DATASETS, PARTITIONERS
+from fedattack.defenses import DEFENSES
 from fedattack.models import MODELS
-from fedattack.registry import Registry
+from fedattack.registry import Registry, plugin_options
 from fedattack.unlearning import MECHANISMS
 from strategies import STRATEGIES
 
 KINDS: dict[str, Registry[Any]] = {
     "Attacks": ATTACKS,
+    "Defences": DEFENSES,
     "Unlearning mechanisms": MECHANISMS,
     "Data sets": DATASETS,
     "Partitioners": PARTITIONERS,
@@ -55,6 +57,9 @@ def settings_table() -> list[tuple[str, str, str, str]]:
     for attack in ATTACKS.names():
         for option, default in attack_options(ATTACKS.get(attack)).items():
             rows.append((f"{attack}.{option}", "", _show(default), ""))
+    for defense in DEFENSES.names():
+        for option, default in plugin_options(DEFENSES.get(defense)).items():
+            rows.append((f"defense.{defense}.{option}", "", _show(default), ""))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
 from fedattack.config import Config, EngineConfig, TrainingConfig
+from fedattack.defenses import ClientDefenses, Defense, build_defenses
 from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
 from fedattack.observation import Scenario
 from fedattack.rng import numpy_rng, torch_rng
-from fedattack.training import LocalResult, batch_positions, evaluate, local_update
+from fedattack.training import GradientStep, LocalResult, batch_positions, evaluate, local_update
 from simulations.attacking import choose_device
 from strategies.messages import (
     ARRAYS,
@@ -101,6 +102,11 @@ class Workplace:
         return build_compressor(
             self.scenario.compression, [name for name, _ in named], [tuple(p.shape) for _, p in named]
         )
+
+    @cached_property
+    def defenses(self) -> tuple[Defense, ...]:
+        """The agreed defences, in their order."""
+        return tuple(build_defenses(self.scenario.defense).values())
 
     def weights(self, record: ArrayRecord) -> dict[str, Tensor]:
         """The broadcast as tensors, opened once for all clients that got the same one."""
@@ -187,6 +193,11 @@ def round_batches(
     return [left[batch] for batch in batch_positions(len(left), config.training, config.seed, round, client)]
 
 
+def used_positions(batches: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The distinct positions that a round's batches hold, in the order in which the client reads them."""
+    return batches[0] if len(batches) == 1 else np.unique(np.concatenate(batches))
+
+
 def drops_out(config: Config, round: int, client: int) -> bool:
     """Whether a drawn client does not answer in this round."""
     chance = config.federation.dropout
@@ -225,14 +236,18 @@ def train(message: Message, context: Context) -> Message:
     batches = round_batches(
         place.config, len(place.partitions[client]), round, client, _excluded(settings, client)
     )
-    used = batches[0] if len(batches) == 1 else np.unique(np.concatenate(batches))
+    used = used_positions(batches)
     images, labels = place.samples(client, used)
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
-    result = _train(place, place.weights(arrays), images, labels, steps, mu)
+    defended = ClientDefenses(place.defenses, place.config.seed, round, client)
+    shown = defended.images(images)
+    result = _train(place, place.weights(arrays), shown, labels, steps, mu, defended.gradient)
     draws = place.compressor.draws
     generator = torch_rng(place.config.seed, "compression", round, client) if draws else _UNUSED
-    packet, memory = place.compressor.compress(result.update, _recall(context), round, generator)
+    packet, memory = place.compressor.compress(
+        defended.update(result.update), _recall(context), round, generator
+    )
     _remember(context, memory)
     reply = {PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():
@@ -248,11 +263,12 @@ def _train(
     labels: Tensor,
     batches: list[NDArray[np.int64]],
     mu: float,
+    step: GradientStep,
 ) -> LocalResult:
     training = place.scenario.training
     if mu == 0.0 or len(batches) == 1:  # the proximal term has no gradient at the received weights
-        return local_update(place.model, weights, images, labels, batches, training)
-    return _train_proximal(place, weights, images, labels, batches, training, mu)
+        return local_update(place.model, weights, images, labels, batches, training, step)
+    return _train_proximal(place, weights, images, labels, batches, training, mu, step)
 
 
 def _train_proximal(
@@ -263,6 +279,7 @@ def _train_proximal(
     batches: list[NDArray[np.int64]],
     training: TrainingConfig,
     mu: float,
+    step: GradientStep,
 ) -> LocalResult:
     """SGD on the loss plus ``mu / 2 * |w - received|^2`` (Li et al., FedProx, 2020), one plain step at a time."""
     if training.momentum:
@@ -274,7 +291,7 @@ def _train_proximal(
     current = dict(weights)
     losses: list[float] = []
     for batch in batches:
-        result = local_update(place.model, current, images, labels, [batch], training)
+        result = local_update(place.model, current, images, labels, [batch], training, step)
         losses.append(result.loss)
         current |= result.buffers
         for name, tensor in received.items():

@@ -14,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
 from adversaries.base import attack_options
 from fedattack.compression import COMPRESSORS
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
-from fedattack.errors import ConfigError, RunFailed, unknown_name
+from fedattack.defenses import ClientDefenses, build_defenses, check_defenses, hides_clients
+from fedattack.errors import ConfigError, NotApplicable, RunFailed, unknown_name
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import Observation, Reconstruction
+from fedattack.observation import EVERYONE, Observation, Reconstruction
 from fedattack.reporting import (
     AuditResult,
     RunFolder,
@@ -39,11 +43,12 @@ from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
 from fedattack.unlearning import MECHANISMS
 from simulations.attacking import Attacked, Executor, choose_device, groups, make_executor
-from simulations.client_app import round_batches
+from simulations.client_app import round_batches, used_positions
 from simulations.federation import FederationResult, RoundRecord, run_federation
 from simulations.grid import ray_session
+from simulations.privacy import privacy_accounts, privacy_record
 from simulations.seats import check_seats, membership_experiment, unlearning_experiment
-from strategies import build_strategy
+from strategies import NEED_SINGLE_UPDATES, build_strategy
 
 # A run has its own progress bars and table; Flower's lines between them would say the same again.
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -123,6 +128,11 @@ def check_names(config: Config) -> None:
     build_strategy(config.federation, config.training.learning_rate)
     COMPRESSORS.get(config.compression.name)
     MECHANISMS.get(config.unlearning.mechanism)
+    if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
+        raise NotApplicable(
+            f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "
+            "'secure-aggregation' hides; use fedavg, fedprox or a server optimiser"
+        )
     choose_device(config.engine.device)
 
 
@@ -178,6 +188,7 @@ def simulate(
     attacks = choose_attacks(config)
     check_names(config)
     world = build_world(config)
+    check_defenses(world.scenario)
     for attack in attacks.values():
         attack.check(world.scenario)
     check_seats(config, world, attacks)
@@ -202,6 +213,8 @@ def simulate(
         notes=[note for note in (world.dataset.note,) if note],
     )
     print_summary(console, results)
+    for name, account in figures["privacy"].items():
+        console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
     console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
     return RunResult(
         folder.path, federation, audits, run.answers(), summary_document(config, results, figures)
@@ -421,6 +434,7 @@ class _Run:
         self._this_round: list[Observation] = []
         self._all: list[Observation] = []
         self.truths: list[GroundTruth] = []
+        self._defenses = tuple(build_defenses(config.defense).values())
 
     def train(self, federate: Callable[..., FederationResult]) -> FederationResult:
         """Train; hand each round's observations to the attacks while the rounds go on."""
@@ -437,7 +451,8 @@ class _Run:
         )
 
     def _victim(self, round: int, client: int) -> bool:
-        return self.work.wanted and round in self.config.attack.rounds and client < self.config.victims
+        chosen = client == EVERYONE or client < self.config.victims
+        return self.work.wanted and round in self.config.attack.rounds and chosen
 
     def _observe(self, round: int, client: int) -> bool:
         return bool(self.members) or self._victim(round, client)
@@ -451,7 +466,7 @@ class _Run:
     def _finished_round(self, record: RoundRecord) -> None:
         victims, self._this_round = self._this_round, []
         for observation in victims:
-            truth = self._truth(observation)
+            truth = self._truth(observation, record.clients)
             self.truths.append(truth)
             if self.config.output.save_observations:
                 self.folder.save_observation(observation)
@@ -464,12 +479,31 @@ class _Run:
         self.shown("federation", record.round / rounds, f"round {record.round} of {rounds}{accuracy}")
         self.work.submit(victims)
 
-    def _truth(self, observation: Observation) -> GroundTruth:
-        partition = self.world.partitions[observation.client]
-        batches = round_batches(self.config, len(partition), observation.round, observation.client)
-        ids = partition[np.unique(np.concatenate(batches))]
+    def _truth(self, observation: Observation, answered: Sequence[int]) -> GroundTruth:
+        clients = answered if observation.client == EVERYONE else (observation.client,)
+        batches = [self._batch(observation.round, client) for client in clients]
+        ids = np.concatenate([ids for ids, _ in batches])
         images, labels = self.world.dataset.tensors(ids)
-        return GroundTruth(observation.round, observation.client, images, labels, tuple(ids.tolist()))
+        shown = [part for _, part in batches if part is not None]
+        return GroundTruth(
+            observation.round,
+            observation.client,
+            images,
+            labels,
+            tuple(ids.tolist()),
+            torch.cat(shown) if shown else None,
+        )
+
+    def _batch(self, round: int, client: int) -> tuple[NDArray[np.int64], Tensor | None]:
+        """Sample ids that a client trained on in a round, ascending, and what the model was shown, if not those."""
+        partition = self.world.partitions[client]
+        used = partition[used_positions(round_batches(self.config, len(partition), round, client))]
+        defended = ClientDefenses(self._defenses, self.config.seed, round, client)
+        order = np.argsort(used)
+        if not defended.transforms:
+            return used[order], None
+        images, _ = self.world.dataset.tensors(used)  # in the client's own order, on which its draws depend
+        return used[order], defended.images(images)[torch.from_numpy(order)]
 
     def collect(self) -> None:
         """Wait for the reconstructions."""
@@ -566,6 +600,7 @@ def federation_figures(config: Config, world: World, federation: FederationResul
         for client, reason in (*record.rejected, *record.failed)
     ]
     auxiliary = world.auxiliary
+    privacy = privacy_record(privacy_accounts(config, world, federation.rounds))
     return {
         "data set": world.dataset.name,
         "clients": config.federation.clients,
@@ -575,6 +610,9 @@ def federation_figures(config: Config, world: World, federation: FederationResul
         "auxiliary source": "none" if auxiliary is None else auxiliary.source,
         "partition": config.partition.name,
         "strategy": config.federation.strategy,
+        "defences": ", ".join(config.defense.names) or "none",
+        **{f"guarantee of {name}": account["text"] for name, account in privacy.items()},
+        "privacy": privacy,
         "rounds": rounds,
         "rejections": refused,
     }

@@ -31,7 +31,7 @@ PROMINENT = {
         "clients": "how many take part",
         "rounds": "rounds of training",
         "protocol": "fedsgd (gradients) or fedavg (weight deltas)",
-        "compressor": "topk, randomk, sign, qsgd, dgc, none",
+        "compressor": "topk, topk-qsgd, randomk, sign, qsgd, dgc, none",
         "compression": "kept share of an update",
         "strategy": "any Flower strategy by name",
     },
@@ -193,6 +193,25 @@ def attack_saved(
 
     attack_folder(
         observations, chosen, console=console, truth=truth, command=shlex.join(["fedattack", *sys.argv[1:]])
+    )
+
+
+@app.command("sweep")
+def sweep(
+    file: Annotated[Path, typer.Argument(help="TOML file with [settings] and [axes]", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="folder; default: runs/<name of the file>")] = None,
+    engine: Annotated[str | None, typer.Option(help="ray or inline; default: the file's")] = None,
+) -> None:
+    """Run every combination of attacks, defences, ... that FILE names; started again, it resumes."""
+    from simulations.sweep import Sweep, run_sweep
+
+    folder = out or Path("runs") / file.stem
+    run_sweep(
+        Sweep.from_toml(file),
+        folder,
+        console=console,
+        engine=engine,
+        command=shlex.join(["fedattack", *sys.argv[1:]]),
     )
 
 

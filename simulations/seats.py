@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from adversaries.base import Attack, MembershipAttack, Progress, no_progress
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
+from fedattack.defenses import hides_clients
 from fedattack.errors import DataError, NotApplicable
 from fedattack.models import initial_weights
 from fedattack.observation import Candidates, MembershipScores, Observation, UnlearningRequest
@@ -154,6 +155,11 @@ def check_seats(config: Config, world: World, attacks: Mapping[str, Attack]) -> 
             raise DataError(
                 f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
                 "accepted: 1 or more"
+            )
+        if isinstance(attack, MembershipAttack) and hides_clients(config.defense):
+            raise NotApplicable(
+                f"attack {name!r} asks about one client, and 'secure-aggregation' shows the server none alone: leave "
+                "it out of 'defense.names'"
             )
         if isinstance(attack, MembershipAttack) and drawn(config.federation) < attack.clients_needed:
             raise NotApplicable(

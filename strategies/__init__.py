@@ -34,6 +34,9 @@ STRATEGIES: Registry[type[Any]] = Registry(
 
 _SERVER_OPTIMISERS = {"fedavgm", "fedadam", "fedadagrad", "fedyogi", "qfedavg"}
 
+NEED_SINGLE_UPDATES = {"fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan", "qfedavg"}
+"""Strategies that the sum of a round's updates is not enough for."""
+
 _OURS = {
     "fraction_train": "federation.participation",
     "fraction_evaluate": "federation.evaluate",
@@ -136,6 +139,7 @@ def _checked(setting: str, value: Any, annotation: Any) -> Any:
 
 
 __all__ = [
+    "NEED_SINGLE_UPDATES",
     "STRATEGIES",
     "Eavesdropper",
     "MaliciousServer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import random
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from fedattack.compression import decode
 from fedattack.compression.carrier import STYPE, from_array
+from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model
-from fedattack.observation import Auxiliary, Observation, Scenario, Update, UpdateKind
+from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, UpdateKind
 from fedattack.rng import numpy_rng
 from strategies.messages import (
     CONFIG,
@@ -104,6 +106,11 @@ class Eavesdropper(Strategy):
     what it expects: dense new weights, ``weights + delta`` under fedavg and
     ``weights - server_learning_rate * gradient`` under fedsgd, in ascending order of the clients' numbers.
 
+    Where the scenario's defences include secure aggregation, the replies are summed before anything looks at them:
+    there is one observation a round, of :data:`~fedattack.observation.EVERYONE`, and the wrapped strategy gets one
+    reply, the clients' mean weighted by their examples. That suits strategies that need no more than the mean. The
+    observation's `batch_size` is 0: under fedsgd the sum is the gradient over all declared examples in one batch.
+
     Parameters
     ----------
     strategy : Strategy
@@ -113,7 +120,8 @@ class Eavesdropper(Strategy):
     on_observation : callable, optional
         Called with each :class:`~fedattack.observation.Observation`, before the round is aggregated.
     observe : callable, optional
-        ``observe(round, client)`` selects what is observed; None: everything.
+        ``observe(round, client)`` selects what is observed; None: everything. Under secure aggregation `client` is
+        ``EVERYONE``.
     auxiliary : Auxiliary, optional
         Public data granted to the adversary; put into every observation.
     seed : int
@@ -174,6 +182,7 @@ class Eavesdropper(Strategy):
             if self.kind == "gradient"
             else 1.0
         )
+        self.aggregated = hides_clients(scenario.defense)
         self._claims: dict[int, int] = {}  # client number -> the node that goes by it
         self._sent: dict[str, Tensor] = {}
         self._sent_arrays: dict[str, NDArray[Any]] = {}
@@ -266,8 +275,9 @@ class Eavesdropper(Strategy):
             accepted.append(reply)
         # One fixed order, whatever order the replies came in: float sums depend on it.
         accepted.sort(key=lambda reply: reply.client)
-        self._hand_out(round, accepted)
-        arrays, metrics = (None, None) if self._armed else self._aggregate(round, accepted)
+        visible = [_summed(accepted)] if self.aggregated and accepted else accepted
+        self._hand_out(round, visible)
+        arrays, metrics = (None, None) if self._armed else self._aggregate(round, visible)
         if arrays is None and accepted and not self._armed:
             log.warning("round %d: the strategy did not aggregate; the weights stay as they were", round)
         if not accepted:
@@ -362,7 +372,7 @@ class Eavesdropper(Strategy):
                 Observation(
                     round=round,
                     client=reply.client,
-                    scenario=self.scenario,
+                    scenario=_summed_scenario(self.scenario) if self.aggregated else self.scenario,
                     weights=self._sent,
                     update=reply.update,
                     num_examples=reply.num_examples,
@@ -455,6 +465,48 @@ class Eavesdropper(Strategy):
 
     def _number(self, server_round: int) -> int:
         return server_round + self.first_round - 1
+
+
+def _summed(replies: list[_Reply]) -> _Reply:
+    """What secure aggregation lets through: the mean of the replies, weighted by their examples, as one reply."""
+    total = sum(reply.num_examples for reply in replies)
+    shares = [np.float32(reply.num_examples / total) for reply in replies]
+    return _Reply(
+        message=replies[0].message,
+        client=EVERYONE,
+        update=_summed_update([reply.update for reply in replies], shares),
+        buffers={
+            name: sum(
+                (share * reply.buffers[name] for share, reply in zip(shares, replies, strict=True)),
+                np.zeros_like(first),
+            )
+            for name, first in replies[0].buffers.items()
+        },
+        num_examples=total,
+        loss=sum(reply.loss * reply.num_examples for reply in replies) / total,
+        wire_bytes=sum(reply.wire_bytes for reply in replies),
+        buffer_bytes=sum(reply.buffer_bytes for reply in replies),
+    )
+
+
+def _summed_scenario(scenario: Scenario) -> Scenario:
+    """The scenario of a sum: one batch, of everything that was declared."""
+    training = scenario.training.model_copy(update={"batch_size": 0})
+    return dataclasses.replace(scenario, training=training)
+
+
+def _summed_update(updates: list[Update], shares: list[np.float32]) -> Update:
+    first = updates[0]
+    total = torch.zeros(first.numel)
+    for update, share in zip(updates, shares, strict=True):
+        if update.indices is None:
+            total += float(share) * update.values
+        else:
+            total[update.indices] += float(share) * update.values
+    if any(update.indices is None for update in updates):
+        return Update(first.names, first.shapes, None, total, first.kind)
+    union = torch.cat([u.indices for u in updates if u.indices is not None]).unique()
+    return Update(first.names, first.shapes, union, total[union], first.kind)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ Examples
 from __future__ import annotations
 
 from fedattack.compression.base import Compressor, Memory
-from fedattack.compression.packets import Dense, Packet, Quantised, Signs, Sparse
+from fedattack.compression.packets import Dense, Packet, Quantised, QuantisedSparse, Signs, Sparse
 from fedattack.compression.registry import COMPRESSORS, build_compressor
 from fedattack.compression.selection import Quota, kept_share
 from fedattack.compression.wire import decode, encode
@@ -36,6 +36,7 @@ __all__ = [
     "Memory",
     "Packet",
     "Quantised",
+    "QuantisedSparse",
     "Quota",
     "Signs",
     "Sparse",

@@ -54,7 +54,7 @@ class Compressor(ABC):
     """
 
     codec: ClassVar[str]
-    """Wire form of the packets: "dense", "sparse", "signs" or "quantised"."""
+    """Wire form of the packets: "dense", "sparse", "signs", "quantised" or "quantised-sparse"."""
 
     draws: ClassVar[bool] = True
     """Whether :meth:`pack` draws from its generator; where it does not, callers need not seed one."""

@@ -11,8 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedattack.compression.base import Compressor, Memory
-from fedattack.compression.packets import Dense, Packet, Quantised, Signs, Sparse
+from fedattack.compression.packets import (
+    Dense,
+    Packet,
+    Quantised,
+    QuantisedSparse,
+    Signs,
+    Sparse,
+    counts_inside,
+)
 from fedattack.compression.selection import Quota, largest, quotas, uniform
+from fedattack.config import CompressionConfig
 
 
 class Identity(Compressor):
@@ -102,16 +111,26 @@ class QSGD(Compressor):
 
     def pack(self, flat: NDArray[np.float32], round: int, generator: torch.Generator) -> Packet:
         """Rounded steps and scales."""
-        scales = _per_tensor(flat, self.sizes, _NORMS[self.config.norm])
-        levels = self.config.levels
-        # No rounding can push a magnitude above its scale, nor a step above `levels`: each operation is monotone.
-        magnitudes = np.abs(flat)
-        magnitudes /= np.repeat(np.where(scales > 0, scales, np.float32(1)), self.sizes)
-        magnitudes *= np.float32(levels)
-        steps = np.floor(magnitudes)
-        draws = torch.rand(self.numel, generator=generator).numpy()
-        steps += draws < magnitudes - steps
-        return Quantised(np.copysign(steps, flat).astype(np.int8), scales, levels)
+        return Quantised(*_rounded(flat, self.sizes, self.config, generator), self.config.levels)
+
+
+class QuantisedTopK(TopK):
+    """Exact top-k whose values are rounded as by QSGD: one scale a tensor, and 8 bits a value at 127 levels.
+
+    The scale is that of the entries sent; with `norm` "max" it is the tensor's own. Sparsification followed by
+    quantisation, with error feedback, is Qsparse-local-SGD (Basu et al. 2019).
+    """
+
+    codec: ClassVar[str] = "quantised-sparse"
+    draws: ClassVar[bool] = True
+
+    def pack(self, flat: NDArray[np.float32], round: int, generator: torch.Generator) -> Packet:
+        """The largest entries of each quota, as rounded steps and scales."""
+        packet = super().pack(flat, round, generator)
+        assert isinstance(packet, Sparse)
+        counts = counts_inside(packet.indices, self.sizes)
+        steps, scales = _rounded(packet.values, counts.tolist(), self.config, generator)
+        return QuantisedSparse(packet.indices, steps, scales, self.config.levels, self.numel)
 
 
 class DGC(TopK):
@@ -159,6 +178,21 @@ _NORMS: dict[str, Callable[[NDArray[np.float32]], np.floating]] = {
     "max": lambda part: np.abs(part).max(),
     "l2": _norm,
 }
+
+
+def _rounded(
+    flat: NDArray[np.float32], counts: Sequence[int], config: CompressionConfig, generator: torch.Generator
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Stochastic steps int8 (k,) and scales of values (k,), of which `counts` lie in each tensor."""
+    scales = _per_tensor(flat, counts, _NORMS[config.norm])
+    # No rounding can push a magnitude above its scale, nor a step above `levels`: each operation is monotone.
+    magnitudes = np.abs(flat)
+    magnitudes /= np.repeat(np.where(scales > 0, scales, np.float32(1)), counts)
+    magnitudes *= np.float32(config.levels)
+    steps = np.floor(magnitudes)
+    draws = torch.rand(flat.size, generator=generator).numpy()
+    steps += draws < magnitudes - steps
+    return np.copysign(steps, flat).astype(np.int8), scales
 
 
 def _per_tensor(

@@ -1,4 +1,4 @@
-"""What a compressor produces and the wire carries: dense, sparse, sign and quantised updates.
+"""What a compressor produces and the wire carries: dense, sparse, sign, quantised and quantised sparse updates.
 
 All arrays are flat over the concatenation of all tensors, in the model's order. Client and server turn a packet
 into values by the same lines, so a client's error feedback knows exactly what the server will see.
@@ -98,14 +98,57 @@ class Quantised:
 
     def dense(self, sizes: Sequence[int]) -> NDArray[np.float32]:
         """Values of the steps, shape (numel,)."""
-        flat = self.steps.astype(np.float32)
-        flat /= np.float32(self.levels)
-        flat *= np.repeat(self.scales, sizes)
-        return flat
+        return _values(self.steps, self.scales, self.levels, sizes)
 
     def remainder(self, intended: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
         """``intended - dense``, shape (numel,)."""
         return intended - self.dense(sizes)
 
 
-Packet = Dense | Sparse | Signs | Quantised
+@dataclass(frozen=True)
+class QuantisedSparse:
+    """Some entries, as signed whole steps of their tensor's scale: ``scale * step / levels``.
+
+    `indices` int64 (k,), strictly increasing in [0, numel); `steps` int8 (k,), in [-levels, levels]; `scales` float32
+    (tensors,), finite and not negative; `levels` 1 to 127.
+    """
+
+    indices: NDArray[np.int64]
+    steps: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    levels: int
+    numel: int
+
+    def sparse(self, sizes: Sequence[int]) -> Sparse:
+        """The values of the steps at their positions."""
+        counts = counts_inside(self.indices, sizes)
+        return Sparse(self.indices, _values(self.steps, self.scales, self.levels, counts), self.numel)
+
+    def dense(self, sizes: Sequence[int]) -> NDArray[np.float32]:
+        """Values at their positions and zeros elsewhere, shape (numel,)."""
+        return self.sparse(sizes).dense(sizes)
+
+    def remainder(self, intended: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
+        """`intended` with what was sent taken out, shape (numel,)."""
+        return self.sparse(sizes).remainder(intended, sizes)
+
+
+def counts_inside(indices: NDArray[np.int64], sizes: Sequence[int]) -> NDArray[np.int64]:
+    """How many of the increasing flat `indices` lie in each tensor."""
+    return np.diff(np.searchsorted(indices, np.cumsum([0, *sizes])))
+
+
+def _values(
+    steps: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    levels: int,
+    counts: Sequence[int] | NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Steps as float32, the first counts[0] of them in the first tensor's scale, and so on."""
+    values = steps.astype(np.float32)
+    values /= np.float32(levels)
+    values *= np.repeat(scales, counts)
+    return values
+
+
+Packet = Dense | Sparse | Signs | Quantised | QuantisedSparse

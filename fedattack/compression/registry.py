@@ -16,6 +16,7 @@ COMPRESSORS: Registry[type[Compressor]] = Registry(
         "randomk": "fedattack.compression.compressors:RandomK",
         "sign": "fedattack.compression.compressors:Sign",
         "qsgd": "fedattack.compression.compressors:QSGD",
+        "topk-qsgd": "fedattack.compression.compressors:QuantisedTopK",
         "dgc": "fedattack.compression.compressors:DGC",
     },
     group="fedattack.compressors",

@@ -9,6 +9,8 @@ sparse    positions (Elias-Fano, :mod:`fedattack.compression.coding`), then floa
 signs     a float32 scale per tensor, then one bit an entry
 quantised a float32 scale per tensor, then ``step + levels`` in ``ceil(log2(2 levels + 1))`` bits
 ========= =====================================================================================
+
+A quantised-sparse body is the positions of a sparse one, then a quantised one of the entries sent.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from fedattack.compression.coding import (
     unpack_fields,
     unpack_positions,
 )
-from fedattack.compression.packets import Dense, Packet, Quantised, Signs, Sparse
+from fedattack.compression.packets import Dense, Packet, Quantised, QuantisedSparse, Signs, Sparse
 from fedattack.compression.registry import build_compressor
 from fedattack.compression.selection import Quota
 from fedattack.config import CompressionConfig
@@ -38,7 +40,9 @@ from fedattack.observation import Update, UpdateKind
 
 MAGIC = b"FAUP"
 VERSION = 1
-CODECS = {"dense": 0, "sparse": 1, "signs": 2, "quantised": 3}
+CODECS = {"dense": 0, "sparse": 1, "signs": 2, "quantised": 3, "quantised-sparse": 4}
+_SPARSE = ("sparse", "quantised-sparse")
+_LEVELLED = ("quantised", "quantised-sparse")
 _HEADER = struct.Struct("<4sBBBBQQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
@@ -56,9 +60,10 @@ def encode(packet: Packet) -> bytes:
             codec, count, levels = "signs", positive.size, 0
             body = [_floats(scales), pack_fields(positive.view(np.uint8), 1)]
         case Quantised(steps, scales, levels):
-            codec, count = "quantised", steps.size
-            fields = (steps.astype(np.int16) + levels).astype(np.uint8)
-            body = [_floats(scales), pack_fields(fields, _width(levels))]
+            codec, count, body = "quantised", steps.size, _steps(steps, scales, levels)
+        case QuantisedSparse(indices, steps, scales, levels, numel):
+            codec, count = "quantised-sparse", indices.size
+            body = [pack_positions(indices, numel), *_steps(steps, scales, levels)]
     header = _HEADER.pack(MAGIC, VERSION, CODECS[codec], levels, 0, packet.numel, count)
     crc = zlib.crc32(header)
     for part in body:
@@ -104,6 +109,8 @@ def decode(
     """
     compressor = build_compressor(config, names, shapes)
     packet = _parse(payload, compressor.codec, compressor.sizes, compressor.quotas(round), config.levels)
+    if isinstance(packet, QuantisedSparse):
+        packet = packet.sparse(compressor.sizes)
     if isinstance(packet, Sparse):
         indices, values = torch.from_numpy(packet.indices), packet.values
     else:
@@ -125,13 +132,13 @@ def _parse(payload: bytes, codec: str, sizes: list[int], quotas: list[Quota] | N
         raise PayloadError(f"payload has codec {sent}, agreed is {codec}")
     if numel != sum(sizes):
         raise PayloadError(f"payload declares {numel} entries, the model has {sum(sizes)}")
-    if codec != "sparse":
+    if codec not in _SPARSE:
         agreed = numel
     else:
         agreed = count if quotas is None else sum(quota.kept for quota in quotas)
     if count != agreed or not 1 <= count <= numel:
         raise PayloadError(f"payload declares {count} entries sent, agreed are {agreed} of {numel}")
-    if declared_levels != (levels if codec == "quantised" else 0):
+    if declared_levels != (levels if codec in _LEVELLED else 0):
         raise PayloadError(f"payload declares {declared_levels} levels, agreed are {levels}")
     expected = HEADER_BYTES + _body_size(codec, numel, count, len(sizes), levels)
     if len(data) != expected:
@@ -156,32 +163,50 @@ def _read_body(
 ) -> Packet:
     if codec == "dense":
         return Dense(_read_floats(body))
-    if codec == "sparse":
+    indices = None
+    if codec in _SPARSE:
         middle = positions_size(numel, count)
-        indices = unpack_positions(body[:middle], numel, count)
-        for start, stop, agreed in quotas or []:
-            low, high = np.searchsorted(indices, [start, stop])
-            if high - low != agreed:
-                raise PayloadError(f"{high - low} entries sent of [{start}, {stop}), agreed are {agreed}")
-        return Sparse(indices, _read_floats(body[middle:]), numel)
+        indices, body = _read_positions(body[:middle], numel, count, quotas), body[middle:]
+        if codec == "sparse":
+            return Sparse(indices, _read_floats(body), numel)
     middle = 4 * len(sizes)
     scales = _read_floats(body[:middle])
     if np.signbit(scales).any():
         raise PayloadError("payload holds a negative scale")
     if codec == "signs":
         return Signs(unpack_fields(body[middle:], numel, 1).view(np.bool_), scales)
-    fields = unpack_fields(body[middle:], numel, _width(levels))
+    fields = unpack_fields(body[middle:], count, _width(levels))
     if fields.max() > 2 * levels:
         raise PayloadError(f"payload holds step {int(fields.max()) - levels}, agreed are at most {levels}")
-    return Quantised((fields.astype(np.int16) - levels).astype(np.int8), scales, levels)
+    steps = (fields.astype(np.int16) - levels).astype(np.int8)
+    if indices is None:
+        return Quantised(steps, scales, levels)
+    return QuantisedSparse(indices, steps, scales, levels, numel)
+
+
+def _read_positions(
+    data: memoryview, numel: int, count: int, quotas: list[Quota] | None
+) -> NDArray[np.int64]:
+    indices = unpack_positions(data, numel, count)
+    for start, stop, agreed in quotas or []:
+        low, high = np.searchsorted(indices, [start, stop])
+        if high - low != agreed:
+            raise PayloadError(f"{high - low} entries sent of [{start}, {stop}), agreed are {agreed}")
+    return indices
 
 
 def _body_size(codec: str, numel: int, count: int, tensors: int, levels: int) -> int:
     if codec == "dense":
         return 4 * numel
+    positions = positions_size(numel, count) if codec in _SPARSE else 0
     if codec == "sparse":
-        return positions_size(numel, count) + 4 * count
-    return 4 * tensors + packed_size(numel, 1 if codec == "signs" else _width(levels))
+        return positions + 4 * count
+    return positions + 4 * tensors + packed_size(count, 1 if codec == "signs" else _width(levels))
+
+
+def _steps(steps: NDArray[np.int8], scales: NDArray[np.float32], levels: int) -> list[bytes]:
+    fields = (steps.astype(np.int16) + levels).astype(np.uint8)
+    return [_floats(scales), pack_fields(fields, _width(levels))]
 
 
 def _width(levels: int) -> int:

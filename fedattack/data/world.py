@@ -13,6 +13,7 @@ from fedattack.data.dataset import ImageDataset, joined, random_labels
 from fedattack.data.load import load_dataset
 from fedattack.data.partitioners import partition
 from fedattack.data.pools import Pools, make_pools
+from fedattack.defenses import defended_model
 from fedattack.errors import ConfigError
 from fedattack.models import resolve
 from fedattack.observation import Auxiliary, Scenario
@@ -82,7 +83,12 @@ def build_world(config: Config) -> World:
         pools=pools,
         partitions=tuple(partitions),
         auxiliary=load_auxiliary(data, dataset, pools, seed),
-        scenario=Scenario(model=model, training=config.training, compression=config.compression),
+        scenario=Scenario(
+            model=defended_model(model, config.defense),
+            training=config.training,
+            compression=config.compression,
+            defense=config.defense,
+        ),
     )
 
 

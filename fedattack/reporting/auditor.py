@@ -38,7 +38,8 @@ from fedattack.metrics import (
 )
 from fedattack.observation import MembershipScores, Observation, Reconstruction
 from fedattack.reporting import verdicts
-from fedattack.reporting.results import AuditResult, describe, interval_fields
+from fedattack.reporting.formats import seat
+from fedattack.reporting.results import SHOWN, AuditResult, describe, interval_fields
 
 GREY_FLOOR = "flat grey"
 AUXILIARY_FLOOR = "auxiliary mean"
@@ -63,7 +64,8 @@ def audit_reconstruction(
 
     Floors are what the same attacker answers without the update: flat grey, the mean of the auxiliary images it was
     granted, and whatever the attack itself calls its prior. The shuffled control scores each reconstruction against
-    the other victims' private images. Floors and controls are matched to the batch as freely as possible, so that
+    the other victims' private images. Where a defence transforms the images, reconstructions are scored against what
+    the model was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that
     matching cannot favour the attack.
 
     Parameters
@@ -120,7 +122,7 @@ def audit_reconstruction(
         for name, panel in panels.items():
             shown.setdefault(name, []).append(panel)
         if answer is not None and answer.history:
-            histories[f"round {observation.round}, client {observation.client}"] = list(answer.history)
+            histories[f"round {observation.round}, {seat(observation.client)}"] = list(answer.history)
     images = {name: torch.cat(parts) for name, parts in shown.items() if sum(map(len, parts)) == len(records)}
     summary, level, verdict = _summarise(observations, reconstructions, records, seed)
     return AuditResult(
@@ -159,6 +161,8 @@ def _score_victim(
             "method": answer.method,
         }
     panels = {"original": private, "reconstruction": torch.full_like(private, math.nan)}
+    if truth.shown is not None:
+        panels[SHOWN] = truth.shown
     rows = [
         common | {"image": index, "sample": sample, "label": label, "status": "no reconstruction"}
         for index, (sample, label) in enumerate(zip(truth.sample_ids, truth.labels.tolist(), strict=True))
@@ -179,6 +183,12 @@ def _score_victim(
     scores = _scores(found_images, private[chosen])
     inflated, wide_ssim = paper_scale(found_images, private[chosen])
     outside = out_of_range_share(found_images)
+    if truth.shown is not None:
+        for field, values in _scores(
+            _align(answer.images.to(private).clamp(0, 1), truth.shown), truth.shown
+        ).items():
+            for row, value in zip(rows, values, strict=True):
+                row[f"shown.{field}"] = value
     for row, right in zip(rows, named, strict=True):
         row["label_right"] = right
     for position, index in enumerate(chosen):
@@ -288,6 +298,10 @@ def _summarise(
             "ssim": describe(column("ssim_paper_scale"), seed, victims),
             "inflation_db": INFLATION_DB,
         },
+        "shown": {
+            "psnr": describe(column("shown.psnr"), seed, victims),
+            "ssim": describe(column("shown.ssim"), seed, victims),
+        },
         "ssim_window": ssim_window(*observations[0].scenario.image_shape[1:]),
         "matched_by": sorted({row["matched_by"] for row in scored}),
         "methods": sorted({answer.method for answer in answers if answer is not None and answer.method}),
@@ -383,11 +397,7 @@ def _seen(observations: Sequence[Observation], records: list[dict[str, Any]]) ->
         "batch": sorted({sum(r["victim"] == v for r in records) for v in {r["victim"] for r in records}}),
         "update_kind": first.update.kind,
         "statistics_sent": bool(first.buffers),
-        "scenario": {
-            "model": first.scenario.model.model_dump(mode="json"),
-            "training": first.scenario.training.model_dump(mode="json"),
-            "compression": first.scenario.compression.model_dump(mode="json"),
-        },
+        "scenario": first.scenario.record(),
         "auxiliary": None
         if granted is None
         else {"count": len(granted), "source": granted.source, "labelled": granted.labels is not None},

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedattack.metrics import clopper_pearson
 from fedattack.reporting import formats, verdicts
-from fedattack.reporting.results import AuditResult
+from fedattack.reporting.results import SHOWN, AuditResult
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -58,9 +58,10 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
     others = [
         n
         for n in result.images
-        if n not in ("original", "reconstruction", "flat grey", "auxiliary mean", best)
+        if n not in ("original", "reconstruction", "flat grey", "auxiliary mean", SHOWN, best)
     ]
-    names = ["original", "reconstruction", *([best] if best in result.images else [])]
+    seen_row = [SHOWN] if SHOWN in result.images else []
+    names = ["original", *seen_row, "reconstruction", *([best] if best in result.images else [])]
     for name in others:  # a prior that is flat grey, say, need not be shown twice
         if not any(torch.equal(result.images[name], result.images[seen]) for seen in names):
             names.append(name)
@@ -73,11 +74,14 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
             if row == 0:
                 several = result.summary["batch"] != [1]
                 place = f", image {record['image']}" if several else ""
-                axes.set_title(f"client {record['client']}{place}\nround {record['round']}", fontsize=8)
-            else:
+                axes.set_title(
+                    f"{formats.seat(record['client'])}{place}\nround {record['round']}", fontsize=8
+                )
+            elif name != SHOWN:
                 key = "psnr" if name == "reconstruction" else f"floor.{name}.psnr"
                 axes.set_xlabel(f"{formats.decimal(record.get(key))} dB", fontsize=9, labelpad=2)
-        label = name if name in ("original", "reconstruction") else f"floor:\n{name}"
+        label = name if name in ("original", SHOWN, "reconstruction") else f"floor:\n{name}"
+        label = label.replace(SHOWN, SHOWN.replace(" to", "\nto"))
         grid[row, 0].set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     s = result.summary
     caption = (
@@ -127,7 +131,10 @@ def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
         color="#555555",
     )
     several_rounds = len({row["round"] for row in records}) > 1
-    labels = [f"{row['round']}/{row['client']}" if several_rounds else str(row["client"]) for row in records]
+    seats = [formats.seat(row["client"]).removeprefix("client ").removesuffix(" clients") for row in records]
+    labels = [
+        f"{row['round']}/{who}" if several_rounds else who for row, who in zip(records, seats, strict=True)
+    ]
     axes.set_xticks(x, labels, fontsize=8, rotation=90 if len(records) > 20 else 0)
     axes.set_xlabel("round/client" if several_rounds else "client")
     axes.set_ylabel("PSNR, dB (higher: more leaked)")

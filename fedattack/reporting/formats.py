@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedattack.observation import EVERYONE
+
 NONE = "–"
 
 
@@ -65,6 +67,11 @@ def count(value: Any) -> str:
     if value is None:
         return NONE
     return f"{value:,.0f}" if float(value).is_integer() or value >= 100 else f"{value:,.1f}"
+
+
+def seat(client: int) -> str:
+    """Whose update it is: ``client 3``, or ``all clients`` under secure aggregation."""
+    return "all clients" if client == EVERYONE else f"client {client}"
 
 
 def interval(described: Mapping[str, Any], digits: int = 1, scale: float = 1.0) -> str:

@@ -24,13 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fedattack.config import CompressionConfig, ModelConfig, Section, TrainingConfig
+from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, Section, TrainingConfig
 from fedattack.errors import DataError
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import Auxiliary, Observation, Scenario, Update
+from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, observation_name
 from fedattack.reporting.storage import write_bytes, write_json
 
 Natural = Annotated[int, Field(ge=0, strict=True)]
+Client = Annotated[int, Field(ge=EVERYONE, strict=True)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -38,12 +39,13 @@ class _Scenario(Section):
     model: ModelConfig
     training: TrainingConfig
     compression: CompressionConfig
+    defense: DefenseConfig = DefenseConfig()
 
 
 class _Document(Section):
     format: Literal[1]
     round: Positive
-    client: Natural
+    client: Client
     num_examples: Positive
     wire_bytes: Natural
     kind: Literal["gradient", "delta"]
@@ -58,7 +60,7 @@ class _Document(Section):
 class _TruthDocument(Section):
     format: Literal[1]
     round: Positive
-    client: Natural
+    client: Client
     sample_ids: tuple[int, ...]
 
 
@@ -111,11 +113,7 @@ def save_observation(folder: Path | str, observation: Observation) -> Path:
         "weights": weights,
         "auxiliary": auxiliary,
         "auxiliary_source": observation.auxiliary.source if observation.auxiliary else "",
-        "scenario": {
-            "model": scenario.model.model_dump(mode="json"),
-            "training": scenario.training.model_dump(mode="json"),
-            "compression": scenario.compression.model_dump(mode="json"),
-        },
+        "scenario": scenario.record(),
     }
     write_json(place.with_suffix(".json"), document)
     return place.with_suffix(".json")
@@ -134,9 +132,9 @@ def load_observations(folder: Path | str) -> list[Observation]:
     """
     folder = Path(folder)
     shared: dict[Path, dict[str, Tensor]] = {}
-    found = [_load_observation(folder, path, shared) for path in sorted(folder.glob("round-*/client-*.json"))]
+    found = [_load_observation(folder, path, shared) for path in sorted(folder.glob("round-*/*.json"))]
     if not found:
-        raise DataError(f"no observation in {folder}: expected round-*/client-*.json")
+        raise DataError(f"no observation in {folder}: expected round-*/*.json")
     return sorted(found, key=lambda observation: (observation.round, observation.client))
 
 
@@ -150,6 +148,8 @@ def save_truth(folder: Path | str, truth: GroundTruth) -> Path:
     """
     place = _place(Path(folder), truth.round, truth.client)
     tensors = {"images": truth.images, "labels": truth.labels}
+    if truth.shown is not None:
+        tensors["shown"] = truth.shown
     write_bytes(place.with_suffix(".safetensors"), save(_portable(tensors)))
     document = {"format": 1, "round": truth.round, "client": truth.client, "sample_ids": truth.sample_ids}
     write_json(place.with_suffix(".json"), document)
@@ -165,7 +165,7 @@ def load_truths(folder: Path | str) -> list[GroundTruth]:
         If one is malformed, or there is none.
     """
     truths = []
-    for path in sorted(Path(folder).glob("round-*/client-*.json")):
+    for path in sorted(Path(folder).glob("round-*/*.json")):
         document = _parse(path, _TruthDocument)
         tensors = read_tensors(path.with_suffix(".safetensors"))
         images, labels = _images(path, tensors, None), tensors.get("labels")
@@ -173,9 +173,14 @@ def load_truths(folder: Path | str) -> list[GroundTruth]:
             raise DataError(f"{path}: labels must be int64 of shape ({len(images)},)")
         if len(document.sample_ids) != len(images):
             raise DataError(f"{path}: {len(document.sample_ids)} sample ids for {len(images)} images")
-        truths.append(GroundTruth(document.round, document.client, images, labels, document.sample_ids))
+        shown = tensors.get("shown")
+        if shown is not None:
+            _check_images(path, "shown", shown, tuple(images.shape[1:]))
+        truths.append(
+            GroundTruth(document.round, document.client, images, labels, document.sample_ids, shown)
+        )
     if not truths:
-        raise DataError(f"no truth in {folder}: expected round-*/client-*.json")
+        raise DataError(f"no truth in {folder}: expected round-*/*.json")
     return sorted(truths, key=lambda truth: (truth.round, truth.client))
 
 
@@ -203,7 +208,8 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
         raise DataError(
             f"{path}: the scenario's model must state classes, channels, image_size and activation"
         )
-    scenario = Scenario(model, document.scenario.training, document.scenario.compression)
+    agreed = document.scenario
+    scenario = Scenario(model, agreed.training, agreed.compression, agreed.defense)
     weights = _read_once(path.parent / document.weights, shared)
     for name, tensor in weights.items():
         _check_finite(path.parent / document.weights, name, tensor)
@@ -266,12 +272,15 @@ def _checked_update(
 
 
 def _images(path: Path, tensors: Mapping[str, Tensor], shape: tuple[int, int, int] | None) -> Tensor:
-    images = tensors.get("images")
+    return _check_images(path, "images", tensors.get("images"), shape)
+
+
+def _check_images(path: Path, name: str, images: Tensor | None, shape: tuple[int, ...] | None) -> Tensor:
     if images is None or images.dtype != torch.float32 or images.ndim != 4:
-        raise DataError(f"{path}: 'images' must be float32 of shape (N, C, H, W)")
+        raise DataError(f"{path}: {name!r} must be float32 of shape (N, C, H, W)")
     if shape is not None and tuple(images.shape[1:]) != shape:
-        raise DataError(f"{path}: images of {tuple(images.shape[1:])}, but the model takes {shape}")
-    _check_finite(path, "images", images)
+        raise DataError(f"{path}: {name} of {tuple(images.shape[1:])}, but the model takes {shape}")
+    _check_finite(path, name, images)
     if images.numel() and not 0 <= float(images.min()) <= float(images.max()) <= 1:
         raise DataError(f"{path}: pixels lie outside [0, 1]")
     return images
@@ -295,7 +304,8 @@ def _parse(path: Path, kind: type[Any]) -> Any:
 
 
 def _place(folder: Path, round_: int, client: int) -> Path:
-    return folder / f"round-{round_:04d}" / f"client-{client:05d}"
+    who = observation_name(round_, client).removeprefix(f"round-{round_:04d}-")
+    return folder / f"round-{round_:04d}" / who
 
 
 def _read_once(path: Path, shared: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:

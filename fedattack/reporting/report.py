@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from fedattack.observation import Reconstruction
+from fedattack.observation import Reconstruction, observation_name
 from fedattack.reporting import figures, formats, verdicts, views
 from fedattack.reporting.observation_store import safe_name
 from fedattack.reporting.records import write_records, write_summary
@@ -81,7 +81,7 @@ def write_results(
         _write_images(folder, result)
     pictures = _attack_pictures(folder, results)
     page = (
-        _environment()
+        environment()
         .from_string(REPORT)
         .render(
             title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
@@ -126,7 +126,8 @@ def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstr
             write_bytes(folder.images / safe_name(attack) / f"{safe_name(key)}.png", _png(row))
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where pages are rendered: escaping on, unknown names refused, figures formatted as everywhere."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -212,7 +213,7 @@ def _write_images(folder: RunFolder, result: AuditResult) -> None:
         for record, image in zip(result.records[:_IMAGES], images, strict=False):
             if torch.isnan(image).any():
                 continue
-            stem = f"round-{record['round']:04d}-client-{record['client']:05d}-{record['image']}"
+            stem = f"{observation_name(record['round'], record['client'])}-{record['image']}"
             write_bytes(place / f"{stem}-{name.replace(' ', '-').replace('/', '-')}.png", _png(image))
 
 
@@ -282,4 +283,4 @@ def _federation(
     }
 
 
-__all__ = ["write_answers", "write_results"]
+__all__ = ["environment", "write_answers", "write_results"]

@@ -14,6 +14,9 @@ from fedattack.metrics import Interval, bootstrap_mean
 Family = Literal["reconstruction", "membership", "unlearning"]
 Level = Literal["leak", "partial", "none", "undecided", "failed"]
 
+SHOWN = "shown to the model"
+"""Panel of what a defence made of the private images."""
+
 HEADLINES: dict[Family, dict[Level, str]] = {
     "reconstruction": {
         "leak": "private images recovered",

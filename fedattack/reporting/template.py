@@ -5,15 +5,7 @@ It is Python, not a file of its own, because Flower packs no other kind of file 
 
 from __future__ import annotations
 
-REPORT = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
-<style>
+STYLE = """\
 :root { --ink: #1c1e21; --soft: #5a6068; --paper: #ffffff; --panel: #f5f6f7; --line: #d9dce0; --link: #0b5cad;
   --leak: #b3261e; --partial: #9a5b00; --none: #19703d; --undecided: #5a6068; --failed: #5a6068; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #a4abb3; --paper: #15181b; --panel: #1f2327;
@@ -53,6 +45,22 @@ pre { background: var(--panel); border: 1px solid var(--line); padding: .7rem .9
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--link); }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } figure, .verdict, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; } .scroll { overflow: visible; } }
+"""
+"""What every page looks like."""
+
+REPORT = (
+    """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>
+"""
+    + STYLE
+    + """\
 </style>
 </head>
 <body>
@@ -197,3 +205,46 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: var(--link); }
 </body>
 </html>
 """
+)
+
+SWEEP = (
+    """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>fedattack sweep</title>
+<style>
+"""
+    + STYLE
+    + """\
+td.leak, td.partial, td.none { color: var(--c); font-weight: 600; }
+a { color: var(--link); }
+</style>
+</head>
+<body>
+<h1>What leaks, and what protection costs</h1>
+<p class="soft">{{ summary }}</p>
+{% for p in pictures %}
+<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.data }}"><figcaption>{{ p.caption }}</figcaption></figure>
+{% endfor %}
+<h2>Every run</h2>
+<div class="scroll"><table>
+<tr>{% for name in columns %}<th class="words">{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}
+<tr>{% for cell in row.labels %}<td class="words">{{ cell }}</td>{% endfor %}<td class="words {{ row.level }}">{% if row.link %}<a href="{{ row.link }}">{{ row.outcome }}</a>{% else %}{{ row.outcome }}{% endif %}</td>{% for cell in row.figures %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% if reasons %}
+<h2>What was not run</h2>
+<dl>{% for cell, reason in reasons %}<dt>{{ cell }}</dt><dd>{{ reason }}</dd>{% endfor %}</dl>
+{% endif %}
+<h2>How to repeat</h2>
+<pre>{{ command }}</pre>
+<p class="soft">fedattack {{ version }}. The table is in cells.csv and cells.parquet, the figures are in figures, each run in its folder below cells. Intervals: 95 %, leakage over the victims of the run, accuracy over its held-out samples. The floor is the best guess without the update; only what lies above it is leakage. Epsilon is that of the worst client.</p>
+</body>
+</html>
+"""
+)

@@ -27,6 +27,8 @@ def subtitle(config: Config) -> str:
     kept = "uncompressed" if c.compression.name == "none" else f"{c.compression.name}"
     if c.compression.name in ("topk", "randomk", "dgc"):
         kept += f" keeping {formats.rate(c.compression.rate)}"
+    if c.defense.names:
+        kept += f", {', '.join(c.defense.names)}"
     rounds = f"{c.federation.rounds} round{'s' if c.federation.rounds != 1 else ''}"
     return (
         f"{c.federation.clients} clients, {rounds} of {c.federation.strategy} ({c.training.protocol}, batch "
@@ -56,6 +58,8 @@ def attack_view(result: AuditResult) -> dict[str, Any]:
                 "ssim": s["metrics"]["ssim"],
             }
         ]
+        if s["shown"]["psnr"]["count"]:
+            rows.append({"name": "the same, against what the model was shown", "main": False, **s["shown"]})
         order = sorted(s["floors"], key=lambda name: -(s["floors"][name]["psnr"]["mean"] or 0.0))
         rows += [{"name": f"floor: {name}", "main": False, **s["floors"][name]} for name in order]
         if s["control"]["psnr"]["count"]:
@@ -96,6 +100,7 @@ def seen_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
             ("Model", f"{model['name']}, {model['classes']:,} classes, {model['activation']}, weights known"),
             ("Update", f"{kind}{local if training['protocol'] == 'fedavg' else ''}"),
             ("Batch", f"{batch} image{'s' if batch != '1' else ''}, {s['pixels']:,} pixel values each"),
+            ("Defences", _defenses(scenario["defense"])),
             ("Compression", _compression(compression)),
             (
                 "Sent (k)",
@@ -145,7 +150,7 @@ def images_table(result: AuditResult) -> dict[str, Any] | None:
         rows.append(
             [
                 row["round"],
-                row["client"],
+                formats.seat(row["client"]).removeprefix("client "),
                 row["image"],
                 row["sample"],
                 formats.decimal(row.get("psnr")),
@@ -234,6 +239,15 @@ def _remarks(result: AuditResult) -> str:
     return text[0].upper() + text[1:] + "." if not text.startswith(result.attack) else text + "."
 
 
+def _defenses(settings: Mapping[str, Any]) -> str:
+    names = []
+    for name in settings["names"]:
+        chosen = settings["shared_options"] | settings["options"].get(name, {})
+        told = ", ".join(f"{option} {value}" for option, value in chosen.items())
+        names.append(f"{name} ({told})" if told else name)
+    return "; ".join(names) or "none"
+
+
 def _compression(settings: Mapping[str, Any]) -> str:
     name = settings["name"]
     if name in ("topk", "randomk", "dgc"):
@@ -241,6 +255,8 @@ def _compression(settings: Mapping[str, Any]) -> str:
             f"{name}, {formats.rate(settings['rate'])} of all entries, chosen per {settings['scope']} scope"
         )
         text = text.replace("per global scope", "over all layers").replace("per layer scope", "in each layer")
+    elif name == "topk-qsgd":
+        text = f"{settings['rate']:.2%} top-k with {settings['levels']} levels per sign"
     elif name == "qsgd":
         text = f"qsgd with {settings['levels']} levels per sign"
     else:

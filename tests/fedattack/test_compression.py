@@ -11,6 +11,7 @@ from fedattack.compression import (
     Dense,
     Memory,
     Quantised,
+    QuantisedSparse,
     Signs,
     Sparse,
     build_compressor,
@@ -186,7 +187,22 @@ def test_qsgd_of_zeros_and_of_a_lone_entry():
     assert np.count_nonzero(packet.steps) == 1
 
 
-@pytest.mark.parametrize("name", ["topk", "randomk", "sign", "qsgd"])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_quantised_topk_rounds_the_values_of_topk(scope):
+    update = draw(5)
+    kept, _ = make("topk", rate=0.05, scope=scope).compress(update, Memory(), 1, rng())
+    rounded, _ = make("topk-qsgd", rate=0.05, scope=scope).compress(update, Memory(), 1, rng())
+    np.testing.assert_array_equal(rounded.indices, kept.indices)
+    sparse = rounded.sparse(SIZES)
+    for low, high in np.searchsorted(kept.indices, np.cumsum([0, *SIZES])).repeat(2)[1:-1].reshape(-1, 2):
+        if high > low:
+            scale = np.abs(kept.values[low:high]).max()
+            error = np.abs(sparse.values[low:high] - kept.values[low:high])
+            assert error.max() <= scale / 127 * (1 + 1e-5)
+    assert np.abs(sparse.values - kept.values).max() > 0
+
+
+@pytest.mark.parametrize("name", ["topk", "randomk", "sign", "qsgd", "topk-qsgd"])
 def test_error_feedback_loses_nothing(name):
     """What was sent plus what is left is the sum of all updates."""
     compressor = make(name, rate=0.05, levels=15, error_feedback=True)
@@ -283,7 +299,7 @@ def test_none_sends_everything_and_remembers_nothing():
     np.testing.assert_array_equal(packet.dense(SIZES), flat(draw(1)))
 
 
-@pytest.mark.parametrize("name", ["none", "topk", "randomk", "sign", "qsgd", "dgc"])
+@pytest.mark.parametrize("name", ["none", "topk", "randomk", "sign", "qsgd", "topk-qsgd", "dgc"])
 def test_same_bits_with_one_and_two_threads(name):
     shapes = [(300_001,), (17, 1000)]
     config = CompressionConfig(
@@ -310,7 +326,13 @@ def test_same_bits_with_one_and_two_threads(name):
 
 
 def test_every_registered_compressor_says_its_codec():
-    forms = {"dense": Dense, "sparse": Sparse, "signs": Signs, "quantised": Quantised}
+    forms = {
+        "dense": Dense,
+        "sparse": Sparse,
+        "signs": Signs,
+        "quantised": Quantised,
+        "quantised-sparse": QuantisedSparse,
+    }
     for name in COMPRESSORS.names():
         packet, _ = make(name).compress(draw(0), Memory(), 1, rng())
         assert isinstance(packet, forms[COMPRESSORS.get(name).codec])

@@ -11,7 +11,17 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from fedattack.compression import Dense, Memory, Quantised, Signs, Sparse, build_compressor, decode, encode
+from fedattack.compression import (
+    Dense,
+    Memory,
+    Quantised,
+    QuantisedSparse,
+    Signs,
+    Sparse,
+    build_compressor,
+    decode,
+    encode,
+)
 from fedattack.compression.carrier import STYPE, from_array, to_array
 from fedattack.compression.coding import (
     pack_fields,
@@ -38,6 +48,8 @@ SETTINGS = {
     "qsgd": {"name": "qsgd"},
     "qsgd-l2": {"name": "qsgd", "levels": 5, "norm": "l2"},
     "qsgd-ternary": {"name": "qsgd", "levels": 1},
+    "topk-qsgd": {"name": "topk-qsgd", "rate": 0.05},
+    "topk-qsgd-layer": {"name": "topk-qsgd", "rate": 0.1, "scope": "layer", "levels": 5, "norm": "l2"},
     "dgc": {"name": "dgc", "rate": 0.01, "warmup_rounds": 3},
 }
 
@@ -71,7 +83,7 @@ def test_round_trip_is_exact(key):
     assert update.values.dtype == torch.float32
     dense = torch.cat([update.dense()[name].reshape(-1) for name in NAMES]).numpy()
     assert dense.tobytes() == packet.dense(SIZES).tobytes()
-    if isinstance(packet, Sparse):
+    if isinstance(packet, Sparse | QuantisedSparse):
         assert update.indices is not None
         np.testing.assert_array_equal(update.indices.numpy(), packet.indices)
     else:
@@ -134,6 +146,8 @@ def test_bytes_of_the_other_codecs():
     assert len(encode(sample("none")[1])) == HEADER_BYTES + 4 * NUMEL
     assert len(encode(sample("sign")[1])) == HEADER_BYTES + 4 * 3 + -(-NUMEL // 8)
     assert len(encode(sample("qsgd")[1])) == HEADER_BYTES + 4 * 3 + 8 * -(-NUMEL // 8)
+    positions = positions_size(NUMEL, 45)
+    assert len(encode(sample("topk-qsgd")[1])) == HEADER_BYTES + positions + 4 * 3 + 8 * -(-45 // 8)
     assert len(encode(sample("qsgd-ternary")[1])) == HEADER_BYTES + 4 * 3 + 2 * -(-NUMEL // 8)
 
 
@@ -296,7 +310,8 @@ def test_fuzz(key):
                 assert (update.indices.diff() > 0).all()
                 assert update.indices[0] >= 0
                 assert update.indices[-1] < NUMEL
-                assert encode(Sparse(update.indices.numpy(), update.values.numpy(), NUMEL)) == payload
+                if isinstance(packet, Sparse):
+                    assert encode(Sparse(update.indices.numpy(), update.values.numpy(), NUMEL)) == payload
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -306,7 +321,7 @@ def test_fuzz(key):
 
 
 def test_every_truncation_is_rejected():
-    for key in ("topk", "sign", "qsgd-l2"):
+    for key in ("topk", "sign", "qsgd-l2", "topk-qsgd"):
         config, packet = sample(key)
         payload = encode(packet)
         for length in range(len(payload)):

@@ -1,0 +1,154 @@
+"""The defences of a run, in their order: built once, applied by each client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedattack.config import DefenseConfig, ModelConfig
+from fedattack.defenses.base import Defense
+from fedattack.errors import ConfigError, unknown_name
+from fedattack.observation import Scenario
+from fedattack.registry import Registry, build_plugin, plugin_options
+from fedattack.rng import torch_rng
+from fedattack.training import GradientStep, batch_gradient
+
+DEFENSES: Registry[type[Defense]] = Registry(
+    "defence",
+    {
+        "clip-noise": "fedattack.defenses.clip_noise:ClipNoise",
+        "prune": "fedattack.defenses.prune:Prune",
+        "soteria": "fedattack.defenses.soteria:Soteria",
+        "precode": "fedattack.defenses.precode:Precode",
+        "transform": "fedattack.defenses.transform:Transform",
+        "secure-aggregation": "fedattack.defenses.secure_aggregation:SecureAggregation",
+    },
+    group="fedattack.defenses",
+)
+
+_UNUSED = torch.Generator()
+
+
+def build_defenses(config: DefenseConfig) -> dict[str, Defense]:
+    """The configured defences by name, in their order.
+
+    Raises
+    ------
+    ConfigError
+        If a name or a parameter is unknown or malformed, parameters are given without the defence, or a defence
+        would undo what an earlier one did.
+    """
+    classes = {name: DEFENSES.get(name) for name in config.names}
+    for name in config.options:
+        if name not in classes:
+            if name not in DEFENSES:
+                raise unknown_name("defence", name, DEFENSES.names())
+            raise ConfigError(f"parameters of defence {name!r} are set, but it is not in 'defense.names'")
+    known = {option for cls in classes.values() for option in plugin_options(cls)}
+    for option in config.shared_options:
+        if option not in known:
+            raise unknown_name("setting", f"defense.{option}", [f"defense.{one}" for one in known])
+    built = {
+        name: build_plugin(cls, name, config.options.get(name, {}), config.shared_options, "defense.")
+        for name, cls in classes.items()
+    }
+    _check_order(built)
+    return built
+
+
+def _check_order(defenses: dict[str, Defense]) -> None:
+    earlier: list[str] = []
+    for name, defense in defenses.items():
+        if defense.replaces_gradient and earlier:
+            raise ConfigError(
+                f"setting 'defense.names' = {', '.join(defenses)}: {name} computes the gradient anew and would undo "
+                f"{' and '.join(earlier)}; name it first"
+            )
+        if type(defense).gradient is not Defense.gradient:
+            earlier.append(name)
+
+
+def defended_model(model: ModelConfig, config: DefenseConfig) -> ModelConfig:
+    """The resolved model as the defences change it; public."""
+    for defense in build_defenses(config).values():
+        model = defense.model(model)
+    return model
+
+
+def hides_clients(config: DefenseConfig) -> bool:
+    """Whether the server sees nothing but sums over all clients."""
+    return any(defense.aggregates for defense in build_defenses(config).values())
+
+
+def check_defenses(scenario: Scenario) -> None:
+    """Refuse a scenario that a configured defence cannot apply to.
+
+    Raises
+    ------
+    NotApplicable
+    """
+    for defense in build_defenses(scenario.defense).values():
+        defense.check(scenario)
+
+
+class ClientDefenses:
+    """What one client does in one round.
+
+    A pure function of its arguments, so that the auditor can recompute what the model was shown.
+
+    Parameters
+    ----------
+    defenses : sequence of Defense
+    seed, round, client : int
+        Key of the random streams.
+    """
+
+    def __init__(self, defenses: Sequence[Defense], seed: int, round: int, client: int) -> None:
+        self._defenses = tuple(defenses)
+        self._generators = [
+            torch_rng(seed, "defense", round, client, place) if defense.draws else _UNUSED
+            for place, defense in enumerate(self._defenses)
+        ]
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the model sees other images than the private ones."""
+        return any(defense.transforms for defense in self._defenses)
+
+    def images(self, images: Tensor) -> Tensor:
+        """What the model is shown, float32 (n, C, H, W) in [0, 1]; call it once, before the rest."""
+        for defense, generator in zip(self._defenses, self._generators, strict=True):
+            images = defense.images(images, generator)
+        return images
+
+    @property
+    def gradient(self) -> GradientStep:
+        """How one batch's loss and gradient are computed."""
+        step: GradientStep = batch_gradient
+        for defense, generator in zip(self._defenses, self._generators, strict=True):
+            if type(defense).gradient is not Defense.gradient:
+                step = _wrapped(defense.gradient, step, generator)
+        return step
+
+    def update(self, update: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is handed to the compressor; call it once, after training."""
+        for defense, generator in zip(self._defenses, self._generators, strict=True):
+            update = defense.update(update, generator)
+        return update
+
+
+def _wrapped(hook: Callable[..., object], inner: GradientStep, generator: torch.Generator) -> GradientStep:
+    return partial(hook, inner=inner, generator=generator)  # type: ignore[return-value]
+
+
+__all__ = [
+    "DEFENSES",
+    "ClientDefenses",
+    "build_defenses",
+    "check_defenses",
+    "defended_model",
+    "hides_clients",
+]
