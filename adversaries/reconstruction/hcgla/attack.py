@@ -345,7 +345,6 @@ class _Run:
                 self._device,
                 told,
                 transform,
-                self._observations[0].auxiliary,
             )
             found |= {position: (one, settings) for position, one in zip(members, matches, strict=True)}
         return found

@@ -32,14 +32,16 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.reconstruction import closed_form
+from adversaries.reconstruction.hcgla.carried import LocalSteps
 from adversaries.reconstruction.hcgla.least_squares import Anchor, Problem, State
-from adversaries.reconstruction.hcgla.measurements import read_update
+from adversaries.reconstruction.hcgla.measurements import PLAIN, Measurements, read_update
 from adversaries.reconstruction.priors import GaussianPrior
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Scenario, Update
@@ -227,10 +229,22 @@ def default_modes(size: int, batch: int) -> int:
     return min(size, max(4096 // batch, round(size / (1 + batch / 4))))
 
 
-def default_schedule(measurements: int, unknowns: int, batch: int) -> tuple[float, ...]:
+Kind = Literal["exact", "rounded", "carried", "stepped"]
+"""Of an update: entries of one gradient; the same, quantised; with residuals of earlier rounds; of several steps."""
+
+_SCHEDULES: dict[Kind, tuple[float, ...]] = {
+    "exact": (1.0, 0.1, 0.01, 3e-4, 1e-5),
+    "rounded": (1.0, 0.3, 0.1, 0.03, 0.01),
+    "carried": (1.0, 0.1, 0.01, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5),
+    "stepped": (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4),
+}
+"""For one image with more measurements than unknowns."""
+
+
+def default_schedule(measurements: int, unknowns: int, batch: int, kind: Kind = "exact") -> tuple[float, ...]:
     """Falling values of s: fast where measurements outnumber unknowns, gentle elsewhere and for batches."""
     if batch == 1 and measurements >= unknowns:
-        return (1.0, 0.1, 0.01, 0.001)
+        return _SCHEDULES[kind]
     if batch == 1:
         return (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
     return (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
@@ -243,13 +257,14 @@ def solve(
     settings: GaussNewtonSettings | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
+    steps: LocalSteps | None = None,
 ) -> GaussNewtonResult:
     """Reconstruct a batch from one observation.
 
     Parameters
     ----------
     observation : Observation
-        Read: global weights, update, scenario.
+        Read: global weights, update, scenario; its update as a (mean) gradient.
     labels : Tensor
         int64 (B,): the inferred labels, distinct.
     prior : GaussianPrior
@@ -257,6 +272,8 @@ def solve(
     settings : GaussNewtonSettings, optional
     device : torch.device or str
     progress : Progress
+    steps : LocalSteps, optional
+        What the update carries beside one gradient; None: nothing.
 
     Returns
     -------
@@ -277,7 +294,13 @@ def solve(
         labels=labels,
     )
     chain = closed_form.describe(observation.scenario.model)
-    measured = read_update(chain, observation, labels, settings.weight_floor, settings.head_entries)
+
+    def read(images: Tensor) -> Measurements:
+        reading = PLAIN if steps is None else steps.reading(images)
+        return read_update(chain, observation, labels, settings.weight_floor, settings.head_entries, reading)
+
+    mean = prior.mean.reshape(1, *prior.image_shape).expand(len(labels), -1, -1, -1)
+    measured = read(mean)
     batch = len(labels)
     most = min(settings.modes or prior.size, prior.size)
     few = most if settings.modes else default_modes(prior.size, batch)
@@ -288,11 +311,14 @@ def solve(
         prior.mean,
         prior.factor(None if few == prior.size else most),
         settings.feature_noise,
-        least_feature_noise=0.001 if batch == 1 else 0.003,
+        least_feature_noise=0.00001 if batch == 1 else 0.003,
         chunk=settings.chunk,
         device=torch.device(device),
+        reread=read if steps is not None and steps.several else None,
     )
-    schedule = settings.schedule or default_schedule(measured.count, batch * most, batch)
+    schedule = settings.schedule or default_schedule(
+        measured.count, batch * most, batch, _kind(problem, steps)
+    )
     levels = [(s, few if s >= settings.all_modes_below else most) for s in schedule]
     path = _anneal(problem, levels, settings, progress)
     details: dict[str, object] = {
@@ -309,6 +335,14 @@ def solve(
     return GaussNewtonResult(
         images, path.certificate, path.explained, len(path.history), path.history, details
     )
+
+
+def _kind(problem: Problem, steps: LocalSteps | None) -> Kind:
+    if problem.rereads:
+        return "stepped"
+    if not problem.exact:
+        return "rounded"
+    return "carried" if steps is not None and steps.carries else "exact"
 
 
 @dataclass
@@ -328,12 +362,13 @@ def _anneal(
     """Lower s (and raise the number of modes) along `levels` while the certificate holds."""
     z = torch.zeros(problem.batch, levels[0][1], dtype=torch.float64, device=problem.device)
     anchor = problem.anchor(problem.evaluate(z, levels[0][0], problem.anchor()))
+    last_steps = settings.steps if problem.rereads else settings.last_steps
     path = _Path(z)
     for level, (s, modes) in enumerate(levels):
         progress(level / len(levels), f"s = {s:g}")
         last = level == len(levels) - 1
         z = torch.nn.functional.pad(z, (0, modes - z.shape[1]))
-        for _ in range(settings.last_steps if last else settings.steps):
+        for _ in range(last_steps if last else settings.steps):
             before = problem.evaluate(z, s, anchor)
             after = _descend(problem, before, s, anchor, settings.halvings)
             z, anchor = after.z, problem.anchor(after)
@@ -368,10 +403,16 @@ def _step(state: State, per_image: list[Tensor], joint: Tensor, double: bool) ->
 def _descend(problem: Problem, state: State, s: float, anchor: Anchor, halvings: int) -> State:
     """One Gauss-Newton step, halved until the objective falls; the old state where it never does."""
     step = _step(state, *problem.jacobian(state), double=s < DOUBLE_BELOW)
+    measured = problem.measured
     for halving in range(halvings + 1):
-        candidate = problem.evaluate(state.z + step / 2**halving, s, anchor)
+        z = state.z + step / 2**halving
+        if problem.rereads:
+            problem.read(z)
+            anchor = problem.anchor(state)
+        candidate = problem.evaluate(z, s, anchor)
         if candidate.objective < state.objective:
             return candidate
+    problem.measured = measured
     return state
 
 

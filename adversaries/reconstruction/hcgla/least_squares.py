@@ -8,6 +8,7 @@ and, for batches, of the head's other rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,8 @@ class Problem:
     chunk : int
         Directions differentiated at once.
     device : torch.device
+    reread : callable, optional
+        Images (B, C, H, W) -> measurements, where these depend on the images; `measured` are those at the mean.
     """
 
     def __init__(
@@ -122,8 +125,10 @@ class Problem:
         least_feature_noise: float,
         chunk: int,
         device: torch.device,
+        reread: Callable[[Tensor], Measurements] | None = None,
     ) -> None:
         self.chain, self.measured = chain, measured.to(device)
+        self._reread = reread
         self.mean, self.factor, self.factor32 = (
             mean.to(device),
             factor.to(device),
@@ -134,6 +139,18 @@ class Problem:
         self.feature_noise, self.least_feature_noise = feature_noise, least_feature_noise
         self.chunk, self.device = chunk, device
         self.batch = len(measured.labels)
+        # Where they were not rounded, features and probabilities are taken from the update as they were sent.
+        self.exact = not measured.row_noise
+
+    @property
+    def rereads(self) -> bool:
+        """Whether the measurements depend on the images."""
+        return self._reread is not None
+
+    def read(self, z: Tensor) -> None:
+        """Take the measurements for what they are if z is right."""
+        if self._reread is not None:
+            self.measured = self._reread(self.images(z)).to(self.device)
 
     def anchor(self, state: State | None = None) -> Anchor:
         """Features from the label rows, less what the other images of a batch leak into them by `state`."""
@@ -150,11 +167,14 @@ class Problem:
             sent = m.bias_values[m.bias_rows == label]
             if sent.numel():
                 residual[sample] = sent[0] - other_biases[sample]
-        h = ((m.row_values - other_rows) / residual).clamp(1e-7, 1 - 1e-7)
+        noise = (m.row_noise + m.bias_noise) / residual.abs()
+        edge = (0.5 * noise).clamp(1e-7, 0.4)
+        h = ((m.row_values - other_rows) / residual).clamp(edge, 1 - edge)
         bound = (m.row_bound / residual.abs()).expand_as(h)
-        caps = torch.where(bound < 1, torch.logit(bound.clamp(max=1 - 1e-7)), math.inf)
+        caps = torch.where(bound < 1, torch.logit(bound.clamp(1e-7, 1 - 1e-7)), math.inf)
         # d logit(h) = dh / (h (1 - h)), and h, a quotient of two rounded numbers, is off by about 1.5 roundings.
-        return Anchor(m.row_known, torch.logit(h), caps, 1.5 * m.precision / (1 - h))
+        rounding = (1.5 * m.precision + noise / h) / (1 - h)
+        return Anchor(m.row_known, torch.logit(h), caps, rounding)
 
     def images(self, z: Tensor) -> Tensor:
         """(B, C, H, W) of z (B, modes)."""
@@ -165,7 +185,9 @@ class Problem:
         m, chain = self.measured, self.chain
         forward = closed_form.run_forward(chain, self.weights, self.images(z))
         top = forward.outputs[-1].flatten(1)
-        held = torch.where(anchor.known, anchor.logits, torch.minimum(top, anchor.caps))
+        held = torch.minimum(top, torch.where(anchor.known, math.inf, anchor.caps))
+        if self.exact:
+            held = torch.where(anchor.known, anchor.logits, held)
         features = torch.sigmoid(held)
         logits = features @ self.weights["head.weight"].T + self.weights["head.bias"]
         log_softmax = logits.log_softmax(1)
@@ -190,7 +212,7 @@ class Problem:
             forward=forward,
             delta=delta,
             held=held,
-            moving=~anchor.known & (top < anchor.caps),
+            moving=(~anchor.known & (top < anchor.caps)) | (anchor.known & (not self.exact)),
             active=anchor.known | (over > 0),
             softmax=log_softmax.exp(),
             probabilities=probabilities,
@@ -198,19 +220,25 @@ class Problem:
             feature_residual=torch.where(anchor.known, top - anchor.logits, over),
             feature_noise=feature_noise,
             joint_residual=torch.cat([predicted - m.conv_values, bias_residual, entries - m.head_values]),
-            joint_noise=torch.cat([conv_noise, bias_noise, torch.full_like(entries, s * m.head_scale)]),
+            joint_noise=torch.cat(
+                [
+                    conv_noise,
+                    bias_noise,
+                    torch.full_like(entries, math.hypot(s * m.head_scale, m.row_noise)),
+                ]
+            ),
         )
 
     def _with_sent_biases(self, softmax: Tensor) -> Tensor:
         """For one image the bias gradient is the softmax itself: take what was sent, scale and cap the rest."""
         m = self.measured
-        if self.batch > 1 or not len(m.bias_values):
+        if not self.exact or self.batch > 1 or not len(m.bias_values):
             return softmax
         sent = m.bias_values + (m.bias_rows == m.labels[0])
         rest = softmax.clone()
         rest[0, m.bias_rows] = 0
         rest *= (1 - sent.sum()).clamp(min=0) / rest.sum().clamp(min=1e-30)
-        rest = rest.clamp(max=m.bias_bound)
+        rest = torch.minimum(rest, m.bias_bound)
         rest[0, m.bias_rows] = sent.clamp(min=0)
         return rest
 
@@ -220,11 +248,13 @@ class Problem:
         own = (m.bias_rows[:, None] == m.labels).to(log_softmax.dtype).sum(1)
         if self.batch > 1:
             predicted = log_softmax.exp()[:, m.bias_rows].sum(0) - own
-            return predicted - m.bias_values, torch.full_like(predicted, s * m.bias_scale)
+            noise = math.hypot(s * m.bias_scale, m.bias_noise)
+            return predicted - m.bias_values, torch.full_like(predicted, noise)
         # The label's entry is p - 1: a small p is lost in rounding.
         sent = (m.bias_values + own).clamp(min=1e-6)
         residual = log_softmax[0, m.bias_rows] - sent.log()
-        return torch.where(sent > 1e-4, residual, 0.0), (s * m.bias_scale / sent).clamp(min=least)
+        blurred = (s * m.bias_scale / sent).clamp(min=least)
+        return torch.where(sent > 1e-4, residual, 0.0), (blurred**2 + (m.bias_noise / sent) ** 2).sqrt()
 
     def jacobian(self, state: State) -> tuple[list[Tensor], Tensor]:
         """Derivatives of the residuals by z, divided by their noise; transposed, float32.
@@ -321,12 +351,12 @@ class _OneImage:
         features = shift * self.slope
         logits = features @ self.weight.T
         relative = logits - (logits @ self.softmax)[:, None]
-        if self.problem.batch == 1:
+        if self.problem.batch == 1 and self.problem.exact:
             biases = relative[:, self.bias_at]
             moved = (logits - (logits @ self.unsent)[:, None]) * self.free
         else:
             moved = relative * self.softmax
-            biases = moved[:, self.bias_at]
+            biases = relative[:, self.bias_at] if self.problem.batch == 1 else moved[:, self.bias_at]
         last = (moved @ self.weight) * self.slope + self.vector * self.bend * shift
         entries = moved[:, self.head_at] * self.head_features + features[:, m.head_cols] * self.head_residual
         return last, biases, entries

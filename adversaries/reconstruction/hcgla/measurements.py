@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,35 @@ import torch
 from torch import Tensor
 
 from adversaries.reconstruction.closed_form import Chain
-from fedattack.observation import Observation
+from fedattack.observation import Observation, Update
 
-BOUNDING = ("topk", "dgc")
+BOUNDING = ("topk", "topk-qsgd", "dgc")
 """Compressors under which no unsent entry is larger than the smallest sent one."""
+
+ROUNDING = ("qsgd", "topk-qsgd")
+"""Compressors that round stochastically to whole steps of a tensor's scale."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an update has to do with the gradient it is read as: ``sent = scale * gradient + offset``, but for noise.
+
+    Attributes
+    ----------
+    scale : float
+        Not 1 where local steps shrink or (momentum) stretch the mean gradient.
+    offset : Tensor or None
+        float64 (numel,): residuals of earlier rounds and what local steps add; None: nothing.
+    rounding : float
+        Standard deviation of rounding errors that do not depend on the entry's size: those of a weight delta.
+    """
+
+    scale: float = 1.0
+    offset: Tensor | None = None
+    rounding: float = 0.0
+
+
+PLAIN = Reading()
 
 
 @dataclass(frozen=True)
@@ -29,7 +55,7 @@ class Measurements:
     conv_positions : Tensor
         int64 (m,): kept entries in the concatenation of the chain's kernels and biases.
     conv_values, conv_scales, conv_rounding : Tensor
-        float64 (m,): their values, the scale of their errors at s = 1, and what the number format adds to it.
+        float64 (m,): their values, the scale of their errors at s = 1, and what rounding adds to it.
     row_values : Tensor
         float64 (B, F): gradient of each label's row of the head.
     row_known : Tensor
@@ -41,10 +67,14 @@ class Measurements:
         single image, whose rows are all multiples of one.
     bias_scale, head_scale : float
         Scale of the errors of `bias_values` and `head_values` at s = 1.
-    bias_bound, row_bound : float
-        No unsent entry of the head's bias and weight gradient is larger; inf where nothing is known.
+    bias_bound : Tensor
+        float64 (classes,): no unsent entry of the head's bias gradient is larger; inf where nothing is known.
+    row_bound : Tensor
+        float64 (B, F): the same for the label rows' entries.
     precision : float
         Relative rounding error of the values as they were sent.
+    row_noise, bias_noise : float
+        Standard deviation of what quantisation adds to `row_values` (and `head_values`) and `bias_values`.
     """
 
     labels: Tensor
@@ -61,9 +91,11 @@ class Measurements:
     head_values: Tensor
     bias_scale: float
     head_scale: float
-    bias_bound: float
-    row_bound: float
+    bias_bound: Tensor
+    row_bound: Tensor
     precision: float
+    row_noise: float
+    bias_noise: float
 
     @property
     def count(self) -> int:
@@ -80,7 +112,12 @@ class Measurements:
 
 
 def read_update(
-    chain: Chain, observation: Observation, labels: Tensor, weight_floor: float, head_entries: int
+    chain: Chain,
+    observation: Observation,
+    labels: Tensor,
+    weight_floor: float,
+    head_entries: int,
+    reading: Reading = PLAIN,
 ) -> Measurements:
     """Sort the kept entries of an update by what they measure.
 
@@ -94,45 +131,58 @@ def read_update(
         Smallest scale of an error at s = 1, as a share of the root mean square of the kept entries of its kind.
     head_entries : int
         Off-label entries of the head to use at most.
+    reading : Reading
     """
-    update, batch, compression = observation.update, len(labels), observation.scenario.compression
-    bounding = update.indices is not None and compression.name in BOUNDING
+    received, batch, compression = observation.update, len(labels), observation.scenario.compression
+    bounding = received.indices is not None and compression.name in BOUNDING
+    sent = {name: values for name, _, _, values in received.layers()}
+    update = corrected(received, reading)
     tensors = {name: (positions, values.double()) for name, _, positions, values in update.layers()}
 
     def bound(name: str) -> float:
-        values = tensors[name][1] if compression.scope == "layer" else update.values
-        return float(values.abs().min()) if bounding and values.numel() else math.inf
+        values = sent[name] if compression.scope == "layer" else received.values
+        return float(values.abs().min()) / reading.scale if bounding and values.numel() else math.inf
+
+    def noise(name: str) -> float:
+        if compression.name not in ROUNDING or not sent[name].numel():
+            return 0.0
+        # Rounding up with chance f costs a variance of f (1 - f) steps squared: a sixth for f drawn evenly.
+        return float(sent[name].abs().max()) / compression.levels / math.sqrt(6) / reading.scale
 
     def scales(values: Tensor, bounds: Tensor) -> Tensor:
         # Where unsent entries are bounded by tau, sent ones are of its order: tau is the natural unit of an error.
         floor = weight_floor * root_mean_square(values)
         return torch.where(bounds.isfinite(), bounds, 0.0).clamp(min=floor)
 
-    positions, values, bounds, start = [], [], [], 0
+    positions, values, bounds, noises, start = [], [], [], [], 0
     for name in chain.names:
         at, kept = tensors[name]
         positions.append(at + start)
         values.append(kept)
         bounds.append(torch.full_like(kept, bound(name)))
+        noises.append(torch.full_like(kept, noise(name) + reading.rounding / reading.scale))
         start += math.prod(update.shapes[update.names.index(name)])
     conv_values = torch.cat(values)
-    precision = value_precision(update.values)
+    precision = value_precision(received.values)
 
     at, kept = tensors["head.weight"]
     kept = batch * kept
     rows, cols = at // chain.feature_count, at % chain.feature_count
     bias_rows, bias_values = tensors["head.bias"][0], batch * tensors["head.bias"][1]
-    row_values, row_known = _label_rows(chain, labels, rows, cols, kept, bias_rows, bias_values)
+    row_noise, bias_noise = batch * noise("head.weight"), batch * noise("head.bias")
+    fill = len(labels) == 1 and not bias_noise
+    row_values, row_known = _label_rows(chain, labels, rows, cols, kept, bias_rows, bias_values, fill)
     off_label = (~torch.isin(rows, labels)).nonzero()[:, 0]
-    largest = off_label[kept[off_label].abs().argsort(descending=True, stable=True)]
+    largest = off_label[sent["head.weight"][off_label].abs().argsort(descending=True, stable=True)]
     largest = largest[: head_entries if batch > 1 else 0]
     row_bound, bias_bound = batch * bound("head.weight"), batch * bound("head.bias")
+    bias_offsets, row_offsets = _head_offsets(chain, received, labels, reading)
     return Measurements(
         labels=labels,
         conv_positions=torch.cat(positions),
         conv_values=conv_values,
         conv_scales=scales(conv_values, torch.cat(bounds)),
-        conv_rounding=precision * (conv_values.abs() + root_mean_square(conv_values)),
+        conv_rounding=precision * (conv_values.abs() + root_mean_square(conv_values)) + torch.cat(noises),
         row_values=row_values,
         row_known=row_known,
         bias_rows=bias_rows,
@@ -142,10 +192,33 @@ def read_update(
         head_values=kept[largest],
         bias_scale=float(scales(bias_values, torch.tensor(bias_bound, dtype=torch.float64))),
         head_scale=float(scales(kept[largest], torch.tensor(row_bound, dtype=torch.float64))),
-        bias_bound=bias_bound,
-        row_bound=row_bound,
+        # An unsent entry lies within [-tau, tau]: p + offset from above, -|r| h + offset of a label's row from below.
+        bias_bound=(bias_bound - batch * bias_offsets).clamp(min=0),
+        row_bound=(row_bound + batch * row_offsets).clamp(min=0),
         precision=precision,
+        row_noise=row_noise,
+        bias_noise=bias_noise,
     )
+
+
+def corrected(update: Update, reading: Reading) -> Update:
+    """The update's entries as entries of the gradient."""
+    if reading.offset is None and reading.scale == 1.0:
+        return update
+    values = update.values.double()
+    if reading.offset is not None:
+        values = values - (reading.offset if update.indices is None else reading.offset[update.indices])
+    return dataclasses.replace(update, values=(values / reading.scale).float())
+
+
+def _head_offsets(chain: Chain, update: Update, labels: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """The reading's offset, as a gradient, in the head's bias (classes,) and in the labels' rows (B, F); float64."""
+    if reading.offset is None:
+        none = torch.zeros(chain.classes + len(labels) * chain.feature_count, dtype=torch.float64)
+        return none[: chain.classes], none[chain.classes :].reshape(len(labels), -1)
+    parts = dict(zip(update.names, (reading.offset / reading.scale).split(update.sizes), strict=True))
+    rows = parts["head.weight"].reshape(chain.classes, chain.feature_count)
+    return parts["head.bias"], rows[labels]
 
 
 def root_mean_square(values: Tensor) -> float:
@@ -170,11 +243,12 @@ def _label_rows(
     kept: Tensor,
     bias_rows: Tensor,
     bias_values: Tensor,
+    fill: bool,
 ) -> tuple[Tensor, Tensor]:
     """The head's rows of the labels, dense, and which entries are known.
 
-    For a single image every row is a multiple of the same features, so an entry missing from the label's row is
-    filled in from the row with the largest bias gradient that has it.
+    For a single image every row is a multiple of the same features, so under `fill` an entry missing from the
+    label's row is filled in from the row with the largest bias gradient that has it.
     """
     values = torch.zeros(len(labels), chain.feature_count, dtype=torch.float64)
     known = torch.zeros_like(values, dtype=torch.bool)
@@ -183,7 +257,7 @@ def _label_rows(
         values[sample, cols[mine]] = kept[mine]
         known[sample, cols[mine]] = True
     own_bias = bias_values[bias_rows == labels[0]]
-    if len(labels) == 1 and own_bias.numel() and not known.all():
+    if fill and own_bias.numel() and not known.all():
         for position in bias_values.abs().argsort(descending=True, stable=True).tolist():
             there = (rows == bias_rows[position]) & ~known[0, cols]
             values[0, cols[there]] = kept[there] / bias_values[position] * own_bias

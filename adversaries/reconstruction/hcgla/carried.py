@@ -1,0 +1,265 @@
+"""What an update carries beside one gradient: local steps, and residuals of earlier rounds.
+
+Both can be computed from a guess of the images, for the server knows everything else: the weights it sent, the
+agreed training, and which entries were sent. :class:`LocalSteps` answers, for a guess, how the update reads as entries
+of one gradient (*defect correction*: the simulated update minus the gradient's share is subtracted, and the guess is
+improved on what is left). :class:`Remembered` follows one client's memory from round to round (*peeling*: each
+round's reconstruction says what that round held back, which the next update carries).
+
+References
+----------
+Stetter, "The defect correction principle and discretization methods", Numer. Math. 1978 (the principle); Stich et al.,
+"Sparsified SGD with memory", NeurIPS 2018, and Lin et al., "Deep gradient compression", ICLR 2018 (the memories).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adversaries.reconstruction.hcgla.measurements import PLAIN, ROUNDING, Reading
+from fedattack.config import CompressionConfig, TrainingConfig
+from fedattack.errors import NotApplicable
+from fedattack.models import build_model
+from fedattack.observation import Observation, Scenario, Update
+from fedattack.training import local_update
+
+MAX_ORDERS = 24
+"""Orders of the local batches that are tried for one guess; each costs a simulation of the client."""
+
+Batches = list[NDArray[np.int64]]
+
+
+def remembers(compression: CompressionConfig) -> bool:
+    """Whether clients keep what they did not send for later rounds."""
+    return compression.name == "dgc" or (compression.error_feedback and compression.name != "none")
+
+
+def check_memory(scenario: Scenario) -> None:
+    """Refuse memories that cannot be followed.
+
+    Raises
+    ------
+    NotApplicable
+        If what was kept back cannot be told from what was sent.
+    """
+    compression = scenario.compression
+    if remembers(compression) and compression.name == "sign":
+        raise NotApplicable(
+            "compression.name = 'sign' with error feedback: the residuals hide the gradient; turn error_feedback off"
+        )
+
+
+def orders(training: TrainingConfig, samples: int) -> list[Batches]:
+    """Which of a client's `samples` may have been in each local step's batch.
+
+    The server knows the batch size and the number of distinct samples, not the draw: every assignment of samples to
+    steps is a candidate, and one only where all samples are in every step.
+
+    Raises
+    ------
+    NotApplicable
+        If samples are seen again in another batch (several epochs of several batches), or the orders are too many.
+    """
+    size, steps = training.batch_size, training.local_steps
+    if steps == 1 or size == 0 or samples <= size:
+        return [[np.arange(samples)] * steps]
+    if samples != steps * size:
+        raise NotApplicable(
+            f"training.local_steps = {steps} with training.batch_size = {size}: {samples} samples are drawn anew in "
+            "another epoch, and in which batches they meet is not known; use batch_size 0 or fewer local_steps"
+        )
+    count = math.factorial(samples) // math.factorial(size) ** steps
+    if count > MAX_ORDERS:
+        raise NotApplicable(
+            f"training.local_steps = {steps} with training.batch_size = {size}: {count:,} orders of the samples are "
+            f"possible, and at most {MAX_ORDERS} are tried; use fewer local_steps or batch_size 0"
+        )
+    return [[np.array(batch) for batch in order] for order in _assignments(tuple(range(samples)), size)]
+
+
+def _assignments(samples: tuple[int, ...], size: int) -> Iterator[list[tuple[int, ...]]]:
+    """Ordered partitions of `samples` into batches of `size`."""
+    if not samples:
+        yield []
+        return
+    for batch in itertools.combinations(samples, size):
+        rest = tuple(sample for sample in samples if sample not in batch)
+        for later in _assignments(rest, size):
+            yield [batch, *later]
+
+
+def mean_gradient(observation: Observation) -> Update:
+    """A received update as the mean gradient of its local steps, entry by entry; a gradient is one already."""
+    update, training = observation.update, observation.scenario.training
+    if update.kind == "gradient":
+        return update
+    values = -update.values / (training.learning_rate * training.local_steps)
+    return dataclasses.replace(update, values=values, kind="gradient")
+
+
+class LocalSteps:
+    """One client's local training, imitated on guesses of its images.
+
+    Parameters
+    ----------
+    received : Observation
+        As it came.
+    labels : Tensor
+        int64 (B,): the inferred labels.
+    carry : Tensor or None
+        float64 (numel,), in units of :func:`mean_gradient`: what earlier rounds held back.
+
+    Raises
+    ------
+    NotApplicable
+        See :func:`orders`.
+    """
+
+    def __init__(self, received: Observation, labels: Tensor, carry: Tensor | None = None) -> None:
+        self._received, self._labels, self._carry = received, labels.cpu(), carry
+        self._training = received.scenario.training
+        self._orders = orders(self._training, len(labels))
+        self._update = mean_gradient(received)
+
+    @property
+    def several(self) -> bool:
+        """Whether the update is more than one gradient at the weights that were sent out."""
+        return self._training.local_steps > 1
+
+    @property
+    def carries(self) -> bool:
+        """Whether the update holds residuals of earlier rounds."""
+        return self._carry is not None
+
+    @cached_property
+    def _model(self) -> torch.nn.Module:
+        return build_model(self._received.scenario.model).double()
+
+    def reading(self, images: Tensor) -> Reading:
+        """How the update reads as one gradient, if these are the images, (B, C, H, W)."""
+        if not self.several:
+            return self._plain
+        gradient = self._simulate(images, [np.arange(len(images))], _one_step(self._training))
+        sent = self._update.indices
+        shown = gradient if sent is None else gradient[sent]
+        mean = self._likeliest(images)[1]
+        scale = float(shown @ (mean if sent is None else mean[sent]) / shown.square().sum())
+        if scale <= 0:  # steps so long that they turn the gradient round: no share of it is left to read
+            scale = 1.0
+        return dataclasses.replace(self._plain, scale=scale, offset=self._carried(mean - scale * gradient))
+
+    def simulate(self, images: Tensor) -> Tensor:
+        """The mean gradient, float64 (numel,), that the client would have had from these images."""
+        return self._likeliest(images)[1]
+
+    def order(self, images: Tensor) -> list[list[int]]:
+        """The likeliest assignment of the images to the steps' batches."""
+        return [batch.tolist() for batch in self._likeliest(images)[0]]
+
+    @cached_property
+    def _plain(self) -> Reading:
+        """The reading of a single step: weight decay and the residuals of earlier rounds are constants."""
+        training, weights = self._training, self._received.weights
+        if training.protocol == "fedsgd":
+            return dataclasses.replace(PLAIN, offset=self._carry)
+        flat = torch.cat([weights[name].double().flatten() for name in self._update.names])
+        # Each step rounds the new weights to 24 bits.
+        error = 2.0**-24 / math.sqrt(3) * float(flat.abs().max())
+        offset = self._carried(training.weight_decay * flat) if training.weight_decay else self._carry
+        steps = math.sqrt(training.local_steps)
+        return Reading(offset=offset, rounding=error / (training.learning_rate * steps))
+
+    def _carried(self, offset: Tensor) -> Tensor:
+        return offset if self._carry is None else offset + self._carry
+
+    def _likeliest(self, images: Tensor) -> tuple[Batches, Tensor]:
+        """The order of the batches under which the images explain the update best, and its mean gradient."""
+        found = [(order, self._simulate(images, order, self._training)) for order in self._orders]
+        return min(found, key=lambda one: self._misfit(one[1])) if len(found) > 1 else found[0]
+
+    def _misfit(self, mean: Tensor) -> float:
+        expected = self._carried(mean)
+        sent = expected if self._update.indices is None else expected[self._update.indices]
+        return float((sent - self._update.values).square().sum())
+
+    def _simulate(self, images: Tensor, batches: Batches, training: TrainingConfig) -> Tensor:
+        weights, pixels = self._received.weights, images.detach().double().cpu()
+        result = local_update(self._model, weights, pixels, self._labels, batches, training)
+        flat = torch.cat([result.update[name].flatten() for name in self._update.names])
+        return (
+            flat if training.protocol == "fedsgd" else -flat / (training.learning_rate * training.local_steps)
+        )
+
+
+def _one_step(training: TrainingConfig) -> TrainingConfig:
+    return TrainingConfig(batch_size=training.batch_size, learning_rate=training.learning_rate)
+
+
+class Remembered:
+    """One client's memory as the server can follow it, in units of :func:`mean_gradient`.
+
+    What the client had in mind is computed from the reconstruction of each round; what it sent is known.
+    """
+
+    def __init__(self) -> None:
+        self._residual: Tensor | None = None
+        self._momentum: Tensor | None = None
+        self.rounds: list[int] = []
+
+    def carry(self, compression: CompressionConfig) -> Tensor | None:
+        """What the client's next update holds beside its own mean gradient, float64 (numel,); None: nothing."""
+        if self._residual is None or self._momentum is None:
+            return self._residual
+        return self._residual + compression.momentum * self._momentum
+
+    def follow(self, received: Observation, images: Tensor, labels: Tensor) -> None:
+        """Take in one more round, answered by `images` (B, C, H, W) and `labels` int64 (B,)."""
+        compression = received.scenario.compression
+        if not remembers(compression):
+            return
+        carry = self.carry(compression)
+        own = LocalSteps(received, labels, carry).simulate(images)
+        intended = own if carry is None else own + carry
+        update = mean_gradient(received)
+        if compression.name == "dgc":
+            before = torch.zeros_like(own) if self._momentum is None else self._momentum
+            self._momentum = _without(compression.momentum * before + own, update)
+        self._residual = _without(intended, update, compression)
+        self.rounds.append(received.round)
+
+
+def _without(intended: Tensor, update: Update, compression: CompressionConfig | None = None) -> Tensor:
+    """`intended` less what was sent: nothing stays of an entry sent as it was, at most a step of a rounded one."""
+    left = intended.clone()
+    sent = slice(None) if update.indices is None else update.indices
+    if compression is None or compression.name not in ROUNDING:
+        left[sent] = 0
+        return left
+    steps = torch.cat([_step(values, compression.levels) for _, _, _, values in update.layers()])
+    left[sent] = (intended[sent] - update.values).clamp(-steps, steps)
+    return left
+
+
+def _step(values: Tensor, levels: int) -> Tensor:
+    """The quantiser's step at each of one tensor's sent values, whose largest is its scale."""
+    largest = values.abs().max() if values.numel() else torch.zeros(())
+    return (largest.double() / levels).expand(len(values))
+
+
+def plain_scenario(scenario: Scenario) -> Scenario:
+    """The scenario in which the same client sends entries of the gradient itself, and keeps nothing."""
+    training, compression = scenario.training, scenario.compression
+    if training.protocol == "fedavg":
+        training = _one_step(training)
+    return dataclasses.replace(
+        scenario, training=training, compression=compression.model_copy(update={"error_feedback": False})
+    )
