@@ -47,9 +47,6 @@ AUXILIARY_FLOOR = "auxiliary mean"
 _CONTROLS = 32
 """Other victims that each reconstruction is scored against, at most."""
 
-_CAP_DB = 100.0
-"""Identical images count as this much where PSNRs are subtracted (float32 pixels end near 140 dB, 8 bit at 59)."""
-
 
 def audit_reconstruction(
     attack_name: str,
@@ -251,7 +248,7 @@ def _control(answer: Reconstruction | None, victim: int, batches: Sequence[Groun
         order = match(answer.images, other).order
         pairs = [(place, index) for index, place in enumerate(order) if place >= 0]
         scored = psnr(answer.images[[a for a, _ in pairs]].cpu(), other[[b for _, b in pairs]])
-        values.append(float(scored.clamp(max=_CAP_DB).mean()))
+        values.append(float(scored.clamp(max=verdicts.COUNTED_DB).mean()))
     return float(np.mean(values)) if values else None
 
 
@@ -314,8 +311,8 @@ def _summarise(
 
     # A floor of an attack's own may be missing for some victims: then it is no floor of the whole.
     whole = [name for name in floors if not np.isnan(column(f"floor.{name}.psnr")).any()]
-    ours = np.minimum(column("psnr"), _CAP_DB)
-    capped = {name: np.minimum(column(f"floor.{name}.psnr"), _CAP_DB) for name in whole}
+    ours = np.minimum(column("psnr"), verdicts.COUNTED_DB)
+    capped = {name: np.minimum(column(f"floor.{name}.psnr"), verdicts.COUNTED_DB) for name in whole}
     best = max(whole, key=lambda name: float(capped[name].mean()))
     over_floor = paired_difference(ours, capped[best], seed, victims)
     control = np.asarray(column("control_psnr"))

@@ -25,6 +25,10 @@ RECOVERED_PSNR = 30.0
 RECOVERED_SSIM = 0.9
 RECOVERED_MARGIN = 6.0
 RECOVERED_SHARE = 0.5
+
+COUNTED_DB = 100.0
+"""Identical images count as this much where PSNRs are subtracted (float32 pixels end near 140 dB, 8 bit at 59)."""
+
 IDENTIFIED_AUC = 0.9
 TAIL_P_VALUE = 0.005
 LABEL_P_VALUE = 0.01
@@ -83,6 +87,8 @@ def reconstruction(
     floor = f"the best floor ({floor_name} {decibel(floor_psnr)})"
     score = f"mean {decibel(psnr)}, SSIM {ssim:.3f}"
     gap = f"{signed_gap(over_floor.mean)} {floor}"
+    if psnr - floor_psnr > over_floor.mean + 0.05:
+        gap += f", counting no image for more than {COUNTED_DB:.0f} dB"
     text = f"{HEADLINES['reconstruction'][level]}: {score}, {gap}"
     if over_floor.known:
         ends = f"{formats.signed(over_floor.low)} to {formats.signed(over_floor.high)}"
