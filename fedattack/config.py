@@ -124,7 +124,8 @@ class DefenseConfig(Section):
     """What clients do against leakage, in the agreed order. Names and parameters are public."""
 
     names: tuple[str, ...] = Field(
-        (), description="clip-noise, prune, soteria, precode, transform, secure-aggregation; several with commas"
+        (),
+        description="clip-noise, prune, soteria, precode, transform, secure-aggregation; several with commas",
     )
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="defence name -> parameters")
     shared_options: dict[str, Any] = Field(

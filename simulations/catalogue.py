@@ -48,11 +48,21 @@ def settings_table() -> list[tuple[str, str, str, str]]:
             for leaf, field in kind.model_fields.items():
                 name = f"{section}.{leaf}"
                 rows.append(
-                    (name, options.get(name, ""), _show(field.get_default()), field.description or "")
+                    (
+                        name,
+                        options.get(name, ""),
+                        _show(field.get_default(call_default_factory=True)),
+                        field.description or "",
+                    )
                 )
         else:
             rows.append(
-                (section, options.get(section, ""), _show(info.get_default()), info.description or "")
+                (
+                    section,
+                    options.get(section, ""),
+                    _show(info.get_default(call_default_factory=True)),
+                    info.description or "",
+                )
             )
     for attack in ATTACKS.names():
         for option, default in attack_options(ATTACKS.get(attack)).items():

@@ -33,6 +33,7 @@ PROMINENT = {
         "protocol": "fedsgd (gradients) or fedavg (weight deltas)",
         "compressor": "topk, topk-qsgd, randomk, sign, qsgd, dgc, none",
         "compression": "kept share of an update",
+        "defense": "clip-noise, prune, soteria, ...; several with commas",
         "strategy": "any Flower strategy by name",
     },
     "The adversary": {

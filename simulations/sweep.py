@@ -26,12 +26,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import re
 import sys
 import time
 import tomllib
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +50,6 @@ from fedattack.reporting.sweep_page import write_sweep
 from fedattack.reporting.sweep_table import DONE, FAILED, REFUSED, CellOutcome, SweepTable, sweep_table
 from simulations.grid import ray_session
 from simulations.pipeline import simulate, stages
-
-log = logging.getLogger("fedattack.sweep")
 
 NONE = "none"
 """On an axis of defences: no defence."""
@@ -296,7 +294,10 @@ def run_sweep(
     _refuse_if_all_refused([o for o in outcomes.values() if o is not None])
     told = [_outcome(cell, outcomes[cell.name], place) for cell in sweep.cells]
     table = sweep_table(sweep.axes, told)
-    write_sweep(directory, table, command=command)
+    page = write_sweep(directory, table, command=command)
+    states = Counter(outcome.status for outcome in told)
+    console.print("; ".join(f"{number} {status}" for status, number in states.items()), highlight=False)
+    console.print(f"page [bold]{page}[/]", highlight=False, soft_wrap=True)
     return table
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -24,8 +25,9 @@ _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _PANELS = 12
 _AVERAGED = "seed"
+_NOTHING = "#d8e8f5"
 _SMALLEST_SPAN = {"reconstruction": 6.0, "membership": 0.1, "unlearning": 5.0}
-"""Colours span at least so much to each side, so that noise does not look like a result."""
+"""Colours span at least so much, so that noise does not look like a result."""
 
 
 _NARROWEST = 12.0
@@ -38,7 +40,8 @@ _FITS = 12
 def heat_map(table: SweepTable, family: Family) -> Figure:
     """How much leaks in each cell; defences from left to right, attacks from top to bottom, other axes as panels.
 
-    Seeds are averaged. Blue is at or below the floor, red above it. Cells without a figure say why.
+    Seeds are averaged. Pale blue is at or below the floor, whatever the distance: no leakage. The redder, the more
+    lies above it. Cells without a figure say why.
     """
     column, label, nothing = LEAKAGE[family]
     frame = table.family(family)
@@ -52,8 +55,8 @@ def heat_map(table: SweepTable, family: Family) -> Figure:
     figure = Figure(figsize=(max(5.4, size[0]), max(2.6, size[1])), layout="constrained")
     grid = figure.subplots(high, wide, squeeze=False)
     found = frame[column].to_numpy(dtype=float)
-    reach = max([_SMALLEST_SPAN[family], *np.abs(found[np.isfinite(found)] - nothing)])
-    norm = TwoSlopeNorm(nothing, nothing - reach, nothing + reach)
+    reach = max([_SMALLEST_SPAN[family], *(found[np.isfinite(found)] - nothing)])
+    norm = Normalize(nothing, nothing + reach)
     drawn: Any = None
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
@@ -69,7 +72,7 @@ def heat_map(table: SweepTable, family: Family) -> Figure:
             axes.set_ylabel(down, fontsize=9)
         if place + wide >= len(shown):
             axes.set_xlabel(across, fontsize=9)
-    figure.colorbar(drawn, ax=grid, label=label, shrink=0.9)
+    figure.colorbar(drawn, ax=grid, label=label, shrink=0.9, extend="min")
     more = f"; first {len(shown)} of {len(panels)} panels" if len(shown) < len(panels) else ""
     seeds = table.axes.get(_AVERAGED, [])
     mean = f"; mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
@@ -90,7 +93,7 @@ def _heat_panel(
     across: tuple[str, Sequence[str]],
     down: tuple[str, Sequence[str]],
     column: str,
-    norm: TwoSlopeNorm,
+    norm: Normalize,
     family: Family,
 ) -> Any:
     (x_axis, columns), (y_axis, rows) = across, down
@@ -101,14 +104,16 @@ def _heat_panel(
         figures = figures[np.isfinite(figures)]
         if len(figures):
             means[y, x] = figures.mean()
-            dark = abs(norm(means[y, x]) - 0.5) > 0.33
+            dark = norm(means[y, x]) > 0.6
             axes.text(x, y, _figure(means[y, x], family), ha="center", va="center", fontsize=9,
                       color="white" if dark else "#222222")  # fmt: skip
             continue
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc="#f0f0f0", ec="#c4c4c4", hatch="///", lw=0))
         axes.text(x, y, _why(chosen), ha="center", va="center", fontsize=7, color="#444444",
                   bbox={"fc": "#f0f0f0", "ec": "none", "pad": 1.5})  # fmt: skip
-    drawn = axes.imshow(means, cmap="RdBu_r", norm=norm, aspect="auto")
+    shades = colormaps["OrRd"].copy()
+    shades.set_under(_NOTHING)
+    drawn = axes.imshow(means, cmap=shades, norm=norm, aspect="auto")
     long = max(len(value) for value in columns) > _FITS
     axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=30 if long else 0,
                     ha="right" if long else "center", rotation_mode="anchor" if long else "default")  # fmt: skip
@@ -159,13 +164,11 @@ def utility_leakage(table: SweepTable, family: Family) -> Figure:
     axes.set_axisbelow(True)
     axes.set_title("What protection costs: a point per run, 95 % intervals", fontsize=10, loc="left")
     entries = [Line2D([], [], color=c, marker="o", ls="", ms=7, label=v) for v, c in colours.items()]
-    first = axes.legend(handles=entries, title=coloured, fontsize=8, title_fontsize=8, frameon=False,
-                        loc="upper left", bbox_to_anchor=(1.01, 1.0))  # fmt: skip
+    style: dict[str, Any] = {"fontsize": 8, "title_fontsize": 8, "frameon": False}
+    figure.legend(handles=entries, title=coloured, loc="outside right upper", **style)
     if marked != coloured and len(markers) > 1:
-        axes.add_artist(first)
         entries = [Line2D([], [], color=GREY, marker=m, ls="", ms=7, label=v) for v, m in markers.items()]
-        axes.legend(handles=entries, title=marked, fontsize=8, title_fontsize=8, frameon=False,
-                    loc="lower left", bbox_to_anchor=(1.01, 0.0))  # fmt: skip
+        figure.legend(handles=entries, title=marked, loc="outside right lower", **style)
     return figure
 
 

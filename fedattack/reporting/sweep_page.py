@@ -68,7 +68,7 @@ def _pictures(folder: Path, table: SweepTable) -> list[dict[str, str]]:
 
 
 _CAPTIONS = {
-    "leakage": "Blue: at or below the floor, no leakage. Red: above it. Hatched: not applicable or failed.",
+    "leakage": "Pale blue: at or below the floor, no leakage. Redder: more of it. Hatched: not applicable or failed.",
     "utility": "Down and right is where one wants to be: private and useful. On the dashed line nothing leaks.",
 }
 

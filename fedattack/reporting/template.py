@@ -238,7 +238,7 @@ a { color: var(--link); }
 {% endfor %}
 </table></div>
 {% if reasons %}
-<h2>What was not run</h2>
+<h2>What was not run, or failed</h2>
 <dl>{% for cell, reason in reasons %}<dt>{{ cell }}</dt><dd>{{ reason }}</dd>{% endfor %}</dl>
 {% endif %}
 <h2>How to repeat</h2>

@@ -264,7 +264,7 @@ def test_precode_draws_with_the_client_and_nowhere_else() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     guess = batch_gradient(model, images, labels)  # an adversary's: the mean of the code, no divergence
     model.eval()
-    assert float(guess[0]) == float(cross_entropy(model(images), labels))
+    assert guess[0].item() == cross_entropy(model(images), labels).item()
 
 
 def test_precodes_divergence_is_that_of_two_normals() -> None:
