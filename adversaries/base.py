@@ -98,6 +98,14 @@ class ReconstructionAttack(Attack):
         del scenario, seed, auxiliary
         return weights
 
+    def needs_history(self, scenario: Scenario) -> bool:
+        """Whether a client's later updates are read with its earlier ones.
+
+        Then :meth:`run` is given all updates that the server saw of its victims up to the last attacked round.
+        """
+        del scenario
+        return False
+
     @abstractmethod
     def run(
         self,
@@ -106,12 +114,13 @@ class ReconstructionAttack(Attack):
         device: torch.device,
         progress: Progress = no_progress,
     ) -> list[Reconstruction]:
-        """Attack observations that share one round's weights.
+        """Attack observations that share one round's weights, or, under :meth:`needs_history`, of several rounds.
 
         Parameters
         ----------
         observations : sequence of Observation
-            All from the same round; an attack is free to treat them in one batched optimisation.
+            All from the same round unless the attack needs their history; an attack is free to treat them in one
+            batched optimisation.
         seed : int
             Seeds every draw of the attack.
         device : torch.device

@@ -28,7 +28,7 @@ from fedattack.data import World, build_world, world_record
 from fedattack.defenses import ClientDefenses, build_defenses, check_defenses, hides_clients
 from fedattack.errors import ConfigError, NotApplicable, RunFailed, unknown_name
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import EVERYONE, Observation, Reconstruction
+from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario
 from fedattack.reporting import (
     AuditResult,
     RunFolder,
@@ -358,6 +358,7 @@ class _Reconstructions:
         self._shown = shown
         self._executor: Executor | None = None
         self._observations: dict[str, Observation] = {}
+        self._held: dict[str, list[Observation]] = defaultdict(list)  # of attacks that need their history
         self._done: dict[str, dict[str, tuple[Reconstruction, float]]] = {name: {} for name in self._attacks}
 
     @property
@@ -365,27 +366,50 @@ class _Reconstructions:
         """Whether any reconstruction attack sits in the run."""
         return bool(self._attacks)
 
-    def submit(self, observations: Sequence[Observation]) -> None:
-        """Attack one round's observations, but for those whose answers are on disk."""
-        self._observations |= {o.key: o for o in observations}
+    def need_history(self, scenario: Scenario) -> bool:
+        """Whether an attack must be given what was seen of its victims before the attacked rounds."""
+        return any(attack.needs_history(scenario) for attack in self._attacks.values())
+
+    def submit(self, observations: Sequence[Observation], asked: bool = True) -> None:
+        """Attack one round's observations, but for those whose answers are on disk.
+
+        Without `asked` they are only the history of later ones.
+        """
+        if asked:
+            self._observations |= {o.key: o for o in observations}
         for name, attack in self._attacks.items():
-            for group in groups(observations, self._config.attack.victims_per_task):
-                known = {o.key: self._folder.load_reconstruction(name, o.key) for o in group}
-                if all(known.values()):
-                    self._done[name] |= {key: answer for key, answer in known.items() if answer}
-                    continue
-                if self._executor is None:
-                    self._executor = make_executor(self._config.engine, self._config.seed, self._progress)
-                self._executor.submit(name, attack, group)
+            if observations and attack.needs_history(observations[0].scenario):
+                self._held[name] += observations
+            elif asked:
+                for group in groups(observations, self._config.attack.victims_per_task):
+                    self._start(name, group)
+
+    def _start(self, name: str, group: list[Observation]) -> None:
+        keys = [o.key for o in group if o.key in self._observations]
+        known = {key: self._folder.load_reconstruction(name, key) for key in keys}
+        if all(known.values()):
+            self._done[name] |= {key: answer for key, answer in known.items() if answer}
+            return
+        if self._executor is None:
+            self._executor = make_executor(self._config.engine, self._config.seed, self._progress)
+        self._executor.submit(name, self._attacks[name], group)
 
     def collect(self) -> None:
-        """Wait for all that was submitted."""
+        """Wait for all that was submitted; attacks that need their history begin here, when it is complete."""
+        together = self._config.attack.victims_per_task
+        for name, held in self._held.items():
+            clients = sorted({o.client for o in held})
+            for start in range(0, len(clients), together):
+                self._start(name, [o for o in held if o.client in clients[start : start + together]])
+        self._held.clear()
         if self._executor is not None:
             for finished in self._executor.results():
                 self._keep(finished)
 
     def _keep(self, finished: Attacked) -> None:
         key = finished.observation.key
+        if key not in self._observations:  # the history of another answer
+            return
         self._folder.save_reconstruction(finished.attack, key, finished.reconstruction, finished.seconds)
         self._done[finished.attack][key] = (finished.reconstruction, finished.seconds)
         self._folder.log(
@@ -452,7 +476,9 @@ class _Run:
 
     def _victim(self, round: int, client: int) -> bool:
         chosen = client == EVERYONE or client < self.config.victims
-        return self.work.wanted and round in self.config.attack.rounds and chosen
+        rounds = self.config.attack.rounds
+        history = round < max(rounds, default=0) and self.work.need_history(self.world.scenario)
+        return self.work.wanted and (round in rounds or history) and chosen
 
     def _observe(self, round: int, client: int) -> bool:
         return bool(self.members) or self._victim(round, client)
@@ -465,9 +491,11 @@ class _Run:
 
     def _finished_round(self, record: RoundRecord) -> None:
         victims, self._this_round = self._this_round, []
+        asked = record.round in self.config.attack.rounds
         for observation in victims:
             truth = self._truth(observation, record.clients)
-            self.truths.append(truth)
+            if asked:
+                self.truths.append(truth)
             if self.config.output.save_observations:
                 self.folder.save_observation(observation)
                 self.folder.save_truth(truth)
@@ -477,7 +505,7 @@ class _Run:
         self.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
         rounds = self.config.federation.rounds
         self.shown("federation", record.round / rounds, f"round {record.round} of {rounds}{accuracy}")
-        self.work.submit(victims)
+        self.work.submit(victims, asked)
 
     def _truth(self, observation: Observation, answered: Sequence[int]) -> GroundTruth:
         clients = answered if observation.client == EVERYONE else (observation.client,)

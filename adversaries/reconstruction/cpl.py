@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adversaries.reconstruction.dlg import torch_lbfgs
+from adversaries.reconstruction.dlg import BACKTRACKING, torch_lbfgs
 from adversaries.reconstruction.optimisation import OptimisationAttack, Recipe
 from adversaries.reconstruction.problem import Penalty
 from fedattack.errors import ConfigError
@@ -41,6 +41,7 @@ class CPL(OptimisationAttack):
 
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(torch_lbfgs(300, learning_rate=1.0), start="tiled"),
+        "backtracking": Recipe(BACKTRACKING, start="tiled"),
     }
 
     label_weight: float = 1e-3

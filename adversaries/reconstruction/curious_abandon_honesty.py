@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.first_layer import first_layer
+from adversaries.reconstruction.first_layer import first_layer, is_complete
 from adversaries.reconstruction.row_reading import Client, Reading, RowReading
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Auxiliary, Scenario
@@ -45,7 +45,8 @@ class CuriousAbandonHonesty(RowReading):
     ----------
     shrink : float, optional
         The factor s, the same for all neurons as published. None: for each neuron the one with which three public
-        images in `training.batch_size` wake it, without peeling one; 0.95 without public images.
+        images in `training.batch_size` wake it (one without peeling and under top-k); 0.95
+        without public images.
     peel : bool
         False: as published, only neurons that one image woke.
     scale : float
@@ -109,7 +110,8 @@ class CuriousAbandonHonesty(RowReading):
             images = auxiliary.images[:_IMAGES].double().flatten(1).cpu()
             # A neuron wakes where s exceeds this ratio.
             ratios = -(images @ negative.T) / (images @ positive.T).clamp_min(1e-9)
-            share = (_WOKEN if self.peel else 1) / (scenario.training.batch_size or _UNKNOWN_BATCH)
+            woken = _WOKEN if self.peel and is_complete(scenario) else 1
+            share = woken / (scenario.training.batch_size or _UNKNOWN_BATCH)
             factors = torch.quantile(ratios, min(share, 0.5), dim=0)
         sent = dict(weights)
         sent[layer.weight] = (negative + factors[:, None] * positive).to(weights[layer.weight].dtype)

@@ -71,7 +71,7 @@ class GGL(OptimisationAttack):
     generator: str = "small"
     generator_weights: str | None = None
     latent: int = 64
-    width: int = 64
+    width: int = 32
     epochs: int = 20
     prior: float = 1e-3
 

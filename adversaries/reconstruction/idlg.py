@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adversaries.reconstruction.dlg import torch_lbfgs
+from adversaries.reconstruction.dlg import BACKTRACKING, torch_lbfgs
 from adversaries.reconstruction.optimisation import OptimisationAttack, Recipe
 
 
@@ -14,7 +14,7 @@ from adversaries.reconstruction.optimisation import OptimisationAttack, Recipe
 class IDLG(OptimisationAttack):
     """iDLG: the label from the last layer's signs, then DLG's search for the image alone (Zhao et al. 2020).
 
-    Batch 1 only, as published; ``idlg.labels = "auto"`` lifts that. Deviations as for
+    Batch 1 only, as published; ``idlg.labels = "auto"`` lifts that. Presets and deviations as for
     :class:`~adversaries.reconstruction.dlg.DLG`.
 
     References
@@ -25,4 +25,5 @@ class IDLG(OptimisationAttack):
     needs: ClassVar[str] = "one client's update of a single image"
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(torch_lbfgs(300, learning_rate=1.0), labels="idlg"),
+        "backtracking": Recipe(BACKTRACKING, labels="idlg"),
     }

@@ -22,7 +22,7 @@ _FAR = 8.0
 """Standard deviations beyond which no measurement lies."""
 
 _GRID = 8192
-_STRENGTH = 0.1
+_STRENGTH = 0.01
 
 _TURN = 0.3
 """Share of its bin that a row may turn in a round's local steps."""
@@ -68,7 +68,7 @@ class Imprint(RowReading):
         Size of the ReLU block's rows, whose gradient is the larger against all others, and the less rounded in the
         client's new weights, the smaller they are themselves.
     strength : float, optional
-        How far the block moves a pixel, about. None: 0.1, and under several local steps as little as keeps a row
+        How far the block moves a pixel, about. None: 0.01, and under several local steps as little as keeps a row
         from turning by more than its bin.
 
     References

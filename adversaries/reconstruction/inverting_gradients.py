@@ -79,6 +79,8 @@ class InvertingGradients(OptimisationAttack):
         The authors' setting for 32x32 images: 4,800 iterations, total variation 1e-4, one start.
     published-large
         Theirs for large images: 24,000 iterations, total variation 0.1, 8 starts.
+    backtracking
+        Ours: the same cost by L-BFGS with a line search, 1,200 iterations, total variation 1e-3, two starts.
     inversed, inversed-zero, ..., zhu, ..., inversed_cele
         Every ``--optim`` of the SemSim benchmark, with its real settings where the names say otherwise.
 
@@ -96,5 +98,6 @@ class InvertingGradients(OptimisationAttack):
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": _recipe(4800, 1e-4),
         "published-large": _recipe(24_000, 1e-1, restarts=8),
+        "backtracking": _recipe(1200, 1e-3, restarts=2, optimiser="lbfgs", learning_rate=1.0),
         **SEMSIM,
     }

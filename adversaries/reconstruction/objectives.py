@@ -163,6 +163,25 @@ def l2_l1(layout: Layout) -> Distance:
     return distance
 
 
+_CHUNK = 1 << 18
+"""Products are summed in pieces of this many, which stay in the cache."""
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of rows, (V, 1).
+
+    Products are written out and summed pairwise: ``torch.linalg.vector_norm`` and BLAS add one after another on a
+    CPU, and over ten million float32 numbers lose three digits and more.
+    """
+    pieces = zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True)
+    return torch.stack([(ours * theirs).sum(1) for ours, theirs in pieces], 1).sum(1, keepdim=True)
+
+
+def _length(a: Tensor) -> Tensor:
+    """Norms of rows, (V, 1), kept from zero."""
+    return _inner(a, a).clamp(min=_TINY).sqrt()
+
+
 def cosine(layout: Layout) -> Distance:
     """One minus the cosine between the sent entries and their prediction (Geiping et al. 2020, eq. 4)."""
     if not layout.equal:
@@ -170,23 +189,23 @@ def cosine(layout: Layout) -> Distance:
             "setting 'layer_weights': objective 'cosine' is over all layers at once; use 'equal', or objective "
             "'layer-cosine'"
         )
-    direction = layout.values / layout.values.norm(dim=1, keepdim=True).clamp(min=_TINY)
+    direction = layout.values / _length(layout.values)
 
     def distance(prediction: Prediction, victims: slice) -> Tensor:
         entries = layout.masked(prediction.entries, victims)
-        return 1 - (entries * direction[victims]).sum(1) / entries.norm(dim=1).clamp(min=_TINY)
+        return 1 - _inner(entries, direction[victims])[:, 0] / _length(entries)[:, 0]
 
     return distance
 
 
 def cosine_slope(layout: Layout) -> Slope:
     """:func:`cosine` and its gradient, written out."""
-    away = -layout.values / layout.values.norm(dim=1, keepdim=True).clamp(min=_TINY)
+    away = -layout.values / _length(layout.values)
 
     def slope(entries: Tensor, victims: slice) -> tuple[Tensor, Tensor]:
         entries, aim = layout.masked(entries, victims), away[victims]
-        closer = entries.norm(dim=1, keepdim=True).clamp(min=_TINY).reciprocal()
-        share = torch.linalg.vecdot(entries, aim)[:, None] * closer
+        closer = _length(entries).reciprocal()
+        share = _inner(entries, aim) * closer
         return 1 + share[:, 0], (aim * closer).addcmul_(entries, -share * closer.square())
 
     return slope

@@ -461,7 +461,7 @@ class _Run:
             "labels": victim.labels.note,
             "start": recipe.start,
             "restart": found.restart,
-            "restarts' losses": found.losses,
+            "losses of restarts": found.losses,
             "recoveries": found.recoveries,
             "iterations": len(found.history) - 1,
             "notes": "; ".join([recipe.note, *victim.notes]).strip("; "),

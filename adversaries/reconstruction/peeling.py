@@ -27,6 +27,9 @@ _CANCELLED = 0.1
 _ALIKE = 0.03
 """Root mean square difference below which two rows show the same image."""
 
+_MOST = 0.02
+"""Relative misfit that noise may excuse: more would let mixtures through."""
+
 _SURE = 3.0
 """Times the noise that a misfit may reach."""
 
@@ -219,7 +222,7 @@ def _accepted(
     misfit = ((counted - scalars[:, None, None]) / scalars[:, None, None]).abs().flatten(1)
     best, place = misfit.min(1)
     # Small scalars are small differences of larger numbers.
-    allowed = tolerance * (1 + _CANCELLED * rows.scale / scalars.abs()) + _SURE * error
+    allowed = tolerance * (1 + _CANCELLED * rows.scale / scalars.abs()) + (_SURE * error).clamp(max=_MOST)
     good = (best <= allowed).tolist()
     empty = rows.vectors.abs().amax(1) <= _SURE * rows.noise
     accepted = []

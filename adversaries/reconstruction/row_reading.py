@@ -207,7 +207,7 @@ class RowReading(ReconstructionAttack):
     arms: ClassVar[bool] = True
     name: ClassVar[str]
 
-    tolerance: float = 5e-5
+    tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""

@@ -28,6 +28,7 @@ IMAGE_GENERATORS: Registry[type[nn.Module]] = Registry(
 )
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 _KEPT: dict[Hashable, Any] = {}
 _ROOM = 4
 _NOISE = 0.1
@@ -72,7 +73,7 @@ def identity(auxiliary: Auxiliary) -> str:
     return learned.fingerprint({"images": auxiliary.images})
 
 
-def initialised(make: Callable[[], nn.Module], seed: int, purpose: str) -> nn.Module:
+def initialised(make: Callable[[], M], seed: int, purpose: str) -> M:
     """A module whose weights come from the stream (seed, purpose) alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(numpy_rng(seed, purpose).integers(2**31)))
@@ -221,7 +222,7 @@ def given_generator(target: str, weights: str | None, image_shape: tuple[int, in
             raise DataError(f"setting 'generator_weights' = {weights!r}: does not fit ({error})") from None
     module.eval().requires_grad_(False)
     with torch.no_grad():
-        drawn = module(torch.zeros(1, *latent_shape))
+        drawn = module(torch.randn(8, *latent_shape, generator=torch_rng(0, "generator-probe")))
     if tuple(drawn.shape[1:]) != image_shape or not bool((drawn >= 0).all() and (drawn <= 1).all()):
         raise ConfigError(
             f"setting 'generator' = {target!r}: draws {tuple(drawn.shape[1:])} in [{float(drawn.min()):.3g}, "

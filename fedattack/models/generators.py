@@ -20,6 +20,7 @@ GENERATORS: Registry[type[nn.Module]] = Registry(
     {
         "ridge-conv": "fedattack.models.generators:RidgeConv",
         "deconv": "fedattack.models.generators:Deconv",
+        "fgla": "fedattack.models.image_generators:FeatureDecoder",
     },
     group="fedattack.generators",
 )

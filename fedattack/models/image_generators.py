@@ -158,9 +158,16 @@ class GradientMLP(nn.Module):
         for _ in range(layers):
             parts += [nn.Linear(size, hidden), nn.ReLU()]
             size = hidden
-        self.body = nn.Sequential(*parts, nn.Linear(size, batch * channels * height * width), nn.Sigmoid())
+        self.last = nn.Linear(size, batch * channels * height * width)
+        self.body = nn.Sequential(*parts)
         self._shape = (batch, *image_shape)
+
+    @torch.no_grad()
+    def begin_at(self, mean: Tensor) -> None:
+        """Answer, before any training, about this image (C, H, W) whatever the gradient."""
+        self.last.weight.mul_(0.1)
+        self.last.bias.copy_(torch.logit(mean.clamp(0.01, 0.99)).expand(self._shape).flatten())
 
     def forward(self, gradients: Tensor) -> Tensor:
         """(N, inputs) -> (N, B, C, H, W) in (0, 1)."""
-        return self.body(gradients).unflatten(1, self._shape)
+        return torch.sigmoid(self.last(self.body(gradients))).unflatten(1, self._shape)

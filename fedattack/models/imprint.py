@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from fedattack.config import ModelConfig
 from fedattack.models.lenet import tiny_cnn
 
-
 CEILING = 2.0**-10
 """Of the clipped ReLU. Low, for the smaller the wide layer, the larger its gradient against all others."""
 

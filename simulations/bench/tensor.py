@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adversaries.reconstruction.tensor import TensorAttack
 from fedattack.compression import Memory, build_compressor, decode, encode
-from fedattack.config import CompressionConfig, Config, DataConfig, ModelConfig, TrainingConfig
+from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.data.load import load_dataset
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import labels_right, match, psnr
@@ -84,7 +84,10 @@ FULL = (
     Row("full view", "cifar10", 32, 1024, mean=105),
     Row("full view", "mnist", 100, 5600, long=True),
     Row("full view", "mnist", 128, 9000, long=True),
-    *(Row("activation", "mnist", 8, 4096, name, mean=100) for name in ("tanh", "sigmoid", "gelu", "softplus")),
+    *(
+        Row("activation", "mnist", 8, 4096, name, mean=100)
+        for name in ("tanh", "sigmoid", "gelu", "softplus")
+    ),
     Row("activation", "mnist", 8, 4096, "relu", mean=60),
     Row("top-k 0.1 %", "mnist", 1, 4096, mean=100, compression=_top(0.001), seeds=3),
     Row("top-k 0.1 %", "mnist", 2, 8192, mean=100, compression=_top(0.001), seeds=3, long=True),
@@ -130,7 +133,9 @@ def run(quick: bool = False, data: Path | None = None, long: bool = False) -> di
         numbers of rows; "wrong_certified": certified ones with an image below 60 dB or a wrong label.
     """
     if data is None and not quick:
-        raise ConfigError("benchmark case 'tensor' needs the folder with MNIST/ and CIFAR10/ (--data); or use --quick")
+        raise ConfigError(
+            "benchmark case 'tensor' needs the folder with MNIST/ and CIFAR10/ (--data); or use --quick"
+        )
     rows = [row for row in (QUICK if quick else FULL) if long or not row.long]
     records = [_measured(row, seed, data) for row in rows for seed in range(row.seeds)]
     _print(records)
@@ -176,7 +181,9 @@ def _scores(answer: Reconstruction | None, images: Tensor, labels: Tensor) -> di
         return {"psnr_mean": None, "psnr_worst": None, "labels_right": None, "residual": None}
     order = match(answer.images, images, answer.labels, labels).order
     found = [place for place in order if place >= 0]
-    values = psnr(answer.images[found], images[[n for n, place in enumerate(order) if place >= 0]]).clamp(max=CAP)
+    values = psnr(answer.images[found], images[[n for n, place in enumerate(order) if place >= 0]]).clamp(
+        max=CAP
+    )
     return {
         "psnr_mean": float(values.mean()),
         "psnr_worst": float(values.min()) if len(found) == len(order) else 0.0,
@@ -204,7 +211,9 @@ def _verdict(row: Row, record: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- scenes
 
 
-def _observed(row: Row, attack: TensorAttack, seed: int, data: Path | None) -> tuple[Observation, Tensor, Tensor]:
+def _observed(
+    row: Row, attack: TensorAttack, seed: int, data: Path | None
+) -> tuple[Observation, Tensor, Tensor]:
     """One client's update as it came over the wire at the weights sent, with its images and labels."""
     images, labels = _pictures(row.images, data)
     chosen = numpy_rng(seed, "bench.tensor").permutation(len(labels))[: row.batch]
@@ -237,7 +246,7 @@ def _pictures(name: Images, data: Path | None) -> tuple[Tensor, Tensor]:
         assert data is not None
         settings |= {"data-dir": str(data / _FOLDERS[name]), "limit": 5000 if name == "mnist" else 2000}
     dataset = load_dataset(Config.from_mapping(settings).data, 0)
-    return dataset.tensors(range(len(dataset)))
+    return dataset.tensors(np.arange(len(dataset)))
 
 
 @contextmanager
@@ -261,7 +270,9 @@ def _memory() -> Iterator[list[int]]:
 
 
 def _print(records: list[dict[str, Any]]) -> None:
-    table = Table("case", "images", "B", "m", "activation", "dB mean", "worst", "labels", "status", "s", "MiB", "met")
+    table = Table(
+        "case", "images", "B", "m", "activation", "dB mean", "worst", "labels", "status", "s", "MiB", "met"
+    )
     for r in records:
         score = [
             "" if r[name] is None else form.format(r[name])

@@ -61,7 +61,7 @@ def test_top_k_and_local_steps_claim_no_more_than_they_have() -> None:
     attack = CuriousAbandonHonesty()
     several = TrainingConfig(protocol="fedavg", batch_size=0, local_steps=3, learning_rate=1e-3)
     for scene, least in (
-        (scenario("mlp", 8, 128, compression=CompressionConfig(name="topk", rate=0.6)), 3),
+        (scenario("mlp", 8, 128, compression=CompressionConfig(name="topk", rate=0.6)), 6),
         (scenario("mlp", 8, 128, training=several), 6),
     ):
         attack.check(scene)

@@ -107,9 +107,17 @@ def test_idlg_recovers_images() -> None:
     seen, truth = victims(2)
     answers = IDLG(iterations=100, restarts=4).run(seen, 0, CPU)
     assert min(figures(answers, truth)) > 40
-    losses = answers[0].details["restarts' losses"]
+    losses = answers[0].details["losses of restarts"]
     assert len(losses) == 4
     assert answers[0].details["restart"] == int(np.argmin(losses))
+
+
+@pytest.mark.parametrize("cls", [DLG, IDLG, CPL, InvertingGradients])
+def test_backtracking_from_standardised_noise_does_not_fail(cls: type[OptimisationAttack]) -> None:
+    seen, truth = victims(3)
+    answers = cls(preset="backtracking", iterations=120, tv=0.0).run(seen, 0, CPU)
+    assert min(figures(answers, truth)) > 25
+    assert [answer.labels.tolist() for answer in answers] == [[0], [1], [2]]
 
 
 def test_inverting_gradients_is_the_published_loop() -> None:
@@ -281,7 +289,7 @@ def test_gradinversion_aims_at_the_batchs_own_statistics() -> None:
     (answer,) = GradInversion(iterations=3, restarts=2).run([seen], 0, CPU)
     assert answer.labels.tolist() == [1, 3]
     assert answer.details["matching.regularisers"].keys() == {"l2", "batch-norm", "group", "tv1"}
-    assert len(answer.details["restarts' losses"]) == 2
+    assert len(answer.details["losses of restarts"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_samples_of_the_class_and_of_others_do_not_pass_for_one() -> None:
     scene = scenario("mlp", 16)
     refused = 0
     for seed in range(40):
-        attack = Fishing(mode="feature", target=3, quantile=0.8)
+        attack = Fishing(mode="feature", target=3, quantile=0.8, most=1)
         images, labels = batch_of(16, seed=seed)
         (answer,) = attack.run([observe(attack, scene, images, labels, seed=seed)], 0, CPU)
         if answer.details["status"] == "certified":
@@ -75,14 +75,14 @@ def test_samples_of_the_class_and_of_others_do_not_pass_for_one() -> None:
 def test_a_convolutional_network_is_handed_to_another_attack() -> None:
     images = pictures(8, seed=3)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
-    attack = Fishing(mode="class", target=4, attack="gauss-newton", options={"products": 600})
-    scene = scenario("lenet-zhu", 8, activation="sigmoid")
+    attack = Fishing(mode="class", target=4, attack="gauss-newton", options={"products": 300, "starts": 1})
+    scene = scenario("tiny-cnn", 8, activation="sigmoid")
     attack.check(scene)
     (answer,) = attack.run([observe(attack, scene, images, labels)], 0, CPU)
     floor = float(psnr(PUBLIC.images.mean(0, keepdim=True), images[4:5]))
     assert answer.details["status"] == "approximate"
-    assert float(psnr(answer.images[:1], images[4:5])) > floor + 8
-    assert answer.loss < 0.05  # its features are those that the head's row shows
+    assert float(psnr(answer.images[:1], images[4:5])) > floor + 30
+    assert answer.loss < 1e-4  # its features are those that the head's row shows
 
 
 def test_refusals() -> None:

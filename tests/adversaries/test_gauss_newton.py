@@ -259,7 +259,8 @@ def scenario(**changes: Any) -> Scenario:
         ({"training__protocol": "fedavg"}, "fedavg"),
         ({"training__batch_size": 17}, "17"),
         ({"compression__name": "sign"}, "sign"),
-        ({"compression__name": "qsgd"}, "qsgd"),
+        ({"compression__name": "qsgd", "compression__norm": "l2"}, "norm"),
+        ({"compression__name": "topk-qsgd", "compression__norm": "l2"}, "norm"),
         ({"compression__name": "dgc", "compression__clip_norm": 1.0}, "clip"),
     ],
 )

@@ -108,7 +108,7 @@ def test_soft_targets(model: str) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_batchnorm_modes_and_statistics(mode: str) -> None:
-    scene = dataclasses.replace(fedavg("resnet20", "relu"), training=TrainingConfig(batch_size=2))
+    scene = dataclasses.replace(fedavg("resnet20", "gelu"), training=TrainingConfig(batch_size=2))
     images, labels = smooth_images(2, 16), torch.tensor([1, 7])
     seen = send(scene, images, labels, Schedule(((0, 1),)))
     weights = {name: tensor.clone() for name, tensor in seen.weights.items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import honest_answers
 import numpy as np
 import pytest
 import torch
@@ -118,3 +120,29 @@ def test_private_data_cannot_change_an_answer_by_one_bit(tmp_path: Path) -> None
     # A digest that could not change would prove nothing: another update is another answer.
     other = fixed_observation(str(tmp_path / "other.pt"), smooth_images(2, 16, seed=2), truth.labels)
     assert all(answers_digest(other)[method] != digest for method, digest in here.items())
+
+
+def test_no_attack_answers_by_anything_but_its_observation(tmp_path: Path) -> None:
+    """All reconstruction attacks; the second process has other private data and other global random states."""
+    names = honest_answers.reconstruction_attacks()
+    assert sorted(names) == sorted(honest_answers.RECIPES), "a new attack gets a line in RECIPES"
+    for name in names:
+        honest_answers.save_scene(tmp_path / "seen" / name, name, seed=1)
+        honest_answers.save_scene(tmp_path / "other" / name, name, seed=2)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    here = honest_answers.answers(tmp_path / "seen", names)
+    torch.set_num_threads(threads)
+    done = subprocess.run(
+        [sys.executable, honest_answers.__file__, str(tmp_path / "seen"), "99"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == here
+    # A digest that could not change would prove nothing: another client's update is another answer.
+    there = honest_answers.answers(tmp_path / "other", names)
+    assert not {name for name in names if there[name] == here[name]}

@@ -14,14 +14,14 @@ from adversaries import ATTACKS
 from adversaries.reconstruction.closed_form import Activation
 from adversaries.reconstruction.tensor import TensorAttack, decompose, kept, moments, steps
 from adversaries.reconstruction.tensor.activations import ACTIVATIONS, hermite_coefficients, stein_order
-from adversaries.reconstruction.tensor.attack import CERTIFIED, aggregate
+from adversaries.reconstruction.tensor.attack import CERTIFIED
 from adversaries.reconstruction.tensor.head import Head
 from adversaries.reconstruction.tensor.span import row_space
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import match, psnr
 from fedattack.models import build_model, initial_weights, resolve
-from fedattack.observation import Auxiliary, Observation, Scenario, Update
+from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update
 from fedattack.training import local_update
 
 CPU = torch.device("cpu")
@@ -409,17 +409,30 @@ def test_last_layer_alone() -> None:
         attack.check(observe(8, 50, attack)[0].scenario)
 
 
-def test_secure_aggregation_is_one_larger_batch() -> None:
-    attack = TensorAttack(secure_aggregation=True)
+def test_what_all_clients_sum_up_to_is_one_larger_batch() -> None:
+    attack = TensorAttack()
     parts = [observe(3, 256, attack, images=pictures(3, seed=k)) for k in (5, 6, 7)]
-    observations = [part[0] for part in parts]
     images, labels = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
-    answers = attack.run(observations, 0, CPU)
-    assert len(answers) == 3
-    quality, right = scored(answers[0], images, labels)
+    one = parts[0][0]
+    mean = torch.stack([part[0].update.values for part in parts]).mean(0)
+    together = dataclasses.replace(
+        one,
+        client=EVERYONE,
+        num_examples=9,
+        update=dataclasses.replace(one.update, values=mean),
+        scenario=dataclasses.replace(one.scenario, training=TrainingConfig(batch_size=0)),
+    )
+    attack.check(together.scenario)
+    answer = attack.run([together], 0, CPU)[0]
+    quality, right = scored(answer, images, labels)
+    assert answer.details["status"] == "certified"
     assert quality.min() > 60
     assert right == 9
-    assert aggregate(observations).num_examples == 9
+    at = torch.arange(0, len(mean), 2)
+    sparse = dataclasses.replace(together.update, indices=at, values=mean[at])
+    answer = attack.run([dataclasses.replace(together, update=sparse)], 0, CPU)[0]
+    assert answer.details["status"] == "failed"
+    assert "those clients that sent it" in answer.details["reason"]
 
 
 def test_local_steps_are_played_again() -> None:

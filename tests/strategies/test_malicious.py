@@ -73,7 +73,7 @@ def test_every_image_of_an_armed_round_is_recovered(tmp_path) -> None:
 
 def test_two_clients_behind_secure_aggregation(tmp_path) -> None:
     config = Config.from_mapping(
-        SETTINGS | {"attack": "tensor", "run-dir": str(tmp_path / "run"), "tensor.secure_aggregation": True}
+        SETTINGS | {"attack": "tensor", "run-dir": str(tmp_path / "run"), "defense": "secure-aggregation"}
     )
     result = simulate(config)
     assert all(len(answer.images) == 8 for answer in result.reconstructions["tensor"].values())

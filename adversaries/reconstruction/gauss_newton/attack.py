@@ -41,8 +41,8 @@ class GaussNewton(ReconstructionAttack):
     products : int
         Jacobian products to spend on each victim, over all starts: the budget, so that a run can be repeated to the
         bit. One costs half to one first-order iteration.
-    starts : int, optional
-        The prior's mean, then draws from the prior; None: 3 behind ReLU, else 1.
+    starts : int
+        The prior's mean, then draws from the prior, tried until one comes to a small residual.
     labels : str
         Label strategy; see :mod:`adversaries.reconstruction.label_inference`.
     batch_norm : {"train", "eval"}
@@ -73,7 +73,7 @@ class GaussNewton(ReconstructionAttack):
     needs: ClassVar[str] = "one update that is a (compressed) gradient; public images help"
 
     products: int = 8000
-    starts: int | None = None
+    starts: int = 3
     labels: Strategy = "auto"
     batch_norm: BatchNormMode = "train"
     noise: float | None = None
@@ -83,12 +83,12 @@ class GaussNewton(ReconstructionAttack):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        self._settings(kinked=True)
+        self._settings()
 
-    def _settings(self, kinked: bool) -> Settings:
+    def _settings(self) -> Settings:
         return Settings(
             products=self.products,
-            starts=self.starts if self.starts is not None else 3 if kinked else 1,
+            starts=self.starts,
             noise=self.noise,
             kink=self.kink,
             hybrid_below=self.hybrid_below,
@@ -156,7 +156,7 @@ class GaussNewton(ReconstructionAttack):
         def draw() -> Tensor:
             return torch.randn(shape, generator=generator).to(device)
 
-        return solve(network, prior, draw, self._settings(network.kinked), progress)
+        return solve(network, prior, draw, self._settings(), progress)
 
     def _answer(
         self, observation: Observation, labels: Labels, solution: Solution, prior: Whitening

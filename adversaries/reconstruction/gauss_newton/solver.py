@@ -32,7 +32,8 @@ class Settings:
     products : int
         Jacobian products to spend over all starts; an iteration of conjugate gradients takes two.
     starts : int
-        The prior's mean, then draws from the prior; compared by their residuals.
+        The prior's mean, then draws from the prior, each with an equal share of half the budget; the one of lowest
+        residual goes on. None is tried after one whose residual has come below :data:`PROMISING`.
     noise : float, optional
         c, the noise level in units of the residual; None: 0.5, or 1 for ReLU.
     kink : float
@@ -80,6 +81,9 @@ LEAST_INNER = 5
 SMALLEST_STEP = 0.02
 FAILURES = 6
 """Failed steps in a row after which a descent has stalled."""
+
+PROMISING = 0.03
+"""A start that has come to this residual has found the way down, more often than not."""
 
 HYBRID_DEVIATION = 0.3
 """Deviation of a pixel after the switch."""
@@ -143,6 +147,8 @@ def conjugate_gradients(
     x, residual, direction = torch.zeros_like(right), right.clone(), right.clone()
     size = residual.square().sum()
     enough = float(size) * tolerance**2
+    if not enough > 0:
+        return x, False
     for _ in range(most):
         image = system(direction)
         length = size / (direction * image).sum()
@@ -157,37 +163,44 @@ def conjugate_gradients(
 
 
 class _Descent:
-    """One descent: where it is, and what its steps so far taught about noise, damping and effort."""
+    """One descent: where it is, and what its steps so far taught about noise, damping and effort.
 
-    def __init__(
-        self, network: Network, prior: Whitening, images: Tensor, settings: Settings, budget: int
-    ) -> None:
+    Attributes
+    ----------
+    best : Solution
+        The iterate of lowest residual so far.
+    """
+
+    def __init__(self, network: Network, prior: Whitening, images: Tensor, settings: Settings) -> None:
         self._network, self._settings = network, settings
         self._basis, self._centre = prior, prior.mean
         self._ratio = settings.noise or (1.0 if network.kinked else 0.5)
-        self._last = network.products + budget
         self._noise, self._damping, self._cap = math.inf, 0.0, settings.inner
+        self._hybrid = len(images) == 1 and not network.kinked
         self._free = False
+        self._failures = self._last = 0
         self._z = prior.whiten(images)
         self._at = network.linearise(images, settings.kink)
         self._anneal()
+        self.best = Solution(self._at.images.detach(), self._at.rms, [self._at.rms])
 
-    def run(self) -> Solution:
-        """Step until the budget is spent, the residual is as good as zero, or nothing helps."""
-        settings = self._settings
-        hybrid = len(self._at.images) == 1 and not self._network.kinked
-        best = Solution(self._at.images.detach(), self._at.rms, [self._at.rms])
-        failures = 0
-        while self._network.products < self._last and failures < FAILURES and best.rms > settings.solved:
-            if hybrid and self._at.rms < settings.hybrid_below:
+    def run(self, budget: int, told: Callable[[float], None]) -> None:
+        """Step until the budget is spent, the residual is as good as zero, or nothing helps; `told` each residual."""
+        best, self._last = self.best, self._network.products + budget
+        while (
+            self._network.products < self._last
+            and self._failures < FAILURES
+            and best.rms > self._settings.solved
+        ):
+            if self._hybrid and self._at.rms < self._settings.hybrid_below:
                 self._basis, self._free = uniform(self._basis, HYBRID_DEVIATION), True
-                hybrid = False
-            failures = 0 if self._step() else failures + 1
-            if not failures:
+                self._hybrid = False
+            self._failures = 0 if self._step() else self._failures + 1
+            if not self._failures:
                 best.history.append(self._at.rms)
             if self._at.rms < best.rms:
                 best.images, best.rms = self._at.images.detach(), self._at.rms
-        return best
+            told(best.rms)
 
     def _anneal(self) -> None:
         self._noise = min(self._noise, self._ratio * self._at.rms)
@@ -259,33 +272,37 @@ def solve(
     """
     spent = network.products
     last = spent + settings.products
-    best: Solution | None = None
     residuals: list[float] = []
 
-    def descend(images: Tensor, budget: int) -> Solution:
-        found = _Descent(network, prior, images, settings, min(budget, last - network.products)).run()
-        residuals.append(found.rms)
-        progress(min(1.0, (network.products - spent) / settings.products), f"residual {min(residuals):.2g}")
-        return found
+    def told(residual: float) -> None:
+        share = min(1.0, (network.products - spent) / settings.products)
+        progress(share, f"residual {min([residual, *residuals]):.2g}")
 
+    def descend(images: Tensor, budget: int) -> _Descent:
+        descent = _Descent(network, prior, images, settings)
+        descent.run(min(budget, last - network.products), told)
+        residuals.append(descent.best.rms)
+        return descent
+
+    leader, chosen = None, 0
     for start in range(settings.starts):
-        z = _apart(network, draw()) if start == 0 else draw()
-        # Where several starts are asked for, half of the products are kept for hops from the best of them.
-        found = descend(prior.mean + prior.turn(z), settings.products // max(1, 2 * (settings.starts - 1)))
-        if best is None or found.rms < best.rms:
-            best, best.start = found, start
-        if best.rms <= settings.solved:
+        z = draw() if start else _apart(network, draw())
+        descent = descend(prior.mean + prior.turn(z), settings.products // (2 * settings.starts))
+        if leader is None or descent.best.rms < leader.best.rms:
+            leader, chosen = descent, start
+        if descent.best.rms < PROMISING:
             break
-    assert best is not None
-    tried = kept = 0
+    assert leader is not None
+    leader.run(last - network.products, told)
+    best, tried, kept = leader.best, len(residuals), 0
+    residuals[chosen] = best.rms
     while settings.hop and best.rms > settings.solved and last - network.products >= 2 * settings.inner:
-        tried += 1
-        found = descend(best.images + settings.hop * best.rms * prior.turn(draw()), settings.products)
+        shake = settings.hop * min(1.0, best.rms)
+        found = descend(best.images + shake * prior.turn(draw()), settings.products).best
         if found.rms < best.rms:
-            found.start, kept = best.start, kept + 1
-            best = found
-    best.residuals, best.products = residuals, network.products - spent
-    best.hops, best.hops_kept = tried, kept
+            best, kept = found, kept + 1
+    best.start, best.products, best.residuals = chosen, network.products - spent, residuals
+    best.hops, best.hops_kept = len(residuals) - tried, kept
     return best
 
 

@@ -1,22 +1,27 @@
 """The ways to compute what a client with given images would have sent.
 
 A back-end holds what V victims sent (:class:`Sent`) and predicts the same entries from candidate images,
-differentiably (:class:`GradientModel`). :class:`ChainGradients` does it in closed form for a chain of convolutions
-and never forms the head's gradient where that is sparse; :class:`AutogradGradients` differentiates any model twice,
-and :class:`UnrolledGradients` several local steps of one, one victim at a time.
+differentiably (:class:`GradientModel`):
+
+* :class:`ExplicitGradients`: feed-forward networks of common layers, the second derivative written out;
+* :class:`ChainGradients`: chains of convolutions of which few entries were sent; never forms the head's gradient;
+* :class:`AutogradGradients`: any model, differentiated twice;
+* :class:`UnrolledGradients`: any model, several local steps.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from adversaries.reconstruction import closed_form
-from adversaries.reconstruction.closed_form import Weights
 from adversaries.reconstruction.gradients.autograd import AutogradGradients, UnrolledGradients
 from adversaries.reconstruction.gradients.chain import ChainGradients
+from adversaries.reconstruction.gradients.explicit import ExplicitGradients
 from adversaries.reconstruction.gradients.schedule import Schedule, schedule_for
 from adversaries.reconstruction.gradients.sent import (
     BatchNormMode,
@@ -27,9 +32,13 @@ from adversaries.reconstruction.gradients.sent import (
     Sent,
     Statistics,
 )
-from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
-from fedattack.observation import Observation, Update
+from fedattack.observation import Observation
+
+LOG = logging.getLogger("fedattack.attacks")
+
+_SPARSE_SHARE = 0.5
+"""Below this sent share a chain's head is gathered rather than formed."""
 
 
 def gradient_model(
@@ -71,29 +80,22 @@ def gradient_model(
         return UnrolledGradients(
             model, weights, updates, labels, layers, device, batch_norm, training, unroll
         )
-    return _choose(model, weights, updates, labels, layers, batch_norm, device)
-
-
-def _choose(
-    model: ModelConfig,
-    weights: Weights,
-    updates: Sequence[Update],
-    labels: Tensor | None,
-    layers: Layers,
-    batch_norm: BatchNormMode,
-    device: torch.device,
-) -> GradientModel:
+    if layers == "last" or max(update.kept for update in updates) < updates[0].numel * _SPARSE_SHARE:
+        with contextlib.suppress(NotApplicable):
+            chain = closed_form.describe(model)
+            return ChainGradients(chain, weights, updates, labels, layers, device)
     try:
-        chain = closed_form.describe(model)
-    except NotApplicable:
-        return AutogradGradients(model, weights, updates, labels, layers, device, batch_norm)
-    return ChainGradients(chain, weights, updates, labels, layers, device)
+        return ExplicitGradients(model, weights, updates, labels, layers, device, batch_norm)
+    except NotApplicable as reason:
+        LOG.info("gradients of model %r by automatic differentiation, twice: %s", model.name, reason)
+    return AutogradGradients(model, weights, updates, labels, layers, device, batch_norm)
 
 
 __all__ = [
     "AutogradGradients",
     "BatchNormMode",
     "ChainGradients",
+    "ExplicitGradients",
     "GradientModel",
     "Layers",
     "Prediction",

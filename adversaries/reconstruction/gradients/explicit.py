@@ -164,9 +164,10 @@ def _layer(
         if isinstance(part, nn.AvgPool2d) and kind is nn.AvgPool2d:
             return _average_pool(part)
         raise NotApplicable(f"layer {name!r} is a {kind.__name__}, which has no explicit second derivative")
-    if node.op == "call_function" and node.target in (operator.add, torch.add) and not node.kwargs:
-        if all(isinstance(arg, fx.Node) for arg in node.args):
-            return Addition()
+    if node.op == "call_function" and node.target in (operator.add, torch.add):
+        if node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
+            raise NotApplicable("a sum with anything but two branches has no explicit second derivative")
+        return Addition()
     flat = (node.op == "call_function" and node.target is torch.flatten) or (
         node.op == "call_method" and node.target == "flatten"
     )
@@ -219,47 +220,81 @@ def _average_pool(part: nn.AvgPool2d) -> Layer:
     )
 
 
+class Network:
+    """A traced network and where each wanted tensor's gradient lies in the flat one.
+
+    Parameters
+    ----------
+    steps : sequence of Step
+    shapes : dict of str to tuple of int
+        The wanted tensors, in order.
+    """
+
+    def __init__(self, steps: Sequence[Step], shapes: dict[str, tuple[int, ...]]) -> None:
+        self.steps = tuple(steps)
+        self.size = 0
+        places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        for name, shape in shapes.items():
+            places[name] = (self.size, shape)
+            self.size += torch.Size(shape).numel()
+        self._places: list[list[tuple[int, tuple[int, ...]]]] = []
+        for step in steps:
+            ours = [places[name] for name in step.layer.names if name in places]
+            self._places.append(ours)
+            if ours and len(ours) < len(step.layer.names) and not isinstance(step.layer, Linear):
+                raise NotApplicable(
+                    "only a linear layer's weight can be matched without the rest of its layer"
+                )
+        # A value's gradient matters where a wanted tensor lies before it.
+        self.reached = [False]
+        for step, ours in zip(steps, self._places, strict=True):
+            self.reached.append(bool(ours) or any(self.reached[i] for i in step.inputs))
+
+    def parts(self, flat: Tensor) -> list[list[Tensor]]:
+        """Views (V, *shape) of a flat (V, size), for the tensors of each step."""
+        return [
+            [flat[:, at : at + torch.Size(shape).numel()].unflatten(1, shape) for at, shape in ours]
+            for ours in self._places
+        ]
+
+
 class Passes:
     """The first two passes at some images, and the other two on request.
 
     Parameters
     ----------
-    steps : sequence of Step
-    wanted : sequence of str
-        Tensors whose gradients are asked for.
+    network : Network
     images : Tensor
         (V, B, C, H, W).
     targets : Tensor
-        Soft (V, B, classes) or hard (V, B).
+        (V, B, classes).
+
+    Attributes
+    ----------
+    gradients : Tensor
+        (V, network.size): of the mean cross-entropy, the wanted tensors side by side.
     """
 
-    def __init__(self, steps: Sequence[Step], wanted: Sequence[str], images: Tensor, targets: Tensor) -> None:
-        self._steps, self._wanted = steps, wanted
-        self._shape = images.shape
-        self._saved: list[Saved] = [{} for _ in steps]
+    def __init__(self, network: Network, images: Tensor, targets: Tensor) -> None:
+        self._network, self._shape = network, images.shape
+        steps, reached = network.steps, network.reached
         victims, batch = images.shape[:2]
+        self._saved: list[Saved] = [{} for _ in steps]
         values = [images.flatten(0, 1)]
         for step, saved in zip(steps, self._saved, strict=True):
-            values.append(step.layer.forward(saved, victims, *(values[i] for i in step.inputs)))
+            values.append(step.layer.forward(saved, victims, *[values[i] for i in step.inputs]))
         self._shares = values[-1].softmax(1)
-        flat = targets.flatten(0, 1)
-        if not flat.is_floating_point():
-            flat = F.one_hot(flat, self._shares.shape[1]).to(self._shares.dtype)
-        # A value's gradient matters where a wanted tensor lies before it.
-        reached = [False]
-        for step in steps:
-            ours = any(name in wanted for name in step.layer.names)
-            reached.append(ours or any(reached[i] for i in step.inputs))
         self._deltas: list[Tensor | None] = [None] * len(values)
-        self._deltas[-1] = (self._shares - flat) / batch
-        self.gradients: dict[str, Tensor] = {}
+        self._deltas[-1] = (self._shares - targets.flatten(0, 1)) / batch
+        self.gradients = images.new_empty(victims, network.size)
+        parts = network.parts(self.gradients)
         for position in range(len(steps) - 1, -1, -1):
-            step, saved, delta = steps[position], self._saved[position], self._deltas[position + 1]
+            delta = self._deltas[position + 1]
             if delta is None:
                 continue
-            if any(name in wanted for name in step.layer.names):
-                found = step.layer.gradients(saved, delta)
-                self.gradients |= dict(zip(step.layer.names, found, strict=True))
+            step, saved = steps[position], self._saved[position]
+            if parts[position]:
+                step.layer.gradients(saved, delta, parts[position])
             if any(reached[i] for i in step.inputs):
                 for i, below in zip(step.inputs, step.layer.backward(saved, delta), strict=True):
                     if reached[i]:
@@ -268,19 +303,23 @@ class Passes:
 
     def moments(self) -> list[tuple[Tensor, Tensor]]:
         """Mean and variance (V, channels) of every BatchNorm layer's input."""
-        pairs = zip(self._steps, self._saved, strict=True)
+        pairs = zip(self._network.steps, self._saved, strict=True)
         return [step.layer.moments(saved) for step, saved in pairs if isinstance(step.layer, BatchNorm)]
 
     def pull(
-        self, directions: dict[str, Tensor], moments: Sequence[tuple[Tensor | None, Tensor | None]] = ()
+        self, directions: Tensor | None, moments: Sequence[tuple[Tensor | None, Tensor | None]] = ()
     ) -> tuple[Tensor, Tensor]:
         """Gradient of <gradients, directions> + <moments, their weights> at the images and at the targets."""
-        steps = self._steps
-        tangents: list[Tensor | None] = [None]
-        ours = [[directions.get(name) for name in step.layer.names] for step in steps]
-        for step, saved, along in zip(steps, self._saved, ours, strict=True):
-            tangents.append(step.layer.push(saved, [tangents[i] for i in step.inputs], along))
+        steps = self._network.steps
         victims, batch = self._shape[:2]
+        tangents: list[Tensor | None] = [None] * (len(steps) + 1)
+        along: Sequence[Sequence[Tensor | None]] = [[None] * len(step.layer.names) for step in steps]
+        if directions is not None:
+            given = self._network.parts(directions)
+            along = [[*ours, *none[len(ours) :]] for ours, none in zip(given, along, strict=True)]
+            for position, step in enumerate(steps):
+                below = [tangents[i] for i in step.inputs]
+                tangents[position + 1] = step.layer.push(self._saved[position], below, along[position])
         top = tangents[-1]
         shifts: list[Tensor | None] = [None] * len(tangents)
         if top is not None:
@@ -289,46 +328,36 @@ class Passes:
         held = list(moments)
         for position in range(len(steps) - 1, -1, -1):
             step, saved = steps[position], self._saved[position]
-            found = step.layer.pull(saved, shifts[position + 1], self._deltas[position + 1], ours[position])
+            shift, delta = shifts[position + 1], self._deltas[position + 1]
+            found = step.layer.pull(saved, shift, None if directions is None else delta, along[position])
             extra = None
             if held and isinstance(step.layer, BatchNorm):
                 extra = step.layer.moments_adjoint(saved, *held.pop())
-            for i, below in zip(step.inputs, found, strict=True):
-                for part in (below, extra):
+            for i, below_shift in zip(step.inputs, found, strict=True):
+                for part in (below_shift, extra):
                     if part is not None:
                         before = shifts[i]
                         shifts[i] = part if before is None else before + part
         at_images = shifts[0]
-        images = torch.zeros(self._shape) if at_images is None else at_images.reshape(self._shape)
+        images = self._shares.new_zeros(self._shape) if at_images is None else at_images.reshape(self._shape)
         targets = torch.zeros_like(self._shares) if top is None else -top / batch
         return images, targets.unflatten(0, (victims, batch))
 
 
 class _Gradients(torch.autograd.Function):
-    """(images, targets) -> gradients (V, size) of the wanted tensors, then moments of the BatchNorm inputs."""
+    """(images, targets) -> flat gradients (V, size) of the wanted tensors, then moments of the BatchNorm inputs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: ExplicitGradients, statistics: bool, images: Tensor, targets: Tensor
-    ) -> Any:
-        passes = Passes(backend.steps(statistics), backend.names, images, targets)
-        ctx.passes, ctx.names = passes, backend.names
+    def forward(ctx: Any, network: Network, statistics: bool, images: Tensor, targets: Tensor) -> Any:
+        ctx.passes = passes = Passes(network, images, targets)
         ctx.set_materialize_grads(False)
-        gradients = [passes.gradients[name].flatten(1) for name in backend.names]
         moments = [one for pair in passes.moments() for one in pair] if statistics else []
-        return (*gradients, *moments)
+        return (passes.gradients, *moments)
 
     @staticmethod
     def backward(ctx: Any, *weights: Tensor | None) -> Any:
-        passes: Passes = ctx.passes
-        names = ctx.names
-        directions = {
-            name: weight.reshape(passes.gradients[name].shape)
-            for name, weight in zip(names, weights, strict=False)
-            if weight is not None
-        }
-        moments = list(zip(weights[len(names) :: 2], weights[len(names) + 1 :: 2], strict=True))
-        images, targets = passes.pull(directions, moments)
+        moments = list(zip(weights[1::2], weights[2::2], strict=True))
+        images, targets = ctx.passes.pull(weights[0], moments)
         return None, None, images, targets if ctx.needs_input_grad[3] else None
 
 
@@ -367,19 +396,22 @@ class ExplicitGradients:
             for name, tensor in weights.items()
             if tensor.is_floating_point()
         }
-        self._steps = trace(build_model(model), own, batch_norm)
+        steps = trace(build_model(model), own, batch_norm)
+        self._layout = lay_out(updates, layers, device)
+        self.sent = self._layout.sent
+        shapes = {segment.name: segment.shape for segment in self.sent.segments}
         assert model.channels is not None
         assert model.image_size is not None
-        shape = (model.channels, model.image_size, model.image_size)
-        self._folded = fold(self._steps, shape, device)
-        self._layout = lay_out(updates, layers, device)
-        self.names, self.sent = self._layout.names, self._layout.sent
-        self.joint = len(updates) * sum(own[name].numel() for name in self.names) <= _JOINT_UP_TO
-        self._labels = None if labels is None else labels.to(device)
-
-    def steps(self, statistics: bool) -> Sequence[Step]:
-        """The network; folded layers have no BatchNorm inputs to take statistics of."""
-        return self._steps if statistics else self._folded
+        image_shape = (model.channels, model.image_size, model.image_size)
+        self._folded = Network(fold(steps, image_shape, device), shapes)
+        # Folded layers have no BatchNorm inputs to take statistics of.
+        self._whole = Network(steps, shapes)
+        self._sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        self.joint = len(updates) * self._whole.size <= _JOINT_UP_TO
+        self._targets: Tensor | None = None
+        if labels is not None:
+            assert model.classes is not None
+            self._targets = F.one_hot(labels.to(device), model.classes).float()
 
     def predict(
         self,
@@ -391,11 +423,11 @@ class ExplicitGradients:
         statistics: bool = False,
     ) -> Prediction:
         """See :meth:`~adversaries.reconstruction.gradients.GradientModel.predict`."""
-        targets = targets_of(shares, self._labels, victims)
-        found = _Gradients.apply(self, statistics, images, targets)
-        gradients, moments = found[: len(self.names)], found[len(self.names) :]
-        square = None
-        if whole:
-            square = torch.stack([gradient.square().sum(1) for gradient in gradients]).sum(0)
-        pairs = tuple(zip(moments[::2], moments[1::2], strict=True))
-        return Prediction(self._layout.select(gradients, victims), square, pairs)
+        targets = targets_of(shares, self._targets, victims)
+        network = self._whole if statistics else self._folded
+        gradients, *moments = _Gradients.apply(network, statistics, images, targets)
+        square = gradients.square().sum(1) if whole else None
+        entries = gradients
+        if any(flat is not None for flat in self._layout.flat):
+            entries = self._layout.select(gradients.split(self._sizes, 1), victims)
+        return Prediction(entries, square, tuple(zip(moments[::2], moments[1::2], strict=True)))

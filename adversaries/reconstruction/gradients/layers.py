@@ -38,6 +38,9 @@ _masked = torch.ops.aten.threshold_backward
 _SMALL = 40_000
 """Up to this many numbers in a sample's receptive fields a convolution is done as a product."""
 
+_FEW = 64
+"""Up to this many positions too: then the kernel is the large operand, and products do not reorder it."""
+
 
 class Layer:
     """One operation of a network.
@@ -58,9 +61,8 @@ class Layer:
         """dL/d(each input) from dL/d(output)."""
         raise NotImplementedError
 
-    def gradients(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
-        """Gradient (V, *shape) of each weight, sums over the victim's samples."""
-        return ()
+    def gradients(self, saved: Saved, delta: Tensor, out: Sequence[Tensor]) -> None:
+        """Write the gradient (V, *shape) of each weight, summed over the victim's samples, into `out`."""
 
     def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
         """Derivative of the output; None stands for zero everywhere."""
@@ -137,21 +139,26 @@ class Convolution(Layer):
     def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
         return [self._adjoint(saved, delta)]
 
-    def gradients(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
-        victims = saved["victims"]
+    def gradients(self, saved: Saved, delta: Tensor, out: Sequence[Tensor]) -> None:
+        victims, samples = saved["victims"], len(delta)
+        weight = out[0] if self._fold is None else torch.empty_like(out[0])
         if "columns" in saved:
-            each = delta.flatten(2) @ saved["columns"].transpose(1, 2)
-            if len(each) > victims:
-                each = each.unflatten(0, (victims, -1)).sum(1)
-            weight = each.reshape(victims, *self._weight.shape)
+            columns = saved["columns"].transpose(1, 2)
+            if samples == victims:
+                torch.bmm(delta.flatten(2), columns, out=weight.flatten(2))
+            else:
+                torch.sum((delta.flatten(2) @ columns).unflatten(0, (victims, -1)), 1, out=weight.flatten(2))
         else:
-            weight = self._correlate(saved["x"], delta, victims)
+            weight.copy_(self._correlate(saved["x"], delta, victims))
         if len(self.names) == 1:
-            return [weight]
-        bias = delta.sum((2, 3)).unflatten(0, (victims, -1)).sum(1)
+            return
+        bias = delta.sum((2, 3))
+        if samples > victims:
+            bias = bias.unflatten(0, (victims, -1)).sum(1)
         if self._fold is None:
-            return [weight, bias]
-        return self._fold.gradients(self._plain, self._plain_bias, weight, bias)
+            out[1].copy_(bias)
+        else:
+            self._fold.gradients(self._plain, self._plain_bias, weight, bias, out)
 
     def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
         moved = tangents[0]
@@ -237,7 +244,7 @@ class Convolution(Layer):
         if self._groups != 1 or self._geometry[2] != [1, 1]:
             return False
         height, width = self._size(x.shape)
-        return x.is_cpu and self.inputs * height * width <= _SMALL
+        return x.is_cpu and (self.inputs * height * width <= _SMALL or height * width <= _FEW)
 
     def _size(self, shape: torch.Size) -> tuple[int, int]:
         """Height and width of the output for inputs (N, C, H, W)."""
@@ -347,15 +354,15 @@ class Fold:
         return weight * self._gain[:, None, None, None], self._beta + self._centre(bias) * self._gain
 
     def gradients(
-        self, weight: Tensor, bias: Tensor | None, kernels: Tensor, offsets: Tensor
-    ) -> Sequence[Tensor]:
-        """Gradients (V, ...) of kernel, bias (where there is one), gamma and beta."""
+        self, weight: Tensor, bias: Tensor | None, kernels: Tensor, offsets: Tensor, out: Sequence[Tensor]
+    ) -> None:
+        """Write the gradients (V, ...) of kernel, bias (where there is one), gamma and beta into `out`."""
         along = (kernels.flatten(2) * weight.flatten(1)).sum(2)
-        gamma = (along + self._centre(bias) * offsets) * self._scale
-        inner = [kernels * self._gain[:, None, None, None]]
+        torch.mul(kernels, self._gain[:, None, None, None], out=out[0])
         if bias is not None:
-            inner.append(offsets * self._gain)
-        return [*inner, gamma, offsets]
+            torch.mul(offsets, self._gain, out=out[1])
+        torch.mul(along.addcmul_(self._centre(bias), offsets), self._scale, out=out[-2])
+        out[-1].copy_(offsets)
 
     def directions(
         self, weight: Tensor, bias: Tensor | None, directions: Directions
@@ -390,10 +397,11 @@ class Linear(Layer):
     def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
         return [delta @ self._weight]
 
-    def gradients(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
+    def gradients(self, saved: Saved, delta: Tensor, out: Sequence[Tensor]) -> None:
         ours, inputs = (t.unflatten(0, (saved["victims"], -1)) for t in (delta, saved["x"]))
-        weight = ours.transpose(1, 2) @ inputs
-        return [weight] if len(self.names) == 1 else [weight, ours.sum(1)]
+        torch.bmm(ours.transpose(1, 2), inputs, out=out[0])
+        if len(out) == 2:
+            torch.sum(ours, 1, out=out[1])
 
     def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
         found = None if tangents[0] is None else F.linear(tangents[0], self._weight)
@@ -535,17 +543,20 @@ class BatchNorm(Layer):
     """Normalisation over a victim's batch and positions, or by the running statistics.
 
     With n the normalised input, s the deviation and P v = v - mean(v) - n mean(n v) the projection that normalising
-    applies to tangents: n' = P x' / s, dL/dx = (gamma / s) P delta, and P' delta = -n' mean(n delta) - n mean(n' delta).
+    applies to tangents::
+
+        n' = P x' / s        dL/dx = (gamma / s) P delta        P' delta = -n' mean(n delta) - n mean(n' delta)
+
     Running statistics are constants: then P is the identity and s does not move.
     """
 
     def __init__(self, name: str, layer: nn.Module, weights: dict[str, Tensor], train: bool) -> None:
         assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        self.names = (f"{name}.weight", f"{name}.bias") if layer.affine else ()
-        count = layer.num_features
-        like = next(iter(weights.values()))
-        self._gamma = weights[self.names[0]] if layer.affine else like.new_ones(count)
-        self._beta = weights[self.names[1]] if layer.affine else like.new_zeros(count)
+        gamma, beta = f"{name}.weight", f"{name}.bias"
+        self.names = (gamma, beta) if layer.affine else ()
+        like = next(iter(weights.values())).new_empty(layer.num_features)
+        self._gamma = weights[gamma] if layer.affine else torch.ones_like(like)
+        self._beta = weights[beta] if layer.affine else torch.zeros_like(like)
         self._eps = layer.eps
         self._train = train or layer.running_mean is None
         self._source = (name, layer, weights)
@@ -597,15 +608,15 @@ class BatchNorm(Layer):
         saved["projected"] = projected
         return [(projected * (self._gamma[:, None] * saved["scale"])).reshape(delta.shape)]
 
-    def gradients(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
-        if not self.names:
-            return ()
+    def gradients(self, saved: Saved, delta: Tensor, out: Sequence[Tensor]) -> None:
         blocks = _blocks(delta, saved["victims"])
         total = blocks.sum((1, 3))
         if self._train:
-            return [(blocks * saved["normal"]).sum((1, 3)), total]
-        along = (blocks * _blocks(saved["x"], saved["victims"])).sum((1, 3))
-        return [(along - self._mean * total) * self._scale, total]
+            torch.sum(blocks * saved["normal"], (1, 3), out=out[0])
+        else:
+            along = (blocks * _blocks(saved["x"], saved["victims"])).sum((1, 3))
+            torch.mul(along - self._mean * total, self._scale, out=out[0])
+        out[1].copy_(total)
 
     def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
         moved = tangents[0]

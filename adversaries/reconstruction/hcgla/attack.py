@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from adversaries.base import Progress, ReconstructionAttack, no_progress
 from adversaries.reconstruction import engine, parametrise
 from adversaries.reconstruction.gradients import Layers
-from adversaries.reconstruction.hcgla import gauss_newton, labels, matching, starts
+from adversaries.reconstruction.hcgla import carried, gauss_newton, labels, matching, starts
+from adversaries.reconstruction.hcgla.carried import LocalSteps, Remembered
 from adversaries.reconstruction.hcgla.denoiser import load_denoiser
 from adversaries.reconstruction.hcgla.gauss_newton import GaussNewtonSettings
 from adversaries.reconstruction.hcgla.generator import load_generator, obtain_generator
 from adversaries.reconstruction.hcgla.labels import Labels
 from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior
-from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.observation import Observation, Reconstruction, Scenario
 
@@ -35,7 +35,8 @@ class HCGLA(ReconstructionAttack):
 
     Labels are read from the head's entries. The images are then either solved for by a damped Gauss-Newton method on
     what was kept ("gauss-newton"), or found by matching the kept entries of the gradient ("matching", the paper's
-    attack; `preset` "published" for its settings).
+    attack; `preset` "published" for its settings). Gauss-Newton sees through quantised values and local steps; under
+    error feedback and DGC the rounds are attacked in order, each less what its predecessors' answers held back.
 
     Parameters
     ----------
@@ -72,7 +73,9 @@ class HCGLA(ReconstructionAttack):
     IEEE TIFS 18, 2023.
     """
 
-    needs: ClassVar[str] = "one update that is a (compressed) gradient; public images help much"
+    needs: ClassVar[str] = (
+        "one update, compressed or not, of one or a few local steps; public images help much"
+    )
 
     method: Method = "auto"
     preset: matching.Preset = "default"
@@ -132,9 +135,13 @@ class HCGLA(ReconstructionAttack):
         ------
         NotApplicable, ConfigError, DataError
         """
-        engine.check_one_gradient(scenario)
-        if self.method == "gauss-newton":
-            gauss_newton.applies(_gradient_scenario(scenario))
+        plain = carried.plain_scenario(scenario)
+        several = scenario.training.local_steps > 1
+        engine.check_one_gradient(
+            scenario if self._only_matches else dataclasses.replace(scenario, training=plain.training)
+        )
+        if self.method == "gauss-newton" or (several and not self._only_matches):
+            gauss_newton.applies(plain)
             GaussNewtonSettings(schedule=self.schedule, modes=self.modes)
         starts.check_start(self._start, scenario, self.start_image, self.generator)
         self._matching(scenario, max(1, scenario.training.batch_size))
@@ -150,10 +157,34 @@ class HCGLA(ReconstructionAttack):
         device: torch.device,
         progress: Progress = no_progress,
     ) -> list[Reconstruction]:
-        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
-        if not observations:
-            return []
-        return _Run(self, observations, seed, device, progress).answers()
+        """Attack the observations of one round, or of several: then what a round's answers say is used in the next.
+
+        See :meth:`ReconstructionAttack.run`.
+        """
+        rounds = sorted({observation.round for observation in observations})
+        memories: dict[int, Remembered] = defaultdict(Remembered)
+        answers: dict[str, Reconstruction] = {}
+        prior = cache(lambda: gaussian_prior(observations[0].auxiliary, observations[0].scenario.image_shape))
+        for done, number in enumerate(rounds):
+
+            def told(share: float, text: str, done: int = done) -> None:
+                progress((done + share) / len(rounds), text)
+
+            victims = [observation for observation in observations if observation.round == number]
+            found = _Run(self, victims, memories, prior, seed, device, told).answers()
+            for observation, answer in zip(victims, found, strict=True):
+                answers[observation.key] = answer
+                if number != rounds[-1]:
+                    memories[observation.client].follow(observation, answer.images, answer.labels)
+        return [answers[observation.key] for observation in observations]
+
+    def needs_history(self, scenario: Scenario) -> bool:
+        """Whether clients keep what they do not send: then later updates hold residuals of earlier ones."""
+        return carried.remembers(scenario.compression)
+
+    @property
+    def _only_matches(self) -> bool:
+        return self.method in ("matching", "generator") or bool(self._asks_for_matching)
 
     @property
     def _start(self) -> starts.Start:
@@ -178,15 +209,6 @@ class HCGLA(ReconstructionAttack):
         )
 
 
-def _gradient_scenario(scenario: Scenario) -> Scenario:
-    """The scenario in which the same client sends the gradient itself."""
-    training = scenario.training
-    if training.protocol == "fedsgd":
-        return scenario
-    plain = TrainingConfig(batch_size=training.batch_size, learning_rate=training.learning_rate)
-    return dataclasses.replace(scenario, training=plain)
-
-
 class _Run:
     """One call: what its victims share is made once, here."""
 
@@ -194,13 +216,16 @@ class _Run:
         self,
         attack: HCGLA,
         observations: Sequence[Observation],
+        memories: Mapping[int, Remembered],
+        prior: Callable[[], GaussianPrior],
         seed: int,
         device: torch.device,
         progress: Progress,
     ) -> None:
-        self._attack, self._device, self._progress = attack, device, progress
+        self._attack, self._device, self._progress, self._prior = attack, device, progress, prior
         attack.check(observations[0].scenario)
-        agreed = observations[0].scenario.training.batch_size
+        training = observations[0].scenario.training
+        agreed = training.batch_size * training.local_steps
         for observation in observations:
             if observation.num_examples < 1 or (agreed and observation.num_examples > agreed):
                 raise PayloadError(
@@ -208,11 +233,10 @@ class _Run:
                     f"{agreed or 'all of its own'} were agreed"
                 )
         self._received = {observation.key: observation for observation in observations}
+        # Memories change when the round is over.
+        carries = [memories[o.client].carry(o.scenario.compression) for o in observations]
         self._observations = [
-            dataclasses.replace(
-                o, update=engine.as_gradient(o).to("cpu"), scenario=_gradient_scenario(o.scenario)
-            )
-            for o in observations
+            carried.as_gradient(o, carry) for o, carry in zip(observations, carries, strict=True)
         ]
         self._seed = seed
         first = self._observations[0]
@@ -221,15 +245,17 @@ class _Run:
         )
         expected = labels.expectation(first.scenario.model, first.weights, images)
         self._labels = [labels.infer_labels(o, o.update, expected) for o in self._observations]
+        self._steps = [
+            LocalSteps(o, found.values, carry)
+            for o, found, carry in zip(observations, self._labels, carries, strict=True)
+        ]
         self._details: list[dict[str, Any]] = [
             {"kept": o.update.kept, "labels": found.note}
             for o, found in zip(self._observations, self._labels, strict=True)
         ]
-
-    @cached_property
-    def _prior(self) -> GaussianPrior:
-        first = self._observations[0]
-        return gaussian_prior(first.auxiliary, first.scenario.image_shape)
+        for o, details in zip(observations, self._details, strict=True):
+            if attack.needs_history(o.scenario):
+                details["peeled_rounds"] = list(memories[o.client].rounds)
 
     @cached_property
     def _starts(self) -> starts.Starts:
@@ -258,14 +284,16 @@ class _Run:
                 )
 
             solved[position] = gauss_newton.solve(
-                self._observations[position],
+                self._as_received(position),
                 self._labels[position].values,
-                self._prior,
+                self._prior(),
                 GaussNewtonSettings(schedule=self._attack.schedule, modes=self._attack.modes),
                 self._device,
                 told,
+                self._steps[position],
             )
-            if self._attack.method == "auto" and not solved[position].explained:
+            matchable = self._attack.method == "auto" and not self._steps[position].several
+            if matchable and not solved[position].explained:
                 to_match.append(position)
         matched = self._match(sorted(to_match), len(candidates) / (len(candidates) + len(to_match)))
         answers = []
@@ -280,35 +308,38 @@ class _Run:
     def _for_gauss_newton(self, to_match: list[int]) -> list[int]:
         """Victims that Gauss-Newton applies to; under "auto" the others join `to_match`, with the reason."""
         asked = self._attack._asks_for_matching
-        if self._attack.method in ("matching", "generator") or asked:
+        if self._attack._only_matches:
             to_match += range(len(self._observations))
             for details in self._details:
                 details["why"] = f"{asked or f'method {self._attack.method}'} was asked for"
             return []
         fitting = []
         for position, observation in enumerate(self._observations):
-            received = self._received[observation.key].scenario.training
+            received = self._as_received(position)
             try:
-                if received.protocol == "fedavg" and received.weight_decay:
-                    raise NotApplicable(
-                        f"training.weight_decay = {received.weight_decay} shifts the threshold under which entries "
-                        "were dropped, which Gauss-Newton relies on; use method 'matching'"
-                    )
                 gauss_newton.applies(
-                    observation.scenario,
-                    observation.update,
-                    round=observation.round,
+                    received.scenario,
+                    received.update,
                     num_examples=observation.num_examples,
                     labels=self._labels[position].values,
                 )
             except NotApplicable as reason:
-                if self._attack.method == "gauss-newton":
+                if self._attack.method == "gauss-newton" or self._steps[position].several:
                     raise
                 self._details[position]["why"] = str(reason)
                 to_match.append(position)
             else:
                 fitting.append(position)
         return fitting
+
+    def _as_received(self, position: int) -> Observation:
+        """A victim's update as a mean gradient, with whatever it carries beside one."""
+        received = self._received[self._observations[position].key]
+        return dataclasses.replace(
+            received,
+            update=carried.mean_gradient(received).to("cpu"),
+            scenario=carried.plain_scenario(received.scenario),
+        )
 
     def _match(
         self, positions: Sequence[int], before: float
@@ -368,6 +399,8 @@ class _Run:
 
     def _solved(self, position: int, result: gauss_newton.GaussNewtonResult) -> Reconstruction:
         details = self._details[position] | {"explained": result.explained, **result.details}
+        if self._steps[position].several:
+            details["batches"] = self._steps[position].order(result.images)
         return self._answer(
             position,
             result.images,

@@ -1,14 +1,14 @@
 """What an update carries beside one gradient: local steps, and residuals of earlier rounds.
 
-Both can be computed from a guess of the images, for the server knows everything else: the weights it sent, the
-agreed training, and which entries were sent. :class:`LocalSteps` answers, for a guess, how the update reads as entries
+Both follow from a guess of the images, for the server knows everything else: the weights it sent, the agreed
+training, and which entries were sent. :class:`LocalSteps` answers, for a guess, how the update reads as entries
 of one gradient (*defect correction*: the simulated update minus the gradient's share is subtracted, and the guess is
 improved on what is left). :class:`Remembered` follows one client's memory from round to round (*peeling*: each
 round's reconstruction says what that round held back, which the next update carries).
 
 References
 ----------
-Stetter, "The defect correction principle and discretization methods", Numer. Math. 1978 (the principle); Stich et al.,
+Stetter, "The defect correction principle and discretization methods", Numer. Math. 1978; Stich et al.,
 "Sparsified SGD with memory", NeurIPS 2018, and Lin et al., "Deep gradient compression", ICLR 2018 (the memories).
 """
 
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adversaries.reconstruction.hcgla.measurements import PLAIN, ROUNDING, Reading
+from adversaries.reconstruction.hcgla.measurements import BOUNDING, ROUNDING, Reading, corrected
 from fedattack.config import CompressionConfig, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -41,21 +41,6 @@ Batches = list[NDArray[np.int64]]
 def remembers(compression: CompressionConfig) -> bool:
     """Whether clients keep what they did not send for later rounds."""
     return compression.name == "dgc" or (compression.error_feedback and compression.name != "none")
-
-
-def check_memory(scenario: Scenario) -> None:
-    """Refuse memories that cannot be followed.
-
-    Raises
-    ------
-    NotApplicable
-        If what was kept back cannot be told from what was sent.
-    """
-    compression = scenario.compression
-    if remembers(compression) and compression.name == "sign":
-        raise NotApplicable(
-            "compression.name = 'sign' with error feedback: the residuals hide the gradient; turn error_feedback off"
-        )
 
 
 def orders(training: TrainingConfig, samples: int) -> list[Batches]:
@@ -106,6 +91,45 @@ def mean_gradient(observation: Observation) -> Update:
     return dataclasses.replace(update, values=values, kind="gradient")
 
 
+def constant_reading(received: Observation, carry: Tensor | None = None) -> Reading:
+    """How an update reads as (mean) gradient, as far as no image is needed to tell.
+
+    Parameters
+    ----------
+    received : Observation
+        As it came.
+    carry : Tensor or None
+        float64 (numel,), in units of :func:`mean_gradient`: what earlier rounds held back.
+    """
+    training, names = received.scenario.training, received.update.names
+    if received.update.kind == "gradient":
+        return Reading(offset=carry)
+    weights = torch.cat([received.weights[name].double().cpu().flatten() for name in names])
+    # Each step rounds the new weights to 24 bits, and the learning rate magnifies that.
+    error = 2.0**-24 / math.sqrt(3) * float(weights.abs().max())
+    rounding = error / (training.learning_rate * math.sqrt(training.local_steps))
+    if training.weight_decay and training.local_steps == 1:
+        decay = training.weight_decay * weights
+        return Reading(offset=decay if carry is None else carry + decay, rounding=rounding)
+    return Reading(offset=carry, rounding=rounding)
+
+
+def as_gradient(received: Observation, carry: Tensor | None = None) -> Observation:
+    """A received update as entries of one (mean) gradient, as far as no image is needed to tell.
+
+    Once something was subtracted, the smallest entry sent bounds the others no more: what is left looks like entries
+    that were drawn at random, and the scenario says so.
+    """
+    reading = constant_reading(received, carry)
+    scenario = plain_scenario(received.scenario)
+    if reading.offset is not None and scenario.compression.name in BOUNDING:
+        scenario = dataclasses.replace(
+            scenario, compression=scenario.compression.model_copy(update={"name": "randomk"})
+        )
+    update = corrected(mean_gradient(received).to("cpu"), reading)
+    return dataclasses.replace(received, update=update, scenario=scenario)
+
+
 class LocalSteps:
     """One client's local training, imitated on guesses of its images.
 
@@ -147,7 +171,7 @@ class LocalSteps:
     def reading(self, images: Tensor) -> Reading:
         """How the update reads as one gradient, if these are the images, (B, C, H, W)."""
         if not self.several:
-            return self._plain
+            return self._constant
         gradient = self._simulate(images, [np.arange(len(images))], _one_step(self._training))
         sent = self._update.indices
         shown = gradient if sent is None else gradient[sent]
@@ -155,7 +179,7 @@ class LocalSteps:
         scale = float(shown @ (mean if sent is None else mean[sent]) / shown.square().sum())
         if scale <= 0:  # steps so long that they turn the gradient round: no share of it is left to read
             scale = 1.0
-        return dataclasses.replace(self._plain, scale=scale, offset=self._carried(mean - scale * gradient))
+        return dataclasses.replace(self._constant, scale=scale, offset=self._carried(mean - scale * gradient))
 
     def simulate(self, images: Tensor) -> Tensor:
         """The mean gradient, float64 (numel,), that the client would have had from these images."""
@@ -166,17 +190,8 @@ class LocalSteps:
         return [batch.tolist() for batch in self._likeliest(images)[0]]
 
     @cached_property
-    def _plain(self) -> Reading:
-        """The reading of a single step: weight decay and the residuals of earlier rounds are constants."""
-        training, weights = self._training, self._received.weights
-        if training.protocol == "fedsgd":
-            return dataclasses.replace(PLAIN, offset=self._carry)
-        flat = torch.cat([weights[name].double().flatten() for name in self._update.names])
-        # Each step rounds the new weights to 24 bits.
-        error = 2.0**-24 / math.sqrt(3) * float(flat.abs().max())
-        offset = self._carried(training.weight_decay * flat) if training.weight_decay else self._carry
-        steps = math.sqrt(training.local_steps)
-        return Reading(offset=offset, rounding=error / (training.learning_rate * steps))
+    def _constant(self) -> Reading:
+        return constant_reading(self._received, self._carry)
 
     def _carried(self, offset: Tensor) -> Tensor:
         return offset if self._carry is None else offset + self._carry
@@ -256,10 +271,17 @@ def _step(values: Tensor, levels: int) -> Tensor:
 
 
 def plain_scenario(scenario: Scenario) -> Scenario:
-    """The scenario in which the same client sends entries of the gradient itself, and keeps nothing."""
+    """The scenario in which the same client sends entries of one gradient itself, and keeps nothing."""
     training, compression = scenario.training, scenario.compression
     if training.protocol == "fedavg":
         training = _one_step(training)
     return dataclasses.replace(
-        scenario, training=training, compression=compression.model_copy(update={"error_feedback": False})
+        scenario,
+        training=training,
+        compression=compression.model_copy(
+            update={
+                "name": "topk" if compression.name == "dgc" else compression.name,
+                "error_feedback": False,
+            }
+        ),
     )

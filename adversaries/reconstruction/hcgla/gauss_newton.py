@@ -13,11 +13,17 @@ treats the update as what it is, a few thousand noiseless measurements of a few 
    equations by a dense Cholesky factorisation and is halved until the objective falls.
 3. *Anneal.* s starts large, where the prior smooths the problem, and falls while the *certificate*, the objective
    per measured number, says that the measurements can be explained to the precision claimed (about 1 or less).
-   Where it cannot (quantised values, several local steps, residuals of earlier rounds), annealing ends and the last
-   reconstruction that was explained is returned.
+   Where it cannot (noise that was not declared, steps too long), annealing ends and the last reconstruction that was
+   explained is returned.
 
 For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions' gradients
 are the mean over the batch, and each image is spanned by the largest modes of the prior.
+
+Values rounded by a quantiser are believed to the size of its steps; features and probabilities are then the image's
+own, not the rounded ones. What several local steps add to the gradient is simulated for every image that is tried and
+subtracted, so that the direction is that of a Gauss-Newton step for one gradient, and the line search is the whole
+client's. What earlier rounds held back is subtracted as reconstructed. Both are in
+:mod:`adversaries.reconstruction.hcgla.carried`.
 
 References
 ----------
@@ -39,9 +45,9 @@ from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.reconstruction import closed_form
-from adversaries.reconstruction.hcgla.carried import LocalSteps
+from adversaries.reconstruction.hcgla.carried import LocalSteps, remembers
 from adversaries.reconstruction.hcgla.least_squares import Anchor, Problem, State
-from adversaries.reconstruction.hcgla.measurements import PLAIN, Measurements, read_update
+from adversaries.reconstruction.hcgla.measurements import PLAIN, ROUNDING, Measurements, read_update
 from adversaries.reconstruction.priors import GaussianPrior
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Scenario, Update
@@ -165,7 +171,7 @@ def applies(
     update : Update, optional
         None: check what is known before the run starts.
     round : int
-        1-based round; with error feedback only the first is the compressed gradient of one batch.
+        1-based round; under error feedback the first alone is the compressed gradient of one batch.
     num_examples : int, optional
         Declared batch size; None: the scenario's.
     labels : Tensor, optional
@@ -185,13 +191,18 @@ def applies(
         )
     if training.protocol != "fedsgd" or (update is not None and update.kind != "gradient"):
         raise NotApplicable(
-            "Gauss-Newton reads the gradient of one batch, but the update is the outcome of local steps "
-            f"(training.protocol = {training.protocol!r}); use protocol 'fedsgd'"
+            "Gauss-Newton solves for entries of a (mean) gradient, but the update is a weight delta "
+            f"(training.protocol = {training.protocol!r}); turn it into one first"
         )
-    if compression.name not in ("none", "topk", "randomk", "dgc"):
+    if compression.name not in ("none", "topk", "randomk", "dgc", *ROUNDING):
         raise NotApplicable(
-            f"Gauss-Newton needs the sent entries' exact values, but compression.name = {compression.name!r} rounds "
-            "them; use topk, randomk, dgc or none"
+            f"Gauss-Newton needs the sent entries' values, but compression.name = {compression.name!r} sends others; "
+            "use topk, topk-qsgd, randomk, dgc, qsgd or none"
+        )
+    if compression.name in ROUNDING and compression.norm != "max":
+        raise NotApplicable(
+            f"Gauss-Newton needs the size of the quantiser's steps, which compression.norm = {compression.norm!r} "
+            "hides; use 'max'"
         )
     if compression.name == "dgc" and compression.clip_norm is not None:
         raise NotApplicable(
@@ -204,11 +215,10 @@ def applies(
             f"Gauss-Newton holds a dense covariance of at most {MAX_PIXELS:,} numbers an image, but one of shape "
             f"{scenario.image_shape} has {pixels:,}; use method 'matching' or a smaller data.image_size"
         )
-    remembers = compression.name == "dgc" or (compression.error_feedback and compression.name != "none")
-    if remembers and round > 1:
+    if remembers(compression) and round > 1:
         raise NotApplicable(
-            f"in round {round} an update holds residuals of earlier rounds (error feedback or dgc), which "
-            "Gauss-Newton does not model; attack round 1"
+            f"in round {round} an update holds residuals of earlier rounds (error feedback or dgc): give the attack "
+            "all rounds, so that it can peel them off, or attack round 1"
         )
     count = training.batch_size if num_examples is None else num_examples
     if count > MAX_BATCH:

@@ -28,6 +28,7 @@ from adversaries.reconstruction.hcgla.learned import Client, RowSignals, SignalP
 from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
 from fedattack.metrics.images import psnr
 from fedattack.models.generators import GENERATORS, WIDE, Deconv, RidgeConv, build_generator
+from fedattack.models.image_generators import FeatureDecoder
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import numpy_rng, torch_rng
 
@@ -519,7 +520,7 @@ def train_by_steps(
     module.train()
     parameters = list(module.parameters())
     device = parameters[0].device
-    if isinstance(module, Deconv):
+    if isinstance(module, Deconv | FeatureDecoder):
         centre, spread = _moments(pairs.signals.values, pairs.signals.sent.float())
         module.centre.copy_(centre)
         module.spread.copy_(spread)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
 from adversaries.reconstruction import engine
-from adversaries.reconstruction.tensor import kept, recover, steps
+from adversaries.reconstruction.tensor import certificate, kept, recover, steps
 from adversaries.reconstruction.tensor.activations import (
     ACTIVATIONS,
     homogeneous,
@@ -29,7 +29,7 @@ from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.models.two_layer import TwoLayer
-from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario, Update
+from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
 
 CERTIFIED = 1e-5
@@ -40,6 +40,8 @@ APPROXIMATE = 0.25
 
 SPARE = 1.2
 """Equations per unknown from which on a small residual singles out the batch."""
+
+NO_TRACE = "a sample's label leaves too little trace in the head's gradient to be read"
 
 Status = Literal["certified", "approximate", "failed"]
 
@@ -65,8 +67,8 @@ class TensorAttack(ReconstructionAttack):
     view : {"full", "last_layer"}
         "last_layer" looks at the head's gradient only.
     batch : int, optional
-        Samples in the batch (of all clients together under `secure_aggregation`); None: read from the spectrum, or
-        where noise hides that, the number that the client declares.
+        Samples in the batch (of all clients together under secure aggregation); None: read from the spectrum, or
+        where noise hides that, the declared number.
     decomposer : {"simdiag", "jennrich", "als", "tensorly_power"}
         The last two are tensorly's, as a cross-check.
     refine : {"auto", "off"}
@@ -84,9 +86,6 @@ class TensorAttack(ReconstructionAttack):
         Size of the head's entries; None: 1/m, or 1/sqrt(m) with signs.
     restarts : int
         Starts tried where single entries are solved for (top-k, last layer).
-    secure_aggregation : bool
-        See only the sum over all observations of one call (`attack.victims_per_task` clients): the batches of all
-        clients are rebuilt as one, and each observation is answered with all of it.
 
     References
     ----------
@@ -108,7 +107,6 @@ class TensorAttack(ReconstructionAttack):
     head_signs: bool | None = None
     head_strength: float | None = None
     restarts: int = 4
-    secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
@@ -199,8 +197,6 @@ class TensorAttack(ReconstructionAttack):
             return []
         if device.type == "mps":  # has no float64
             device = torch.device("cpu")
-        if self.secure_aggregation and len(observations) > 1:
-            return [self._one(aggregate(observations), seed, device, progress, 0, 1)] * len(observations)
         total = len(observations)
         return [self._one(o, seed, device, progress, n, total) for n, o in enumerate(observations)]
 
@@ -264,36 +260,21 @@ def _failure(scenario: Scenario, reason: str) -> Reconstruction:
     )
 
 
-def aggregate(observations: Sequence[Observation]) -> Observation:
-    """What secure aggregation shows of several clients: their updates' mean, weighted by their samples.
-
-    Raises
-    ------
-    NotApplicable
-        If an update is not complete: compressed updates do not add up under a secure sum.
-    """
-    first = observations[0]
-    examples = sum(o.num_examples for o in observations)
-    values = torch.zeros(first.update.numel, dtype=torch.float64)
-    for observation in observations:
-        if observation.update.indices is not None:
-            raise NotApplicable(
-                "setting 'tensor.secure_aggregation' = True with sparse updates: a secure sum adds complete ones; "
-                "use compression.name 'none'"
-            )
-        values += observation.update.values.double().cpu() * (observation.num_examples / examples)
-    update = Update(first.update.names, first.update.shapes, None, values.float(), first.update.kind)
-    return dataclasses.replace(first, update=update, num_examples=examples)
-
-
 @dataclass
 class _Answer:
-    """Inputs of the wide layer, and what the labels are."""
+    """Inputs of the wide layer, what the labels are, and why a small residual would not vouch for them."""
 
     inputs: Tensor
     labelled: Labelled
     residual: float
     parts: dict[str, float] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    error: float | None = None
+
+    @property
+    def certified(self) -> bool:
+        """Whether the answer explains the update to rounding and nothing else would."""
+        return self.residual <= CERTIFIED and not self.doubts
 
 
 class _Victim:
@@ -329,6 +310,11 @@ class _Victim:
     def answer(self) -> Reconstruction:
         """Rebuild, label, certify."""
         complete = self._update.indices is None or self._update.kept == self._update.numel
+        if self._observation.client == EVERYONE and not complete:
+            raise NotApplicable(
+                "secure aggregation of sparse updates: each entry is the sum over those clients that sent it, and no "
+                "entry of one gradient; use compression.name 'none'"
+            )
         several = self._observation.scenario.training.local_steps > 1
         if self._attack.method == "published":
             found, method = self._published(), "published"
@@ -370,7 +356,7 @@ class _Victim:
         if homogeneous(self._head.name):
             return self._from_products(estimate, y, wide, last)
         found = self._labelled(estimate.inputs, wide, last)
-        if self._attack.refine == "off":
+        if self._attack.refine == "off" or found.certified:
             return found
         fit = refine(
             self._head,
@@ -390,7 +376,7 @@ class _Victim:
             return self._labelled(directions * norms[:, None], wide, last)
 
         found = scaled(estimate.inputs, torch.ones_like(estimate.weights))
-        if self._attack.refine == "off":
+        if self._attack.refine == "off" or found.certified:
             return found
         basis = torch.linalg.qr(estimate.inputs.T).Q
         products, signs, explained = relu_masks(
@@ -419,10 +405,10 @@ class _Victim:
         self._take(estimate)
         found = self._labelled(estimate.inputs, wide, last)
         training = self._observation.scenario.training
-        if not steps.replayable(training, self._samples):
+        if self._observation.client == EVERYONE or not steps.replayable(training, self._samples):
             self._notes.append(
-                "the client's order of batches (or its weight decay) is not in the update: the steps cannot be "
-                "played again, and the residual is that of one gradient"
+                "the client's order of batches (or its weight decay, or several clients' own steps) is not in the "
+                "update: the steps cannot be played again, and the residual is that of one gradient"
             )
             return found
         positions, labels = found.labelled.expanded()
@@ -464,7 +450,12 @@ class _Victim:
             "head": _relative(change["head.weight"], last),
             "wide": _relative(change["wide.weight"], wide),
         }
-        return _Answer(inputs, found.labelled, max(parts.values()), parts)
+        # The certificate is that of one gradient, of which several small steps are a multiple.
+        training = self._observation.scenario.training
+        factor = -1.0 / (training.learning_rate * _mass(training))
+        left = factor * (change["wide.weight"] - wide), factor * (change["head.weight"] - last)
+        answer = _Answer(inputs, found.labelled, max(parts.values()), parts)
+        return self._weighed(answer, *left)
 
     def _from_entries(self, complete: bool) -> _Answer:
         entries = self._entries()
@@ -479,10 +470,9 @@ class _Victim:
                 f"kept entries {equations} < unknowns {unknowns}: underdetermined; a wider model or a "
                 "smaller batch helps"
             )
-        if equations < SPARE * unknowns:
-            self._notes.append(
-                f"{equations} equations for {unknowns} unknowns: too few for the residual to be a certificate"
-            )
+        equations = min(equations, entries.independent(self._samples))
+        if not float(kept.targets(entries).norm()) > 0:
+            raise NotApplicable("the entries that were sent are zero: nothing of the batch is in them")
         solution = kept.solve(
             self._head,
             entries,
@@ -490,19 +480,38 @@ class _Victim:
             self._attack.restarts,
             self._generator,
             CERTIFIED,
+            certificate.SAFETY,
             progress=lambda part: self._progress(part, "entries"),
         )
-        if solution.residual <= CERTIFIED:
-            self._figures["unseen"] = solution.unseen
-            if solution.unseen > kept.UNSEEN:
-                self._notes.append(
-                    f"the entries that were sent leave {solution.unseen:.1%} of a random change of the inputs unseen: "
-                    "they fit many batches, and a small residual vouches for none of them"
-                )
         counts = torch.nn.functional.one_hot(solution.labels, self._head.classes)
-        return _Answer(
+        answer = _Answer(
             solution.inputs, Labelled(counts, min(1.0, solution.residual)), solution.residual, solution.parts
         )
+        if answer.residual <= CERTIFIED:
+            self._figures["unseen"] = solution.unseen
+            answer.error = solution.error
+            answer.doubts = self._entry_doubts(answer, entries, solution.labels, equations)
+        return answer
+
+    def _entry_doubts(
+        self, answer: _Answer, entries: kept.Entries, labels: Tensor, equations: int
+    ) -> list[str]:
+        unknowns = answer.inputs.numel()
+        unseen = self._figures["unseen"]
+        doubts = []
+        if equations < SPARE * unknowns:
+            doubts.append(
+                f"{equations} independent equations for {unknowns} unknowns: too few to single out one batch"
+            )
+        if unseen > kept.UNSEEN:
+            doubts.append(
+                f"the entries that were sent leave {unseen:.1%} of a random change of the inputs unseen: they fit "
+                "many batches"
+            )
+        trace = certificate.traces(self._head, entries, answer.inputs, labels)
+        if not certificate.labels_shown(trace, answer.parts["head"]):
+            doubts.append(NO_TRACE)
+        return doubts + self._doubts(answer)
 
     def _published(self) -> _Answer:
         if self._update.indices is not None:
@@ -512,7 +521,10 @@ class _Victim:
         g = (self._head.row @ last) * self._samples
         estimate = recover.published(self._head, g, y, self._samples, self._generator)
         self._take(estimate)
-        return self._labelled(estimate.inputs, wide, last)
+        answer = self._labelled(estimate.inputs, wide, last)
+        if y is None:
+            answer.doubts.append("averages over the neurons leave no equations to check the inputs by")
+        return answer
 
     # ------------------------------------------------------------------ pieces
 
@@ -547,7 +559,42 @@ class _Victim:
         parts = {"head": _relative(last, model_last)}
         if self._attack.view == "full":
             parts["wide"] = _relative(wide, model_wide)
-        return _Answer(inputs, labelled, max(parts.values()), parts)
+        answer = _Answer(inputs, labelled, max(parts.values()), parts)
+        return self._weighed(answer, wide - model_wide, last - model_last)
+
+    def _weighed(self, answer: _Answer, wide: Tensor, last: Tensor) -> _Answer:
+        """The answer with its doubts, from what it leaves of the gradients of the wide layer and of the head."""
+        if answer.residual > CERTIFIED:
+            return answer
+        head, inputs = self._head, answer.inputs
+        counts = answer.labelled.counts.to(inputs.device)
+        delta = counts.sum(1, keepdim=True) * head.logits(inputs).softmax(1) - counts
+        of_counts = certificate.count_errors(head, inputs, last, self._samples)
+        errors = certificate.input_errors(head, inputs, delta @ head.row, self._scaled(wide))
+        if homogeneous(head.name):
+            errors = (
+                errors
+                + certificate.norm_errors(head, inputs, counts, of_counts) * inputs.square().mean(1).sqrt()
+            )
+        answer.error = float(errors.max())
+        if max(float(of_counts.max()), answer.labelled.doubt) > certificate.COUNT:
+            answer.doubts.append(NO_TRACE)
+        answer.doubts += self._doubts(answer)
+        return answer
+
+    def _doubts(self, answer: _Answer) -> list[str]:
+        """What speaks against any route's answer."""
+        doubts = []
+        assert answer.error is not None
+        if not answer.error <= certificate.UNCERTAIN:
+            doubts.append(f"noise of the residual's size may move an input by {answer.error:.0e}")
+        if isinstance(self._module.stem, torch.nn.Flatten):
+            off = certificate.not_pixels(answer.inputs)
+            if off > certificate.UNCERTAIN:
+                doubts.append(
+                    f"the inputs leave the range of pixels by {off:.0e}: another batch explains the update"
+                )
+        return doubts
 
     def _better(self, found: _Answer, refined: _Answer) -> _Answer:
         taken = refined.residual <= CERTIFIED or refined.residual < 0.1 * found.residual
@@ -561,15 +608,16 @@ class _Victim:
         norms = found.inputs.norm(dim=1).cpu()
         status: Status = "failed"
         reason = ""
-        enough = self._figures.get("equations", math.inf) >= SPARE * self._figures.get("unknowns", 1)
-        enough = enough and self._figures.get("unseen", 0.0) <= kept.UNSEEN
-        if found.residual <= CERTIFIED and enough and len(inputs) == self._samples:
+        if found.certified and len(inputs) == self._samples:
             status = "certified"
         elif found.residual <= APPROXIMATE:
             status = "approximate"
         else:
             reason = f"residual {found.residual:.0e}: the answer does not explain the update"
-        if status != "certified":
+        self._notes += [
+            f"residual {found.residual:.0e}, but not certified: {doubt}" for doubt in found.doubts
+        ]
+        if status != "certified" and not found.doubts:
             self._notes.append(
                 f"residual {found.residual:.0e}: not certified; retry with another seed or more neurons"
             )
@@ -596,6 +644,7 @@ class _Victim:
                 "reason": reason,
                 "residual": found.residual,
                 "residual_parts": found.parts,
+                "predicted_error": found.error,
                 "batch": len(found.inputs),
                 "copies": found.labelled.counts.sum(1).tolist(),
                 "norms": norms.tolist(),
@@ -618,16 +667,23 @@ def _relative(seen: Tensor, model: Tensor) -> float:
     return float((seen - model).norm() / seen.norm().clamp_min(1e-300))
 
 
+def _mass(training: TrainingConfig) -> float:
+    """How many times its gradient a client's steps move it by, where the gradient hardly changes."""
+    steps_taken = range(training.local_steps)
+    return float(sum(sum(training.momentum**lag for lag in range(step + 1)) for step in steps_taken))
+
+
 def _gradient_of(observation: Observation) -> Update:
     """The update as entries of one gradient; of several local steps, as their mean gradient."""
     scenario = observation.scenario
     training, update = scenario.training, observation.update
     if training.local_steps == 1 or update.kind == "gradient":
         return engine.as_gradient(observation)
-    mass = sum(sum(training.momentum**lag for lag in range(step + 1)) for step in range(training.local_steps))
     single = dataclasses.replace(
         observation,
         scenario=dataclasses.replace(scenario, training=_one_step(training)),
-        update=Update(update.names, update.shapes, update.indices, update.values / mass, update.kind),
+        update=Update(
+            update.names, update.shapes, update.indices, update.values / _mass(training), update.kind
+        ),
     )
     return engine.as_gradient(single)

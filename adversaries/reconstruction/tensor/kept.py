@@ -8,6 +8,7 @@ the neurons; the residual tells a solution from a stuck run as long as there are
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ UNSEEN = 3e-3
 """Share of a random step that may go unseen where a small residual is to vouch for the inputs."""
 
 _ROWS = 512
-_PROBE_STEPS = 1000
+_MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class Entries:
         """Equations."""
         return len(self.head_values) + len(self.wide_values)
 
+    def independent(self, samples: int) -> int:
+        """How many of the equations can be independent.
+
+        The wide layer's gradient has rank B, and the head's entries of one neuron mix the same B numbers w.x_i: a
+        neuron has at most B equations, an input's column B more, and B^2 of them only mix the samples.
+        """
+        neurons = torch.cat([self.head_columns, self.wide_rows]).bincount().clamp(max=samples).sum()
+        columns = self.wide_columns.bincount().clamp(max=samples).sum()
+        return min(self.count, int(neurons) + max(0, int(columns) - samples**2))
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -61,8 +72,8 @@ class Solution:
     ----------
     residual : float
         The largest relative residual of the two blocks of entries, whose own are in `parts`.
-    unseen : float
-        See :func:`unseen`.
+    unseen, error : float
+        See :func:`foundation`; the worst input's.
     """
 
     inputs: Tensor
@@ -70,6 +81,7 @@ class Solution:
     residual: float
     parts: dict[str, float]
     unseen: float = 1.0
+    error: float = math.inf
 
 
 class Model:
@@ -245,37 +257,79 @@ def levenberg_marquardt(
     return x, float(left.norm()) / norm
 
 
-def unseen(function: Model, x: Tensor, generator: torch.Generator, probes: int = 2) -> float:
-    """Share of a random step from x that no entry notices, in [0, 1].
+def foundation(
+    function: Model, x: Tensor, left: Tensor, noise: Tensor, generator: torch.Generator, probes: int = 2
+) -> tuple[float, Tensor]:
+    """How well the entries found x: the share of a random step that none notices, and the predicted errors.
 
     More entries than unknowns do not determine all unknowns: where the entries of a column were not sent, its inputs
-    enter hardly any equation, and a residual of zero says nothing about them. Conjugate gradients on J'J z = J'J v
-    recover from J v all of v but what lies in the Jacobian's null space.
+    enter hardly any equation, and a residual of zero says nothing about them. Least squares recovers from J v all of
+    a step v but what lies in the Jacobian's null space; and it says how far `noise` in the entries moves the inputs.
+
+    Parameters
+    ----------
+    left : Tensor
+        (k,): :func:`targets` minus the values at x. It moves the inputs as it is, too.
+    noise : Tensor
+        (k,): deviation of the noise that each entry may have.
+
+    Returns
+    -------
+    unseen : float
+        In [0, 1].
+    errors : Tensor
+        (B,): root mean square over an input's entries.
     """
-    _, push, pull = function.at(x)
+    solve = _least_squares(function, x)
+    _, push, _ = function.at(x)
     worst = 0.0
     for _ in range(probes):
         hidden = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
-        found = torch.zeros_like(hidden)
-        gradient = pull(push(hidden))
-        direction, size = gradient, float(gradient.square().sum())
-        share, settled = 1.0, 1.0
-        for step in range(_PROBE_STEPS):
+        worst = max(worst, float((hidden - solve(push(hidden))).norm() / hidden.norm()))
+    draws = torch.randn(noise.shape, dtype=noise.dtype, generator=generator).to(noise.device)
+    return min(worst, 1.0), solve(left + noise * draws).square().mean(1).sqrt()
+
+
+def _least_squares(function: Model, x: Tensor) -> Function:
+    """Values (k,) -> the step (B, d) whose image under the Jacobian at x comes nearest, by conjugate gradients.
+
+    Preconditioned by the normal equations where they are small enough to be formed; their float32 leaves the weakest
+    directions to the iteration.
+    """
+    _, push, pull = function.at(x)
+    factor: Tensor | None = None
+    if x.numel() <= DIRECT:
+        gram, _ = function.normal_equations(x, function(x))
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        factor = None if int(failed) else factor
+
+    def precondition(g: Tensor) -> Tensor:
+        return g if factor is None else torch.cholesky_solve(g.reshape(-1, 1), factor).reshape(x.shape)
+
+    def solve(values: Tensor) -> Tensor:
+        step, gradient = torch.zeros_like(x), pull(values)
+        direction = precondition(gradient)
+        size = float((gradient * direction).sum())
+        first, settled = size, 0.0
+        for count in range(_MOST_STEPS):
             pushed = push(direction)
-            length = size / float(pushed.square().sum().clamp_min(1e-300))
-            found = found + length * direction
-            share = float((hidden - found).norm() / hidden.norm())
-            gradient = gradient - length * pull(pushed)
-            fresh = float(gradient.square().sum())
-            if share < 0.1 * UNSEEN or fresh == 0:
+            curved = float(pushed.square().sum())
+            if not (curved > 0 and size > 1e-20 * first):
                 break
-            if step % 50 == 49:  # nothing more comes in where only the null space is left
-                if share > 0.99 * settled:
+            step = step + size / curved * direction
+            gradient = gradient - size / curved * pull(pushed)
+            if count % 50 == 49:  # nothing more comes in where only the null space is left
+                grown = float(step.norm())
+                if abs(grown - settled) < 1e-4 * grown:
                     break
-                settled = share
-            direction, size = gradient + fresh / size * direction, fresh
-        worst = max(worst, share)
-    return worst
+                settled = grown
+            solved = precondition(gradient)
+            fresh = float((gradient * solved).sum())
+            direction, size = solved + fresh / size * direction, fresh
+        return step
+
+    return solve
 
 
 def _solved(gram: Tensor, right: Tensor, damping: float) -> Tensor:
@@ -418,6 +472,7 @@ def solve(
     restarts: int,
     generator: torch.Generator,
     certified: float,
+    safety: float,
     iterations: int = 60,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Solution:
@@ -429,6 +484,8 @@ def solve(
     ----------
     certified : float
         Residual at which no further start is tried.
+    safety : float
+        How many times what is left of the entries their noise may be.
     """
     guesses = guess_labels(head, entries, samples, restarts)
     sources = [starts(head, entries, labels, generator) for labels in guesses]
@@ -450,7 +507,13 @@ def solve(
     assert best is not None
     if best.residual > certified:
         return best
-    return replace(best, unseen=unseen(Model(head, entries, best.labels), best.inputs, generator))
+    function = Model(head, entries, best.labels)
+    left, split = wanted - function(best.inputs), len(entries.head_values)
+    noise = torch.cat(
+        [part.square().mean().sqrt().expand(len(part)) for part in (left[:split], left[split:])]
+    )
+    unseen, found = foundation(function, best.inputs, left, safety * noise, generator)
+    return replace(best, unseen=unseen, error=float(found.max()))
 
 
 def _scaled(function: Model, wanted: Tensor, start: Tensor) -> Tensor:

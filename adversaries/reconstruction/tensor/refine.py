@@ -225,7 +225,7 @@ def relu_masks(
     inside, neurons = y @ basis, head.wide @ basis
     found = products @ basis
     size, m = len(found), len(y)
-    typical = float(inside.norm(dim=1).median())
+    typical = float(inside.square().sum(1).mean().sqrt())
     signs = None
     best, most, stale = found, -1.0, 0
     for _ in range(rounds):

@@ -93,7 +93,10 @@ def fit(
         before = float(left.norm())
         for _ in range(7):
             damped = gram + torch.diag(damping * gram.diagonal())
-            trial = point + torch.linalg.solve(damped, right)
+            step, failed = torch.linalg.solve_ex(damped, right)
+            if int(failed):
+                return point.reshape(len(inputs), -1) @ basis.T
+            trial = point + step
             trial_left = wanted - played(trial)
             if float(trial_left.norm()) < before:
                 point, left, damping = trial, trial_left, max(damping / 10, 1e-12)

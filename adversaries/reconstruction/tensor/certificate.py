@@ -1,0 +1,142 @@
+"""What a small residual vouches for: how far off an answer could be although it explains the update.
+
+A residual at rounding level says that this answer explains the update, not that no other does. Beside it stand: how
+far noise of the residual's size would move each input, whether each label leaves a trace that such noise could not
+hide, whether the sent entries are enough for each part of the inputs, and whether pixels are pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adversaries.reconstruction.tensor.activations import homogeneous
+from adversaries.reconstruction.tensor.head import Head
+from adversaries.reconstruction.tensor.kept import Entries
+
+UNCERTAIN = 1e-3
+"""Largest predicted error of a certified input, root mean square over its entries: 60 dB where these are pixels."""
+
+SAFETY = 5.0
+"""Standard deviations of the noise that a residual is taken for."""
+
+COUNT = 0.05
+"""Largest predicted error of a softmax residual that a label may be read from."""
+
+_TRACE = 100.0
+"""How many times the head's residual the trace of a label must be."""
+
+_TWINS = 2e-2
+"""Relative misfit below which another norm explains a sample's softmax residual as well."""
+
+
+def input_errors(head: Head, inputs: Tensor, weights: Tensor, left: Tensor) -> Tensor:
+    """Predicted error of each input (B,), root mean square over its entries, from the wide layer's gradient.
+
+    Off the samples' span the gradient ``K x`` with ``K_ji = r_i s'(w_j . x_i)`` is linear in the inputs: what is left
+    unexplained moves them by ``K^+ left``, and would by ``sigma sqrt((K'K)^-1)_ii`` an entry if it were noise. In the
+    span, a sample's norm and weight are told apart by how s'(w.x) bends: where it hardly does (a nearly linear
+    activation) the norm's error is larger by one over the sine between the two. For homogeneous activations, see
+    :func:`norm_errors`.
+
+    Parameters
+    ----------
+    inputs, weights : Tensor
+        (B, d) and r (B,).
+    left : Tensor
+        (m, d): the gradient minus the model's, both as ``sum_i r_i s'(W x_i) x_i'``.
+    """
+    u = head.wide @ inputs.T
+    slope = head.activation.slope(u)
+    k = slope * weights
+    size = k.norm(dim=0).clamp_min(1e-300)
+    inverse = _inverse(k / size)
+    if inverse is None:
+        return torch.full_like(weights, torch.inf)
+    noise = SAFETY * float(left.square().mean().sqrt()) * inverse.diagonal().sqrt() / size
+    moved = (inverse @ ((k / size).T @ left) / size[:, None]).square().mean(1).sqrt()
+    error = moved + noise
+    if homogeneous(head.name):
+        return error
+    along = slope + u * head.activation.bend(u)
+    cosine = (along * slope).sum(0) / (along.norm(dim=0) * slope.norm(dim=0)).clamp_min(1e-300)
+    sine = (1 - cosine.square()).clamp_min(1e-16).sqrt()
+    return (error.square() + (error / sine).square() / inputs.shape[1]).sqrt()
+
+
+def count_errors(head: Head, inputs: Tensor, left: Tensor, samples: int) -> Tensor:
+    """Predicted error (B,) of the softmax residuals that labels are read from.
+
+    Parameters
+    ----------
+    left : Tensor
+        (C, m): the head's gradient minus the model's.
+    samples : int
+        In the batch.
+    """
+    hidden = head.activation.value(inputs @ head.wide.T)
+    size = hidden.norm(dim=1).clamp_min(1e-300)
+    inverse = _inverse((hidden / size[:, None]).T)
+    if inverse is None:
+        return torch.full_like(size, torch.inf)
+    return SAFETY * samples * float(left.square().mean().sqrt()) * inverse.diagonal().sqrt() / size
+
+
+def norm_errors(head: Head, inputs: Tensor, counts: Tensor, of_residuals: Tensor) -> Tensor:
+    """Relative error (B,) of norms read from ``n delta(n)``, for homogeneous activations; as :func:`head.fix_scales` does.
+
+    Infinite where another norm within the range of pixels has the same ``n delta(n)``.
+
+    Parameters
+    ----------
+    counts : Tensor
+        int64 (B, C).
+    of_residuals : Tensor
+        (B,), from :func:`count_errors`.
+    """
+    z = head.logits(inputs)
+    copies = counts.sum(1, keepdim=True).to(z.dtype)
+
+    def delta(z: Tensor) -> Tensor:
+        return copies * z.softmax(-1) - counts
+
+    p = z.softmax(1)
+    speed = delta(z) + copies * p * (z - (p * z).sum(1, keepdim=True))
+    errors = of_residuals / speed.norm(dim=1).clamp_min(1e-300)
+    brightest = inputs.amax(1)
+    for factor in torch.logspace(-2, 2, 1601, dtype=torch.float64).tolist():
+        if abs(factor - 1) < 0.05:
+            continue
+        misfit = (factor * delta(factor * z) - delta(z)).norm(dim=1) / delta(z).norm(dim=1).clamp_min(1e-300)
+        errors[(misfit < _TWINS) & (factor * brightest <= 1 + UNCERTAIN)] = torch.inf
+    return errors
+
+
+def traces(head: Head, entries: Entries, inputs: Tensor, labels: Tensor) -> Tensor:
+    """How much the sent entries of the head change where a sample's label does, over their norm; (B,).
+
+    The least over all other classes: a label whose row, and any other's, has no entries is anyone's guess.
+    """
+    square = head.activation.value(inputs @ head.wide.T).square()
+    rows = torch.zeros(head.classes, len(inputs), dtype=square.dtype, device=square.device)
+    rows.index_add_(0, entries.head_rows, square.T[entries.head_columns])
+    own = rows[labels, torch.arange(len(labels), device=labels.device)]
+    rows[labels, torch.arange(len(labels), device=labels.device)] = torch.inf
+    norm = entries.head_values.norm().clamp_min(1e-300)
+    return (own + rows.amin(0)).sqrt() / len(inputs) / norm
+
+
+def labels_shown(trace: Tensor, residual: float) -> bool:
+    """Whether every label's trace stands out of a head's relative residual."""
+    return float(trace.min()) > _TRACE * max(residual, 1e-8)
+
+
+def not_pixels(inputs: Tensor) -> float:
+    """By how much inputs leave [0, 1], root mean square over the worst input's entries."""
+    return float((inputs - inputs.clamp(0, 1)).square().mean(1).sqrt().max())
+
+
+def _inverse(columns: Tensor) -> Tensor | None:
+    """(K'K)^-1 of columns of norm one; None where they are dependent."""
+    inverse, failed = torch.linalg.inv_ex(columns.T @ columns)
+    return None if int(failed) or not bool((inverse.diagonal() > 0).all()) else inverse
