@@ -27,9 +27,6 @@ _STRENGTH = 0.01
 _TURN = 0.3
 """Share of its bin that a row may turn in a round's local steps."""
 
-_SPREAD = 2.5
-"""Standard deviations that most bins of one measurement share."""
-
 _IMAGES = 4096
 
 _UNKNOWN_BATCH = 32
@@ -53,9 +50,11 @@ class Imprint(RowReading):
     share that the birthday bound names. Each image is put through the model with each label: what it would have
     left in its bin is compared with what was there, which labels it and tells mixtures apart without the truth.
 
-    Exact for one gradient. With several local steps the rows drift apart and images are approximate; under top-k the
-    ReLU block's rows, which nearly all images move, mostly do not survive, and those of model ``imprint-sparse``,
-    each moved by its own bin's images, do. Two equal images are one sum, and are not told apart.
+    Exact for one gradient with model ``imprint``. Under top-k its rows, which nearly all images move, mostly do not
+    survive; with values rounded or several local steps their differences drown. The rows of model ``imprint-sparse``
+    are moved by their own bin's images alone: exact under top-k too, where the kept share allows, and approximate for
+    rounded values and local steps, for which images are believed that two measurements show alike. Two equal images
+    are one sum, and are not told apart.
 
     Parameters
     ----------
@@ -107,8 +106,13 @@ class Imprint(RowReading):
         ------
         NotApplicable
         """
-        _block(build_model(scenario.model), scenario)
+        block = _block(build_model(scenario.model), scenario)
         super().check(scenario)
+        if scenario.training.local_steps > 1 and _adds(block):
+            raise NotApplicable(
+                f"training.local_steps = {scenario.training.local_steps}: the ReLU block's rows drift apart, and "
+                "their differences hold all images; use --model imprint-sparse, whose rows hold their own bin's alone"
+            )
         width = scenario.model.width or 0
         if width < 2 * self.functionals:
             raise NotApplicable(
@@ -146,9 +150,8 @@ class Imprint(RowReading):
         signs = 1 - 2 * (torch.arange(width) % 2).double()
         strength = self.strength or _STRENGTH
         if self.strength is None and scenario.training.local_steps > 1:
-            narrow = reach if not _adds(module) else reach * _SPREAD * self.functionals / width
             module.load_state_dict(weights)
-            strength = _calm(module, scenario, direction / reach, narrow, generator, auxiliary)
+            strength = _calm(module, scenario, direction / reach, generator, auxiliary)
         back = torch.outer(direction * strength / reach, signs)
         sent = dict(weights)
         sent["measure.weight"], sent["measure.bias"] = torch.cat(rows).float(), torch.cat(biases).float()
@@ -207,7 +210,6 @@ def _calm(
     module: Imprinted,
     scenario: Scenario,
     direction: Tensor,
-    narrow: float,
     generator: torch.Generator,
     auxiliary: Auxiliary | None,
 ) -> float:
@@ -229,7 +231,7 @@ def _calm(
     steep = float((slope.flatten(1).double() @ direction).abs().median())
     size = float(images.flatten(1).square().sum(1).mean())
     steps = training.learning_rate * training.local_steps / (training.batch_size or _UNKNOWN_BATCH)
-    return min(_STRENGTH, _TURN * narrow / max(steps * steep * size, 1e-30))
+    return min(_STRENGTH, _TURN * CEILING / max(steps * steep * size, 1e-30))
 
 
 def alone_share(chance: float, batch: int) -> float:

@@ -27,6 +27,9 @@ _CANCELLED = 0.1
 _ALIKE = 0.03
 """Root mean square difference below which two rows show the same image."""
 
+_STEADY = 1e-3
+"""Error of a pixel up to which an image's other rows are known: beyond, it may seem to lie in the next one."""
+
 _MOST = 0.02
 """Relative misfit that noise may excuse: more would let mixtures through."""
 
@@ -157,14 +160,13 @@ def agreeing(
     replay: Replay,
     limit: int,
     *,
-    tolerance: float,
     times: Sequence[float] = (1.0,),
     progress: Callable[[int], None] = lambda found: None,
 ) -> tuple[list[Sample], Rows]:
     """Find images in rows that are too uncertain for replaying: those that two rows or more show alike.
 
-    Nothing is taken out. An image that a single row shows is believed where its replay fits to `tolerance`.
-    Parameters and answer as for :func:`peel`; what is left are the rows that no image was read from.
+    Nothing is taken out, and an image that a single row shows is not believed: of many rows and labels, some fit by
+    chance. Parameters and answer as for :func:`peel`; what is left are the rows that no image was read from.
     """
     tried = _single(rows, torch.ones(len(rows.scalars), dtype=torch.bool, device=rows.scalars.device))
     scalars = rows.scalars[tried]
@@ -178,6 +180,8 @@ def agreeing(
         if not free[n] or len(found) == limit:
             continue
         alike = torch.nonzero(free & (distances[n] < _ALIKE))[:, 0]
+        if len(alike) < 2:
+            continue
         weights = scalars[alike].square() / scalars[alike].square().sum()
         mean = weights @ inputs[alike]
         row = int(tried[n])
@@ -188,8 +192,6 @@ def agreeing(
         misfit = ((counted - scalars[n]) / scalars[n]).abs().amin(1)
         label = int(misfit.argmin())
         error = float(rows.noise[row] / scalars[n].abs()) / len(alike) ** 0.5
-        if len(alike) < 2 and float(misfit[label]) > tolerance:
-            continue
         free[alike] = False
         vectors[tried[alike]] = 0
         found.append(Sample(mean, label, float(misfit[label]), error, 0, len(alike), shares[label].clone()))
@@ -232,7 +234,8 @@ def _accepted(
         label = int(place[n]) // len(times)
         # The scalar that was seen, not its replay: the row is left empty.
         added = shares[n, label] * (scalars[n] / own[n, label])
-        if bool((empty & (added.abs() > PRECISION * rows.noise)).any()):
+        steady = float(error[n]) < _STEADY
+        if steady and bool((empty & (added.abs() > PRECISION * rows.noise)).any()):
             continue  # a mixture: it would have moved rows that nothing moved
         sample = Sample(inputs[n], label, float(best[n]), float(error[n]), sweep, 1, added.clone())
         accepted.append((row, sample))

@@ -28,8 +28,8 @@ CERTIFIED = 1e-5
 _ROUNDING = 2.0**-22
 """Of float32 sums, relative to the layer's largest bias entry."""
 
-_DRIFT = 0.1
-"""Relative misfit allowed where values are rounded or weights moved between local steps, and one row speaks."""
+_LABELLED = 0.1
+"""Relative misfit of the replay above which an image's label counts as a guess."""
 
 
 def biased_layer(scenario: Scenario) -> FirstLayer:
@@ -281,7 +281,7 @@ class RowReading(ReconstructionAttack):
 
         batch = observation.num_examples
         if client.vague:
-            found, left = agreeing(rows, replay, batch, tolerance=_DRIFT, times=client.times, progress=told)
+            found, left = agreeing(rows, replay, batch, times=client.times, progress=told)
         else:
             found, left = peel(
                 rows,
@@ -333,7 +333,7 @@ def _answer(
         images=images,
         labels=named,
         loss=unread,
-        label_confidence=sum(sample.misfit <= _DRIFT for sample in found) / batch,
+        label_confidence=sum(sample.misfit <= _LABELLED for sample in found) / batch,
         method=name,
         floors=floors(observation, named),
         details={

@@ -154,9 +154,11 @@ def test_one_step_of_weights_is_one_gradient() -> None:
 
 def test_refusals() -> None:
     attack = Imprint()
+    several = TrainingConfig(protocol="fedavg", local_steps=2)
     for scene, part in (
         (scenario("mlp", 4), "no block for bins"),
         (scenario("imprint", 4, 7), "less than two bins"),
+        (scenario("imprint", 4, training=several), "drift apart"),
         (scenario("imprint", 4, compression=CompressionConfig(name="sign")), "only signs"),
         (
             scenario("imprint", 4, compression=CompressionConfig(name="randomk", rate=0.1)),

@@ -232,14 +232,13 @@ class Network:
 
     def __init__(self, steps: Sequence[Step], shapes: dict[str, tuple[int, ...]]) -> None:
         self.steps = tuple(steps)
-        self.size = 0
-        places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        for name, shape in shapes.items():
-            places[name] = (self.size, shape)
-            self.size += torch.Size(shape).numel()
-        self._places: list[list[tuple[int, tuple[int, ...]]]] = []
+        order = {name: number for number, name in enumerate(shapes)}
+        self._shapes = list(shapes.values())
+        self.sizes = [torch.Size(shape).numel() for shape in self._shapes]
+        self.size = sum(self.sizes)
+        self._places: list[list[int]] = []
         for step in steps:
-            ours = [places[name] for name in step.layer.names if name in places]
+            ours = [order[name] for name in step.layer.names if name in order]
             self._places.append(ours)
             if ours and len(ours) < len(step.layer.names) and not isinstance(step.layer, Linear):
                 raise NotApplicable(
@@ -252,10 +251,9 @@ class Network:
 
     def parts(self, flat: Tensor) -> list[list[Tensor]]:
         """Views (V, *shape) of a flat (V, size), for the tensors of each step."""
-        return [
-            [flat[:, at : at + torch.Size(shape).numel()].unflatten(1, shape) for at, shape in ours]
-            for ours in self._places
-        ]
+        pieces = flat.split(self.sizes, 1)
+        views = [piece.view(len(flat), *shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        return [[views[number] for number in ours] for ours in self._places]
 
 
 class Passes:
@@ -406,7 +404,6 @@ class ExplicitGradients:
         self._folded = Network(fold(steps, image_shape, device), shapes)
         # Folded layers have no BatchNorm inputs to take statistics of.
         self._whole = Network(steps, shapes)
-        self._sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         self.joint = len(updates) * self._whole.size <= _JOINT_UP_TO
         self._targets: Tensor | None = None
         if labels is not None:
@@ -429,5 +426,5 @@ class ExplicitGradients:
         square = gradients.square().sum(1) if whole else None
         entries = gradients
         if any(flat is not None for flat in self._layout.flat):
-            entries = self._layout.select(gradients.split(self._sizes, 1), victims)
+            entries = self._layout.select(gradients.split(network.sizes, 1), victims)
         return Prediction(entries, square, tuple(zip(moments[::2], moments[1::2], strict=True)))

@@ -35,11 +35,14 @@ Saved = dict[str, Any]
 _backward = torch.ops.aten.convolution_backward
 _masked = torch.ops.aten.threshold_backward
 
-_SMALL = 40_000
+_SMALL = 20_000
 """Up to this many numbers in a sample's receptive fields a convolution is done as a product."""
 
 _FEW = 64
-"""Up to this many positions too: then the kernel is the large operand, and products do not reorder it."""
+"""So is that of a single sample with up to this many positions: products do not reorder its large kernel."""
+
+_MANY = 4
+"""From this many samples on, a library call on all of them at once is faster than products again."""
 
 
 class Layer:
@@ -110,6 +113,8 @@ class Convolution(Layer):
             self._plain, self._plain_bias = self._weight, self._bias
             self._weight, self._bias = fold.weights(self._weight, self._bias)
         self._last = self._weight.contiguous(memory_format=torch.channels_last)
+        self._flat = self._weight.flatten(1)
+        self._sizes: dict[torch.Size, tuple[int, int]] = {}
 
     def folded(self, fold: Fold) -> Convolution:
         """This convolution with the BatchNorm after it taken in."""
@@ -124,11 +129,15 @@ class Convolution(Layer):
         x = inputs[0]
         saved["victims"] = victims
         if self._small(x):
-            saved["shape"] = x.shape
+            saved["x"] = x
             saved["columns"] = columns = self._columns(x)
-            flat = self._weight.flatten(1).expand(len(x), -1, -1)
-            bias = x.new_zeros(1) if self._bias is None else self._bias
-            found = torch.baddbmm(bias.reshape(1, -1, 1), flat, columns)
+            if len(x) >= _MANY:
+                return F.conv2d(x, self._weight, self._bias, *self._geometry)
+            flat = self._flat.expand(len(x), -1, -1)
+            if self._bias is None:
+                found = torch.bmm(flat, columns)
+            else:
+                found = torch.baddbmm(self._bias[:, None], flat, columns)
             return found.unflatten(2, self._size(x.shape))
         # oneDNN needs no reordering of channels-last memory; groups, one for each victim, need planes.
         dense = x.is_cpu and (victims == 1 or len(x) > victims)
@@ -167,12 +176,12 @@ class Convolution(Layer):
             return self._push_columns(saved, moved, kernels, offset)
         found = None
         if kernels is not None:
-            found = self._each(saved["x"], kernels)
+            found = self._each(saved["x"], kernels, offset)
         if moved is not None:
             moved = moved.contiguous(memory_format=_format(saved["x"]))
             through = F.conv2d(moved, saved["weight"], None, *self._geometry, self._groups)
             found = through if found is None else found.add_(through)
-        return found if offset is None else _offset(found, offset)
+        return found
 
     def pull(
         self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
@@ -195,8 +204,10 @@ class Convolution(Layer):
     def _adjoint(self, saved: Saved, delta: Tensor) -> Tensor:
         """Gradient of the input."""
         if "columns" in saved:
-            flat = self._weight.flatten(1).t().expand(len(delta), -1, -1)
-            return self._fold_back(torch.bmm(flat, delta.flatten(2)), saved["shape"])
+            if len(delta) >= _MANY:
+                return self._backward(delta, saved["x"], self._weight, 1, True)
+            flat = self._flat.t().expand(len(delta), -1, -1)
+            return self._fold_back(torch.bmm(flat, delta.flatten(2)), saved["x"].shape)
         delta = delta.contiguous(memory_format=_format(saved["x"]))
         return self._backward(delta, saved["x"], saved["weight"], self._groups, True)
 
@@ -218,15 +229,18 @@ class Convolution(Layer):
         pairs = zip(delta.chunk(victims), x.chunk(victims), strict=True)
         return torch.stack([self._backward(d, a, self._weight, self._groups, False) for d, a in pairs])
 
-    def _each(self, x: Tensor, kernels: Tensor) -> Tensor:
-        """Convolve every victim's samples with its own kernel (V, *shape)."""
+    def _each(self, x: Tensor, kernels: Tensor, offset: Tensor | None) -> Tensor:
+        """Convolve every victim's samples with its own kernel (V, *shape) and bias (V, channels)."""
         victims = len(kernels)
         if victims > 1 and len(x) == victims:
-            side = kernels.flatten(0, 1)
-            found = F.conv2d(_aside(x), side, None, *self._geometry, victims * self._groups)
+            side, biases = kernels.flatten(0, 1), None if offset is None else offset.flatten()
+            found = F.conv2d(_aside(x), side, biases, *self._geometry, victims * self._groups)
             return found.unflatten(1, (victims, -1))[0]
-        pairs = zip(x.chunk(victims), kernels, strict=True)
-        return _join([F.conv2d(a, u, None, *self._geometry, self._groups) for a, u in pairs])
+        pieces = [
+            F.conv2d(part, kernels[v], None if offset is None else offset[v], *self._geometry, self._groups)
+            for v, part in enumerate(x.chunk(victims))
+        ]
+        return _join(pieces)
 
     def _each_adjoint(self, delta: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         victims = len(kernels)
@@ -241,17 +255,20 @@ class Convolution(Layer):
     # Small convolutions, for which a library call costs more than its arithmetic, as products with patches.
 
     def _small(self, x: Tensor) -> bool:
-        if self._groups != 1 or self._geometry[2] != [1, 1]:
+        if self._groups != 1 or self._geometry[2] != [1, 1] or not x.is_cpu:
             return False
         height, width = self._size(x.shape)
-        return x.is_cpu and (self.inputs * height * width <= _SMALL or height * width <= _FEW)
+        positions = height * width
+        return self.inputs * positions <= _SMALL or (len(x) == 1 and positions <= _FEW)
 
     def _size(self, shape: torch.Size) -> tuple[int, int]:
         """Height and width of the output for inputs (N, C, H, W)."""
-        strides, padding, _ = self._geometry
-        kernel = self._weight.shape[2:]
-        height, width = ((shape[2 + i] + 2 * padding[i] - kernel[i]) // strides[i] + 1 for i in (0, 1))
-        return height, width
+        if shape not in self._sizes:
+            strides, padding, _ = self._geometry
+            kernel = self._weight.shape[2:]
+            height, width = ((shape[2 + i] + 2 * padding[i] - kernel[i]) // strides[i] + 1 for i in (0, 1))
+            self._sizes[shape] = height, width
+        return self._sizes[shape]
 
     def _columns(self, x: Tensor) -> Tensor:
         """Receptive fields (N, C * kh * kw, positions): one strided copy, several times faster than F.unfold."""
@@ -272,35 +289,41 @@ class Convolution(Layer):
     def _push_columns(
         self, saved: Saved, moved: Tensor | None, kernels: Tensor | None, offset: Tensor | None
     ) -> Tensor | None:
-        columns, samples = saved["columns"], saved["shape"][0]
+        columns, samples = saved["columns"], len(saved["x"])
         found = None
         if kernels is not None:
-            each = kernels.flatten(2)
-            spread = each if len(each) == samples else each.repeat_interleave(samples // len(each), 0)
+            each = _per_sample(kernels.flatten(2), samples)
             if offset is None:
-                found = torch.bmm(spread, columns)
+                found = torch.bmm(each, columns)
             else:
-                biases = offset if len(each) == samples else offset.repeat_interleave(samples // len(each), 0)
-                found = torch.baddbmm(biases[:, :, None], spread, columns)
-        if moved is not None:
-            flat = self._weight.flatten(1).expand(samples, -1, -1)
+                found = torch.baddbmm(_per_sample(offset, samples)[:, :, None], each, columns)
+        if moved is not None and samples < _MANY:
+            flat = self._flat.expand(samples, -1, -1)
             inner = self._columns(moved)
             found = torch.bmm(flat, inner) if found is None else found.baddbmm_(flat, inner)
-        return None if found is None else found.unflatten(2, self._size(saved["shape"]))
+        whole = None if found is None else found.unflatten(2, self._size(saved["x"].shape))
+        if moved is not None and samples >= _MANY:
+            through = F.conv2d(moved, self._weight, None, *self._geometry)
+            whole = through if whole is None else whole.add_(through)
+        return whole
 
     def _pull_columns(
         self, saved: Saved, shift: Tensor | None, delta: Tensor | None, kernels: Tensor | None
     ) -> Tensor | None:
-        samples = saved["shape"][0]
+        samples = len(saved["x"])
         found = None
         if shift is not None:
-            found = torch.bmm(self._weight.flatten(1).t().expand(samples, -1, -1), shift.flatten(2))
+            found = torch.bmm(self._flat.t().expand(samples, -1, -1), shift.flatten(2))
         if kernels is not None and delta is not None:
-            each = kernels.flatten(2).transpose(1, 2)
-            spread = each if len(each) == samples else each.repeat_interleave(samples // len(each), 0)
+            each = _per_sample(kernels.flatten(2).transpose(1, 2), samples)
             inner = delta.flatten(2)
-            found = torch.bmm(spread, inner) if found is None else found.baddbmm_(spread, inner)
-        return None if found is None else self._fold_back(found, saved["shape"])
+            found = torch.bmm(each, inner) if found is None else found.baddbmm_(each, inner)
+        return None if found is None else self._fold_back(found, saved["x"].shape)
+
+
+def _per_sample(each: Tensor, samples: int) -> Tensor:
+    """(V, ...) -> (V * B, ...)."""
+    return each if len(each) == samples else each.repeat_interleave(samples // len(each), 0)
 
 
 def _aside(x: Tensor) -> Tensor:
@@ -315,12 +338,6 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 def _format(x: Tensor) -> torch.memory_format:
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
-
-
-def _offset(found: Tensor | None, offset: Tensor) -> Tensor:
-    """Add each victim's bias (V, channels) to (V * B, channels, H, W)."""
-    assert found is not None
-    return found.add_(offset.repeat_interleave(len(found) // len(offset), 0)[:, :, None, None])
 
 
 class Fold:

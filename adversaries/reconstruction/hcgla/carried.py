@@ -1,7 +1,7 @@
-"""What an update carries beside one gradient: local steps, and residuals of earlier rounds.
+"""What an update carries beside one gradient: local steps, clipping, and residuals of earlier rounds.
 
-Both follow from a guess of the images, for the server knows everything else: the weights it sent, the agreed
-training, and which entries were sent. :class:`LocalSteps` answers, for a guess, how the update reads as entries
+They follow from a guess of the images, for the server knows everything else: the weights it sent, the agreed
+training and clipping, and which entries were sent. :class:`LocalSteps` answers, for a guess, how the update reads as entries
 of one gradient (*defect correction*: the simulated update minus the gradient's share is subtracted, and the guess is
 improved on what is left). :class:`Remembered` follows one client's memory from round to round (*peeling*: each
 round's reconstruction says what that round held back, which the next update carries).
@@ -25,12 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adversaries.reconstruction import defended
 from adversaries.reconstruction.hcgla.measurements import BOUNDING, ROUNDING, Reading, corrected
 from fedattack.config import CompressionConfig, TrainingConfig
+from fedattack.defenses import ClientDefenses
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario, Update
-from fedattack.training import local_update
+from fedattack.training import batch_gradient, local_update
 
 MAX_ORDERS = 24
 """Orders of the local batches that are tried for one guess; each costs a simulation of the client."""
@@ -102,16 +104,19 @@ def constant_reading(received: Observation, carry: Tensor | None = None) -> Read
         float64 (numel,), in units of :func:`mean_gradient`: what earlier rounds held back.
     """
     training, names = received.scenario.training, received.update.names
+    noise = defended.noise(received)
+    if remembers(received.scenario.compression):  # what is held back keeps its noise
+        noise *= math.sqrt(received.round)
     if received.update.kind == "gradient":
-        return Reading(offset=carry)
+        return Reading(offset=carry, noise=noise)
     weights = torch.cat([received.weights[name].double().cpu().flatten() for name in names])
     # Each step rounds the new weights to 24 bits, and the learning rate magnifies that.
     error = 2.0**-24 / math.sqrt(3) * float(weights.abs().max())
     rounding = error / (training.learning_rate * math.sqrt(training.local_steps))
     if training.weight_decay and training.local_steps == 1:
         decay = training.weight_decay * weights
-        return Reading(offset=decay if carry is None else carry + decay, rounding=rounding)
-    return Reading(offset=carry, rounding=rounding)
+        return Reading(offset=decay if carry is None else carry + decay, rounding=rounding, noise=noise)
+    return Reading(offset=carry, rounding=rounding, noise=noise)
 
 
 def as_gradient(received: Observation, carry: Tensor | None = None) -> Observation:
@@ -152,12 +157,18 @@ class LocalSteps:
         self._received, self._labels, self._carry = received, labels.cpu(), carry
         self._training = received.scenario.training
         self._orders = orders(self._training, len(labels))
+        self._clipping = defended.clipping(received.scenario)
         self._update = mean_gradient(received)
 
     @property
     def several(self) -> bool:
         """Whether the update is more than one gradient at the weights that were sent out."""
         return self._training.local_steps > 1
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the update may have been clipped."""
+        return self._clipping is not None
 
     @property
     def carries(self) -> bool:
@@ -170,7 +181,7 @@ class LocalSteps:
 
     def reading(self, images: Tensor) -> Reading:
         """How the update reads as one gradient, if these are the images, (B, C, H, W)."""
-        if not self.several:
+        if not (self.several or self.clipped):
             return self._constant
         gradient = self._simulate(images, [np.arange(len(images))], _one_step(self._training))
         sent = self._update.indices
@@ -198,7 +209,9 @@ class LocalSteps:
 
     def _likeliest(self, images: Tensor) -> tuple[Batches, Tensor]:
         """The order of the batches under which the images explain the update best, and its mean gradient."""
-        found = [(order, self._simulate(images, order, self._training)) for order in self._orders]
+        found = [
+            (order, self._simulate(images, order, self._training, self._clipping)) for order in self._orders
+        ]
         return min(found, key=lambda one: self._misfit(one[1])) if len(found) > 1 else found[0]
 
     def _misfit(self, mean: Tensor) -> float:
@@ -206,10 +219,18 @@ class LocalSteps:
         sent = expected if self._update.indices is None else expected[self._update.indices]
         return float((sent - self._update.values).square().sum())
 
-    def _simulate(self, images: Tensor, batches: Batches, training: TrainingConfig) -> Tensor:
+    def _simulate(
+        self,
+        images: Tensor,
+        batches: Batches,
+        training: TrainingConfig,
+        defenses: ClientDefenses | None = None,
+    ) -> Tensor:
         weights, pixels = self._received.weights, images.detach().double().cpu()
-        result = local_update(self._model, weights, pixels, self._labels, batches, training)
-        flat = torch.cat([result.update[name].flatten() for name in self._update.names])
+        step = batch_gradient if defenses is None else defenses.gradient
+        update = local_update(self._model, weights, pixels, self._labels, batches, training, step).update
+        update = update if defenses is None else defenses.update(update)
+        flat = torch.cat([update[name].flatten() for name in self._update.names])
         return (
             flat if training.protocol == "fedsgd" else -flat / (training.learning_rate * training.local_steps)
         )

@@ -324,7 +324,7 @@ def solve(
         least_feature_noise=0.00001 if batch == 1 else 0.003,
         chunk=settings.chunk,
         device=torch.device(device),
-        reread=read if steps is not None and steps.several else None,
+        reread=read if steps is not None and (steps.several or steps.clipped) else None,
     )
     schedule = settings.schedule or default_schedule(
         measured.count, batch * most, batch, _kind(problem, steps)

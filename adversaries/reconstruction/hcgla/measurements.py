@@ -27,16 +27,19 @@ class Reading:
     Attributes
     ----------
     scale : float
-        Not 1 where local steps shrink or (momentum) stretch the mean gradient.
+        Not 1 where local steps shrink or (momentum) stretch the mean gradient, or clipping shrinks it.
     offset : Tensor or None
         float64 (numel,): residuals of earlier rounds and what local steps add; None: nothing.
     rounding : float
         Standard deviation of rounding errors that do not depend on the entry's size: those of a weight delta.
+    noise : float
+        Standard deviation of the Gaussian noise that the client added to every entry.
     """
 
     scale: float = 1.0
     offset: Tensor | None = None
     rounding: float = 0.0
+    noise: float = 0.0
 
 
 PLAIN = Reading()
@@ -74,7 +77,8 @@ class Measurements:
     precision : float
         Relative rounding error of the values as they were sent.
     row_noise, bias_noise : float
-        Standard deviation of what quantisation adds to `row_values` (and `head_values`) and `bias_values`.
+        Standard deviation of what quantisation and the client's noise add to `row_values` (and `head_values`) and
+        `bias_values`.
     """
 
     labels: Tensor
@@ -141,13 +145,19 @@ def read_update(
 
     def bound(name: str) -> float:
         values = sent[name] if compression.scope == "layer" else received.values
-        return float(values.abs().min()) / reading.scale if bounding and values.numel() else math.inf
+        if not (bounding and values.numel()):
+            return math.inf
+        return (float(values.abs().min()) + 2 * reading.noise) / reading.scale  # noise may have made it small
 
     def noise(name: str) -> float:
         if compression.name not in ROUNDING or not sent[name].numel():
-            return 0.0
+            return reading.noise / reading.scale
         # Rounding up with chance f costs a variance of f (1 - f) steps squared: a sixth for f drawn evenly.
-        return float(sent[name].abs().max()) / compression.levels / math.sqrt(6) / reading.scale
+        step = float(sent[name].abs().max()) / compression.levels
+        return math.hypot(step / math.sqrt(6), reading.noise) / reading.scale
+
+    # The largest of so many draws: where the largest entries were chosen, smaller ones may be there for their noise.
+    doubtful = reading.noise * math.sqrt(2 * math.log(received.numel)) if bounding else 0.0
 
     def scales(values: Tensor, bounds: Tensor) -> Tensor:
         # Where unsent entries are bounded by tau, sent ones are of its order: tau is the natural unit of an error.
@@ -156,7 +166,8 @@ def read_update(
 
     positions, values, bounds, noises, start = [], [], [], [], 0
     for name in chain.names:
-        at, kept = tensors[name]
+        sure = sent[name].abs() >= doubtful
+        at, kept = (part[sure] for part in tensors[name])
         positions.append(at + start)
         values.append(kept)
         bounds.append(torch.full_like(kept, bound(name)))
@@ -169,10 +180,12 @@ def read_update(
     kept = batch * kept
     rows, cols = at // chain.feature_count, at % chain.feature_count
     bias_rows, bias_values = tensors["head.bias"][0], batch * tensors["head.bias"][1]
+    sure = (sent["head.bias"].abs() >= doubtful) | torch.isin(bias_rows, labels)
+    bias_rows, bias_values = bias_rows[sure], bias_values[sure]
     row_noise, bias_noise = batch * noise("head.weight"), batch * noise("head.bias")
     fill = len(labels) == 1 and not bias_noise
     row_values, row_known = _label_rows(chain, labels, rows, cols, kept, bias_rows, bias_values, fill)
-    off_label = (~torch.isin(rows, labels)).nonzero()[:, 0]
+    off_label = (~torch.isin(rows, labels) & (sent["head.weight"].abs() >= doubtful)).nonzero()[:, 0]
     largest = off_label[sent["head.weight"][off_label].abs().argsort(descending=True, stable=True)]
     largest = largest[: head_entries if batch > 1 else 0]
     row_bound, bias_bound = batch * bound("head.weight"), batch * bound("head.bias")

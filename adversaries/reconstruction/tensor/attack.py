@@ -576,6 +576,7 @@ class _Victim:
                 errors
                 + certificate.norm_errors(head, inputs, counts, of_counts) * inputs.square().mean(1).sqrt()
             )
+        errors = errors + certificate.merged_errors(inputs, counts, answer.residual)
         answer.error = float(errors.max())
         if max(float(of_counts.max()), answer.labelled.doubt) > certificate.COUNT:
             answer.doubts.append(NO_TRACE)

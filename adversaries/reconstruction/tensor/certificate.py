@@ -112,6 +112,17 @@ def norm_errors(head: Head, inputs: Tensor, counts: Tensor, of_residuals: Tensor
     return errors
 
 
+def merged_errors(inputs: Tensor, counts: Tensor, residual: float) -> Tensor:
+    """By how much samples taken for copies of one input (B, d) may differ; (B,), root mean square over its entries.
+
+    Equally labelled samples at x + v and x - v change the update in second order only: by about (v / x)^2 of their
+    share.
+    """
+    copies = counts.sum(1).to(inputs.dtype)
+    split = (residual * copies.sum() / copies).sqrt() / 2 * inputs.square().mean(1).sqrt()
+    return torch.where(copies > 1, split, torch.zeros_like(split))
+
+
 def traces(head: Head, entries: Entries, inputs: Tensor, labels: Tensor) -> Tensor:
     """How much the sent entries of the head change where a sample's label does, over their norm; (B,).
 

@@ -110,7 +110,7 @@ def find_span(head: Head, gradient: Tensor, batch: int | None, declared: int, ge
     notes: list[str] = []
     size = batch
     if size is None:
-        size = span.rank
+        size = span.rank(declared)
         if size is None:
             size = declared
             notes.append(

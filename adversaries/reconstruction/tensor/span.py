@@ -32,14 +32,13 @@ class Span:
     values: Tensor
     basis: Tensor
 
-    @property
-    def rank(self) -> int | None:
-        """The number of values before the first gap of :data:`GAP`; None where there is none."""
+    def rank(self, most: int | None = None) -> int | None:
+        """The number of values before the first gap of :data:`GAP`, at most `most`; None where there is none."""
         if not float(self.values[0]) > 0:
             return None
         ratios = self.values[:-1] / self.values[1:].clamp_min(1e-300)
         # Beyond the noise floor of float32, ratios say nothing.
-        ratios = torch.where(self.values[:-1] > 1e-8 * self.values[0], ratios, torch.zeros_like(ratios))
+        ratios = torch.where(self.values[:-1] > 1e-8 * self.values[0], ratios, torch.zeros_like(ratios))[:most]
         best = int(ratios.argmax())
         return best + 1 if float(ratios[best]) >= GAP else None
 
