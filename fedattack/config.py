@@ -265,7 +265,7 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """TOML text that :meth:`from_toml` reads back to an equal configuration."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json", exclude_none=True)))
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that can change a result: all but the engine's and the output's."""
@@ -357,6 +357,14 @@ def _resolve(key: str) -> list[str]:
 
 _LISTS = (["attack", "names"], ["attack", "rounds"], ["defense", "names"])
 """Settings that hold several values, written with commas."""
+
+
+def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with empty strings for None, which TOML lacks: plug-ins' parameters are read back so."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) else "" if value is None else value
+        for key, value in tree.items()
+    }
 
 
 def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:

@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -119,6 +119,9 @@ def build_plugin(
             known = [f"{prefix}{name}.{field}" for field in fields]
             raise unknown_name("setting", f"{prefix}{name}.{option}", known)
     chosen = {key: value for key, value in shared.items() if key in fields} | dict(options)
+    for key in [key for key, value in chosen.items() if value is None or value == ""]:
+        # Nothing was given: no value where the parameter may have none, else the empty text.
+        chosen[key] = None if type(None) in get_args(get_type_hints(cls)[key]) else ""
     try:
         return TypeAdapter(cls).validate_python(chosen)
     except ValidationError as error:

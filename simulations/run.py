@@ -37,7 +37,7 @@ PROMINENT = {
         "strategy": "any Flower strategy by name",
     },
     "The adversary": {
-        "attack": "hcgla, fedmia, ...; several with commas",
+        "attack": "hcgla, ig, tensor, fedmia, ...; several with commas",
         "victims": "clients whose updates are reconstructed",
         "auxiliary": "public images granted to it",
     },
@@ -166,15 +166,18 @@ def list_plugins() -> None:
 
 @app.command("settings")
 def list_settings() -> None:
-    """Every setting, its option, default and meaning."""
-    from simulations.catalogue import settings_table
+    """Every setting, its default, its own option and its meaning; an empty value (NAME=) is None."""
+    from simulations.catalogue import settings_tables
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("setting", "option", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    for row in settings_table():
-        table.add_row(*row)
-    console.print(table)
+    texts = {f"--{name}": text for group in PROMINENT.values() for name, text in group.items()}
+    for title, rows in settings_tables().items():
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        table.add_column("setting", style="cyan", no_wrap=True)
+        table.add_column("default", overflow="fold", max_width=16)
+        table.add_column("meaning", overflow="fold")
+        for name, option, default, meaning in rows:
+            table.add_row(name, default, f"{option}  {meaning or texts.get(option, '')}".strip())
+        console.print(table, "")
 
 
 @app.command("attack")
@@ -200,7 +203,9 @@ def attack_saved(
 @app.command("sweep")
 def sweep(
     file: Annotated[Path, typer.Argument(help="TOML file with [settings] and [axes]", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="folder; default: runs/<name of the file>")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder; default: runs/<name of the file>")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="ray or inline; default: the file's")] = None,
 ) -> None:
     """Run every combination of attacks, defences, ... that FILE names; started again, it resumes."""

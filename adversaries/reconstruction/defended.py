@@ -19,6 +19,9 @@ from fedattack.observation import Observation, Scenario
 _VERBATIM = ("none", "topk", "randomk", "dgc")
 """Compressors that send an entry as it is: a zero among those sent was a zero before."""
 
+DIRECTIONS = frozenset({"cosine", "layer-cosine", "row-cosine", "sign"})
+"""Matching objectives that do not depend on the gradient's length."""
+
 
 def _clip_noise(scenario: Scenario) -> ClipNoise | None:
     found = build_defenses(scenario.defense).values()
@@ -56,6 +59,11 @@ def noise(received: Observation) -> float:
         return deviation / batch / math.sqrt(training.local_steps)
     one = received.update.kind == "gradient"
     return deviation if one else deviation / (training.learning_rate * training.local_steps)
+
+
+def doubtful_below(noise: float, count: int) -> float:
+    """Size that noise alone reaches in the largest of `count` entries: smaller ones may have been sent for it."""
+    return noise * math.sqrt(2 * math.log(max(count, 2)))
 
 
 def known_entries(received: Observation) -> Observation:

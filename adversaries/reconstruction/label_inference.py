@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adversaries.reconstruction import defended
 from adversaries.reconstruction.engine import accumulates
 from adversaries.reconstruction.hcgla.labels import (
     NON_NEGATIVE,
@@ -304,7 +305,8 @@ def sparse_rows(evidence: Evidence) -> Labels:
 
     See :func:`adversaries.reconstruction.hcgla.labels.infer_labels`.
     """
-    return infer_labels(evidence.observation, evidence.update, evidence.expected)
+    noise = defended.noise(evidence.observation)
+    return infer_labels(evidence.observation, evidence.update, evidence.expected, noise)
 
 
 def auto(evidence: Evidence) -> Labels:

@@ -39,11 +39,13 @@ class LearningToInvert(ReconstructionAttack):
     passes : int
         Updates made of each auxiliary image, with other labels and other company.
     epochs : int
+        Passes of training over these updates.
     hidden, layers : int
         Of the network; published: 3,000 and 3, trained on 50,000 images for 200 epochs.
     inputs : int
         Buckets that larger updates are hashed to.
     learning_rate : float
+        Adam's.
 
     References
     ----------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
-from adversaries.reconstruction import engine, label_inference
+from adversaries.reconstruction import defended, engine, label_inference
 from adversaries.reconstruction.engine import Match
 from adversaries.reconstruction.floors import floors, prior_image
 from adversaries.reconstruction.gradients import Layers, schedule_for
@@ -91,20 +91,32 @@ class OptimisationAttack(ReconstructionAttack):
     Parameters
     ----------
     preset : str
-        A key of :attr:`recipes`.
+        A key of :attr:`recipes`: "published" or another by name.
     iterations : int, optional
         Evaluations of objective and gradient.
     learning_rate : float, optional
+        Step size; None under another `optimizer`: its usual one.
     tv : float, optional
-        Weight of total variation; see :class:`Recipe`.
+        Weight of total variation. See :class:`Recipe`.
     restarts : int, optional
+        Starts, of which the one with the lowest loss is answered.
     start : str, optional
-        See :class:`Recipe`.
+        "random", "uniform", "grey", "mean" or "tiled". See :class:`Recipe`.
     labels : str, optional
-        See :class:`Recipe`.
-    objective, optimizer, layers, batch_norm, patience
-        Replace the field of :class:`adversaries.reconstruction.settings.Matching` of that name; another optimiser
-        brings its own usual learning rate unless that is given.
+        How labels are inferred: "auto", "joint" (optimised beside the images) or a strategy by name. See
+        :class:`Recipe`.
+    objective : str, optional
+        Distance of gradients. A key of :data:`adversaries.reconstruction.objectives.OBJECTIVES`; None: the preset's,
+        but the cosine where declared clipping hides the gradient's length.
+    optimizer : str, optional
+        lbfgs, adam, signed-adam or sgd.
+    layers : str, optional
+        Which layers' gradients are matched. See :class:`adversaries.reconstruction.settings.Matching`, as for the
+        next two.
+    batch_norm : {"train", "eval"}, optional
+        Whose statistics BatchNorm uses: the batch's own, or the running ones.
+    patience : int, optional
+        Iterations without a better loss after which a victim is left; 0: never.
     local_steps : {"unrolled", "ignored"}
         What is done with a weight delta of several local steps: the steps are simulated and differentiated through,
         or the delta is taken for a multiple of one gradient.
@@ -313,6 +325,15 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
         if settings.objective != "sign":
             notes.append(f"objective 'sign' instead of {settings.objective!r}: only signs were sent")
             settings = dataclasses.replace(settings, objective="sign")
+    if (
+        defended.clips(scenario)
+        and attack.objective is None
+        and settings.objective not in defended.DIRECTIONS
+    ):
+        notes.append(
+            f"objective 'cosine' instead of {settings.objective!r}: clipping hides the gradient's length"
+        )
+        settings = dataclasses.replace(settings, objective="cosine")
     if not several:
         engine.check_one_gradient(scenario, signs=True)
     label_inference.check_strategy(recipe.labels, scenario, 0 if several else training.batch_size)

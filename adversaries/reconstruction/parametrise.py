@@ -67,9 +67,12 @@ class Pixels:
     ----------
     limits : (float, float)
         The variables of black and white, for clamping.
+    scale : float
+        Pixels are a constant plus this times the variables.
     """
 
     limits = (0.0, 1.0)
+    scale = 1.0
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
@@ -87,6 +90,7 @@ class Standardised(Pixels):
     """Variables are (pixels - 0.5) / 0.25, unbounded: the scale that most papers' step lengths and starts are for."""
 
     limits = (-PIXEL_MEAN / PIXEL_DEVIATION, (1 - PIXEL_MEAN) / PIXEL_DEVIATION)
+    scale = PIXEL_DEVIATION
 
     def images(self, variables: Tensor) -> Tensor:
         """(V, N) -> (V, B, C, H, W)."""

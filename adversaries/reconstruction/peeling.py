@@ -27,9 +27,6 @@ _CANCELLED = 0.1
 _ALIKE = 0.03
 """Root mean square difference below which two rows show the same image."""
 
-_STEADY = 1e-3
-"""Error of a pixel up to which an image's other rows are known: beyond, it may seem to lie in the next one."""
-
 _MOST = 0.02
 """Relative misfit that noise may excuse: more would let mixtures through."""
 
@@ -234,8 +231,7 @@ def _accepted(
         label = int(place[n]) // len(times)
         # The scalar that was seen, not its replay: the row is left empty.
         added = shares[n, label] * (scalars[n] / own[n, label])
-        steady = float(error[n]) < _STEADY
-        if steady and bool((empty & (added.abs() > PRECISION * rows.noise)).any()):
+        if bool((empty & (added.abs() > PRECISION * rows.noise)).any()):
             continue  # a mixture: it would have moved rows that nothing moved
         sample = Sample(inputs[n], label, float(best[n]), float(error[n]), sweep, 1, added.clone())
         accepted.append((row, sample))

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.gradients import GradientModel, Prediction, Statistics
+from adversaries.reconstruction.gradients import DirectGradients, GradientModel, Prediction, Statistics
 from adversaries.reconstruction.objectives import OBJECTIVES, Layout, scale
-from adversaries.reconstruction.parametrise import Bounded, Chart, ImageChart, Pixels, Priced
+from adversaries.reconstruction.parametrise import Bounded, Chart, ImageChart, Pixels, Priced, Standardised
 from adversaries.reconstruction.regularisers import PIXEL_TERMS, batch_norm, group
 from adversaries.reconstruction.settings import Matching
 from fedattack.errors import ConfigError
@@ -78,7 +78,13 @@ class Problem:
         self._finished = [False] * len(self._unit)
         self._restarts, self._label_shape, self._penalty = restarts, label_shape, penalty
         self._label_count = 0 if label_shape is None else label_shape[0] * label_shape[1]
-        self._pixels_only = type(chart) is Pixels and label_shape is None
+        # Where variables are pixels, scaled perhaps, nothing lies before the images.
+        scaled = isinstance(chart, Pixels) and type(chart) in (Pixels, Standardised)
+        self._pixels_only = scaled and label_shape is None
+        self._pixel_scale = chart.scale if isinstance(chart, Pixels) else 1.0
+        # Where the entries' gradient is written out and nothing else depends on them, no graph is needed at all.
+        alone = not self._statistics and self._cost is None and penalty is None and label_shape is None
+        self._direct = gradients if alone and isinstance(gradients, DirectGradients) else None
 
     def variables(self, start: Tensor, logits: Tensor | None = None) -> Tensor:
         """Variables (rows, N) of images (rows, B, C, H, W) or the chart's variables, and label logits.
@@ -164,7 +170,26 @@ class Problem:
         if not self._pixels_only:
             variables.requires_grad_()
         drawn = self.images(variables)
-        images = drawn.detach().requires_grad_()
+        if self._direct is not None and self._slope is not None:
+            images, at_variables = drawn.detach(), None
+            losses, at_images = self._direct.slope(images, rows, self._slope)
+        else:
+            images = drawn.detach().requires_grad_()
+            losses, at_images, at_variables = self._through_graph(variables, images, rows)
+        with torch.no_grad():
+            if self._pixel_terms or centres is not None:
+                value, pull = self._on_pixels(images, rows, centres)
+                losses, at_images = losses + value, at_images + pull
+        if self._pixels_only:
+            flat = at_images.flatten(1)
+            return losses, flat if self._pixel_scale == 1 else flat * self._pixel_scale
+        (slope,) = torch.autograd.grad(drawn, variables, at_images)
+        return losses, slope if at_variables is None else slope + at_variables
+
+    def _through_graph(
+        self, variables: Tensor, images: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Losses (rows,), their gradient at the images, and that at the variables that does not go through them."""
         logits = self.logits(variables)
         shares = None if logits is None else logits.softmax(2)
         prediction = self._gradients.predict(
@@ -173,19 +198,9 @@ class Problem:
         losses, roots, pulls = self._roots(variables, images, shares, prediction, rows)
         if self._pixels_only:
             (at_images,) = torch.autograd.grad(roots, images, pulls)
-            at_variables = None
-        else:
-            at_images, at_variables = torch.autograd.grad(
-                roots, (images, variables), pulls, allow_unused=True
-            )
-        with torch.no_grad():
-            if self._pixel_terms or centres is not None:
-                value, pull = self._on_pixels(images, rows, centres)
-                losses, at_images = losses + value, at_images + pull
-        if self._pixels_only:
-            return losses, at_images.flatten(1)
-        (slope,) = torch.autograd.grad(drawn, variables, at_images)
-        return losses, slope if at_variables is None else slope + at_variables
+            return losses, at_images, None
+        at_images, at_variables = torch.autograd.grad(roots, (images, variables), pulls, allow_unused=True)
+        return losses, at_images, at_variables
 
     def _roots(
         self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice

@@ -214,7 +214,7 @@ class _Victim:
         # A spectrum that ends later than declared must show it.
         most = min(self._attack.batch or 2 * declared, *gradient.shape)
         span = row_space(gradient, most, self._generator)
-        rank = self._attack.batch or span.rank
+        rank = self._attack.batch or span.rank(declared)
         if rank is None:
             rank = min(declared, len(span.values))
             self._notes.append(f"the spectrum has no clear end; the declared {declared} samples are believed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedattack.errors import FedattackError
+from fedattack.errors import ConfigError, FedattackError
 from fedattack.registry import Registry
 
 CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
@@ -23,6 +24,11 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
     {
         "hcgla-iteration": "simulations.bench.hcgla_iteration:run",
         "clients": "simulations.bench.clients:run",
+        "engine-lenet": "simulations.bench.engine:lenet",
+        "engine-resnet20": "simulations.bench.engine:resnet20",
+        "engine-resnet18": "simulations.bench.engine:resnet18",
+        "time-to-quality": "simulations.bench.time_to_quality:run",
+        "tensor": "simulations.bench.tensor:run",
     },
 )
 
@@ -34,13 +40,17 @@ def bench(
     list_cases: Annotated[bool, typer.Option("--list", help="show the cases")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a smoke run; its figures mean nothing")] = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="folder with CIFAR10/, MNIST/, for the cases that use them")
+    ] = None,
+    long: Annotated[bool, typer.Option("--long", help="also the parts of a case that take minutes")] = False,
 ) -> None:
     """Run one benchmark case and print its figures."""
     if list_cases or case is None:
         for name in CASES.names():
             console.print(f"[cyan]{name:18}[/]{CASES.summary(name)}")
         return
-    figures = CASES.get(case)(quick=quick)
+    figures = CASES.get(case)(quick=quick, **_accepted(case, data=data, long=long))
     figures = {
         "case": case,
         "quick": quick,
@@ -60,6 +70,16 @@ def bench(
     console.print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _accepted(case: str, **options: Any) -> dict[str, Any]:
+    """The options that were given, all of which the case must know."""
+    given = {name: value for name, value in options.items() if value}
+    known = inspect.signature(CASES.get(case)).parameters
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"option '--{name}': benchmark case {case!r} has no use for it")
+    return given
 
 
 def main() -> None:

@@ -189,7 +189,8 @@ def _scores(answer: Reconstruction | None, images: Tensor, labels: Tensor) -> di
         "psnr_worst": float(values.min()) if len(found) == len(order) else 0.0,
         "labels_right": sum(labels_right(answer.labels, labels)) / len(labels),
         "residual": answer.details["residual"],
-        "iterations_refined": bool(answer.details.get("refined", False)),
+        "predicted_error": answer.details["predicted_error"],
+        "refined": bool(answer.details.get("refined", False)),
     }
 
 
@@ -221,7 +222,7 @@ def _observed(
     if row.dependent:
         images = torch.cat([images[:-1], images[:2].mean(0, keepdim=True)])
     model = resolve(
-        ModelConfig(name="two-layer", width=row.width, activation=row.activation),  # type: ignore[arg-type]
+        ModelConfig(name="two-layer", width=row.width, activation=row.activation),
         images.shape[1],
         images.shape[-1],
         10,

@@ -399,15 +399,127 @@ def test_more_entries_than_unknowns_do_not_certify_what_no_entry_sees() -> None:
     assert any("unseen" in note for note in answer.details["notes"])
 
 
-def test_last_layer_alone() -> None:
+def uncertified(observation, images, labels, attack, why: str) -> None:
+    """An answer that explains the update and is not the batch: told to be uncertain, and why."""
+    answer = attack.run([observation], 0, CPU)[0]
+    assert answer.details["residual"] < CERTIFIED
+    quality, right = scored(answer, images, labels)
+    assert quality.min() < 60 or right < len(labels)
+    assert answer.details["status"] == "approximate"
+    assert any(why in note for note in answer.details["notes"]), answer.details["notes"]
+
+
+def test_few_neurons_do_not_certify_however_many_entries_they_have() -> None:
+    """A sample's entries are c_j x_k: a neuron's second entry says nothing new of it."""
+    attack = TensorAttack()
+    images = pictures(1) * (torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.5)
+    images[0, 0, 0, :5] = 1.0
+    observation, images, labels = observe(
+        1, 512, attack, activation="sigmoid", images=images, labels=torch.tensor([9])
+    )
+    dense = observation.update
+    of_row = torch.arange(34)[:, None] * 64 + torch.arange(5)
+    head = 512 * 64 + 9 * 512 + torch.arange(100, 126)
+    at = torch.cat([of_row.flatten(), head])
+    compression = CompressionConfig(name="topk", rate=196 / len(dense.values), scope="layer")
+    update = dataclasses.replace(dense, indices=at, values=dense.values[at])
+    scene = dataclasses.replace(observation.scenario, compression=compression)
+    answer = attack.run([dataclasses.replace(observation, update=update, scenario=scene)], 0, CPU)[0]
+    assert answer.details["equations"] == 196
+    assert answer.details["status"] != "certified"
+    entries = [torch.zeros(0, dtype=torch.int64)] * 2 + [torch.zeros(0)]
+    wide = [torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), torch.ones(4)]
+    assert kept.Entries(*entries, *wide).independent(1) == 3
+
+
+def test_a_brighter_sample_of_the_heads_class_explains_as_much() -> None:
+    """ReLU: n delta(n) has the same value on either side of its maximum."""
+    attack = TensorAttack(scale=6.0, head_strength=0.008, view="last_layer")
+    images = pictures(1).clamp(0.3)
+    uncertified(
+        *observe(1, 256, attack, activation="relu", images=images, labels=torch.tensor([0])),
+        attack,
+        "another brightness",
+    )
+
+
+def test_the_label_of_a_black_image_is_not_certified() -> None:
     attack = TensorAttack(view="last_layer")
-    observation, images, labels = observe(2, 1500, attack, labels=torch.tensor([3, 8]))
+    images = pictures(2)
+    images[1] = 0
+    labels = torch.tensor([6, 2])  # taken for another 6
+    uncertified(*observe(2, 512, attack, images=images, labels=labels), attack, "too little trace")
+
+
+def test_copies_that_differ_a_little_are_not_certified() -> None:
+    attack = TensorAttack()
+    images = pictures(8)
+    generator = torch.Generator().manual_seed(1)
+    images[1] = (images[0] + 3e-3 * torch.randn(1, 8, 8, generator=generator)).clamp(0, 1)
+    uncertified(
+        *observe(8, 450, attack, images=images, labels=torch.full((8,), 5)), attack, "may move an input"
+    )
+
+
+def test_hardly_different_samples_are_not_certified_from_few_entries() -> None:
+    attack = TensorAttack(head_strength=1.2e-4)
+    images = 0.9 + 0.1 * pictures(2)
+    observation, images, labels = observe(2, 1024, attack, images=images, labels=torch.tensor([3, 7]))
+    dense = observation.update
+    wide, head = dense.values.abs().split([1024 * 64, 1024 * 10])
+    at = torch.cat([wide.topk(133).indices, 1024 * 64 + head.topk(21).indices]).sort().values
+    compression = CompressionConfig(name="topk", rate=154 / len(dense.values), scope="layer")
+    update = dataclasses.replace(dense, indices=at, values=dense.values[at])
+    scene = dataclasses.replace(observation.scenario, compression=compression)
+    answer = attack.run([dataclasses.replace(observation, update=update, scenario=scene)], 0, CPU)[0]
+    quality, _ = scored(answer, images, labels)
+    assert answer.details["status"] != "certified" or quality.min() > 60
+
+
+def test_no_more_samples_than_declared_are_read_from_the_spectrum() -> None:
+    attack = TensorAttack()
+    observation, *_ = observe(2, 100, attack, activation="relu", labels=torch.tensor([0, 0]))
+    answer = attack.run([observation], 0, CPU)[0]
+    assert answer.details["batch"] <= 2
+
+
+@pytest.mark.parametrize("view", ["full", "last_layer"])
+def test_a_black_batch_leaves_nothing(view) -> None:
+    attack = TensorAttack(view=view)
+    observation, *_ = observe(1, 128, attack, images=torch.zeros(1, 1, 8, 8))
+    answer = attack.run([observation], 0, CPU)[0]
+    assert answer.details["status"] == "failed"
+    assert "nothing of the batch" in answer.details["reason"]
+
+
+@pytest.mark.parametrize(
+    ("width", "labels"), [(256, [3, 8]), (512, [6, 9, 3, 0]), (512, [7, 7, 7, 1])]
+)
+def test_last_layer_alone(width, labels) -> None:
+    attack = TensorAttack(view="last_layer")
+    observation, images, labels = observe(len(labels), width, attack, labels=torch.tensor(labels))
+    answer = attack.run([observation], 0, CPU)[0]
+    quality, right = scored(answer, images, labels)
+    assert quality.mean() > 100
+    assert right == len(labels)
+    assert answer.details["status"] == "certified"
+    with pytest.raises(NotApplicable, match="underdetermined"):
+        attack.check(observe(8, 50, attack)[0].scenario)
+
+
+def test_equal_labels_under_top_k_are_climbed_to() -> None:
+    """Two images of one label start from their mean; coarse images first, they come apart."""
+    attack = TensorAttack()
+    compression = CompressionConfig(name="topk", rate=0.004)
+    images = pictures(2, 16, seed=3)
+    observation, images, labels = observe(
+        2, 2048, attack, images=images, labels=torch.tensor([7, 7]), compression=compression
+    )
     answer = attack.run([observation], 0, CPU)[0]
     quality, right = scored(answer, images, labels)
     assert quality.mean() > 100
     assert right == 2
-    with pytest.raises(NotApplicable, match="underdetermined"):
-        attack.check(observe(8, 50, attack)[0].scenario)
+    assert answer.details["status"] == "certified"
 
 
 def test_what_all_clients_sum_up_to_is_one_larger_batch() -> None:

@@ -11,6 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from fedattack.config import Config
+from fedattack.defenses import build_defenses
+from fedattack.defenses.clip_noise import ClipNoise
+from fedattack.defenses.transform import Transform
+from simulations.catalogue import settings_tables
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -50,6 +56,29 @@ def test_settings_lists_attack_parameters() -> None:
     shown = command("settings").stdout
     for word in ("compression.rate", "--compression", "hcgla.iterations", "federation.clients"):
         assert word in shown
+    assert "defense.clip-noise.clip_norm" in shown  # long names are not broken
+
+
+def test_parameters_are_explained_by_their_docstrings() -> None:
+    tables = settings_tables()
+    meanings = {name: meaning for rows in tables.values() for name, _, _, meaning in rows}
+    assert meanings["defense.prune.scope"] == "layer | global"
+    assert meanings["dlg.patience"].startswith("Iterations without a better loss")  # from a base class
+    own = [name for title, rows in tables.items() if title != "Settings of a run" for name, *_ in rows]
+    unexplained = [name for name in own if not meanings[name]]
+    assert not unexplained
+
+
+def test_parameters_can_be_none_and_come_back(tmp_path: Path) -> None:
+    given = {"attack": "hcgla", "defense": "clip-noise,transform", "engine": "inline"}
+    empty = {"hcgla.start_image": "", "defense.clip-noise.clip_norm": "", "defense.transform.policy": ""}
+    config = Config.from_mapping(given | empty)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    for read in (config, Config.from_toml(tmp_path / "config.toml")):
+        clip, transform = build_defenses(read.defense).values()
+        assert isinstance(clip, ClipNoise)
+        assert isinstance(transform, Transform)
+        assert (clip.clip_norm, transform.policy) == (None, "")
 
 
 @pytest.mark.parametrize(

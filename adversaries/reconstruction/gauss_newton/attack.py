@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
-from adversaries.reconstruction import engine, label_inference
+from adversaries.reconstruction import defended, engine, label_inference
 from adversaries.reconstruction.floors import floors
 from adversaries.reconstruction.gauss_newton.linearise import Network, prepare
 from adversaries.reconstruction.gauss_newton.solver import Settings, Solution, solve
@@ -19,6 +19,7 @@ from adversaries.reconstruction.gauss_newton.whitening import Whitening, whiteni
 from adversaries.reconstruction.gradients import BatchNormMode
 from adversaries.reconstruction.hcgla.labels import Labels
 from adversaries.reconstruction.label_inference import Strategy
+from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
@@ -103,6 +104,11 @@ class GaussNewton(ReconstructionAttack):
         NotApplicable
         """
         engine.check_one_gradient(scenario)
+        if defended.clips(scenario):
+            raise NotApplicable(
+                "defence 'clip-noise' scales the gradient by a factor that is not sent, and this attack needs its "
+                "length; use hcgla or ig, or leave defense.clip-noise.clip_norm empty (no clipping)"
+            )
         label_inference.check_strategy(self.labels, scenario, scenario.training.batch_size)
         prepare(scenario.model, None, self.batch_norm)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.reconstruction.gauss_newton.linearise import Linearisation, Network
-from adversaries.reconstruction.gauss_newton.whitening import Whitening, uniform
+from adversaries.reconstruction.gauss_newton.whitening import Whitening, relaxed
 from fedattack.errors import ConfigError
 
 Draw = Callable[[], Tensor]
@@ -39,8 +39,8 @@ class Settings:
     kink : float
         Largest width of ReLU's surrogate kinks, which otherwise is the noise level; 0: none.
     hybrid_below : float
-        Residual under which a single image behind smooth activations is no longer whitened nor pulled to the prior;
-        0: never.
+        Residual under which a single image behind smooth activations is whitened by half and no longer pulled to
+        the prior; 0: never.
     hop : float
         After a descent has stalled, the best image is shaken by this times its residual times a draw from the prior,
         and descends again, while products last; 0: never.
@@ -79,7 +79,7 @@ GROWTH = 1.5
 MOST_INNER = 600
 LEAST_INNER = 5
 SMALLEST_STEP = 0.02
-FAILURES = 6
+FAILURES = 3
 """Failed steps in a row after which a descent has stalled."""
 
 PROMISING = 0.03
@@ -193,7 +193,7 @@ class _Descent:
             and best.rms > self._settings.solved
         ):
             if self._hybrid and self._at.rms < self._settings.hybrid_below:
-                self._basis, self._free = uniform(self._basis, HYBRID_DEVIATION), True
+                self._basis, self._free = relaxed(self._basis, HYBRID_DEVIATION), True
                 self._hybrid = False
             self._failures = 0 if self._step() else self._failures + 1
             if not self._failures:
@@ -211,7 +211,7 @@ class _Descent:
     def _step(self) -> bool:
         """Try one step; whether it lowered the objective."""
         if self._free:
-            # No pull towards any image: every step is measured from where it starts.
+            # No pull to any image: every step is measured from where it starts.
             self._centre, self._z = self._at.images.detach(), torch.zeros_like(self._z)
         change, capped = self._solve()
         before, step = self._objective(self._at, self._z), 1.0

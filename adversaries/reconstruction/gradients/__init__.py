@@ -25,6 +25,7 @@ from adversaries.reconstruction.gradients.explicit import ExplicitGradients
 from adversaries.reconstruction.gradients.schedule import Schedule, schedule_for
 from adversaries.reconstruction.gradients.sent import (
     BatchNormMode,
+    DirectGradients,
     GradientModel,
     Layers,
     Prediction,
@@ -95,6 +96,7 @@ __all__ = [
     "AutogradGradients",
     "BatchNormMode",
     "ChainGradients",
+    "DirectGradients",
     "ExplicitGradients",
     "GradientModel",
     "Layers",

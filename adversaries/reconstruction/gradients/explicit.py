@@ -7,7 +7,7 @@ four passes over that list. To autograd the whole of it is one operation.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -424,7 +424,24 @@ class ExplicitGradients:
         network = self._whole if statistics else self._folded
         gradients, *moments = _Gradients.apply(network, statistics, images, targets)
         square = gradients.square().sum(1) if whole else None
-        entries = gradients
-        if any(flat is not None for flat in self._layout.flat):
-            entries = self._layout.select(gradients.split(network.sizes, 1), victims)
-        return Prediction(entries, square, tuple(zip(moments[::2], moments[1::2], strict=True)))
+        pairs = tuple(zip(moments[::2], moments[1::2], strict=True))
+        return Prediction(self._entries(gradients, victims), square, pairs)
+
+    @torch.no_grad()
+    def slope(
+        self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`~adversaries.reconstruction.gradients.DirectGradients.slope`."""
+        passes = Passes(self._folded, images, targets_of(None, self._targets, victims))
+        losses, weights = distance(self._entries(passes.gradients, victims), victims)
+        if not self._layout.dense:
+            # Padding repeats a position that was not sent; whatever the distance says about it counts for nothing.
+            weights = weights * self.sent.valid[victims]
+            weights = self._layout.spread(weights, self._folded.sizes, victims)
+        return losses, passes.pull(weights)[0]
+
+    def _entries(self, gradients: Tensor, victims: slice) -> Tensor:
+        """What was sent of the flat gradients (V', size)."""
+        if self._layout.dense:
+            return gradients
+        return self._layout.select(gradients.split(self._folded.sizes, 1), victims)

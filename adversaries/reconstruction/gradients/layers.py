@@ -32,14 +32,18 @@ Directions = Sequence[Tensor | None]
 Saved = dict[str, Any]
 """What a layer keeps of one evaluation."""
 
+Geometry = tuple[list[int], list[int], list[int]]
+"""Stride, padding, dilation of a convolution, (height, width) each."""
+
 _backward = torch.ops.aten.convolution_backward
 _masked = torch.ops.aten.threshold_backward
 
-_SMALL = 20_000
-"""Up to this many numbers in a sample's receptive fields a convolution is done as a product."""
+_SMALL, _SINGLE = 20_000, 150_000
+"""Up to so many numbers in a sample's receptive fields a convolution is done as a product; of a single sample."""
 
-_FEW = 64
-"""So is that of a single sample with up to this many positions: products do not reorder its large kernel."""
+_FEW, _LARGE = 64, 500_000
+"""So is one of a single sample with at most so many positions and at least so many numbers in its kernel, which a
+library call would reorder first."""
 
 _MANY = 4
 """From this many samples on, a library call on all of them at once is faster than products again."""
@@ -105,7 +109,11 @@ class Convolution(Layer):
         self.names = tuple(f"{name}.{part}" for part in ("weight", "bias") if f"{name}.{part}" in weights)
         self._weight: Tensor = weights[self.names[0]]
         self._bias = weights[self.names[1]] if len(self.names) == 2 else None
-        self._geometry = (list(layer.stride), [int(side) for side in layer.padding], list(layer.dilation))
+        self._geometry: Geometry = (
+            list(layer.stride),
+            [int(side) for side in layer.padding],
+            list(layer.dilation),
+        )
         self._groups = layer.groups
         self._source, self._fold = (name, layer, weights), fold
         if fold is not None:
@@ -114,6 +122,8 @@ class Convolution(Layer):
             self._weight, self._bias = fold.weights(self._weight, self._bias)
         self._last = self._weight.contiguous(memory_format=torch.channels_last)
         self._flat = self._weight.flatten(1)
+        self._turned = _turned(self._weight[None])
+        self._turnable = self._groups == 1 and self._geometry[0] == [1, 1] and self._geometry[2] == [1, 1]
         self._sizes: dict[torch.Size, tuple[int, int]] = {}
 
     def folded(self, fold: Fold) -> Convolution:
@@ -206,6 +216,10 @@ class Convolution(Layer):
         if "columns" in saved:
             if len(delta) >= _MANY:
                 return self._backward(delta, saved["x"], self._weight, 1, True)
+            if self._turnable:
+                saved["turned"] = self._turned_columns(delta)
+                found = torch.bmm(self._turned.expand(len(delta), -1, -1), saved["turned"])
+                return found.unflatten(2, saved["x"].shape[2:])
             flat = self._flat.t().expand(len(delta), -1, -1)
             return self._fold_back(torch.bmm(flat, delta.flatten(2)), saved["x"].shape)
         delta = delta.contiguous(memory_format=_format(saved["x"]))
@@ -259,7 +273,10 @@ class Convolution(Layer):
             return False
         height, width = self._size(x.shape)
         positions = height * width
-        return self.inputs * positions <= _SMALL or (len(x) == 1 and positions <= _FEW)
+        if len(x) > 1:
+            return self.inputs * positions <= _SMALL
+        large = positions <= _FEW and self._weight.numel() >= _LARGE
+        return large or self.inputs * positions <= _SINGLE
 
     def _size(self, shape: torch.Size) -> tuple[int, int]:
         """Height and width of the output for inputs (N, C, H, W)."""
@@ -271,14 +288,13 @@ class Convolution(Layer):
         return self._sizes[shape]
 
     def _columns(self, x: Tensor) -> Tensor:
-        """Receptive fields (N, C * kh * kw, positions): one strided copy, several times faster than F.unfold."""
-        (down, across), (tall, wide), _ = self._geometry
-        padded = (F.pad(x, (wide, wide, tall, tall)) if tall or wide else x).contiguous()
-        count, channels, height, width = padded.shape
-        plane = height * width
-        shape = (count, channels, *self._weight.shape[2:], *self._size(x.shape))
-        strides = (channels * plane, plane, width, 1, down * width, across)
-        return padded.as_strided(shape, strides).reshape(count, math.prod(shape[1:4]), -1)
+        """Receptive fields (N, C * kh * kw, positions)."""
+        return _patches(x, self._weight.shape[2:], self._geometry[0], self._geometry[1])
+
+    def _turned_columns(self, delta: Tensor) -> Tensor:
+        """Receptive fields of the adjoint, which with stride 1 is a convolution too."""
+        kernel, padding = self._weight.shape[2:], self._geometry[1]
+        return _patches(delta, kernel, [1, 1], [kernel[i] - 1 - padding[i] for i in (0, 1)])
 
     def _fold_back(self, columns: Tensor, shape: torch.Size) -> Tensor:
         """Adjoint of :meth:`_columns`."""
@@ -310,15 +326,36 @@ class Convolution(Layer):
     def _pull_columns(
         self, saved: Saved, shift: Tensor | None, delta: Tensor | None, kernels: Tensor | None
     ) -> Tensor | None:
-        samples = len(saved["x"])
+        x = saved["x"]
+        samples = len(x)
         found = None
+        if self._turnable and samples < _MANY:
+            if shift is not None:
+                found = torch.bmm(self._turned.expand(samples, -1, -1), self._turned_columns(shift))
+            if kernels is not None and delta is not None:
+                inner = saved["turned"] if "turned" in saved else self._turned_columns(delta)
+                each = _per_sample(_turned(kernels), samples)
+                found = torch.bmm(each, inner) if found is None else found.baddbmm_(each, inner)
+            return None if found is None else found.unflatten(2, x.shape[2:])
         if shift is not None:
             found = torch.bmm(self._flat.t().expand(samples, -1, -1), shift.flatten(2))
         if kernels is not None and delta is not None:
             each = _per_sample(kernels.flatten(2).transpose(1, 2), samples)
             inner = delta.flatten(2)
             found = torch.bmm(each, inner) if found is None else found.baddbmm_(each, inner)
-        return None if found is None else self._fold_back(found, saved["x"].shape)
+        return None if found is None else self._fold_back(found, x.shape)
+
+
+def _patches(x: Tensor, kernel: Sequence[int], strides: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Receptive fields (N, C * kh * kw, positions): one strided copy, several times faster than F.unfold."""
+    tall, wide = padding
+    padded = (F.pad(x, (wide, wide, tall, tall)) if tall or wide else x).contiguous()
+    count, channels, height, width = padded.shape
+    plane = height * width
+    size = [(height - kernel[0]) // strides[0] + 1, (width - kernel[1]) // strides[1] + 1]
+    steps = (channels * plane, plane, width, 1, strides[0] * width, strides[1])
+    fields = padded.as_strided((count, channels, *kernel, *size), steps)
+    return fields.reshape(count, channels * kernel[0] * kernel[1], -1)
 
 
 def _per_sample(each: Tensor, samples: int) -> Tensor:
@@ -335,9 +372,18 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+def _turned(kernels: Tensor) -> Tensor:
+    """Kernels (V, O, C, kh, kw) of the adjoint, rotated by half a turn, as matrices (V, C, O * kh * kw)."""
+    return kernels.flip(3, 4).transpose(1, 2).flatten(2)
+
+
+def _last(x: Tensor) -> bool:
+    """Whether the memory of (N, C, H, W) is channels-last, and not planes too."""
+    return x.is_cpu and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _format(x: Tensor) -> torch.memory_format:
-    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if _last(x) else torch.contiguous_format
 
 
 class Fold:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -144,6 +144,21 @@ class Layout:
     flat: tuple[Tensor | None, ...]
     sent: Sent
 
+    @property
+    def dense(self) -> bool:
+        """Whether all tensors are handled densely: then the entries are the gradients, side by side."""
+        return all(flat is None for flat in self.flat)
+
+    def spread(self, weights: Tensor, sizes: Sequence[int], victims: slice) -> Tensor:
+        """Adjoint of :meth:`select`: (V', K) -> (V', sum of the tensors' sizes), zero where nothing was sent."""
+        parts = []
+        columns = weights.split([segment.stop - segment.start for segment in self.sent.segments], 1)
+        for part, flat, size in zip(columns, self.flat, sizes, strict=True):
+            if flat is not None:
+                part = part.new_zeros(len(part), size).scatter_add_(1, flat[victims], part)
+            parts.append(part)
+        return torch.cat(parts, 1)
+
     def select(self, gradients: Sequence[Tensor], victims: slice) -> Tensor:
         """Entries (V', K) of dense gradients (V', size), one per tensor."""
         pieces = [
@@ -219,6 +234,25 @@ def _chosen(names: Sequence[str], shapes: Sequence[tuple[int, ...]], layers: Lay
     if not matrices:
         raise NotApplicable("layers = 'last' needs a linear layer, which this model does not have; use 'all'")
     return matrices[-1:]
+
+
+@runtime_checkable
+class DirectGradients(GradientModel, Protocol):
+    """A back-end that can do without automatic differentiation."""
+
+    def slope(
+        self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (V',) and their gradient at the images (V', B, C, H, W), for the labels given at construction.
+
+        Parameters
+        ----------
+        images, victims
+            As for :meth:`GradientModel.predict`.
+        distance : callable
+            (entries (V', K), victims) -> losses (V',) and their gradient at the entries (V', K).
+        """
+        ...
 
 
 def targets_of(shares: Tensor | None, labels: Tensor | None, victims: slice) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
-from adversaries.reconstruction import engine, parametrise
+from adversaries.reconstruction import defended, engine, parametrise
 from adversaries.reconstruction.gradients import Layers
 from adversaries.reconstruction.hcgla import carried, gauss_newton, labels, matching, starts
 from adversaries.reconstruction.hcgla.carried import LocalSteps, Remembered
@@ -37,6 +37,8 @@ class HCGLA(ReconstructionAttack):
     what was kept ("gauss-newton"), or found by matching the kept entries of the gradient ("matching", the paper's
     attack; `preset` "published" for its settings). Gauss-Newton sees through quantised values and local steps; under
     error feedback and DGC the rounds are attacked in order, each less what its predecessors' answers held back.
+    Declared defences are seen through as well: clipping is imitated, noise believed to its size, and nothing is read
+    into entries that were pruned. Where clipping hides the gradient's length, matching looks at its direction alone.
 
     Parameters
     ----------
@@ -193,6 +195,9 @@ class HCGLA(ReconstructionAttack):
         return "random" if self.start == "auto" and self.preset == "published" else self.start
 
     def _matching(self, scenario: Scenario, batch: int, smooth: bool = False) -> engine.Matching:
+        objective = self.objective
+        if objective is None and defended.clips(scenario):
+            objective = "cosine"  # clipping hides the gradient's length
         return matching.settings_for(
             self.preset,
             scenario.model,
@@ -204,7 +209,7 @@ class HCGLA(ReconstructionAttack):
             optimizer=self.optimizer,
             layers=self.layers,
             parametrisation=self.parametrisation,
-            objective=self.objective,
+            objective=objective,
             transform_every=self.denoise_every,
         )
 
@@ -232,6 +237,7 @@ class _Run:
                     f"client {observation.client} declares {observation.num_examples} examples; 1 to "
                     f"{agreed or 'all of its own'} were agreed"
                 )
+        observations = [defended.known_entries(observation) for observation in observations]
         self._received = {observation.key: observation for observation in observations}
         # Memories change when the round is over.
         carries = [memories[o.client].carry(o.scenario.compression) for o in observations]
@@ -244,7 +250,10 @@ class _Run:
             first.auxiliary, first.scenario.image_shape, labels.enough(first.scenario.model)
         )
         expected = labels.expectation(first.scenario.model, first.weights, images)
-        self._labels = [labels.infer_labels(o, o.update, expected) for o in self._observations]
+        self._labels = [
+            labels.infer_labels(o, o.update, expected, defended.noise(received))
+            for received, o in zip(observations, self._observations, strict=True)
+        ]
         self._steps = [
             LocalSteps(o, found.values, carry)
             for o, found, carry in zip(observations, self._labels, carries, strict=True)
@@ -292,7 +301,9 @@ class _Run:
                 told,
                 self._steps[position],
             )
-            matchable = self._attack.method == "auto" and not self._steps[position].several
+            noisy = bool(defended.noise(self._received[self._observations[position].key]))
+            # Matching knows nothing of noise: Gauss-Newton's answer at its loosest is the better one then.
+            matchable = self._attack.method == "auto" and not (self._steps[position].several or noisy)
             if matchable and not solved[position].explained:
                 to_match.append(position)
         matched = self._match(sorted(to_match), len(candidates) / (len(candidates) + len(to_match)))

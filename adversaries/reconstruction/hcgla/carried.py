@@ -1,10 +1,10 @@
 """What an update carries beside one gradient: local steps, clipping, and residuals of earlier rounds.
 
 They follow from a guess of the images, for the server knows everything else: the weights it sent, the agreed
-training and clipping, and which entries were sent. :class:`LocalSteps` answers, for a guess, how the update reads as entries
-of one gradient (*defect correction*: the simulated update minus the gradient's share is subtracted, and the guess is
-improved on what is left). :class:`Remembered` follows one client's memory from round to round (*peeling*: each
-round's reconstruction says what that round held back, which the next update carries).
+training and clipping, and which entries were sent. :class:`LocalSteps` answers, for a guess, how the update reads as
+entries of one gradient (*defect correction*: the simulated update minus the gradient's share is subtracted, and the
+guess is improved on what is left). :class:`Remembered` follows one client's memory from round to round (*peeling*:
+each round's reconstruction says what that round held back, which the next update carries).
 
 References
 ----------

@@ -225,6 +225,11 @@ def applies(
         raise NotApplicable(
             f"Gauss-Newton solves for at most {MAX_BATCH} images at once, but the batch has {count}"
         )
+    if count > 1 and "soteria" in scenario.defense.names:
+        raise NotApplicable(
+            f"defence 'soteria' prunes other features of each of the batch's {count} images, so that no row of the "
+            "head is one image's; use training.batch_size 1"
+        )
     if labels is not None and len(labels.unique()) < len(labels):
         raise NotApplicable(
             f"Gauss-Newton needs distinct labels, but {sorted(labels.tolist())} repeat, so that rows of the head mix "
@@ -245,7 +250,7 @@ Kind = Literal["exact", "rounded", "carried", "stepped"]
 _SCHEDULES: dict[Kind, tuple[float, ...]] = {
     "exact": (1.0, 0.1, 0.01, 3e-4, 1e-5),
     "rounded": (1.0, 0.3, 0.1, 0.03, 0.01),
-    "carried": (1.0, 0.1, 0.01, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5),
+    "carried": (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5),
     "stepped": (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4),
 }
 """For one image with more measurements than unknowns."""
@@ -382,7 +387,8 @@ def _anneal(
             before = problem.evaluate(z, s, anchor)
             after = _descend(problem, before, s, anchor, settings.halvings)
             z, anchor = after.z, problem.anchor(after)
-            certificate = after.objective / problem.measured.count
+            # Noise may leave nothing to measure.
+            certificate = after.objective / max(1, problem.measured.count)
             path.history.append(certificate)
             good = certificate <= settings.max_objective
             stalled = after.objective > (0.99 if last else 0.9) * before.objective

@@ -10,13 +10,14 @@ tell: they carry W^T r, in which the label's row of W enters. Each class is trie
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction import closed_form
+from adversaries.reconstruction import closed_form, defended
 from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -178,7 +179,9 @@ def _parameters(module: torch.nn.Module) -> tuple[tuple[str, ...], tuple[tuple[i
     return tuple(n for n, _ in pairs), tuple(s for _, s in pairs)
 
 
-def infer_labels(observation: Observation, update: Update, expected: Expectation) -> Labels:
+def infer_labels(
+    observation: Observation, update: Update, expected: Expectation, noise: float = 0.0
+) -> Labels:
     """Labels of the batch, duplicates included.
 
     Parameters
@@ -190,6 +193,8 @@ def infer_labels(observation: Observation, update: Update, expected: Expectation
     expected : Expectation
         From :func:`expectation`: translates weight entries into residuals, and says what part of a residual is the
         prediction.
+    noise : float
+        Standard deviation of noise in the update's entries; those that it explains are passed over.
 
     Returns
     -------
@@ -200,14 +205,39 @@ def infer_labels(observation: Observation, update: Update, expected: Expectation
     Zhao et al., "iDLG: Improved Deep Leakage from Gradients", 2020 (sign, batch 1); Wainakh et al., "User-Level Label
     Leakage from Gradients in Federated Learning", PoPETs 2022 (counts).
     """
-    head = head_entries(update)
+    head = _beyond(head_entries(update), defended.doubtful_below(noise, update.numel))
     batch = observation.num_examples
     mass = _missing_mass(head, expected)
     if batch > 1:
+        if defended.clips(observation.scenario):
+            mass = _unclipped(mass, expected.shares)
         return counted(mass, expected.shares, batch)
     if not bool((mass > 0).any()):
         return _vote(mass, update, expected)
     return _one(head, mass, observation.scenario.model.activation not in NON_NEGATIVE)
+
+
+def _beyond(head: Head, size: float) -> Head:
+    """The head's entries that are larger than `size`."""
+    if not size:
+        return head
+    large, bias = head.values.abs() > size, head.bias_values.abs() > size
+    return dataclasses.replace(
+        head,
+        rows=head.rows[large],
+        cols=head.cols[large],
+        values=head.values[large],
+        bias_rows=head.bias_rows[bias],
+        bias_values=head.bias_values[bias],
+    )
+
+
+def _unclipped(mass: Tensor, shares: Tensor) -> Tensor:
+    """Masses times what clipping took: those of the batch's classes add up to 1 less the shares of these classes."""
+    missing = mass > 0
+    if not bool(missing.any()):
+        return mass
+    return mass * (1 - shares.double()[missing].sum()).clamp(min=0.01) / mass[missing].sum().clamp(max=1.0)
 
 
 def _missing_mass(head: Head, expected: Expectation) -> Tensor:

@@ -141,6 +141,8 @@ class Problem:
         self.batch = len(measured.labels)
         # Where they were not rounded, features and probabilities are taken from the update as they were sent.
         self.exact = not measured.row_noise
+        # Nearly linear in the features for one image, but noise in a small probability has no logarithm.
+        self.log_biases = self.batch == 1 and not measured.bias_noise
 
     @property
     def rereads(self) -> bool:
@@ -243,10 +245,10 @@ class Problem:
         return rest
 
     def _bias_residual(self, log_softmax: Tensor, s: float, least: float) -> tuple[Tensor, Tensor]:
-        """Kept entries of the head's bias; for one image as log-probabilities, nearly linear in the features."""
+        """Kept entries of the head's bias, as log-probabilities where they are known well."""
         m = self.measured
         own = (m.bias_rows[:, None] == m.labels).to(log_softmax.dtype).sum(1)
-        if self.batch > 1:
+        if not self.log_biases:
             predicted = log_softmax.exp()[:, m.bias_rows].sum(0) - own
             noise = math.hypot(s * m.bias_scale, m.bias_noise)
             return predicted - m.bias_values, torch.full_like(predicted, noise)
@@ -254,7 +256,7 @@ class Problem:
         sent = (m.bias_values + own).clamp(min=1e-6)
         residual = log_softmax[0, m.bias_rows] - sent.log()
         blurred = (s * m.bias_scale / sent).clamp(min=least)
-        return torch.where(sent > 1e-4, residual, 0.0), (blurred**2 + (m.bias_noise / sent) ** 2).sqrt()
+        return torch.where(sent > 1e-4, residual, 0.0), blurred
 
     def jacobian(self, state: State) -> tuple[list[Tensor], Tensor]:
         """Derivatives of the residuals by z, divided by their noise; transposed, float32.
@@ -356,7 +358,7 @@ class _OneImage:
             moved = (logits - (logits @ self.unsent)[:, None]) * self.free
         else:
             moved = relative * self.softmax
-            biases = relative[:, self.bias_at] if self.problem.batch == 1 else moved[:, self.bias_at]
+            biases = (relative if self.problem.log_biases else moved)[:, self.bias_at]
         last = (moved @ self.weight) * self.slope + self.vector * self.bend * shift
         entries = moved[:, self.head_at] * self.head_features + features[:, m.head_cols] * self.head_residual
         return last, biases, entries

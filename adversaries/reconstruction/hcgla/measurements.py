@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adversaries.reconstruction import defended
 from adversaries.reconstruction.closed_form import Chain
 from fedattack.observation import Observation, Update
 
@@ -156,8 +158,7 @@ def read_update(
         step = float(sent[name].abs().max()) / compression.levels
         return math.hypot(step / math.sqrt(6), reading.noise) / reading.scale
 
-    # The largest of so many draws: where the largest entries were chosen, smaller ones may be there for their noise.
-    doubtful = reading.noise * math.sqrt(2 * math.log(received.numel)) if bounding else 0.0
+    doubtful = defended.doubtful_below(reading.noise, received.numel) if bounding else 0.0
 
     def scales(values: Tensor, bounds: Tensor) -> Tensor:
         # Where unsent entries are bounded by tau, sent ones are of its order: tau is the natural unit of an error.
@@ -183,8 +184,13 @@ def read_update(
     sure = (sent["head.bias"].abs() >= doubtful) | torch.isin(bias_rows, labels)
     bias_rows, bias_values = bias_rows[sure], bias_values[sure]
     row_noise, bias_noise = batch * noise("head.weight"), batch * noise("head.bias")
-    fill = len(labels) == 1 and not bias_noise
-    row_values, row_known = _label_rows(chain, labels, rows, cols, kept, bias_rows, bias_values, fill)
+    row_values, row_known = _label_rows(chain, labels, rows, cols, kept)
+    if batch == 1 and not bias_noise:
+        # Under a reading with an offset, entries may be left that would never have been sent for their own sake.
+        least = [
+            value if math.isfinite(value) else 0.0 for value in (bound("head.weight"), bound("head.bias"))
+        ]
+        _fill_row(labels, rows, cols, kept, bias_rows, bias_values, least, row_values, row_known)
     off_label = (~torch.isin(rows, labels) & (sent["head.weight"].abs() >= doubtful)).nonzero()[:, 0]
     largest = off_label[sent["head.weight"][off_label].abs().argsort(descending=True, stable=True)]
     largest = largest[: head_entries if batch > 1 else 0]
@@ -249,30 +255,40 @@ def value_precision(values: Tensor) -> float:
 
 
 def _label_rows(
-    chain: Chain,
-    labels: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    kept: Tensor,
-    bias_rows: Tensor,
-    bias_values: Tensor,
-    fill: bool,
+    chain: Chain, labels: Tensor, rows: Tensor, cols: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The head's rows of the labels, dense, and which entries are known.
-
-    For a single image every row is a multiple of the same features, so under `fill` an entry missing from the
-    label's row is filled in from the row with the largest bias gradient that has it.
-    """
+    """The head's rows of the labels, dense, and which entries are known."""
     values = torch.zeros(len(labels), chain.feature_count, dtype=torch.float64)
     known = torch.zeros_like(values, dtype=torch.bool)
     for sample, label in enumerate(labels.tolist()):
         mine = rows == label
         values[sample, cols[mine]] = kept[mine]
         known[sample, cols[mine]] = True
-    own_bias = bias_values[bias_rows == labels[0]]
-    if fill and own_bias.numel() and not known.all():
-        for position in bias_values.abs().argsort(descending=True, stable=True).tolist():
-            there = (rows == bias_rows[position]) & ~known[0, cols]
-            values[0, cols[there]] = kept[there] / bias_values[position] * own_bias
-            known[0, cols[there]] = True
     return values, known
+
+
+def _fill_row(
+    labels: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    kept: Tensor,
+    bias_rows: Tensor,
+    bias_values: Tensor,
+    least: Sequence[float],
+    values: Tensor,
+    known: Tensor,
+) -> None:
+    """Fill in the label's row (`values` and `known`, (1, F)) of a single image from the other rows.
+
+    All rows are multiples of the same features: an entry missing from the label's is taken from the row with the
+    largest bias gradient that has it. Entries and bias gradients smaller than `least` are passed over.
+    """
+    own_bias = bias_values[bias_rows == labels[0]]
+    if not own_bias.numel() or bool(known.all()):
+        return
+    for position in bias_values.abs().argsort(descending=True, stable=True).tolist():
+        if float(bias_values[position].abs()) < least[1]:
+            return
+        there = (rows == bias_rows[position]) & ~known[0, cols] & (kept.abs() >= least[0])
+        values[0, cols[there]] = kept[there] / bias_values[position] * own_bias
+        known[0, cols[there]] = True

@@ -83,9 +83,9 @@ def count_errors(head: Head, inputs: Tensor, left: Tensor, samples: int) -> Tens
 
 
 def norm_errors(head: Head, inputs: Tensor, counts: Tensor, of_residuals: Tensor) -> Tensor:
-    """Relative error (B,) of norms read from ``n delta(n)``, for homogeneous activations; as :func:`head.fix_scales` does.
+    """Relative error (B,) of norms read from ``n delta(n)``, for homogeneous activations.
 
-    Infinite where another norm within the range of pixels has the same ``n delta(n)``.
+    As :func:`adversaries.reconstruction.tensor.head.fix_scales` does: no norm is read well near the curve's maximum.
 
     Parameters
     ----------
@@ -94,22 +94,29 @@ def norm_errors(head: Head, inputs: Tensor, counts: Tensor, of_residuals: Tensor
     of_residuals : Tensor
         (B,), from :func:`count_errors`.
     """
-    z = head.logits(inputs)
-    copies = counts.sum(1, keepdim=True).to(z.dtype)
-
-    def delta(z: Tensor) -> Tensor:
-        return copies * z.softmax(-1) - counts
-
+    z, copies = head.logits(inputs), counts.sum(1, keepdim=True)
     p = z.softmax(1)
-    speed = delta(z) + copies * p * (z - (p * z).sum(1, keepdim=True))
-    errors = of_residuals / speed.norm(dim=1).clamp_min(1e-300)
-    brightest = inputs.amax(1)
-    for factor in torch.logspace(-2, 2, 1601, dtype=torch.float64).tolist():
-        if abs(factor - 1) < 0.05:
-            continue
-        misfit = (factor * delta(factor * z) - delta(z)).norm(dim=1) / delta(z).norm(dim=1).clamp_min(1e-300)
-        errors[(misfit < _TWINS) & (factor * brightest <= 1 + UNCERTAIN)] = torch.inf
-    return errors
+    speed = copies * p - counts + copies * p * (z - (p * z).sum(1, keepdim=True))
+    return of_residuals / speed.norm(dim=1).clamp_min(1e-300)
+
+
+def has_twins(head: Head, inputs: Tensor, counts: Tensor) -> bool:
+    """Whether an input could as well be another multiple of itself within the range of pixels.
+
+    With a homogeneous activation, ``n delta(n)`` of samples of the head's class has a maximum, and the same value at
+    a norm on either side of it.
+    """
+    if not homogeneous(head.name):
+        return False
+    z, copies = head.logits(inputs), counts.sum(1, keepdim=True)
+    seen = copies * z.softmax(1) - counts
+    factors = torch.logspace(-5, 5, 16001, dtype=z.dtype, device=z.device)
+    for part in factors[factors.log().abs() > 0.05][:, None, None].split(1000):
+        misfit = (part * (copies * (part * z).softmax(2) - counts) - seen).norm(dim=2)
+        close = misfit < _TWINS * seen.norm(dim=1)
+        if bool((close & (part[:, 0] * inputs.amax(1) <= 1 + UNCERTAIN)).any()):
+            return True
+    return False
 
 
 def merged_errors(inputs: Tensor, counts: Tensor, residual: float) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,11 @@ DIRECT = 3200
 UNSEEN = 3e-3
 """Share of a random step that may go unseen where a small residual is to vouch for the inputs."""
 
+SPARE_COARSE = 2.0
+"""Entries of the head per unknown that a small space must have."""
+
+_COARSE_STARTS = 4
+_COARSE_STEPS = 40
 _ROWS = 512
 _MOST_STEPS = 1000
 
@@ -365,26 +370,40 @@ def guess_labels(head: Head, entries: Entries, samples: int, most: int) -> list[
     """Labels (samples,) from the head's entries, the likeliest of at most `most` guesses first.
 
     A class's row is ``sum_i delta_ic s(W x_i)'`` with delta_ic negative only where x_i has that label, and s is
-    positive on average: a row with a negative sum has a label for sure. Labels left over are dealt to those rows such
-    that each of a row's labels accounts for about the same share of all.
+    positive on average: a row with a negative sum has a label for sure. So may the row that the head's output goes
+    into, whatever its sum, for its probability is not small. Labels left over are dealt to these rows such that the
+    sums fit best.
     """
     totals = torch.zeros(head.classes, dtype=head.wide.dtype, device=head.wide.device)
     totals.index_add_(0, entries.head_rows, entries.head_values)
+    totals = totals.cpu()
     order = totals.argsort()
     sure = [int(c) for c in order if float(totals[c]) < 0][:samples] or [int(order[0])]
-    strength = {c: max(1e-300, -float(totals[c])) for c in sure}
-    ways = list(itertools.islice(itertools.combinations_with_replacement(sure, samples - len(sure)), 10_000))
+    own = int(head.row.abs().argmax())
+    pool = sure if own in sure else [*sure, own]
+    ways = list(itertools.islice(itertools.combinations_with_replacement(pool, samples - len(sure)), 10_000))
+    guesses = [torch.tensor(sorted([*sure, *extra]), dtype=torch.int64) for extra in ways]
+    whole = len(entries.head_values) == head.head.numel()
 
-    def imbalance(extra: tuple[int, ...]) -> float:
-        counts = {c: 1 + extra.count(c) for c in sure}
-        total = sum(strength.values())
-        return sum((counts[c] / samples - strength[c] / total) ** 2 for c in sure)
+    def misfit(labels: Tensor) -> float:
+        counts = torch.bincount(labels, minlength=head.classes).to(totals.dtype)
+        # Samples of equal strength S: a total is S (B p_c - n_c), and all classes but the head's own have one p.
+        mean = torch.full_like(totals, samples / (head.classes - 1))
+        mean[own] = 0.0
+        shift = -mean
+        shift[own] = samples
+        if whole:
+            design = torch.stack([mean - counts, shift], 1)
+            left = totals - design @ torch.linalg.lstsq(design, totals[:, None]).solution[:, 0]
+            return float(left.norm())
+        # Of sparse rows only the negative entries, the largest, are there to be compared.
+        rows = torch.tensor([c for c in sure if c != own], dtype=torch.int64)
+        seen, wanted = -totals[rows].clamp(max=0), counts[rows]
+        apart = wanted / wanted.sum().clamp_min(1) - seen / seen.sum().clamp_min(1e-300)
+        return float(apart.square().sum())
 
-    ways.sort(key=imbalance)
-    return [
-        torch.tensor(sorted([*sure, *extra]), device=head.wide.device, dtype=torch.int64)
-        for extra in ways[:most]
-    ]
+    guesses.sort(key=misfit)
+    return [labels.to(head.wide.device) for labels in guesses[:most]]
 
 
 def starts(head: Head, entries: Entries, labels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
@@ -474,6 +493,7 @@ def solve(
     certified: float,
     safety: float,
     iterations: int = 60,
+    ladder: Sequence[Tensor] = (),
     progress: Callable[[float], None] = lambda share: None,
 ) -> Solution:
     """Inputs and labels from the entries; the best of `restarts` starts by residual, the first that is certified.
@@ -486,9 +506,12 @@ def solve(
         Residual at which no further start is tried.
     safety : float
         How many times what is left of the entries their noise may be.
+    ladder : sequence of Tensor
+        Orthonormal bases (d, q) of ever larger spaces that hold most of an input: each guess of the labels is tried
+        in them first, see :func:`climbed`.
     """
     guesses = guess_labels(head, entries, samples, restarts)
-    sources = [starts(head, entries, labels, generator) for labels in guesses]
+    sources = [_sources(head, entries, labels, ladder, generator) for labels in guesses]
     wanted = targets(entries)
     best: Solution | None = None
     for attempt in range(restarts):
@@ -514,6 +537,48 @@ def solve(
     )
     unseen, found = foundation(function, best.inputs, left, safety * noise, generator)
     return replace(best, unseen=unseen, error=float(found.max()))
+
+
+def _sources(
+    head: Head, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
+) -> Iterator[Tensor]:
+    enough = [b for b in ladder if len(entries.head_values) >= SPARE_COARSE * len(labels) * b.shape[1]]
+    if enough:
+        yield climbed(head, entries, labels, enough, generator)
+    yield from starts(head, entries, labels, generator)
+
+
+def climbed(
+    head: Head, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
+) -> Tensor:
+    """Starting inputs (B, d) found in small spaces first, from the head's entries, which see w.x only.
+
+    Few unknowns make the moments that starts are drawn from sharp, and steps cheap: several starts are tried in the
+    smallest space, and the best is carried from space to space. What an input has outside of it is noise there.
+    """
+    bare = replace(
+        entries,
+        wide_rows=entries.wide_rows[:0],
+        wide_columns=entries.wide_columns[:0],
+        wide_values=entries.wide_values[:0],
+    )
+    wanted = targets(bare)
+    point: Tensor | None = None
+    for basis in ladder:
+        small = replace(head, wide=head.wide @ basis)
+        function = Model(small, bare, labels)
+        if point is None:
+            tried = itertools.islice(starts(small, bare, labels, generator), _COARSE_STARTS)
+            ends = [
+                levenberg_marquardt(function, wanted, _scaled(function, wanted, start), _COARSE_STEPS)
+                for start in tried
+            ]
+            inside = min(ends, key=lambda end: end[1])[0]
+        else:
+            inside, _ = levenberg_marquardt(function, wanted, point @ basis, _COARSE_STEPS)
+        point = inside @ basis.T
+    assert point is not None
+    return point
 
 
 def _scaled(function: Model, wanted: Tensor, start: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ class Span:
             return None
         ratios = self.values[:-1] / self.values[1:].clamp_min(1e-300)
         # Beyond the noise floor of float32, ratios say nothing.
-        ratios = torch.where(self.values[:-1] > 1e-8 * self.values[0], ratios, torch.zeros_like(ratios))[:most]
+        ratios = torch.where(self.values[:-1] > 1e-8 * self.values[0], ratios, torch.zeros_like(ratios))[
+            :most
+        ]
         best = int(ratios.argmax())
         return best + 1 if float(ratios[best]) >= GAP else None
 
