@@ -26,7 +26,7 @@ def test_quick_run_agrees_with_the_reference() -> None:
 def test_a_disagreement_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Reference.loss
     monkeypatch.setattr(Reference, "loss", lambda self: 1.01 * honest(self))
-    with pytest.raises(RunFailed, match="the engine and the reference disagree: objective by 0.0099"):
+    with pytest.raises(RunFailed, match=r"the engine and the reference disagree: objective by 0\.0099"):
         engine.lenet(quick=True)
 
 
