@@ -173,6 +173,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     Products are written out and summed pairwise: ``torch.linalg.vector_norm`` and BLAS add one after another on a
     CPU, and over ten million float32 numbers lose three digits and more.
     """
+    if a.shape[1] <= _CHUNK:
+        return (a * b).sum(1, keepdim=True)
     pieces = zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True)
     return torch.stack([(ours * theirs).sum(1) for ours, theirs in pieces], 1).sum(1, keepdim=True)
 

@@ -76,17 +76,20 @@ def _compare(
     private = pictures(victims, data)
     model = resolve(ModelConfig(name=name, classes=CLASSES), 3, SIZE, CLASSES)
     everyone = scene(model, private)
+    used: dict[str, float] = {}
+    contenders: dict[str, Callable[[int], None]] = {}
     with one_thread():
-        agreement = _agreement(everyone)
+        _reference(scene(resolve(ModelConfig(classes=CLASSES), 3, SIZE, CLASSES), pictures(1, None)), 1).run(
+            1
+        )  # loads libraries
         length = iterations * (rounds + 2)
-        contenders: dict[str, Callable[[int], None]] = {"reference": _reference(everyone, length).run}
-        for count in sorted({1, victims}):
-            contenders[f"{count} victim{'s' * (count > 1)}"] = _onward(_engine(everyone, count, length))
-        used = {}
-        for label, run in contenders.items():
-            with memory() as grown:
+        for count in sorted({0, 1, victims}):
+            label = "reference" if count == 0 else f"{count} victim{'s' * (count > 1)}"
+            with memory() as grown:  # before anything else has left room in the heap
+                run = _onward(_engine(everyone, count, length)) if count else _reference(everyone, length).run
                 run(max(iterations, 3))
-            used[label] = grown[0] / 2**20
+            contenders[label], used[label] = run, grown[0] / 2**20
+        agreement = _agreement(everyone)
         times: dict[str, list[float]] = {label: [] for label in contenders}
         for _ in range(rounds):
             for label, run in contenders.items():

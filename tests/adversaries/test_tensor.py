@@ -323,15 +323,26 @@ def test_equal_images_are_counted_by_their_labels() -> None:
     assert right >= 3
 
 
+def test_a_batch_size_against_the_declared_one_is_not_certified() -> None:
+    """The mean gradient of two equal samples is that of one."""
+    attack = TensorAttack(batch=1)
+    images = pictures(1)[[0, 0]]
+    observation, images, _ = observe(2, 64, attack, images=images, labels=torch.tensor([4, 4]))
+    answer = attack.run([observation], 0, CPU)[0]
+    assert answer.details["residual"] < CERTIFIED
+    assert answer.details["status"] == "approximate"
+    assert any("declares 2 samples" in note for note in answer.details["notes"])
+
+
 def test_dependent_samples_are_never_certified() -> None:
     attack = TensorAttack()
     images = pictures(3)
     images = torch.cat([images, (images[:1] + images[1:2]) / 2])
     observation, *_ = observe(4, 128, attack, images=images)
     answer = attack.run([observation], 0, CPU)[0]
-    assert answer.details["status"] != "certified"
+    assert answer.details["status"] == "failed"
     assert answer.loss > 1e-3
-    assert any("dependent" in note for note in answer.details["notes"])
+    assert "dependent samples" in answer.details["reason"]
 
 
 def test_noise_is_never_certified_and_does_not_worsen() -> None:

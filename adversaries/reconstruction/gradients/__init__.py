@@ -7,6 +7,9 @@ differentiably (:class:`GradientModel`):
 * :class:`ChainGradients`: chains of convolutions of which few entries were sent; never forms the head's gradient;
 * :class:`AutogradGradients`: any model, differentiated twice;
 * :class:`UnrolledGradients`: any model, several local steps.
+
+Nothing here is compiled: ``torch.compile`` of the explicit passes took 8 (LeNet) and 40 (ResNet-20) CPU-seconds and
+gave code that is no faster than the passes as they are written.
 """
 
 from __future__ import annotations

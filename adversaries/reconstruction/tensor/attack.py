@@ -62,7 +62,9 @@ class TensorAttack(ReconstructionAttack):
     tensor whose components are the samples (Wang, Lee, Lei 2023). The moments are not averaged, as published, but
     solved for by least squares inside the span, which is exact for the cubic activation; other activations are
     finished by Gauss-Newton on the gradient itself. The answer is put through the model: the residual of the update
-    tells "certified" (10^-5 at most), "approximate" and "failed" apart without the truth.
+    tells "certified" (10^-5 at most), "approximate" and "failed" apart without the truth. A certificate needs more
+    than a residual: no other batch may explain the update as well (:mod:`.certificate`); the notes say what speaks
+    against one.
 
     What it may change in the model: the weights of the wide layer and of the head (see :meth:`arm`). What a server
     learns from an armed round is the batch and nothing else; the global model skips it
@@ -231,7 +233,9 @@ def _one_step(training: TrainingConfig) -> TrainingConfig:
 
 
 def _sparse(scenario: Scenario) -> bool:
-    return scenario.compression.name in ("topk", "randomk", "dgc") and scenario.compression.rate < 1
+    return (
+        scenario.compression.name in ("topk", "randomk", "topk-qsgd", "dgc") and scenario.compression.rate < 1
+    )
 
 
 def _check_entries(view: str, scenario: Scenario, module: TwoLayer, batch: int) -> None:
@@ -614,6 +618,11 @@ class _Victim:
         assert answer.error is not None
         if not answer.error <= certificate.UNCERTAIN:
             doubts.append(f"noise of the residual's size may move an input by {answer.error:.0e}")
+        if self._samples != self._observation.num_examples:
+            doubts.append(
+                f"setting 'tensor.batch' = {self._samples}, and the client declares "
+                f"{self._observation.num_examples} samples: equal ones count as one in a mean"
+            )
         counts = answer.labelled.counts.to(answer.inputs.device)
         if certificate.has_twins(self._head, answer.inputs, counts):
             doubts.append(f"{self._head.name}: another brightness of a sample explains the update as well")
@@ -643,6 +652,7 @@ class _Victim:
             status = "approximate"
         else:
             reason = f"residual {found.residual:.0e}: the answer does not explain the update"
+            reason += "".join(f"; {note}" for note in self._notes if "dependent" in note)
         self._notes += [
             f"residual {found.residual:.0e}, but not certified: {doubt}" for doubt in found.doubts
         ]
