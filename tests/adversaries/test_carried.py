@@ -100,6 +100,7 @@ def test_local_steps_on_one_image_are_corrected_for(training: TrainingConfig) ->
     assert psnr(naive.images, image) < psnr(answer.images, image) - 10
 
 
+@pytest.mark.slow
 def test_two_images_in_turn_and_their_order() -> None:
     images, labels = smooth_images(2, 12, seed=6), torch.tensor([23, 9])
     training = local(2, 0.01, batch_size=1)
@@ -180,7 +181,13 @@ def three_rounds(**compression: Any) -> tuple[list[Observation], list[Tensor]]:
     return seen, images
 
 
-@pytest.mark.parametrize("compression", [{"error_feedback": True}, {"name": "dgc"}], ids=["topk", "dgc"])
+@pytest.mark.parametrize(
+    "compression",
+    [
+        pytest.param({"error_feedback": True}, id="topk"),
+        pytest.param({"name": "dgc"}, id="dgc", marks=pytest.mark.slow),
+    ],
+)
 def test_rounds_are_peeled(compression: dict[str, Any]) -> None:
     seen, images = three_rounds(**compression)
     answers = HCGLA().run(seen[::-1], 0, CPU)[::-1]

@@ -132,6 +132,27 @@ def test_surrogate_changes_the_second_derivative_only() -> None:
     )
 
 
+def test_copies_average_the_gradient() -> None:
+    seen, images, labels = scene("tiny-cnn", "relu")
+    net = network(seen, labels, dtype=torch.float64)
+    point, offsets = images.double(), 0.1 * normal((4, *images.shape), 1, torch.float64)
+    together = net.linearise(point, 0.2, offsets)
+    apart = [net.linearise(point + offset, 0.2) for offset in offsets]
+    torch.testing.assert_close(together.residual, sum(at.residual for at in apart) / 4)
+    assert net.rms(point) == pytest.approx(net.linearise(point).rms)
+    assert net.rms(point) != pytest.approx(together.rms)
+    u = normal(together.residual.shape, 2, torch.float64)
+    v = normal(point.shape, 3, torch.float64)
+    assert float(together.push(v) @ u) == pytest.approx(float((v * together.pull(u)).sum()))
+
+
+def test_copies_are_not_made_where_images_see_each_other() -> None:
+    seen, _, labels = scene("resnet20", "relu")
+    assert not network(seen, labels, "train").separable
+    assert network(seen, labels, "eval").separable
+    assert network(scene("tiny-cnn")[0], labels, "train").separable
+
+
 def test_gradient_of_the_true_images_leaves_no_residual() -> None:
     for model, batch_norm in (("lenet-zhu", "eval"), ("resnet20", "train")):
         seen, images, labels = scene(model, "relu")
@@ -191,11 +212,11 @@ def test_without_public_images_the_prior_is_smooth() -> None:
 @pytest.mark.parametrize(("activation", "least"), [("sigmoid", 40.0), ("gelu", 20.0), ("relu", 18.0)])
 def test_recovers_an_image(activation: str, least: float) -> None:
     seen, images, labels = scene("lenet-zhu", activation, size=16, batch=1)
-    answer = GaussNewton(products=500).run([seen], 0, CPU)[0]
+    answer = GaussNewton(products=1500 if activation == "relu" else 500).run([seen], 0, CPU)[0]
     assert torch.equal(answer.labels, labels)
     assert psnr(answer.images, images) > max(least, psnr(answer.floors["prior"], images) + 6)
     assert answer.certificate == answer.loss == answer.history[-1] or activation == "relu"
-    assert answer.details["iterations"] <= 520
+    assert answer.details["iterations"] <= 1520
     assert "no evidence" in answer.details["notes"]
     json.dumps(answer.details)
 
@@ -255,7 +276,9 @@ def test_refuses_an_update_of_zeros() -> None:
         network(seen, labels)
 
 
-@pytest.mark.parametrize("setting", [{"products": 3}, {"noise": 0.0}, {"kink": -1.0}, {"starts": 0}])
+@pytest.mark.parametrize(
+    "setting", [{"products": 3}, {"noise": 0.0}, {"kink": -1.0}, {"starts": 0}, {"copies": 7}]
+)
 def test_refuses_settings_that_cannot_work(setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         Settings(**setting)  # type: ignore[arg-type]
@@ -284,7 +307,7 @@ def cifar(shared_dir: Path) -> tuple[Tensor, Tensor, Auxiliary]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "batch", "least"),
-    [("sigmoid", 1, 44.0), ("sigmoid", 2, 38.0), ("sigmoid", 4, 33.0), ("relu", 1, 23.0)],
+    [("sigmoid", 1, 44.0), ("sigmoid", 2, 38.0), ("sigmoid", 4, 33.0), ("relu", 1, 26.0)],
 )
 def test_bars_on_photographs(
     activation: str, batch: int, least: float, cifar: tuple[Tensor, Tensor, Auxiliary]
