@@ -307,7 +307,7 @@ def cifar(shared_dir: Path) -> tuple[Tensor, Tensor, Auxiliary]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "batch", "least"),
-    [("sigmoid", 1, 44.0), ("sigmoid", 2, 38.0), ("sigmoid", 4, 33.0), ("relu", 1, 26.0)],
+    [("sigmoid", 1, 44.0), ("sigmoid", 2, 38.0), ("sigmoid", 4, 31.0), ("relu", 1, 26.0)],
 )
 def test_bars_on_photographs(
     activation: str, batch: int, least: float, cifar: tuple[Tensor, Tensor, Auxiliary]
