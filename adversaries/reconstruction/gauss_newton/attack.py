@@ -34,14 +34,14 @@ class GaussNewton(ReconstructionAttack):
     Gauss-Newton steps move until the gradient is the one that was sent; each step is solved by conjugate gradients
     with two double backward passes an iteration. The noise that is granted to the residual falls with it. Behind
     smooth activations (sigmoid, tanh, softplus, GELU) a full gradient gives its image to 40 dB and more within
-    seconds on a LeNet. ReLU's kinks are smoothed in the second derivative only, and several starts and shaken
-    descents are compared by their residual.
+    seconds on a LeNet. ReLU's gradient, which jumps, is averaged over copies of the image spread as wide as the image
+    is still unknown; several starts and shaken descents are compared by their residual.
 
     Parameters
     ----------
     products : int
         Jacobian products to spend on each victim, over all starts: the budget, so that a run can be repeated to the
-        bit. One costs half to one first-order iteration.
+        bit. One costs half to one first-order iteration; over 16 copies it counts three.
     starts : int
         The prior's mean, then draws from the prior, tried until one comes to a small residual.
     labels : str
@@ -50,9 +50,11 @@ class GaussNewton(ReconstructionAttack):
         Whether the clients' BatchNorm used their batch's statistics, as it does in training, or the running ones.
     noise : float, optional
         Noise level in units of the residual; None: 0.5, or 1 behind ReLU.
+    copies : int
+        Copies of the images that ReLU's gradient is averaged over, an even number; 1: none.
     kink : float
-        Largest width of ReLU's smoothed kinks, relative to the deviation of the layer's inputs; 0: kinks are not
-        seen at all, as in plain automatic differentiation.
+        Width of ReLU's kinks as the second derivative sees them, in units of the noise level and of the deviation of
+        the layer's inputs; 0: not at all, as in plain automatic differentiation.
     hybrid_below : float
         Residual (root mean square, 1 for an image without gradient) under which a single image behind smooth
         activations is no longer pulled to the prior; 0: never.
@@ -78,6 +80,7 @@ class GaussNewton(ReconstructionAttack):
     labels: Strategy = "auto"
     batch_norm: BatchNormMode = "train"
     noise: float | None = None
+    copies: int = 16
     kink: float = 0.3
     hybrid_below: float = 0.05
     hop: float = 1.0
@@ -91,6 +94,7 @@ class GaussNewton(ReconstructionAttack):
             products=self.products,
             starts=self.starts,
             noise=self.noise,
+            copies=self.copies,
             kink=self.kink,
             hybrid_below=self.hybrid_below,
             hop=self.hop,

@@ -107,7 +107,9 @@ class Network:
     kinked : bool
         Whether the activation is ReLU, so that :meth:`linearise` smooths kinks.
     products : int
-        Jacobian products made so far.
+        Jacobian products made so far, each counted by its cost.
+    separable : bool
+        Whether images do not see each other, so that a gradient is a mean over them: no BatchNorm in training mode.
 
     Raises
     ------
@@ -128,6 +130,8 @@ class Network:
         self._module = prepare(model, weights, batch_norm).to(device, dtype)
         self._kinks = [part for part in self._module.modules() if isinstance(part, SurrogateReLU)]
         self.kinked = bool(self._kinks)
+        normed = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self._module.modules())
+        self.separable = batch_norm == "eval" or not normed
         parameters = dict(self._module.named_parameters())
         self._parameters = [parameters[name] for name in update.names]
         self._sizes = update.sizes
@@ -136,18 +140,47 @@ class Network:
         self.count = update.kept
         self.products = 0
 
-    def linearise(self, images: Tensor, kink: float = 0.0) -> Linearisation:
-        """Residual and Jacobian of the scaled gradient at `images` (B, C, H, W); `kink`: width of ReLU's kinks."""
+    def linearise(self, images: Tensor, kink: float = 0.0, offsets: Tensor | None = None) -> Linearisation:
+        """Residual and Jacobian of the scaled gradient.
+
+        Parameters
+        ----------
+        images : Tensor
+            (B, C, H, W).
+        kink : float
+            Width of ReLU's surrogate kinks.
+        offsets : Tensor, optional
+            (M, B, C, H, W): the gradient is averaged over so many copies of the images, each moved by its offset.
+        """
         for part in self._kinks:
             part.width = kink
         images = images.detach().requires_grad_()
-        loss = objective(self._module, self._module(images), self.labels)
+        loss = self._loss(images, offsets)
         by_image, *by_weight = torch.autograd.grad(loss, [images, *self._parameters], create_graph=True)
         residual = self._flat(by_weight).detach() * self._scale - self._target
-        return Linearisation(self, images, by_image, by_weight, residual)
+        return Linearisation(self, images, by_image, by_weight, residual, 1 + _copies(offsets) // 8)
+
+    def rms(self, images: Tensor) -> float:
+        """:attr:`Linearisation.rms` at `images` alone, without its Jacobian."""
+        gradients = torch.autograd.grad(self._loss(images, None), self._parameters)
+        return self._rms(self._flat(gradients) * self._scale - self._target)
+
+    def _loss(self, images: Tensor, offsets: Tensor | None) -> Tensor:
+        moved, labels = images, self.labels
+        if offsets is not None:
+            moved = (images + offsets).flatten(0, 1)
+            labels = labels.repeat(len(offsets))
+        return objective(self._module, self._module(moved), labels)
+
+    def _rms(self, residual: Tensor) -> float:
+        return math.sqrt(float(residual.double().square().sum()) / self.count)
 
     def _flat(self, pieces: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+def _copies(offsets: Tensor | None) -> int:
+    return 1 if offsets is None else len(offsets)
 
 
 @dataclass(frozen=True)
@@ -160,6 +193,8 @@ class Linearisation:
         (B, C, H, W): the point.
     residual : Tensor
         (N,): scaled prediction minus scaled update, zero where nothing was sent.
+    cost : int
+        What a product counts for: one, and one more for each eight copies, about what small networks take.
     """
 
     network: Network
@@ -167,16 +202,17 @@ class Linearisation:
     by_image: Tensor
     by_weight: list[Tensor]
     residual: Tensor
+    cost: int = 1
 
     @property
     def rms(self) -> float:
         """Root mean square of the residual over the sent entries; about 1 for a gradient of zero."""
-        return math.sqrt(float(self.residual.double().square().sum()) / self.network.count)
+        return self.network._rms(self.residual)
 
     def push(self, direction: Tensor) -> Tensor:
         """J v: (B, C, H, W) -> (N,)."""
         net = self.network
-        net.products += 1
+        net.products += self.cost
         pieces = torch.autograd.grad(
             self.by_image, net._parameters, direction, retain_graph=True, materialize_grads=True
         )
@@ -185,7 +221,7 @@ class Linearisation:
     def pull(self, cotangent: Tensor) -> Tensor:
         """J^T u: (N,) -> (B, C, H, W)."""
         net = self.network
-        net.products += 1
+        net.products += self.cost
         parts = (cotangent * net._scale).split(net._sizes)
         shaped = [part.view_as(p) for part, p in zip(parts, net._parameters, strict=True)]
         (found,) = torch.autograd.grad(

@@ -3,6 +3,10 @@
 With x = mean + S z and the scaled residual r, one step minimises |r + J S dz|^2 / s^2 + |z + dz|^2 by conjugate
 gradients. The noise level s follows the residual down, s = min(s, c rms(r)), so that the prior fills in what the
 residual does not yet determine and fades as it comes to do so.
+
+ReLU's gradient jumps wherever a unit switches, and its derivative says nothing of it. Two things stand in: the
+gradient is averaged over copies of the image that are spread by the noise level, as wide as the image is still
+unknown, and the second derivative sees each kink as a narrow Gaussian. Both vanish with the residual.
 """
 
 from __future__ import annotations
@@ -36,8 +40,13 @@ class Settings:
         residual goes on. None is tried after one whose residual has come below :data:`PROMISING`.
     noise : float, optional
         c, the noise level in units of the residual; None: 0.5, or 1 for ReLU.
+    copies : int
+        Behind ReLU the gradient is averaged over so many copies of the images, an even number; 1: none. Not under
+        BatchNorm in training mode, where images see each other.
+    spread : float
+        Of the copies, in units of the noise level and of the prior.
     kink : float
-        Largest width of ReLU's surrogate kinks, which otherwise is the noise level; 0: none.
+        Width of ReLU's surrogate kinks in units of the noise level; 0: none.
     hybrid_below : float
         Residual under which a single image behind smooth activations is whitened by half and no longer pulled to
         the prior; 0: never.
@@ -55,6 +64,8 @@ class Settings:
     products: int = 8000
     starts: int = 3
     noise: float | None = None
+    copies: int = 16
+    spread: float = 2.0
     kink: float = 0.3
     hybrid_below: float = 0.05
     hop: float = 1.0
@@ -66,7 +77,11 @@ class Settings:
         for name, least in (("products", 100), ("starts", 1), ("inner", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must be at least {least}")
-        for name in ("kink", "hybrid_below", "hop", "solved"):
+        if self.copies != 1 and (self.copies < 1 or self.copies % 2):
+            raise ConfigError(
+                f"setting 'copies' = {self.copies}: must be 1 or even, for each copy has its mirror"
+            )
+        for name in ("spread", "kink", "hybrid_below", "hop", "solved"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must not be negative")
         if self.noise is not None and not 0 < self.noise < math.inf:
@@ -81,6 +96,9 @@ LEAST_INNER = 5
 SMALLEST_STEP = 0.02
 FAILURES = 3
 """Failed steps in a row after which a descent has stalled."""
+
+WIDEST = 0.3
+"""Noise level that copies and kinks are never wider than."""
 
 PROMISING = 0.03
 """A start that has come to this residual has found the way down, more often than not."""
@@ -171,7 +189,9 @@ class _Descent:
         The iterate of lowest residual so far.
     """
 
-    def __init__(self, network: Network, prior: Whitening, images: Tensor, settings: Settings) -> None:
+    def __init__(
+        self, network: Network, prior: Whitening, images: Tensor, settings: Settings, draw: Draw
+    ) -> None:
         self._network, self._settings = network, settings
         self._basis, self._centre = prior, prior.mean
         self._ratio = settings.noise or (1.0 if network.kinked else 0.5)
@@ -179,10 +199,15 @@ class _Descent:
         self._hybrid = len(images) == 1 and not network.kinked
         self._free = False
         self._failures = self._last = 0
+        self._offsets = None
+        if network.kinked and network.separable and settings.copies > 1:
+            half = torch.stack([prior.turn(draw()) for _ in range(settings.copies // 2)])
+            self._offsets = settings.spread * torch.cat([half, -half])
         self._z = prior.whiten(images)
-        self._at = network.linearise(images, settings.kink)
+        self._at = self._linearise(images)
         self._anneal()
-        self.best = Solution(self._at.images.detach(), self._at.rms, [self._at.rms])
+        self.best = Solution(images.detach(), network.rms(images))
+        self.best.history.append(self.best.rms)
 
     def run(self, budget: int, told: Callable[[float], None]) -> None:
         """Step until the budget is spent, the residual is as good as zero, or nothing helps; `told` each residual."""
@@ -195,12 +220,23 @@ class _Descent:
             if self._hybrid and self._at.rms < self._settings.hybrid_below:
                 self._basis, self._free = relaxed(self._basis, HYBRID_DEVIATION), True
                 self._hybrid = False
-            self._failures = 0 if self._step() else self._failures + 1
-            if not self._failures:
-                best.history.append(self._at.rms)
-            if self._at.rms < best.rms:
-                best.images, best.rms = self._at.images.detach(), self._at.rms
+            if not self._step():
+                self._failures += 1
+                continue
+            self._failures = 0
+            # Copies are for finding the way; what is answered fits without them.
+            exact = self._at.rms if self._offsets is None else self._network.rms(self._at.images.detach())
+            best.history.append(exact)
+            if exact < best.rms:
+                best.images, best.rms = self._at.images.detach(), exact
             told(best.rms)
+
+    def _linearise(self, images: Tensor) -> Linearisation:
+        level = min(WIDEST, self._noise)
+        offsets = None if self._offsets is None else self._offsets * level
+        # Without copies the kinks alone must bridge what is unknown.
+        kink = self._settings.kink if self._offsets is not None else min(1.0, 3 * self._settings.kink)
+        return self._network.linearise(images, kink * level, offsets)
 
     def _anneal(self) -> None:
         self._noise = min(self._noise, self._ratio * self._at.rms)
@@ -215,10 +251,9 @@ class _Descent:
             self._centre, self._z = self._at.images.detach(), torch.zeros_like(self._z)
         change, capped = self._solve()
         before, step = self._objective(self._at, self._z), 1.0
-        kink = min(self._settings.kink, self._noise)
         while step >= SMALLEST_STEP:
             z = self._z + step * change
-            at = self._network.linearise(self._centre + self._basis.turn(z), kink)
+            at = self._linearise(self._centre + self._basis.turn(z))
             if self._objective(at, z) < before:
                 break
             step /= 2
@@ -243,7 +278,7 @@ class _Descent:
         def system(v: Tensor) -> Tensor:
             return basis.back(at.pull(at.push(basis.turn(v)))) * precision + damping * v
 
-        affordable = max(1, (self._last - self._network.products) // 2)
+        affordable = max(1, (self._last - self._network.products) // (2 * at.cost))
         return conjugate_gradients(system, right, min(self._cap, affordable), self._settings.tolerance)
 
 
@@ -279,7 +314,7 @@ def solve(
         progress(share, f"residual {min([residual, *residuals]):.2g}")
 
     def descend(images: Tensor, budget: int) -> _Descent:
-        descent = _Descent(network, prior, images, settings)
+        descent = _Descent(network, prior, images, settings, draw)
         descent.run(min(budget, last - network.products), told)
         residuals.append(descent.best.rms)
         return descent
