@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SWITCHES = {
     # Flower: no telemetry, no update check, no package installation behind the user's back.
@@ -23,3 +25,16 @@ def prepare_environment() -> None:
     """Set the switches that are not already set. Call before importing flwr, ray or torch."""
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Have torch compute with `count` CPU threads inside the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

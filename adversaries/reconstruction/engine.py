@@ -22,14 +22,16 @@ from adversaries.base import Progress, no_progress
 from adversaries.reconstruction import parametrise
 from adversaries.reconstruction.checkpoint import Checkpoint, digest
 from adversaries.reconstruction.descent import Noise, Transform, descend
+from adversaries.reconstruction.first_layer import is_complete
 from adversaries.reconstruction.gradients import Schedule, Statistics, gradient_model
 from adversaries.reconstruction.optimise import Outcome
 from adversaries.reconstruction.parametrise import Chart
 from adversaries.reconstruction.problem import Penalty, Problem
 from adversaries.reconstruction.regularisers import batch_norm_targets
 from adversaries.reconstruction.settings import Matching
+from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
-from fedattack.observation import Observation, Scenario, Update
+from fedattack.observation import EVERYONE, Observation, Scenario, Update
 from fedattack.rng import torch_rng
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "accumulates",
     "as_gradient",
     "check_one_gradient",
+    "check_sum",
     "match",
 ]
 
@@ -59,6 +62,7 @@ def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
     NotApplicable
     """
     training, compression = scenario.training, scenario.compression
+    check_sum(scenario)
     if training.protocol == "fedavg" and training.local_steps > 1:
         raise NotApplicable(
             f"training.local_steps = {training.local_steps}: the update is a sum of gradients at weights that were "
@@ -74,6 +78,34 @@ def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
             f"compression.clip_norm = {compression.clip_norm}: the update is the gradient times a factor that is not "
             "sent; leave clip_norm unset"
         )
+
+
+def check_sum(scenario: Scenario) -> None:
+    """Refuse sums over clients that left out different entries, or sent signs: no entry of them is a gradient's.
+
+    Dense sums are: weighted by the clients' examples, they are the gradient over all their batches together.
+
+    Raises
+    ------
+    NotApplicable
+    """
+    compression = scenario.compression
+    if not hides_clients(scenario.defense):
+        return
+    if not is_complete(scenario):
+        raise _partial_sums(compression.name)
+    if compression.name == "sign":
+        raise NotApplicable(
+            "compression.name = 'sign' under defence 'secure-aggregation': the sum of the clients' signs is neither "
+            "a gradient nor its signs; use compression.name 'none' or 'qsgd'"
+        )
+
+
+def _partial_sums(compressor: str) -> NotApplicable:
+    return NotApplicable(
+        f"compression.name = {compressor!r} under defence 'secure-aggregation': each entry is the sum over those "
+        "clients that sent it, and no entry of one gradient; use compression.name 'none' or 'qsgd'"
+    )
 
 
 def accumulates(scenario: Scenario) -> bool:
@@ -94,6 +126,8 @@ def as_gradient(observation: Observation, *, signs: bool = False) -> Update:
     """
     scenario, update = observation.scenario, observation.update
     check_one_gradient(scenario, signs=signs)
+    if observation.client == EVERYONE and update.kept < update.numel:
+        raise _partial_sums(scenario.compression.name)
     if accumulates(scenario) and observation.round > 1:
         raise NotApplicable(
             f"round {observation.round} with error feedback: the update holds residuals of earlier gradients, and "
@@ -132,6 +166,8 @@ class Match:
         Lowest loss from each start.
     variables : Tensor or None
         float32 (N,) on the CPU: what the chart drew `images` from.
+    compiled : str
+        "compiled", "no", or why not.
     """
 
     images: Tensor
@@ -142,6 +178,7 @@ class Match:
     labels: Tensor
     losses: list[float] = field(default_factory=list)
     variables: Tensor | None = None
+    compiled: str = "no"
 
 
 def match(
@@ -307,6 +344,7 @@ def _answers(problem: Problem, outcome: Outcome, restarts: int, labels: Tensor |
                 labels=labels[v].cpu() if labels is not None else logits[row].argmax(1).cpu(),  # type: ignore[index]
                 losses=losses[:, v].tolist(),
                 variables=outcome.variables[row, : problem.width(outcome.variables)].detach().cpu(),
+                compiled=problem.compiled,
             )
         )
     return found

@@ -163,7 +163,7 @@ def l2_l1(layout: Layout) -> Distance:
     return distance
 
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 """Products are summed in pieces of this many, which stay in the cache."""
 
 

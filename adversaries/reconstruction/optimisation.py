@@ -21,7 +21,7 @@ from adversaries.base import Progress, ReconstructionAttack, no_progress
 from adversaries.reconstruction import defended, engine, label_inference
 from adversaries.reconstruction.engine import Match
 from adversaries.reconstruction.floors import floors, prior_image
-from adversaries.reconstruction.gradients import Layers, schedule_for
+from adversaries.reconstruction.gradients import Compile, Layers, schedule_for
 from adversaries.reconstruction.hcgla.labels import Labels
 from adversaries.reconstruction.parametrise import PIXEL_DEVIATION, PIXEL_MEAN, Chart
 from adversaries.reconstruction.problem import Penalty
@@ -117,6 +117,9 @@ class OptimisationAttack(ReconstructionAttack):
         Whose statistics BatchNorm uses: the batch's own, or the running ones.
     patience : int, optional
         Iterations without a better loss after which a victim is left; 0: never.
+    compile : {"auto", "always", "never"}, optional
+        Whether the network's passes are compiled; "auto": in long runs. See
+        :class:`adversaries.reconstruction.settings.Matching`.
     local_steps : {"unrolled", "ignored"}
         What is done with a weight delta of several local steps: the steps are simulated and differentiated through,
         or the delta is taken for a multiple of one gradient.
@@ -137,6 +140,7 @@ class OptimisationAttack(ReconstructionAttack):
     layers: Layers | None = None
     batch_norm: Literal["train", "eval"] | None = None
     patience: int | None = None
+    compile: Compile | None = None
     local_steps: LocalSteps = "unrolled"
 
     def __post_init__(self) -> None:
@@ -168,6 +172,7 @@ class OptimisationAttack(ReconstructionAttack):
             "layers": self.layers,
             "batch_norm": self.batch_norm,
             "patience": self.patience,
+            "compile": self.compile,
         }
         changes: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
         if self.optimizer is not None and self.optimizer != base.matching.optimiser:
@@ -334,6 +339,7 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
             f"objective 'cosine' instead of {settings.objective!r}: clipping hides the gradient's length"
         )
         settings = dataclasses.replace(settings, objective="cosine")
+    engine.check_sum(scenario)
     if not several:
         engine.check_one_gradient(scenario, signs=True)
     label_inference.check_strategy(recipe.labels, scenario, 0 if several else training.batch_size)
@@ -485,6 +491,7 @@ class _Run:
             "losses of restarts": found.losses,
             "recoveries": found.recoveries,
             "iterations": len(found.history) - 1,
+            "compiled": found.compiled,
             "notes": "; ".join([recipe.note, *victim.notes]).strip("; "),
             **{f"matching.{name}": value for name, value in dataclasses.asdict(self._plan.settings).items()},
             **self._details[position],

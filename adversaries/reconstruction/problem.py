@@ -8,7 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.gradients import DirectGradients, GradientModel, Prediction, Statistics
+from adversaries.reconstruction.gradients import (
+    CompiledGradients,
+    DirectGradients,
+    GradientModel,
+    Prediction,
+    Statistics,
+)
+from adversaries.reconstruction.gradients.compiled import LONG
 from adversaries.reconstruction.objectives import OBJECTIVES, Layout, scale
 from adversaries.reconstruction.parametrise import Bounded, Chart, ImageChart, Pixels, Priced, Standardised
 from adversaries.reconstruction.regularisers import PIXEL_TERMS, batch_norm, group
@@ -84,7 +91,14 @@ class Problem:
         self._pixel_scale = chart.scale if isinstance(chart, Pixels) else 1.0
         # Where the entries' gradient is written out and nothing else depends on them, no graph is needed at all.
         alone = not self._statistics and self._cost is None and penalty is None and label_shape is None
-        self._direct = gradients if alone and isinstance(gradients, DirectGradients) else None
+        direct = gradients if alone and isinstance(gradients, DirectGradients) else None
+        self._compiled: CompiledGradients | str = _compiled(settings, direct, self._slope is not None)
+        self._direct = self._compiled if isinstance(self._compiled, CompiledGradients) else direct
+
+    @property
+    def compiled(self) -> str:
+        """Whether the network's passes were compiled, or why not."""
+        return self._compiled if isinstance(self._compiled, str) else self._compiled.outcome
 
     def variables(self, start: Tensor, logits: Tensor | None = None) -> Tensor:
         """Variables (rows, N) of images (rows, B, C, H, W) or the chart's variables, and label logits.
@@ -247,6 +261,17 @@ class Problem:
             return value, slope
         unit = self._unit[rows]
         return value * unit, slope * unit[:, None, None, None, None]
+
+
+def _compiled(settings: Matching, direct: DirectGradients | None, written: bool) -> CompiledGradients | str:
+    """The gradients to be compiled, or why they are not."""
+    if settings.compile == "never" or (settings.compile == "auto" and settings.iterations < LONG):
+        return "no"
+    if direct is None or not written:
+        return "not compiled: settings or network need automatic differentiation"
+    if not direct.joint:
+        return "not compiled: victims of this size are evaluated one by one"
+    return CompiledGradients(direct)
 
 
 def _sum(losses: Tensor | None, more: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from adversaries.reconstruction.gradients import BatchNormMode, Layers
+from adversaries.reconstruction.gradients import BatchNormMode, Compile, Layers
 from adversaries.reconstruction.objectives import LAYER_WEIGHTS, OBJECTIVES, LayerWeights
 from adversaries.reconstruction.optimise import LineSearch
 from adversaries.reconstruction.parametrise import Parametrisation
@@ -66,6 +66,10 @@ class Matching:
         A victim below this loss has finished.
     patience : int
         A victim whose lowest loss has not fallen by a thousandth for this many iterations has finished; 0: never.
+    compile : {"auto", "always", "never"}
+        Whether the network's passes are compiled (``torch.compile``); "auto": in runs of
+        :data:`~adversaries.reconstruction.gradients.compiled.LONG` iterations and more. Where it cannot be done the
+        passes run as they are, and the log says why.
     transform_every : int
         Apply `transform` to the images after each this many iterations and start the optimiser afresh; 0: never.
 
@@ -97,12 +101,14 @@ class Matching:
     clamp: bool = False
     noise: float = 0.0
     patience: int = 0
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
         _known("objective", self.objective, OBJECTIVES)
         _known("layer_weights", self.layer_weights, LAYER_WEIGHTS)
         _known("optimiser", self.optimiser, get_args(Optimiser))
         _known("line_search", self.line_search, get_args(LineSearch))
+        _known("compile", self.compile, get_args(Compile))
         _known("parametrisation", self.parametrisation, get_args(Parametrisation))
         for name in self.regularisers:
             _known("regulariser", name, REGULARISERS)

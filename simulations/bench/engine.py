@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adversaries.reconstruction.descent import minimiser
-from adversaries.reconstruction.gradients import gradient_model
+from adversaries.reconstruction.gradients import Compile, gradient_model
 from adversaries.reconstruction.optimise import Minimiser
 from adversaries.reconstruction.parametrise import PIXEL_DEVIATION, Standardised
 from adversaries.reconstruction.problem import Problem
@@ -19,7 +20,8 @@ from adversaries.reconstruction.settings import Matching
 from fedattack.config import ModelConfig
 from fedattack.errors import RunFailed
 from fedattack.models import resolve
-from simulations.bench.scenes import CLASSES, SIZE, Reference, Scene, memory, one_thread, pictures, scene
+from simulations.bench.scenes import CLASSES, SIZE, Reference, Scene, memory, pictures, scene
+from simulations.environment import cpu_threads
 
 VICTIMS = 8
 _TV = 1e-2
@@ -37,8 +39,60 @@ def resnet20(quick: bool = False, data: Path | None = None) -> dict[str, Any]:
 
 
 def resnet18(quick: bool = False, data: Path | None = None) -> dict[str, Any]:
-    """The same on ResNet-18, one victim."""
-    return _compare("resnet18", 2, 7, quick, data, 10, victims=1)
+    """The same on ResNet-18, one victim, not compiled."""
+    return _compare("resnet18", 2, 7, quick, data, 10, victims=1, compiled=False)
+
+
+@dataclass
+class _Contender:
+    """One engine at work on so many victims.
+
+    Attributes
+    ----------
+    label : str
+        In the figures' names.
+    victims : int
+    run : callable
+        Goes on for so many iterations.
+    start_s : float
+        Seconds that the first iteration took more than a later one: the compiler's.
+    grown_mib : float
+        Memory.
+    seconds : list of float
+        Of an iteration, each turn.
+    """
+
+    label: str
+    victims: int
+    run: Callable[[int], None]
+    start_s: float = 0.0
+    grown_mib: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+
+    def begin(self, iterations: int) -> None:
+        """Run for the first time."""
+        times = []
+        with memory() as grown:  # before anything else has left room in the heap
+            for count in (1, max(iterations, 3)):
+                since = time.perf_counter()
+                self.run(count)
+                times.append((time.perf_counter() - since) / count)
+        self.start_s, self.grown_mib = times[0] - times[1], grown[0] / 2**20
+
+    def turn(self, iterations: int) -> None:
+        """Measure so many iterations."""
+        since = time.perf_counter()
+        self.run(iterations)
+        self.seconds.append((time.perf_counter() - since) / iterations)
+
+    def figures(self, plain: _Contender) -> dict[str, Any]:
+        """Speed, and its ratio to the plain engine, turn by turn."""
+        ratios = [self.victims * r / t for r, t in zip(plain.seconds, self.seconds, strict=True)]
+        return {
+            f"{self.label}_iterations_s_each": self.victims / statistics.median(self.seconds),
+            f"{self.label}_ratio": statistics.median(ratios),
+            f"{self.label}_ratio_spread": [min(ratios), max(ratios)],
+        }
 
 
 def _compare(
@@ -49,6 +103,7 @@ def _compare(
     data: Path | None,
     descent: int,
     victims: int = VICTIMS,
+    compiled: bool = True,
 ) -> dict[str, Any]:
     """Measure one model.
 
@@ -65,6 +120,8 @@ def _compare(
         Iterations of a descent from the same start by both engines, whose final objectives are compared.
     victims : int
         In the batch.
+    compiled : bool
+        Whether the engine runs compiled too; not in quick runs.
 
     Raises
     ------
@@ -76,45 +133,46 @@ def _compare(
     private = pictures(victims, data)
     model = resolve(ModelConfig(name=name, classes=CLASSES), 3, SIZE, CLASSES)
     everyone = scene(model, private)
-    used: dict[str, float] = {}
-    contenders: dict[str, Callable[[int], None]] = {}
-    with one_thread():
-        _reference(scene(resolve(ModelConfig(classes=CLASSES), 3, SIZE, CLASSES), pictures(1, None)), 1).run(
-            1
-        )  # loads libraries
+    counts = sorted({1, victims})
+    with cpu_threads(1):  # small networks gain nothing from more
+        tiny = scene(resolve(ModelConfig(classes=CLASSES), 3, SIZE, CLASSES), pictures(1, None))
+        _reference(tiny, 1).run(1)  # loads libraries
         length = iterations * (rounds + 2)
-        for count in sorted({0, 1, victims}):
-            label = "reference" if count == 0 else f"{count} victim{'s' * (count > 1)}"
-            with memory() as grown:  # before anything else has left room in the heap
-                run = _onward(_engine(everyone, count, length)) if count else _reference(everyone, length).run
-                run(max(iterations, 3))
-            contenders[label], used[label] = run, grown[0] / 2**20
+        plain = _Contender("reference", 1, _reference(everyone, length).run)
+        ours = [_Contender(f"victims_{n}", n, _onward(_engine(everyone, n, length))) for n in counts]
+        plain.begin(iterations)
+        for contender in ours:
+            contender.begin(iterations)
+        refused = {}
+        for count in counts if compiled and not quick else ():
+            settings = _settings(length, "always")
+            problem, start = _problem(everyone, count, settings)
+            run = _onward(minimiser(problem, start, settings))
+            contender = _Contender(f"victims_{count}_compiled", count, run)
+            contender.begin(iterations)
+            if problem.compiled == "compiled":
+                ours.append(contender)
+            else:
+                refused[contender.label] = problem.compiled
         agreement = _agreement(everyone)
-        times: dict[str, list[float]] = {label: [] for label in contenders}
         for _ in range(rounds):
-            for label, run in contenders.items():
-                begin = time.perf_counter()
-                run(iterations)
-                times[label].append((time.perf_counter() - begin) / iterations)
+            for contender in (plain, *ours):
+                contender.turn(iterations)
         quality = _quality(everyone, descent)
-    seconds = {label: statistics.median(values) for label, values in times.items()}
     figures: dict[str, Any] = {
         "model": f"{name}, {model.activation}, {CLASSES} classes",
         "images": private.source,
-        "reference_iterations_s": 1 / seconds["reference"],
+        "reference_iterations_s": 1 / statistics.median(plain.seconds),
     }
-    for count in sorted({1, victims}):
-        label = f"{count} victim{'s' * (count > 1)}"
-        plain = f"victims_{count}"
-        ratios = [count * r / t for r, t in zip(times["reference"], times[label], strict=True)]
-        figures[f"{plain}_iterations_s_each"] = count / seconds[label]
-        figures[f"{plain}_ratio"] = statistics.median(ratios)
-        figures[f"{plain}_ratio_spread"] = [min(ratios), max(ratios)]
-    figures |= {f"memory_mib_{label.replace(' ', '_')}": value for label, value in used.items()}
+    for contender in ours:
+        figures |= contender.figures(plain)
+    figures |= {f"{one.label}_memory_mib": one.grown_mib for one in (plain, *ours)}
+    figures |= {f"{one.label}_compiler_s": one.start_s for one in ours if one.label.endswith("compiled")}
+    figures |= refused
     return figures | agreement | quality | {"rounds": rounds, "iterations_a_turn": iterations, "threads": 1}
 
 
-def _settings(iterations: int) -> Matching:
+def _settings(iterations: int, compiled: Compile = "never") -> Matching:
     return Matching(
         objective="cosine",
         parametrisation="standardised",
@@ -125,21 +183,22 @@ def _settings(iterations: int) -> Matching:
         iterations=iterations,
         clamp=True,
         batch_norm="eval",
+        compile=compiled,
     )
 
 
 def _engine(everyone: Scene, count: int, iterations: int) -> Minimiser:
     """The engine's own descent on the first `count` victims."""
-    problem, start = _problem(everyone, count, iterations)
-    return minimiser(problem, start, _settings(iterations))
+    settings = _settings(iterations)
+    return minimiser(*_problem(everyone, count, settings), settings)
 
 
-def _problem(everyone: Scene, count: int, iterations: int) -> tuple[Problem, torch.Tensor]:
+def _problem(everyone: Scene, count: int, settings: Matching) -> tuple[Problem, torch.Tensor]:
     cpu = torch.device("cpu")
     gradients = gradient_model(
         everyone.observations[:count], everyone.labels[:count], batch_norm="eval", device=cpu
     )
-    problem = Problem(gradients, Standardised(tuple(everyone.starts.shape[1:])), _settings(iterations))
+    problem = Problem(gradients, Standardised(tuple(everyone.starts.shape[1:])), settings)
     return problem, problem.variables(everyone.starts[:count])
 
 
@@ -162,7 +221,7 @@ def _agreement(everyone: Scene) -> dict[str, float]:
     per cent; all of them at once do not.
     """
     count = len(everyone.observations)
-    problem, start = _problem(everyone, count, 1)
+    problem, start = _problem(everyone, count, _settings(1))
     losses, slopes = problem.evaluate(start)
     objectives, gradients = [], []
     for victim in range(count):

@@ -61,9 +61,8 @@ class Convolution(Layer):
         self._last = self._weight.contiguous(memory_format=torch.channels_last)
         self._flat = self._weight.flatten(1)
         self.inputs = self._flat.shape[1]
-        self._turned = _turned(self._weight[None])
-        self._turnable = self._groups == 1 and self._geometry[0] == [1, 1] and self._geometry[2] == [1, 1]
-        self._sizes: dict[torch.Size, tuple[int, int]] = {}
+        self._adjoints = Adjoint(self._weight.shape, self._geometry, self._weight.device)
+        self._turned = self._adjoints.matrices(self._weight[None])
 
     def folded(self, fold: Fold) -> Convolution:
         """This convolution with the BatchNorm after it taken in."""
@@ -75,7 +74,7 @@ class Convolution(Layer):
         if self._small(x):
             saved["x"] = x
             saved["columns"] = columns = self._columns(x)
-            if len(x) >= _MANY:
+            if _together(len(x)):
                 return F.conv2d(x, self._weight, self._bias, *self._geometry)
             flat = self._flat.expand(len(x), -1, -1)
             if self._bias is None:
@@ -145,14 +144,11 @@ class Convolution(Layer):
     def _adjoint(self, saved: Saved, delta: Tensor) -> Tensor:
         """Gradient of the input."""
         if "columns" in saved:
-            if len(delta) >= _MANY:
+            if _together(len(delta)):
                 return self._backward(delta, saved["x"], self._weight, 1, True)
-            if self._turnable:
-                saved["turned"] = self._turned_columns(delta)
-                found = torch.bmm(self._turned.expand(len(delta), -1, -1), saved["turned"])
-                return found.unflatten(2, saved["x"].shape[2:])
-            flat = self._flat.t().expand(len(delta), -1, -1)
-            return self._fold_back(torch.bmm(flat, delta.flatten(2)), saved["x"].shape)
+            size = saved["x"].shape
+            saved["fields"] = fields = self._adjoints.fields(delta, size)
+            return self._adjoints.images(torch.bmm(self._turned.expand(len(delta), -1, -1), fields), size)
         delta = delta.contiguous(memory_format=_format(saved["x"]))
         return self._backward(delta, saved["x"], saved["weight"], self._groups, True)
 
@@ -211,27 +207,15 @@ class Convolution(Layer):
 
     def _size(self, shape: torch.Size) -> tuple[int, int]:
         """Height and width of the output for inputs (N, C, H, W)."""
-        if shape not in self._sizes:
-            strides, padding, _ = self._geometry
-            kernel = self._weight.shape[2:]
-            height, width = ((shape[2 + i] + 2 * padding[i] - kernel[i]) // strides[i] + 1 for i in (0, 1))
-            self._sizes[shape] = height, width
-        return self._sizes[shape]
+        strides, padding, _ = self._geometry
+        kernel = self._weight.shape[2:]
+        height, width = ((shape[2 + i] + 2 * padding[i] - kernel[i]) // strides[i] + 1 for i in (0, 1))
+        return height, width
 
     def _columns(self, x: Tensor) -> Tensor:
         """Receptive fields (N, C * kh * kw, positions)."""
-        return _patches(x, self._weight.shape[2:], self._geometry[0], self._geometry[1])
-
-    def _turned_columns(self, delta: Tensor) -> Tensor:
-        """Receptive fields of the adjoint, which with stride 1 is a convolution too."""
-        kernel, padding = self._weight.shape[2:], self._geometry[1]
-        return _patches(delta, kernel, [1, 1], [kernel[i] - 1 - padding[i] for i in (0, 1)])
-
-    def _fold_back(self, columns: Tensor, shape: torch.Size) -> Tensor:
-        """Adjoint of :meth:`_columns`."""
-        strides, padding, dilation = self._geometry
-        kernel = list(self._weight.shape[2:])
-        return torch.ops.aten.col2im(columns, list(shape[2:]), kernel, dilation, padding, strides)
+        tall, wide = self._geometry[1]
+        return _patches(x, self._weight.shape[2:], self._geometry[0], [wide, wide, tall, tall])
 
     def _push_columns(
         self, saved: Saved, moved: Tensor | None, kernels: Tensor | None, offset: Tensor | None
@@ -244,12 +228,13 @@ class Convolution(Layer):
                 found = torch.bmm(each, columns)
             else:
                 found = torch.baddbmm(_per_sample(offset, samples)[:, :, None], each, columns)
-        if moved is not None and samples < _MANY:
+        together = _together(samples)
+        if moved is not None and not together:
             flat = self._flat.expand(samples, -1, -1)
             inner = self._columns(moved)
             found = torch.bmm(flat, inner) if found is None else found.baddbmm_(flat, inner)
         whole = None if found is None else found.unflatten(2, self._size(saved["x"].shape))
-        if moved is not None and samples >= _MANY:
+        if moved is not None and together:
             through = F.conv2d(moved, self._weight, None, *self._geometry)
             whole = through if whole is None else whole.add_(through)
         return whole
@@ -257,30 +242,101 @@ class Convolution(Layer):
     def _pull_columns(
         self, saved: Saved, shift: Tensor | None, delta: Tensor | None, kernels: Tensor | None
     ) -> Tensor | None:
-        x = saved["x"]
-        samples = len(x)
+        samples, size = len(saved["x"]), saved["x"].shape
         found = None
-        if self._turnable and samples < _MANY:
-            if shift is not None:
-                found = torch.bmm(self._turned.expand(samples, -1, -1), self._turned_columns(shift))
-            if kernels is not None and delta is not None:
-                inner = saved["turned"] if "turned" in saved else self._turned_columns(delta)
-                each = _per_sample(_turned(kernels), samples)
-                found = torch.bmm(each, inner) if found is None else found.baddbmm_(each, inner)
-            return None if found is None else found.unflatten(2, x.shape[2:])
         if shift is not None:
-            found = torch.bmm(self._flat.t().expand(samples, -1, -1), shift.flatten(2))
+            fields = self._adjoints.fields(shift, size)
+            found = torch.bmm(self._turned.expand(samples, -1, -1), fields)
         if kernels is not None and delta is not None:
-            each = _per_sample(kernels.flatten(2).transpose(1, 2), samples)
-            inner = delta.flatten(2)
-            found = torch.bmm(each, inner) if found is None else found.baddbmm_(each, inner)
-        return None if found is None else self._fold_back(found, x.shape)
+            fields = saved["fields"] if "fields" in saved else self._adjoints.fields(delta, size)
+            each = _per_sample(self._adjoints.matrices(kernels), samples)
+            found = torch.bmm(each, fields) if found is None else found.baddbmm_(each, fields)
+        return None if found is None else self._adjoints.images(found, size)
 
 
-def _patches(x: Tensor, kernel: Sequence[int], strides: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Receptive fields (N, C * kh * kw, positions): one strided copy, several times faster than F.unfold."""
-    tall, wide = padding
-    padded = (F.pad(x, (wide, wide, tall, tall)) if tall or wide else x).contiguous()
+def _together(samples: int) -> bool:
+    """Whether small convolutions by shared weights go to the library; a compiler makes more of products."""
+    return samples >= _MANY and not torch.compiler.is_compiling()
+
+
+class Adjoint:
+    """The adjoint of a strided convolution as a product with receptive fields, like the convolution itself.
+
+    A stride s leaves s * s kinds of input pixels, by their place modulo s. Each kind is reached by every s-th row and
+    column of the kernel, from a window of outputs that all kinds of one place share. So all of them come from the
+    same fields, as s * s times as many channels, which are then dealt out over the plane.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        (O, C, kh, kw) of the kernel.
+    geometry : Geometry
+        Dilation must be 1 where it is used.
+    device : torch.device
+    """
+
+    def __init__(self, shape: Sequence[int], geometry: Geometry, device: torch.device) -> None:
+        self._strides, padding, _ = geometry
+        rows, columns = (_reach(shape[2 + i], self._strides[i], padding[i]) for i in (0, 1))
+        self._low = (rows[1], columns[1])
+        self._window = [len(rows[0][0]), len(columns[0][0])]
+        # Where a place does not reach an output there is no weight: one zero is kept behind the kernel's own.
+        none = shape[2] * shape[3]
+        order = [
+            none if u is None or v is None else u * shape[3] + v
+            for kind in rows[0]
+            for other in columns[0]
+            for u in kind
+            for v in other
+        ]
+        self._order = torch.tensor(order, device=device)
+
+    def matrices(self, kernels: Tensor) -> Tensor:
+        """Kernels (V, O, C, kh, kw) as matrices (V, C * s * s, O * window)."""
+        victims, outputs, inputs = kernels.shape[:3]
+        padded = F.pad(kernels.flatten(3), (0, 1))
+        places = self._window[0] * self._window[1]
+        picked = padded.index_select(3, self._order).view(victims, outputs, inputs, -1, places)
+        return picked.permute(0, 2, 3, 1, 4).reshape(victims, -1, outputs * places)
+
+    def fields(self, delta: Tensor, size: torch.Size) -> Tensor:
+        """Fields (N, O * window, places) of outputs (N, O, H', W') for inputs of `size` (N, C, H, W)."""
+        margins = []
+        for i in (1, 0):
+            places = -(-size[2 + i] // self._strides[i])
+            before = -self._low[i]
+            margins += [before, places - 1 + self._window[i] - before - delta.shape[2 + i]]
+        return _patches(delta, self._window, [1, 1], margins)
+
+    def images(self, found: Tensor, size: torch.Size) -> Tensor:
+        """Inputs (N, C, H, W) of products (N, C * s * s, places)."""
+        tall, wide = self._strides
+        height, width = (-(-size[2 + i] // self._strides[i]) for i in (0, 1))
+        if tall == wide == 1:
+            return found.unflatten(2, (height, width))
+        dealt = found.view(len(found), size[1], tall, wide, height, width).permute(0, 1, 4, 2, 5, 3)
+        whole = dealt.reshape(len(found), size[1], height * tall, width * wide)
+        return whole[:, :, : size[2], : size[3]]
+
+
+def _reach(kernel: int, stride: int, padding: int) -> tuple[list[list[int | None]], int]:
+    """For each place modulo the stride the kernel's index at each output of the window, and the window's first.
+
+    Place s i + a of the input meets output i + d by index a + padding - s d.
+    """
+    last = (stride - 1 + padding) // stride
+    first = -((kernel - 1 - padding) // stride)
+    window = range(first, last + 1)
+    table = [[place + padding - stride * d for d in window] for place in range(stride)]
+    return [[u if 0 <= u < kernel else None for u in row] for row in table], first
+
+
+def _patches(x: Tensor, kernel: Sequence[int], strides: Sequence[int], margins: list[int]) -> Tensor:
+    """Receptive fields (N, C * kh * kw, positions): one strided copy, several times faster than F.unfold.
+
+    `margins`: zeros to the left, right, top and bottom; fewer than none cuts off.
+    """
+    padded = (F.pad(x, margins) if any(margins) else x).contiguous()
     count, channels, height, width = padded.shape
     plane = height * width
     size = [(height - kernel[0]) // strides[0] + 1, (width - kernel[1]) // strides[1] + 1]
@@ -301,11 +357,6 @@ def _aside(x: Tensor) -> Tensor:
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _turned(kernels: Tensor) -> Tensor:
-    """Kernels (V, O, C, kh, kw) of the adjoint, rotated by half a turn, as matrices (V, C, O * kh * kw)."""
-    return kernels.flip(3, 4).transpose(1, 2).flatten(2)
 
 
 def _last(x: Tensor) -> bool:

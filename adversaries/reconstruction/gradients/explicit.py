@@ -60,8 +60,11 @@ class Passes:
         self._shares = values[-1].softmax(1)
         self._deltas: list[Tensor | None] = [None] * len(values)
         self._deltas[-1] = (self._shares - targets.flatten(0, 1)) / batch
-        self.gradients = images.new_empty(victims, network.size)
-        parts = network.parts(self.gradients)
+        # A compiler cannot write into pieces of one tensor, but joins separate ones at no cost.
+        compiling = torch.compiler.is_compiling()
+        pieces = network.pieces(images, victims) if compiling else []
+        self.gradients = images.new_empty(0 if compiling else victims, network.size)
+        parts = network.grouped(pieces) if compiling else network.parts(self.gradients)
         for position in range(len(steps) - 1, -1, -1):
             delta = self._deltas[position + 1]
             if delta is None:
@@ -74,6 +77,8 @@ class Passes:
                     if reached[i]:
                         held = self._deltas[i]
                         self._deltas[i] = below if held is None else held + below
+        if compiling:
+            self.gradients = torch.cat([piece.flatten(1) for piece in pieces], 1)
 
     def moments(self) -> list[tuple[Tensor, Tensor]]:
         """Mean and variance (V, channels) of every BatchNorm layer's input."""

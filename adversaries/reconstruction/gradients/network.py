@@ -236,5 +236,14 @@ class Network:
     def parts(self, flat: Tensor) -> list[list[Tensor]]:
         """Views (V, *shape) of a flat (V, size), for the tensors of each step."""
         pieces = flat.split(self.sizes, 1)
-        views = [piece.view(len(flat), *shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
-        return [[views[number] for number in ours] for ours in self._places]
+        return self.grouped(
+            [piece.view(len(flat), *shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        )
+
+    def pieces(self, like: Tensor, victims: int) -> list[Tensor]:
+        """Room (V, *shape) for each wanted tensor."""
+        return [like.new_empty(victims, *shape) for shape in self._shapes]
+
+    def grouped(self, pieces: Sequence[Tensor]) -> list[list[Tensor]]:
+        """One tensor for each wanted one, by steps."""
+        return [[pieces[number] for number in ours] for ours in self._places]
