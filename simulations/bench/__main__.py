@@ -44,13 +44,14 @@ def bench(
         Path | None, typer.Option("--data", help="folder with CIFAR10/, MNIST/, for the cases that use them")
     ] = None,
     long: Annotated[bool, typer.Option("--long", help="also the parts of a case that take minutes")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="also other engines that are installed")] = False,
 ) -> None:
     """Run one benchmark case and print its figures."""
     if list_cases or case is None:
         for name in CASES.names():
             console.print(f"[cyan]{name:18}[/]{CASES.summary(name)}")
         return
-    figures = CASES.get(case)(quick=quick, **_accepted(case, data=data, long=long))
+    figures = CASES.get(case)(quick=quick, **_accepted(case, data=data, long=long, peers=peers))
     figures = {
         "case": case,
         "quick": quick,

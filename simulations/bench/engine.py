@@ -20,6 +20,7 @@ from adversaries.reconstruction.settings import Matching
 from fedattack.config import ModelConfig
 from fedattack.errors import RunFailed
 from fedattack.models import resolve
+from simulations.bench.peers import installed
 from simulations.bench.scenes import CLASSES, SIZE, Reference, Scene, memory, pictures, scene
 from simulations.environment import cpu_threads
 
@@ -28,19 +29,19 @@ _TV = 1e-2
 _ROUNDS = 15
 
 
-def lenet(quick: bool = False, data: Path | None = None) -> dict[str, Any]:
+def lenet(quick: bool = False, data: Path | None = None, peers: bool = False) -> dict[str, Any]:
     """Inverting Gradients on the sigmoid LeNet of DLG, full gradient, batch 1: one victim and eight."""
-    return _compare("lenet-zhu", 40, _ROUNDS, quick, data, 500)
+    return _compare("lenet-zhu", 40, _ROUNDS, quick, data, 500, peers=peers)
 
 
-def resnet20(quick: bool = False, data: Path | None = None) -> dict[str, Any]:
+def resnet20(quick: bool = False, data: Path | None = None, peers: bool = False) -> dict[str, Any]:
     """The same on ResNet-20 (ReLU, BatchNorm with stored statistics)."""
-    return _compare("resnet20", 4, _ROUNDS, quick, data, 60)
+    return _compare("resnet20", 4, _ROUNDS, quick, data, 60, peers=peers)
 
 
-def resnet18(quick: bool = False, data: Path | None = None) -> dict[str, Any]:
+def resnet18(quick: bool = False, data: Path | None = None, peers: bool = False) -> dict[str, Any]:
     """The same on ResNet-18, one victim, not compiled."""
-    return _compare("resnet18", 2, 7, quick, data, 10, victims=1, compiled=False)
+    return _compare("resnet18", 2, 7, quick, data, 10, victims=1, compiled=False, peers=peers)
 
 
 @dataclass
@@ -104,6 +105,7 @@ def _compare(
     descent: int,
     victims: int = VICTIMS,
     compiled: bool = True,
+    peers: bool = False,
 ) -> dict[str, Any]:
     """Measure one model.
 
@@ -122,6 +124,8 @@ def _compare(
         In the batch.
     compiled : bool
         Whether the engine runs compiled too; not in quick runs.
+    peers : bool
+        Whether :mod:`simulations.bench.peers` run too.
 
     Raises
     ------
@@ -143,6 +147,11 @@ def _compare(
         plain.begin(iterations)
         for contender in ours:
             contender.begin(iterations)
+        others = {} if not peers else installed()
+        for peer, prepare in others.items():
+            contender = _Contender(peer, 1, prepare(everyone, _TV))
+            contender.begin(iterations)
+            ours.append(contender)
         refused = {}
         for count in counts if compiled and not quick else ():
             settings = _settings(length, "always")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedattack.errors import ConfigError, RunFailed
 from simulations.bench import __main__ as command
-from simulations.bench import engine, scenes, time_to_quality
+from simulations.bench import engine, peers, scenes, time_to_quality
 from simulations.bench.scenes import Reference
 
 
@@ -28,6 +29,20 @@ def test_a_disagreement_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reference, "loss", lambda self: 1.01 * honest(self))
     with pytest.raises(RunFailed, match=r"the engine and the reference disagree: objective by 0\.0099"):
         engine.lenet(quick=True)
+
+
+def test_peers_run_beside_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleeper(everyone: scenes.Scene, tv: float) -> peers.Run:
+        assert len(everyone.observations) == 8
+        assert tv > 0
+        return lambda iterations: time.sleep(0.02 * iterations)
+
+    monkeypatch.setattr(peers, "PEERS", {"json": sleeper})
+    figures = engine.lenet(quick=True, peers=True)
+    assert 1 / 0.04 < figures["json_iterations_s_each"] <= 1 / 0.02
+    monkeypatch.setattr(peers, "PEERS", {"no_such_package": sleeper})
+    with pytest.raises(ConfigError, match="no_such_package"):
+        engine.lenet(quick=True, peers=True)
 
 
 def test_pictures_are_tiles_of_different_photographs() -> None:
