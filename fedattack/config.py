@@ -76,6 +76,9 @@ class ModelConfig(Section):
     width: Positive | None = Field(
         None, description="hidden neurons, of models whose width is free; None: the model's default"
     )
+    kernel_sets: Positive | None = Field(
+        None, description="model 'loki': sets of kernels that keep clients apart; None: 8"
+    )
     bottleneck: Positive | None = Field(
         None, description="width of a bottleneck before the head; defence 'precode' sets it"
     )
@@ -96,6 +99,10 @@ class TrainingConfig(Section):
     )
     momentum: Fraction = 0.0
     weight_decay: float = Field(0.0, ge=0)
+    batch_norm: Literal["train", "eval"] = Field(
+        "train",
+        description="statistics of the client's batch, or the running ones as they were sent (frozen)",
+    )
 
     @model_validator(mode="after")
     def _one_gradient(self) -> TrainingConfig:
@@ -184,7 +191,9 @@ class EngineConfig(Section):
     gpus_per_actor: float = Field(0.0, ge=0)
     ray_address: str | None = Field(None, description="join this Ray cluster; None: a private local one")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
-    threads: Positive = Field(2, description="CPU threads of one attack; clients always use one")
+    # On small networks a second thread gains little when the machine is quiet, and where several processes share it
+    # the threads wait for each other: several times slower than one. Large products (a wide two-layer head) gain.
+    threads: Positive = Field(1, description="CPU threads of one attack; clients always use one")
 
 
 class OutputConfig(Section):

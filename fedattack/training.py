@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -107,6 +107,16 @@ def objective(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     return loss + model.penalty() if isinstance(model, Penalised) else loss
 
 
+def training_mode(model: nn.Module, batch_norm: Literal["train", "eval"]) -> nn.Module:
+    """The model in training mode; under "eval" its BatchNorm layers use, and keep, the running statistics."""
+    model.train()
+    if batch_norm == "eval":
+        for part in model.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()
+    return model
+
+
 def local_update(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -116,7 +126,7 @@ def local_update(
     training: TrainingConfig,
     step: GradientStep = batch_gradient,
 ) -> LocalResult:
-    """Train on the client's batches, from the received weights, in train mode.
+    """Train on the client's batches, from the received weights.
 
     Parameters
     ----------
@@ -132,9 +142,10 @@ def local_update(
     batches : sequence of ndarray of int64
         Positions in the samples, one array per step (:func:`batch_positions`).
     training : TrainingConfig
-        Under "fedsgd" the update is the gradient of the mean cross-entropy over the only batch, without weight decay
-        (the optimiser is the server's). Under "fedavg" it is the weight change of SGD with learning rate, momentum
-        and weight decay as in ``torch.optim.SGD``, its momentum starting at zero.
+        BatchNorm uses the batch's or the received statistics, as `batch_norm` says. Under "fedsgd" the update is the
+        gradient of the mean cross-entropy over the only batch, without weight decay (the optimiser is the server's).
+        Under "fedavg" it is the weight change of SGD with learning rate, momentum and weight decay as in
+        ``torch.optim.SGD``, its momentum starting at zero.
     step : callable
         How the loss and gradient of one batch are computed; a defence may have a say in it.
 
@@ -148,7 +159,7 @@ def local_update(
         If the loss becomes NaN or infinite, or the weights do not fit the model.
     """
     load_weights(model, weights)
-    model.train()
+    training_mode(model, training.batch_norm)
     names, parameters = zip(*model.named_parameters(), strict=True)
     device = parameters[0].device
     losses: list[Tensor] = []

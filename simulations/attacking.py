@@ -18,6 +18,7 @@ from adversaries.base import ReconstructionAttack
 from fedattack.config import EngineConfig
 from fedattack.errors import BadRequest, RunFailed
 from fedattack.observation import Observation, Reconstruction
+from simulations.environment import cpu_threads
 
 Shown = Callable[[str, float, str], None]
 """Told (attack name, share done of all its submitted work, text)."""
@@ -67,13 +68,9 @@ def _attack(
     threads: int,
     progress: Callable[[float, str], None],
 ) -> tuple[list[Reconstruction], float]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     started = time.perf_counter()
-    try:
+    with cpu_threads(threads):
         answers = attack.run(observations, seed, choose_device(device), progress)
-    finally:
-        torch.set_num_threads(before)
     if len(answers) != len(observations):
         raise RunFailed(
             f"attack {type(attack).__name__} answered {len(answers)} of {len(observations)} observations"

@@ -66,6 +66,9 @@ def name_message(message: Message, message_id: str) -> None:
 Plain = list[tuple[str, str, dict[str, Any]]]
 """A RecordDict as plain values: (name, kind, entries). Arrays are ndarrays or (dtype, shape, stype, bytes)."""
 
+Answer = Plain | tuple[int, str | None]
+"""A reply as it travels: records as plain values, or an error's code and reason."""
+
 _KINDS: dict[str, type[Any]] = {"arrays": ArrayRecord, "metrics": MetricRecord, "config": ConfigRecord}
 
 

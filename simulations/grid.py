@@ -27,7 +27,9 @@ from fedattack.config import Config, EngineConfig
 from fedattack.errors import BadRequest, RunFailed
 from simulations import flower_internals as internals
 from simulations.client_app import Workplace, app, close_workplace, open_workplace
-from simulations.flower_internals import Plain, from_plain, to_plain
+from simulations.environment import cpu_threads
+from simulations.flower_internals import Answer, Plain, from_plain, to_plain
+from simulations.forwarding import ForwardingGrid
 from strategies.messages import CONFIG, METRICS, OVERSIZED, PARTITION
 
 if TYPE_CHECKING:
@@ -40,7 +42,9 @@ FIRST_NODE = 1_000_000
 
 _SPARE_BYTES = 1 << 20
 _RETRIES = 3
-_START_SECONDS = 60.0
+_START_SECONDS = 180.0
+"""A process that imports torch and Flower takes seconds, and minutes where many start on a busy machine."""
+
 _NODES_SECONDS = 20.0
 _ROOM_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
@@ -196,19 +200,15 @@ class InlineGrid(LocalGrid):
         return self._contexts[client]
 
     def _execute(self, messages: Sequence[Message]) -> list[Message]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         limits: dict[int, int] = {}
         replies: list[Message] = []
-        try:
+        with cpu_threads(1):
             for message in messages:
                 content = message.content
                 if id(content) not in limits:
                     limits[id(content)] = _limit(content)
                 context = self._context(self.client_of(message.metadata.dst_node_id))
                 replies.append(_answer(self._app, message, context, limits[id(content)]))
-        finally:
-            torch.set_num_threads(threads)
         return replies
 
     def client_states(self) -> dict[int, Plain]:
@@ -227,10 +227,6 @@ class InlineGrid(LocalGrid):
     def close(self) -> None:
         """Let go of the data."""
         close_workplace(self.run_id)
-
-
-Answer = Plain | tuple[int, str | None]
-"""A reply as it travels: records as plain values, or an error's code and reason."""
 
 
 class ClientActor:
@@ -510,7 +506,7 @@ class RayGrid(LocalGrid):
         self._arguments = ()
 
 
-class PartitionedGrid(Grid):
+class PartitionedGrid(ForwardingGrid):
     """Flower's own grid, seen so that nothing random is left: one node per client, in the order of the clients.
 
     Under ``flwr run`` node ids are random and their order too. Each node is asked once which partition it has.
@@ -529,7 +525,7 @@ class PartitionedGrid(Grid):
     """
 
     def __init__(self, grid: Grid, clients: int) -> None:
-        self._grid = grid
+        super().__init__(grid)
         question = RecordDict({CONFIG: ConfigRecord()})
         nodes = _wait_for_nodes(grid, clients)
         messages = [Message(question, node, "query.whoami") for node in nodes]
@@ -560,36 +556,8 @@ class PartitionedGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Have the messages answered, in the order of the clients."""
-        replies = self._grid.send_and_receive(list(messages), timeout=timeout)
+        replies = self.grid.send_and_receive(list(messages), timeout=timeout)
         return sorted(replies, key=lambda reply: self.client_of(reply.metadata.src_node_id))
-
-    def set_run(self, run: Any) -> None:
-        """Left to Flower."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """Left to Flower."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Left to Flower."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Left to Flower."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Left to Flower."""
-        return self._grid.pull_messages(message_ids)
 
 
 def _wait_for_nodes(grid: Grid, wanted: int) -> list[int]:

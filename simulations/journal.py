@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Error, Message
 from safetensors import SafetensorError, safe_open
 
 from fedattack.errors import RunFailed
-from simulations.flower_internals import Plain, from_plain, to_plain
+from simulations.flower_internals import Answer, Plain, from_plain, to_plain
+from simulations.forwarding import ForwardingGrid
 from strategies.messages import CONFIG, ROUND
-
-Answer = Plain | tuple[int, str | None]
-"""A reply as plain values: records, or an error's code and reason."""
 
 
 class Journal:
@@ -206,7 +203,7 @@ def _from_jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {key: bytes.fromhex(v["hex"]) if isinstance(v, dict) else v for key, v in entries.items()}
 
 
-class JournaledGrid(Grid):
+class JournaledGrid(ForwardingGrid):
     """A grid that answers complete rounds from the journal and writes down the others.
 
     Parameters
@@ -221,7 +218,7 @@ class JournaledGrid(Grid):
     """
 
     def __init__(self, grid: Any, journal: Journal, first_round: int, keeper: Any | None) -> None:
-        self.grid = grid
+        super().__init__(grid)
         self.journal = journal
         self.keeper = keeper
         self.replayed = journal.complete(first_round)
@@ -265,38 +262,6 @@ class JournaledGrid(Grid):
             content = Error(*answer) if isinstance(answer, tuple) else from_plain(answer)
             replies.append(Message(content, reply_to=message))
         return replies
-
-    def set_run(self, run: Any) -> None:
-        """Left to the grid."""
-        self.grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """Left to the grid."""
-        return self.grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Left to the grid."""
-        return self.grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Left to the grid."""
-        return self.grid.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Left to the grid; not journaled."""
-        return self.grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Left to the grid; not journaled."""
-        return self.grid.pull_messages(message_ids)
 
 
 def _round(messages: Sequence[Message]) -> int | None:

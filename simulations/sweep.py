@@ -44,8 +44,9 @@ from adversaries import ATTACKS
 from fedattack.config import SHORT_NAMES, Config, EngineConfig
 from fedattack.defenses import DEFENSES
 from fedattack.errors import BadRequest, ConfigError, RunFailed
+from fedattack.files import write_bytes
 from fedattack.registry import Registry, plugin_options
-from fedattack.reporting.storage import read_json, write_bytes, write_json
+from fedattack.reporting.storage import read_json, write_json
 from fedattack.reporting.sweep_page import write_sweep
 from fedattack.reporting.sweep_table import DONE, FAILED, REFUSED, CellOutcome, SweepTable, sweep_table
 from simulations.grid import ray_session

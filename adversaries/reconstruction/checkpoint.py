@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fedattack.errors import ConfigError, DataError, RunFailed
+from fedattack.errors import ConfigError, DataError
+from fedattack.files import write_tensors
 
 FORMAT = "fedattack matching 1"
 
@@ -90,21 +88,5 @@ class Checkpoint:
             If it cannot be written; the previous one is kept.
         """
         header = {"fedattack": json.dumps({"format": FORMAT, "problem": self._problem})}
-        written = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, written, header)
-            os.replace(written, self.path)
-        except (SafetensorError, OSError) as error:
-            full = "No space left" in str(error) or getattr(error, "errno", None) in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-            )
-            what = "no space left on its disk; free some" if full else str(error)
-            raise RunFailed(
-                f"checkpoint {str(self.path)!r} cannot be written ({what}): the same attack goes on from the last "
-                "one that could"
-            ) from None
-        finally:
-            written.unlink(missing_ok=True)
+        write_tensors(self.path, tensors, header)
         self._last = time.monotonic()

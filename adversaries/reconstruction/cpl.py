@@ -16,6 +16,7 @@ from adversaries.reconstruction.problem import Penalty
 from fedattack.errors import ConfigError
 from fedattack.models import build_model
 from fedattack.observation import Observation
+from fedattack.training import training_mode
 
 
 @dataclass
@@ -58,8 +59,8 @@ class CPL(OptimisationAttack):
         if not self.label_weight:
             return None
         first = observations[0]
-        recipe = self.recipe()
-        module = build_model(first.scenario.model).to(device).train(recipe.matching.batch_norm == "train")
+        how = self.recipe().matching.batch_norm or first.scenario.training.batch_norm
+        module = training_mode(build_model(first.scenario.model).to(device), how)
         module.load_state_dict(dict(first.weights))
         module.requires_grad_(False)
         targets = F.one_hot(labels, first.scenario.model.classes or -1).float().to(device)

@@ -277,7 +277,7 @@ def _problem(
         rows,
         given,
         layers=settings.layers,
-        batch_norm=settings.batch_norm,
+        batch_norm=settings.batch_norm or rows[0].scenario.training.batch_norm,
         unroll=unroll,
         device=device,
     )

@@ -93,11 +93,12 @@ def expect(observation: Observation, images: Tensor | None = None) -> Expectatio
     scenario, update = observation.scenario, observation.update
     if images is None:
         images = public_images(observation.auxiliary, scenario.image_shape, enough(scenario.model))
-    before = expectation(scenario.model, observation.weights, images)
+    how = scenario.training.batch_norm
+    before = expectation(scenario.model, observation.weights, images, batch_norm=how)
     if update.kind == "gradient" or scenario.training.local_steps == 1:
         return before
     moved = {name: observation.weights[name] + change.cpu() for name, change in update.dense().items()}
-    after = expectation(scenario.model, dict(observation.weights) | moved, images)
+    after = expectation(scenario.model, dict(observation.weights) | moved, images, batch_norm=how)
     return Expectation(
         (before.features + after.features) / 2,
         (before.shares + after.shares) / 2,

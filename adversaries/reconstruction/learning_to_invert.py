@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,23 +9,23 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.base import Progress, no_progress
+from adversaries.checks import at_least
 from adversaries.reconstruction import trained
 from adversaries.reconstruction.floors import floors
 from adversaries.reconstruction.hcgla import learned
 from adversaries.reconstruction.hcgla.learned import Client
 from adversaries.reconstruction.label_inference import infer
-from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics.images import match, psnr
 from fedattack.models.image_generators import GradientMLP
-from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario, Update
+from fedattack.observation import Auxiliary, Observation, Reconstruction, Update
 from fedattack.rng import numpy_rng, torch_rng
 
 _BATCH = 32
 
 
 @dataclass
-class LearningToInvert(ReconstructionAttack):
+class LearningToInvert(trained.TrainedAttack):
     """LTI: an MLP answers the images of an update at once, having seen updates of public images (Wu et al. 2023).
 
     The auxiliary images, with random labels, go through the scenario's own client and compressor; the network learns
@@ -34,18 +33,14 @@ class LearningToInvert(ReconstructionAttack):
     that were sent, or, of larger models, signed sums of them in random buckets. Any compressor and any local training
     that can be imitated will do, sign included: nothing is differentiated.
 
+    Beside the parameters of :class:`adversaries.reconstruction.trained.TrainedAttack`:
+
     Parameters
     ----------
-    passes : int
-        Updates made of each auxiliary image, with other labels and other company.
-    epochs : int
-        Passes of training over these updates.
     hidden, layers : int
         Of the network; published: 3,000 and 3, trained on 50,000 images for 200 epochs.
     inputs : int
         Buckets that larger updates are hashed to.
-    learning_rate : float
-        Adam's.
 
     References
     ----------
@@ -53,58 +48,24 @@ class LearningToInvert(ReconstructionAttack):
     Learning", UAI 2023.
     """
 
+    name: ClassVar[str] = "lti"
     needs: ClassVar[str] = "one client's update and auxiliary images to train on"
 
-    passes: int = 2
-    epochs: int = 30
     hidden: int = 512
     layers: int = 2
     inputs: int = 4096
-    learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        for name in ("passes", "epochs", "hidden", "layers", "inputs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"setting 'lti.{name}' = {getattr(self, name)}: must be at least 1")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"setting 'lti.learning_rate' = {self.learning_rate}: must be positive")
+        super().__post_init__()
+        at_least("lti", self, hidden=1, layers=1, inputs=1)
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse a batch size that is not agreed.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        if scenario.training.batch_size < 1:
-            raise NotApplicable(
-                "training.batch_size = 0: clients' batches differ, and the network is trained for one size; give it"
-            )
-
-    def run(
-        self,
-        observations: Sequence[Observation],
-        seed: int,
-        device: torch.device,
-        progress: Progress = no_progress,
-    ) -> list[Reconstruction]:
-        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
-        answers = []
-        for observation in observations:
-            self.check(observation.scenario)
-            answers.append(self._one(observation, seed, device, progress))
-        progress(1.0, "done")
-        return answers
-
-    def _one(
+    def answer(
         self, observation: Observation, seed: int, device: torch.device, progress: Progress
     ) -> Reconstruction:
+        """What the network makes of one update."""
         public = trained.public_images(observation, "lti")
-        made_for = learned.described(
-            observation.scenario, observation.weights, observation.num_examples, observation.round
-        )
-        key = ("lti", repr(made_for), trained.identity(public), repr(self), seed)
+        key = trained.key(self, observation, observation.num_examples, public, seed)
         inverter = trained.once(key, lambda: _train(self, observation, public, seed, device, progress))
         labels = infer("auto", observation)
         images = inverter.answer(observation.update)

@@ -114,7 +114,7 @@ class OptimisationAttack(ReconstructionAttack):
         Which layers' gradients are matched. See :class:`adversaries.reconstruction.settings.Matching`, as for the
         next two.
     batch_norm : {"train", "eval"}, optional
-        Whose statistics BatchNorm uses: the batch's own, or the running ones.
+        Whose statistics BatchNorm uses: the batch's own, or the running ones; None: as declared.
     patience : int, optional
         Iterations without a better loss after which a victim is left; 0: never.
     compile : {"auto", "always", "never"}, optional

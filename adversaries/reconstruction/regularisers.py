@@ -109,8 +109,9 @@ def batch_norm_targets(observations: Sequence[Observation], batch: int, device: 
     """What the private batch's BatchNorm statistics are, or the best guess at them.
 
     A client that sends its buffers after one step gives its batch's statistics away exactly: new = (1 - m) old +
-    m batch, with the unbiased variance. Without them, or after several steps, they are taken to be those of the data
-    that the model was trained on before, the running statistics that were sent out (as Yin et al. 2021 do).
+    m batch, with the unbiased variance. Without them, under frozen statistics or after several steps, they are taken
+    to be those of the data that the model was trained on before, the running statistics that were sent out (as Yin
+    et al. 2021 do).
 
     Parameters
     ----------
@@ -138,7 +139,8 @@ def batch_norm_targets(observations: Sequence[Observation], batch: int, device: 
             "the regulariser out"
         )
     training = first.scenario.training
-    exact = training.protocol == "fedsgd" or training.local_steps == 1
+    one_step = training.protocol == "fedsgd" or training.local_steps == 1
+    exact = one_step and training.batch_norm == "train"
     found = []
     for name, momentum, positions in layers:
         count = batch * positions

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adversaries.checks import at_least
 from adversaries.reconstruction import trained
 from adversaries.reconstruction.engine import Match, as_gradient
 from adversaries.reconstruction.hcgla import learned
@@ -24,7 +25,7 @@ from adversaries.reconstruction.hcgla.denoiser import (
 from adversaries.reconstruction.hcgla.learned import Client
 from adversaries.reconstruction.optimisation import OptimisationAttack, Recipe, Task
 from adversaries.reconstruction.settings import Matching
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import numpy_rng
 
@@ -104,10 +105,7 @@ class ROG(OptimisationAttack):
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
         super().__post_init__()
-        for name, least in (("factor", 1), ("pairs", 8), ("epochs", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"setting 'rog.{name}' = {value}: must be at least {least}")
+        at_least("rog", self, factor=1, pairs=8, epochs=1)
 
     def check(self, scenario: Scenario) -> None:
         """Refuse what cannot be imitated for the training.
@@ -149,8 +147,7 @@ class ROG(OptimisationAttack):
         first = task.observations[0]
         public = trained.public_images(first, "rog")
         size = task.labels.shape[1]
-        made_for = learned.described(first.scenario, first.weights, size, first.round)
-        key = ("rog", repr(made_for), trained.identity(public), repr(self), task.seed)
+        key = trained.key(self, first, size, public, task.seed)
 
         def make() -> Denoiser:
             pairs = self._pairs(task, public, size)

@@ -36,8 +36,8 @@ class Matching:
         compression. "absolute": as written in most papers.
     layers : {"all", "last"}
         Which tensors are matched.
-    batch_norm : {"train", "eval"}
-        Whether the client's BatchNorm used its batch's statistics or the running ones.
+    batch_norm : {"train", "eval"}, optional
+        Whether the client's BatchNorm used its batch's statistics or the running ones; None: as declared.
     parametrisation : {"pixels", "standardised", "box", "spectrum"}
         What the optimiser turns; see :mod:`adversaries.reconstruction.parametrise`.
     labels : {"given", "joint"}
@@ -94,7 +94,7 @@ class Matching:
     layer_weights: LayerWeights = "equal"
     l1_share: float = 0.1
     units: Literal["relative", "absolute"] = "relative"
-    batch_norm: BatchNormMode = "train"
+    batch_norm: BatchNormMode | None = None
     labels: Literal["given", "joint"] = "given"
     momentum: float = 0.0
     decay: bool = True

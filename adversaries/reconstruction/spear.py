@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.checks import at_least
 from adversaries.reconstruction import engine
 from adversaries.reconstruction.first_layer import (
     FirstLayer,
@@ -30,7 +31,7 @@ from adversaries.reconstruction.sparse_directions import (
     expected_draws,
 )
 from adversaries.reconstruction.tensor.span import DEPENDENT, row_space
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
 
@@ -85,10 +86,7 @@ class Spear(ReconstructionAttack):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        for name in ("batch", "rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"setting 'spear.{name}' = {value}: must be at least 1")
+        at_least("spear", self, batch=1, rounds=1)
 
     def check(self, scenario: Scenario) -> None:
         """Refuse other first layers and activations, sparse updates, and batches that cannot be told apart.

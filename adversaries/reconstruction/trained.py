@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.checks import at_least, positive
 from adversaries.reconstruction.hcgla import learned
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.metrics.images import psnr
 from fedattack.models.image_generators import ImageEncoder, ImageGenerator
-from fedattack.observation import Auxiliary, Observation
+from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
 from fedattack.registry import Registry
 from fedattack.rng import numpy_rng, torch_rng
 
@@ -45,6 +47,71 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
             del _KEPT[next(iter(_KEPT))]
         _KEPT[key] = make()
     return _KEPT[key]
+
+
+def key(attack: object, observation: Observation, size: int, public: Auxiliary, seed: int) -> Hashable:
+    """For :func:`once`: all that what an attack trains for clients with batches of `size` images depends on."""
+    made_for = learned.described(observation.scenario, observation.weights, size, observation.round)
+    return (repr(attack), repr(made_for), identity(public), seed)
+
+
+@dataclass
+class TrainedAttack(ReconstructionAttack):
+    """Base of attacks that answer one victim after the other by a network trained on public images.
+
+    Parameters
+    ----------
+    passes : int
+        Updates made of each auxiliary image, with other labels and other company.
+    epochs : int
+        Passes of training over these updates.
+    learning_rate : float
+        Adam's, at the start.
+    """
+
+    name: ClassVar[str]
+
+    passes: int = 2
+    epochs: int = 30
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that can never work."""
+        at_least(self.name, self, passes=1, epochs=1)
+        positive(self.name, self, "learning_rate")
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse a batch size that is not agreed.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        if scenario.training.batch_size < 1:
+            raise NotApplicable(
+                "training.batch_size = 0: clients' batches differ, and the network is trained for one size; give it"
+            )
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> list[Reconstruction]:
+        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
+        answers = []
+        for observation in observations:
+            self.check(observation.scenario)
+            answers.append(self.answer(observation, seed, device, progress))
+        progress(1.0, "done")
+        return answers
+
+    @abstractmethod
+    def answer(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
+    ) -> Reconstruction:
+        """The answer to one victim's update."""
 
 
 def public_images(observation: Observation, attack: str, least: int = 32) -> Auxiliary:

@@ -21,14 +21,14 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, Section, TrainingConfig
 from fedattack.errors import DataError
+from fedattack.files import portable, write_tensors
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, observation_name
-from fedattack.reporting.storage import write_bytes, write_json
+from fedattack.reporting.storage import write_json
 
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Client = Annotated[int, Field(ge=EVERYONE, strict=True)]
@@ -99,7 +99,7 @@ def save_observation(folder: Path | str, observation: Observation) -> Path:
     if update.indices is not None:
         sent["indices"] = update.indices
     sent |= {f"buffer.{name}": tensor for name, tensor in observation.buffers.items()}
-    write_bytes(place.with_suffix(".safetensors"), save(_portable(sent)))
+    write_tensors(place.with_suffix(".safetensors"), sent)
     scenario = observation.scenario
     document = {
         "format": 1,
@@ -150,7 +150,7 @@ def save_truth(folder: Path | str, truth: GroundTruth) -> Path:
     tensors = {"images": truth.images, "labels": truth.labels}
     if truth.shown is not None:
         tensors["shown"] = truth.shown
-    write_bytes(place.with_suffix(".safetensors"), save(_portable(tensors)))
+    write_tensors(place.with_suffix(".safetensors"), tensors)
     document = {"format": 1, "round": truth.round, "client": truth.client, "sample_ids": truth.sample_ids}
     write_json(place.with_suffix(".json"), document)
     return place.with_suffix(".json")
@@ -316,21 +316,16 @@ def _read_once(path: Path, shared: dict[Path, dict[str, Tensor]]) -> dict[str, T
 
 def _save_once(folder: Path, what: str, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors under the hash of their content, unless they are there; the file's name."""
-    portable = _portable(tensors)
+    whole = portable(tensors)
     digest = hashlib.sha256()
-    for name in sorted(portable):
-        tensor = portable[name]
+    for name in sorted(whole):
+        tensor = whole[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     file = f"{what}-{digest.hexdigest()[:16]}.safetensors"
     if not (folder / file).exists():
-        write_bytes(folder / file, save(portable))
+        write_tensors(folder / file, whole)
     return file
-
-
-def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and sharing no memory (safetensors refuses shared tensors)."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 _KEY = re.compile(r"^[A-Za-z0-9_.:-]+$")

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from fedattack.config import Config
+from fedattack.files import write_bytes
 from fedattack.reporting.results import AuditResult
 from fedattack.reporting.run_folder import RunFolder
-from fedattack.reporting.storage import fedattack_version, plain, write_bytes, write_json
+from fedattack.reporting.storage import fedattack_version, plain, write_json
 
 _INTEGERS = {
     "round",

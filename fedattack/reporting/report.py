@@ -14,13 +14,13 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
+from fedattack.files import write_bytes
 from fedattack.observation import Reconstruction, observation_name
 from fedattack.reporting import figures, formats, verdicts, views
 from fedattack.reporting.observation_store import safe_name
 from fedattack.reporting.records import write_records, write_summary
 from fedattack.reporting.results import AuditResult
 from fedattack.reporting.run_folder import RunFolder
-from fedattack.reporting.storage import write_bytes
 from fedattack.reporting.template import REPORT
 
 _IMAGES = 256

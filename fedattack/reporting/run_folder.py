@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
 from fedattack.config import Config
 from fedattack.errors import ConfigError, DataError
+from fedattack.files import cannot_write, write_bytes, write_tensors
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import MembershipScores, Observation, Reconstruction
 from fedattack.reporting.observation_store import (
@@ -33,11 +32,9 @@ from fedattack.reporting.observation_store import (
     save_truth,
 )
 from fedattack.reporting.storage import (
-    cannot_write,
     fedattack_version,
     number,
     read_json,
-    write_bytes,
     write_json,
 )
 
@@ -179,7 +176,7 @@ class RunFolder:
         history = torch.tensor(answer.history, dtype=torch.float64)
         scalars = torch.tensor([answer.loss, answer.label_confidence, seconds], dtype=torch.float64)
         tensors |= {"history": history, "scalars": scalars}
-        _write_tensors(place.with_suffix(".safetensors"), tensors)
+        write_tensors(place.with_suffix(".safetensors"), tensors)
         document = {
             "format": 1,
             "certificate": answer.certificate,
@@ -233,7 +230,7 @@ class RunFolder:
             If the disk is full.
         """
         place = self._part(attack, f"client-{target:05d}")
-        _write_tensors(place.with_suffix(".safetensors"), {"scores": scores.scores})
+        write_tensors(place.with_suffix(".safetensors"), {"scores": scores.scores})
         document = {"format": 1, "statistic": scores.statistic, "details": scores.details, "seconds": seconds}
         write_json(place.with_suffix(".json"), document)
 
@@ -320,11 +317,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    portable = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(portable))
 
 
 __all__ = ["RunFolder"]

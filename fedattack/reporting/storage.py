@@ -1,13 +1,10 @@
-"""Files that are whole or absent, and JSON that any reader accepts."""
+"""JSON that any reader accepts."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import json
 import math
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,49 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedattack.errors import DataError, RunFailed
-
-_REASONS = {
-    errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would exceed the allowed file size",
-    errno.EACCES: "permission denied",
-    errno.EROFS: "the file system is read-only",
-}
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary neighbour first, then renamed.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full, or the file cannot be written; nothing half-written stays behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-    except OSError as error:
-        raise cannot_write(path, error, len(data)) from error
-
-
-def cannot_write(path: Path, error: OSError, size: int) -> RunFailed:
-    """The error for a file that could not be written, in one sentence with what to do."""
-    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-    return RunFailed(
-        f"cannot write {path} ({size:,} bytes): {reason}. What was finished before is kept: make room, or make the "
-        "folder writable, and start the same command again to resume"
-    )
+from fedattack.errors import DataError
+from fedattack.files import write_bytes
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -68,7 +24,7 @@ def write_json(path: Path, document: Any) -> None:
     Raises
     ------
     RunFailed
-        As in :func:`write_bytes`.
+        As in :func:`fedattack.files.write_bytes`.
     """
     text = json.dumps(plain(document), indent=1, allow_nan=False)
     write_bytes(path, text.encode() + b"\n")

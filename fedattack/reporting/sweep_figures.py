@@ -111,8 +111,7 @@ def _heat_panel(
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc="#f0f0f0", ec="#c4c4c4", hatch="///", lw=0))
         axes.text(x, y, _why(chosen), ha="center", va="center", fontsize=7, color="#444444",
                   bbox={"fc": "#f0f0f0", "ec": "none", "pad": 1.5})  # fmt: skip
-    shades = colormaps["OrRd"].copy()
-    shades.set_under(_NOTHING)
+    shades = colormaps["OrRd"].with_extremes(under=_NOTHING)
     drawn = axes.imshow(means, cmap=shades, norm=norm, aspect="auto")
     long = max(len(value) for value in columns) > _FITS
     axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=30 if long else 0,

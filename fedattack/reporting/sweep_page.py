@@ -9,10 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from fedattack.files import write_bytes
 from fedattack.reporting import figures, formats
 from fedattack.reporting.report import environment
 from fedattack.reporting.results import HEADLINES
-from fedattack.reporting.storage import fedattack_version, write_bytes
+from fedattack.reporting.storage import fedattack_version
 from fedattack.reporting.sweep_figures import heat_map, utility_leakage
 from fedattack.reporting.sweep_table import DONE, LEAKAGE, SweepTable
 from fedattack.reporting.template import SWEEP

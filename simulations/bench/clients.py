@@ -23,6 +23,7 @@ from fedattack.models import initial_weights
 from fedattack.rng import numpy_rng
 from fedattack.training import local_update
 from simulations.client_app import Workplace
+from simulations.environment import cpu_threads
 from simulations.federation import run_federation
 from simulations.grid import InlineGrid, LocalGrid, RayGrid, ray_session
 
@@ -67,25 +68,21 @@ def run(quick: bool = False) -> dict[str, Any]:
     """
     clients, rounds = (50, 1) if quick else (1000, 5)
     config, world = crowd(clients)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     place = Workplace.of(config, world)
     figures: dict[str, list[tuple[float, float]]] = {"bare": [], "inline": [], "ray": []}
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(ray_session(config.engine))
-            grids: dict[str, LocalGrid] = {"inline": InlineGrid(place), "ray": RayGrid(place)}
-            for grid in grids.values():
-                stack.callback(grid.close)
-            for number in range(rounds + 1):
-                turn: dict[str, tuple[float, float]] = {"bare": _timed(lambda: bare_round(place))}
-                for name, grid in grids.items():
-                    turn[name] = _timed(lambda grid=grid: run_federation(config, world, grid=grid))  # type: ignore[misc]
-                if number > 0:  # the first round warms up
-                    for name, figure in turn.items():
-                        figures[name].append(figure)
-    finally:
-        torch.set_num_threads(threads)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cpu_threads(1))
+        stack.enter_context(ray_session(config.engine))
+        grids: dict[str, LocalGrid] = {"inline": InlineGrid(place), "ray": RayGrid(place)}
+        for grid in grids.values():
+            stack.callback(grid.close)
+        for number in range(rounds + 1):
+            turn: dict[str, tuple[float, float]] = {"bare": _timed(lambda: bare_round(place))}
+            for name, grid in grids.items():
+                turn[name] = _timed(lambda grid=grid: run_federation(config, world, grid=grid))  # type: ignore[misc]
+            if number > 0:  # the first round warms up
+                for name, figure in turn.items():
+                    figures[name].append(figure)
     figures["flower"] = _flower(clients)
     return _table(figures) | {
         "clients": clients,

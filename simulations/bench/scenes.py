@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from adversaries.reconstruction.parametrise import PIXEL_DEVIATION, PIXEL_MEAN
 from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
+from fedattack.data.dataset import ImageDataset
 from fedattack.data.load import load_dataset
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Observation, Scenario, Update
 from fedattack.rng import numpy_rng, torch_rng
 
 SIZE, CLASSES = 32, 10
-_CIFAR = "CIFAR10/cifar-10-subset-python.tar.xz"
+_PLACES = {"mnist": ("MNIST",), "cifar10": ("CIFAR10/cifar-10-subset-python.tar.xz", "CIFAR10")}
 _LOOKS = 0.002
 """Seconds between two looks at the process's memory."""
 
@@ -35,6 +37,16 @@ class Pictures:
     source: str
 
 
+def data_set(name: str, data: Path | None, limit: int | None = None) -> ImageDataset:
+    """A data set by name, embedded or from its place below the folder `data`."""
+    settings: dict[str, Any] = {"dataset": name, "limit": limit}
+    if name in _PLACES:
+        assert data is not None
+        places = [data / place for place in _PLACES[name]]
+        settings["data-dir"] = str(next((place for place in places if place.exists()), places[-1]))
+    return load_dataset(Config.from_mapping(settings).data, 0)
+
+
 def pictures(count: int, data: Path | None) -> Pictures:
     """Colour pictures of 32x32.
 
@@ -45,8 +57,7 @@ def pictures(count: int, data: Path | None) -> Pictures:
         Folder that holds ``CIFAR10/``; None: tiles of four photographs that scikit-image brings.
     """
     if data is not None:
-        path = data / _CIFAR if (data / _CIFAR).exists() else data / "CIFAR10"
-        dataset = load_dataset(Config.from_mapping({"dataset": "cifar10", "data-dir": str(path)}).data, 0)
+        dataset = data_set("cifar10", data)
         chosen = numpy_rng(0, "bench.engine").permutation(len(dataset))[:count]
         images, labels = dataset.tensors(chosen)
         return Pictures(images, labels, "CIFAR-10")
@@ -174,14 +185,3 @@ def memory() -> Iterator[list[int]]:
     finally:
         ended.set()
         watcher.join()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One CPU thread inside the block: small networks gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

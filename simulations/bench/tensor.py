@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -23,21 +20,19 @@ from torch import Tensor
 from adversaries.reconstruction.tensor import TensorAttack
 from adversaries.reconstruction.tensor.decompose import Decomposer, decompose, symmetric
 from fedattack.compression import Memory, build_compressor, decode, encode
-from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
-from fedattack.data.load import load_dataset
+from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import labels_right, match, psnr
 from fedattack.models import build_model, initial_weights, resolve
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import numpy_rng, torch_rng
 from fedattack.training import local_update
+from simulations.bench.scenes import data_set, memory
 
 CAP = 120.0
 """dB beyond which float32 updates cannot tell; single values are cut here before they are averaged."""
 
-_FOLDERS = {"mnist": "MNIST", "cifar10": "CIFAR10/cifar-10-subset-python.tar.xz"}
-_LOOKS = 0.01
-"""Seconds between two looks at the process's memory."""
+_LIMITS: dict[str, int] = {"mnist": 5000, "cifar10": 2000}
 
 console = Console()
 
@@ -161,7 +156,7 @@ def _measured(row: Row, seed: int, data: Path | None) -> dict[str, Any]:
     attack = TensorAttack(**row.settings)
     observation, images, labels = _observed(row, attack, seed, data)
     refused, answer = "", None
-    with _memory() as used:
+    with memory() as used:
         begin = time.perf_counter()
         try:
             attack.check(observation.scenario)
@@ -253,33 +248,9 @@ def _observed(
 
 @lru_cache(maxsize=3)
 def _pictures(name: Images, data: Path | None) -> tuple[Tensor, Tensor]:
-    """All images (N, C, H, W) of a data set and their labels; of MNIST the first 5,000."""
-    settings: dict[str, Any] = {"dataset": name}
-    if name != "digits":
-        assert data is not None
-        settings |= {"data-dir": str(data / _FOLDERS[name]), "limit": 5000 if name == "mnist" else 2000}
-    dataset = load_dataset(Config.from_mapping(settings).data, 0)
+    """Images (N, C, H, W) of a data set and their labels, of the large ones some thousands."""
+    dataset = data_set(name, data, _LIMITS.get(name))
     return dataset.tensors(np.arange(len(dataset)))
-
-
-@contextmanager
-def _memory() -> Iterator[list[int]]:
-    """Bytes that the process grew by at most, in the list's only place when the block has ended."""
-    process, ended = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-    grown = [0]
-
-    def watch() -> None:
-        while not ended.wait(_LOOKS):
-            grown[0] = max(grown[0], process.memory_info().rss - before)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield grown
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def _print(records: list[dict[str, Any]]) -> None:

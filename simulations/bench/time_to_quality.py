@@ -20,7 +20,8 @@ from fedattack.config import ModelConfig
 from fedattack.metrics import psnr
 from fedattack.models import resolve
 from fedattack.observation import Observation
-from simulations.bench.scenes import CLASSES, SIZE, Reference, one_thread, pictures, scene
+from simulations.bench.scenes import CLASSES, SIZE, Reference, pictures, scene
+from simulations.environment import cpu_threads
 
 VICTIMS, ITERATIONS = 8, 3000
 _TV = 1e-2
@@ -77,7 +78,7 @@ def run(quick: bool = False, data: Path | None = None) -> dict[str, Any]:
     private = pictures(victims, data)
     everyone = scene(resolve(ModelConfig(name="lenet-zhu", classes=CLASSES), 3, SIZE, CLASSES), private)
     records = []
-    with one_thread():
+    with cpu_threads(1):  # small networks gain nothing from more
         for solver in SOLVERS.values():  # what the first call of a process costs once is not counted
             solver(everyone.observations[0], everyone.labels[0], everyone.starts[0], 100)
         for victim, seen in enumerate(everyone.observations):

@@ -199,14 +199,15 @@ def test_rounds_are_peeled(compression: dict[str, Any]) -> None:
     (alone,) = HCGLA(method="gauss-newton").run(seen[2:], 0, CPU)
     assert alone.details["peeled_rounds"] == []
     assert psnr(alone.images, images[2]) < psnr(answers[2].images, images[2]) - 10
-    again = HCGLA().run(seen, 0, CPU)
-    assert all(torch.equal(one.images, other.images) for one, other in zip(answers, again, strict=True))
+    # Repeatable, and what comes later does not change what was answered before.
+    again = HCGLA().run(seen[:2], 0, CPU)
+    assert all(torch.equal(one.images, other.images) for one, other in zip(answers[:2], again, strict=True))
 
 
 def test_matching_is_peeled_too() -> None:
     seen, images = three_rounds(error_feedback=True)
-    answers = HCGLA(method="matching", iterations=80).run(seen[:2], 0, CPU)
-    (alone,) = HCGLA(method="matching", iterations=80).run(seen[1:2], 0, CPU)
+    answers = HCGLA(method="matching", iterations=40).run(seen[:2], 0, CPU)
+    (alone,) = HCGLA(method="matching", iterations=40).run(seen[1:2], 0, CPU)
     assert psnr(answers[1].images, images[1]) > psnr(alone.images, images[1]) + 3
 
 
@@ -259,9 +260,9 @@ def federation(folder: Path, **changes: object) -> Config:
         "compression": 0.15,
         "compression.error_feedback": True,
         "clients": 2,
-        "rounds": 3,
+        "rounds": 2,
         "attack": "hcgla",
-        "attack-rounds": 3,
+        "attack-rounds": 2,
         "engine": "inline",
         "engine.threads": 1,
         "run-dir": str(folder),
@@ -277,13 +278,13 @@ def answers_of(found: dict[str, dict[str, Reconstruction]]) -> dict[str, Reconst
 def test_a_run_gives_the_attack_the_history_and_audits_what_was_asked(tmp_path: Path) -> None:
     run = simulate(federation(tmp_path / "run", **{"output.save_observations": True}))
     found = answers_of(run.reconstructions)
-    assert sorted(found) == ["round-0003-client-00000", "round-0003-client-00001"]
-    assert {record["round"] for record in run.audits["hcgla"].records} == {3}
+    assert sorted(found) == ["round-0002-client-00000", "round-0002-client-00001"]
+    assert {record["round"] for record in run.audits["hcgla"].records} == {2}
     for answer in found.values():
         assert answer.method == "gauss-newton"
-        assert answer.details["peeled_rounds"] == [1, 2]
+        assert answer.details["peeled_rounds"] == [1]
     assert np.mean([record["psnr"] for record in run.audits["hcgla"].records]) > 35
     later = attack_folder(tmp_path / "run", federation(tmp_path / "later"), truth=tmp_path / "run" / "truth")
     for key, answer in found.items():
         assert torch.equal(answers_of(later.reconstructions)[key].images, answer.images)
-    assert len(answers_of(later.reconstructions)) == 6
+    assert len(answers_of(later.reconstructions)) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -513,11 +514,10 @@ def test_a_full_disk_is_named_and_the_last_state_kept(
         match([client()], labels(1), begin(1, 1), FIRST_ORDER, CPU, killed_after(0.4), checkpoint=path)
     before = path.read_bytes()
 
-    def full(tensors: object, file: Path, header: object) -> None:
-        file.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(keeping, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunFailed, match="no space left"):
         match([client()], labels(1), begin(1, 1), FIRST_ORDER, CPU, checkpoint=path)
     assert path.read_bytes() == before

@@ -144,6 +144,21 @@ def test_batchnorm_modes_and_statistics(mode: str) -> None:
     assert all(torch.equal(weights[name], seen.weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("declared", ["train", "eval"])
+def test_batchnorm_is_matched_as_the_client_declared_it(declared: str) -> None:
+    training = TrainingConfig(batch_size=2, batch_norm=declared)
+    scene = scenario(10, model="resnet20", activation="relu", size=16, training=training, name="none")
+    images, labels = smooth_images(2, 16), torch.tensor([3, 4])
+    seen = send(scene, images, labels, Schedule(((0, 1),)))
+    settings = Matching(objective="cosine", optimiser="adam", iterations=1)
+    other = dataclasses.replace(settings, batch_norm="eval" if declared == "train" else "train")
+    found, wrong = (
+        match([seen], labels[None], images[None, None], how, CPU)[0].history[0] for how in (settings, other)
+    )
+    assert abs(found) < 1e-5
+    assert wrong > 1e-3
+
+
 # The explicit second derivative against automatic differentiation
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, DataError, RunFailed
+from fedattack.files import write_bytes
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Auxiliary, MembershipScores, Observation, Reconstruction, Scenario, Update
 from fedattack.reporting import (
@@ -25,9 +26,8 @@ from fedattack.reporting import (
     load_truths,
     save_observation,
     save_truth,
-    storage,
 )
-from fedattack.reporting.storage import plain, write_bytes
+from fedattack.reporting.storage import plain
 
 
 def observation(client: int = 0, round_: int = 1, sparse: bool = True, auxiliary: bool = True) -> Observation:
@@ -311,18 +311,15 @@ def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 _FILL = """
-import importlib.util, sys
+import sys
 from pathlib import Path
+from fedattack import files
 from fedattack.errors import RunFailed
 
-# The module by its file: the package around it would import half of scipy.
-spec = importlib.util.spec_from_file_location("storage", sys.argv[1])
-storage = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(storage)
-folder = Path(sys.argv[2])
-storage.write_bytes(folder / "kept.bin", b"before")
+folder = Path(sys.argv[1])
+files.write_bytes(folder / "kept.bin", b"before")
 try:
-    storage.write_bytes(folder / "kept.bin", bytes(2_000_000))
+    files.write_bytes(folder / "kept.bin", bytes(2_000_000))
 except RunFailed as error:
     print(error)
 print((folder / "kept.bin").read_bytes().decode(), sorted(p.name for p in folder.iterdir()))
@@ -341,7 +338,7 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path: Path) -> None:
         pytest.skip("needs a small file system of its own, and this user may not mount one")
     script = tmp_path.with_name(tmp_path.name + ".py")
     script.write_text(_FILL)
-    done = _run([*alone, f"{mount} && exec {sys.executable} {script} {storage.__file__} {tmp_path}"])
+    done = _run([*alone, f"{mount} && exec {sys.executable} {script} {tmp_path}"])
     assert "no space left on the device" in done.stdout, done.stderr
     assert "2,000,000 bytes" in done.stdout
     assert done.stdout.endswith("before ['kept.bin']\n")

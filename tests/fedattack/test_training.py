@@ -290,3 +290,18 @@ def test_rounds_of_training_learn():
     end = evaluate(model, weights, images, labels)
     assert end["loss"] < 0.5 * start
     assert end["accuracy"] > 0.9
+
+
+def test_frozen_batchnorm_uses_what_was_sent_and_keeps_it() -> None:
+    model = WithBatchNorm()
+    weights = state_of(model)
+    images, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 2
+    training = TrainingConfig(batch_size=6, batch_norm="eval")
+    sent = local_update(WithBatchNorm(), weights, images, labels, [np.arange(6)], training)
+    assert sent.buffers
+    assert all(torch.equal(sent.buffers[name], weights[name]) for name in sent.buffers)
+    model.load_state_dict(weights)
+    loss = torch.nn.functional.cross_entropy(model.eval()(images), labels)
+    wanted = torch.autograd.grad(loss, list(model.parameters()))
+    for ours, theirs in zip(sent.update.values(), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.checks import at_least, positive
 from adversaries.reconstruction import defended, engine, parametrise
 from adversaries.reconstruction.gradients import Layers
 from adversaries.reconstruction.hcgla import carried, gauss_newton, labels, matching, starts
@@ -99,14 +100,8 @@ class HCGLA(ReconstructionAttack):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        for name, least in (("restarts", 1), ("denoise_every", 0), ("iterations", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"setting 'hcgla.{name}' = {value}: must be at least {least}")
-        for name in ("tv", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or (name == "learning_rate" and value == 0)):
-                raise ConfigError(f"setting 'hcgla.{name}' = {value}: must be positive")
+        at_least("hcgla", self, restarts=1, denoise_every=0, iterations=1, tv=0)
+        positive("hcgla", self, "learning_rate")
         if self.denoise_every and not self.denoiser:
             raise ConfigError(
                 f"setting 'hcgla.denoise_every' = {self.denoise_every} needs 'hcgla.denoiser', the path of trained "
@@ -249,7 +244,9 @@ class _Run:
         images = labels.public_images(
             first.auxiliary, first.scenario.image_shape, labels.enough(first.scenario.model)
         )
-        expected = labels.expectation(first.scenario.model, first.weights, images)
+        expected = labels.expectation(
+            first.scenario.model, first.weights, images, batch_norm=first.scenario.training.batch_norm
+        )
         self._labels = [
             labels.infer_labels(o, o.update, expected, defended.noise(received))
             for received, o in zip(observations, self._observations, strict=True)

@@ -265,6 +265,16 @@ def default_schedule(measurements: int, unknowns: int, batch: int, kind: Kind = 
     return (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 
 
+def least_feature_noise(measurements: int, unknowns: int, batch: int) -> float:
+    """Standard deviation below which no feature is believed, before the sigmoid.
+
+    Where fewer numbers were sent than there are unknowns, features believed more tightly lead to worse images.
+    """
+    if batch > 1:
+        return 3e-3
+    return 1e-5 if measurements >= unknowns else 1e-3
+
+
 def solve(
     observation: Observation,
     labels: Tensor,
@@ -326,7 +336,7 @@ def solve(
         prior.mean,
         prior.factor(None if few == prior.size else most),
         settings.feature_noise,
-        least_feature_noise=0.00001 if batch == 1 else 0.003,
+        least_feature_noise=least_feature_noise(measured.count, batch * most, batch),
         chunk=settings.chunk,
         device=torch.device(device),
         reread=read if steps is not None and (steps.several or steps.clipped) else None,

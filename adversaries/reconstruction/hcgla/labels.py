@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Auxiliary, Observation, Update
 from fedattack.rng import torch_rng
+from fedattack.training import training_mode
 
 NON_NEGATIVE = frozenset({"sigmoid", "relu", "softplus"})
 """Activations whose values are never negative."""
@@ -158,13 +160,17 @@ def enough(model: ModelConfig) -> int:
 
 @torch.no_grad()
 def expectation(
-    model: ModelConfig, weights: Mapping[str, Tensor], images: Tensor, batch: int = 64
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    batch: int = 64,
+    batch_norm: Literal["train", "eval"] = "train",
 ) -> Expectation:
     """Mean features and predictions of public images (N, C, H, W).
 
-    BatchNorm takes its statistics from these images, as it does from a client's batch.
+    BatchNorm takes its statistics from these images as it does from a client's batch, or uses the running ones.
     """
-    module = build_model(model).train()
+    module = training_mode(build_model(model), batch_norm)
     module.load_state_dict(dict(weights))
     last = module.get_submodule(head_name(*_parameters(module)))
     seen: list[Tensor] = []

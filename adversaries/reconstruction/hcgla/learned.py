@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
@@ -29,6 +27,7 @@ from fedattack.compression import Compressor, Memory, build_compressor, decode, 
 from fedattack.compression.selection import largest, quotas
 from fedattack.config import ModelConfig
 from fedattack.errors import DataError, NotApplicable, RunFailed
+from fedattack.files import write_tensors
 from fedattack.models import build_model
 from fedattack.observation import Auxiliary, Observation, Scenario, Update, UpdateKind
 from fedattack.rng import numpy_rng, torch_rng
@@ -514,18 +513,14 @@ def save_learned(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     tensors : mapping of str to Tensor
     metadata : mapping
         JSON-able; must say its "kind".
+
+    Raises
+    ------
+    RunFailed
+        If the file cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"fedattack": json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
-    written = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, written, header)
-        os.replace(written, path)
-    except OSError as error:
-        raise DataError(f"cannot write {str(path)!r}: {error}") from None
-    finally:
-        written.unlink(missing_ok=True)
+    write_tensors(Path(path), tensors, header)
 
 
 def load_learned(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,7 @@ from scipy.fft import dct
 from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.checks import at_least, positive
 from adversaries.reconstruction import engine
 from adversaries.reconstruction.tensor import certificate, kept, recover, steps
 from adversaries.reconstruction.tensor.activations import (
@@ -28,7 +29,7 @@ from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, r
 from adversaries.reconstruction.tensor.recover import Estimate
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
 from fedattack.config import TrainingConfig
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.two_layer import TwoLayer
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario, Update
@@ -120,14 +121,8 @@ class TensorAttack(ReconstructionAttack):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        for name in ("batch", "restarts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"setting 'tensor.{name}' = {value}: must be at least 1")
-        for name in ("scale", "head_strength"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"setting 'tensor.{name}' = {value}: must be positive")
+        at_least("tensor", self, batch=1, restarts=1)
+        positive("tensor", self, "scale", "head_strength")
 
     def check(self, scenario: Scenario) -> None:
         """Refuse what cannot be identified: wrong model, activation, width, or too few entries.

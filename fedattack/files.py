@@ -1,0 +1,72 @@
+"""Files that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from fedattack.errors import RunFailed
+
+_REASONS = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the allowed file size",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a temporary neighbour first, then renamed.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full, or the file cannot be written; nothing half-written stays behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise cannot_write(path, error, len(data)) from error
+
+
+def cannot_write(path: Path, error: OSError, size: int) -> RunFailed:
+    """The error for a file that could not be written, in one sentence with what to do."""
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return RunFailed(
+        f"cannot write {path} ({size:,} bytes): {reason}. What was finished before is kept: make room, or make the "
+        "folder writable, and start the same command again"
+    )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, `metadata` in the header, whole or not at all.
+
+    Raises
+    ------
+    RunFailed
+        As in :func:`write_bytes`.
+    """
+    write_bytes(path, save(portable(tensors), metadata))
+
+
+def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and sharing no memory (safetensors refuses shared tensors)."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
