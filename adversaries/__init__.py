@@ -22,6 +22,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "gradinversion": "adversaries.reconstruction.gradinversion:GradInversion",
         "gauss-newton": "adversaries.reconstruction.gauss_newton:GaussNewton",
         "imprint": "adversaries.reconstruction.imprint:Imprint",
+        "loki": "adversaries.reconstruction.loki:Loki",
         "cah": "adversaries.reconstruction.curious_abandon_honesty:CuriousAbandonHonesty",
         "fishing": "adversaries.reconstruction.fishing:Fishing",
         "spear": "adversaries.reconstruction.spear:Spear",

@@ -188,6 +188,8 @@ class Eavesdropper(Strategy):
         self._sent_arrays: dict[str, NDArray[Any]] = {}
         self._float_buffers: list[str] = []
         self._armed = False
+        self.remembers = False
+        self._own: dict[int, dict[str, Tensor]] = {}  # node -> tensors that it was sent instead
 
     # ------------------------------------------------------------------ what goes out
 
@@ -212,7 +214,23 @@ class Eavesdropper(Strategy):
             self._keep(arrays)
         if offered is not arrays:
             _exchange(messages, offered, arrays)
+        self._own = self._tailor(messages, sent, arrays) if sent is not None else {}
         return messages
+
+    def _tailor(
+        self, messages: list[Message], sent: dict[str, Tensor], arrays: ArrayRecord
+    ) -> dict[int, dict[str, Tensor]]:
+        """Give each client what is sent to it alone; by node, and by EVERYONE if all got the same, those tensors."""
+        own: dict[int, dict[str, Tensor]] = {}
+        numbers = {message.metadata.dst_node_id: message for message in messages}
+        for place, node in enumerate(sorted(numbers, key=self.client_of or int)):
+            changed = self.tailored(sent, place, node)
+            if changed:
+                own[node] = changed
+                _exchange([numbers[node]], arrays, to_record(sent | changed))
+        if self.aggregated and len(own) == len(numbers) and _all_equal(list(own.values())):
+            own[EVERYONE] = next(iter(own.values()))
+        return own
 
     def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """What is sent in this round instead of the global model; None: the global model.
@@ -222,6 +240,24 @@ class Eavesdropper(Strategy):
         """
         del round, weights
         return None
+
+    def tailored(self, weights: dict[str, Tensor], place: int, node: int) -> dict[str, Tensor]:
+        """Tensors that one client is sent instead of those in `weights`, from :meth:`outgoing`; as that, overridden.
+
+        Parameters
+        ----------
+        weights : dict of str to Tensor
+        place : int
+            Of the client among those drawn, in ascending order of their numbers.
+        node : int
+            Its node.
+        """
+        del weights, place, node
+        return {}
+
+    def seen(self, observation: Observation, node: int) -> None:
+        """Told the observations, where :attr:`remembers` is set all, and the node (EVERYONE of a sum); overridden."""
+        del observation, node
 
     def _keep(self, arrays: ArrayRecord) -> None:
         missing = [name for name in self.names if name not in arrays]
@@ -314,7 +350,7 @@ class Eavesdropper(Strategy):
             )
             others, wire_bytes = set(arrays) - {PACKED}, len(payload)
         else:
-            update, wire_bytes = self._difference(arrays)
+            update, wire_bytes = self._difference(arrays, message.metadata.src_node_id)
             others = set(arrays) - set(self.names)
         unknown = others - set(self._sent)
         if unknown:
@@ -331,15 +367,14 @@ class Eavesdropper(Strategy):
                 raise PayloadError(f"buffer {name!r} holds a negative variance")
         return _Reply(message, client, update, buffers, examples, loss, wire_bytes, buffer_bytes)
 
-    def _difference(self, arrays: ArrayRecord) -> tuple[Update, int]:
+    def _difference(self, arrays: ArrayRecord, node: int) -> tuple[Update, int]:
         """The update behind an ordinary Flower reply, which holds new weights."""
         missing = [name for name in self.names if name not in arrays]
         if missing:
             raise PayloadError(f"neither a packed update nor new weights: {missing[0]!r} is missing")
-        parts = [
-            (_labelled(name, arrays, self._sent_arrays[name]) - self._sent_arrays[name]).reshape(-1)
-            for name in self.names
-        ]
+        own = {name: tensor.numpy() for name, tensor in self._own.get(node, {}).items()}
+        sent = self._sent_arrays | own
+        parts = [(_labelled(name, arrays, sent[name]) - sent[name]).reshape(-1) for name in self.names]
         values = torch.from_numpy(np.concatenate(parts))
         if not torch.isfinite(values).all():
             raise PayloadError("the new weights are too far from those sent out")
@@ -363,24 +398,28 @@ class Eavesdropper(Strategy):
         return client
 
     def _hand_out(self, round: int, replies: list[_Reply]) -> None:
-        if self.on_observation is None:
-            return
         for reply in replies:
-            if self.observe is not None and not self.observe(round, reply.client):
-                continue
-            self.on_observation(
-                Observation(
-                    round=round,
-                    client=reply.client,
-                    scenario=_summed_scenario(self.scenario) if self.aggregated else self.scenario,
-                    weights=self._sent,
-                    update=reply.update,
-                    num_examples=reply.num_examples,
-                    wire_bytes=reply.wire_bytes,
-                    auxiliary=self.auxiliary,
-                    buffers={name: torch.from_numpy(value.copy()) for name, value in reply.buffers.items()},
-                )
+            wanted = self.on_observation is not None and (
+                self.observe is None or self.observe(round, reply.client)
             )
+            if not wanted and not self.remembers:
+                continue
+            node = EVERYONE if self.aggregated else reply.message.metadata.src_node_id
+            own = self._own.get(node)
+            observation = Observation(
+                round=round,
+                client=reply.client,
+                scenario=_summed_scenario(self.scenario) if self.aggregated else self.scenario,
+                weights=self._sent if own is None else self._sent | own,
+                update=reply.update,
+                num_examples=reply.num_examples,
+                wire_bytes=reply.wire_bytes,
+                auxiliary=self.auxiliary,
+                buffers={name: torch.from_numpy(value.copy()) for name, value in reply.buffers.items()},
+            )
+            self.seen(observation, node)
+            if wanted and self.on_observation is not None:
+                self.on_observation(observation)
 
     # ------------------------------------------------------------------ what it becomes
 
@@ -518,6 +557,14 @@ def seeded_sampling(seed: int, round: int, purpose: str = "sampling") -> Iterato
         yield
     finally:
         random.setstate(state)
+
+
+def _all_equal(parts: list[dict[str, Tensor]]) -> bool:
+    first = parts[0] if parts else {}
+    return all(
+        part.keys() == first.keys() and all(torch.equal(part[name], first[name]) for name in first)
+        for part in parts
+    )
 
 
 def _exchange(messages: list[Message], offered: ArrayRecord, arrays: ArrayRecord) -> None:

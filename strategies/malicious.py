@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from adversaries.base import ReconstructionAttack
 from fedattack.errors import ConfigError
-from fedattack.observation import Scenario
+from fedattack.observation import EVERYONE, Observation, Scenario
 from fedattack.rng import numpy_rng
 from strategies.eavesdropper import Eavesdropper
 
@@ -24,7 +25,8 @@ class MaliciousServer(Eavesdropper):
 
     A gradient at those weights says nothing about the global model, so that an armed round is observed and not
     aggregated: the global model, and whatever the wrapped strategy keeps, stay as they were. Training loses that
-    round and is not otherwise harmed. All clients that are drawn get the same weights.
+    round and is not otherwise harmed. The attack may have each client that is drawn get weights of its own
+    (:meth:`~adversaries.base.ReconstructionAttack.tailor`).
 
     Parameters
     ----------
@@ -70,6 +72,8 @@ class MaliciousServer(Eavesdropper):
         super().__init__(strategy, scenario, **options)
         self.attack = attack
         self.rounds = frozenset(rounds)
+        self.remembers = attack.adapts
+        self._earlier: dict[int, list[Observation]] = defaultdict(list)
 
     def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """The attack's weights in an armed round, else None."""
@@ -80,7 +84,29 @@ class MaliciousServer(Eavesdropper):
         name = type(self.attack).__name__
         if list(sent) != list(weights):
             raise ConfigError(f"attack {name} sends other tensors than the model's")
+        self._check(sent, weights)
+        log.info(
+            "round %d: the weights of attack %s are sent; the global model skips this round", round, name
+        )
+        return sent
+
+    def tailored(self, weights: dict[str, Tensor], place: int, node: int) -> dict[str, Tensor]:
+        """What the attack has one client get differently in an armed round."""
+        earlier = self._earlier[EVERYONE if self.aggregated else node]
+        own = self.attack.tailor(self.scenario, weights, place, earlier)
+        self._check(own, weights)
+        return own
+
+    def seen(self, observation: Observation, node: int) -> None:
+        """Keep what an armed round showed, for attacks that adapt to it."""
+        if self.remembers and observation.round in self.rounds:
+            self._earlier[node].append(observation)
+
+    def _check(self, sent: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        name = type(self.attack).__name__
         for key, tensor in sent.items():
+            if key not in weights:
+                raise ConfigError(f"attack {name} sends {key!r}, which the model does not have")
             like = weights[key]
             if tensor.shape != like.shape or tensor.dtype != like.dtype:
                 raise ConfigError(
@@ -89,10 +115,6 @@ class MaliciousServer(Eavesdropper):
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ConfigError(f"attack {name} sends NaN or infinite values in {key!r}")
-        log.info(
-            "round %d: the weights of attack %s are sent; the global model skips this round", round, name
-        )
-        return sent
 
 
 __all__ = ["MaliciousServer"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, ReconstructionAttack, no_progress
-from adversaries.reconstruction.engine import accumulates
+from adversaries.reconstruction.engine import accumulates, check_sum
 from adversaries.reconstruction.first_layer import FirstLayer, first_layer
 from adversaries.reconstruction.floors import floors, prior_image
 from adversaries.reconstruction.label_inference import infer
@@ -47,6 +47,7 @@ class Analytic(ReconstructionAttack):
             raise NotApplicable(
                 f"model.name = {scenario.model.name!r} has no bias in its first layer to divide by; use --model mlp"
             )
+        check_sum(scenario)
         training = scenario.training
         if training.batch_size > 1:
             raise NotApplicable(

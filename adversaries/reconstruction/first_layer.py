@@ -17,6 +17,7 @@ from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario, Update
+from fedattack.training import training_mode
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def first_layer(model: ModelConfig) -> FirstLayer:
 def is_complete(scenario: Scenario) -> bool:
     """Whether every entry of an update is sent, as far as the settings tell."""
     compression = scenario.compression
-    return compression.name not in ("topk", "randomk", "dgc") or compression.rate >= 1
+    return compression.name not in ("topk", "randomk", "topk-qsgd", "dgc") or compression.rate >= 1
 
 
 def dense_layer(update: Update, layer: FirstLayer) -> tuple[Tensor, Tensor | None]:
@@ -127,7 +128,7 @@ class Played:
 
 
 class Player:
-    """The model that was sent out, in float64 and in train mode like the client's.
+    """The model that was sent out, in float64 and in the client's mode.
 
     Parameters
     ----------
@@ -140,7 +141,7 @@ class Player:
     def __init__(self, observation: Observation, first: str, device: torch.device) -> None:
         self._module = build_model(observation.scenario.model).to(device)
         self._module.load_state_dict(observation.weights)
-        self._module = self._module.double().train()
+        self._module = training_mode(self._module.double(), observation.scenario.training.batch_norm)
         self._shape = observation.scenario.image_shape
         linear = [part for part in self._module.modules() if isinstance(part, nn.Linear)]
         names = [name for name, part in self._module.named_modules() if part is linear[-1]]

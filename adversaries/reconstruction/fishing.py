@@ -13,31 +13,37 @@ from torch import Tensor, nn
 
 from adversaries import ATTACKS
 from adversaries.base import Progress, ReconstructionAttack, build_attack, no_progress
-from adversaries.reconstruction import engine
-from adversaries.reconstruction.first_layer import dense_layer, first_layer, is_complete
+from adversaries.reconstruction import engine, fishing_rounds
+from adversaries.reconstruction.first_layer import is_complete
+from adversaries.reconstruction.fishing_catch import (
+    SATURATED,
+    Catch,
+    caught_alone,
+    features_of,
+    haul,
+    head_of,
+    is_readable,
+    lone_scenario,
+    misfit_of,
+    public_images,
+    read_off,
+    row_of,
+)
+from adversaries.reconstruction.fishing_rounds import COUNT_ERROR
 from adversaries.reconstruction.floors import floors, prior_image
-from adversaries.reconstruction.hcgla.labels import head_name
 from adversaries.reconstruction.label_inference import infer
-from adversaries.reconstruction.priors import smooth_prior
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
-from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario, Update
+from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
-
-_SATURATED = 1e3
-"""Logits apart, at which a softmax is 0 or 1."""
 
 CERTIFIED = 1e-4
 """Relative misfit of features up to which an image that was read off is what was caught."""
-
-_COUNT_ERROR = 0.02
-"""How far a count of samples may lie from an integer."""
 
 _UNKNOWN_BATCH = 32
 """Samples expected of a client that trains on all it has, until it declares them."""
 
 _FEW = 2
-_IMAGES = 2048
 
 
 @dataclass
@@ -57,10 +63,15 @@ class Fishing(ReconstructionAttack):
     Each armed round draws its class, direction and threshold anew and catches one sample or none; of "feature" in
     about 37 of 100 rounds it is one. The other places of the answer hold the prior.
 
+    "rounds" goes on for as many rounds as are armed, with one row and a threshold that is moved by what each client's
+    earlier counts told. It asks for a batch that stays the same (batch_size 0) and catches sample after sample,
+    whatever their labels: see :mod:`~adversaries.reconstruction.fishing_rounds`. The answer of a round holds what the
+    rounds up to it isolated; the first finds where nothing is above.
+
     Parameters
     ----------
-    mode : {"auto", "class", "feature"}
-        "auto": "class" where a batch holds at most two samples of a class on average.
+    mode : {"auto", "class", "feature", "rounds"}
+        "auto": "class" where a batch holds at most two samples of a class on average, else "feature".
     target : int, optional
         Class whose row is used; None: drawn.
     quantile : float, optional
@@ -75,13 +86,15 @@ class Fishing(ReconstructionAttack):
     References
     ----------
     Wen, Geiping, Fowl, Goldblum, Goldstein, "Fishing for User Data in Large-Batch Federated Learning via Gradient
-    Magnification", ICML 2022. There the threshold is found by bisection over rounds on one batch, within one class.
+    Magnification", ICML 2022. There the threshold is found by bisection over rounds on one batch, within one class,
+    and one sample is caught; differences of rounds are ours.
     """
 
     needs: ClassVar[str] = "a malicious server: it sends a head of its own; public images place the threshold"
     arms: ClassVar[bool] = True
+    adapts: ClassVar[bool] = True
 
-    mode: Literal["auto", "class", "feature"] = "auto"
+    mode: Literal["auto", "class", "feature", "rounds"] = "auto"
     target: int | None = None
     quantile: float | None = None
     attack: str = "gauss-newton"
@@ -115,7 +128,7 @@ class Fishing(ReconstructionAttack):
                 f"compression.name = {compression.name!r} at rate {compression.rate:g} drops entries that the catch "
                 "is counted and rebuilt by; use compression.name 'none' or 'qsgd'"
             )
-        _head(scenario)
+        head_of(scenario)
         classes = scenario.model.classes or 0
         if self.target is not None and not 0 <= self.target < classes:
             raise ConfigError(
@@ -127,14 +140,21 @@ class Fishing(ReconstructionAttack):
                 f"model.name = {scenario.model.name!r} normalises by batch statistics, in which all samples meet "
                 "again; use a model without BatchNorm"
             )
-        if not _readable(scenario):
-            self._inner().check(_single(scenario, 1))
+        if not is_readable(scenario):
+            self._inner().check(lone_scenario(scenario, 1))
+        if self.mode == "rounds":
+            _check_rounds(scenario)
+
+    def needs_history(self, scenario: Scenario) -> bool:
+        """Whether rounds are read together."""
+        del scenario
+        return self.mode == "rounds"
 
     def arm(
         self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
     ) -> dict[str, Tensor]:
         """The global model with its head replaced: one row, and a bias that lets one sample through."""
-        head = _head(scenario)
+        head = head_of(scenario)
         generator = torch_rng(seed, "fishing.arm")
         row, bias = torch.zeros_like(weights[f"{head}.weight"]), torch.zeros_like(weights[f"{head}.bias"])
         known = [] if auxiliary is None or auxiliary.labels is None else auxiliary.labels.unique().tolist()
@@ -147,14 +167,47 @@ class Fishing(ReconstructionAttack):
         direction /= direction.norm()
         if mode == "class":
             row[target] = direction
-            bias[target] = -_SATURATED
+            bias[target] = -SATURATED
         else:
-            seen = _features(scenario, weights, head, _public(scenario, auxiliary, generator)) @ direction
+            seen = (
+                features_of(scenario, weights, head, public_images(scenario, auxiliary, generator))
+                @ direction
+            )
             share = 1 - 1 / max(batch, 2) if self.quantile is None else self.quantile
             threshold, deviation = torch.quantile(seen, share), seen.std().clamp_min(1e-12)
-            row[target] = direction * (_SATURATED / deviation)
-            bias[target] = -threshold * (_SATURATED / deviation)
+            steep = (SATURATED if mode == "feature" else fishing_rounds.STEEP) / deviation
+            if mode == "rounds":
+                threshold = seen.mean() + fishing_rounds.BEYOND * deviation
+            row[target] = direction * steep
+            bias[target] = -threshold * steep
         return dict(weights) | {f"{head}.weight": row, f"{head}.bias": bias}
+
+    def tailor(
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        place: int,
+        earlier: Sequence[Observation],
+    ) -> dict[str, Tensor]:
+        """Under mode "rounds", the earlier rounds' row with the next threshold, while the body stays the same."""
+        head = head_of(scenario)
+        name = f"{head}.weight"
+        if self.mode != "rounds" or not earlier:
+            return {}
+        before = earlier[-1].weights
+        if any(not torch.equal(before[n], t) for n, t in weights.items() if not n.startswith(f"{head}.")):
+            return {}
+        target = row_of(earlier[-1], head)
+        series = fishing_rounds.same_water(earlier, head)
+        steep = before[name][target].norm()
+        public = public_images(scenario, earlier[0].auxiliary, torch_rng(0, "fishing.rounds"))
+        scores = features_of(scenario, before, head, public) @ (before[name][target] / steep)
+        known, tried = fishing_rounds.casts(series, head, target)
+        chosen = fishing_rounds.next_threshold(known, tried, scores)
+        bias = before[f"{head}.bias"].clone()
+        if chosen is not None:
+            bias[target] = -chosen * steep
+        return {name: before[name], f"{head}.bias": bias}
 
     def _draw(self, mode: str, classes: int, generator: torch.Generator, known: list[int]) -> int:
         if self.target is not None:
@@ -173,14 +226,56 @@ class Fishing(ReconstructionAttack):
     ) -> list[Reconstruction]:
         """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
         answers = []
+        known: dict[bytes, Reconstruction] = {}
         for number, observation in enumerate(observations):
             self.check(observation.scenario)
 
             def told(share: float, text: str, number: int = number) -> None:
                 progress((number + share) / len(observations), text)
 
-            answers.append(self._one(observation, seed, device, told))
+            series = [observation]
+            if self.mode == "rounds":
+                client, latest = observation.client, observation.round
+                up_to = [one for one in observations if one.client == client and one.round <= latest]
+                series = sorted(up_to, key=lambda one: one.round)
+            answers.append(self._several(series, known, seed, device, told))
         return answers
+
+    def _several(
+        self,
+        series: list[Observation],
+        known: dict[bytes, Reconstruction],
+        seed: int,
+        device: torch.device,
+        told: Progress,
+    ) -> Reconstruction:
+        """One client's rounds up to the one that is answered; searches are kept in `known`."""
+        observation, head = series[-1], head_of(series[-1].scenario)
+        try:
+            target = row_of(observation, head)
+        except NotApplicable as refusal:
+            return _answer(observation, None, None, {"status": "failed", "reason": str(refusal)})
+        series = fishing_rounds.same_water(series, head)
+        if len(series) == 1:
+            return self._one(observation, seed, device, told)
+        if not fishing_rounds.nothing_above(series[0], head, target):
+            reason = "the first of these rounds, whose threshold lies above all samples, is missing"
+            return _answer(observation, None, None, {"status": "failed", "reason": reason})
+        casts, _ = fishing_rounds.casts(series, head, target)
+        figures = {"class": target, "rounds": len(series), "above": [cast.above for cast in casts]}
+        found: list[tuple[Reconstruction, Tensor]] = []
+        for single in fishing_rounds.alone(casts):
+            key = single.update.values.numpy().tobytes()
+            catch = haul(single)
+            if key not in known:
+                searched = self._search(single, catch, 1, seed, device, told)
+                known[key] = dataclasses.replace(searched, loss=misfit_of(single, catch, searched.images))
+            if known[key].method != "read off" or known[key].loss <= CERTIFIED:
+                found.append((known[key], catch.features))
+        if not found:
+            reason = "no sample lies between two thresholds alone yet; arm more rounds"
+            return _answer(observation, None, None, figures | {"status": "failed", "reason": reason})
+        return _isolated(series, target, found, figures)
 
     def _inner(self) -> ReconstructionAttack:
         inner = build_attack(ATTACKS.get(self.attack), self.attack, self.options, {})
@@ -191,7 +286,7 @@ class Fishing(ReconstructionAttack):
         self, observation: Observation, seed: int, device: torch.device, told: Progress
     ) -> Reconstruction:
         try:
-            catch = _haul(observation)
+            catch = haul(observation)
         except NotApplicable as refusal:
             return _answer(observation, None, None, {"status": "failed", "reason": str(refusal)})
         count = round(catch.count)
@@ -203,14 +298,8 @@ class Fishing(ReconstructionAttack):
         reason = self._spoilt(catch, count)
         if reason:
             return _answer(observation, catch, None, figures | {"status": "failed", "reason": reason})
-        single = _caught(observation, catch, count)
-        if count == 1 and _readable(observation.scenario):
-            found = Reconstruction(
-                _read(single)[None], torch.zeros(1, dtype=torch.int64), 0.0, method="read off"
-            )
-        else:
-            (found,) = self._inner().run([single], seed, device, told)
-        misfit = _misfit(observation, catch, found.images)
+        found = self._search(observation, catch, count, seed, device, told)
+        misfit = misfit_of(observation, catch, found.images)
         if found.method == "read off" and misfit > CERTIFIED:
             reason = "what was read has other features than what was caught: samples of the class and of others mixed"
             return _answer(observation, catch, None, figures | {"status": "failed", "reason": reason})
@@ -223,9 +312,26 @@ class Fishing(ReconstructionAttack):
         }
         return _answer(observation, catch, dataclasses.replace(found, loss=misfit), figures)
 
-    def _spoilt(self, catch: _Catch, count: int) -> str:
+    def _search(
+        self,
+        observation: Observation,
+        catch: Catch,
+        count: int,
+        seed: int,
+        device: torch.device,
+        told: Progress,
+    ) -> Reconstruction:
+        """The images that were caught: read off the first layer, or searched for."""
+        single = caught_alone(observation, catch, count)
+        if count == 1 and is_readable(observation.scenario):
+            return Reconstruction(
+                read_off(single)[None], torch.zeros(1, dtype=torch.int64), 0.0, method="read off"
+            )
+        return self._inner().run([single], seed, device, told)[0]
+
+    def _spoilt(self, catch: Catch, count: int) -> str:
         """Why a catch cannot be used; empty: it can."""
-        if abs(catch.count - count) > _COUNT_ERROR:
+        if abs(catch.count - count) > COUNT_ERROR:
             return f"{catch.count:.3f} samples were caught, no integer: one lies at the threshold"
         if count < 1:
             return "nothing was caught, or as many of the class as of others"
@@ -234,163 +340,63 @@ class Fishing(ReconstructionAttack):
         return ""
 
 
-@dataclass(frozen=True)
-class _Catch:
-    """What the armed head tells.
-
-    Attributes
-    ----------
-    head : str
-        Its name.
-    target : int
-        The class whose row is not zero.
-    count : float
-        How many samples it let through.
-    sign : float
-        Their residual: -1 for samples of the class, 1 for samples of others.
-    features : Tensor
-        float32 (F,): their mean features.
-    """
-
-    head: str
-    target: int
-    count: float
-    sign: float
-    features: Tensor
-
-
-def _head(scenario: Scenario) -> str:
-    """Name of the last linear layer, which must have a bias and more than one class."""
-    pairs = [(name, tuple(p.shape)) for name, p in build_model(scenario.model).named_parameters()]
-    names = tuple(name for name, _ in pairs)
-    head = head_name(names, tuple(shape for _, shape in pairs))
-    if f"{head}.bias" not in names:
-        raise NotApplicable(
-            f"model.name = {scenario.model.name!r}: its head has no bias, whose gradient counts the catch; use "
-            "another model"
-        )
-    return head
-
-
-def _readable(scenario: Scenario) -> bool:
-    """Whether a single image can be read off the first layer."""
-    try:
-        return first_layer(scenario.model).biased
-    except NotApplicable:
-        return False
-
-
-def _single(scenario: Scenario, count: int) -> Scenario:
-    """The scenario in which `count` samples alone send one complete gradient."""
-    training = scenario.training.model_copy(
-        update={"protocol": "fedsgd", "batch_size": count, "local_steps": 1}
-    )
-    return dataclasses.replace(
-        scenario, training=training, compression=scenario.compression.model_copy(update={"name": "none"})
-    )
-
-
-def _public(scenario: Scenario, auxiliary: Auxiliary | None, generator: torch.Generator) -> Tensor:
-    """Images to place the threshold by: the public ones, or draws of a smooth prior."""
-    if auxiliary is not None and len(auxiliary) > 1:
-        return auxiliary.images[:_IMAGES]
-    prior = smooth_prior(scenario.image_shape)
-    draws = torch.randn(prior.size, 256, generator=generator, dtype=torch.float64)
-    images = prior.mean[:, None] + prior.factor() @ draws
-    return images.T.reshape(-1, *scenario.image_shape).clamp(0, 1).float()
-
-
-@torch.no_grad()
-def _features(scenario: Scenario, weights: dict[str, Tensor], head: str, images: Tensor) -> Tensor:
-    """What the head sees of images (N, C, H, W), (N, F)."""
-    module = build_model(scenario.model).eval()
-    module.load_state_dict(weights)
-    seen: list[Tensor] = []
-    module.get_submodule(head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for part in images.split(256):
-        module(part)
-    return torch.cat(seen)
-
-
-def _haul(observation: Observation) -> _Catch:
-    """Read the armed head's gradient.
+def _check_rounds(scenario: Scenario) -> None:
+    """Refuse batches that change from round to round, and rounded updates, whose differences are noise.
 
     Raises
     ------
     NotApplicable
-        If the head is not this attack's.
     """
-    head = _head(observation.scenario)
-    rows = torch.nonzero(observation.weights[f"{head}.weight"].abs().amax(1))[:, 0]
-    if len(rows) != 1:
+    if scenario.training.batch_size:
         raise NotApplicable(
-            f"the head that was sent has {len(rows)} rows (an honest server's): all samples reach the body; let the "
-            "server send the attack's weights (attack.names with 'fishing' arms the rounds in attack.rounds)"
+            f"training.batch_size = {scenario.training.batch_size}: clients draw another batch in every round, and "
+            "'fishing.mode' = 'rounds' compares rounds on one batch; use --batch-size 0, or mode 'feature'"
         )
-    target = int(rows[0])
-    sent = engine.as_gradient(observation).dense()
-    signed = observation.num_examples * float(sent[f"{head}.bias"][target])
-    sign = 1.0 if signed > 0 else -1.0
-    features = observation.num_examples * sent[f"{head}.weight"][target] / (signed or math.inf)
-    return _Catch(head, target, abs(signed), sign, features)
+    if scenario.compression.name == "qsgd":
+        raise NotApplicable(
+            "compression.name = 'qsgd' rounds at random, and 'fishing.mode' = 'rounds' reads differences of rounds; "
+            "use compression.name 'none', or mode 'feature'"
+        )
 
 
-def _caught(observation: Observation, catch: _Catch, count: int) -> Observation:
-    """The observation as if the caught samples had been the whole batch, under a head with the same residuals.
-
-    The body's gradient is theirs already, but for the batch size in the mean and the steepness of the row. The head's
-    is written anew from their features, as other samples are in it too. In the new head the residual is constant, so
-    that no search starts on the dark side of the threshold.
-    """
-    update, head, target = engine.as_gradient(observation), catch.head, catch.target
-    classes = len(observation.weights[f"{head}.bias"])
-    row = observation.weights[f"{head}.weight"]
-    steep = float(row[target].norm())
-    weights = dict(observation.weights)
-    weights[f"{head}.weight"] = row / steep
-    bias = torch.zeros(classes)
-    bias[target] = catch.sign * _SATURATED
-    weights[f"{head}.bias"] = bias
-    residual = torch.full((classes,), 1 / (classes - 1)) if catch.sign < 0 else torch.zeros(classes)
-    residual[target] = catch.sign
-    if catch.sign > 0:
-        residual[_guess(classes, target)] = -1.0
-    scale = observation.num_examples / (count * steep)
-    tensors = {name: tensor * scale for name, tensor in update.dense().items()}
-    tensors[f"{head}.weight"] = torch.outer(residual, catch.features)
-    tensors[f"{head}.bias"] = residual
-    values = torch.cat([tensors[name].flatten() for name in update.names])
-    single = Update(update.names, update.shapes, None, values, "gradient")
+def _isolated(
+    series: list[Observation],
+    target: int,
+    found: Sequence[tuple[Reconstruction, Tensor]],
+    figures: dict[str, Any],
+) -> Reconstruction:
+    """The answer to the latest round of a series: what was isolated, with features (F,), and labels for it."""
+    observation, head = series[-1], head_of(series[-1].scenario)
+    scenario = observation.scenario
+    images = public_images(scenario, observation.auxiliary, torch_rng(0, "fishing.rounds"))
+    public = features_of(scenario, observation.weights, head, images)
+    together = Reconstruction(
+        images=torch.cat([one.images for one, _ in found]),
+        labels=torch.zeros(len(found), dtype=torch.int64),
+        loss=max(one.loss for one, _ in found),
+    )
+    read = all(one.method == "read off" for one, _ in found)
+    figures = figures | {
+        "status": "certified" if read else "approximate",
+        "solver": found[0][0].method,
+        "feature misfit": [one.loss for one, _ in found],
+    }
+    answer = _answer(observation, None, together, figures)
+    classes = fishing_rounds.Classes.of(series[0], head, target, public.double().mean(0))
+    if int(classes.counts.sum()) != observation.num_examples:
+        return answer
+    own, sure = classes.assign(torch.stack([features for _, features in found]), public)
+    others = (classes.counts - torch.bincount(own, minlength=len(classes.counts))).clamp(min=0)
+    rest = torch.repeat_interleave(torch.arange(len(others)), others)
     return dataclasses.replace(
-        observation,
-        scenario=_single(observation.scenario, count),
-        weights=weights,
-        update=single,
-        num_examples=count,
+        answer,
+        labels=torch.cat([own, rest]),
+        label_confidence=int(sure.sum()) / observation.num_examples,
     )
 
 
-def _guess(classes: int, target: int) -> int:
-    """A label for what was fished by feature: it leaves no trace in the body, any other class will do."""
-    return (target + 1) % classes
-
-
-def _read(single: Observation) -> Tensor:
-    """The image (C, H, W) in a first linear layer's gradient: all rows hold it, weighted by what their bias holds."""
-    weight, bias = dense_layer(single.update, first_layer(single.scenario.model))
-    assert bias is not None
-    image = bias @ weight / bias.square().sum().clamp_min(1e-300)
-    return image.reshape(single.scenario.image_shape).clamp(0, 1).float()
-
-
-def _misfit(observation: Observation, catch: _Catch, images: Tensor) -> float:
-    """Relative difference between the features of what was found and of what was caught: the attack's own check."""
-    found = _features(observation.scenario, observation.weights, catch.head, images).mean(0)
-    return float((found - catch.features).norm() / catch.features.norm().clamp_min(1e-12))
-
-
 def _answer(
-    observation: Observation, catch: _Catch | None, found: Reconstruction | None, figures: dict[str, Any]
+    observation: Observation, catch: Catch | None, found: Reconstruction | None, figures: dict[str, Any]
 ) -> Reconstruction:
     """The catch first; the other places hold the prior, and the details say so."""
     batch = observation.num_examples
@@ -398,9 +404,9 @@ def _answer(
     caught = 0 if found is None else len(found.images)
     labels = infer("auto", observation).values
     known = 0
-    if found is not None and catch is not None:
+    if found is not None:
         images[:caught] = found.images.clamp(0, 1).float()
-        if catch.sign < 0:
+        if catch is not None and catch.sign < 0:
             known = caught
             named = torch.full((caught,), catch.target, dtype=torch.int64)
             labels = torch.cat([named, labels[labels != catch.target], labels])[:batch]

@@ -88,16 +88,16 @@ class Imprint(RowReading):
         """Raise ConfigError for values that can never work."""
         super().__post_init__()
         if self.functionals < 1:
-            raise ConfigError(f"setting 'imprint.functionals' = {self.functionals}: must be at least 1")
+            raise ConfigError(f"setting '{self.name}.functionals' = {self.functionals}: must be at least 1")
         if self.functional == "brightness" and self.functionals > 1:
             raise ConfigError(
-                f"setting 'imprint.functional' = 'brightness' is one measurement, 'imprint.functionals' = "
+                f"setting '{self.name}.functional' = 'brightness' is one measurement, '{self.name}.functionals' = "
                 f"{self.functionals}; set that to 1"
             )
         for name in ("scale", "strength"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"setting 'imprint.{name}' = {value}: must be positive")
+                raise ConfigError(f"setting '{self.name}.{name}' = {value}: must be positive")
 
     def check(self, scenario: Scenario) -> None:
         """Refuse models without the block, too few rows, and updates that do not hold whole rows.
@@ -116,13 +116,13 @@ class Imprint(RowReading):
         width = scenario.model.width or 0
         if width < 2 * self.functionals:
             raise NotApplicable(
-                f"model.width = {width} gives {self.functionals} measurements (imprint.functionals) less than two "
-                "bins each; raise --width"
+                f"model.width = {width} gives {self.functionals} measurements ({self.name}.functionals) less than "
+                "two bins each; raise --width"
             )
         modes = math.prod(scenario.image_shape[1:])
         if self.functional == "cosine" and self.functionals > modes:
             raise NotApplicable(
-                f"setting 'imprint.functionals' = {self.functionals}: images of {modes} pixels have no so many "
+                f"setting '{self.name}.functionals' = {self.functionals}: images of {modes} pixels have no so many "
                 "cosine modes"
             )
 

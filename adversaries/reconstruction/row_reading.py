@@ -270,33 +270,45 @@ class RowReading(ReconstructionAttack):
         self.check(observation.scenario)
         try:
             client = Client(observation, device)
-            reading = self._reading(client)
-            sent = client.rows()
+            found, rows, left = self._read(client, observation.num_examples, told)
         except NotApplicable as reason:
-            return _failure(self.name, observation, str(reason))
-        rows = reading.rows(sent)
+            return failure(self.name, observation, str(reason))
+        unread = float(left.vectors.norm() / rows.vectors.norm().clamp_min(1e-300))
+        return answer(self.name, observation, client.vague, found, unread, self._figures(client))
+
+    def _read(
+        self, client: Client, limit: int, told: Callable[[int], None]
+    ) -> tuple[list[Sample], Rows, Rows]:
+        """Up to `limit` images in the rows that one client sent; the rows, and what is left in them.
+
+        Raises
+        ------
+        NotApplicable
+            If the weights are not this attack's.
+        """
+        reading = self._reading(client)
+        rows = reading.rows(client.rows())
 
         def replay(inputs: Tensor) -> Tensor:
             return reading(client.replay(inputs))
 
-        batch = observation.num_examples
         if client.vague:
-            found, left = agreeing(rows, replay, batch, times=client.times, progress=told)
+            found, left = agreeing(rows, replay, limit, times=client.times, progress=told)
         else:
             found, left = peel(
                 rows,
                 replay,
-                int(observation.scenario.model.classes or 1),
-                batch,
+                int(client.observation.scenario.model.classes or 1),
+                limit,
                 tolerance=self.tolerance,
                 sweeps=self._sweeps,
                 progress=told,
             )
-        unread = float(left.vectors.norm() / rows.vectors.norm().clamp_min(1e-300))
-        return _answer(self.name, client, found, unread, self._figures(client))
+        return found, rows, left
 
 
-def _failure(name: str, observation: Observation, reason: str) -> Reconstruction:
+def failure(name: str, observation: Observation, reason: str) -> Reconstruction:
+    """The answer where nothing could be read, and why."""
     return Reconstruction(
         images=torch.zeros(0, *observation.scenario.image_shape),
         labels=torch.zeros(0, dtype=torch.int64),
@@ -307,28 +319,46 @@ def _failure(name: str, observation: Observation, reason: str) -> Reconstruction
     )
 
 
-def _answer(
-    name: str, client: Client, found: Sequence[Sample], unread: float, figures: dict[str, Any]
+def answer(
+    name: str,
+    observation: Observation,
+    vague: bool,
+    found: Sequence[Sample],
+    unread: float,
+    figures: dict[str, Any],
 ) -> Reconstruction:
-    """Found images first; the other places hold the prior, and the details say so."""
-    observation = client.observation
+    """Found images first; the other places hold the prior, and the details say so.
+
+    Parameters
+    ----------
+    name : str
+        Of the attack.
+    observation : Observation
+    vague : bool
+        As for :class:`Client`.
+    found : sequence of Sample
+    unread : float
+        Share of the rows' norm that no image explains.
+    figures : dict
+        What else goes into the details.
+    """
     batch = observation.num_examples
     named = torch.tensor([sample.label for sample in found], dtype=torch.int64)
     images = prior_image(observation).expand(batch, -1, -1, -1).clone()
     notes = []
     if found:
-        read = client.images(torch.stack([sample.input for sample in found]))
-        images[: len(found)] = read.clamp(0, 1).float().cpu()
+        read = torch.stack([sample.input for sample in found]).clamp(0, 1).float().cpu()
+        images[: len(found)] = read.reshape(-1, *observation.scenario.image_shape)
     if len(found) < batch:
         named = torch.cat([named, _other_labels(observation, named)])
         notes.append(f"{batch - len(found)} of {batch} images were not read: their places hold the prior")
-    if client.vague:
+    if vague:
         notes.append(
             "rounded values or several local steps: images are approximate, and believed where rows agree on them"
         )
     status = "partial" if found else "failed"
     if len(found) == batch:
-        status = "certified" if unread <= CERTIFIED and not client.vague else "approximate"
+        status = "certified" if unread <= CERTIFIED and not vague else "approximate"
     return Reconstruction(
         images=images,
         labels=named,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adversaries.base import Progress, ReconstructionAttack, no_progress
 from adversaries.checks import at_least, positive
 from adversaries.reconstruction.hcgla import learned
+from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.metrics.images import psnr
 from fedattack.models.image_generators import ImageEncoder, ImageGenerator
@@ -81,12 +82,17 @@ class TrainedAttack(ReconstructionAttack):
         positive(self.name, self, "learning_rate")
 
     def check(self, scenario: Scenario) -> None:
-        """Refuse a batch size that is not agreed.
+        """Refuse a batch size that is not agreed, and sums over clients.
 
         Raises
         ------
         NotApplicable
         """
+        if hides_clients(scenario.defense):
+            raise NotApplicable(
+                "defence 'secure-aggregation': the sum is one large batch of all clients, and the network is trained "
+                "for a client's batch; use an attack over the engine, such as ig"
+            )
         if scenario.training.batch_size < 1:
             raise NotApplicable(
                 "training.batch_size = 0: clients' batches differ, and the network is trained for one size; give it"

@@ -37,6 +37,7 @@ MODELS: Registry[Builder] = Registry(
         "mlp": "fedattack.models.lenet:mlp",
         "imprint": "fedattack.models.imprint:imprint",
         "imprint-sparse": "fedattack.models.imprint:imprint_sparse",
+        "loki": "fedattack.models.loki:loki",
         "two-layer": "fedattack.models.two_layer:two_layer",
         "lenet-two-layer": "fedattack.models.two_layer:lenet_two_layer",
     },
@@ -45,7 +46,14 @@ MODELS: Registry[Builder] = Registry(
 
 _PUBLISHED_HEADS = {"lenet-zhu": 10_177}
 _PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-two-layer": "poly3"}
-_WIDTHS = {"imprint": 1024, "imprint-sparse": 1024, "two-layer": 1024, "lenet-two-layer": 1024, "mlp": 64}
+_WIDTHS = {
+    "imprint": 1024,
+    "imprint-sparse": 1024,
+    "loki": 256,
+    "two-layer": 1024,
+    "lenet-two-layer": 1024,
+    "mlp": 64,
+}
 _HCGLA_RESNETS = {"resnet18", "resnet34"}
 _FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn"}
 
@@ -67,13 +75,18 @@ def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) ->
     Raises
     ------
     ConfigError
-        If the model is unknown, its head is narrower than the data's label space, or it has no free width.
+        If the model is unknown, its head is narrower than the data's label space, or it has no free width or kernel
+        sets.
     """
     MODELS.get(model.name)
     if model.width is not None and model.name in _FIXED_WIDTH:
         raise ConfigError(
             f"setting 'model.width' = {model.width}: model {model.name!r} has no free width; "
             f"{', '.join(sorted(_WIDTHS))} have"
+        )
+    if model.kernel_sets is not None and model.name in (_FIXED_WIDTH | _WIDTHS.keys()) - {"loki"}:
+        raise ConfigError(
+            f"setting 'model.kernel_sets' = {model.kernel_sets}: model {model.name!r} has no kernel sets; loki has"
         )
     activation = model.activation or _PUBLISHED_ACTIVATIONS.get(model.name, "relu")
     published_head = 500 if model.name in _HCGLA_RESNETS and activation == "sigmoid" else None

@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gradinversion": ({"model": "resnet20", "batch": 2}, {"iterations": 2, "restarts": 2}),
     "gauss-newton": ({"model": "lenet-zhu", "batch": 1}, {"products": 100}),
     "imprint": ({"model": "imprint", "batch": 4, "width": 32}, {}),
+    "loki": ({"model": "loki", "batch": 4, "width": 32}, {}),
     "cah": ({"model": "mlp", "batch": 2}, {}),
     "fishing": ({"model": "lenet-zhu", "batch": 3}, {"options": {"products": 100}}),
     "spear": ({"model": "mlp", "batch": 2}, {}),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from adversaries.base import ReconstructionAttack
 from fedattack.compression import Memory, build_compressor, decode, encode
-from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, TrainingConfig
 from fedattack.metrics import match, psnr
 from fedattack.models import build_model, initial_weights, resolve
-from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
+from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario
 from fedattack.training import local_update
 
 SIZE = 8
@@ -72,6 +74,22 @@ def observe(
     kind = "gradient" if scene.training.protocol == "fedsgd" else "delta"
     update = decode(encode(packet), names, shapes, kind, scene.compression, round=1)
     return Observation(1, 0, scene, weights, update, len(images), auxiliary=public)
+
+
+def total(parts: list[Observation], weights: dict[str, Tensor] | None = None) -> Observation:
+    """What secure aggregation lets through: the sum, weighted by examples; `weights` where clients' differed."""
+    first, examples = parts[0], sum(part.num_examples for part in parts)
+    values = torch.stack([part.update.values * (part.num_examples / examples) for part in parts]).sum(0)
+    training = first.scenario.training.model_copy(update={"batch_size": 0})
+    hidden = DefenseConfig(names=("secure-aggregation",))
+    return dataclasses.replace(
+        first,
+        client=EVERYONE,
+        weights=weights or first.weights,
+        update=dataclasses.replace(first.update, values=values),
+        num_examples=examples,
+        scenario=dataclasses.replace(first.scenario, training=training, defense=hidden),
+    )
 
 
 def batch_of(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
