@@ -14,7 +14,8 @@ from hcgla_scenes import observe, psnr, scenario, smooth_images
 from torch import Tensor, nn
 
 from adversaries.reconstruction.gauss_newton import GaussNewton
-from adversaries.reconstruction.gauss_newton.linearise import Network, SurrogateReLU
+from adversaries.reconstruction.gauss_newton.attack import default_products
+from adversaries.reconstruction.gauss_newton.linearise import Network, SmoothedReLU
 from adversaries.reconstruction.gauss_newton.solver import Settings, conjugate_gradients
 from adversaries.reconstruction.gauss_newton.whitening import common_directions, relaxed, whitening
 from adversaries.reconstruction.gradients import BatchNormMode
@@ -113,51 +114,41 @@ def test_products_equal_the_explicit_jacobian(activation: str, rate: float) -> N
     torch.testing.assert_close(at.pull(u).flatten(), explicit.T @ u[sent[some]], rtol=1e-5, atol=1e-6)
 
 
-def test_surrogate_changes_the_second_derivative_only() -> None:
-    u = normal((4, 50), 1).requires_grad_()
-    pull = normal((4, 50), 2).requires_grad_()
-    plain, smooth = nn.ReLU(), SurrogateReLU(0.5)
-    assert torch.equal(plain(u), smooth(u))
+def test_smoothed_relu_is_the_mean_over_noise() -> None:
+    u = normal((4, 50), 1, torch.float64).requires_grad_()
+    pull = normal((4, 50), 2, torch.float64).requires_grad_()
+    smooth, deviation = SmoothedReLU(0.5), 0.5 * float(u.detach().std(correction=0))
+    noise = torch.distributions.Normal(0.0, deviation)
+    levels = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    expected = (u.detach()[..., None] + noise.icdf(levels)).relu().mean(-1)
+    torch.testing.assert_close(smooth(u).detach(), expected, rtol=0, atol=1e-3 * deviation)
     (first,) = torch.autograd.grad(smooth(u), u, pull, create_graph=True)
-    assert torch.equal(first, torch.autograd.grad(plain(u), u, pull)[0])
+    torch.testing.assert_close(first, pull * noise.cdf(u))
     by_u, by_pull = torch.autograd.grad(first.sum(), (u, pull))
-    deviation = 0.5 * u.std(correction=0)
-    density = torch.distributions.Normal(0.0, deviation.item()).log_prob(u).exp()
-    torch.testing.assert_close(by_u, pull * density)
-    assert torch.equal(by_pull, (u > 0).float())
+    torch.testing.assert_close(by_u, pull * noise.log_prob(u).exp())
+    torch.testing.assert_close(by_pull, noise.cdf(u))
+
+
+def test_smoothed_relu_without_a_width_is_relu() -> None:
+    u = normal((4, 50), 1)
+    assert torch.equal(SmoothedReLU()(u), u.relu())
     flat = torch.zeros(3, requires_grad=True)
-    (slope,) = torch.autograd.grad(smooth(flat).sum(), flat, create_graph=True)
-    assert not bool(
-        torch.autograd.grad(slope.sum(), flat, allow_unused=True, materialize_grads=True)[0].any()
-    )
+    assert not bool(SmoothedReLU(0.5)(flat).any())
 
 
-def test_copies_average_the_gradient() -> None:
+def test_a_residual_is_reported_without_smoothing() -> None:
     seen, images, labels = scene("tiny-cnn", "relu")
-    net = network(seen, labels, dtype=torch.float64)
-    point, offsets = images.double(), 0.1 * normal((4, *images.shape), 1, torch.float64)
-    together = net.linearise(point, 0.2, offsets)
-    apart = [net.linearise(point + offset, 0.2) for offset in offsets]
-    torch.testing.assert_close(together.residual, sum(at.residual for at in apart) / 4)
-    assert net.rms(point) == pytest.approx(net.linearise(point).rms)
-    assert net.rms(point) != pytest.approx(together.rms)
-    u = normal(together.residual.shape, 2, torch.float64)
-    v = normal(point.shape, 3, torch.float64)
-    assert float(together.push(v) @ u) == pytest.approx(float((v * together.pull(u)).sum()))
-
-
-def test_copies_are_not_made_where_images_see_each_other() -> None:
-    seen, _, labels = scene("resnet20", "relu")
-    assert not network(seen, labels, "train").separable
-    assert network(seen, labels, "eval").separable
-    assert network(scene("tiny-cnn")[0], labels, "train").separable
+    net = network(seen, labels)
+    assert net.linearise(images, kink=0.3).rms > 0.01
+    assert net.rms(images) < 1e-5
+    assert net.rms(images + 0.1) == pytest.approx(net.linearise(images + 0.1).rms, rel=1e-5)
 
 
 def test_gradient_of_the_true_images_leaves_no_residual() -> None:
     for model, batch_norm in (("lenet-zhu", "eval"), ("resnet20", "train")):
         seen, images, labels = scene(model, "relu")
         found = network(seen, labels, batch_norm)  # type: ignore[arg-type]
-        assert found.linearise(images, kink=0.3).rms < 1e-5
+        assert found.linearise(images).rms < 1e-5
         assert found.linearise(images + 0.1).rms > 0.01
 
 
@@ -209,7 +200,7 @@ def test_without_public_images_the_prior_is_smooth() -> None:
     assert float(draws.diff(dim=3).std()) < 0.85 * float(draws.std())  # white noise: 1.41
 
 
-@pytest.mark.parametrize(("activation", "least"), [("sigmoid", 40.0), ("gelu", 20.0), ("relu", 18.0)])
+@pytest.mark.parametrize(("activation", "least"), [("sigmoid", 40.0), ("gelu", 20.0), ("relu", 25.0)])
 def test_recovers_an_image(activation: str, least: float) -> None:
     seen, images, labels = scene("lenet-zhu", activation, size=16, batch=1)
     answer = GaussNewton(products=1500 if activation == "relu" else 500).run([seen], 0, CPU)[0]
@@ -219,6 +210,12 @@ def test_recovers_an_image(activation: str, least: float) -> None:
     assert answer.details["iterations"] <= 1520
     assert "no evidence" in answer.details["notes"]
     json.dumps(answer.details)
+
+
+def test_larger_batches_get_more_products() -> None:
+    assert [default_products(images) for images in (1, 2, 3, 4)] == [8000, 8000, 12000, 16000]
+    assert GaussNewton()._settings(4).products == 16000
+    assert GaussNewton(products=500)._settings(4).products == 500
 
 
 def test_top_k_is_matched_where_it_was_sent() -> None:
@@ -276,9 +273,7 @@ def test_refuses_an_update_of_zeros() -> None:
         network(seen, labels)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"products": 3}, {"noise": 0.0}, {"kink": -1.0}, {"starts": 0}, {"copies": 7}]
-)
+@pytest.mark.parametrize("setting", [{"products": 3}, {"noise": 0.0}, {"kink": -1.0}, {"starts": 0}])
 def test_refuses_settings_that_cannot_work(setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         Settings(**setting)  # type: ignore[arg-type]
@@ -307,7 +302,7 @@ def cifar(shared_dir: Path) -> tuple[Tensor, Tensor, Auxiliary]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "batch", "least"),
-    [("sigmoid", 1, 44.0), ("sigmoid", 2, 38.0), ("sigmoid", 4, 31.0), ("relu", 1, 26.0)],
+    [("sigmoid", 1, 44.0), ("sigmoid", 2, 38.0), ("sigmoid", 4, 33.0), ("relu", 1, 29.0)],
 )
 def test_bars_on_photographs(
     activation: str, batch: int, least: float, cifar: tuple[Tensor, Tensor, Auxiliary]
@@ -318,4 +313,4 @@ def test_bars_on_photographs(
     prior = whitening(public, (3, 32, 32), CPU, torch.float32)
     found = GaussNewton().solve(seen, labels, prior, 0, CPU)
     assert psnr(found.images, images) >= least
-    assert found.products <= 8100
+    assert found.products <= default_products(batch) + 100

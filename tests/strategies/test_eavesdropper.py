@@ -158,6 +158,29 @@ def test_observations_hold_the_weights_sent_and_the_step_taken() -> None:
     assert torch.equal(first[0].weights["1.weight"], initial["1.weight"])
 
 
+class Tailor(Eavesdropper):
+    """Sends every other client a first bias of its own."""
+
+    def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return weights
+
+    def tailored(self, weights: dict[str, Tensor], place: int, node: int) -> dict[str, Tensor]:
+        return {"1.bias": weights["1.bias"] + place} if place % 2 else {}
+
+
+def test_steps_are_measured_from_what_each_client_was_sent() -> None:
+    seen: list[Observation] = []
+    start(Tailor(FedAvg(fraction_evaluate=0.0), SCENARIO, on_observation=seen.append), rounds=1)
+    initial = initial_weights(MODEL, 0)
+    assert len(seen) == CLIENTS
+    for number, observation in enumerate(seen):
+        assert torch.equal(observation.weights["1.bias"], initial["1.bias"] + number % 2 * number)
+        assert torch.equal(observation.weights["1.weight"], initial["1.weight"])
+        for name, tensor in observation.update.dense().items():
+            expected = torch.from_numpy(ordinary(number, 1, name, tuple(tensor.shape)))
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=2e-6)
+
+
 def test_only_what_is_selected_is_handed_out() -> None:
     seen: list[Observation] = []
     chosen = Eavesdropper(

@@ -27,16 +27,19 @@ from fedattack.observation import Update
 from fedattack.training import objective
 
 
+def _density(t: Tensor) -> Tensor:
+    """Of the standard normal distribution."""
+    return torch.exp(-0.5 * t.square()) / math.sqrt(2 * math.pi)
+
+
 class _Slope(torch.autograd.Function):
-    """grad * 1[u > 0], whose own derivative by u is a Gaussian instead of zero."""
+    """grad * Phi(u / width), with Phi the normal distribution function."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, grad: Tensor, width: float) -> Tensor:
-        above = (u > 0).to(u.dtype)
-        deviation = width * u.std(correction=0)
-        bend = torch.exp(-0.5 * (u / deviation).square()) / (deviation * math.sqrt(2 * math.pi))
-        # A layer that is constant has no scale to measure a kink by.
-        ctx.save_for_backward(above, (bend * grad).nan_to_num(0.0, 0.0, 0.0))
+        t = u / width
+        above, density = torch.special.ndtr(t), _density(t) / width
+        ctx.save_for_backward(above, density * grad)
         return grad * above
 
     @staticmethod
@@ -46,13 +49,14 @@ class _Slope(torch.autograd.Function):
 
 
 class _Value(torch.autograd.Function):
-    """ReLU with :class:`_Slope` as its backward pass."""
+    """E max(0, u + width * e) for a normal e, with :class:`_Slope` as its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(u)
         ctx.width = width
-        return u.clamp(min=0)
+        t = u / width
+        return u * torch.special.ndtr(t) + width * _density(t)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -60,17 +64,16 @@ class _Value(torch.autograd.Function):
         return _Slope.apply(u, grads[0], ctx.width), None
 
 
-class SurrogateReLU(nn.Module):
-    """ReLU that shows a smoothed kink to a second differentiation.
+class SmoothedReLU(nn.Module):
+    """ReLU as it is on average over normal noise on its inputs: smooth, and exact at width zero.
 
-    Value and first derivative are exact, so that the gradient it belongs to is the client's. The second derivative,
-    a Dirac comb of which automatic differentiation sees nothing, is replaced by a normal density of standard
-    deviation `width` times that of the layer's inputs.
+    Its kink is a Dirac comb in the second derivative, of which automatic differentiation sees nothing; smoothed it
+    is a normal density. Written out instead of left to automatic differentiation, for speed.
 
     Attributes
     ----------
     width : float
-        Of the kink, relative to the inputs' deviation; 0: no second derivative, as torch has it.
+        Deviation of the noise relative to that of the layer's inputs, which counts as a constant; 0: plain ReLU.
     """
 
     def __init__(self, width: float = 0.0) -> None:
@@ -79,7 +82,9 @@ class SurrogateReLU(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Elementwise, any shape."""
-        return _Value.apply(u, self.width) if self.width > 0 else F.relu(u)
+        width = self.width * float(u.detach().std(correction=0)) if self.width > 0 else 0.0
+        # A layer that is constant has no scale to measure a kink by.
+        return _Value.apply(u, width) if width > 0 else F.relu(u)
 
 
 class Network:
@@ -105,11 +110,9 @@ class Network:
     count : int
         Entries that were sent.
     kinked : bool
-        Whether the activation is ReLU, so that :meth:`linearise` smooths kinks.
+        Whether the activation is ReLU, so that :meth:`linearise` can smooth its kinks.
     products : int
-        Jacobian products made so far, each counted by its cost.
-    separable : bool
-        Whether images do not see each other, so that a gradient is a mean over them: no BatchNorm in training mode.
+        Jacobian products made so far.
 
     Raises
     ------
@@ -128,10 +131,8 @@ class Network:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._module = prepare(model, weights, batch_norm).to(device, dtype)
-        self._kinks = [part for part in self._module.modules() if isinstance(part, SurrogateReLU)]
+        self._kinks = [part for part in self._module.modules() if isinstance(part, SmoothedReLU)]
         self.kinked = bool(self._kinks)
-        normed = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self._module.modules())
-        self.separable = batch_norm == "eval" or not normed
         parameters = dict(self._module.named_parameters())
         self._parameters = [parameters[name] for name in update.names]
         self._sizes = update.sizes
@@ -140,7 +141,7 @@ class Network:
         self.count = update.kept
         self.products = 0
 
-    def linearise(self, images: Tensor, kink: float = 0.0, offsets: Tensor | None = None) -> Linearisation:
+    def linearise(self, images: Tensor, kink: float = 0.0) -> Linearisation:
         """Residual and Jacobian of the scaled gradient.
 
         Parameters
@@ -148,39 +149,29 @@ class Network:
         images : Tensor
             (B, C, H, W).
         kink : float
-            Width of ReLU's surrogate kinks.
-        offsets : Tensor, optional
-            (M, B, C, H, W): the gradient is averaged over so many copies of the images, each moved by its offset.
+            Width of ReLU's kinks; see :class:`SmoothedReLU`.
         """
-        for part in self._kinks:
-            part.width = kink
         images = images.detach().requires_grad_()
-        loss = self._loss(images, offsets)
+        loss = self._loss(images, kink)
         by_image, *by_weight = torch.autograd.grad(loss, [images, *self._parameters], create_graph=True)
         residual = self._flat(by_weight).detach() * self._scale - self._target
-        return Linearisation(self, images, by_image, by_weight, residual, 1 + _copies(offsets) // 8)
+        return Linearisation(self, images, by_image, by_weight, residual)
 
     def rms(self, images: Tensor) -> float:
-        """:attr:`Linearisation.rms` at `images` alone, without its Jacobian."""
-        gradients = torch.autograd.grad(self._loss(images, None), self._parameters)
+        """:attr:`Linearisation.rms` of the client's own network, and no Jacobian."""
+        gradients = torch.autograd.grad(self._loss(images, 0.0), self._parameters)
         return self._rms(self._flat(gradients) * self._scale - self._target)
 
-    def _loss(self, images: Tensor, offsets: Tensor | None) -> Tensor:
-        moved, labels = images, self.labels
-        if offsets is not None:
-            moved = (images + offsets).flatten(0, 1)
-            labels = labels.repeat(len(offsets))
-        return objective(self._module, self._module(moved), labels)
+    def _loss(self, images: Tensor, kink: float) -> Tensor:
+        for part in self._kinks:
+            part.width = kink
+        return objective(self._module, self._module(images), self.labels)
 
     def _rms(self, residual: Tensor) -> float:
         return math.sqrt(float(residual.double().square().sum()) / self.count)
 
     def _flat(self, pieces: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         return torch.cat([piece.reshape(-1) for piece in pieces])
-
-
-def _copies(offsets: Tensor | None) -> int:
-    return 1 if offsets is None else len(offsets)
 
 
 @dataclass(frozen=True)
@@ -193,8 +184,6 @@ class Linearisation:
         (B, C, H, W): the point.
     residual : Tensor
         (N,): scaled prediction minus scaled update, zero where nothing was sent.
-    cost : int
-        What a product counts for: one, and one more for each eight copies, about what small networks take.
     """
 
     network: Network
@@ -202,7 +191,6 @@ class Linearisation:
     by_image: Tensor
     by_weight: list[Tensor]
     residual: Tensor
-    cost: int = 1
 
     @property
     def rms(self) -> float:
@@ -212,7 +200,7 @@ class Linearisation:
     def push(self, direction: Tensor) -> Tensor:
         """J v: (B, C, H, W) -> (N,)."""
         net = self.network
-        net.products += self.cost
+        net.products += 1
         pieces = torch.autograd.grad(
             self.by_image, net._parameters, direction, retain_graph=True, materialize_grads=True
         )
@@ -221,7 +209,7 @@ class Linearisation:
     def pull(self, cotangent: Tensor) -> Tensor:
         """J^T u: (N,) -> (B, C, H, W)."""
         net = self.network
-        net.products += self.cost
+        net.products += 1
         parts = (cotangent * net._scale).split(net._sizes)
         shaped = [part.view_as(p) for part, p in zip(parts, net._parameters, strict=True)]
         (found,) = torch.autograd.grad(
@@ -231,7 +219,7 @@ class Linearisation:
 
 
 def prepare(model: ModelConfig, weights: Mapping[str, Tensor] | None, batch_norm: BatchNormMode) -> nn.Module:
-    """The classifier (with its weights), ReLU exchanged for :class:`SurrogateReLU` and no statistics written.
+    """The classifier (with its weights), ReLU exchanged for :class:`SmoothedReLU` and no statistics written.
 
     Raises
     ------
@@ -245,7 +233,7 @@ def prepare(model: ModelConfig, weights: Mapping[str, Tensor] | None, batch_norm
         module.load_state_dict(dict(weights))
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.ReLU):
-            module.set_submodule(name, SurrogateReLU())
+            module.set_submodule(name, SmoothedReLU())
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and batch_norm == "train":
             part.track_running_stats = False
     return module.train(batch_norm == "train")

@@ -4,9 +4,9 @@ With x = mean + S z and the scaled residual r, one step minimises |r + J S dz|^2
 gradients. The noise level s follows the residual down, s = min(s, c rms(r)), so that the prior fills in what the
 residual does not yet determine and fades as it comes to do so.
 
-ReLU's gradient jumps wherever a unit switches, and its derivative says nothing of it. Two things stand in: the
-gradient is averaged over copies of the image that are spread by the noise level, as wide as the image is still
-unknown, and the second derivative sees each kink as a narrow Gaussian. Both vanish with the residual.
+ReLU's gradient jumps wherever a unit switches, and its derivative says nothing of it. So each kink is smoothed over
+normal noise on the unit's input, as wide as the image is still unknown: that turns jumps into slopes which tell how
+many units must switch. The width follows the residual down, and falls by itself where the residual does not.
 """
 
 from __future__ import annotations
@@ -39,14 +39,9 @@ class Settings:
         The prior's mean, then draws from the prior, each with an equal share of half the budget; the one of lowest
         residual goes on. None is tried after one whose residual has come below :data:`PROMISING`.
     noise : float, optional
-        c, the noise level in units of the residual; None: 0.5, or 1 for ReLU.
-    copies : int
-        Behind ReLU the gradient is averaged over so many copies of the images, an even number; 1: none. Not under
-        BatchNorm in training mode, where images see each other.
-    spread : float
-        Of the copies, in units of the noise level and of the prior.
+        c, the noise level in units of the residual; None: 0.5, or 1.4 for ReLU.
     kink : float
-        Width of ReLU's surrogate kinks in units of the noise level; 0: none.
+        Width of ReLU's kinks, in units of the noise level; 0: none.
     hybrid_below : float
         Residual under which a single image behind smooth activations is whitened by half and no longer pulled to
         the prior; 0: never.
@@ -64,9 +59,7 @@ class Settings:
     products: int = 8000
     starts: int = 3
     noise: float | None = None
-    copies: int = 16
-    spread: float = 2.0
-    kink: float = 0.3
+    kink: float = 1.0
     hybrid_below: float = 0.05
     hop: float = 1.0
     tolerance: float = 0.05
@@ -77,11 +70,7 @@ class Settings:
         for name, least in (("products", 100), ("starts", 1), ("inner", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must be at least {least}")
-        if self.copies != 1 and (self.copies < 1 or self.copies % 2):
-            raise ConfigError(
-                f"setting 'copies' = {self.copies}: must be 1 or even, for each copy has its mirror"
-            )
-        for name in ("spread", "kink", "hybrid_below", "hop", "solved"):
+        for name in ("kink", "hybrid_below", "hop", "solved"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must not be negative")
         if self.noise is not None and not 0 < self.noise < math.inf:
@@ -97,8 +86,11 @@ SMALLEST_STEP = 0.02
 FAILURES = 3
 """Failed steps in a row after which a descent has stalled."""
 
-WIDEST = 0.3
-"""Noise level that copies and kinks are never wider than."""
+WIDEST = 0.15
+"""Noise level that kinks are never wider than."""
+
+SLOW = 0.97
+"""A step that leaves more than this share of the residual narrows the kinks."""
 
 PROMISING = 0.03
 """A start that has come to this residual has found the way down, more often than not."""
@@ -189,20 +181,15 @@ class _Descent:
         The iterate of lowest residual so far.
     """
 
-    def __init__(
-        self, network: Network, prior: Whitening, images: Tensor, settings: Settings, draw: Draw
-    ) -> None:
+    def __init__(self, network: Network, prior: Whitening, images: Tensor, settings: Settings) -> None:
         self._network, self._settings = network, settings
         self._basis, self._centre = prior, prior.mean
-        self._ratio = settings.noise or (1.0 if network.kinked else 0.5)
+        self._ratio = settings.noise or (1.4 if network.kinked else 0.5)
         self._noise, self._damping, self._cap = math.inf, 0.0, settings.inner
         self._hybrid = len(images) == 1 and not network.kinked
         self._free = False
         self._failures = self._last = 0
-        self._offsets = None
-        if network.kinked and network.separable and settings.copies > 1:
-            half = torch.stack([prior.turn(draw()) for _ in range(settings.copies // 2)])
-            self._offsets = settings.spread * torch.cat([half, -half])
+        self._width = settings.kink * WIDEST
         self._z = prior.whiten(images)
         self._at = self._linearise(images)
         self._anneal()
@@ -224,22 +211,25 @@ class _Descent:
                 self._failures += 1
                 continue
             self._failures = 0
-            # Copies are for finding the way; what is answered fits without them.
-            exact = self._at.rms if self._offsets is None else self._network.rms(self._at.images.detach())
+            # Smooth kinks are for finding the way; what is answered fits without them.
+            exact = self._network.rms(self._at.images.detach()) if self._network.kinked else self._at.rms
             best.history.append(exact)
             if exact < best.rms:
                 best.images, best.rms = self._at.images.detach(), exact
             told(best.rms)
 
     def _linearise(self, images: Tensor) -> Linearisation:
-        level = min(WIDEST, self._noise)
-        offsets = None if self._offsets is None else self._offsets * level
-        # Without copies the kinks alone must bridge what is unknown.
-        kink = self._settings.kink if self._offsets is not None else min(1.0, 3 * self._settings.kink)
-        return self._network.linearise(images, kink * level, offsets)
+        return self._network.linearise(images, self._width)
 
     def _anneal(self) -> None:
         self._noise = min(self._noise, self._ratio * self._at.rms)
+        self._width = min(self._width, self._settings.kink * self._noise)
+
+    def _narrow(self, factor: float) -> None:
+        """Smooth less: what smoothing adds to the residual may be most of what is left of it."""
+        if self._network.kinked:
+            self._width *= factor
+            self._at = self._linearise(self._at.images)
 
     def _objective(self, at: Linearisation, z: Tensor) -> float:
         return self._network.count * (at.rms / self._noise) ** 2 + float(z.square().sum())
@@ -260,13 +250,17 @@ class _Descent:
         else:
             self._damping = max(0.3, 3 * self._damping)
             self._noise *= 1.5
+            self._narrow(0.5)
             self._cap = max(LEAST_INNER, self._cap // 2)
             return False
+        slow = at.rms > SLOW * self._at.rms
         self._at, self._z = at, z
         self._damping = self._damping / 3 if self._damping > 0.1 else 0.0
         if capped and step == 1:
             self._cap = min(MOST_INNER, int(self._cap * GROWTH))
         self._anneal()
+        if slow:
+            self._narrow(0.7)
         return True
 
     def _solve(self) -> tuple[Tensor, bool]:
@@ -278,7 +272,7 @@ class _Descent:
         def system(v: Tensor) -> Tensor:
             return basis.back(at.pull(at.push(basis.turn(v)))) * precision + damping * v
 
-        affordable = max(1, (self._last - self._network.products) // (2 * at.cost))
+        affordable = max(1, (self._last - self._network.products) // 2)
         return conjugate_gradients(system, right, min(self._cap, affordable), self._settings.tolerance)
 
 
@@ -314,7 +308,7 @@ def solve(
         progress(share, f"residual {min([residual, *residuals]):.2g}")
 
     def descend(images: Tensor, budget: int) -> _Descent:
-        descent = _Descent(network, prior, images, settings, draw)
+        descent = _Descent(network, prior, images, settings)
         descent.run(min(budget, last - network.products), told)
         residuals.append(descent.best.rms)
         return descent

@@ -17,6 +17,9 @@ from fedattack.rng import torch_rng
 MODES = 128
 """Directions that are looked at for correlations between coefficients."""
 
+SMOOTH_DEVIATION = 0.25
+"""Of a pixel where there are no public images."""
+
 
 @dataclass(frozen=True)
 class Whitening:
@@ -105,11 +108,12 @@ def whitening(
         modes, gains, bulk = common_directions(scaled)
         source = f"{len(images)} auxiliary images ({auxiliary.source or 'unnamed'}), {len(gains)} common directions"
     else:
-        prior = priors.smooth_prior(image_shape)
-        mean, source = prior.mean.reshape(image_shape), prior.source
+        # What priors.smooth_prior says too, without its covariance matrix, which takes longer than a short attack.
+        mean = torch.full(image_shape, 0.5, dtype=torch.float64)
+        source = f"no auxiliary images: mid-grey, power 1/f^2, deviation {SMOOTH_DEVIATION:g}"
         correlations = torch.full((channels, channels), 0.9, dtype=torch.float64).fill_diagonal_(1.0)
         colours = torch.linalg.eigh(correlations)[1]
-        variance = 0.25**2 * priors._spectrum(image_shape) + priors.NUGGET
+        variance = SMOOTH_DEVIATION**2 * priors._spectrum(image_shape) + priors.NUGGET
     parts = (mean, variance.sqrt(), colours, _cosines(height), _cosines(width), modes, gains)
     mean, deviation, colours, down, across, modes, gains = (
         part.to(device, dtype).contiguous() for part in parts

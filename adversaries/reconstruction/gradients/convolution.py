@@ -19,6 +19,9 @@ _FEW, _LARGE = 64, 500_000
 """So is one of a single sample with at most so many positions and at least so many numbers in its kernel, which a
 library call would reorder first."""
 
+_NARROW = 32
+"""Up to so many output channels two convolutions of planes take longer than one with as many inputs as both."""
+
 _MANY = 4
 """From this many samples on, a library call on all of them at once is faster than products again."""
 
@@ -114,6 +117,10 @@ class Convolution(Layer):
         kernels, offset = saved["along"] = self._along(directions)
         if "columns" in saved:
             return self._push_columns(saved, moved, kernels, offset)
+        if moved is not None and kernels is not None and self._narrow(saved["x"], kernels):
+            # x' * W + x * U = [x', x] * [W, U]: one call with a group for each victim instead of two.
+            pair = torch.cat([self._weight.expand(len(kernels), -1, -1, -1, -1), kernels], 2)
+            return self._each(torch.cat([moved, saved["x"]], 1), pair, offset)
         found = None
         if kernels is not None:
             found = self._each(saved["x"], kernels, offset)
@@ -129,11 +136,24 @@ class Convolution(Layer):
         kernels = saved["along"][0]
         if "columns" in saved:
             return [self._pull_columns(saved, shift, delta, kernels)]
+        if (
+            shift is not None
+            and delta is not None
+            and kernels is not None
+            and self._narrow(saved["x"], kernels)
+        ):
+            pair = torch.cat([self._weight.expand(len(kernels), -1, -1, -1, -1), kernels], 1)
+            return [self._each_adjoint(torch.cat([shift, delta], 1), saved["x"], pair)]
         found = None if shift is None else self._adjoint(saved, shift)
         if kernels is not None and delta is not None:
             each = self._each_adjoint(delta, saved["x"], kernels)
             found = each if found is None else found.add_(each)
         return [found]
+
+    def _narrow(self, x: Tensor, kernels: Tensor) -> bool:
+        """Whether products with the kernel and with its directions are worth one call."""
+        alone = self._groups == 1 and len(x) == len(kernels) > 1
+        return alone and x.is_cpu and self._weight.shape[0] <= _NARROW
 
     def _along(self, directions: Directions) -> tuple[Tensor | None, Tensor | None]:
         """Directions (V, ...) of the kernel and the bias that are convolved with."""
