@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adversaries.reconstruction import defended
 from adversaries.reconstruction.engine import accumulates
+from adversaries.reconstruction.first_layer import is_complete
 from adversaries.reconstruction.hcgla.labels import (
     NON_NEGATIVE,
     Expectation,
@@ -134,10 +135,14 @@ def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
             f"labels = 'gradinversion' names distinct classes, and updates are of {batch} examples of "
             f"{model.classes} classes; use 'llg' or 'auto'"
         )
-    if (
-        strategy in ("gradinversion", "llg", "llg-star", "llg-plus")
-        and model.activation not in NEVER_MUCH_BELOW_ZERO
-    ):
+    if strategy not in ("gradinversion", "llg", "llg-star", "llg-plus"):
+        return
+    if not is_complete(scenario):
+        raise NotApplicable(
+            f"labels = {strategy!r} needs every entry of the last linear layer's gradient, and compression "
+            f"{scenario.compression.name!r} leaves entries out; use 'sparse-rows' or 'auto'"
+        )
+    if model.activation not in NEVER_MUCH_BELOW_ZERO:
         raise NotApplicable(
             f"labels = {strategy!r} needs features that are never negative, and activation "
             f"{model.activation!r} gives both signs; use 'sparse-rows' or 'auto'"

@@ -296,7 +296,8 @@ def test_gradinversion_aims_at_the_batchs_own_statistics() -> None:
     ("name", "batch", "how", "reason"),
     [
         ("idlg", 4, {}, "one label"),
-        ("gradinversion", 1, {}, "BatchNorm"),
+        ("gradinversion", 1, {"name": "none"}, "BatchNorm"),
+        ("gradinversion", 1, {"model": "resnet20", "activation": "relu"}, "leaves entries out"),
         ("gradinversion", 6, {"model": "resnet20", "activation": "relu"}, "distinct"),
         ("ig", 1, {"name": "dgc", "clip_norm": 1.0}, "clip_norm"),
         (
