@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adversaries.reconstruction.gradients import (
-    CompiledGradients,
+    CompiledSlope,
     DirectGradients,
     GradientModel,
     Prediction,
@@ -92,8 +92,8 @@ class Problem:
         # Where the entries' gradient is written out and nothing else depends on them, no graph is needed at all.
         alone = not self._statistics and self._cost is None and penalty is None and label_shape is None
         direct = gradients if alone and isinstance(gradients, DirectGradients) else None
-        self._compiled: CompiledGradients | str = _compiled(settings, direct, self._slope is not None)
-        self._direct = self._compiled if isinstance(self._compiled, CompiledGradients) else direct
+        self._compiled: CompiledSlope | str = _compiled(settings, direct, self._slope is not None)
+        self._direct = self._compiled if isinstance(self._compiled, CompiledSlope) else direct
 
     @property
     def compiled(self) -> str:
@@ -263,7 +263,7 @@ class Problem:
         return value * unit, slope * unit[:, None, None, None, None]
 
 
-def _compiled(settings: Matching, direct: DirectGradients | None, written: bool) -> CompiledGradients | str:
+def _compiled(settings: Matching, direct: DirectGradients | None, written: bool) -> CompiledSlope | str:
     """The gradients to be compiled, or why they are not."""
     if settings.compile == "never" or (settings.compile == "auto" and settings.iterations < LONG):
         return "no"
@@ -271,7 +271,7 @@ def _compiled(settings: Matching, direct: DirectGradients | None, written: bool)
         return "not compiled: settings or network need automatic differentiation"
     if not direct.joint:
         return "not compiled: victims of this size are evaluated one by one"
-    return CompiledGradients(direct)
+    return CompiledSlope(direct)
 
 
 def _sum(losses: Tensor | None, more: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hcgla_scenes import observe, scenario, smooth_images
 from torch import Tensor
 
 from adversaries.reconstruction.engine import Match, match
-from adversaries.reconstruction.gradients import Compile, CompiledGradients, gradient_model
+from adversaries.reconstruction.gradients import Compile, gradient_model
 from adversaries.reconstruction.gradients.compiled import LONG
 from adversaries.reconstruction.gradients.convolution import Adjoint
 from adversaries.reconstruction.parametrise import Pixels
@@ -93,15 +93,6 @@ def test_settings_without_written_slopes_are_not_compiled() -> None:
     assert "automatic differentiation" in match(seen, labels, starts, chosen, CPU)[0].compiled
     with pytest.raises(ConfigError, match="compile"):
         Matching(compile="often")  # type: ignore[arg-type]
-
-
-def test_predictions_pass_through() -> None:
-    seen, labels = victims("tiny-cnn", 2)
-    plain = gradient_model(seen, labels, device=CPU)
-    wrapped = CompiledGradients(plain)  # type: ignore[arg-type]
-    images = smooth_images(2, 16, seed=9)[:, None]
-    rows = slice(0, 2)
-    assert torch.equal(wrapped.predict(images, rows).entries, plain.predict(images, rows).entries)
 
 
 @pytest.mark.parametrize(

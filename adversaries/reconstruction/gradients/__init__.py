@@ -7,7 +7,7 @@ differentiably (:class:`GradientModel`):
 * :class:`ChainGradients`: chains of convolutions of which few entries were sent; never forms the head's gradient;
 * :class:`AutogradGradients`: any model, differentiated twice;
 * :class:`UnrolledGradients`: any model, several local steps.
-* :class:`CompiledGradients`: the explicit passes, compiled.
+* :class:`CompiledSlope`: the explicit passes, compiled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from adversaries.reconstruction import closed_form
 from adversaries.reconstruction.gradients.autograd import AutogradGradients, UnrolledGradients
 from adversaries.reconstruction.gradients.chain import ChainGradients
-from adversaries.reconstruction.gradients.compiled import Compile, CompiledGradients
+from adversaries.reconstruction.gradients.compiled import Compile, CompiledSlope
 from adversaries.reconstruction.gradients.explicit import ExplicitGradients
 from adversaries.reconstruction.gradients.schedule import Schedule, schedule_for
 from adversaries.reconstruction.gradients.sent import (
@@ -99,7 +99,7 @@ __all__ = [
     "BatchNormMode",
     "ChainGradients",
     "Compile",
-    "CompiledGradients",
+    "CompiledSlope",
     "DirectGradients",
     "ExplicitGradients",
     "GradientModel",

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.gradients.sent import DirectGradients, Prediction
+from adversaries.reconstruction.gradients.sent import DirectGradients
 
 LOG = logging.getLogger("fedattack.attacks")
 
@@ -24,8 +24,8 @@ a LeNet and 7 ms on a ResNet-20.
 """
 
 
-class CompiledGradients:
-    """Gradients whose :meth:`slope` is compiled when it is first called; as they are, where that fails.
+class CompiledSlope:
+    """The explicit passes, compiled when they are first called; as they are, where that fails.
 
     A failure is logged with its reason, and costs nothing but the time.
 
@@ -40,33 +40,20 @@ class CompiledGradients:
     """
 
     def __init__(self, plain: DirectGradients) -> None:
-        self._plain = plain
-        self.sent, self.joint = plain.sent, plain.joint
         self.outcome = "not yet"
         self._slope = plain.slope
-
-    def predict(
-        self,
-        images: Tensor,
-        victims: slice,
-        *,
-        whole: bool = False,
-        shares: Tensor | None = None,
-        statistics: bool = False,
-    ) -> Prediction:
-        """See :meth:`~adversaries.reconstruction.gradients.GradientModel.predict`."""
-        return self._plain.predict(images, victims, whole=whole, shares=shares, statistics=statistics)
 
     def slope(
         self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`~adversaries.reconstruction.gradients.DirectGradients.slope`."""
         if self.outcome == "not yet":
-            compiled = torch.compile(self._plain.slope, fullgraph=True, dynamic=False)
+            compiled = torch.compile(self._slope, fullgraph=True, dynamic=False)
             try:
                 found = compiled(images, victims, distance)
             except Exception as error:  # compilers fail in as many ways as there are compilers
-                self.outcome = f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+                self.outcome = f"not compiled: {type(error).__name__}: {reason}"
                 LOG.warning("gradients as they are, %s", self.outcome)
             else:
                 self._slope, self.outcome = compiled, "compiled"
