@@ -313,6 +313,8 @@ class Adjoint:
 
     def matrices(self, kernels: Tensor) -> Tensor:
         """Kernels (V, O, C, kh, kw) as matrices (V, C * s * s, O * window)."""
+        if self._strides == [1, 1]:
+            return kernels.flip(3, 4).transpose(1, 2).flatten(2)
         victims, outputs, inputs = kernels.shape[:3]
         padded = F.pad(kernels.flatten(3), (0, 1))
         places = self._window[0] * self._window[1]

@@ -42,6 +42,8 @@ class Passes:
         (V, B, C, H, W).
     targets : Tensor
         (V, B, classes).
+    room : Tensor, optional
+        (V, network.size) to write the gradients to.
 
     Attributes
     ----------
@@ -49,7 +51,7 @@ class Passes:
         (V, network.size): of the mean cross-entropy, the wanted tensors side by side.
     """
 
-    def __init__(self, network: Network, images: Tensor, targets: Tensor) -> None:
+    def __init__(self, network: Network, images: Tensor, targets: Tensor, room: Tensor | None = None) -> None:
         self._network, self._shape = network, images.shape
         steps, reached = network.steps, network.reached
         victims, batch = images.shape[:2]
@@ -63,8 +65,10 @@ class Passes:
         # A compiler cannot write into pieces of one tensor, but joins separate ones at no cost.
         compiling = torch.compiler.is_compiling()
         pieces = network.pieces(images, victims) if compiling else []
-        self.gradients = images.new_empty(0 if compiling else victims, network.size)
-        parts = network.grouped(pieces) if compiling else network.parts(self.gradients)
+        if room is None:
+            room = images.new_empty(0 if compiling else victims, network.size)
+        self.gradients = room
+        parts = network.grouped(pieces) if compiling else network.parts(room)
         for position in range(len(steps) - 1, -1, -1):
             delta = self._deltas[position + 1]
             if delta is None:
@@ -186,6 +190,7 @@ class ExplicitGradients:
         # Folded layers have no BatchNorm inputs to take statistics of.
         self._whole = Network(steps, shapes)
         self.joint = len(updates) * self._whole.size <= _JOINT_UP_TO
+        self._room: Tensor | None = None
         self._targets: Tensor | None = None
         if labels is not None:
             assert model.classes is not None
@@ -213,13 +218,22 @@ class ExplicitGradients:
         self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`~adversaries.reconstruction.gradients.DirectGradients.slope`."""
-        passes = Passes(self._folded, images, targets_of(None, self._targets, victims))
+        targets = targets_of(None, self._targets, victims)
+        passes = Passes(self._folded, images, targets, self._gradient_room(images))
         losses, weights = distance(self._entries(passes.gradients, victims), victims)
         if not self._layout.dense:
             # Padding repeats a position that was not sent; whatever the distance says about it counts for nothing.
             weights = weights * self.sent.valid[victims]
             weights = self._layout.spread(weights, self._folded.sizes, victims)
         return losses, passes.pull(weights)[0]
+
+    def _gradient_room(self, images: Tensor) -> Tensor | None:
+        """Kept between calls: fresh memory of this size costs more in page faults than in arithmetic."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._room is None or len(self._room) != len(images):
+            self._room = images.new_empty(len(images), self._folded.size)
+        return self._room
 
     def _entries(self, gradients: Tensor, victims: slice) -> Tensor:
         """What was sent of the flat gradients (V', size)."""
