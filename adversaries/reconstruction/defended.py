@@ -66,6 +66,11 @@ def doubtful_below(noise: float, count: int) -> float:
     return noise * math.sqrt(2 * math.log(max(count, 2)))
 
 
+def prunes(scenario: Scenario) -> bool:
+    """Whether clients set the smallest entries of their updates to zero."""
+    return any(isinstance(defense, Prune) for defense in build_defenses(scenario.defense).values())
+
+
 def known_entries(received: Observation) -> Observation:
     """The observation without the zeros that pruning put there: nothing is known of such an entry but its bound.
 

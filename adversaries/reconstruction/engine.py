@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.reconstruction import parametrise
+from adversaries.reconstruction import defended, parametrise
 from adversaries.reconstruction.checkpoint import Checkpoint, digest
 from adversaries.reconstruction.descent import Noise, Transform, descend
 from adversaries.reconstruction.first_layer import is_complete
@@ -94,6 +94,11 @@ def check_sum(scenario: Scenario) -> None:
         return
     if not is_complete(scenario):
         raise _partial_sums(compression.name)
+    if defended.prunes(scenario):
+        raise NotApplicable(
+            "defence 'prune' under 'secure-aggregation': each entry is the sum over those clients that kept it, and "
+            "no entry of one gradient; attack a federation without one of the two"
+        )
     if compression.name == "sign":
         raise NotApplicable(
             "compression.name = 'sign' under defence 'secure-aggregation': the sum of the clients' signs is neither "

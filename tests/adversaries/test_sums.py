@@ -60,6 +60,14 @@ def test_sums_of_several_local_steps_and_of_signs_are_refused() -> None:
     engine.check_one_gradient(summed("ig", name="topk", rate=1.0))
 
 
+@pytest.mark.parametrize("name", ["ig", "hcgla", "gauss-newton", "analytic", "imprint", "loki"])
+def test_sums_of_pruned_updates_are_refused(name: str) -> None:
+    scene = summed(name, name="none")
+    pruned = dataclasses.replace(scene, defense=DefenseConfig(names=("prune", *HIDDEN.names)))
+    with pytest.raises(NotApplicable, match="defence 'prune' under 'secure-aggregation'"):
+        honest_answers.build(name).check(pruned)
+
+
 def test_a_sparse_sum_is_refused_by_what_was_seen() -> None:
     """Read from disk, an observation may lack the defence that hid the clients: its client is enough."""
     images, labels = batch_of(2)
