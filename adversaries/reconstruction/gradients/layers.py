@@ -18,6 +18,7 @@ Activations are (V * B, ...): victim by victim. Directions and weight gradients 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ Geometry = tuple[list[int], list[int], list[int]]
 _masked = torch.ops.aten.threshold_backward
 
 
-class Layer:
+class Layer(ABC):
     """One operation of a network.
 
     Attributes
@@ -48,26 +49,27 @@ class Layer:
 
     names: tuple[str, ...] = ()
 
+    @abstractmethod
     def forward(self, saved: Saved, victims: int, *inputs: Tensor) -> Tensor:
         """Output; keeps in `saved` what the other passes need."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
         """dL/d(each input) from dL/d(output)."""
-        raise NotImplementedError
 
     def gradients(self, saved: Saved, delta: Tensor, out: Sequence[Tensor]) -> None:
         """Write the gradient (V, *shape) of each weight, summed over the victim's samples, into `out`."""
+        del saved, delta, out  # most have no weights
 
+    @abstractmethod
     def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
         """Derivative of the output; None stands for zero everywhere."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pull(
         self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
     ) -> Sequence[Tensor | None]:
         """Derivative of :meth:`backward`: `shift` is that of `delta`."""
-        raise NotImplementedError
 
 
 def add(*parts: Tensor | None) -> Tensor | None:
