@@ -198,7 +198,7 @@ class Fishing(ReconstructionAttack):
         if any(not torch.equal(before[n], t) for n, t in weights.items() if not n.startswith(f"{head}.")):
             return {}
         target = row_of(earlier[-1], head)
-        series = fishing_rounds.same_water(earlier, head)
+        series = fishing_rounds.comparable_rounds(earlier, head)
         steep = before[name][target].norm()
         public = public_images(scenario, earlier[0].auxiliary, torch_rng(0, "fishing.rounds"))
         scores = features_of(scenario, before, head, public) @ (before[name][target] / steep)
@@ -255,7 +255,7 @@ class Fishing(ReconstructionAttack):
             target = row_of(observation, head)
         except NotApplicable as refusal:
             return _answer(observation, None, None, {"status": "failed", "reason": str(refusal)})
-        series = fishing_rounds.same_water(series, head)
+        series = fishing_rounds.comparable_rounds(series, head)
         if len(series) == 1:
             return self._one(observation, seed, device, told)
         if not fishing_rounds.nothing_above(series[0], head, target):

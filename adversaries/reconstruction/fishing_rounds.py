@@ -62,7 +62,7 @@ class Cast:
     observation: Observation | None
 
 
-def same_water(observations: Sequence[Observation], head: str) -> list[Observation]:
+def comparable_rounds(observations: Sequence[Observation], head: str) -> list[Observation]:
     """Those that saw the same batch size, body and row as the latest; the latest last."""
     latest = observations[-1]
     return [
@@ -84,7 +84,7 @@ def casts(observations: Sequence[Observation], head: str, target: int) -> tuple[
     Parameters
     ----------
     observations : sequence of Observation
-        From :func:`same_water`; the first has a threshold above everything.
+        From :func:`comparable_rounds`; the first has a threshold above everything.
     head : str
         Name of the last linear layer.
     target : int
