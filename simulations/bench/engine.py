@@ -152,18 +152,19 @@ def _compare(
             contender = _Contender(peer, 1, prepare(everyone, _TV))
             contender.begin(iterations)
             ours.append(contender)
-        refused = {}
+        agreement: dict[str, Any] = _agreement(everyone, *_problem(everyone, victims, _settings(1)))
         for count in counts if compiled and not quick else ():
             settings = _settings(length, "always")
             problem, start = _problem(everyone, count, settings)
-            run = _onward(minimiser(problem, start, settings))
-            contender = _Contender(f"victims_{count}_compiled", count, run)
+            label = f"victims_{count}_compiled"
+            contender = _Contender(label, count, _onward(minimiser(problem, start, settings)))
             contender.begin(iterations)
-            if problem.compiled == "compiled":
-                ours.append(contender)
-            else:
-                refused[contender.label] = problem.compiled
-        agreement = _agreement(everyone)
+            if problem.compiled != "compiled":
+                agreement[label] = problem.compiled
+                continue
+            ours.append(contender)
+            compiled_errors = _agreement(everyone, problem, start)
+            agreement |= {f"{label}_{name}": error for name, error in compiled_errors.items()}
         for _ in range(rounds):
             for contender in (plain, *ours):
                 contender.turn(iterations)
@@ -177,7 +178,6 @@ def _compare(
         figures |= contender.figures(plain)
     figures |= {f"{one.label}_memory_mib": one.grown_mib for one in (plain, *ours)}
     figures |= {f"{one.label}_compiler_s": one.start_s for one in ours if one.label.endswith("compiled")}
-    figures |= refused
     return figures | agreement | quality | {"rounds": rounds, "iterations_a_turn": iterations, "threads": 1}
 
 
@@ -223,17 +223,15 @@ def _reference(everyone: Scene, iterations: int, victim: int = 0) -> Reference:
     return Reference(seen, label, start, iterations, _TV)
 
 
-def _agreement(everyone: Scene) -> dict[str, float]:
-    """Relative difference of objective and gradient between the engines, median over the victims.
+def _agreement(everyone: Scene, problem: Problem, start: torch.Tensor) -> dict[str, float]:
+    """Relative difference of objective and gradient between the engines, median over the problem's victims.
 
     A ReLU whose input is zero to the last digit may fall on either side, which changes one victim's gradient by a
     per cent; all of them at once do not.
     """
-    count = len(everyone.observations)
-    problem, start = _problem(everyone, count, _settings(1))
     losses, slopes = problem.evaluate(start)
     objectives, gradients = [], []
-    for victim in range(count):
+    for victim in range(len(start)):
         loss, slope = _reference(everyone, 1, victim).slope()
         objectives.append(abs(float(losses[victim] / loss) - 1))
         gradients.append(float((slopes[victim] - slope.flatten()).norm() / slope.norm()))
