@@ -19,8 +19,8 @@ LONG = 20_000
 """Iterations from which on "auto" compiles.
 
 A first compilation takes half a minute to a minute and a half, later ones of the same network a few seconds (the
-compiler keeps what it made). An iteration is about twice as fast then on a LeNet and 1.5 times on a ResNet-20 with one
-victim, which saves 0.8 and 7 ms; networks whose convolutions take all the time gain next to nothing.
+compiler keeps what it made). An iteration is about twice as fast then on a LeNet, and 1.5 times on a ResNet-20 with
+one victim, which saves 0.8 and 7 ms; networks whose convolutions take all the time gain next to nothing.
 """
 
 
