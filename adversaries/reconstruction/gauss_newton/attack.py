@@ -70,7 +70,7 @@ class GaussNewton(ReconstructionAttack):
     -----
     The certificate is the root mean square residual over the sent entries, each in units of its tensor's root mean
     square. With deep ReLU networks and with few sent entries it falls far while the images stay at the floor. Behind
-    a GELU ResNet-20 one or two CIFAR-10 images in four came out, to 20 dB and more, and the others stayed at the floor.
+    a GELU ResNet-20 one or two CIFAR-10 images in four came out, to 20 dB and more; the others stayed at the floor.
 
     References
     ----------
