@@ -5,7 +5,10 @@ An adversary reads :mod:`fedattack.observation` types and nothing that holds the
 
 from __future__ import annotations
 
-from adversaries.base import Attack, MembershipAttack, ReconstructionAttack, UnlearningAttack, build_attack
+from adversaries.base import Attack, build_attack
+from adversaries.membership.base import MembershipAttack
+from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.unlearning.base import UnlearningAttack
 from fedattack.registry import Registry
 
 ATTACKS: Registry[type[Attack]] = Registry(
@@ -13,27 +16,27 @@ ATTACKS: Registry[type[Attack]] = Registry(
     {
         "hcgla": "adversaries.reconstruction.hcgla:HCGLA",
         "tensor": "adversaries.reconstruction.tensor:TensorAttack",
-        "dlg": "adversaries.reconstruction.dlg:DLG",
-        "idlg": "adversaries.reconstruction.idlg:IDLG",
-        "ig": "adversaries.reconstruction.inverting_gradients:InvertingGradients",
-        "sapag": "adversaries.reconstruction.sapag:SAPAG",
-        "cpl": "adversaries.reconstruction.cpl:CPL",
-        "tag": "adversaries.reconstruction.tag:TAG",
-        "gradinversion": "adversaries.reconstruction.gradinversion:GradInversion",
+        "dlg": "adversaries.reconstruction.matching.dlg:DLG",
+        "idlg": "adversaries.reconstruction.matching.idlg:IDLG",
+        "ig": "adversaries.reconstruction.matching.inverting_gradients:InvertingGradients",
+        "sapag": "adversaries.reconstruction.matching.sapag:SAPAG",
+        "cpl": "adversaries.reconstruction.matching.cpl:CPL",
+        "tag": "adversaries.reconstruction.matching.tag:TAG",
+        "gradinversion": "adversaries.reconstruction.matching.gradinversion:GradInversion",
         "gauss-newton": "adversaries.reconstruction.gauss_newton:GaussNewton",
-        "imprint": "adversaries.reconstruction.imprint:Imprint",
-        "loki": "adversaries.reconstruction.loki:Loki",
-        "cah": "adversaries.reconstruction.curious_abandon_honesty:CuriousAbandonHonesty",
-        "fishing": "adversaries.reconstruction.fishing:Fishing",
-        "spear": "adversaries.reconstruction.spear:Spear",
-        "analytic": "adversaries.reconstruction.analytic:Analytic",
-        "rgap": "adversaries.reconstruction.rgap:RGap",
-        "lti": "adversaries.reconstruction.learning_to_invert:LearningToInvert",
-        "fgla": "adversaries.reconstruction.fgla:FGLA",
-        "rog": "adversaries.reconstruction.rog:ROG",
-        "ggl": "adversaries.reconstruction.generative:GGL",
-        "gifd": "adversaries.reconstruction.generative:GIFD",
-        "dip": "adversaries.reconstruction.generative:DeepImagePrior",
+        "imprint": "adversaries.reconstruction.malicious.imprint:Imprint",
+        "loki": "adversaries.reconstruction.malicious.loki:Loki",
+        "cah": "adversaries.reconstruction.malicious.curious_abandon_honesty:CuriousAbandonHonesty",
+        "fishing": "adversaries.reconstruction.malicious.fishing:Fishing",
+        "spear": "adversaries.reconstruction.algebra.spear:Spear",
+        "analytic": "adversaries.reconstruction.algebra.analytic:Analytic",
+        "rgap": "adversaries.reconstruction.algebra.rgap:RGap",
+        "lti": "adversaries.reconstruction.learned.learning_to_invert:LearningToInvert",
+        "fgla": "adversaries.reconstruction.learned.fgla:FGLA",
+        "rog": "adversaries.reconstruction.matching.rog:ROG",
+        "ggl": "adversaries.reconstruction.matching.generator_priors:GGL",
+        "gifd": "adversaries.reconstruction.matching.generator_priors:GIFD",
+        "dip": "adversaries.reconstruction.matching.generator_priors:DeepImagePrior",
         "fedmia": "adversaries.membership.fedmia:FedMIA",
         "unlearn-max-loss": "adversaries.unlearning.max_loss:MaxLoss",
     },

@@ -1,5 +1,5 @@
 """The command, the engines and the runs. Importing any of it prepares the environment for Flower, Ray and torch."""
 
-from simulations.environment import prepare_environment
+from simulations.engine.environment import prepare_environment
 
 prepare_environment()

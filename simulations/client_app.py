@@ -23,7 +23,8 @@ from fedattack.models import build_model
 from fedattack.observation import Scenario
 from fedattack.rng import numpy_rng, torch_rng
 from fedattack.training import GradientStep, LocalResult, batch_positions, evaluate, local_update
-from simulations.attacking import choose_device
+from simulations.experiments.executor import choose_device
+from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
 from strategies.messages import (
     ARRAYS,
     CONFIG,
@@ -36,10 +37,6 @@ from strategies.messages import (
     ROUND,
     TRAIN_LOSS,
     UPDATE,
-    HeldArray,
-    LightArrays,
-    LightMetrics,
-    LightRecords,
     to_record,
     to_tensors,
 )

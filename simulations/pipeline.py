@@ -17,38 +17,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
-from adversaries.base import attack_options
-from fedattack.compression import COMPRESSORS
+from adversaries import Attack, MembershipAttack, ReconstructionAttack
+from fedattack.audit import AuditResult, audit_membership, audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
-from fedattack.defenses import ClientDefenses, build_defenses, check_defenses, hides_clients
-from fedattack.errors import ConfigError, NotApplicable, RunFailed, unknown_name
+from fedattack.defenses import ClientDefenses, build_defenses, check_defenses
+from fedattack.errors import ConfigError, RunFailed
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario
-from fedattack.reporting import (
-    AuditResult,
-    RunFolder,
-    audit_membership,
-    audit_reconstruction,
-    audit_unlearning,
-)
-from fedattack.reporting import load_observations as read_observations
-from fedattack.reporting import load_truths as read_truths
-from fedattack.reporting.records import summary_document
+from fedattack.observation import EVERYONE, Observation, Reconstruction
 from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
-from fedattack.unlearning import MECHANISMS
-from simulations.attacking import Attacked, Executor, choose_device, groups, make_executor
+from fedattack.storage import RunFolder
+from fedattack.storage import load_observations as read_observations
+from fedattack.storage import load_truths as read_truths
+from fedattack.storage.records import summary_document
 from simulations.client_app import round_batches, used_positions
-from simulations.federation import FederationResult, RoundRecord, run_federation
-from simulations.grid import ray_session
-from simulations.privacy import privacy_accounts, privacy_record
-from simulations.seats import check_seats, membership_experiment, unlearning_experiment
-from strategies import NEED_SINGLE_UPDATES, build_strategy
+from simulations.engine.federation import FederationResult, RoundRecord, run_federation
+from simulations.engine.ray_session import ray_session
+from simulations.experiments.choose import arming_attack, check_names, check_seats, choose_attacks
+from simulations.experiments.executor import choose_device
+from simulations.experiments.membership import membership_experiment
+from simulations.experiments.privacy import privacy_accounts, privacy_record
+from simulations.experiments.reconstruction import _Reconstructions
+from simulations.experiments.unlearning import unlearning_experiment
+from simulations.progress import Stages, stages
 
 # A run has its own progress bars and table; Flower's lines between them would say the same again.
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -75,65 +69,6 @@ class RunResult:
     audits: dict[str, AuditResult]
     reconstructions: dict[str, dict[str, Reconstruction]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-
-
-def choose_attacks(config: Config) -> dict[str, Attack]:
-    """The configured attacks, built and ready.
-
-    Raises
-    ------
-    ConfigError
-        If a name or a parameter is unknown, or an attack's parameters are given without the attack.
-    """
-    classes = {name: ATTACKS.get(name) for name in config.attack.names}
-    for name in config.attack.options:
-        if name not in classes:
-            if name not in ATTACKS:
-                raise unknown_name("section or attack", name, [*ATTACKS.names(), *Config.model_fields])
-            raise ConfigError(f"parameters of {name!r} are set, but it is not in setting 'attack.names'")
-    known = {option for cls in classes.values() for option in attack_options(cls)}
-    for option in config.attack.shared_options:
-        if option not in known:
-            raise unknown_name("setting", f"attack.{option}", [f"attack.{one}" for one in known])
-    return {
-        name: build_attack(cls, name, config.attack.options.get(name, {}), config.attack.shared_options)
-        for name, cls in classes.items()
-    }
-
-
-def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
-    """The one attack that needs the server to send other weights; None where the server stays honest.
-
-    Raises
-    ------
-    ConfigError
-        If there are two: a round carries one model.
-    """
-    arming = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack) and a.arms}
-    if len(arming) > 1:
-        raise ConfigError(
-            f"setting 'attack.names' = {', '.join(attacks)}: {' and '.join(arming)} each send weights of their own; "
-            "run them one at a time"
-        )
-    return next(iter(arming.values()), None)
-
-
-def check_names(config: Config) -> None:
-    """Refuse unknown names and devices before anything is read.
-
-    Raises
-    ------
-    BadRequest
-    """
-    build_strategy(config.federation, config.training.learning_rate)
-    COMPRESSORS.get(config.compression.name)
-    MECHANISMS.get(config.unlearning.mechanism)
-    if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
-        raise NotApplicable(
-            f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "
-            "'secure-aggregation' hides; use fedavg, fedprox or a server optimiser"
-        )
-    choose_device(config.engine.device)
 
 
 def run_directory(config: Config) -> Path:
@@ -164,7 +99,8 @@ def simulate(
     command : str
         The command line, for the report.
     federate : callable
-        What trains, called like :func:`simulations.federation.run_federation`; ``flwr run`` brings its own grid here.
+        What trains, called like :func:`simulations.engine.federation.run_federation`; ``flwr run`` brings its own
+        grid here.
 
     Returns
     -------
@@ -315,131 +251,6 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
         for logger, level, propagate, handlers in kept:
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
-
-
-class Stages:
-    """One progress bar per stage; bars appear when their stage begins."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, stage: str, share: float, text: str = "") -> None:
-        """Show `share` (0 to 1) of `stage` as done; a bar never goes back."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=1.0, note="")
-        task = self._bars.tasks[self._bars.task_ids.index(self._tasks[stage])]
-        self._bars.update(self._tasks[stage], completed=max(task.completed, min(share, 1.0)), note=text)
-
-
-@contextmanager
-def stages(console: Console) -> Iterator[Stages]:
-    """Progress bars on `console` for the block."""
-    columns = (
-        TextColumn("{task.description:22}"),
-        BarColumn(28),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    # A notebook would show moving bars only through a widget package, and a warning without it.
-    with Progress(*columns, console=console, disable=console.is_jupyter) as bars:
-        yield Stages(bars)
-
-
-class _Reconstructions:
-    """Submits observations to the attacks, saves every answer when it comes, and knows what is finished."""
-
-    def __init__(
-        self, config: Config, folder: RunFolder, attacks: Mapping[str, Attack], shown: Stages
-    ) -> None:
-        self._config = config
-        self._folder = folder
-        self._attacks = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack)}
-        self._shown = shown
-        self._executor: Executor | None = None
-        self._observations: dict[str, Observation] = {}
-        self._held: dict[str, list[Observation]] = defaultdict(list)  # of attacks that need their history
-        self._done: dict[str, dict[str, tuple[Reconstruction, float]]] = {name: {} for name in self._attacks}
-
-    @property
-    def wanted(self) -> bool:
-        """Whether any reconstruction attack sits in the run."""
-        return bool(self._attacks)
-
-    def need_history(self, scenario: Scenario) -> bool:
-        """Whether an attack must be given what was seen of its victims before the attacked rounds."""
-        return any(attack.needs_history(scenario) for attack in self._attacks.values())
-
-    def submit(self, observations: Sequence[Observation], asked: bool = True) -> None:
-        """Attack one round's observations, but for those whose answers are on disk.
-
-        Without `asked` they are only the history of later ones.
-        """
-        if asked:
-            self._observations |= {o.key: o for o in observations}
-        for name, attack in self._attacks.items():
-            if observations and attack.needs_history(observations[0].scenario):
-                self._held[name] += observations
-            elif asked:
-                for group in groups(observations, self._config.attack.victims_per_task):
-                    self._start(name, group)
-
-    def _start(self, name: str, group: list[Observation]) -> None:
-        keys = [o.key for o in group if o.key in self._observations]
-        known = {key: self._folder.load_reconstruction(name, key) for key in keys}
-        if all(known.values()):
-            self._done[name] |= {key: answer for key, answer in known.items() if answer}
-            return
-        if self._executor is None:
-            self._executor = make_executor(self._config.engine, self._config.seed, self._progress)
-        self._executor.submit(name, self._attacks[name], group)
-
-    def collect(self) -> None:
-        """Wait for all that was submitted; attacks that need their history begin here, when it is complete."""
-        together = self._config.attack.victims_per_task
-        for name, held in self._held.items():
-            clients = sorted({o.client for o in held})
-            for start in range(0, len(clients), together):
-                self._start(name, [o for o in held if o.client in clients[start : start + together]])
-        self._held.clear()
-        if self._executor is not None:
-            for finished in self._executor.results():
-                self._keep(finished)
-
-    def _keep(self, finished: Attacked) -> None:
-        key = finished.observation.key
-        if key not in self._observations:  # the history of another answer
-            return
-        self._folder.save_reconstruction(finished.attack, key, finished.reconstruction, finished.seconds)
-        self._done[finished.attack][key] = (finished.reconstruction, finished.seconds)
-        self._folder.log(
-            f"{finished.attack}: {key} done in {finished.seconds:.1f} s by {finished.reconstruction.method}"
-        )
-        self._progress(
-            finished.attack, 0.0, f"{len(self._done[finished.attack])} of {len(self._observations)} victims"
-        )
-
-    def _progress(self, name: str, share: float, text: str) -> None:
-        finished, total = len(self._done[name]), max(1, len(self._observations))
-        group = min(self._config.attack.victims_per_task, total - finished)
-        self._shown(name, (finished + share * group) / total, text)
-
-    def audit(self, name: str, truths: Sequence[GroundTruth]) -> AuditResult:
-        """Score one attack's answers."""
-        answers = self._done[name]
-        observations = list(self._observations.values())
-        return audit_reconstruction(
-            name,
-            observations,
-            [answers[o.key][0] for o in observations],
-            truths,
-            [answers[o.key][1] for o in observations],
-            seed=self._config.seed,
-        )
-
-    def answers(self) -> dict[str, dict[str, Reconstruction]]:
-        """Attack -> observation key -> answer."""
-        return {name: {key: answer for key, (answer, _) in done.items()} for name, done in self._done.items()}
 
 
 class _Run:
@@ -654,4 +465,4 @@ def label_counts(world: World) -> dict[int, dict[int, int]]:
     }
 
 
-__all__ = ["RunResult", "attack_folder", "choose_attacks", "run_directory", "simulate"]
+__all__ = ["RunResult", "attack_folder", "run_directory", "simulate"]

@@ -153,7 +153,7 @@ def run(
 @app.command("list")
 def list_plugins() -> None:
     """Everything that can be named: attacks, data sets, models, ..."""
-    from simulations.catalogue import catalogue
+    from simulations.cli.catalogue import catalogue
 
     for title, rows in catalogue().items():
         table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
@@ -167,7 +167,7 @@ def list_plugins() -> None:
 @app.command("settings")
 def list_settings() -> None:
     """Every setting, its default, its own option and its meaning; an empty value (NAME=) is None."""
-    from simulations.catalogue import settings_tables
+    from simulations.cli.catalogue import settings_tables
 
     texts = {f"--{name}": text for group in PROMINENT.values() for name, text in group.items()}
     for title, rows in settings_tables().items():
@@ -209,7 +209,7 @@ def sweep(
     engine: Annotated[str | None, typer.Option(help="ray or inline; default: the file's")] = None,
 ) -> None:
     """Run every combination of attacks, defences, ... that FILE names; started again, it resumes."""
-    from simulations.sweep import Sweep, run_sweep
+    from simulations.studies.sweep import Sweep, run_sweep
 
     folder = out or Path("runs") / file.stem
     run_sweep(
@@ -235,7 +235,7 @@ def collect_pairs(
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Attack public images for a few iterations and keep (intermediate reconstruction, truth) pairs."""
-    from simulations.learning import run_collect_pairs
+    from simulations.cli.hcgla import run_collect_pairs
 
     run_collect_pairs(read_config(config, assignments, settings or {}), out, count, iterations, console)
 
@@ -248,7 +248,7 @@ def train_denoiser(
     seed: int = 0,
 ) -> None:
     """Train the DnCNN filter on collected pairs."""
-    from simulations.learning import run_train_denoiser
+    from simulations.cli.hcgla import run_train_denoiser
 
     run_train_denoiser(pairs, out, epochs, seed, console)
 
@@ -259,7 +259,7 @@ def check_denoiser(
     weights: Annotated[Path, typer.Argument(help="file written by train-denoiser", show_default=False)],
 ) -> None:
     """PSNR before and after the filter on held-out pairs."""
-    from simulations.learning import run_test_denoiser
+    from simulations.cli.hcgla import run_test_denoiser
 
     run_test_denoiser(pairs, weights, console)
 
@@ -274,7 +274,7 @@ def train_generator(
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Train the generator that turns an intercepted update into an image, through the same compressor."""
-    from simulations.learning import run_train_generator
+    from simulations.cli.hcgla import run_train_generator
 
     run_train_generator(read_config(config, assignments, settings or {}), out, epochs, console)
 
@@ -288,7 +288,7 @@ def check_generator(
     settings: dict[str, Any] | None = None,
 ) -> None:
     """PSNR of the generator on held-out public people, beside its floor."""
-    from simulations.learning import run_test_generator
+    from simulations.cli.hcgla import run_test_generator
 
     run_test_generator(read_config(config, assignments, settings or {}), generator, console)
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import ConfigError, FedattackError
-from simulations.federation import FederationResult, serve
-from simulations.grid import PartitionedGrid
+from simulations.engine.federation import FederationResult, serve
+from simulations.engine.flower_grid import PartitionedGrid
 from simulations.pipeline import simulate
 
 REPORT = "flower-run.json"

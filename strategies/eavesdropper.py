@@ -27,6 +27,7 @@ from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, UpdateKind
 from fedattack.rng import numpy_rng
+from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
 from strategies.messages import (
     CONFIG,
     DROPPED_OUT,
@@ -38,11 +39,6 @@ from strategies.messages import (
     ROUND,
     TRAIN_LOSS,
     UPDATE,
-    HeldArray,
-    LightArrays,
-    LightMetrics,
-    LightRecords,
-    SteppedArray,
     read_dense,
     to_record,
     to_tensors,

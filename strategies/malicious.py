@@ -11,7 +11,7 @@ import torch
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from adversaries.base import ReconstructionAttack
+from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.errors import ConfigError
 from fedattack.observation import EVERYONE, Observation, Scenario
 from fedattack.rng import numpy_rng
@@ -26,14 +26,14 @@ class MaliciousServer(Eavesdropper):
     A gradient at those weights says nothing about the global model, so that an armed round is observed and not
     aggregated: the global model, and whatever the wrapped strategy keeps, stay as they were. Training loses that
     round and is not otherwise harmed. The attack may have each client that is drawn get weights of its own
-    (:meth:`~adversaries.base.ReconstructionAttack.tailor`).
+    (:meth:`~adversaries.reconstruction.base.ReconstructionAttack.tailor`).
 
     Parameters
     ----------
     strategy : Strategy
     scenario : Scenario
     attack : ReconstructionAttack
-        Whose :meth:`~adversaries.base.ReconstructionAttack.arm` makes the weights.
+        Whose :meth:`~adversaries.reconstruction.base.ReconstructionAttack.arm` makes the weights.
     rounds : collection of int
         The armed rounds.
     **options

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adversaries.base import MembershipAttack, Progress, no_progress
+from adversaries.base import Progress, no_progress
+from adversaries.membership.base import MembershipAttack
 from adversaries.membership.per_sample import gradient_products, losses
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model

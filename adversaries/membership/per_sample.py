@@ -17,8 +17,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from fedattack.errors import PayloadError
-from fedattack.models.lenet import ConvChain
-from fedattack.models.resnet import ResNet
+from fedattack.models.classifiers.lenet import ConvChain
+from fedattack.models.classifiers.resnet import ResNet
 from fedattack.observation import Update
 
 State = dict[str, Tensor]

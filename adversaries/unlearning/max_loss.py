@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adversaries.base import UnlearningAttack
+from adversaries.unlearning.base import UnlearningAttack
 from fedattack.errors import ConfigError
 from fedattack.observation import UnlearningRequest
 

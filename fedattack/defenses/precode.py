@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedattack.config import ModelConfig
 from fedattack.defenses.base import Defense
 from fedattack.models import build_model
-from fedattack.models.precode import Bottlenecked
+from fedattack.models.classifiers.precode import Bottlenecked
 from fedattack.observation import Scenario
 from fedattack.training import GradientStep, LossAndGradient
 

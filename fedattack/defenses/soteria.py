@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedattack.defenses.base import Defense
 from fedattack.models import build_model
-from fedattack.models.precode import headed
+from fedattack.models.classifiers.precode import headed
 from fedattack.observation import Scenario
 from fedattack.training import GradientStep, LossAndGradient, objective
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fedattack.config import ModelConfig
 from fedattack.errors import ConfigError, DataError
-from fedattack.models.layers import kaiming_uniform
-from fedattack.models.precode import Bottlenecked
+from fedattack.models.classifiers.layers import kaiming_uniform
+from fedattack.models.classifiers.precode import Bottlenecked
 from fedattack.registry import Registry
 from fedattack.rng import torch_rng
 
@@ -29,17 +29,17 @@ Builder = Callable[[ModelConfig], nn.Module]
 MODELS: Registry[Builder] = Registry(
     "model",
     {
-        "lenet-zhu": "fedattack.models.lenet:lenet_zhu",
-        "resnet18": "fedattack.models.resnet:resnet18",
-        "resnet20": "fedattack.models.resnet:resnet20",
-        "resnet34": "fedattack.models.resnet:resnet34",
-        "tiny-cnn": "fedattack.models.lenet:tiny_cnn",
-        "mlp": "fedattack.models.lenet:mlp",
-        "imprint": "fedattack.models.imprint:imprint",
-        "imprint-sparse": "fedattack.models.imprint:imprint_sparse",
-        "loki": "fedattack.models.loki:loki",
-        "two-layer": "fedattack.models.two_layer:two_layer",
-        "lenet-two-layer": "fedattack.models.two_layer:lenet_two_layer",
+        "lenet-zhu": "fedattack.models.classifiers.lenet:lenet_zhu",
+        "resnet18": "fedattack.models.classifiers.resnet:resnet18",
+        "resnet20": "fedattack.models.classifiers.resnet:resnet20",
+        "resnet34": "fedattack.models.classifiers.resnet:resnet34",
+        "tiny-cnn": "fedattack.models.classifiers.lenet:tiny_cnn",
+        "mlp": "fedattack.models.classifiers.lenet:mlp",
+        "imprint": "fedattack.models.armable.imprint:imprint",
+        "imprint-sparse": "fedattack.models.armable.imprint:imprint_sparse",
+        "loki": "fedattack.models.armable.loki:loki",
+        "two-layer": "fedattack.models.armable.two_layer:two_layer",
+        "lenet-two-layer": "fedattack.models.armable.two_layer:lenet_two_layer",
     },
     group="fedattack.models",
 )

@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from fedattack.audit import reconstruction_verdict
+from fedattack.audit.family import SHOWN, AuditResult
 from fedattack.metrics import clopper_pearson
-from fedattack.reporting import formats, verdicts
-from fedattack.reporting.results import SHOWN, AuditResult
+from fedattack.reporting import formats
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -120,10 +121,10 @@ def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
     exact = any(value == _IDENTICAL_DB for value in ours)
     name = f"reconstruction{' (identical: drawn at 100)' if exact else ''}"
     axes.plot(x, ours, "o", color=BLUE, ms=7, label=name)
-    axes.axhline(verdicts.RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
+    axes.axhline(reconstruction_verdict.RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
     axes.annotate(
-        f"recovered from {verdicts.RECOVERED_PSNR:.0f} dB",
-        (0.995, verdicts.RECOVERED_PSNR),
+        f"recovered from {reconstruction_verdict.RECOVERED_PSNR:.0f} dB",
+        (0.995, reconstruction_verdict.RECOVERED_PSNR),
         xycoords=("axes fraction", "data"),
         ha="right",
         va="bottom",
@@ -148,7 +149,7 @@ def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
     axes.set_axisbelow(True)
     axes.set_xlim(-0.7, len(records) - 0.3)
     drawn = [value for value in [*ours, *control] if np.isfinite(value)]
-    axes.set_ylim(min(0.0, *drawn, 0.0), 1.08 * max(verdicts.RECOVERED_PSNR, *drawn, 0.0))
+    axes.set_ylim(min(0.0, *drawn, 0.0), 1.08 * max(reconstruction_verdict.RECOVERED_PSNR, *drawn, 0.0))
     _legend_right(axes)
     return figure
 

@@ -14,14 +14,15 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
+from fedattack.audit import reconstruction_verdict
+from fedattack.audit.family import AuditResult
 from fedattack.files import write_bytes
 from fedattack.observation import Reconstruction, observation_name
-from fedattack.reporting import figures, formats, verdicts, views
-from fedattack.reporting.observation_store import safe_name
-from fedattack.reporting.records import write_records, write_summary
-from fedattack.reporting.results import AuditResult
-from fedattack.reporting.run_folder import RunFolder
+from fedattack.reporting import figures, formats, views
 from fedattack.reporting.template import REPORT
+from fedattack.storage.observations import safe_name
+from fedattack.storage.records import write_records, write_summary
+from fedattack.storage.run_folder import RunFolder
 
 _IMAGES = 256
 """Single images written per attack."""
@@ -98,7 +99,7 @@ def write_results(
             config=folder.config.to_toml(),
             tables=[table for result in results if (table := views.images_table(result))],
             families={result.family for result in results},
-            thresholds=verdicts,
+            thresholds=reconstruction_verdict,
         )
     )
     path = folder.path / "report.html"

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fedattack.audit.family import AuditResult, Family
 from fedattack.reporting import formats
-from fedattack.reporting.results import AuditResult, Family
 
 STYLES = {
     "leak": "bold red",

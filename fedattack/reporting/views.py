@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from fedattack.audit.family import HEADLINES, AuditResult
 from fedattack.config import Config
 from fedattack.metrics import INFLATION_DB
 from fedattack.reporting import formats
-from fedattack.reporting.results import HEADLINES, AuditResult
-from fedattack.reporting.storage import fedattack_version
+from fedattack.storage.plain import fedattack_version
 
 _QUESTIONS = {
     "reconstruction": "Can private images be rebuilt from what clients send?",

@@ -23,9 +23,11 @@ from fedattack.models import initial_weights
 from fedattack.rng import numpy_rng
 from fedattack.training import local_update
 from simulations.client_app import Workplace
-from simulations.environment import cpu_threads
-from simulations.federation import run_federation
-from simulations.grid import InlineGrid, LocalGrid, RayGrid, ray_session
+from simulations.engine.environment import cpu_threads
+from simulations.engine.federation import run_federation
+from simulations.engine.local_grid import InlineGrid, LocalGrid
+from simulations.engine.ray_grid import RayGrid
+from simulations.engine.ray_session import ray_session
 
 _SAMPLES = 16
 _ACTORS = 2

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from adversaries.reconstruction.descent import minimiser
-from adversaries.reconstruction.gradients import Compile, gradient_model
-from adversaries.reconstruction.optimise import Minimiser
-from adversaries.reconstruction.parametrise import PIXEL_DEVIATION, Standardised
-from adversaries.reconstruction.problem import Problem
-from adversaries.reconstruction.settings import Matching
+from adversaries.inversion.gradients import Compile, gradient_model
+from adversaries.inversion.matching.descent import minimiser
+from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, Standardised
+from adversaries.inversion.matching.problem import Problem
+from adversaries.inversion.matching.settings import Matching
+from adversaries.inversion.solvers.minimiser import Minimiser
 from fedattack.config import ModelConfig
 from fedattack.errors import RunFailed
 from fedattack.models import resolve
 from simulations.bench.peers import installed
 from simulations.bench.scenes import CLASSES, SIZE, Reference, Scene, memory, pictures, scene
-from simulations.environment import cpu_threads
+from simulations.engine.environment import cpu_threads
 
 VICTIMS = 8
 _TV = 1e-2

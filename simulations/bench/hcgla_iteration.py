@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adversaries.reconstruction.engine import Matching, Problem
-from adversaries.reconstruction.gradients import gradient_model
-from adversaries.reconstruction.parametrise import Pixels
+from adversaries.inversion.gradients import gradient_model
+from adversaries.inversion.matching.match import Matching, Problem
+from adversaries.inversion.matching.pixels import Pixels
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import RunFailed
 from fedattack.models import build_model, initial_weights

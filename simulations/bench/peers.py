@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from adversaries.reconstruction.parametrise import PIXEL_DEVIATION, PIXEL_MEAN
+from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN
 from fedattack.errors import ConfigError
 from fedattack.models import build_model
 from simulations.bench.scenes import Scene

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adversaries.reconstruction.parametrise import PIXEL_DEVIATION, PIXEL_MEAN
+from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN
 from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.data.dataset import ImageDataset
 from fedattack.data.load import load_dataset

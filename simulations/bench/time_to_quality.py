@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.engine import match
+from adversaries.inversion.evidence.whitening import Whitening, whitening
+from adversaries.inversion.matching.match import match
+from adversaries.inversion.matching.settings import Matching
 from adversaries.reconstruction.gauss_newton.attack import GaussNewton
-from adversaries.reconstruction.gauss_newton.whitening import Whitening, whitening
-from adversaries.reconstruction.settings import Matching
 from fedattack.config import ModelConfig
 from fedattack.metrics import psnr
 from fedattack.models import resolve
 from fedattack.observation import Observation
 from simulations.bench.scenes import CLASSES, SIZE, Reference, pictures, scene
-from simulations.environment import cpu_threads
+from simulations.engine.environment import cpu_threads
 
 VICTIMS, ITERATIONS = 8, 3000
 _TV = 1e-2

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adversaries.inversion.evidence.client import Client
 from adversaries.reconstruction.hcgla import HCGLA
-from adversaries.reconstruction.hcgla.learned import Client
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.models import initial_weights
 from fedattack.observation import Auxiliary, Observation, Scenario, Update

@@ -18,7 +18,7 @@ from malicious_scenes import PUBLIC, batch_of, observe, scenario
 from adversaries import ATTACKS, ReconstructionAttack
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Reconstruction
-from fedattack.reporting.observation_store import load_observations, save_observation
+from fedattack.storage.observations import load_observations, save_observation
 
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hcgla": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 5, "method": "matching"}),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adversaries.base import ReconstructionAttack
+from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.compression import Memory, build_compressor, decode, encode
 from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, TrainingConfig
 from fedattack.metrics import match, psnr

@@ -7,11 +7,11 @@ import torch
 from hcgla_scenes import observe, psnr, scenario, smooth_images
 
 from adversaries import ATTACKS
-from adversaries.reconstruction.analytic import Analytic
-from adversaries.reconstruction.rgap import _UNDO, RGap
+from adversaries.reconstruction.algebra.analytic import Analytic
+from adversaries.reconstruction.algebra.rgap import _UNDO, RGap
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.models.layers import ACTIVATIONS
+from fedattack.models.classifiers.layers import ACTIVATIONS
 
 CPU = torch.device("cpu")
 

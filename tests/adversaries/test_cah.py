@@ -7,7 +7,7 @@ import torch
 from malicious_scenes import PUBLIC, batch_of, observe, scenario, scored
 
 from adversaries import ATTACKS
-from adversaries.reconstruction.curious_abandon_honesty import CuriousAbandonHonesty
+from adversaries.reconstruction.malicious.curious_abandon_honesty import CuriousAbandonHonesty
 from fedattack.config import CompressionConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import initial_weights

@@ -12,11 +12,11 @@ import torch
 from hcgla_scenes import psnr, scenario, smooth_images
 from torch import Tensor
 
+from adversaries.inversion.evidence.priors import gaussian_prior
 from adversaries.reconstruction.hcgla import HCGLA
-from adversaries.reconstruction.hcgla.carried import Remembered, mean_gradient, orders
-from adversaries.reconstruction.hcgla.gauss_newton import solve
+from adversaries.reconstruction.hcgla.annealed_gauss_newton import solve
 from adversaries.reconstruction.hcgla.measurements import value_precision
-from adversaries.reconstruction.priors import gaussian_prior
+from adversaries.reconstruction.hcgla.memory import Remembered, mean_gradient, orders
 from fedattack.compression import Memory, build_compressor, decode, encode
 from fedattack.config import Config, TrainingConfig
 from fedattack.errors import NotApplicable
@@ -226,7 +226,7 @@ def test_rounded_values_are_believed_to_their_step(name: str) -> None:
 
 
 def test_the_softmax_of_rounded_features_is_differentiated() -> None:
-    from adversaries.reconstruction import closed_form
+    from adversaries.inversion.gradients import closed_form
     from adversaries.reconstruction.hcgla.least_squares import Problem
     from adversaries.reconstruction.hcgla.measurements import read_update
 

@@ -12,14 +12,14 @@ from hcgla_scenes import observe, psnr, scenario, smooth_images
 from torch import Tensor
 
 from adversaries import ATTACKS, build_attack
-from adversaries.reconstruction.cpl import CPL
-from adversaries.reconstruction.dlg import DLG
-from adversaries.reconstruction.gradinversion import GradInversion
-from adversaries.reconstruction.idlg import IDLG
-from adversaries.reconstruction.inverting_gradients import SEMSIM, InvertingGradients
-from adversaries.reconstruction.optimisation import OptimisationAttack
-from adversaries.reconstruction.sapag import SAPAG
-from adversaries.reconstruction.tag import TAG
+from adversaries.reconstruction.matching.base import OptimisationAttack
+from adversaries.reconstruction.matching.cpl import CPL
+from adversaries.reconstruction.matching.dlg import DLG
+from adversaries.reconstruction.matching.gradinversion import GradInversion
+from adversaries.reconstruction.matching.idlg import IDLG
+from adversaries.reconstruction.matching.inverting_gradients import SEMSIM, InvertingGradients
+from adversaries.reconstruction.matching.sapag import SAPAG
+from adversaries.reconstruction.matching.tag import TAG
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.models import build_model

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adversaries.reconstruction import closed_form
+from adversaries.inversion.gradients import closed_form
 from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
-from fedattack.models.lenet import ConvChain
+from fedattack.models.classifiers.lenet import ConvChain
 
 
 def model(

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from hcgla_scenes import observe, scenario, smooth_images
 from torch import Tensor
 
-from adversaries.reconstruction.engine import Match, match
-from adversaries.reconstruction.gradients import Compile, gradient_model
-from adversaries.reconstruction.gradients.compiled import LONG
-from adversaries.reconstruction.gradients.convolution import Adjoint
-from adversaries.reconstruction.parametrise import Pixels
-from adversaries.reconstruction.problem import Problem
-from adversaries.reconstruction.settings import Matching
+from adversaries.inversion.gradients import Compile, gradient_model
+from adversaries.inversion.gradients.compiled import LONG
+from adversaries.inversion.gradients.convolution import Adjoint
+from adversaries.inversion.matching.match import Match, match
+from adversaries.inversion.matching.pixels import Pixels
+from adversaries.inversion.matching.problem import Problem
+from adversaries.inversion.matching.settings import Matching
 from fedattack.errors import ConfigError
 from fedattack.observation import Observation
 

@@ -10,12 +10,12 @@ import torch
 from hcgla_scenes import psnr, scenario, smooth_images
 from torch import Tensor
 
-from adversaries.reconstruction import defended
-from adversaries.reconstruction.dlg import DLG
+from adversaries.inversion.evidence import defences
 from adversaries.reconstruction.gauss_newton import GaussNewton
 from adversaries.reconstruction.hcgla import HCGLA
-from adversaries.reconstruction.hcgla.carried import LocalSteps, Remembered
-from adversaries.reconstruction.inverting_gradients import InvertingGradients
+from adversaries.reconstruction.hcgla.memory import LocalSteps, Remembered
+from adversaries.reconstruction.matching.dlg import DLG
+from adversaries.reconstruction.matching.inverting_gradients import InvertingGradients
 from fedattack.compression import Memory, build_compressor, decode, encode
 from fedattack.config import DefenseConfig, TrainingConfig
 from fedattack.defenses import ClientDefenses, build_defenses
@@ -151,8 +151,8 @@ def test_noise_in_units_of_the_mean_gradient() -> None:
         (noisy(0.5, 2.0, unit="sample", training=stepping(4, batch_size=1)), 0.5),
     ]
     for scene, expected in cases:
-        assert defended.noise(observed(scene, PAIR, LABELS)[0]) == pytest.approx(expected)
-    assert defended.noise(observed(declared("prune"), IMAGE, LABEL)[0]) == 0
+        assert defences.noise(observed(scene, PAIR, LABELS)[0]) == pytest.approx(expected)
+    assert defences.noise(observed(declared("prune"), IMAGE, LABEL)[0]) == 0
 
 
 def test_a_memory_follows_the_clipped_update() -> None:
@@ -182,13 +182,13 @@ def test_pruned_entries_say_nothing(name: str, rate: float) -> None:
 
 def test_only_zeros_are_left_out() -> None:
     seen, _ = observed(declared("prune", rate=1.0, share=0.9, scope="global"), IMAGE, LABEL)
-    known = defended.known_entries(seen)
+    known = defences.known_entries(seen)
     assert known.update.indices is not None
     assert known.update.kept == int((seen.update.values != 0).sum())
     assert torch.equal(torch.cat([t.flatten() for t in known.update.dense().values()]), seen.update.values)
     assert (known.scenario.compression.name, known.scenario.compression.scope) == ("topk", "global")
     plain = observed(noisy(0.1), IMAGE, LABEL)[0]
-    assert defended.known_entries(plain) is plain
+    assert defences.known_entries(plain) is plain
 
 
 def test_soteria_on_a_batch_is_not_solved_for() -> None:

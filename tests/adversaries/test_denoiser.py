@@ -10,21 +10,21 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor, nn
 
-from adversaries.reconstruction.engine import Matching
-from adversaries.reconstruction.hcgla import denoiser as denoising
-from adversaries.reconstruction.hcgla import learned
-from adversaries.reconstruction.hcgla.denoiser import (
+from adversaries.inversion.learning import denoiser as denoising
+from adversaries.inversion.learning import files
+from adversaries.inversion.learning.denoiser import (
     collect_pairs,
     compare_denoiser,
     load_denoiser,
     load_pairs,
     train_denoiser,
 )
+from adversaries.inversion.matching.match import Matching
 from fedattack.config import CompressionConfig, DataConfig, ModelConfig, TrainingConfig
 from fedattack.data import load_dataset
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.models import initial_weights, resolve
-from fedattack.models.denoisers import DnCNN
+from fedattack.models.decoders.denoisers import DnCNN
 from fedattack.observation import Auxiliary, Scenario
 
 ITERATIONS = 6
@@ -140,7 +140,7 @@ def test_bad_input_is_refused(denoiser_file, pairs_file, scenario, weights, auxi
         load_denoiser(denoiser_file)(torch.zeros(1, 3, 8, 8))
     with pytest.raises(DataError, match="should hold a denoiser"):
         load_denoiser(pairs_file)
-    tensors, metadata = learned.load_learned(denoiser_file, "denoiser")
+    tensors, metadata = files.load_learned(denoiser_file, "denoiser")
     for change in (
         {"width": 10**9},
         {"depth": 3},
@@ -148,7 +148,7 @@ def test_bad_input_is_refused(denoiser_file, pairs_file, scenario, weights, auxi
         {"channels": "one"},
         {"architecture": "os:system"},
     ):
-        learned.save_learned(tmp_path / "bent", tensors, metadata | change)
+        files.save_learned(tmp_path / "bent", tensors, metadata | change)
         with pytest.raises(DataError, match=r"architecture|malformed"):
             load_denoiser(tmp_path / "bent")
     with pytest.raises(DataError, match="no such file"):

@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from hcgla_scenes import observe, psnr, scenario, smooth_images
 from torch import Tensor, nn
 
-from adversaries.reconstruction import checkpoint as keeping
-from adversaries.reconstruction import engine
-from adversaries.reconstruction.charts import Latent, LatentBall, NetworkWeights, project_l1
-from adversaries.reconstruction.engine import Match, Matching, match
-from adversaries.reconstruction.gradients import AutogradGradients, Prediction, schedule_for
-from adversaries.reconstruction.objectives import OBJECTIVES
-from adversaries.reconstruction.settings import Optimiser
+from adversaries.inversion.evidence import one_gradient
+from adversaries.inversion.gradients import AutogradGradients, Prediction, schedule_for
+from adversaries.inversion.matching import checkpoint as keeping
+from adversaries.inversion.matching import match as match_module
+from adversaries.inversion.matching.charts import Latent, LatentBall, NetworkWeights, project_l1
+from adversaries.inversion.matching.match import Match, Matching, match
+from adversaries.inversion.matching.objectives import OBJECTIVES
+from adversaries.inversion.matching.settings import Optimiser
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, DataError, NotApplicable, PayloadError, RunFailed
 from fedattack.models import build_model
-from fedattack.models.image_prior import ImagePrior
+from fedattack.models.decoders.deep_prior import ImagePrior
 from fedattack.observation import Observation
 
 CPU = torch.device("cpu")
@@ -200,7 +201,7 @@ def test_victims_that_have_finished_cost_nothing_more(monkeypatch: pytest.Monkey
         model, updates = rows[0].scenario.model, [row.update for row in rows]
         return Counted(model, rows[0].weights, updates, y, "all", CPU)
 
-    monkeypatch.setattr(engine, "gradient_model", build)
+    monkeypatch.setattr(match_module, "gradient_model", build)
     start = torch.cat([truth(0)[None, None] + 1e-4, begin(1, 1)], 1)
     settings = Matching(optimiser="adam", learning_rate=1e-6, iterations=60, stop=1e-2, transform_every=30)
     done, running = match(seen, labels(2), start, settings, CPU, transform=lambda images: images)
@@ -370,8 +371,8 @@ def test_a_deep_image_prior_is_fitted() -> None:
 def test_signs_are_matched() -> None:
     seen = client(name="sign")
     with pytest.raises(NotApplicable, match="sign"):
-        engine.as_gradient(seen)
-    seen = dataclasses.replace(seen, update=engine.as_gradient(seen, signs=True))
+        one_gradient.as_gradient(seen)
+    seen = dataclasses.replace(seen, update=one_gradient.as_gradient(seen, signs=True))
     # A gradient has no cosine of 1 with its own signs.
     for objective, share in (("sign", 0.7), ("cosine", 0.95)):
         settings = Matching(objective=objective, optimiser="adam", learning_rate=0.02, iterations=60)
@@ -463,7 +464,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
     seen = [client(number) for number in range(2)]
 
-    def run(progress: Any = engine.no_progress, path: Path | None = None) -> list[Match]:
+    def run(progress: Any = match_module.no_progress, path: Path | None = None) -> list[Match]:
         def smooth(images: Tensor) -> Tensor:
             return F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
 

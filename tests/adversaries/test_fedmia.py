@@ -21,7 +21,7 @@ from adversaries.membership.per_sample import gradient_products
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import NotApplicable, PayloadError
 from fedattack.models import build_model, initial_weights
-from fedattack.models.resnet import ResNet
+from fedattack.models.classifiers.resnet import ResNet
 from fedattack.observation import Candidates, Observation, Scenario, Update
 
 CPU = torch.device("cpu")

@@ -11,15 +11,15 @@ from malicious_scenes import NONE, PUBLIC, batch_of, observe, pictures, scenario
 from torch import Tensor
 
 from adversaries import ATTACKS
-from adversaries.reconstruction.fishing import Fishing
-from adversaries.reconstruction.fishing_rounds import Cast, next_threshold
+from adversaries.reconstruction.malicious.fishing.attack import Fishing
+from adversaries.reconstruction.malicious.fishing.bisection import Cast, next_threshold
 from fedattack.config import CompressionConfig, Config, TrainingConfig
 from fedattack.data import build_world
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import psnr
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
-from simulations.federation import run_federation
+from simulations.engine.federation import run_federation
 
 CPU = torch.device("cpu")
 

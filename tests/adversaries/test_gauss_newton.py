@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adversaries.reconstruction import closed_form
-from adversaries.reconstruction.hcgla import gauss_newton
-from adversaries.reconstruction.hcgla.gauss_newton import GaussNewtonSettings, solve
+from adversaries.inversion.evidence.priors import GaussianPrior, gaussian_prior, smooth_prior
+from adversaries.inversion.gradients import closed_form
+from adversaries.reconstruction.hcgla import annealed_gauss_newton
+from adversaries.reconstruction.hcgla.annealed_gauss_newton import GaussNewtonSettings, solve
 from adversaries.reconstruction.hcgla.least_squares import Problem, State
 from adversaries.reconstruction.hcgla.measurements import read_update, value_precision
-from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior, smooth_prior
 from fedattack.config import CompressionConfig, DataConfig, ModelConfig, TrainingConfig
 from fedattack.data import load_dataset
 from fedattack.errors import ConfigError, NotApplicable
@@ -216,7 +216,7 @@ def test_both_ways_to_solve_a_step_agree_with_dense_least_squares(images: int, m
     stacked = torch.cat([*rows, torch.eye(images * modes)]).double()
     residual = torch.cat([others, *features, z.flatten()])
     expected = torch.linalg.lstsq(stacked, -residual[:, None]).solution.reshape(z.shape)
-    for way in (gauss_newton._solve_unknowns, gauss_newton._solve_measurements):
+    for way in (annealed_gauss_newton._solve_unknowns, annealed_gauss_newton._solve_measurements):
         found = way(z, blocks, features, joint, others, torch.float64)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
@@ -229,9 +229,9 @@ def test_precision_of_half_values_is_seen() -> None:
 
 
 def test_default_modes_follow_the_batch() -> None:
-    found = [gauss_newton.default_modes(3072, batch) for batch in (1, 2, 4, 8, 16)]
+    found = [annealed_gauss_newton.default_modes(3072, batch) for batch in (1, 2, 4, 8, 16)]
     assert found == [3072, 2048, 1536, 1024, 614]
-    assert gauss_newton.default_modes(1024, 4) == 1024
+    assert annealed_gauss_newton.default_modes(1024, 4) == 1024
 
 
 def scenario(**changes: Any) -> Scenario:
@@ -266,16 +266,16 @@ def scenario(**changes: Any) -> Scenario:
 )
 def test_refuses_scenarios_it_does_not_model(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(NotApplicable, match=message):
-        gauss_newton.applies(scenario(**changes))
+        annealed_gauss_newton.applies(scenario(**changes))
 
 
 def test_refuses_later_rounds_of_error_feedback_and_repeated_labels() -> None:
     remembering = scenario(compression__error_feedback=True)
-    gauss_newton.applies(remembering, round=1)
+    annealed_gauss_newton.applies(remembering, round=1)
     with pytest.raises(NotApplicable, match="round 2"):
-        gauss_newton.applies(remembering, round=2)
+        annealed_gauss_newton.applies(remembering, round=2)
     with pytest.raises(NotApplicable, match="repeat"):
-        gauss_newton.applies(scenario(), num_examples=2, labels=torch.tensor([1, 1]))
+        annealed_gauss_newton.applies(scenario(), num_examples=2, labels=torch.tensor([1, 1]))
 
 
 def test_refuses_settings_out_of_range() -> None:

@@ -10,10 +10,10 @@ from simple_pictures import mixtures
 from torch import nn
 
 from adversaries import ATTACKS
-from adversaries.reconstruction import trained
-from adversaries.reconstruction.generative import GGL, GIFD, DeepImagePrior
+from adversaries.inversion.learning import image_generator
+from adversaries.reconstruction.matching.generator_priors import GGL, GIFD, DeepImagePrior
 from fedattack.errors import ConfigError, DataError, NotApplicable
-from fedattack.models.image_generators import ImageGenerator
+from fedattack.models.decoders.from_latent import ImageGenerator
 from fedattack.observation import Auxiliary
 
 CPU = torch.device("cpu")
@@ -80,21 +80,21 @@ def test_the_latent_of_a_generator_of_ones_own_is_found() -> None:
 def test_weights_of_ones_own_are_read(tmp_path) -> None:
     path = tmp_path / "mine.safetensors"
     save_file({"shift": torch.ones(1)}, path)
-    found = trained.given_generator(MINE, str(path), (3, SIDE, SIDE))
+    found = image_generator.given_generator(MINE, str(path), (3, SIDE, SIDE))
     assert float(found.module.shift) == 1.0
     with pytest.raises(DataError, match="no such file"):
-        trained.given_generator(MINE, str(tmp_path / "other"), (3, SIDE, SIDE))
+        image_generator.given_generator(MINE, str(tmp_path / "other"), (3, SIDE, SIDE))
     save_file({"bent": torch.ones(1)}, path)
     with pytest.raises(DataError, match="does not fit"):
-        trained.given_generator(MINE, str(path), (3, SIDE, SIDE))
+        image_generator.given_generator(MINE, str(path), (3, SIDE, SIDE))
     for name, part in (("Wrong", r"images of \(3, 8, 8\) in \[0, 1\]"), ("Mute", "latent_shape")):
         with pytest.raises(ConfigError, match=part):
-            trained.given_generator(f"{__name__}:{name}", None, (3, SIDE, SIDE))
+            image_generator.given_generator(f"{__name__}:{name}", None, (3, SIDE, SIDE))
 
 
 def test_a_trained_generator_draws_better_than_the_mean() -> None:
     public = Auxiliary(mixtures(200, SIDE, seed=1))
-    found = trained.train_image_generator(public, 0, 16, 32, 80, CPU)
+    found = image_generator.train_image_generator(public, 0, 16, 32, 80, CPU)
     assert found.figures["generator's held-out PSNR"] > found.figures["mean image's held-out PSNR"] + 2
     latent = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     drawn = found.module(latent)
@@ -102,7 +102,8 @@ def test_a_trained_generator_draws_better_than_the_mean() -> None:
         latent = found.step(stage, latent)
     assert torch.equal(latent, drawn)
     short = [
-        trained.train_image_generator(public, 3, 16, 8, 2, CPU).module(drawn.new_ones(1, 16)) for _ in "ab"
+        image_generator.train_image_generator(public, 3, 16, 8, 2, CPU).module(drawn.new_ones(1, 16))
+        for _ in "ab"
     ]
     assert torch.equal(*short)
 

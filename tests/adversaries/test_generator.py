@@ -10,16 +10,19 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from adversaries.reconstruction.hcgla import generator as init_generation
-from adversaries.reconstruction.hcgla import learned
-from adversaries.reconstruction.hcgla.generator import fit_linear, load_generator, train_generator
-from adversaries.reconstruction.hcgla.learned import Client, RowSignals, SignalPairs
+from adversaries.inversion.evidence import client as client_module
+from adversaries.inversion.evidence import head_rows
+from adversaries.inversion.evidence.client import Client, SignalPairs
+from adversaries.inversion.evidence.head_rows import RowSignals
+from adversaries.inversion.learning import files, train
+from adversaries.inversion.learning import generator as init_generation
+from adversaries.inversion.learning.generator import fit_linear, load_generator, train_generator
 from fedattack.config import CompressionConfig, DataConfig, ModelConfig, TrainingConfig
 from fedattack.data import load_dataset
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.metrics.images import psnr
 from fedattack.models import build_model, initial_weights, resolve
-from fedattack.models.generators import Deconv, RidgeConv, build_generator
+from fedattack.models.decoders.from_features import Deconv, RidgeConv, build_generator
 from fedattack.observation import Auxiliary, Scenario
 
 
@@ -53,13 +56,13 @@ def test_fast_signals_are_those_of_the_compressed_update(digits, scope, classes,
     scenario, weights = make(classes, batch_size, scope=scope, rate=rate)
     client = Client(scenario, weights, 0)
     images = digits[:12]
-    fast = learned.simulate_rows(client, images, torch.arange(12), batch_size, seed=5)
-    rng = learned.numpy_rng(5, "learned.batches", 0)
+    fast = client_module.simulate_rows(client, images, torch.arange(12), batch_size, seed=5)
+    rng = client_module.numpy_rng(5, "learned.batches", 0)
     order = torch.from_numpy(rng.permutation(12))
     assert torch.equal(fast.positions, order)
     for number, chosen in enumerate(order.split(batch_size)):
-        labels = learned.draw_labels(batch_size, classes, rng)
-        slow = learned.observed_rows(client.observe(images[chosen], labels, number), labels)
+        labels = client_module.draw_labels(batch_size, classes, rng)
+        slow = head_rows.observed_rows(client.observe(images[chosen], labels, number), labels)
         rows = slice(number * batch_size, (number + 1) * batch_size)
         assert torch.equal(fast.signals.sent[rows], slow.sent)
         torch.testing.assert_close(fast.signals.values[rows], slow.values, rtol=1e-4, atol=1e-5)
@@ -70,7 +73,7 @@ def test_signals_are_the_features_where_they_were_sent(digits):
     scenario, weights = make(1000, rate=0.001)
     client = Client(scenario, weights, 0)
     label = torch.tensor([7])
-    rows = learned.observed_rows(client.observe(digits[:1], label, 0), label)
+    rows = head_rows.observed_rows(client.observe(digits[:1], label, 0), label)
     module = build_model(scenario.model)
     module.load_state_dict(weights)
     features = module.features(digits[:1]).detach()
@@ -85,7 +88,7 @@ def test_a_delta_gives_the_same_signal_as_its_gradient(digits):
     gradient, weights = make()
     delta, _ = make(training={"protocol": "fedavg", "learning_rate": 0.25})
     rows = [
-        learned.observed_rows(Client(scenario, weights, 0).observe(digits[:1], label, 0), label)
+        head_rows.observed_rows(Client(scenario, weights, 0).observe(digits[:1], label, 0), label)
         for scenario in (gradient, delta)
     ]
     assert torch.equal(rows[0].sent, rows[1].sent)
@@ -258,21 +261,21 @@ def test_bad_files_and_data_are_refused(digits, tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"\x80\x04junk" * 10)
     with pytest.raises(DataError, match="not a readable safetensors"):
         load_generator(tmp_path / "junk.safetensors", scenario)
-    learned.save_learned(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {"kind": "denoiser"})
+    files.save_learned(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {"kind": "denoiser"})
     with pytest.raises(DataError, match="should hold a generator"):
         load_generator(tmp_path / "other.safetensors", scenario)
-    learned.save_learned(tmp_path / "nan.safetensors", {"a": torch.tensor(np.nan)}, {"kind": "generator"})
+    files.save_learned(tmp_path / "nan.safetensors", {"a": torch.tensor(np.nan)}, {"kind": "generator"})
     with pytest.raises(DataError, match="NaN"):
         load_generator(tmp_path / "nan.safetensors", scenario)
     train_generator(scenario, weights, Auxiliary(digits[:40]), tmp_path / "good", 0, epochs=0, passes=1)
-    tensors, metadata = learned.load_learned(tmp_path / "good", "generator")
+    tensors, metadata = files.load_learned(tmp_path / "good", "generator")
     for change, message in (
         ({"architecture": "os:system"}, "names the architecture 'os:system'"),
         ({"features": 10**9}, "do not fit the architecture"),
         ({"features": "many"}, "malformed"),
         ({"width": 97}, "do not fit the architecture"),
     ):
-        learned.save_learned(tmp_path / "bent", tensors, metadata | change)
+        files.save_learned(tmp_path / "bent", tensors, metadata | change)
         with pytest.raises(DataError, match=message):
             load_generator(tmp_path / "bent", scenario)
     with pytest.raises(ConfigError, match="did you mean 'deconv'"):
@@ -284,13 +287,13 @@ def test_bad_files_and_data_are_refused(digits, tmp_path):
     with pytest.raises(DataError, match="cannot be cut"):
         train_generator(scenario, weights, Auxiliary(digits[:2]), None, 0)
     with pytest.raises(NotApplicable, match="no linear layer"):
-        learned.find_head(torch.nn.Conv2d(1, 1, 1))
+        head_rows.find_head(torch.nn.Conv2d(1, 1, 1))
 
 
 def test_people_are_held_out_whole():
     groups = torch.arange(100) // 7
     auxiliary = Auxiliary(torch.zeros(100, 1, 4, 4), groups=groups)
-    seen, unseen = learned.hold_out(auxiliary, 0.2, 0)
+    seen, unseen = train.hold_out(auxiliary, 0.2, 0)
     assert not set(groups[seen].tolist()) & set(groups[unseen].tolist())
     assert len(seen) + len(unseen) == 100
     assert groups[unseen].unique().numel() == 3

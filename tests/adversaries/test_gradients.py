@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from hcgla_scenes import psnr, scenario, smooth_images
 from torch import Tensor
 
-from adversaries.reconstruction.engine import match
-from adversaries.reconstruction.gradients import (
+from adversaries.inversion.gradients import (
     AutogradGradients,
     DirectGradients,
     ExplicitGradients,
@@ -21,7 +20,8 @@ from adversaries.reconstruction.gradients import (
     gradient_model,
     schedule_for,
 )
-from adversaries.reconstruction.settings import Matching
+from adversaries.inversion.matching.match import match
+from adversaries.inversion.matching.settings import Matching
 from fedattack.config import TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights

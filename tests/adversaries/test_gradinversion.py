@@ -9,7 +9,7 @@ import pytest
 import torch
 from hcgla_scenes import observe, scenario, smooth_images
 
-from adversaries.reconstruction.gradinversion import GradInversion, statistics_known
+from adversaries.reconstruction.matching.gradinversion import GradInversion, statistics_known
 from fedattack.config import TrainingConfig
 from fedattack.metrics import match, psnr
 from fedattack.models import build_model

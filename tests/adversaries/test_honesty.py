@@ -20,7 +20,13 @@ from fedattack.groundtruth import GroundTruth
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("fedattack", "adversaries", "strategies", "simulations")
-PRIVATE = ("fedattack.groundtruth", "fedattack.data", "fedattack.reporting")
+PRIVATE = (
+    "fedattack.groundtruth",
+    "fedattack.data",
+    "fedattack.audit",
+    "fedattack.storage",
+    "fedattack.reporting",
+)
 """What knows the truth: the auditor's types, the pools of private samples, the report."""
 
 

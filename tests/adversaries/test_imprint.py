@@ -10,8 +10,8 @@ import torch
 from malicious_scenes import PUBLIC, batch_of, observe, pictures, scenario, scored
 
 from adversaries import ATTACKS
-from adversaries.reconstruction.imprint import Imprint, alone_share, thresholds
-from adversaries.reconstruction.peeling import Rows, peel
+from adversaries.inversion.solvers.peeling import Rows, peel
+from adversaries.reconstruction.malicious.imprint import Imprint, alone_share, thresholds
 from fedattack.config import CompressionConfig, Config, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model

@@ -10,7 +10,8 @@ import torch
 from hcgla_scenes import observe, scenario, smooth_images
 from torch import Tensor
 
-from adversaries.reconstruction.label_inference import STRATEGIES, expect, infer, mean_gradient
+from adversaries.inversion.evidence.label_strategies import STRATEGIES, expect, infer
+from adversaries.inversion.evidence.one_gradient import mean_gradient
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Update

@@ -8,14 +8,8 @@ import pytest
 import torch
 from hcgla_scenes import observe, scenario, smooth_images
 
-from adversaries.reconstruction.hcgla.labels import (
-    Expectation,
-    expectation,
-    head_entries,
-    head_name,
-    infer_labels,
-    public_images,
-)
+from adversaries.inversion.evidence.head import head_entries, head_name
+from adversaries.inversion.evidence.labels import Expectation, expectation, infer_labels, public_images
 from fedattack.models import build_model
 from fedattack.observation import Observation, Update
 

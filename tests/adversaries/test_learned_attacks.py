@@ -10,10 +10,10 @@ from hcgla_scenes import observe, psnr, scenario
 from simple_pictures import mixtures
 
 from adversaries import ATTACKS
-from adversaries.reconstruction import trained
-from adversaries.reconstruction.fgla import FGLA
-from adversaries.reconstruction.learning_to_invert import LearningToInvert, _Reader, nearest_order
-from adversaries.reconstruction.rog import ROG, LowResolution
+from adversaries.inversion.learning import train
+from adversaries.reconstruction.learned.fgla import FGLA
+from adversaries.reconstruction.learned.learning_to_invert import LearningToInvert, _Reader, nearest_order
+from adversaries.reconstruction.matching.rog import ROG, LowResolution
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Update
@@ -80,16 +80,16 @@ def test_training_repeats_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     for attack in (dataclasses.replace(LTI, epochs=2), dataclasses.replace(DECODER, epochs=1)):
         answers = []
         for _ in range(2):
-            monkeypatch.setattr(trained, "_KEPT", {})
+            monkeypatch.setattr(train, "_KEPT", {})
             answers.append(attack.run(observations, 4, CPU)[0].images)
         assert torch.equal(*answers)
 
 
 def test_training_happens_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(trained, "_KEPT", {})
+    monkeypatch.setattr(train, "_KEPT", {})
     for key in ("a", "b", "a", "c", "d", "e", "a"):
-        trained.once(key, lambda key=key: made.append(key))
+        train.once(key, lambda key=key: made.append(key))
     assert made == ["a", "b", "c", "d", "e", "a"]
 
 

@@ -10,12 +10,12 @@ import torch
 from malicious_scenes import PUBLIC, batch_of, observe, scenario, scored, total
 from torch import Tensor
 
-from adversaries.reconstruction.imprint import Imprint
-from adversaries.reconstruction.loki import Loki
+from adversaries.reconstruction.malicious.imprint import Imprint
+from adversaries.reconstruction.malicious.loki import Loki
 from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model, initial_weights, resolve
-from fedattack.models.loki import KernelSets
+from fedattack.models.armable.loki import KernelSets
 from fedattack.observation import Auxiliary, Observation, Scenario
 from simulations.pipeline import simulate
 

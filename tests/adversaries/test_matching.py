@@ -11,19 +11,22 @@ import torch.nn.functional as F
 from hcgla_scenes import observe, psnr, scenario, smooth_images
 from torch import Tensor
 
-from adversaries.reconstruction import engine, parametrise
-from adversaries.reconstruction.closed_form import describe
-from adversaries.reconstruction.engine import Matching, match
-from adversaries.reconstruction.gradients import (
+from adversaries.inversion.evidence import one_gradient
+from adversaries.inversion.gradients import (
     AutogradGradients,
     ChainGradients,
     Prediction,
     Sent,
     gradient_model,
 )
+from adversaries.inversion.gradients.closed_form import describe
+from adversaries.inversion.matching import pixels
+from adversaries.inversion.matching.match import Matching, match
+from adversaries.inversion.matching.objectives import OBJECTIVES, Layout
+from adversaries.inversion.solvers.first_order import Adam, Sgd
+from adversaries.inversion.solvers.lbfgs import Lbfgs
+from adversaries.inversion.solvers.minimiser import LineSearch, Rules
 from adversaries.reconstruction.hcgla.matching import published, settings_for
-from adversaries.reconstruction.objectives import OBJECTIVES, Layout
-from adversaries.reconstruction.optimise import Adam, Lbfgs, LineSearch, Rules, Sgd
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
@@ -255,10 +258,10 @@ def test_stops_below_the_threshold() -> None:
 @pytest.mark.parametrize("public", [None, Auxiliary(smooth_images(30, 16, seed=8))])
 def test_charts_are_inverted(public: Auxiliary | None) -> None:
     images = smooth_images(4, 16).reshape(2, 2, 3, 16, 16).clamp(0.02, 0.98)
-    for kind in get_args(parametrise.Parametrisation):
-        chart = parametrise.chart(kind, (2, 3, 16, 16), public, CPU)
+    for kind in get_args(pixels.Parametrisation):
+        chart = pixels.chart(kind, (2, 3, 16, 16), public, CPU)
         torch.testing.assert_close(chart.images(chart.variables(images)), images, rtol=0, atol=1e-5)
-    box = parametrise.Box((2, 3, 16, 16)).images(100 * torch.randn(2, 1536))
+    box = pixels.Box((2, 3, 16, 16)).images(100 * torch.randn(2, 1536))
     assert 0 <= float(box.min()) <= float(box.max()) <= 1
 
 
@@ -345,7 +348,7 @@ def test_a_delta_of_one_step_is_turned_into_its_gradient() -> None:
         protocol="fedavg", local_steps=1, learning_rate=0.3, momentum=0.9, weight_decay=0.01
     )
     delta = observe(scenario(50, size=16, rate=0.1, training=training), images, labels)
-    found = engine.as_gradient(delta)
+    found = one_gradient.as_gradient(delta)
     assert found.kind == "gradient"
     module = build_model(plain.scenario.model)
     module.load_state_dict(plain.weights)
@@ -367,16 +370,16 @@ def test_what_is_no_gradient_is_refused(
     training: TrainingConfig, compression: dict[str, object], named: str
 ) -> None:
     with pytest.raises(NotApplicable, match=named):
-        engine.check_one_gradient(scenario(10, training=training, **compression))  # type: ignore[arg-type]
+        one_gradient.check_one_gradient(scenario(10, training=training, **compression))  # type: ignore[arg-type]
 
 
 def test_residuals_of_earlier_rounds_are_refused() -> None:
     seen = observe(
         scenario(10, size=16, rate=0.1, error_feedback=True), smooth_images(1, 16), torch.tensor([1])
     )
-    engine.as_gradient(seen)
+    one_gradient.as_gradient(seen)
     with pytest.raises(NotApplicable, match="round 2"):
-        engine.as_gradient(dataclasses.replace(seen, round=2))
+        one_gradient.as_gradient(dataclasses.replace(seen, round=2))
 
 
 # Presets

@@ -13,17 +13,19 @@ import torch.nn.functional as F
 from hcgla_scenes import observe, psnr, scenario, smooth_images
 from torch import Tensor, nn
 
+from adversaries.inversion.evidence.whitening import common_directions, relaxed, whitening
+from adversaries.inversion.gradients import BatchNormMode
+from adversaries.inversion.gradients.products import Network, SmoothedReLU
+from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
 from adversaries.reconstruction.gauss_newton import GaussNewton
 from adversaries.reconstruction.gauss_newton.attack import default_products
-from adversaries.reconstruction.gauss_newton.linearise import Network, SmoothedReLU
-from adversaries.reconstruction.gauss_newton.solver import Settings, conjugate_gradients
-from adversaries.reconstruction.gauss_newton.whitening import common_directions, relaxed, whitening
-from adversaries.reconstruction.gradients import BatchNormMode
+from adversaries.reconstruction.gauss_newton.solver import Settings
 from fedattack.config import TrainingConfig
 from fedattack.data.cifar import load_batch
 from fedattack.data.dataset import as_float
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.models import build_model, lenet
+from fedattack.models import build_model
+from fedattack.models.classifiers import lenet
 from fedattack.observation import Auxiliary, Observation
 from fedattack.rng import torch_rng
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hcgla_scenes import observe, scenario, smooth_images
 from torch import Tensor
 
-from adversaries.reconstruction import regularisers
-from adversaries.reconstruction.gradients import Prediction, Segment, Sent, gradient_model
-from adversaries.reconstruction.objectives import LAYER_WEIGHTS, OBJECTIVES, LayerWeights, Layout, scale
+from adversaries.inversion.gradients import Prediction, Segment, Sent, gradient_model
+from adversaries.inversion.matching import regularisers
+from adversaries.inversion.matching.objectives import LAYER_WEIGHTS, OBJECTIVES, LayerWeights, Layout, scale
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction import priors
+from adversaries.inversion.evidence import priors
 from fedattack.errors import DataError
 from fedattack.observation import Auxiliary
 from fedattack.rng import torch_rng

@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from adversaries.reconstruction import regression
-from adversaries.reconstruction.regression import FeatureRegression
+from adversaries.inversion.learning import ridge
+from adversaries.inversion.learning.ridge import FeatureRegression
 from fedattack.rng import torch_rng
 
 
@@ -21,7 +21,7 @@ def smooth_images(count: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [30, 300])
 def test_equals_scikit_learn(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regression, "STRENGTHS", (1e-2,))
+    monkeypatch.setattr(ridge, "STRENGTHS", (1e-2,))
     generator = torch_rng(2, "test")
     images = smooth_images(count, 0)
     features = torch.sigmoid(images.flatten(1) @ torch.randn(108, 50, generator=generator))

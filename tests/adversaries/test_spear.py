@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from adversaries import ATTACKS
-from adversaries.reconstruction.first_layer import first_layer
-from adversaries.reconstruction.sparse_directions import Factors, Search, expected_draws
-from adversaries.reconstruction.spear import CERTIFIED, Spear
+from adversaries.inversion.evidence.first_layer import first_layer
+from adversaries.inversion.solvers.sparse_directions import Factors, Search, expected_draws
+from adversaries.reconstruction.algebra.spear import CERTIFIED, Spear
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import match, psnr

@@ -9,9 +9,9 @@ import pytest
 import torch
 from malicious_scenes import batch_of, observe, scenario, total
 
-from adversaries.reconstruction import engine
-from adversaries.reconstruction.imprint import Imprint
-from adversaries.reconstruction.inverting_gradients import InvertingGradients
+from adversaries.inversion.evidence import one_gradient
+from adversaries.reconstruction.malicious.imprint import Imprint
+from adversaries.reconstruction.matching.inverting_gradients import InvertingGradients
 from fedattack.config import CompressionConfig, DefenseConfig, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.observation import EVERYONE, Scenario
@@ -56,8 +56,8 @@ def test_sums_of_several_local_steps_and_of_signs_are_refused() -> None:
     with pytest.raises(NotApplicable, match="those clients that sent it"):
         InvertingGradients().check(dataclasses.replace(scene, training=several))
     with pytest.raises(NotApplicable, match="clients' signs"):
-        engine.check_one_gradient(summed("ig", name="sign"), signs=True)
-    engine.check_one_gradient(summed("ig", name="topk", rate=1.0))
+        one_gradient.check_one_gradient(summed("ig", name="sign"), signs=True)
+    one_gradient.check_one_gradient(summed("ig", name="topk", rate=1.0))
 
 
 @pytest.mark.parametrize("name", ["ig", "hcgla", "gauss-newton", "analytic", "imprint", "loki"])
@@ -73,9 +73,9 @@ def test_a_sparse_sum_is_refused_by_what_was_seen() -> None:
     images, labels = batch_of(2)
     scene = scenario("lenet-zhu", 2, compression=CompressionConfig(name="topk", rate=0.1))
     seen = observe(Imprint(), scene, images, labels, honest=True)
-    engine.as_gradient(seen)
+    one_gradient.as_gradient(seen)
     with pytest.raises(NotApplicable, match="those clients that sent it"):
-        engine.as_gradient(dataclasses.replace(seen, client=EVERYONE))
+        one_gradient.as_gradient(dataclasses.replace(seen, client=EVERYONE))
 
 
 def test_a_dense_sum_is_one_larger_batch() -> None:

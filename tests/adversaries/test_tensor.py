@@ -11,12 +11,19 @@ import pytest
 import torch
 
 from adversaries import ATTACKS
-from adversaries.reconstruction.closed_form import Activation
-from adversaries.reconstruction.tensor import TensorAttack, certificate, decompose, kept, moments, steps
+from adversaries.inversion.gradients.closed_form import Activation
+from adversaries.inversion.solvers.span import Span, row_space
+from adversaries.reconstruction.tensor import (
+    TensorAttack,
+    certificate,
+    decompose,
+    from_entries,
+    from_steps,
+    moments,
+)
 from adversaries.reconstruction.tensor.activations import ACTIVATIONS, hermite_coefficients, stein_order
 from adversaries.reconstruction.tensor.attack import CERTIFIED
 from adversaries.reconstruction.tensor.head import Head
-from adversaries.reconstruction.tensor.span import Span, row_space
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import match, psnr
@@ -236,9 +243,9 @@ def test_entry_model_matches_autograd(activation) -> None:
         (torch.tensor([0, 1, 3, 0]), torch.tensor([2, 5, 9, 2])),
         (torch.tensor([1, 1, 8]), torch.tensor([0, 3, 3])),
     )
-    entries = kept.Entries(*at[0], head_gradient[at[0]], *at[1], wide_gradient[at[1]])
-    model = kept.Model(head, entries, labels)
-    torch.testing.assert_close(model(x), kept.targets(entries))
+    entries = from_entries.Entries(*at[0], head_gradient[at[0]], *at[1], wide_gradient[at[1]])
+    model = from_entries.Model(head, entries, labels)
+    torch.testing.assert_close(model(x), from_entries.targets(entries))
     other = torch.randn(3, 7, generator=generator, dtype=torch.float64)
     _, push, pull = model.at(other)
     jacobian = torch.autograd.functional.jacobian(model, other)
@@ -442,7 +449,7 @@ def test_few_neurons_do_not_certify_however_many_entries_they_have() -> None:
     uncertified(observation, images, labels, attack, "64 independent equations for 64 unknowns")
     entries = [torch.zeros(0, dtype=torch.int64)] * 2 + [torch.zeros(0)]
     wide = [torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), torch.ones(4)]
-    assert kept.Entries(*entries, *wide).independent(1) == 3
+    assert from_entries.Entries(*entries, *wide).independent(1) == 3
 
 
 def test_a_brighter_sample_of_the_heads_class_explains_as_much() -> None:
@@ -488,13 +495,13 @@ def test_predicted_errors_are_those_that_noise_makes() -> None:
         last.abs().flatten().topk(400).indices % 1024,
     )
     none = torch.zeros(0, dtype=torch.int64)
-    entries = kept.Entries(rows, columns, last[rows, columns], none, none, torch.zeros(0).double())
-    function, wanted = kept.Model(head, entries, labels), kept.targets(entries)
+    entries = from_entries.Entries(rows, columns, last[rows, columns], none, none, torch.zeros(0).double())
+    function, wanted = from_entries.Model(head, entries, labels), from_entries.targets(entries)
     noise = 1e-8 * torch.randn(400, generator=generator).double()
     truth = images.flatten(1).double()
-    found, _ = kept.levenberg_marquardt(function, wanted + noise, truth, 30, settled=0)
+    found, _ = from_entries.levenberg_marquardt(function, wanted + noise, truth, 30, settled=0)
     made = (found - truth).square().mean(1).sqrt()
-    unseen, foretold = kept.foundation(
+    unseen, foretold = from_entries.foundation(
         function, truth, torch.zeros(400).double(), 5 * torch.full((400,), 1e-8).double(), generator
     )
     assert unseen < 1e-6
@@ -600,7 +607,7 @@ def test_play_is_the_clients_training() -> None:
     )
     observation, images, labels = observe(3, 32, TensorAttack(), training=training)
     head = Head.of(observation.weights["wide.weight"], observation.weights["head.weight"], "poly3")
-    wide, last = steps.play(head, head.wide, images.flatten(1).double(), labels, training)
+    wide, last = from_steps.play(head, head.wide, images.flatten(1).double(), labels, training)
     sent = observation.update.dense()
     assert float((wide - sent["wide.weight"]).norm() / wide.norm()) < 1e-3
     assert float((last - sent["head.weight"]).norm() / last.norm()) < 1e-4

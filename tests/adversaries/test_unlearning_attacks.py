@@ -12,7 +12,7 @@ from adversaries.unlearning.max_loss import MaxLoss
 from fedattack.config import ModelConfig
 from fedattack.errors import ConfigError
 from fedattack.models import build_model, initial_weights
-from fedattack.models.resnet import ResNet
+from fedattack.models.classifiers.resnet import ResNet
 
 
 def samples(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

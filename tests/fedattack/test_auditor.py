@@ -10,13 +10,15 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from fedattack.audit import reconstruction_verdict
+from fedattack.audit.membership import audit_membership
+from fedattack.audit.reconstruction import audit_reconstruction
+from fedattack.audit.unlearning import audit_unlearning
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import DataError, RunFailed
 from fedattack.groundtruth import GroundTruth
 from fedattack.metrics import Interval, tpr_at_fpr
 from fedattack.observation import Auxiliary, MembershipScores, Observation, Reconstruction, Scenario, Update
-from fedattack.reporting import verdicts
-from fedattack.reporting.auditor import audit_membership, audit_reconstruction, audit_unlearning
 
 CLASSES = 10
 
@@ -157,7 +159,9 @@ def test_a_better_prior_is_not_taken_for_leakage() -> None:
 )
 def test_the_control_decides_what_a_gain_over_the_floor_means(control: Interval, level: str) -> None:
     gain = Interval(8.0, 5.0, 11.0, control.count)
-    found, words = verdicts.reconstruction(8, 0, 21.0, 0.7, "flat grey", 13.0, gain, control, (8, 8, True), 0)
+    found, words = reconstruction_verdict.reconstruction(
+        8, 0, 21.0, 0.7, "flat grey", 13.0, gain, control, (8, 8, True), 0
+    )
     assert found == level
     assert ("too few victims" in words) == (level == "undecided")
 
@@ -339,19 +343,19 @@ def test_one_unlearning_run_needs_the_number_of_test_samples() -> None:
 
 
 def test_thresholds_of_a_recovered_image() -> None:
-    assert verdicts.image_recovered(30.0, 0.9, 24.0, 24.0)
-    assert not verdicts.image_recovered(29.9, 0.95, 10.0, 10.0)
-    assert not verdicts.image_recovered(35.0, 0.89, 10.0, 10.0)
-    assert not verdicts.image_recovered(35.0, 0.95, 30.0, 10.0)
-    assert not verdicts.image_recovered(35.0, 0.95, 10.0, 30.0)
+    assert reconstruction_verdict.image_recovered(30.0, 0.9, 24.0, 24.0)
+    assert not reconstruction_verdict.image_recovered(29.9, 0.95, 10.0, 10.0)
+    assert not reconstruction_verdict.image_recovered(35.0, 0.89, 10.0, 10.0)
+    assert not reconstruction_verdict.image_recovered(35.0, 0.95, 30.0, 10.0)
+    assert not reconstruction_verdict.image_recovered(35.0, 0.95, 10.0, 30.0)
 
 
 def test_verdict_sentence_in_full() -> None:
     over = Interval(48.2, 44.0, 52.0, 8)
-    level, text = verdicts.reconstruction(
+    level, text = reconstruction_verdict.reconstruction(
         8, 8, 63.0, 1.0, "auxiliary mean", 14.8, over, over, (8, 8, True), 0
     )
-    none = verdicts.reconstruction(
+    none = reconstruction_verdict.reconstruction(
         8, 0, 14.9, 0.4, "auxiliary mean", 14.8, Interval(0.1, -0.4, 0.6, 8), over, (8, 8, True), 0
     )
     assert none[0] == "none"

@@ -18,7 +18,8 @@ from scipy.stats import norm
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.base import Progress, no_progress
+from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.config import CompressionConfig, Config, DefenseConfig, ModelConfig, TrainingConfig
 from fedattack.data import build_world
 from fedattack.defenses import DEFENSES, ClientDefenses, build_defenses, check_defenses, hides_clients
@@ -29,10 +30,10 @@ from fedattack.defenses.soteria import Soteria
 from fedattack.defenses.transform import SUB_POLICIES, Transform, parse_policy
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model, initial_weights
-from fedattack.models.precode import Bottlenecked
+from fedattack.models.classifiers.precode import Bottlenecked
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario
 from fedattack.training import batch_gradient, load_weights, local_update
-from simulations.federation import run_federation
+from simulations.engine.federation import run_federation
 from simulations.pipeline import simulate
 
 MODEL = ModelConfig(name="tiny-cnn", classes=5, channels=1, image_size=8, activation="relu")
@@ -472,7 +473,7 @@ def run(tmp_path: Path, **settings: Any) -> dict[str, Any]:
 
 def test_the_auditor_knows_what_the_model_was_shown(tmp_path: Path) -> None:
     """The truth's `shown` has the very gradient that was sent; the private images have another one."""
-    from fedattack.reporting import load_observations, load_truths
+    from fedattack.storage import load_observations, load_truths
 
     attack = {"attack": "test_defenses:Grey", "save-observations": True}
     for name, more in (

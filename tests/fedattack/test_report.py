@@ -17,21 +17,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fedattack.audit import AuditResult, audit_membership, audit_reconstruction, audit_unlearning
 from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Auxiliary, MembershipScores, Observation, Reconstruction, Scenario, Update
-from fedattack.reporting import (
-    AuditResult,
-    RunFolder,
-    audit_membership,
-    audit_reconstruction,
-    audit_unlearning,
-    figures,
-    formats,
-)
-from fedattack.reporting.records import records_frame
+from fedattack.reporting import figures, formats
 from fedattack.reporting.report import write_results
 from fedattack.reporting.terminal import print_summary
+from fedattack.storage import RunFolder
+from fedattack.storage.records import records_frame
 
 FEDERATION = {
     "clients": 4,

@@ -20,14 +20,8 @@ from fedattack.errors import ConfigError, DataError, RunFailed
 from fedattack.files import write_bytes
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Auxiliary, MembershipScores, Observation, Reconstruction, Scenario, Update
-from fedattack.reporting import (
-    RunFolder,
-    load_observations,
-    load_truths,
-    save_observation,
-    save_truth,
-)
-from fedattack.reporting.storage import plain
+from fedattack.storage import RunFolder, load_observations, load_truths, save_observation, save_truth
+from fedattack.storage.plain import plain
 
 
 def observation(client: int = 0, round_: int = 1, sparse: bool = True, auxiliary: bool = True) -> Observation:

@@ -15,7 +15,7 @@ from fedattack.config import Config
 from fedattack.defenses import build_defenses
 from fedattack.defenses.clip_noise import ClipNoise
 from fedattack.defenses.transform import Transform
-from simulations.catalogue import settings_tables
+from simulations.cli.catalogue import settings_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ import torch
 
 from simulations.bench.clients import bare_round, crowd, run, tree_cpu_seconds
 from simulations.client_app import Workplace
-from simulations.federation import run_federation
+from simulations.engine.federation import run_federation
 
 
 def test_the_bare_loop_reaches_what_the_federation_reaches() -> None:

@@ -18,8 +18,8 @@ from fedattack.errors import ConfigError
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Observation
 from simulations.client_app import Workplace, round_batches
-from simulations.federation import ask_unlearning, run_federation
-from simulations.grid import InlineGrid
+from simulations.engine.federation import ask_unlearning, run_federation
+from simulations.engine.local_grid import InlineGrid
 from strategies import STRATEGIES
 
 BASE = {

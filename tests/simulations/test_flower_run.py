@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from fedattack.config import SHORT_NAMES, Config
 from fedattack.data import build_world
 from fedattack.errors import ConfigError
-from simulations.environment import SWITCHES
-from simulations.federation import run_federation
+from simulations.engine.environment import SWITCHES
+from simulations.engine.federation import run_federation
 from simulations.server_app import REPORT, WEIGHTS, report_folder
 
 ROOT = Path(__file__).resolve().parents[2]

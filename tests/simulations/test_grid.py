@@ -14,9 +14,11 @@ from fedattack.config import Config
 from fedattack.data import World, build_world
 from fedattack.errors import BadRequest, RunFailed
 from simulations.client_app import Workplace
-from simulations.federation import FederationResult, run_federation
-from simulations.flower_internals import loopback_ray
-from simulations.grid import InlineGrid, RayGrid, ray_session
+from simulations.engine.federation import FederationResult, run_federation
+from simulations.engine.flower_internals import loopback_ray
+from simulations.engine.local_grid import InlineGrid
+from simulations.engine.ray_grid import RayGrid
+from simulations.engine.ray_session import ray_session
 
 CLIENTS, ROUNDS, SEED = 6, 3, 5
 

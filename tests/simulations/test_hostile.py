@@ -20,8 +20,8 @@ from fedattack.compression.carrier import to_array
 from fedattack.config import Config
 from fedattack.data import World, build_world
 from simulations.client_app import Workplace
-from simulations.federation import FederationResult, run_federation
-from simulations.grid import InlineGrid
+from simulations.engine.federation import FederationResult, run_federation
+from simulations.engine.local_grid import InlineGrid
 from strategies.messages import METRICS, NUM_EXAMPLES, PACKED, PARTITION, TRAIN_LOSS, UPDATE
 
 HOSTILE = 2

@@ -20,8 +20,8 @@ from torch import Tensor
 from fedattack.config import Config
 from fedattack.data import build_world
 from fedattack.errors import RunFailed
-from simulations.federation import FederationResult, RoundRecord, run_federation
-from simulations.journal import Journal
+from simulations.engine.federation import FederationResult, RoundRecord, run_federation
+from simulations.engine.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,7 +129,7 @@ def test_failures_are_replayed_with_their_reasons(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from simulations.federation import run_federation
+from simulations.engine.federation import run_federation
 from fedattack.config import Config
 from fedattack.data import build_world
 from safetensors.torch import save_file

@@ -13,18 +13,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from adversaries import ATTACKS, build_attack
-from adversaries.base import MembershipAttack, ReconstructionAttack, no_progress
+from adversaries.base import no_progress
+from adversaries.membership.base import MembershipAttack
 from adversaries.membership.fedmia import FedMIA
+from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.audit.membership import audit_membership
+from fedattack.audit.unlearning import audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World, build_world
 from fedattack.errors import DataError, NotApplicable
 from fedattack.metrics.membership import auc_interval
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, MembershipScores, Observation
-from fedattack.reporting.auditor import audit_membership, audit_unlearning
-from simulations import seats
-from simulations.federation import FederationResult, run_federation
-from simulations.seats import check_seats, choose_candidates, membership_experiment, unlearning_experiment
+from simulations.engine.federation import FederationResult, Judge, run_federation
+from simulations.experiments import membership, unlearning
+from simulations.experiments.choose import check_seats
+from simulations.experiments.membership import choose_candidates, membership_experiment
+from simulations.experiments.unlearning import unlearning_experiment
 
 BASE = {
     "dataset": "digits",
@@ -78,7 +83,7 @@ def test_candidates_are_what_they_are_said_to_be() -> None:
     o = next(o for o in observations if o.client == 3)
     weights = {n: t.clone() for n, t in o.weights.items()}
     model = build_model(world.scenario.model)
-    for batch in seats.round_batches(config, len(world.partitions[3]), 1, 3):
+    for batch in membership.round_batches(config, len(world.partitions[3]), 1, 3):
         assert set(world.partitions[3][batch]) <= set(ids[is_member])
         model.load_state_dict(weights)
         images, labels = world.dataset.tensors(world.partitions[3][batch])
@@ -215,7 +220,7 @@ def test_a_request_is_asked_granted_and_measured() -> None:
 
     # What the server does: trains again without them, from the start since client 0 was in round 1.
     assert (outcome.mechanism, outcome.resumed_after, outcome.rounds_trained) == ("retrain", 0, 6)
-    judge = seats.Judge(config, world)
+    judge = Judge(config, world)
     retrained = run_federation(config, world, excluded={0: outcome.request.positions}).weights
     floor = run_federation(config, world, excluded={0: outcome.details["random_positions"][0]}).weights
     assert outcome.before[0] == judge(result.weights)["accuracy"] == pytest.approx(result.rounds[-1].accuracy)
@@ -255,7 +260,7 @@ def test_resumes_from_the_checkpoint_before_a_late_client() -> None:
     assert (outcome.resumed_after, outcome.rounds_trained) == (start, 9 - start)
     # Plain FedAvg without error feedback carries nothing but the weights, so this is a training from the start.
     whole = run_federation(config, world, excluded={0: outcome.request.positions}).weights
-    assert outcome.losses["after"][0] == seats.Judge(config, world)(whole)["loss"]
+    assert outcome.losses["after"][0] == Judge(config, world)(whole)["loss"]
 
 
 def test_all_samples_of_a_client_may_go() -> None:
@@ -275,7 +280,7 @@ def test_nothing_to_forget_of_a_client_that_never_took_part() -> None:
 
 def test_initial_weights_are_the_checkpoint_of_round_zero() -> None:
     config, world, _, _ = ran(rounds=1)
-    kept = seats._checkpoint(config, world, 1, None)  # type: ignore[arg-type]
+    kept = unlearning._checkpoint(config, world, 1, None)  # type: ignore[arg-type]
     assert list(kept) == [0]
     assert equal(kept[0], initial_weights(world.scenario.model, config.seed))
 

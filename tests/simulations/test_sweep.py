@@ -18,13 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.base import Progress, no_progress
+from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
-from fedattack.reporting import sweep_figures
-from fedattack.reporting.sweep_table import CellOutcome, sweep_table
-from simulations import sweep as module
-from simulations.sweep import Sweep, run_sweep
+from fedattack.reporting.sweep import figures
+from fedattack.reporting.sweep.table import CellOutcome, sweep_table
+from simulations.studies import sweep as module
+from simulations.studies.sweep import Sweep, run_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -252,17 +253,17 @@ def outcomes(axes: Mapping[str, int], **more: Any) -> list[CellOutcome]:
 )
 def test_figures_of_any_number_of_axes(axes: dict[str, int]) -> None:
     table = sweep_table(list(axes), outcomes(axes))
-    for draw in (sweep_figures.heat_map, sweep_figures.utility_leakage):
+    for draw in (figures.heat_map, figures.utility_leakage):
         figure = draw(table, "reconstruction")
         assert figure.axes
     if len(axes) == 4:
-        shown = sweep_figures.heat_map(table, "reconstruction").get_suptitle()
+        shown = figures.heat_map(table, "reconstruction").get_suptitle()
         assert "how far" in shown.lower()
 
 
 def test_seeds_are_averaged_in_the_heat_map() -> None:
     table = sweep_table(["defense", "seed"], outcomes({"defense": 2, "seed": 2}))
-    figure = sweep_figures.heat_map(table, "reconstruction")
+    figure = figures.heat_map(table, "reconstruction")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["-1.5", "+0.5"]
     assert "mean of 2 seeds" in figure.get_suptitle()

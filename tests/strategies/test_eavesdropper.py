@@ -32,20 +32,12 @@ from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import Observation, Scenario
-from simulations.flower_internals import server_identity
-from simulations.grid import InlineGrid
+from simulations.engine.flower_internals import server_identity
+from simulations.engine.local_grid import InlineGrid
 from strategies import Eavesdropper, RoundReport
 from strategies.eavesdropper import seeded_sampling
-from strategies.messages import (
-    HeldArray,
-    LightArrays,
-    LightMetrics,
-    LightRecords,
-    SteppedArray,
-    read_dense,
-    to_record,
-    to_tensors,
-)
+from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
+from strategies.messages import read_dense, to_record, to_tensors
 
 MODEL = ModelConfig(name="mlp", classes=3, channels=1, image_size=4, activation="relu")
 SCENARIO = Scenario(MODEL, TrainingConfig(protocol="fedavg", local_steps=2), CompressionConfig(name="none"))
@@ -224,7 +216,7 @@ def test_the_wrong_model_is_refused_before_anything_is_sent() -> None:
 
 def replies(*numbers: tuple[int, int]) -> list[Message]:
     """Replies of (node, the client it claims to be) with a plain step each."""
-    from simulations.flower_internals import received
+    from simulations.engine.flower_internals import received
 
     messages = []
     for node, claim in numbers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adversaries.base import ReconstructionAttack
+from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.hcgla import HCGLA
 from adversaries.reconstruction.tensor import TensorAttack
 from fedattack.config import Config
@@ -13,8 +13,9 @@ from fedattack.data import build_world
 from fedattack.errors import ConfigError
 from fedattack.models import initial_weights
 from fedattack.observation import Observation
-from simulations.federation import run_federation
-from simulations.pipeline import arming_attack, simulate
+from simulations.engine.federation import run_federation
+from simulations.experiments.choose import arming_attack
+from simulations.pipeline import simulate
 from strategies import MaliciousServer, build_strategy
 
 SETTINGS = {

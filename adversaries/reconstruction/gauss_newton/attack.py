@@ -10,15 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, ReconstructionAttack, no_progress
-from adversaries.reconstruction import defended, engine, label_inference
-from adversaries.reconstruction.floors import floors
-from adversaries.reconstruction.gauss_newton.linearise import Network, prepare
+from adversaries.base import Progress, no_progress
+from adversaries.inversion.evidence import defences, label_strategies, one_gradient
+from adversaries.inversion.evidence.floors import floors
+from adversaries.inversion.evidence.label_strategies import Strategy
+from adversaries.inversion.evidence.labels import Labels
+from adversaries.inversion.evidence.whitening import Whitening, whitening
+from adversaries.inversion.gradients import BatchNormMode
+from adversaries.inversion.gradients.products import Network, prepare
+from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.gauss_newton.solver import Settings, Solution, solve
-from adversaries.reconstruction.gauss_newton.whitening import Whitening, whitening
-from adversaries.reconstruction.gradients import BatchNormMode
-from adversaries.reconstruction.hcgla.labels import Labels
-from adversaries.reconstruction.label_inference import Strategy
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
@@ -50,7 +51,7 @@ class GaussNewton(ReconstructionAttack):
     starts : int
         The prior's mean, then draws from the prior, tried until one comes to a small residual.
     labels : str
-        Label strategy; see :mod:`adversaries.reconstruction.label_inference`.
+        Label strategy; see :mod:`adversaries.inversion.evidence.label_strategies`.
     batch_norm : {"train", "eval"}, optional
         Whether the clients' BatchNorm used their batch's statistics, as it does in training, or the running ones;
         None: as declared.
@@ -110,13 +111,13 @@ class GaussNewton(ReconstructionAttack):
         ------
         NotApplicable
         """
-        engine.check_one_gradient(scenario)
-        if defended.clips(scenario):
+        one_gradient.check_one_gradient(scenario)
+        if defences.clips(scenario):
             raise NotApplicable(
                 "defence 'clip-noise' scales the gradient by a factor that is not sent, and this attack needs its "
                 "length; use hcgla or ig, or leave defense.clip-noise.clip_norm empty (no clipping)"
             )
-        label_inference.check_strategy(self.labels, scenario, scenario.training.batch_size)
+        label_strategies.check_strategy(self.labels, scenario, scenario.training.batch_size)
         prepare(scenario.model, None, self._batch_norm(scenario))
 
     def _batch_norm(self, scenario: Scenario) -> BatchNormMode:
@@ -134,7 +135,7 @@ class GaussNewton(ReconstructionAttack):
             return []
         first = observations[0]
         self.check(first.scenario)
-        expected = label_inference.expect(first)
+        expected = label_strategies.expect(first)
         prior = whitening(first.auxiliary, first.scenario.image_shape, device, torch.float32)
         answers = []
         for position, observation in enumerate(observations):
@@ -142,7 +143,7 @@ class GaussNewton(ReconstructionAttack):
             def told(share: float, text: str, done: int = position) -> None:
                 progress((done + share) / len(observations), f"victim {done + 1}/{len(observations)}: {text}")
 
-            labels = label_inference.infer(self.labels, observation, expected)
+            labels = label_strategies.infer(self.labels, observation, expected)
             solution = self.solve(observation, labels.values, prior, seed, device, told)
             answers.append(self._answer(observation, labels, solution, prior))
         progress(1.0, "done")
@@ -161,7 +162,7 @@ class GaussNewton(ReconstructionAttack):
         network = Network(
             observation.scenario.model,
             observation.weights,
-            engine.as_gradient(observation),
+            one_gradient.as_gradient(observation),
             labels,
             self._batch_norm(observation.scenario),
             device,

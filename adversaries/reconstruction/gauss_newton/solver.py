@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.reconstruction.gauss_newton.linearise import Linearisation, Network
-from adversaries.reconstruction.gauss_newton.whitening import Whitening, relaxed
+from adversaries.inversion.evidence.whitening import Whitening, relaxed
+from adversaries.inversion.gradients.products import Linearisation, Network
+from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
 from fedattack.errors import ConfigError
 
 Draw = Callable[[], Tensor]
@@ -131,45 +132,6 @@ class Solution:
     start: int = 0
     hops: int = 0
     hops_kept: int = 0
-
-
-def conjugate_gradients(
-    system: Callable[[Tensor], Tensor], right: Tensor, most: int, tolerance: float
-) -> tuple[Tensor, bool]:
-    """Solve system(x) = right, symmetric and positive definite.
-
-    Parameters
-    ----------
-    system : callable
-        x -> A x, both shaped as `right`.
-    right : Tensor
-    most : int
-        Iterations at most.
-    tolerance : float
-        Relative to the norm of `right`.
-
-    Returns
-    -------
-    x : Tensor
-    capped : bool
-        Whether it ended before the tolerance was met.
-    """
-    x, residual, direction = torch.zeros_like(right), right.clone(), right.clone()
-    size = residual.square().sum()
-    enough = float(size) * tolerance**2
-    if not enough > 0:
-        return x, False
-    for _ in range(most):
-        image = system(direction)
-        length = size / (direction * image).sum()
-        x.add_(direction * length)
-        residual.sub_(image * length)
-        new = residual.square().sum()
-        if float(new) <= enough:
-            return x, False
-        direction.mul_(new / size).add_(residual)
-        size = new
-    return x, True
 
 
 class _Descent:

@@ -13,17 +13,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.base import Progress, no_progress
 from adversaries.checks import at_least, positive
-from adversaries.reconstruction import defended, engine, parametrise
-from adversaries.reconstruction.gradients import Layers
-from adversaries.reconstruction.hcgla import carried, gauss_newton, labels, matching, starts
-from adversaries.reconstruction.hcgla.carried import LocalSteps, Remembered
-from adversaries.reconstruction.hcgla.denoiser import load_denoiser
-from adversaries.reconstruction.hcgla.gauss_newton import GaussNewtonSettings
-from adversaries.reconstruction.hcgla.generator import load_generator, obtain_generator
-from adversaries.reconstruction.hcgla.labels import Labels
-from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior
+from adversaries.inversion.evidence import defences, labels, one_gradient
+from adversaries.inversion.evidence.labels import Labels
+from adversaries.inversion.evidence.priors import GaussianPrior, gaussian_prior
+from adversaries.inversion.gradients import Layers
+from adversaries.inversion.learning.denoiser import load_denoiser
+from adversaries.inversion.learning.generator import load_generator, obtain_generator
+from adversaries.inversion.matching import match, pixels
+from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.hcgla import annealed_gauss_newton, matching, memory, starts
+from adversaries.reconstruction.hcgla.annealed_gauss_newton import GaussNewtonSettings
+from adversaries.reconstruction.hcgla.memory import LocalSteps, Remembered
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.observation import Observation, Reconstruction, Scenario
 
@@ -92,7 +94,7 @@ class HCGLA(ReconstructionAttack):
     learning_rate: float | None = None
     optimizer: matching.Optimizer | None = None
     layers: Layers | None = None
-    parametrisation: parametrise.Parametrisation | None = None
+    parametrisation: pixels.Parametrisation | None = None
     objective: str | None = None
     restarts: int = 1
     schedule: tuple[float, ...] | None = None
@@ -132,13 +134,13 @@ class HCGLA(ReconstructionAttack):
         ------
         NotApplicable, ConfigError, DataError
         """
-        plain = carried.plain_scenario(scenario)
+        plain = memory.plain_scenario(scenario)
         several = scenario.training.local_steps > 1
-        engine.check_one_gradient(
+        one_gradient.check_one_gradient(
             scenario if self._only_matches else dataclasses.replace(scenario, training=plain.training)
         )
         if self.method == "gauss-newton" or (several and not self._only_matches):
-            gauss_newton.applies(plain)
+            annealed_gauss_newton.applies(plain)
             GaussNewtonSettings(schedule=self.schedule, modes=self.modes)
         starts.check_start(self._start, scenario, self.start_image, self.generator)
         self._matching(scenario, max(1, scenario.training.batch_size))
@@ -177,7 +179,7 @@ class HCGLA(ReconstructionAttack):
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether clients keep what they do not send: then later updates hold residuals of earlier ones."""
-        return carried.remembers(scenario.compression)
+        return memory.remembers(scenario.compression)
 
     @property
     def _only_matches(self) -> bool:
@@ -189,9 +191,9 @@ class HCGLA(ReconstructionAttack):
             return "generator"
         return "random" if self.start == "auto" and self.preset == "published" else self.start
 
-    def _matching(self, scenario: Scenario, batch: int, smooth: bool = False) -> engine.Matching:
+    def _matching(self, scenario: Scenario, batch: int, smooth: bool = False) -> match.Matching:
         objective = self.objective
-        if objective is None and defended.clips(scenario):
+        if objective is None and defences.clips(scenario):
             objective = "cosine"  # clipping hides the gradient's length
         return matching.settings_for(
             self.preset,
@@ -232,12 +234,12 @@ class _Run:
                     f"client {observation.client} declares {observation.num_examples} examples; 1 to "
                     f"{agreed or 'all of its own'} were agreed"
                 )
-        observations = [defended.known_entries(observation) for observation in observations]
+        observations = [defences.known_entries(observation) for observation in observations]
         self._received = {observation.key: observation for observation in observations}
         # Memories change when the round is over.
         carries = [memories[o.client].carry(o.scenario.compression) for o in observations]
         self._observations = [
-            carried.as_gradient(o, carry) for o, carry in zip(observations, carries, strict=True)
+            memory.as_gradient(o, carry) for o, carry in zip(observations, carries, strict=True)
         ]
         self._seed = seed
         first = self._observations[0]
@@ -248,7 +250,7 @@ class _Run:
             first.scenario.model, first.weights, images, batch_norm=first.scenario.training.batch_norm
         )
         self._labels = [
-            labels.infer_labels(o, o.update, expected, defended.noise(received))
+            labels.infer_labels(o, o.update, expected, defences.noise(received))
             for received, o in zip(observations, self._observations, strict=True)
         ]
         self._steps = [
@@ -278,7 +280,7 @@ class _Run:
 
     def answers(self) -> list[Reconstruction]:
         """Reconstructions in the order of the observations."""
-        solved: dict[int, gauss_newton.GaussNewtonResult] = {}
+        solved: dict[int, annealed_gauss_newton.GaussNewtonResult] = {}
         to_match: list[int] = []
         total = len(self._observations)
         candidates = self._for_gauss_newton(to_match)
@@ -289,7 +291,7 @@ class _Run:
                     (done + share) / total, f"Gauss-Newton, victim {done + 1}/{len(candidates)}: {text}"
                 )
 
-            solved[position] = gauss_newton.solve(
+            solved[position] = annealed_gauss_newton.solve(
                 self._as_received(position),
                 self._labels[position].values,
                 self._prior(),
@@ -298,7 +300,7 @@ class _Run:
                 told,
                 self._steps[position],
             )
-            noisy = bool(defended.noise(self._received[self._observations[position].key]))
+            noisy = bool(defences.noise(self._received[self._observations[position].key]))
             # Matching knows nothing of noise: Gauss-Newton's answer at its loosest is the better one then.
             matchable = self._attack.method == "auto" and not (self._steps[position].several or noisy)
             if matchable and not solved[position].explained:
@@ -325,7 +327,7 @@ class _Run:
         for position, observation in enumerate(self._observations):
             received = self._as_received(position)
             try:
-                gauss_newton.applies(
+                annealed_gauss_newton.applies(
                     received.scenario,
                     received.update,
                     num_examples=observation.num_examples,
@@ -345,13 +347,13 @@ class _Run:
         received = self._received[self._observations[position].key]
         return dataclasses.replace(
             received,
-            update=carried.mean_gradient(received).to("cpu"),
-            scenario=carried.plain_scenario(received.scenario),
+            update=memory.mean_gradient(received).to("cpu"),
+            scenario=memory.plain_scenario(received.scenario),
         )
 
     def _match(
         self, positions: Sequence[int], before: float
-    ) -> dict[int, tuple[engine.Match, engine.Matching]]:
+    ) -> dict[int, tuple[match.Match, match.Matching]]:
         """Match the victims at `positions`, those of one shape and preset together."""
         transform = load_denoiser(self._attack.denoiser) if self._attack.denoiser else None
         informed = self._starts.name in ("ridge", "generator")
@@ -361,7 +363,7 @@ class _Run:
             unknowns = batch * math.prod(self._observations[position].scenario.image_shape)
             smooth = not informed and self._observations[position].update.kept < unknowns
             groups[batch, smooth].append(position)
-        found: dict[int, tuple[engine.Match, engine.Matching]] = {}
+        found: dict[int, tuple[match.Match, match.Matching]] = {}
         for (batch, smooth), members in groups.items():
             observations = [self._observations[position] for position in members]
             values = [self._labels[position].values for position in members]
@@ -405,7 +407,7 @@ class _Run:
             **fields,
         )
 
-    def _solved(self, position: int, result: gauss_newton.GaussNewtonResult) -> Reconstruction:
+    def _solved(self, position: int, result: annealed_gauss_newton.GaussNewtonResult) -> Reconstruction:
         details = self._details[position] | {"explained": result.explained, **result.details}
         if self._steps[position].several:
             details["batches"] = self._steps[position].order(result.images)
@@ -422,9 +424,9 @@ class _Run:
     def _matched(
         self,
         position: int,
-        found: engine.Match,
-        settings: engine.Matching,
-        rejected: gauss_newton.GaussNewtonResult | None,
+        found: match.Match,
+        settings: match.Matching,
+        rejected: annealed_gauss_newton.GaussNewtonResult | None,
     ) -> Reconstruction:
         details = self._details[position] | {
             "start": self._starts.name,

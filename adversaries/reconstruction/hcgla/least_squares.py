@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction import closed_form
-from adversaries.reconstruction.closed_form import Chain, ForwardPass
+from adversaries.inversion.gradients import closed_form
+from adversaries.inversion.gradients.closed_form import Chain, ForwardPass
 from adversaries.reconstruction.hcgla.measurements import Measurements
 
 FOLLOWED_MASS = 1 - 1e-5
@@ -54,7 +54,7 @@ class State:
     z : Tensor
         float64 (B, modes).
     forward, delta : ForwardPass, list of Tensor
-        Of all images, see :mod:`adversaries.reconstruction.closed_form`.
+        Of all images, see :mod:`adversaries.inversion.gradients.closed_form`.
     held : Tensor
         (B, F): features before the sigmoid as the head is taken to have seen them: known ones from the update,
         others from the images, capped.

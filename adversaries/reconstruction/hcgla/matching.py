@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.reconstruction.engine import Match, Transform, match
-from adversaries.reconstruction.settings import Matching
+from adversaries.inversion.matching.match import Match, Transform, match
+from adversaries.inversion.matching.settings import Matching
 from fedattack.config import ModelConfig
 from fedattack.observation import Observation
 
@@ -97,7 +97,7 @@ def settings_for(
     optimizer : str, optional
         One of :data:`Optimizer`; brings its own learning rate unless that is given.
     **others
-        Further fields of :class:`adversaries.reconstruction.settings.Matching`; None is passed over.
+        Further fields of :class:`adversaries.inversion.matching.settings.Matching`; None is passed over.
     """
     chosen = published(model, batch) if preset == "published" else improved(smooth)
     changes: dict[str, Any] = {name: value for name, value in others.items() if value is not None}

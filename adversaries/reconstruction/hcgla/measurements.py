@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction import defended
-from adversaries.reconstruction.closed_form import Chain
+from adversaries.inversion.evidence import defences
+from adversaries.inversion.gradients.closed_form import Chain
 from fedattack.observation import Observation, Update
 
 BOUNDING = ("topk", "topk-qsgd", "dgc")
@@ -158,7 +158,7 @@ def read_update(
         step = float(sent[name].abs().max()) / compression.levels
         return math.hypot(step / math.sqrt(6), reading.noise) / reading.scale
 
-    doubtful = defended.doubtful_below(reading.noise, received.numel) if bounding else 0.0
+    doubtful = defences.doubtful_below(reading.noise, received.numel) if bounding else 0.0
 
     def scales(values: Tensor, bounds: Tensor) -> Tensor:
         # Where unsent entries are bounded by tau, sent ones are of its order: tau is the natural unit of an error.

@@ -16,10 +16,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from adversaries.reconstruction import closed_form
-from adversaries.reconstruction.hcgla.labels import NON_NEGATIVE, head_entries
-from adversaries.reconstruction.hcgla.learned import observed_rows
-from adversaries.reconstruction.regression import FeatureRegression
+from adversaries.inversion.evidence.head import head_entries
+from adversaries.inversion.evidence.head_rows import observed_rows
+from adversaries.inversion.evidence.labels import NON_NEGATIVE
+from adversaries.inversion.gradients import closed_form
+from adversaries.inversion.learning.ridge import FeatureRegression
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import torch_rng

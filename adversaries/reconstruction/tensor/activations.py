@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adversaries.reconstruction import closed_form
-from adversaries.reconstruction.closed_form import Activation
+from adversaries.inversion.gradients import closed_form
+from adversaries.inversion.gradients.closed_form import Activation
 from fedattack.errors import NotApplicable
 
 ACTIVATIONS: dict[str, Activation] = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
-from fedattack.models.two_layer import TwoLayer
+from fedattack.models.armable.two_layer import TwoLayer
 from fedattack.observation import Auxiliary, Scenario
 from fedattack.rng import torch_rng
 

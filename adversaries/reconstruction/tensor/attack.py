@@ -13,10 +13,11 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
-from adversaries.base import Progress, ReconstructionAttack, no_progress
+from adversaries.base import Progress, no_progress
 from adversaries.checks import at_least, positive
-from adversaries.reconstruction import engine
-from adversaries.reconstruction.tensor import certificate, kept, recover, steps
+from adversaries.inversion.evidence import one_gradient
+from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
 from adversaries.reconstruction.tensor.activations import (
     ACTIVATIONS,
     homogeneous,
@@ -25,13 +26,13 @@ from adversaries.reconstruction.tensor.activations import (
 )
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
+from adversaries.reconstruction.tensor.from_gradient import Estimate
 from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, read_labels, residuals_of
-from adversaries.reconstruction.tensor.recover import Estimate
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
 from fedattack.config import TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
-from fedattack.models.two_layer import TwoLayer
+from fedattack.models.armable.two_layer import TwoLayer
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
 
@@ -146,7 +147,7 @@ class TensorAttack(ReconstructionAttack):
                 "'published' averages third moments; use poly3 or method 'exact'"
             )
         one_step = dataclasses.replace(scenario, training=_one_step(training))
-        engine.check_one_gradient(one_step)
+        one_gradient.check_one_gradient(one_step)
         batch = self.batch or training.batch_size
         if not batch:
             return  # all of a client's samples: known when it declares them
@@ -154,9 +155,9 @@ class TensorAttack(ReconstructionAttack):
         if self.view == "last_layer" or _sparse(scenario):
             _check_entries(self.view, scenario, module, batch)
         elif self.method == "exact":
-            needed = recover.needed_width(model.activation, batch)
+            needed = from_gradient.needed_width(model.activation, batch)
             if training.local_steps > 1:
-                needed = recover.feature_count(batch, order)
+                needed = from_gradient.feature_count(batch, order)
             if batch > d:
                 raise NotApplicable(
                     f"training.batch_size = {batch} > input dimension {d}: the samples' span is the whole space"
@@ -350,12 +351,12 @@ class _Victim:
         wide, last = self._dense()
         y = self._scaled(wide)
         self._progress(0.0, "span")
-        span, size, notes = recover.find_span(
+        span, size, notes = from_gradient.find_span(
             self._head, y, self._attack.batch, self._observation.num_examples, self._generator
         )
         self._notes += notes
         self._progress(0.1, "tensor")
-        estimate = recover.from_wide(
+        estimate = from_gradient.from_wide(
             self._head, y, span, size, self._attack.decomposer, self._generator, self._seed
         )
         self._take(estimate)
@@ -398,7 +399,7 @@ class _Victim:
             raise NotApplicable("the wide layer did not move: nothing of the batch is in the update")
         # The spectrum of several gradients has no clear end; the declared batch is believed.
         declared = self._observation.num_examples
-        span, size, notes = recover.find_span(
+        span, size, notes = from_gradient.find_span(
             self._head, wide, self._attack.batch or declared, declared, self._generator
         )
         self._notes += notes
@@ -406,13 +407,13 @@ class _Victim:
             f"{self._observation.scenario.training.local_steps} local steps: span from the wide layer's change, "
             "tensor from the head's"
         )
-        estimate = recover.from_head(
+        estimate = from_gradient.from_head(
             self._head, last * self._samples, span, size, self._attack.decomposer, self._generator, self._seed
         )
         self._take(estimate)
         found = self._labelled(estimate.inputs, wide, last)
         training = self._observation.scenario.training
-        if self._observation.client == EVERYONE or not steps.replayable(training, self._samples):
+        if self._observation.client == EVERYONE or not from_steps.replayable(training, self._samples):
             self._notes.append(
                 "the client's order of batches (or its weight decay, or several clients' own steps) is not in the "
                 "update: the steps cannot be played again, and the residual is that of one gradient"
@@ -436,7 +437,7 @@ class _Victim:
         found = self._replayed(found, found.inputs, labels, change)
         if self._attack.refine == "off":
             return found
-        inputs = steps.fit(
+        inputs = from_steps.fit(
             self._head,
             change["wide.weight"],
             change["head.weight"],
@@ -450,7 +451,7 @@ class _Victim:
 
     def _replayed(self, found: _Answer, inputs: Tensor, labels: Tensor, change: dict[str, Tensor]) -> _Answer:
         """The answer with the residual of the client's whole training played again."""
-        wide, last = steps.play(
+        wide, last = from_steps.play(
             self._head, self._head.wide, inputs, labels, self._observation.scenario.training
         )
         parts = {
@@ -481,9 +482,9 @@ class _Victim:
                 "smaller batch helps"
             )
         equations = min(equations, entries.independent(self._samples))
-        if not float(kept.targets(entries).norm()) > 0:
+        if not float(from_entries.targets(entries).norm()) > 0:
             raise NotApplicable("the entries that were sent are zero: nothing of the batch is in them")
-        solution = kept.solve(
+        solution = from_entries.solve(
             self._head,
             entries,
             self._samples,
@@ -505,7 +506,7 @@ class _Victim:
         return answer
 
     def _entry_doubts(
-        self, answer: _Answer, entries: kept.Entries, labels: Tensor, equations: int
+        self, answer: _Answer, entries: from_entries.Entries, labels: Tensor, equations: int
     ) -> list[str]:
         unknowns = answer.inputs.numel()
         unseen = self._figures["unseen"]
@@ -514,7 +515,7 @@ class _Victim:
             doubts.append(
                 f"{equations} independent equations for {unknowns} unknowns: too few to single out one batch"
             )
-        if unseen > kept.UNSEEN:
+        if unseen > from_entries.UNSEEN:
             doubts.append(
                 f"the entries that were sent leave {unseen:.1%} of a random change of the inputs unseen: they fit "
                 "many batches"
@@ -543,7 +544,7 @@ class _Victim:
         wide, last = self._dense()
         y = None if self._attack.view == "last_layer" else self._scaled(wide)
         g = (self._head.row @ last) * self._samples
-        estimate = recover.published(self._head, g, y, self._samples, self._generator)
+        estimate = from_gradient.published(self._head, g, y, self._samples, self._generator)
         self._take(estimate)
         answer = self._labelled(estimate.inputs, wide, last)
         if y is None:
@@ -552,7 +553,7 @@ class _Victim:
 
     # ------------------------------------------------------------------ pieces
 
-    def _entries(self) -> kept.Entries:
+    def _entries(self) -> from_entries.Entries:
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name, shape, positions, values in self._update.layers():
             if name in ("wide.weight", "head.weight"):
@@ -564,7 +565,7 @@ class _Victim:
                 )
         if self._attack.view == "last_layer":
             found["wide.weight"] = tuple(part[:0] for part in found["wide.weight"])  # type: ignore[assignment]
-        return kept.Entries(*found["head.weight"], *found["wide.weight"])
+        return from_entries.Entries(*found["head.weight"], *found["wide.weight"])
 
     def _take(self, estimate: Estimate) -> None:
         self._notes += estimate.notes
@@ -712,7 +713,7 @@ def _gradient_of(observation: Observation) -> Update:
     scenario = observation.scenario
     training, update = scenario.training, observation.update
     if training.local_steps == 1 or update.kind == "gradient":
-        return engine.as_gradient(observation)
+        return one_gradient.as_gradient(observation)
     single = dataclasses.replace(
         observation,
         scenario=dataclasses.replace(scenario, training=_one_step(training)),
@@ -720,4 +721,4 @@ def _gradient_of(observation: Observation) -> Update:
             update.names, update.shapes, update.indices, update.values / _mass(training), update.kind
         ),
     )
-    return engine.as_gradient(single)
+    return one_gradient.as_gradient(single)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from adversaries.reconstruction.tensor.activations import homogeneous
+from adversaries.reconstruction.tensor.from_entries import Entries
 from adversaries.reconstruction.tensor.head import Head
-from adversaries.reconstruction.tensor.kept import Entries
 
 UNCERTAIN = 1e-3
 """Largest predicted error of a certified input, root mean square over its entries: 60 dB where these are pixels."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.closed_form import Activation
+from adversaries.inversion.gradients.closed_form import Activation
 from adversaries.reconstruction.tensor.activations import ACTIVATIONS
 from fedattack.errors import NotApplicable
 

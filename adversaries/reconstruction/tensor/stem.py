@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev
 
-from adversaries.reconstruction.priors import GaussianPrior, gaussian_prior
+from adversaries.inversion.evidence.priors import GaussianPrior, gaussian_prior
 from fedattack.observation import Auxiliary
 
 _LEVELS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)

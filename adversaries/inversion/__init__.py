@@ -1,0 +1,1 @@
+"""The library of gradient inversion: knows observations, and no attack."""

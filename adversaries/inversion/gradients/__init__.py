@@ -1,0 +1,115 @@
+"""The ways to compute what a client with given images would have sent.
+
+A back-end holds what V victims sent (:class:`Sent`) and predicts the same entries from candidate images,
+differentiably (:class:`GradientModel`):
+
+* :class:`ExplicitGradients`: feed-forward networks of common layers, the second derivative written out;
+* :class:`ChainGradients`: chains of convolutions of which few entries were sent; never forms the head's gradient;
+* :class:`AutogradGradients`: any model, differentiated twice;
+* :class:`UnrolledGradients`: any model, several local steps.
+* :class:`CompiledSlope`: the explicit passes, compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adversaries.inversion.gradients import closed_form
+from adversaries.inversion.gradients.autograd import AutogradGradients, UnrolledGradients
+from adversaries.inversion.gradients.chain import ChainGradients
+from adversaries.inversion.gradients.compiled import Compile, CompiledSlope
+from adversaries.inversion.gradients.explicit import ExplicitGradients
+from adversaries.inversion.gradients.schedule import Schedule, schedule_for
+from adversaries.inversion.gradients.sent import (
+    BatchNormMode,
+    DirectGradients,
+    GradientModel,
+    Layers,
+    Prediction,
+    Segment,
+    Sent,
+    Statistics,
+)
+from fedattack.errors import NotApplicable
+from fedattack.observation import Observation
+
+LOG = logging.getLogger("fedattack.attacks")
+
+_SPARSE_SHARE = 0.5
+"""Below this sent share a chain's head is gathered rather than formed."""
+
+
+def gradient_model(
+    observations: Sequence[Observation],
+    labels: Tensor | None,
+    *,
+    layers: Layers = "all",
+    batch_norm: BatchNormMode = "train",
+    unroll: Schedule | None = None,
+    device: torch.device,
+) -> GradientModel:
+    """The back-end for these victims.
+
+    Parameters
+    ----------
+    observations : sequence of Observation
+        One per victim, with equal weights and scenario. Their updates are gradients (``engine.as_gradient``), or
+        weight deltas as they came under `unroll`.
+    labels : Tensor or None
+        int64 (V, B); None where every call of `predict` brings soft targets.
+    layers : {"all", "last"}
+        Which tensors take part; "last" is the last linear layer's weight.
+    batch_norm : {"train", "eval"}
+        Whether the clients' BatchNorm used their batch's statistics or the running ones.
+    unroll : Schedule, optional
+        Simulate these local steps (:func:`schedule_for`).
+    device : torch.device
+
+    Raises
+    ------
+    NotApplicable
+        If `layers` is "last" and the model has no linear layer.
+    """
+    first = observations[0]
+    model, weights = first.scenario.model, first.weights
+    updates = [observation.update for observation in observations]
+    if unroll is not None:
+        training = first.scenario.training
+        return UnrolledGradients(
+            model, weights, updates, labels, layers, device, batch_norm, training, unroll
+        )
+    if layers == "last" or max(update.kept for update in updates) < updates[0].numel * _SPARSE_SHARE:
+        with contextlib.suppress(NotApplicable):
+            chain = closed_form.describe(model)
+            return ChainGradients(chain, weights, updates, labels, layers, device)
+    try:
+        return ExplicitGradients(model, weights, updates, labels, layers, device, batch_norm)
+    except NotApplicable as reason:
+        LOG.info("gradients of model %r by automatic differentiation, twice: %s", model.name, reason)
+    return AutogradGradients(model, weights, updates, labels, layers, device, batch_norm)
+
+
+__all__ = [
+    "AutogradGradients",
+    "BatchNormMode",
+    "ChainGradients",
+    "Compile",
+    "CompiledSlope",
+    "DirectGradients",
+    "ExplicitGradients",
+    "GradientModel",
+    "Layers",
+    "Prediction",
+    "Schedule",
+    "Segment",
+    "Sent",
+    "Statistics",
+    "UnrolledGradients",
+    "gradient_model",
+    "schedule_for",
+]

@@ -1,0 +1,1 @@
+"""Generators and denoisers trained on public images."""

@@ -1,0 +1,1 @@
+"""Matching of gradients: objectives, regularisers, pixels, problem, descent."""

@@ -1,0 +1,158 @@
+"""Running a minimiser as the settings say: in stretches, with noise and clamping, kept in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from adversaries.base import Progress, no_progress
+from adversaries.inversion.matching.checkpoint import Checkpoint
+from adversaries.inversion.matching.problem import Problem
+from adversaries.inversion.matching.settings import Matching
+from adversaries.inversion.solvers.first_order import Adam, Sgd
+from adversaries.inversion.solvers.lbfgs import Lbfgs
+from adversaries.inversion.solvers.minimiser import Evaluate, Minimiser, Outcome, Rules
+
+Transform = Callable[[Tensor], Tensor]
+"""Images (N, C, H, W) -> images."""
+
+Noise = Callable[[int], Tensor]
+"""Iteration -> (rows, N), standard normal."""
+
+
+def minimiser(problem: Problem, start: Tensor, settings: Matching, noise: Noise | None = None) -> Minimiser:
+    """The minimiser that the settings ask for, at its start (rows, N)."""
+    problem.rest([False] * len(start))
+    kind = settings.optimiser.removeprefix("signed-")
+    evaluate = _signed(problem.evaluate) if settings.optimiser != kind else problem.evaluate
+    rules = Rules(
+        learning_rate=settings.learning_rate,
+        stop=settings.stop or -math.inf,
+        patience=settings.patience,
+        decay=settings.iterations if settings.decay else 0,
+        project=problem.projection(settings.clamp),
+        noise=noise,
+        rest=problem.rest,
+    )
+    if kind == "lbfgs":
+        return Lbfgs(evaluate, start, rules, settings.line_search, settings.memory, settings.block)
+    return Adam(evaluate, start, rules) if kind == "adam" else Sgd(evaluate, start, rules, settings.momentum)
+
+
+def _signed(evaluate: Evaluate) -> Evaluate:
+    def signs(variables: Tensor) -> tuple[Tensor, Tensor]:
+        losses, slopes = evaluate(variables)
+        return losses, slopes.sign()
+
+    return signs
+
+
+def descend(
+    problem: Problem,
+    start: Tensor,
+    settings: Matching,
+    progress: Progress = no_progress,
+    *,
+    transform: Transform | None = None,
+    noise: Noise | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Outcome:
+    """Run the optimiser in one go, or in stretches with `transform` between them; the last stretch matches.
+
+    Parameters
+    ----------
+    problem : Problem
+    start : Tensor
+        Variables (rows, N).
+    settings : Matching
+    progress : Progress
+    transform, noise, checkpoint
+        See :func:`adversaries.inversion.matching.match.match`; the decay of the learning rate begins anew in each
+        stretch.
+
+    Returns
+    -------
+    Outcome
+        Its history covers all stretches.
+    """
+    ends = _ends(settings, transform is not None)
+    kept = checkpoint.load(start.device) if checkpoint is not None else None
+    past = _Past(start) if kept is None else _Past(start, kept)
+    outcome: Outcome | None = None
+    for stretch in range(past.stretch, len(ends)):
+        begin = ends[stretch - 1] if stretch else 0
+        if outcome is not None and transform is not None:
+            found = problem.images(outcome.variables)
+            cleaned = transform(found.flatten(0, 1)).reshape(found.shape).detach()
+            start = problem.variables(cleaned, problem.logits(outcome.variables))
+            past.add(outcome, stretch)
+        part = dataclasses.replace(settings, iterations=ends[stretch] - begin)
+        runner = minimiser(problem, start, part, _later(noise, begin))
+        if kept is not None:
+            runner.restore(kept)
+            kept = None
+
+        def notify(iteration: int, losses: Tensor, begin: int = begin, runner: Minimiser = runner) -> None:
+            if iteration % 10 == 0:
+                share = (begin + iteration) / settings.iterations
+                progress(share, f"matching {begin + iteration}/{settings.iterations}")
+            if checkpoint is not None and checkpoint.due():
+                checkpoint.save(runner.state() | past.state())
+
+        outcome = runner.run(part.iterations, notify)
+        if checkpoint is not None and stretch == len(ends) - 1:
+            checkpoint.save(runner.state() | past.state())
+    assert outcome is not None
+    return past.complete(outcome)
+
+
+def _ends(settings: Matching, transformed: bool) -> list[int]:
+    """After how many iterations each stretch ends."""
+    every = settings.transform_every if transformed else 0
+    if not every:
+        return [settings.iterations]
+    return [*range(every, settings.iterations, every), settings.iterations]
+
+
+def _later(noise: Noise | None, by: int) -> Noise | None:
+    return None if noise is None else lambda iteration: noise(by + iteration)
+
+
+class _Past:
+    """What the stretches before the present one left: their histories and recoveries."""
+
+    def __init__(self, start: Tensor, kept: dict[str, Tensor] | None = None) -> None:
+        self.stretch = 0
+        self._history = start.new_zeros(0, len(start))
+        self._recoveries = torch.zeros(len(start), dtype=torch.int64, device=start.device)
+        if kept is not None:
+            self.stretch = int(kept["past.stretch"])
+            self._history, self._recoveries = kept["past.history"], kept["past.recoveries"]
+
+    def add(self, outcome: Outcome, stretch: int) -> None:
+        """Count the stretch before number `stretch` as past."""
+        self._history = self._joined(outcome)
+        self._recoveries = self._recoveries + outcome.recoveries
+        self.stretch = stretch
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {
+            "past.stretch": torch.tensor(self.stretch),
+            "past.history": self._history,
+            "past.recoveries": self._recoveries,
+        }
+
+    def complete(self, outcome: Outcome) -> Outcome:
+        """The last stretch's outcome with the history and recoveries of all."""
+        history, recoveries = self._joined(outcome), self._recoveries + outcome.recoveries
+        return dataclasses.replace(outcome, history=list(history), recoveries=recoveries)
+
+    def _joined(self, outcome: Outcome) -> Tensor:
+        latest = torch.stack(outcome.history)
+        # A stretch begins where the one before ended, at images that were cleaned: its first loss belongs to no step.
+        return torch.cat([self._history, latest[1:] if len(self._history) else latest])

@@ -1,0 +1,278 @@
+"""What the optimiser minimises: objective plus regularisers as a function of its variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adversaries.inversion.gradients import (
+    CompiledSlope,
+    DirectGradients,
+    GradientModel,
+    Prediction,
+    Statistics,
+)
+from adversaries.inversion.gradients.compiled import LONG
+from adversaries.inversion.matching.objectives import OBJECTIVES, Layout, scale
+from adversaries.inversion.matching.pixels import Bounded, Chart, ImageChart, Pixels, Priced, Standardised
+from adversaries.inversion.matching.regularisers import PIXEL_TERMS, batch_norm, group
+from adversaries.inversion.matching.settings import Matching
+from fedattack.errors import ConfigError
+
+Penalty = Callable[[Tensor, "Tensor | None", slice], Tensor]
+"""A term of an attack's own: (images (V', B, C, H, W), shares (V', B, classes) or None, which rows) -> (V',).
+
+Rows are restart-major: row r V + v is victim v from start r. Shares are the soft labels under labels "joint".
+"""
+
+
+class Problem:
+    """Objective and gradient of all rows as a function of the optimiser's variables (rows, N).
+
+    A row is one victim from one start; the rows of one start lie together. Its variables are those of the chart, and
+    under joint labels after them the label logits.
+
+    Parameters
+    ----------
+    gradients : GradientModel
+        Of all rows.
+    chart : Chart
+    settings : Matching
+    restarts : int
+        Starts of each victim.
+    label_shape : tuple of int, optional
+        (B, classes) of the label logits, where labels are optimised too.
+    targets : tuple of (Tensor, Tensor)
+        Of :func:`~adversaries.inversion.matching.regularisers.batch_norm_targets`, for all rows.
+    penalty : Penalty, optional
+        Added to the objective.
+    """
+
+    def __init__(
+        self,
+        gradients: GradientModel,
+        chart: Chart,
+        settings: Matching,
+        *,
+        restarts: int = 1,
+        label_shape: tuple[int, int] | None = None,
+        targets: Statistics = (),
+        penalty: Penalty | None = None,
+    ) -> None:
+        self._gradients, self._chart = gradients, chart
+        objective = OBJECTIVES[settings.objective]
+        self._whole = objective.whole
+        layout = Layout(gradients.sent, settings.layer_weights, settings.l1_share)
+        self._distance = objective.build(layout)
+        self._slope = None if objective.slope is None else objective.slope(layout)
+        weights = {name: weight for name, weight in settings.regularisers.items() if weight}
+        self._pixel_terms = [(PIXEL_TERMS[name], w) for name, w in weights.items() if name in PIXEL_TERMS]
+        self._group = weights.get("group", 0.0)
+        self._statistics = weights.get("batch-norm", 0.0)
+        self._targets = targets
+        if self._group and restarts < 2:
+            raise ConfigError("regulariser 'group' compares the restarts of a victim; use 2 or more restarts")
+        if self._statistics and not targets:
+            raise ConfigError("regulariser 'batch-norm' needs the statistics to aim at")
+        absolute = settings.units == "absolute"
+        ones = gradients.sent.values.new_ones(len(gradients.sent.values))
+        self._unit = ones if absolute else scale(objective, self._distance, gradients.sent)
+        self._plain_unit = bool((self._unit == 1).all())
+        self._cost = chart.cost if isinstance(chart, Priced) else None
+        self._finished = [False] * len(self._unit)
+        self._restarts, self._label_shape, self._penalty = restarts, label_shape, penalty
+        self._label_count = 0 if label_shape is None else label_shape[0] * label_shape[1]
+        # Where variables are pixels, scaled perhaps, nothing lies before the images.
+        scaled = isinstance(chart, Pixels) and type(chart) in (Pixels, Standardised)
+        self._pixels_only = scaled and label_shape is None
+        self._pixel_scale = chart.scale if isinstance(chart, Pixels) else 1.0
+        # Where the entries' gradient is written out and nothing else depends on them, no graph is needed at all.
+        alone = not self._statistics and self._cost is None and penalty is None and label_shape is None
+        direct = gradients if alone and isinstance(gradients, DirectGradients) else None
+        self._compiled: CompiledSlope | str = _compiled(settings, direct, self._slope is not None)
+        self._direct = self._compiled if isinstance(self._compiled, CompiledSlope) else direct
+
+    @property
+    def compiled(self) -> str:
+        """Whether the network's passes were compiled, or why not."""
+        return self._compiled if isinstance(self._compiled, str) else self._compiled.outcome
+
+    def variables(self, start: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Variables (rows, N) of images (rows, B, C, H, W) or the chart's variables, and label logits.
+
+        Parameters
+        ----------
+        start : Tensor
+            Images, where the chart can be inverted; or its variables (rows, N').
+        logits : Tensor, optional
+            (rows, B, classes).
+        """
+        if start.ndim > 2:
+            if not isinstance(self._chart, ImageChart):
+                raise ConfigError("this parametrisation cannot start from images; give its variables")
+            start = self._chart.variables(start)
+        return start if logits is None else torch.cat([start, logits.flatten(1)], 1)
+
+    def width(self, variables: Tensor) -> int:
+        """How many of the variables (rows, N) are the chart's (N')."""
+        return variables.shape[1] - self._label_count
+
+    def images(self, variables: Tensor) -> Tensor:
+        """Images (rows, B, C, H, W)."""
+        return self._chart.images(variables[:, : self.width(variables)])
+
+    def projection(self, clamp: bool) -> Callable[[Tensor], Tensor] | None:
+        """What puts variables (rows, N) back after each step: the chart's own rule, or the pixels' limits."""
+        if clamp:
+            assert isinstance(self._chart, Pixels)
+            low, high = self._chart.limits
+            project: Callable[[Tensor], Tensor] = partial(torch.clamp, min=low, max=high)
+        elif isinstance(self._chart, Bounded):
+            project = self._chart.project
+        else:
+            return None
+        if not self._label_count:
+            return project
+
+        def images_only(variables: Tensor) -> Tensor:
+            width = self.width(variables)
+            return torch.cat([project(variables[:, :width]), variables[:, width:]], 1)
+
+        return images_only
+
+    def logits(self, variables: Tensor) -> Tensor | None:
+        """Label logits (rows, B, classes); None where labels are given."""
+        if self._label_shape is None:
+            return None
+        return variables[:, -self._label_count :].unflatten(1, self._label_shape)
+
+    def evaluate(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (rows,) and their gradients (rows, N)."""
+        rows = len(variables)
+        centres = self._centres(variables) if self._group else None
+        if self._gradients.joint or rows == 1:
+            return self._part(variables, slice(0, rows), centres)
+        parts = [
+            (variables.new_zeros(1), torch.zeros_like(variables[:1]))
+            if self._finished[row]
+            else self._part(variables[row : row + 1], slice(row, row + 1), centres)
+            for row in range(rows)
+        ]
+        losses, slopes = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(slopes)
+
+    def rest(self, finished: list[bool]) -> None:
+        """Answer zeros for these rows from now on, where rows are evaluated one by one."""
+        self._finished = finished
+
+    def _centres(self, variables: Tensor) -> Tensor:
+        """Each row's victim's mean image over its restarts, (rows, B, C, H, W)."""
+        with torch.no_grad():
+            images = self.images(variables).unflatten(0, (self._restarts, -1))
+            return images.mean(0, keepdim=True).expand_as(images).flatten(0, 1)
+
+    def _part(self, variables: Tensor, rows: slice, centres: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Losses and gradients of some rows.
+
+        The graph is cut at the images: terms whose gradient there, or at the predicted entries, is written out are
+        added without a graph, and where variables are pixels there is nothing before the cut.
+        """
+        variables = variables.detach()
+        if not self._pixels_only:
+            variables.requires_grad_()
+        drawn = self.images(variables)
+        if self._direct is not None and self._slope is not None:
+            images, at_variables = drawn.detach(), None
+            losses, at_images = self._direct.slope(images, rows, self._slope)
+        else:
+            images = drawn.detach().requires_grad_()
+            losses, at_images, at_variables = self._through_graph(variables, images, rows)
+        with torch.no_grad():
+            if self._pixel_terms or centres is not None:
+                value, pull = self._on_pixels(images, rows, centres)
+                losses, at_images = losses + value, at_images + pull
+        if self._pixels_only:
+            flat = at_images.flatten(1)
+            return losses, flat if self._pixel_scale == 1 else flat * self._pixel_scale
+        (slope,) = torch.autograd.grad(drawn, variables, at_images)
+        return losses, slope if at_variables is None else slope + at_variables
+
+    def _through_graph(
+        self, variables: Tensor, images: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Losses (rows,), their gradient at the images, and that at the variables that does not go through them."""
+        logits = self.logits(variables)
+        shares = None if logits is None else logits.softmax(2)
+        prediction = self._gradients.predict(
+            images, rows, whole=self._whole, shares=shares, statistics=self._statistics > 0
+        )
+        losses, roots, pulls = self._roots(variables, images, shares, prediction, rows)
+        if self._pixels_only:
+            (at_images,) = torch.autograd.grad(roots, images, pulls)
+            return losses, at_images, None
+        at_images, at_variables = torch.autograd.grad(roots, (images, variables), pulls, allow_unused=True)
+        return losses, at_images, at_variables
+
+    def _roots(
+        self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice
+    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """Losses (rows,) of all terms but those of the pixels, and the tensors and cotangents to differentiate."""
+        rest = self._differentiated(variables, images, shares, prediction, rows)
+        roots: list[Tensor] = []
+        pulls: list[Tensor | None] = []
+        if rest is not None and rest.requires_grad:
+            roots, pulls = [rest.sum()], [None]
+        if self._slope is None:
+            assert rest is not None
+            return rest.detach(), roots, pulls
+        with torch.no_grad():
+            losses, pull = self._slope(prediction.entries, rows)
+        if rest is not None:
+            losses = losses + rest.detach()
+        return losses, [prediction.entries, *roots], [pull, *pulls]
+
+    def _differentiated(
+        self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice
+    ) -> Tensor | None:
+        """The terms that are left to automatic differentiation, (rows,), or None where there are none."""
+        unit = self._unit[rows]
+        losses = self._distance(prediction, rows) if self._slope is None else None
+        if self._statistics:
+            aims = tuple((mean[rows], variance[rows]) for mean, variance in self._targets)
+            losses = _sum(losses, self._statistics * unit * batch_norm(prediction.statistics, aims))
+        if self._cost is not None:
+            losses = _sum(losses, unit * self._cost(variables[:, : self.width(variables)]))
+        if self._penalty is not None:
+            losses = _sum(losses, unit * self._penalty(images, shares, rows))
+        return losses
+
+    def _on_pixels(self, images: Tensor, rows: slice, centres: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The terms of the images alone, (rows,), and their gradient."""
+        terms = [term(images, weight) for term, weight in self._pixel_terms]
+        if centres is not None:
+            terms.append(group(images, centres[rows], self._group))
+        value, slope = terms[0]
+        for more_value, more_slope in terms[1:]:
+            value, slope = value + more_value, slope + more_slope
+        if self._plain_unit:
+            return value, slope
+        unit = self._unit[rows]
+        return value * unit, slope * unit[:, None, None, None, None]
+
+
+def _compiled(settings: Matching, direct: DirectGradients | None, written: bool) -> CompiledSlope | str:
+    """The gradients to be compiled, or why they are not."""
+    if settings.compile == "never" or (settings.compile == "auto" and settings.iterations < LONG):
+        return "no"
+    if direct is None or not written:
+        return "not compiled: settings or network need automatic differentiation"
+    if not direct.joint:
+        return "not compiled: victims of this size are evaluated one by one"
+    return CompiledSlope(direct)
+
+
+def _sum(losses: Tensor | None, more: Tensor) -> Tensor:
+    return more if losses is None else losses + more

@@ -1,0 +1,1 @@
+"""Numerical solvers, which know no domain; torch only."""

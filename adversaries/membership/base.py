@@ -1,0 +1,53 @@
+"""What a membership attack is: it tells which candidates a client trained on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from adversaries.base import Attack, Progress, no_progress
+from fedattack.observation import (
+    Candidates,
+    MembershipScores,
+    Observation,
+)
+
+
+@dataclass
+class MembershipAttack(Attack):
+    """Tells which candidate samples a client trained on.
+
+    Attributes
+    ----------
+    clients_needed : int
+        Clients that must answer in one round, the target included.
+    """
+
+    family = "membership"
+    clients_needed: ClassVar[int] = 1
+
+    @abstractmethod
+    def run(
+        self,
+        observations: Sequence[Observation],
+        target: int,
+        candidates: Candidates,
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> MembershipScores:
+        """Score `candidates` for membership in the data of client `target`.
+
+        Parameters
+        ----------
+        observations : sequence of Observation
+            Everything the seat saw: all clients, all rounds.
+        target : int
+            `Observation.client` of the client asked about.
+        candidates : Candidates
+            One fixed list for the whole run.
+        """

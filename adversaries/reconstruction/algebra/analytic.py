@@ -1,0 +1,150 @@
+"""One image from the first linear layer, by division."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adversaries.base import Progress, no_progress
+from adversaries.inversion.evidence.first_layer import FirstLayer, first_layer
+from adversaries.inversion.evidence.floors import floors, prior_image
+from adversaries.inversion.evidence.label_strategies import infer
+from adversaries.inversion.evidence.one_gradient import accumulates, check_sum
+from adversaries.reconstruction.algebra.spear import APPROXIMATE, CERTIFIED
+from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.errors import NotApplicable
+from fedattack.observation import Observation, Reconstruction, Scenario
+
+
+@dataclass
+class Analytic(ReconstructionAttack):
+    """Analytic: the image of a batch of one, as the quotient of the first linear layer's weight and bias gradients.
+
+    Row j of the weight gradient is ``d_j x`` and the bias gradient's entry is ``d_j``, so every neuron that sent both
+    gives the image; they are weighted by least squares. A clipping factor cancels, and so do any number of local
+    steps on the same image, whose rows are all multiples of it. Pixels of which nothing was sent are the prior's.
+
+    References
+    ----------
+    Phong, Aono, Hayashi, Wang, Moriai, "Privacy-Preserving Deep Learning via Additively Homomorphic Encryption", IEEE
+    TIFS 2018; Geiping, Bauermeister, Droege, Moeller, "Inverting Gradients", NeurIPS 2020, proposition 3.1.
+    """
+
+    needs: ClassVar[str] = "one image per client, and a model that begins with a linear layer with bias (mlp)"
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse batches, other first layers and updates in which the quotient is not the image.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        layer = first_layer(scenario.model)
+        if not layer.biased:
+            raise NotApplicable(
+                f"model.name = {scenario.model.name!r} has no bias in its first layer to divide by; use --model mlp"
+            )
+        check_sum(scenario)
+        training = scenario.training
+        if training.batch_size > 1:
+            raise NotApplicable(
+                f"training.batch_size = {training.batch_size}: the quotient is a mixture of the batch; use "
+                "--batch-size 1, or --attack spear"
+            )
+        if training.protocol == "fedavg" and training.weight_decay and training.local_steps > 1:
+            raise NotApplicable(
+                f"training.weight_decay = {training.weight_decay} over {training.local_steps} local steps moves the "
+                "weights by more than multiples of the image; use weight_decay 0 or local_steps 1"
+            )
+        if scenario.compression.name == "sign":
+            raise NotApplicable(
+                "compression.name = 'sign': the quotient of signs is not a pixel; use 'none', 'topk' or 'qsgd'"
+            )
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> list[Reconstruction]:
+        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
+        del seed, device
+        answers = []
+        for number, observation in enumerate(observations):
+            progress(number / len(observations), f"client {observation.client}: division")
+            self.check(observation.scenario)
+            answers.append(_divided(observation))
+        return answers
+
+
+def _divided(observation: Observation) -> Reconstruction:
+    if observation.num_examples != 1:
+        raise NotApplicable(
+            f"client {observation.client} declares {observation.num_examples} samples: the quotient is a mixture of "
+            "them; use batch size 1, or --attack spear"
+        )
+    if accumulates(observation.scenario) and observation.round > 1:
+        raise NotApplicable(
+            f"round {observation.round} with error feedback: the update holds residuals of other images; attack "
+            "round 1"
+        )
+    layer = first_layer(observation.scenario.model)
+    rows, columns, entries, divisors = _pairs(observation, layer)
+    pixels = prior_image(observation).double().flatten()
+    square = torch.zeros_like(pixels).index_add_(0, columns, divisors.square())
+    product = torch.zeros_like(pixels).index_add_(0, columns, divisors * entries)
+    known = square > 0
+    pixels[known] = product[known] / square[known]
+    left = float((entries - divisors * pixels[columns]).norm() / entries.norm().clamp_min(1e-300))
+    labels = infer("auto", observation)
+    # An entry that determines its own pixel vouches for nothing.
+    spare = len(entries) >= 2 * len(pixels)
+    status = "failed"
+    if left <= CERTIFIED and bool(known.all()) and spare:
+        status = "certified"
+    elif left <= APPROXIMATE and bool(known.any()):
+        status = "approximate"
+    details: dict[str, Any] = {
+        "status": status,
+        "reason": "" if status != "failed" else "the entries sent are not multiples of one image",
+        "residual": left,
+        "kept": observation.update.kept,
+        "neurons": int(rows.unique().numel()),
+        "pixels_known": int(known.sum()),
+        "labels": labels.note,
+    }
+    return Reconstruction(
+        pixels.clamp(0, 1).float().reshape(1, *observation.scenario.image_shape),
+        labels.values,
+        loss=left,
+        label_confidence=labels.confidence,
+        method="analytic",
+        floors=floors(observation, labels.values),
+        details=details,
+    )
+
+
+def _pairs(observation: Observation, layer: FirstLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, columns and values of the weight entries whose neuron sent its bias entry too, and that entry."""
+    scenario, update = observation.scenario, observation.update
+    decay = 0.0
+    if update.kind == "delta":
+        # One step's weight decay is known and is taken off; see check.
+        decay = scenario.training.learning_rate * scenario.training.weight_decay
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, _, positions, values in update.layers():
+        if name in (layer.weight, layer.bias):
+            weights = observation.weights[name].flatten().double().cpu()[positions.cpu()]
+            found[name] = positions.cpu(), values.double().cpu() + decay * weights
+    positions, values = found[layer.weight]
+    inputs = observation.weights[layer.weight].shape[1]
+    divisors = torch.zeros(observation.weights[layer.bias].numel(), dtype=torch.float64)
+    divisors[found[layer.bias][0]] = found[layer.bias][1]
+    rows, columns = positions // inputs, positions % inputs
+    usable = divisors[rows] != 0
+    return rows[usable], columns[usable], values[usable], divisors[rows[usable]]

@@ -1,0 +1,554 @@
+"""Damped Gauss-Newton on the entries that were sent: the best honest reconstruction we know from one update.
+
+Gradient matching by a first-order optimiser stops far from what a sparse update really gives away. This solver
+treats the update as what it is, a few thousand noiseless measurements of a few thousand pixels:
+
+1. *Decouple through the head.* The head's gradient is r h^T and its bias' gradient is r = softmax(z) - e_y, so a
+   kept entry of the label's row gives one feature exactly, h_j = gW[y, j] / gb[y]; an entry that was not sent is
+   known to be small, h_j < tau / |gb[y]|. After the sigmoid is inverted, features are smooth functions of the image,
+   and the convolutions' gradients depend on the head only through v = W^T r, which those features fix.
+2. *Gauss-Newton.* Residuals are the known features before the sigmoid, (u_j(x) - logit h_j) / su, the kept
+   entries of the convolutions' gradients, (g_i(x) - g_i) / (s tau), and the log-probabilities of the kept bias
+   entries; a Gaussian prior on images joins as |z|^2 with x = mean + A z. Each step solves the damped normal
+   equations by a dense Cholesky factorisation and is halved until the objective falls.
+3. *Anneal.* s starts large, where the prior smooths the problem, and falls while the *certificate*, the objective
+   per measured number, says that the measurements can be explained to the precision claimed (about 1 or less).
+   Where it cannot (noise that was not declared, steps too long), annealing ends and the last reconstruction that was
+   explained is returned.
+
+For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions' gradients
+are the mean over the batch, and each image is spanned by the largest modes of the prior.
+
+Values rounded by a quantiser are believed to the size of its steps; features and probabilities are then the image's
+own, not the rounded ones. What several local steps add to the gradient is simulated for every image that is tried and
+subtracted, so that the direction is that of a Gauss-Newton step for one gradient, and the line search is the whole
+client's. What earlier rounds held back is subtracted as reconstructed. Both are in
+:mod:`adversaries.reconstruction.hcgla.memory`.
+
+References
+----------
+Yang et al., "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE TIFS
+2023 (the setting). Geiping et al., "Inverting Gradients", NeurIPS 2020 (inputs of a linear layer from its
+gradient). Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021 (layer-wise linear
+constraints). The joint Gauss-Newton solve and its certificate are this project's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adversaries.base import Progress, no_progress
+from adversaries.inversion.evidence.priors import GaussianPrior
+from adversaries.inversion.gradients import closed_form
+from adversaries.reconstruction.hcgla.least_squares import Anchor, Problem, State
+from adversaries.reconstruction.hcgla.measurements import PLAIN, ROUNDING, Measurements, read_update
+from adversaries.reconstruction.hcgla.memory import LocalSteps, remembers
+from fedattack.errors import ConfigError, NotApplicable
+from fedattack.observation import Observation, Scenario, Update
+
+MAX_BATCH = 16
+MAX_PIXELS = 3 * 64 * 64
+"""Numbers in one image: the prior's covariance is dense and takes their square, 1.2 GB at the limit."""
+DOUBLE_BELOW = 0.3
+"""Below this s the normal equations are too ill-conditioned for float32."""
+
+
+@dataclass(frozen=True)
+class GaussNewtonSettings:
+    """Settings of the solver.
+
+    Attributes
+    ----------
+    schedule : tuple of float or None
+        Falling values of s; None: :func:`default_schedule`.
+    modes : int or None
+        Prior modes per image, throughout; None: :func:`default_modes` while s is at least `all_modes_below`, then
+        all.
+    all_modes_below : float
+        See `modes`: the modes left out act as noise, which limits how far s can fall.
+    max_objective : float
+        Certificate above which annealing ends: objective per measured number.
+    steps : int
+        Gauss-Newton steps per value of s at most; one is followed by another only while the certificate is above
+        `max_objective` and still falling.
+    last_steps : int
+        Steps at the last value of s at most, ended once one gains less than a percent.
+    halvings : int
+        Times a step is halved before it is given up.
+    feature_noise : float
+        Standard deviation of a known feature before the sigmoid, as a share of s.
+    weight_floor : float
+        Smallest scale of a gradient entry's error at s = 1, as a share of the kept entries' root mean square: at
+        high rates tau falls far below the error of truncating the prior to its modes.
+    head_entries : int
+        For batches: off-label entries of the head used, largest first.
+    chunk : int
+        Directions differentiated at once.
+    """
+
+    schedule: tuple[float, ...] | None = None
+    modes: int | None = None
+    all_modes_below: float = 0.1
+    max_objective: float = 1.5
+    steps: int = 6
+    last_steps: int = 1
+    halvings: int = 5
+    feature_noise: float = 0.03
+    weight_floor: float = 0.1
+    head_entries: int = 3000
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values out of range."""
+        falls = self.schedule is None or (
+            len(self.schedule) > 0
+            and self.schedule[-1] > 0
+            and all(a > b for a, b in itertools.pairwise(self.schedule))
+        )
+        if not falls:
+            raise ConfigError(
+                f"setting 'schedule' = {self.schedule!r}: give positive values that fall, as 1, 0.3, 0.1"
+            )
+        for name in ("max_objective", "steps", "last_steps", "feature_noise", "weight_floor", "chunk"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give a positive value")
+        for name in ("halvings", "head_entries"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give 0 or more")
+        if self.modes is not None and self.modes < 1:
+            raise ConfigError(f"setting 'modes' = {self.modes}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class GaussNewtonResult:
+    """What the solver answers.
+
+    Attributes
+    ----------
+    images : Tensor
+        float32 (B, C, H, W), clamped to [0, 1], on the CPU, in the order of the labels.
+    objective_per_number : float
+        The certificate at the answer.
+    explained : bool
+        Whether the certificate stayed below its limit; False: not even the loosest noise model explains the
+        update, and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent, many
+        images explain them.
+    steps : int
+        Gauss-Newton steps taken.
+    history : list of float
+        Certificate after each step.
+    details : dict
+        JSON-able: schedule, values of s reached, modes, unknowns, measurements of each kind, the prior's source.
+    """
+
+    images: Tensor
+    objective_per_number: float
+    explained: bool
+    steps: int
+    history: list[float] = field(default_factory=list)
+    details: dict[str, object] = field(default_factory=dict)
+
+
+def applies(
+    scenario: Scenario,
+    update: Update | None = None,
+    *,
+    round: int = 1,
+    num_examples: int | None = None,
+    labels: Tensor | None = None,
+) -> None:
+    """Refuse what the solver's model of an update does not cover.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    update : Update, optional
+        None: check what is known before the run starts.
+    round : int
+        1-based round; under error feedback the first alone is the compressed gradient of one batch.
+    num_examples : int, optional
+        Declared batch size; None: the scenario's.
+    labels : Tensor, optional
+        int64 (B,): the inferred labels.
+
+    Raises
+    ------
+    NotApplicable
+        In one sentence.
+    """
+    closed_form.describe(scenario.model)
+    model, training, compression = scenario.model, scenario.training, scenario.compression
+    if model.activation != "sigmoid":
+        raise NotApplicable(
+            f"Gauss-Newton inverts the sigmoid of the features, but model.activation = {model.activation!r}; use "
+            "method 'matching' or activation 'sigmoid'"
+        )
+    if training.protocol != "fedsgd" or (update is not None and update.kind != "gradient"):
+        raise NotApplicable(
+            "Gauss-Newton solves for entries of a (mean) gradient, but the update is a weight delta "
+            f"(training.protocol = {training.protocol!r}); turn it into one first"
+        )
+    if compression.name not in ("none", "topk", "randomk", "dgc", *ROUNDING):
+        raise NotApplicable(
+            f"Gauss-Newton needs the sent entries' values, but compression.name = {compression.name!r} sends others; "
+            "use topk, topk-qsgd, randomk, dgc, qsgd or none"
+        )
+    if compression.name in ROUNDING and compression.norm != "max":
+        raise NotApplicable(
+            f"Gauss-Newton needs the size of the quantiser's steps, which compression.norm = {compression.norm!r} "
+            "hides; use 'max'"
+        )
+    if compression.name == "dgc" and compression.clip_norm is not None:
+        raise NotApplicable(
+            "Gauss-Newton needs the gradient's scale, which clipping hides "
+            f"(compression.clip_norm = {compression.clip_norm:g}); leave clip_norm unset"
+        )
+    pixels = math.prod(scenario.image_shape)
+    if pixels > MAX_PIXELS:
+        raise NotApplicable(
+            f"Gauss-Newton holds a dense covariance of at most {MAX_PIXELS:,} numbers an image, but one of shape "
+            f"{scenario.image_shape} has {pixels:,}; use method 'matching' or a smaller data.image_size"
+        )
+    if remembers(compression) and round > 1:
+        raise NotApplicable(
+            f"in round {round} an update holds residuals of earlier rounds (error feedback or dgc): give the attack "
+            "all rounds, so that it can peel them off, or attack round 1"
+        )
+    count = training.batch_size if num_examples is None else num_examples
+    if count > MAX_BATCH:
+        raise NotApplicable(
+            f"Gauss-Newton solves for at most {MAX_BATCH} images at once, but the batch has {count}"
+        )
+    if count > 1 and "soteria" in scenario.defense.names:
+        raise NotApplicable(
+            f"defence 'soteria' prunes other features of each of the batch's {count} images, so that no row of the "
+            "head is one image's; use training.batch_size 1"
+        )
+    if labels is not None and len(labels.unique()) < len(labels):
+        raise NotApplicable(
+            f"Gauss-Newton needs distinct labels, but {sorted(labels.tolist())} repeat, so that rows of the head mix "
+            "several images"
+        )
+
+
+def default_modes(size: int, batch: int) -> int:
+    """Prior modes per image to begin with: all while the unknowns number at most 4,096, else D / (1 + B / 4)."""
+    if batch == 1 or size * batch <= 4096:
+        return size
+    return min(size, max(4096 // batch, round(size / (1 + batch / 4))))
+
+
+Kind = Literal["exact", "rounded", "carried", "stepped"]
+"""Of an update: entries of one gradient; the same, quantised; with residuals of earlier rounds; of several steps."""
+
+_SCHEDULES: dict[Kind, tuple[float, ...]] = {
+    "exact": (1.0, 0.1, 0.01, 3e-4, 1e-5),
+    "rounded": (1.0, 0.3, 0.1, 0.03, 0.01),
+    "carried": (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5),
+    "stepped": (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4),
+}
+"""For one image with more measurements than unknowns."""
+
+
+def default_schedule(measurements: int, unknowns: int, batch: int, kind: Kind = "exact") -> tuple[float, ...]:
+    """Falling values of s: fast where measurements outnumber unknowns, gentle elsewhere and for batches."""
+    if batch == 1 and measurements >= unknowns:
+        return _SCHEDULES[kind]
+    if batch == 1:
+        return (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+    return (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+
+
+def least_feature_noise(measurements: int, unknowns: int, batch: int) -> float:
+    """Standard deviation below which no feature is believed, before the sigmoid.
+
+    Where fewer numbers were sent than there are unknowns, features believed more tightly lead to worse images.
+    """
+    if batch > 1:
+        return 3e-3
+    return 1e-5 if measurements >= unknowns else 1e-3
+
+
+def solve(
+    observation: Observation,
+    labels: Tensor,
+    prior: GaussianPrior,
+    settings: GaussNewtonSettings | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = no_progress,
+    steps: LocalSteps | None = None,
+) -> GaussNewtonResult:
+    """Reconstruct a batch from one observation.
+
+    Parameters
+    ----------
+    observation : Observation
+        Read: global weights, update, scenario; its update as a (mean) gradient.
+    labels : Tensor
+        int64 (B,): the inferred labels, distinct.
+    prior : GaussianPrior
+        Its factor is computed once and kept: share one prior between victims.
+    settings : GaussNewtonSettings, optional
+    device : torch.device or str
+    progress : Progress
+    steps : LocalSteps, optional
+        What the update carries beside one gradient; None: nothing.
+
+    Returns
+    -------
+    GaussNewtonResult
+
+    Raises
+    ------
+    NotApplicable
+        See :func:`applies`.
+    """
+    settings = settings or GaussNewtonSettings()
+    labels = labels.cpu()
+    applies(
+        observation.scenario,
+        observation.update,
+        round=observation.round,
+        num_examples=len(labels),
+        labels=labels,
+    )
+    chain = closed_form.describe(observation.scenario.model)
+
+    def read(images: Tensor) -> Measurements:
+        reading = PLAIN if steps is None else steps.reading(images)
+        return read_update(chain, observation, labels, settings.weight_floor, settings.head_entries, reading)
+
+    mean = prior.mean.reshape(1, *prior.image_shape).expand(len(labels), -1, -1, -1)
+    measured = read(mean)
+    batch = len(labels)
+    most = min(settings.modes or prior.size, prior.size)
+    few = most if settings.modes else default_modes(prior.size, batch)
+    problem = Problem(
+        chain,
+        observation.weights,
+        measured,
+        prior.mean,
+        prior.factor(None if few == prior.size else most),
+        settings.feature_noise,
+        least_feature_noise=least_feature_noise(measured.count, batch * most, batch),
+        chunk=settings.chunk,
+        device=torch.device(device),
+        reread=read if steps is not None and (steps.several or steps.clipped) else None,
+    )
+    schedule = settings.schedule or default_schedule(
+        measured.count, batch * most, batch, _kind(problem, steps)
+    )
+    levels = [(s, few if s >= settings.all_modes_below else most) for s in schedule]
+    path = _anneal(problem, levels, settings, progress)
+    details: dict[str, object] = {
+        "schedule": list(schedule),
+        "reached": path.reached,
+        "modes": path.answer.shape[1],
+        "unknowns": path.answer.numel(),
+        "measurements": measured.count,
+        "conv_entries": len(measured.conv_values),
+        "features_known": int(measured.row_known.sum()),
+        "prior": prior.source,
+    }
+    images = problem.images(path.answer).clamp(0, 1).float().cpu()
+    return GaussNewtonResult(
+        images, path.certificate, path.explained, len(path.history), path.history, details
+    )
+
+
+def _kind(problem: Problem, steps: LocalSteps | None) -> Kind:
+    if problem.rereads:
+        return "stepped"
+    if not problem.exact:
+        return "rounded"
+    return "carried" if steps is not None and steps.carries else "exact"
+
+
+@dataclass
+class _Path:
+    """Where annealing has got to: the last accepted z, its certificate, and the values of s that were accepted."""
+
+    answer: Tensor
+    certificate: float = math.inf
+    explained: bool = False
+    history: list[float] = field(default_factory=list)
+    reached: list[float] = field(default_factory=list)
+
+
+def _anneal(
+    problem: Problem, levels: list[tuple[float, int]], settings: GaussNewtonSettings, progress: Progress
+) -> _Path:
+    """Lower s (and raise the number of modes) along `levels` while the certificate holds."""
+    z = torch.zeros(problem.batch, levels[0][1], dtype=torch.float64, device=problem.device)
+    anchor = problem.anchor(problem.evaluate(z, levels[0][0], problem.anchor()))
+    last_steps = settings.steps if problem.rereads else settings.last_steps
+    path = _Path(z)
+    for level, (s, modes) in enumerate(levels):
+        progress(level / len(levels), f"s = {s:g}")
+        last = level == len(levels) - 1
+        z = torch.nn.functional.pad(z, (0, modes - z.shape[1]))
+        for _ in range(last_steps if last else settings.steps):
+            before = problem.evaluate(z, s, anchor)
+            after = _descend(problem, before, s, anchor, settings.halvings)
+            z, anchor = after.z, problem.anchor(after)
+            # Noise may leave nothing to measure.
+            certificate = after.objective / max(1, problem.measured.count)
+            path.history.append(certificate)
+            good = certificate <= settings.max_objective
+            stalled = after.objective > (0.99 if last else 0.9) * before.objective
+            if stalled or (good and not last):
+                break
+        # Where not even the loosest level explains the update, its answer is still the best there is.
+        if good or level == 0:
+            path.answer, path.certificate, path.explained = z, certificate, good
+        if not good:
+            break
+        path.reached.append(s)
+    progress(1.0, "done")
+    return path
+
+
+def _step(state: State, per_image: list[Tensor], joint: Tensor, double: bool) -> Tensor:
+    """The step in float32 where that suffices; zero where even float64 has no answer (absurd values were sent)."""
+    for wide in (False, True):
+        if double and not wide:
+            continue
+        try:
+            return gauss_newton_step(state, per_image, joint, wide)
+        except torch.linalg.LinAlgError:
+            continue
+    return torch.zeros_like(state.z)
+
+
+def _descend(problem: Problem, state: State, s: float, anchor: Anchor, halvings: int) -> State:
+    """One Gauss-Newton step, halved until the objective falls; the old state where it never does."""
+    step = _step(state, *problem.jacobian(state), double=s < DOUBLE_BELOW)
+    measured = problem.measured
+    for halving in range(halvings + 1):
+        z = state.z + step / 2**halving
+        if problem.rereads:
+            problem.read(z)
+            anchor = problem.anchor(state)
+        candidate = problem.evaluate(z, s, anchor)
+        if candidate.objective < state.objective:
+            return candidate
+    problem.measured = measured
+    return state
+
+
+def gauss_newton_step(state: State, per_image: list[Tensor], joint: Tensor, double: bool) -> Tensor:
+    """Solve (J^T J + I) dz = -(J^T residual + z), on the unknowns or on the joint measurements: the cheaper.
+
+    Parameters
+    ----------
+    state : State
+    per_image, joint : list of Tensor, Tensor
+        From :meth:`Problem.jacobian`.
+    double : bool
+        Accumulate and factorise in float64; else float32.
+
+    Returns
+    -------
+    Tensor
+        float64, the shape of z.
+
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        If the system is not positive definite in that precision.
+    """
+    dtype = torch.float64 if double else torch.float32
+    scaled = state.feature_residual / state.feature_noise
+    features = [scaled[b, state.active[b]] for b in range(len(per_image))]
+    others = state.joint_residual / state.joint_noise
+    unknowns, rows = joint.shape
+    on_unknowns = unknowns**2 * (rows + unknowns / 3)
+    on_measurements = rows**2 * (unknowns + rows / 3)
+    if on_unknowns <= on_measurements:
+        return _solve_unknowns(state.z, per_image, features, joint, others, dtype)
+    return _solve_measurements(state.z, per_image, features, joint, others, dtype)
+
+
+def _solve_unknowns(
+    z: Tensor,
+    per_image: list[Tensor],
+    features: list[Tensor],
+    joint: Tensor,
+    others: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The normal equations, (B modes, B modes)."""
+    modes = z.shape[1]
+    system = torch.zeros(len(joint), len(joint), dtype=dtype, device=joint.device)
+    _gram(joint, system)
+    right = z.flatten() + joint.double() @ others
+    for b, (block, residual) in enumerate(zip(per_image, features, strict=True)):
+        own = slice(b * modes, (b + 1) * modes)
+        _gram(block, system[own, own])
+        right[own] += block.double() @ residual
+    return -_solve(_factor(system), right).reshape(z.shape)
+
+
+def _solve_measurements(
+    z: Tensor,
+    per_image: list[Tensor],
+    features: list[Tensor],
+    joint: Tensor,
+    others: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same step by the matrix inversion lemma, applied twice.
+
+    With F_b an image's feature rows, C_b its part of the joint rows and P_b = I + F_b^T F_b, the new z is
+    z0 + P^-1 C^T (I + sum_b C_b P_b^-1 C_b^T)^-1 (target - C z0), where z0 answers the features alone and
+    P_b^-1 = I - F_b^T (I + F_b F_b^T)^-1 F_b needs a system of the features' number only.
+    """
+    modes = z.shape[1]
+    system = torch.zeros(joint.shape[1], joint.shape[1], dtype=dtype, device=joint.device)
+    _gram(joint.T, system)
+    target, starts, factors, crossed = -others, [], [], []
+    for b, (block, residual) in enumerate(zip(per_image, features, strict=True)):
+        part, wide = joint[b * modes : (b + 1) * modes].to(dtype), block.to(dtype)
+        factors.append(_factor(wide.T @ wide))
+        cross = torch.linalg.solve_triangular(factors[b], wide.T @ part, upper=False)
+        system.addmm_(cross.T, cross, alpha=-1)
+        crossed.append(cross)
+        block64 = block.double()
+        starts.append(block64 @ _solve(factors[b], z[b] @ block64 - residual))
+        target = target + (z[b] - starts[b]) @ part.double()
+    pull = _solve(_factor(system), target)
+    moved = []
+    for b, block in enumerate(per_image):
+        part = joint[b * modes : (b + 1) * modes]
+        back = torch.linalg.solve_triangular(
+            factors[b].T, (crossed[b] @ pull.to(dtype))[:, None], upper=True
+        )[:, 0]
+        moved.append(starts[b] + part.double() @ pull - block.double() @ back.double())
+    return torch.stack(moved) - z
+
+
+def _gram(rows: Tensor, into: Tensor) -> None:
+    """Add rows rows^T to the lower triangle of `into`, in its precision, block by block."""
+    size = max(256, -(-len(rows) // 8))
+    for columns in rows.split(2048, 1):
+        part = columns.to(into.dtype)
+        for start in range(0, len(rows), size):
+            block = part[start : start + size]
+            into[start:, start : start + size].addmm_(part[start:], block.T)
+
+
+def _factor(system: Tensor) -> Tensor:
+    """Cholesky factor of system + I, system positive semi-definite and given by its lower triangle; overwrites it."""
+    system.diagonal().add_(1)
+    return torch.linalg.cholesky(system)
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    """Solve with a Cholesky factor, in its precision; float64 (n,)."""
+    return torch.cholesky_solve(right.to(factor.dtype)[:, None], factor)[:, 0].double()

@@ -1,0 +1,1 @@
+"""Attacks that learn to invert on public images."""

@@ -1,0 +1,81 @@
+"""What attacks train from public images before they see an update: kept for the other victims of a round."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from adversaries.base import Progress, no_progress
+from adversaries.checks import at_least, positive
+from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.defenses import hides_clients
+from fedattack.errors import NotApplicable
+from fedattack.observation import Observation, Reconstruction, Scenario
+
+
+@dataclass
+class TrainedAttack(ReconstructionAttack):
+    """Base of attacks that answer one victim after the other by a network trained on public images.
+
+    Parameters
+    ----------
+    passes : int
+        Updates made of each auxiliary image, with other labels and other company.
+    epochs : int
+        Passes of training over these updates.
+    learning_rate : float
+        Adam's, at the start.
+    """
+
+    name: ClassVar[str]
+
+    passes: int = 2
+    epochs: int = 30
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that can never work."""
+        at_least(self.name, self, passes=1, epochs=1)
+        positive(self.name, self, "learning_rate")
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse a batch size that is not agreed, and sums over clients.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        if hides_clients(scenario.defense):
+            raise NotApplicable(
+                "defence 'secure-aggregation': the sum is one large batch of all clients, and the network is trained "
+                "for a client's batch; use an attack over the engine, such as ig"
+            )
+        if scenario.training.batch_size < 1:
+            raise NotApplicable(
+                "training.batch_size = 0: clients' batches differ, and the network is trained for one size; give it"
+            )
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> list[Reconstruction]:
+        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
+        answers = []
+        for observation in observations:
+            self.check(observation.scenario)
+            answers.append(self.answer(observation, seed, device, progress))
+        progress(1.0, "done")
+        return answers
+
+    @abstractmethod
+    def answer(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
+    ) -> Reconstruction:
+        """The answer to one victim's update."""

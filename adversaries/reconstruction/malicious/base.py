@@ -1,0 +1,395 @@
+"""Attacks that read images off the rows of a first linear layer: all they share but the weights that are sent."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adversaries.base import Progress, no_progress
+from adversaries.inversion.evidence import one_gradient
+from adversaries.inversion.evidence.first_layer import FirstLayer, first_layer
+from adversaries.inversion.evidence.floors import floors, prior_image
+from adversaries.inversion.evidence.label_strategies import infer
+from adversaries.inversion.evidence.one_gradient import mean_gradient
+from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
+from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.errors import ConfigError, NotApplicable
+from fedattack.models import build_model
+from fedattack.observation import Observation, Reconstruction, Scenario
+
+CERTIFIED = 1e-5
+"""Share of the rows' norm that may be left over when the images that were found explain all of them."""
+
+_ROUNDING = 2.0**-22
+"""Of float32 sums, relative to the layer's largest bias entry."""
+
+_LABELLED = 0.1
+"""Relative misfit of the replay above which an image's label counts as a guess."""
+
+
+def biased_layer(scenario: Scenario) -> FirstLayer:
+    """The linear layer on the pixels, with a bias.
+
+    Raises
+    ------
+    NotApplicable
+    """
+    layer = first_layer(scenario.model)
+    if not layer.biased:
+        raise NotApplicable(
+            f"model.name = {scenario.model.name!r}: layer {layer.name!r} has no bias, which scales what its rows "
+            "hold; use --model imprint, imprint-sparse or mlp"
+        )
+    return layer
+
+
+def check_update(scenario: Scenario) -> None:
+    """Refuse updates in which rows are incomplete in a way that says nothing about what is missing.
+
+    Raises
+    ------
+    NotApplicable
+    """
+    training, compression = scenario.training, scenario.compression
+    single = training.model_copy(update={"local_steps": 1})
+    one_gradient.check_one_gradient(dataclasses.replace(scenario, training=single))
+    if compression.name in ("randomk", "dgc") and compression.rate < 1:
+        raise NotApplicable(
+            f"compression.name = {compression.name!r} at rate {compression.rate:g} leaves holes in every row; use "
+            "'none', 'topk' or 'qsgd'"
+        )
+
+
+class Client:
+    """One observation, float64 on a device: what the first layer sent, and what it would send of an image.
+
+    Parameters
+    ----------
+    observation : Observation
+    device : torch.device
+
+    Raises
+    ------
+    NotApplicable
+    """
+
+    def __init__(self, observation: Observation, device: torch.device) -> None:
+        self.observation = observation
+        self._layer = biased_layer(observation.scenario)
+        module = build_model(observation.scenario.model)
+        module.load_state_dict(observation.weights)
+        self._module = module.double().eval().requires_grad_(False).to(device)
+        self._linear = self._module.get_submodule(self._layer.name)
+        self._linear.register_forward_hook(lambda _, inputs, output: self._shifted(output))
+        self._shift: Tensor | None = None
+        self._device = device
+
+    def _shifted(self, output: Tensor) -> Tensor:
+        """Pre-activations with a zero added that is differentiated by."""
+        self._shift = torch.zeros_like(output, requires_grad=True)
+        return output + self._shift
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, float64 (K, d)."""
+        return self._linear.get_parameter("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The layer's bias, float64 (K,)."""
+        return self._linear.get_parameter("bias")
+
+    @property
+    def module(self) -> nn.Module:
+        """The model that was sent out."""
+        return self._module
+
+    @property
+    def vague(self) -> bool:
+        """Whether what the rows hold cannot be replayed to the digit: values are rounded, or the weights moved."""
+        scenario = self.observation.scenario
+        return scenario.training.local_steps > 1 or scenario.compression.name in ("qsgd", "topk-qsgd")
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """How much of the mean gradient's share one image may have: all, or some of the local steps' batches."""
+        training, samples = self.observation.scenario.training, self.observation.num_examples
+        steps, batch = training.local_steps, training.batch_size or samples
+        if steps == 1 or batch >= samples:
+            return (1.0,)
+        visits = math.ceil(steps * batch / samples)
+        return tuple(count * samples / (batch * steps) for count in range(1, visits + 1))
+
+    def rows(self) -> Rows:
+        """What the layer sent; entries that were not sent are zero, and as uncertain as the threshold."""
+        observation = self.observation
+        update = mean_gradient(observation)
+        sent = update.dense()
+        vectors = sent[self._layer.weight].to(self._device).double()
+        scalars = sent[self._layer.bias].to(self._device).double()
+        noise = torch.full_like(scalars, _ROUNDING * float(scalars.abs().max()))
+        training, compression = observation.scenario.training, observation.scenario.compression
+        if observation.update.kind == "delta":  # the client's new weights were rounded
+            largest = torch.maximum(self.weight.abs().amax(1), self.bias.abs())
+            noise = noise + 2.0**-24 * largest / (training.learning_rate * training.local_steps)
+        if update.kept < update.numel:
+            noise = noise + update.threshold
+        if compression.name in ("qsgd", "topk-qsgd"):
+            scale = vectors.abs().max() if compression.norm == "max" else vectors.norm()
+            noise = noise + scale / compression.levels
+        return Rows(scalars, vectors, noise, float(scalars.abs().max()))
+
+    def images(self, inputs: Tensor) -> Tensor:
+        """Inputs (N, d) as images (N, C, H, W)."""
+        return inputs.reshape(-1, *self.observation.scenario.image_shape)
+
+    def replay(self, inputs: Tensor) -> Tensor:
+        """d loss / d pre-activation of every neuron, (N, C, K): for inputs (N, d), each with each label."""
+        logits = self._module(self.images(inputs))
+        assert self._shift is not None
+        slopes = [
+            torch.autograd.grad(logits[:, label].sum(), self._shift, retain_graph=True)[0]
+            for label in range(logits.shape[1])
+        ]
+        jacobian = torch.stack(slopes, 1)
+        shares = logits.detach().softmax(1)
+        return (shares[:, None] @ jacobian - jacobian) / self.observation.num_examples
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A linear map from neurons to the rows that are read.
+
+    Attributes
+    ----------
+    signs : Tensor or None
+        (K,): each neuron's row is multiplied by it first; None: ones.
+    following : Tensor or None
+        int64 (K,): the neuron whose row is then taken off, -1 for none; None: for all none.
+    """
+
+    signs: Tensor | None = None
+    following: Tensor | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Values (..., K) of neurons -> of rows."""
+        if self.signs is not None:
+            values = values * self.signs
+        if self.following is not None:
+            values = values - values[..., self.following.clamp(min=0)] * (self.following >= 0)
+        return values
+
+    def rows(self, sent: Rows) -> Rows:
+        """What the rows hold, from what the neurons' rows do."""
+        noise = sent.noise
+        if self.following is not None:
+            noise = noise + noise[self.following.clamp(min=0)] * (self.following >= 0)
+        scalars = self(sent.scalars)
+        return Rows(scalars, self(sent.vectors.T).T.contiguous(), noise, float(scalars.abs().max()))
+
+
+@dataclass
+class RowReading(ReconstructionAttack):
+    """A malicious server's attack that reads images off the first linear layer's gradient.
+
+    Parameters
+    ----------
+    tolerance : float
+        Relative misfit between what a row holds and what the image read from it would have put there, up to which
+        the image is believed.
+    """
+
+    arms: ClassVar[bool] = True
+    name: ClassVar[str]
+
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that can never work."""
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(f"setting '{self.name}.tolerance' = {self.tolerance}: must be in (0, 1)")
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse models without a linear layer on the pixels, and updates that do not hold whole rows.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        biased_layer(scenario)
+        check_update(scenario)
+
+    @abstractmethod
+    def _reading(self, client: Client) -> Reading:
+        """How the neurons' rows become rows that hold few images.
+
+        Raises
+        ------
+        NotApplicable
+            If the weights are not this attack's.
+        """
+
+    @property
+    def _sweeps(self) -> int | None:
+        """As for :func:`~adversaries.inversion.solvers.peeling.peel`."""
+        return None
+
+    def _figures(self, client: Client) -> dict[str, Any]:
+        """What else goes into the details."""
+        return {"rows": len(client.bias)}
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> list[Reconstruction]:
+        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
+        del seed  # nothing is drawn
+        if device.type == "mps":  # has no float64
+            device = torch.device("cpu")
+        answers = []
+        for number, observation in enumerate(observations):
+
+            def told(found: int, number: int = number, observation: Observation = observation) -> None:
+                share = (number + found / observation.num_examples) / len(observations)
+                progress(share, f"client {observation.client}: {found} of {observation.num_examples} images")
+
+            answers.append(self._one(observation, device, told))
+        return answers
+
+    def _one(
+        self, observation: Observation, device: torch.device, told: Callable[[int], None]
+    ) -> Reconstruction:
+        self.check(observation.scenario)
+        try:
+            client = Client(observation, device)
+            found, rows, left = self._read(client, observation.num_examples, told)
+        except NotApplicable as reason:
+            return failure(self.name, observation, str(reason))
+        unread = float(left.vectors.norm() / rows.vectors.norm().clamp_min(1e-300))
+        return answer(self.name, observation, client.vague, found, unread, self._figures(client))
+
+    def _read(
+        self, client: Client, limit: int, told: Callable[[int], None]
+    ) -> tuple[list[Sample], Rows, Rows]:
+        """Up to `limit` images in the rows that one client sent; the rows, and what is left in them.
+
+        Raises
+        ------
+        NotApplicable
+            If the weights are not this attack's.
+        """
+        reading = self._reading(client)
+        rows = reading.rows(client.rows())
+
+        def replay(inputs: Tensor) -> Tensor:
+            return reading(client.replay(inputs))
+
+        if client.vague:
+            found, left = agreeing(rows, replay, limit, times=client.times, progress=told)
+        else:
+            found, left = peel(
+                rows,
+                replay,
+                int(client.observation.scenario.model.classes or 1),
+                limit,
+                tolerance=self.tolerance,
+                sweeps=self._sweeps,
+                progress=told,
+            )
+        return found, rows, left
+
+
+def failure(name: str, observation: Observation, reason: str) -> Reconstruction:
+    """The answer where nothing could be read, and why."""
+    return Reconstruction(
+        images=torch.zeros(0, *observation.scenario.image_shape),
+        labels=torch.zeros(0, dtype=torch.int64),
+        loss=math.inf,
+        label_confidence=0.0,
+        method=name,
+        details={"status": "failed", "reason": reason, "notes": []},
+    )
+
+
+def answer(
+    name: str,
+    observation: Observation,
+    vague: bool,
+    found: Sequence[Sample],
+    unread: float,
+    figures: dict[str, Any],
+) -> Reconstruction:
+    """Found images first; the other places hold the prior, and the details say so.
+
+    Parameters
+    ----------
+    name : str
+        Of the attack.
+    observation : Observation
+    vague : bool
+        As for :class:`Client`.
+    found : sequence of Sample
+    unread : float
+        Share of the rows' norm that no image explains.
+    figures : dict
+        What else goes into the details.
+    """
+    batch = observation.num_examples
+    named = torch.tensor([sample.label for sample in found], dtype=torch.int64)
+    images = prior_image(observation).expand(batch, -1, -1, -1).clone()
+    notes = []
+    if found:
+        read = torch.stack([sample.input for sample in found]).clamp(0, 1).float().cpu()
+        images[: len(found)] = read.reshape(-1, *observation.scenario.image_shape)
+    if len(found) < batch:
+        named = torch.cat([named, _other_labels(observation, named)])
+        notes.append(f"{batch - len(found)} of {batch} images were not read: their places hold the prior")
+    if vague:
+        notes.append(
+            "rounded values or several local steps: images are approximate, and believed where rows agree on them"
+        )
+    status = "partial" if found else "failed"
+    if len(found) == batch:
+        status = "certified" if unread <= CERTIFIED and not vague else "approximate"
+    return Reconstruction(
+        images=images,
+        labels=named,
+        loss=unread,
+        label_confidence=sum(sample.misfit <= _LABELLED for sample in found) / batch,
+        method=name,
+        floors=floors(observation, named),
+        details={
+            "status": status,
+            "k": observation.update.kept,
+            "iterations": max((sample.sweep + 1 for sample in found), default=0),
+            "batch": batch,
+            "recovered": len(found),
+            "share": len(found) / batch,
+            "alone": sum(sample.sweep == 0 for sample in found),
+            "misfit": [sample.misfit for sample in found],
+            "pixel_error": [sample.error for sample in found],
+            "rows_alone": [sample.support for sample in found],
+            "unread": unread,
+            "notes": notes,
+            **figures,
+        },
+    )
+
+
+def _other_labels(observation: Observation, found: Tensor) -> Tensor:
+    """Labels of the batch that no image was found for, from the head's gradient."""
+    everyone = infer("auto", observation).values.tolist()
+    for label in found.tolist():
+        if label in everyone:
+            everyone.remove(label)
+    return torch.tensor(everyone[: observation.num_examples - len(found)], dtype=torch.int64)

@@ -1,0 +1,131 @@
+"""Curious abandon honesty: trap weights in the first linear layer, each neuron waiting for one image of the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adversaries.inversion.evidence.first_layer import first_layer, is_complete
+from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
+from fedattack.errors import ConfigError, NotApplicable
+from fedattack.observation import Auxiliary, Scenario
+from fedattack.rng import torch_rng
+
+_UNKNOWN_BATCH = 32
+"""Samples expected of a client that trains on all it has, until it declares them."""
+
+_WOKEN = 3
+"""Images that wake a neuron on average where they are peeled: neurons that wake for one alone leave images out."""
+
+_BLIND = 0.95
+"""The factor s without public images."""
+
+_IMAGES = 2048
+
+
+@dataclass
+class CuriousAbandonHonesty(RowReading):
+    """CAH: a malicious server draws first-layer weights that few images activate, and reads those that come alone.
+
+    Half of each neuron's weights, at random places, are negative draws of a half-normal, the other half the same
+    numbers times -s: with s below 1 the sum over an image is mostly negative, and a ReLU neuron sleeps for most
+    images. One that a single image of the batch woke holds that image times a number that its bias holds (Boenisch
+    et al. 2023). Beyond the paper, an image so found is taken out of all other neurons that it woke
+    (:mod:`~adversaries.inversion.solvers.peeling`), which leaves others alone in theirs, and each is put through the
+    model with each label: what it would have left in its neuron is compared with what was there, which labels it
+    and tells mixtures apart without the truth.
+
+    Exact for one gradient, approximate for several local steps, and under top-k as far as the rows survive.
+
+    Parameters
+    ----------
+    shrink : float, optional
+        The factor s, the same for all neurons as published. None: for each neuron the one with which three public
+        images in `training.batch_size` wake it (one without peeling and under top-k); 0.95
+        without public images.
+    peel : bool
+        False: as published, only neurons that one image woke.
+    scale : float
+        Deviation of the normal that weights are drawn from. Behind a ReLU it changes the gradient's size against
+        other layers', and how much several local steps turn the neurons.
+
+    References
+    ----------
+    Boenisch, Dziedzic, Schuster, Shamsabadi, Shumailov, Papernot, "When the Curious Abandon Honesty: Federated
+    Learning Is Not Private", EuroS&P 2023.
+    """
+
+    name: ClassVar[str] = "cah"
+    needs: ClassVar[str] = (
+        "a malicious server: it sends weights of a linear first layer behind ReLU (model mlp or imprint)"
+    )
+
+    shrink: float | None = None
+    peel: bool = True
+    scale: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that can never work."""
+        super().__post_init__()
+        if self.shrink is not None and not 0 < self.shrink <= 1:
+            raise ConfigError(f"setting 'cah.shrink' = {self.shrink}: must be in (0, 1]")
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ConfigError(f"setting 'cah.scale' = {self.scale}: must be positive")
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse models whose first layer is not linear with bias and ReLU, and updates without whole rows.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        super().check(scenario)
+        name, activation = scenario.model.name, scenario.model.activation
+        if name == "imprint-sparse" or (name != "imprint" and activation != "relu"):
+            raise NotApplicable(
+                f"model.name = {name!r} with activation {activation!r}: a neuron must sleep for images it does not "
+                "wait for, as ReLU's do; use --model mlp --activation relu, or --model imprint"
+            )
+
+    def arm(
+        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+    ) -> dict[str, Tensor]:
+        """The global model with trap weights, and zero biases, in the first layer."""
+        layer = first_layer(scenario.model)
+        generator = torch_rng(seed, "cah.arm")
+        neurons, pixels = weights[layer.weight].shape
+        half = pixels // 2
+        drawn = torch.randn(neurons, half, generator=generator, dtype=torch.float64).abs() * self.scale
+        places = torch.rand(neurons, pixels, generator=generator).argsort(1)
+        mixed = torch.gather(drawn, 1, torch.rand(neurons, half, generator=generator).argsort(1))
+        negative = torch.zeros(neurons, pixels, dtype=torch.float64).scatter(1, places[:, :half], -drawn)
+        positive = torch.zeros(neurons, pixels, dtype=torch.float64)
+        positive.scatter_(1, places[:, half : 2 * half], mixed)
+        factors = torch.full((neurons,), self.shrink or _BLIND, dtype=torch.float64)
+        if self.shrink is None and auxiliary is not None and len(auxiliary) > 1:
+            images = auxiliary.images[:_IMAGES].double().flatten(1).cpu()
+            # A neuron wakes where s exceeds this ratio.
+            ratios = -(images @ negative.T) / (images @ positive.T).clamp_min(1e-9)
+            woken = _WOKEN if self.peel and is_complete(scenario) else 1
+            share = woken / (scenario.training.batch_size or _UNKNOWN_BATCH)
+            factors = torch.quantile(ratios, min(share, 0.5), dim=0)
+        sent = dict(weights)
+        sent[layer.weight] = (negative + factors[:, None] * positive).to(weights[layer.weight].dtype)
+        sent[layer.bias] = torch.zeros_like(weights[layer.bias])
+        return sent
+
+    def _reading(self, client: Client) -> Reading:
+        if bool(client.bias.any()) or float((client.weight < 0).double().mean(1).sub(0.5).abs().max()) > 0.05:
+            raise NotApplicable(
+                "the first layer that was sent holds no trap weights (an honest server's); let the server send the "
+                "attack's weights (attack.names with 'cah' arms the rounds in attack.rounds)"
+            )
+        return Reading()
+
+    @property
+    def _sweeps(self) -> int | None:
+        return None if self.peel else 1

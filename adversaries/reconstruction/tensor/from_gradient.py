@@ -1,0 +1,446 @@
+"""From the gradient of a wide layer to the inputs of a batch: span, tensor, directions, norms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
+from adversaries.reconstruction.tensor import moments
+from adversaries.reconstruction.tensor.activations import (
+    hermite_coefficients,
+    homogeneous,
+    is_polynomial,
+    stein_order,
+)
+from adversaries.reconstruction.tensor.decompose import Decomposer, decompose, symmetric
+from adversaries.reconstruction.tensor.head import Head
+from adversaries.reconstruction.tensor.moments import feature_count, regress
+from fedattack.errors import NotApplicable
+
+_MOST_DEGREE = 4
+_MOST_FEATURES = 1200
+"""Features of higher degree than needed only lessen the noise; beyond this many they cost more than they give."""
+
+
+@dataclass
+class Estimate:
+    """Inputs up to refinement.
+
+    Attributes
+    ----------
+    inputs : Tensor
+        (B, d) float64.
+    weights : Tensor
+        r, (B,).
+    notes : list of str
+        Warnings for a person.
+    figures : dict
+        JSON-able: what was measured on the way.
+    """
+
+    inputs: Tensor
+    weights: Tensor
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Coordinates in the span in which the neurons' weights are white.
+
+    Attributes
+    ----------
+    basis : Tensor
+        Q, (d, B), orthonormal.
+    u : Tensor
+        (m, B): neurons, white. ``w . x = u . c``.
+    factor : Tensor
+        L, (B, B): ``c = L' Q' x``.
+    """
+
+    basis: Tensor
+    u: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, wide: Tensor, basis: Tensor) -> Whitened:
+        """Of neurons W (m, d) and an orthonormal basis (d, B)."""
+        raw = wide @ basis
+        factor = torch.linalg.cholesky(raw.T @ raw / len(raw))
+        return cls(basis, torch.linalg.solve_triangular(factor, raw.T, upper=False).T.contiguous(), factor)
+
+    def inside(self, gradient: Tensor) -> Tensor:
+        """Rows (m, d) in the span as (m, B), in the coordinates of c."""
+        return gradient @ self.basis @ self.factor
+
+    def outside(self, c: Tensor) -> Tensor:
+        """Coordinates (B, B) as inputs (B, d)."""
+        return torch.linalg.solve_triangular(self.factor.T, c.T, upper=True).T @ self.basis.T
+
+
+def needed_width(name: str, batch: int) -> int:
+    """Neurons that the regression on a full gradient needs: (B+1)(B+2)/2, or (B+3 choose 3) at order 4."""
+    from adversaries.reconstruction.tensor.activations import ACTIVATIONS
+
+    return feature_count(batch, stein_order(ACTIVATIONS[name]) - 1)
+
+
+def find_span(head: Head, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator) -> tuple[
+    Span, int, list[str]
+]:  # fmt: skip
+    """The span of the batch, how many samples it holds, and warnings.
+
+    Parameters
+    ----------
+    gradient : Tensor
+        (m, d).
+    batch : int or None
+        Overrides the number of samples; None: by the gap in the spectrum, or `declared` where there is none.
+    declared : int
+        What the client says.
+    """
+    if not float(gradient.norm()) > 0:
+        raise NotApplicable("the wide layer's gradient is zero: nothing of the batch is in it")
+    most = min(max(declared, batch or 0) + 1, *gradient.shape)
+    span = row_space(gradient, most, generator)
+    notes: list[str] = []
+    size = batch
+    if size is None:
+        size = span.rank(declared)
+        if size is None:
+            size = declared
+            notes.append(
+                f"no gap in the spectrum (noise?): the declared batch of {declared} is taken for its rank"
+            )
+    if size > min(head.inputs, len(span.values)):
+        raise NotApplicable(
+            f"batch {size} > input dimension {min(head.inputs, len(span.values))}: the samples' span is the whole "
+            "space and singles out none"
+        )
+    if size < declared:
+        notes.append(
+            f"batch {declared}, rank {size}: equal or dependent samples (or samples that leave no gradient)"
+        )
+    if float(span.values[size - 1]) < DEPENDENT * float(span.values[0]):
+        notes.append(
+            f"samples dependent: s_B / s_1 = {float(span.values[size - 1] / span.values[0]):.1e} < {DEPENDENT:.0e}"
+        )
+    return span, size, notes
+
+
+def degree_for(head: Head, batch: int) -> int:
+    """Degree of the features for a full gradient.
+
+    Raises
+    ------
+    NotApplicable
+        If the width does not suffice for the least degree.
+    """
+    least = stein_order(head.activation) - 1
+    needed = feature_count(batch, least)
+    if head.width < needed:
+        formula = "(B+1)(B+2)/2" if least == 2 else "(B+1)(B+2)(B+3)/6"
+        raise NotApplicable(
+            f"width {head.width} < {needed}: the regression for B = {batch} samples with {head.name} needs at least "
+            f"{formula} = {needed} neurons; raise model.width or lower training.batch_size"
+        )
+    if is_polynomial(head.name):
+        return least
+    degree = least
+    while (
+        degree < _MOST_DEGREE and feature_count(batch, degree + 1) <= min(head.width // 3, _MOST_FEATURES)
+    ):  # fmt: skip
+        degree += 1
+    return degree
+
+
+def from_wide(
+    head: Head,
+    y: Tensor,
+    span: Span,
+    batch: int,
+    decomposer: Decomposer,
+    generator: torch.Generator,
+    seed: int,
+) -> Estimate:
+    """Inputs from the wide layer's gradient.
+
+    Parameters
+    ----------
+    y : Tensor
+        (m, d): ``sum_i r_i s'(W x_i) x_i'``.
+    span : Span
+    batch : int
+    decomposer : Decomposer
+    generator : torch.Generator
+    seed : int
+
+    Raises
+    ------
+    NotApplicable
+        If the width does not suffice, or the activation identifies nothing.
+    """
+    order = stein_order(head.activation)
+    degree = degree_for(head, batch)
+    coordinates = Whitened.of(head.wide, span.basis[:, :batch])
+    inside = coordinates.inside(y)
+    found, unexplained = regress(coordinates.u, inside, degree)
+    tensor = symmetric(found[order - 1])
+    size = hermite_coefficients(head.activation)
+    second = None
+    if abs(size[2]) > 1e-6:
+        second = symmetric(found[1])
+    directions, notes = decompose(decomposer, tensor, second, generator, seed)
+    dual = torch.linalg.inv(directions)
+    curves = inside @ dual.T  # column i: r_i n_i s'(n_i v_i) of the unit direction i
+    v = coordinates.u @ directions
+    norms, weights = _fit_curves(head, v, curves)
+    if order == 4:
+        notes.insert(0, f"activation {head.name} has a zero third Hermite coefficient; using order 4")
+    inputs = coordinates.outside((directions * norms).T)
+    inputs, weights = _upright(inputs, weights, head)
+    figures: dict[str, object] = {
+        "order": order,
+        "degree": degree,
+        "regression_residual": unexplained,
+        "off_diagonal": _share_off(tensor, directions),
+    }
+    return Estimate(inputs, weights, notes, figures)
+
+
+def from_head(
+    head: Head,
+    gradient: Tensor,
+    span: Span,
+    batch: int,
+    decomposer: Decomposer,
+    generator: torch.Generator,
+    seed: int,
+) -> Estimate:
+    """Inputs from the head's gradient in a span known from the wide layer.
+
+    What several local steps leave: the wide layer's change still spans the samples, but its moments drift with the
+    head, whose own change stays close to a multiple of one gradient.
+
+    Parameters
+    ----------
+    gradient : Tensor
+        (C, m): ``sum_i delta_i s(W x_i)'``, up to a factor.
+    """
+    order = stein_order(head.activation)
+    needed = feature_count(batch, order)
+    if head.width < needed:
+        raise NotApplicable(
+            f"width {head.width} < {needed}: reading B = {batch} samples off the head's change needs at least that "
+            f"many neurons (B+{order} choose {order})"
+        )
+    coordinates = Whitened.of(head.wide, span.basis[:, :batch])
+    # The classes' mixtures all share the samples' directions: one stack of slices for all of them.
+    values = gradient.T
+    _, strength, mixtures = torch.linalg.svd(values, full_matrices=False)
+    kept = max(1, min(batch, int((strength > 1e-7 * strength[0]).sum())))
+    found, unexplained = regress(coordinates.u, values @ mixtures[:kept].T, order)
+    size = coordinates.u.shape[1]
+    stack = found[order].movedim(-1, 0).reshape(-1, size, size)
+    directions, notes = _decompose_stack(stack, found, decomposer, generator)
+    norms = _profile_norms(head, found, directions)
+    inputs = coordinates.outside((directions * norms).T)
+    inputs, _ = _upright(inputs, torch.ones(batch, dtype=inputs.dtype, device=inputs.device), head)
+    hidden = head.activation.value(inputs @ head.wide.T)
+    delta = torch.linalg.lstsq(hidden.T, values).solution
+    return Estimate(
+        inputs, delta @ head.row, notes, {"order": order, "degree": order, "regression_residual": unexplained}
+    )
+
+
+def _decompose_stack(
+    stack: Tensor, found: dict[int, Tensor], decomposer: Decomposer, generator: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    from adversaries.reconstruction.tensor.decompose import jennrich, simdiag
+
+    if decomposer == "jennrich":
+        return jennrich(stack, generator), []
+    notes = []
+    if decomposer != "simdiag":
+        notes.append(
+            f"decomposer {decomposer!r} takes one tensor and the head's change gives one per class: simdiag was used"
+        )
+    second = found[2].movedim(-1, 0)
+    scale = stack.square().sum((1, 2)).mean().sqrt() / second.square().sum((1, 2)).mean().sqrt().clamp_min(
+        1e-300
+    )
+    return simdiag(torch.cat([stack, second * scale]) if float(scale) < 1e6 else stack, generator), notes
+
+
+def _fit_curves(head: Head, v: Tensor, curves: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms n (with sign) and weights r with ``curves_i = r_i n_i s'(n_i v_i)``.
+
+    Closed form for the cubic, whose two coefficients have the ratio 3 n / 2; else a search over n with r by least
+    squares. A homogeneous activation gives r n only: n is set to 1, its sign decided.
+    """
+    act = head.activation
+    if head.name == "poly3":
+        design = torch.stack([v, v.square()], 2).movedim(1, 0)
+        solved = torch.linalg.lstsq(design, curves.T[:, :, None]).solution[:, :, 0]
+        first, second = solved.T
+        norms = torch.where(first.abs() > 0, 2 * second / (3 * first), torch.ones_like(first))
+        norms = torch.where(torch.isfinite(norms) & (norms.abs() > 1e-6), norms, torch.ones_like(norms))
+        return norms, first / (2 * norms.square())
+    if homogeneous(head.name):
+        grid = torch.ones(1, dtype=v.dtype, device=v.device)
+    else:
+        grid = torch.logspace(-2, 1.5, 141, dtype=v.dtype, device=v.device)
+    grid = torch.cat([grid, -grid])
+
+    def explained(n: Tensor) -> Tensor:
+        """Share of each curve's energy for n (B,)."""
+        slope = act.slope(n * v)
+        return (slope * curves).sum(0).square() / slope.square().sum(0).clamp_min(1e-300)
+
+    scores = torch.stack([explained(n.expand(v.shape[1])) for n in grid])
+    best = grid[scores.argmax(0)]
+    if not homogeneous(head.name):
+        low, high = best / 10 ** (3.5 / 140), best * 10 ** (3.5 / 140)
+        golden = (5**0.5 - 1) / 2
+        for _ in range(40):
+            left, right = high - golden * (high - low), low + golden * (high - low)
+            better = explained(left) > explained(right)
+            low, high = torch.where(better, low, left), torch.where(better, right, high)
+        best = (low + high) / 2
+    slope = act.slope(best * v)
+    return best, (slope * curves).sum(0) / slope.square().sum(0).clamp_min(1e-300) / best
+
+
+def _profile_norms(head: Head, found: dict[int, Tensor], directions: Tensor) -> Tensor:
+    """Norms (with sign) from how the coefficients of one sample fall off with the degree.
+
+    The coefficient of degree q is ``delta_i h_q(n_i)`` times the q-th power of the unit direction, with h_q(n) the
+    Hermite coefficient of s(n .).
+    """
+    dual = torch.linalg.inv(directions)
+    orders = [q for q in found if q <= 3 or q == max(found)]
+    seen = []
+    for q in orders:
+        tensor = found[q]
+        letters = "abcd"[:q]
+        spec = ",".join(["i" + letter for letter in letters])
+        seen.append(torch.einsum(f"{letters}k,{spec}->ik", tensor, *[dual] * q))
+    measured = torch.stack(seen, 1)  # (B, orders, mixtures)
+    grid = torch.logspace(-2, 1.5, 701, dtype=dual.dtype).tolist()
+    profiles = torch.tensor(
+        [
+            [hermite_coefficients(head.activation, sign * n)[q] for q in orders]
+            for sign in (1, -1)
+            for n in grid
+        ],
+        dtype=dual.dtype,
+        device=dual.device,
+    )
+    unit = profiles / profiles.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    scores = torch.einsum("gq,iqk->gik", unit, measured).square().sum(2)
+    signed = torch.tensor([*grid, *(-n for n in grid)], dtype=dual.dtype, device=dual.device)
+    return signed[scores.argmax(0)]
+
+
+def _upright(inputs: Tensor, weights: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Turn round what points away from [0, 1]: inputs are pixels or activations, whose sum is positive.
+
+    Only where the gradient is the same for -x and -r (an even s'); elsewhere the sign is in the gradient.
+    """
+    slope = head.activation.slope
+    probe = torch.linspace(0.1, 3, 30, dtype=torch.float64)
+    if not torch.allclose(slope(probe), slope(-probe), rtol=1e-9, atol=1e-12):
+        return inputs, weights
+    sign = torch.where(inputs.sum(1) < 0, -1.0, 1.0).to(inputs)
+    return inputs * sign[:, None], weights * sign
+
+
+def _share_off(tensor: Tensor, directions: Tensor) -> float:
+    from adversaries.reconstruction.tensor.decompose import off_diagonal, slices
+
+    return off_diagonal(slices(tensor), directions)
+
+
+def published(
+    head: Head, gradient: Tensor, wide: Tensor | None, batch: int, generator: torch.Generator
+) -> Estimate:
+    """The estimator as published: averages over Gaussian neurons, from the head's gradient or the wide layer's.
+
+    Parameters
+    ----------
+    head : Head
+        With an activation whose second and third Hermite coefficients are not zero.
+    gradient : Tensor
+        g, (m,): ``sum_i r_i s(w_j . x_i)``.
+    wide : Tensor or None
+        (m, d): ``sum_i r_i s'(w_j . x_i) x_i``; None: the last layer's view.
+
+    References
+    ----------
+    Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023, algorithm 1 and
+    appendix B.
+    """
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    from adversaries.reconstruction.tensor.decompose import simdiag, slices
+
+    coefficients = hermite_coefficients(head.activation)
+    if min(abs(coefficients[2]), abs(coefficients[3])) < 1e-6:
+        raise NotApplicable(
+            f"method 'published' with {head.name}: its second or third Hermite coefficient is zero; use "
+            "method 'exact'"
+        )
+    scale = float(head.wide.square().mean().sqrt())
+    w = head.wide / scale
+    m = len(w)
+    if wide is None:
+        g = gradient
+
+        def product(vector: object) -> object:
+            x = torch.as_tensor(vector, dtype=torch.float64, device=w.device).flatten()
+            return ((w.T @ (g * (w @ x))) / m - g.mean() * x).cpu().numpy()
+    else:
+        half = wide.T @ w / m
+
+        def product(vector: object) -> object:
+            x = torch.as_tensor(vector, dtype=torch.float64, device=w.device).flatten()
+            return ((half @ x + half.T @ x) / 2).cpu().numpy()
+
+    d = w.shape[1]
+    start = torch.randn(d, dtype=torch.float64, generator=generator).numpy()
+    operator = LinearOperator((d, d), matvec=product, dtype=float)
+    _, vectors = eigsh(operator, k=batch, which="LM", v0=start)
+    basis = torch.linalg.qr(torch.from_numpy(vectors).to(w)).Q
+    v = w @ basis
+    if wide is None:
+        second = moments.stein_second(v, gradient)
+        third = moments.stein_third(v, gradient)
+    else:
+        inside = wide @ basis
+        second = symmetric(v.T @ inside / m)
+        eye = torch.eye(batch, dtype=v.dtype, device=v.device)
+        third = symmetric(torch.einsum("ja,jb,jc->abc", v, v, inside) / m - eye[:, :, None] * inside.mean(0))
+    directions = simdiag(slices(third), generator)
+    dual = torch.linalg.inv(directions)
+    p = torch.einsum("ab,ia,ib->i", second, dual, dual)
+    t = torch.einsum("abc,ia,ib,ic->i", third, dual, dual, dual)
+    # n t / p follows from E s''' / E s'' at the typical |w.x| = n scale; exact for the cubic.
+    grid = torch.logspace(-3, 3, 1201, dtype=torch.float64)
+    ratios = torch.tensor([_ratio(head, float(n)) for n in grid], dtype=torch.float64)
+    wanted = (t / p).cpu()
+    nearest = (ratios[None] - wanted.abs()[:, None]).abs().argmin(1)
+    norms = grid[nearest].to(w) * torch.sign(wanted).to(w)
+    inputs = (basis @ (directions * norms)).T / scale
+    inputs, weights = _upright(inputs, p, head)
+    sign = torch.where(inputs.sum(1) < 0, -1.0, 1.0).to(inputs)
+    return Estimate(inputs * sign[:, None], weights, [], {"order": 3})
+
+
+def _ratio(head: Head, n: float) -> float:
+    coefficients = hermite_coefficients(head.activation, n)
+    second, third = coefficients[2] * math.sqrt(2), coefficients[3] * math.sqrt(6)
+    return abs(third / second) if second else math.inf

@@ -1,0 +1,1 @@
+"""Models whose first layer a malicious server can arm."""

@@ -1,0 +1,1 @@
+"""Classifiers, and the layers that they share."""

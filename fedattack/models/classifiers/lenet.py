@@ -1,0 +1,105 @@
+"""Small networks: the LeNet of the gradient-leakage literature, a tiny CNN and a perceptron."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedattack.config import ModelConfig
+from fedattack.models.classifiers.layers import activation
+
+
+class ConvChain(nn.Module):
+    """Convolutions with one activation after each, flattened into one linear head.
+
+    Attributes
+    ----------
+    body : nn.Sequential
+        conv, activation, conv, activation, ...
+    head : nn.Linear
+        On the flattened features.
+    """
+
+    def __init__(self, body: nn.Sequential, head: nn.Linear, bound: float | None = None) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self._bound = bound
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees, shape (B, head.in_features)."""
+        return self.body(images).flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W)."""
+        return self.head(self.features(images))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """U(-bound, bound) in every tensor, or Kaiming-uniform with zero biases where no bound was published."""
+        for name, parameter in self.named_parameters():
+            if self._bound is not None:
+                parameter.uniform_(-self._bound, self._bound, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                limit = (6.0 / parameter[0].numel()) ** 0.5
+                parameter.uniform_(-limit, limit, generator=generator)
+
+
+def halved(size: int, times: int) -> int:
+    """Side of an image after `times` convolutions of stride 2 with padding."""
+    for _ in range(times):
+        size = (size + 1) // 2
+    return size
+
+
+def lenet_zhu(config: ModelConfig) -> nn.Module:
+    """LeNet of Zhu et al. (DLG, 2019) and HCGLA: three 5x5 convolutions of 12 channels, strides 2, 2, 1.
+
+    Weights start at U(-0.5, 0.5) as published, each layer from its own draws (the original re-seeds every layer, so
+    that its second and third convolutions are equal).
+    """
+    channels, size, classes = config.channels, config.image_size, config.classes
+    assert channels is not None
+    assert size is not None
+    assert classes is not None
+    body = nn.Sequential(
+        nn.Conv2d(channels, 12, 5, stride=2, padding=2),
+        activation(config.activation),
+        nn.Conv2d(12, 12, 5, stride=2, padding=2),
+        activation(config.activation),
+        nn.Conv2d(12, 12, 5, stride=1, padding=2),
+        activation(config.activation),
+    )
+    return ConvChain(body, nn.Linear(12 * halved(size, 2) ** 2, classes), bound=0.5)
+
+
+def tiny_cnn(config: ModelConfig) -> nn.Module:
+    """Two 3x3 convolutions (8 and 16 channels, stride 2) and a head: for many clients and quick tests."""
+    channels, size, classes = config.channels, config.image_size, config.classes
+    assert channels is not None
+    assert size is not None
+    assert classes is not None
+    body = nn.Sequential(
+        nn.Conv2d(channels, 8, 3, stride=2, padding=1),
+        activation(config.activation),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        activation(config.activation),
+    )
+    return ConvChain(body, nn.Linear(16 * halved(size, 2) ** 2, classes))
+
+
+def mlp(config: ModelConfig) -> nn.Module:
+    """Perceptron with one hidden layer on the flattened image; `model.width` hidden neurons (64)."""
+    channels, size, classes = config.channels, config.image_size, config.classes
+    assert channels is not None
+    assert size is not None
+    assert classes is not None
+    hidden = config.width or 64
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * size * size, hidden),
+        activation(config.activation),
+        nn.Linear(hidden, classes),
+    )

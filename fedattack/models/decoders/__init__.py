@@ -1,0 +1,1 @@
+"""Decoders from features and latent vectors to images, image priors, denoisers."""

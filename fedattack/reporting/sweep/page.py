@@ -1,0 +1,126 @@
+"""What a sweep writes beside its cells: the table, the figures, and a page that opens from disk."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedattack.audit.family import HEADLINES
+from fedattack.files import write_bytes
+from fedattack.reporting import figures, formats
+from fedattack.reporting.report import environment
+from fedattack.reporting.sweep.figures import heat_map, utility_leakage
+from fedattack.reporting.sweep.table import DONE, LEAKAGE, SweepTable
+from fedattack.reporting.template import SWEEP
+from fedattack.storage.plain import fedattack_version
+
+
+def write_sweep(folder: Path, table: SweepTable, *, command: str = "") -> Path:
+    """Write ``cells.csv``, ``cells.parquet``, ``figures/*.png`` and ``index.html``.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full.
+    """
+    write_bytes(folder / "cells.csv", table.frame.to_csv(index=False).encode())
+    buffer = io.BytesIO()
+    table.frame.to_parquet(buffer, index=False)
+    write_bytes(folder / "cells.parquet", buffer.getvalue())
+    counts = table.frame.drop_duplicates("cell")["status"].value_counts()
+    page = (
+        environment()
+        .from_string(SWEEP)
+        .render(
+            summary="; ".join(f"{number} runs {status}" for status, number in counts.items()),
+            pictures=_pictures(folder, table),
+            columns=[*_labels(table), "outcome", *_FIGURES],
+            rows=[_row(table, row) for row in _records(table.frame)],
+            reasons=_reasons(table.frame),
+            command=command or "fedattack sweep FILE",
+            version=fedattack_version(),
+        )
+    )
+    path = folder / "index.html"
+    write_bytes(path, page.encode())
+    return path
+
+
+def _pictures(folder: Path, table: SweepTable) -> list[dict[str, str]]:
+    shown = []
+    for family in table.families:
+        drawn = [("leakage", heat_map, f"{family}: leakage of every cell")]
+        if table.frame["accuracy"].notna().any():
+            drawn.append(("utility", utility_leakage, f"{family}: accuracy against leakage"))
+        for name, draw, alt in drawn:
+            data = figures.png(draw(table, family))
+            write_bytes(folder / "figures" / f"{family}-{name}.png", data)
+            shown.append({"data": base64.b64encode(data).decode(), "alt": alt, "caption": _CAPTIONS[name]})
+    return shown
+
+
+_CAPTIONS = {
+    "leakage": "Pale blue: at or below the floor, no leakage. Redder: more of it. Hatched: not applicable or failed.",
+    "utility": "Down and right is where one wants to be: private and useful. On the dashed line nothing leaks.",
+}
+
+_FIGURES = ("leakage", "95 % interval", "PSNR, dB", "floor, dB", "accuracy", "epsilon", "time")
+
+
+def _labels(table: SweepTable) -> list[str]:
+    return [name.removeprefix("axis.") for name in table.frame.columns if name.startswith("axis.")]
+
+
+def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
+    labels = ["" if pd.isna(row[f"axis.{axis}"]) else row[f"axis.{axis}"] for axis in _labels(table)]
+    done = row["status"] == DONE
+    attacked = done and not pd.isna(row["family"])
+    figures_shown = [formats.NONE] * 4
+    outcome = row["status"]
+    if attacked:
+        column, digits = LEAKAGE[row["family"]][0], 3 if row["family"] == "membership" else 1
+        outcome = HEADLINES[row["family"]][row["level"]]
+        ends = {"low": _known(row[f"{column}_low"]), "high": _known(row[f"{column}_high"])}
+        figures_shown = [
+            formats.decimal(row[column], digits),
+            formats.interval(ends, digits),
+            formats.decimal(row["psnr"]),
+            formats.decimal(row.get("floor_psnr", float("nan"))),
+        ]
+    return {
+        "labels": labels,
+        "outcome": outcome,
+        "level": row["level"] if attacked else "",
+        "link": f"cells/{row['cell']}/report.html" if done else "",
+        "figures": [
+            *figures_shown,
+            formats.percent(row["accuracy"]),
+            formats.decimal(row["epsilon"], 2),
+            formats.seconds(row["seconds"]),
+        ],
+    }
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _known(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def _reasons(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    rows = frame[frame["status"] != DONE].drop_duplicates("cell")
+    return [(row["cell"], f"{row['status']}: {row['reason']}") for row in _records(rows)]
+
+
+__all__ = ["write_sweep"]

@@ -1,0 +1,344 @@
+"""Observations on disk: safetensors beside JSON, without the truth, so that they can be handed to somebody else.
+
+Layout of a folder of observations::
+
+    auxiliary-<hash>.safetensors      the public images, once
+    round-0001/weights-<hash>.safetensors   the model sent out, once per round (or per model, if clients got several)
+    round-0001/client-00003.safetensors     the update as it came over the wire
+    round-0001/client-00003.json            what was declared; written last, so a file without it is unfinished
+
+Truths have the same names below a folder of their own. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, Section, TrainingConfig
+from fedattack.errors import DataError
+from fedattack.files import portable, write_tensors
+from fedattack.groundtruth import GroundTruth
+from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, observation_name
+from fedattack.storage.plain import write_json
+
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Client = Annotated[int, Field(ge=EVERYONE, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Scenario(Section):
+    model: ModelConfig
+    training: TrainingConfig
+    compression: CompressionConfig
+    defense: DefenseConfig = DefenseConfig()
+
+
+class _Document(Section):
+    format: Literal[1]
+    round: Positive
+    client: Client
+    num_examples: Positive
+    wire_bytes: Natural
+    kind: Literal["gradient", "delta"]
+    names: tuple[str, ...] = Field(min_length=1)
+    shapes: tuple[tuple[Natural, ...], ...]
+    weights: str = Field(pattern=r"^weights-[0-9a-f]{16}\.safetensors$")
+    auxiliary: str | None = Field(None, pattern=r"^auxiliary-[0-9a-f]{16}\.safetensors$")
+    auxiliary_source: str = ""
+    scenario: _Scenario
+
+
+class _TruthDocument(Section):
+    format: Literal[1]
+    round: Positive
+    client: Client
+    sample_ids: tuple[int, ...]
+
+
+def save_observation(folder: Path | str, observation: Observation) -> Path:
+    """Store one observation; weights and auxiliary data that are already there are not written again.
+
+    Parameters
+    ----------
+    folder : Path or str
+        Made if absent.
+    observation : Observation
+
+    Returns
+    -------
+    Path
+        The observation's JSON file.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    place = _place(folder, observation.round, observation.client)
+    weights = _save_once(place.parent, "weights", observation.weights)
+    auxiliary = None
+    if observation.auxiliary is not None:
+        tensors = {"images": observation.auxiliary.images}
+        if observation.auxiliary.labels is not None:
+            tensors["labels"] = observation.auxiliary.labels
+        if observation.auxiliary.groups is not None:
+            tensors["groups"] = observation.auxiliary.groups
+        auxiliary = _save_once(folder, "auxiliary", tensors)
+    update = observation.update
+    sent = {"values": update.values}
+    if update.indices is not None:
+        sent["indices"] = update.indices
+    sent |= {f"buffer.{name}": tensor for name, tensor in observation.buffers.items()}
+    write_tensors(place.with_suffix(".safetensors"), sent)
+    scenario = observation.scenario
+    document = {
+        "format": 1,
+        "round": observation.round,
+        "client": observation.client,
+        "num_examples": observation.num_examples,
+        "wire_bytes": observation.wire_bytes,
+        "kind": update.kind,
+        "names": update.names,
+        "shapes": update.shapes,
+        "weights": weights,
+        "auxiliary": auxiliary,
+        "auxiliary_source": observation.auxiliary.source if observation.auxiliary else "",
+        "scenario": scenario.record(),
+    }
+    write_json(place.with_suffix(".json"), document)
+    return place.with_suffix(".json")
+
+
+def load_observations(folder: Path | str) -> list[Observation]:
+    """All finished observations of a folder, by round and client, fully checked.
+
+    Observations of one round share their weights, and all share the auxiliary data, in memory as on disk.
+
+    Raises
+    ------
+    DataError
+        Names the file and what is wrong with it: not JSON or safetensors, a field missing or out of range, NaN or
+        infinite values, tensors that do not fit, indices out of range; or that there is no observation.
+    """
+    folder = Path(folder)
+    shared: dict[Path, dict[str, Tensor]] = {}
+    found = [_load_observation(folder, path, shared) for path in sorted(folder.glob("round-*/*.json"))]
+    if not found:
+        raise DataError(f"no observation in {folder}: expected round-*/*.json")
+    return sorted(found, key=lambda observation: (observation.round, observation.client))
+
+
+def save_truth(folder: Path | str, truth: GroundTruth) -> Path:
+    """Store the private batch behind one observation, in a folder of its own.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full or the folder cannot be written.
+    """
+    place = _place(Path(folder), truth.round, truth.client)
+    tensors = {"images": truth.images, "labels": truth.labels}
+    if truth.shown is not None:
+        tensors["shown"] = truth.shown
+    write_tensors(place.with_suffix(".safetensors"), tensors)
+    document = {"format": 1, "round": truth.round, "client": truth.client, "sample_ids": truth.sample_ids}
+    write_json(place.with_suffix(".json"), document)
+    return place.with_suffix(".json")
+
+
+def load_truths(folder: Path | str) -> list[GroundTruth]:
+    """All truths of a folder, by round and client.
+
+    Raises
+    ------
+    DataError
+        If one is malformed, or there is none.
+    """
+    truths = []
+    for path in sorted(Path(folder).glob("round-*/*.json")):
+        document = _parse(path, _TruthDocument)
+        tensors = read_tensors(path.with_suffix(".safetensors"))
+        images, labels = _images(path, tensors, None), tensors.get("labels")
+        if labels is None or labels.dtype != torch.int64 or labels.shape != (len(images),):
+            raise DataError(f"{path}: labels must be int64 of shape ({len(images)},)")
+        if len(document.sample_ids) != len(images):
+            raise DataError(f"{path}: {len(document.sample_ids)} sample ids for {len(images)} images")
+        shown = tensors.get("shown")
+        if shown is not None:
+            _check_images(path, "shown", shown, tuple(images.shape[1:]))
+        truths.append(
+            GroundTruth(document.round, document.client, images, labels, document.sample_ids, shown)
+        )
+    if not truths:
+        raise DataError(f"no truth in {folder}: expected round-*/*.json")
+    return sorted(truths, key=lambda truth: (truth.round, truth.client))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises
+    ------
+    DataError
+        If it is missing or malformed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Tensor]]) -> Observation:
+    document = _parse(path, _Document)
+    if _place(folder, document.round, document.client).with_suffix(".json") != path:
+        raise DataError(f"{path}: says it is round {document.round}, client {document.client}")
+    model = document.scenario.model
+    if None in (model.classes, model.channels, model.image_size, model.activation):
+        raise DataError(
+            f"{path}: the scenario's model must state classes, channels, image_size and activation"
+        )
+    agreed = document.scenario
+    scenario = Scenario(model, agreed.training, agreed.compression, agreed.defense)
+    weights = _read_once(path.parent / document.weights, shared)
+    for name, tensor in weights.items():
+        _check_finite(path.parent / document.weights, name, tensor)
+    tensors = read_tensors(path.with_suffix(".safetensors"))
+    update = _checked_update(path, document, tensors, weights)
+    buffers = {
+        name.removeprefix("buffer."): _check_finite(path, name, tensor)
+        for name, tensor in tensors.items()
+        if name.startswith("buffer.")
+    }
+    auxiliary = None
+    if document.auxiliary is not None:
+        source = folder / document.auxiliary
+        public = _read_once(source, shared)
+        images = _images(source, public, scenario.image_shape)
+        for name in ("labels", "groups"):
+            numbers = public.get(name)
+            if numbers is not None and (numbers.dtype != torch.int64 or numbers.shape != (len(images),)):
+                raise DataError(f"{source}: {name} must be int64 of shape ({len(images)},)")
+        auxiliary = Auxiliary(images, public.get("labels"), document.auxiliary_source, public.get("groups"))
+    return Observation(
+        round=document.round,
+        client=document.client,
+        scenario=scenario,
+        weights=weights,
+        update=update,
+        num_examples=document.num_examples,
+        wire_bytes=document.wire_bytes,
+        auxiliary=auxiliary,
+        buffers=buffers,
+    )
+
+
+def _checked_update(
+    path: Path, document: _Document, tensors: dict[str, Tensor], weights: dict[str, Tensor]
+) -> Update:
+    if len(document.names) != len(document.shapes) or len(set(document.names)) != len(document.names):
+        raise DataError(
+            f"{path}: {len(document.names)} parameter names (repeated?) for {len(document.shapes)} shapes"
+        )
+    for name, shape in zip(document.names, document.shapes, strict=True):
+        if name not in weights or tuple(weights[name].shape) != shape:
+            held = tuple(weights[name].shape) if name in weights else "nothing"
+            raise DataError(f"{path}: parameter {name!r} has shape {shape}, but the weights hold {held}")
+    values, indices = tensors.get("values"), tensors.get("indices")
+    if values is None or values.dtype != torch.float32 or values.ndim != 1:
+        raise DataError(f"{path}: 'values' must be float32 in one dimension")
+    _check_finite(path, "values", values)
+    update = Update(document.names, document.shapes, indices, values, document.kind)
+    if indices is None:
+        if values.numel() != update.numel:
+            raise DataError(f"{path}: {values.numel()} values for a dense update of {update.numel}")
+    elif indices.dtype != torch.int64 or indices.shape != values.shape:
+        raise DataError(f"{path}: 'indices' must be int64, one for each of {values.numel()} values")
+    elif indices.numel() and (
+        int(indices[0]) < 0 or int(indices[-1]) >= update.numel or bool((indices.diff() <= 0).any())
+    ):
+        raise DataError(f"{path}: 'indices' must rise strictly within [0, {update.numel})")
+    return update
+
+
+def _images(path: Path, tensors: Mapping[str, Tensor], shape: tuple[int, int, int] | None) -> Tensor:
+    return _check_images(path, "images", tensors.get("images"), shape)
+
+
+def _check_images(path: Path, name: str, images: Tensor | None, shape: tuple[int, ...] | None) -> Tensor:
+    if images is None or images.dtype != torch.float32 or images.ndim != 4:
+        raise DataError(f"{path}: {name!r} must be float32 of shape (N, C, H, W)")
+    if shape is not None and tuple(images.shape[1:]) != shape:
+        raise DataError(f"{path}: {name} of {tuple(images.shape[1:])}, but the model takes {shape}")
+    _check_finite(path, name, images)
+    if images.numel() and not 0 <= float(images.min()) <= float(images.max()) <= 1:
+        raise DataError(f"{path}: pixels lie outside [0, 1]")
+    return images
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise DataError(f"{path}: {name!r} holds NaN or infinite values")
+    return tensor
+
+
+def _parse(path: Path, kind: type[Any]) -> Any:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _place(folder: Path, round_: int, client: int) -> Path:
+    who = observation_name(round_, client).removeprefix(f"round-{round_:04d}-")
+    return folder / f"round-{round_:04d}" / who
+
+
+def _read_once(path: Path, shared: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
+    if path not in shared:
+        shared[path] = read_tensors(path)
+    return shared[path]
+
+
+def _save_once(folder: Path, what: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors under the hash of their content, unless they are there; the file's name."""
+    whole = portable(tensors)
+    digest = hashlib.sha256()
+    for name in sorted(whole):
+        tensor = whole[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    file = f"{what}-{digest.hexdigest()[:16]}.safetensors"
+    if not (folder / file).exists():
+        write_tensors(folder / file, whole)
+    return file
+
+
+_KEY = re.compile(r"^[A-Za-z0-9_.:-]+$")
+
+
+def safe_name(name: str) -> str:
+    """`name` as part of a path: an attack given as "package.module:Class" has no slash, but a user's might.
+
+    Raises
+    ------
+    DataError
+        If it could leave its folder.
+    """
+    if not _KEY.match(name) or name.startswith("."):
+        raise DataError(f"{name!r} cannot name a file: letters, digits, '_', '-', '.' and ':' only")
+    return name.replace(":", "_")

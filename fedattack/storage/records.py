@@ -1,0 +1,99 @@
+"""The records table and the summary: what a run found, for machines."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from fedattack.audit.family import AuditResult
+from fedattack.config import Config
+from fedattack.files import write_bytes
+from fedattack.storage.plain import fedattack_version, plain, write_json
+from fedattack.storage.run_folder import RunFolder
+
+_INTEGERS = {
+    "round",
+    "client",
+    "victim",
+    "image",
+    "sample",
+    "label",
+    "k",
+    "wire_bytes",
+    "candidate",
+    "run",
+    "requests",
+}
+_BOOLEANS = {"label_right", "is_member"}
+_TEXTS = {"attack", "family", "status", "method", "matched_by", "kept_per_layer", "mechanism"}
+
+
+def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
+    """All records in one table: a row per private image, candidate or seed; columns that do not apply are empty.
+
+    Column types do not depend on what a run happens to hold, so that tables of several runs concatenate.
+    """
+    frame = pd.DataFrame([row for result in results for row in result.records])
+    for name in frame.columns:
+        if name in _INTEGERS:
+            frame[name] = frame[name].astype("Int64")
+        elif name in _BOOLEANS:
+            frame[name] = frame[name].astype("boolean")
+        elif name in _TEXTS:
+            frame[name] = frame[name].astype("string")
+        else:
+            frame[name] = frame[name].astype("float64")
+    return frame
+
+
+def summary_document(
+    config: Config, results: Sequence[AuditResult], federation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content of ``summary.json``, already in JSON's own types.
+
+    Returns
+    -------
+    dict
+        "version", "config", "federation" (as given) and "attacks": name -> the audit's summary with "family",
+        "count", "metrics" (metric -> "mean", "worst", "best", "low", "high"), "floors" (floor -> metric -> the same),
+        "k", "k_per_pixel", "seconds", "level", "verdict" and more. "worst" is the attacker's worst. NaN is null,
+        infinities are "inf" and "-inf".
+    """
+    document = {
+        "version": fedattack_version(),
+        "config": config.model_dump(mode="json"),
+        "federation": dict(federation or {}),
+        "attacks": {result.attack: result.summary for result in results},
+    }
+    return dict(plain(document))
+
+
+def write_records(folder: RunFolder, results: Sequence[AuditResult]) -> None:
+    """Write ``records.csv`` and ``records.parquet``.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full.
+    """
+    frame = records_frame(results)
+    write_bytes(folder.path / "records.csv", frame.to_csv(index=False).encode())
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    write_bytes(folder.path / "records.parquet", buffer.getvalue())
+
+
+def write_summary(
+    folder: RunFolder, results: Sequence[AuditResult], federation: Mapping[str, Any] | None
+) -> None:
+    """Write ``summary.json``.
+
+    Raises
+    ------
+    RunFailed
+        If the disk is full.
+    """
+    write_json(folder.path / "summary.json", summary_document(folder.config, results, federation))

@@ -1,0 +1,317 @@
+"""The folder that a run leaves behind, and from which a killed run resumes.
+
+Layout::
+
+    config.toml  log.txt  records.csv  records.parquet  summary.json  report.html
+    observations/  truth/        what the attacker saw, and, apart from it, what was private
+    parts/<attack>/<key>.*       finished answers of the attacks
+    images/<attack>/  figures/
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedattack.config import Config
+from fedattack.errors import ConfigError, DataError
+from fedattack.files import cannot_write, write_bytes, write_tensors
+from fedattack.groundtruth import GroundTruth
+from fedattack.observation import MembershipScores, Observation, Reconstruction
+from fedattack.storage.observations import (
+    load_observations,
+    load_truths,
+    read_tensors,
+    safe_name,
+    save_observation,
+    save_truth,
+)
+from fedattack.storage.plain import fedattack_version, number, read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder; make it with :meth:`create`.
+
+    Parameters
+    ----------
+    path : Path
+    config : Config
+        The run's settings.
+    resumed : bool
+        Whether an earlier, unfinished or finished, run of the same settings was found in it.
+    """
+
+    path: Path
+    config: Config
+    resumed: bool = False
+
+    @classmethod
+    def create(cls, path: Path | str, config: Config, resume: bool = True) -> RunFolder:
+        """Make the folder, or take up the run that is in it.
+
+        Parameters
+        ----------
+        path : Path or str
+            Absent, empty, or the folder of a run with the same result settings (engine and output may differ).
+        config : Config
+        resume : bool
+            False: refuse a folder that holds a run already.
+
+        Raises
+        ------
+        ConfigError
+            If the folder holds another configuration's run (names the first settings that differ), is not empty and
+            no run folder, cannot be made, or holds a run while `resume` is False.
+        RunFailed
+            If the disk is full.
+        """
+        path = Path(path)
+        stored = path / "config.toml"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            resumed = stored.is_file()
+            if not resumed and any(path.iterdir()):
+                raise ConfigError(
+                    f"setting 'output.run_dir' = {str(path)!r}: is not empty and no run folder (no config.toml); "
+                    "give an empty or new folder, or one of an earlier run with the same settings"
+                )
+            for leftover in path.rglob(".*.part"):
+                leftover.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"setting 'output.run_dir' = {str(path)!r}: {error.strerror}; give a folder"
+            ) from None
+        if resumed:
+            _check_same(stored, config, resume)
+        else:
+            header = f"# A run of fedattack {fedattack_version()}; repeat it with: fedattack --config config.toml\n"
+            write_bytes(stored, (header + config.to_toml()).encode())
+        folder = cls(path, config, resumed)
+        folder.log("resumed" if resumed else "started")
+        return folder
+
+    @property
+    def observations(self) -> Path:
+        """Where observations are stored; free of the truth."""
+        return self.path / "observations"
+
+    @property
+    def truth(self) -> Path:
+        """Where the private batches are stored."""
+        return self.path / "truth"
+
+    @property
+    def images(self) -> Path:
+        """Single images, as PNG."""
+        return self.path / "images"
+
+    @property
+    def figures(self) -> Path:
+        """Figures, as PNG."""
+        return self.path / "figures"
+
+    def log(self, text: str) -> None:
+        """Append a line with the time (UTC) to ``log.txt``.
+
+        Raises
+        ------
+        RunFailed
+            If the disk is full.
+        """
+        stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        line = f"{stamp}  {text}\n"
+        try:
+            with (self.path / "log.txt").open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise cannot_write(self.path / "log.txt", error, len(line)) from error
+
+    def save_observation(self, observation: Observation) -> None:
+        """Store an observation below ``observations/``."""
+        save_observation(self.observations, observation)
+
+    def load_observations(self) -> list[Observation]:
+        """All stored observations; see :func:`fedattack.storage.load_observations`."""
+        return load_observations(self.observations)
+
+    def save_truth(self, truth: GroundTruth) -> None:
+        """Store a private batch below ``truth/``."""
+        save_truth(self.truth, truth)
+
+    def load_truths(self) -> list[GroundTruth]:
+        """All stored truths."""
+        return load_truths(self.truth)
+
+    def save_reconstruction(self, attack: str, key: str, answer: Reconstruction, seconds: float) -> None:
+        """Store an attack's answer for one observation, so that a resumed run need not ask again.
+
+        Parameters
+        ----------
+        attack, key : str
+            The attack's name and the observation's key.
+        answer : Reconstruction
+        seconds : float
+            What it took.
+
+        Raises
+        ------
+        RunFailed
+            If the disk is full.
+        """
+        place = self._part(attack, key)
+        names = list(answer.floors)
+        tensors = {"images": answer.images, "labels": answer.labels}
+        tensors |= {f"floor.{index}": answer.floors[name] for index, name in enumerate(names)}
+        history = torch.tensor(answer.history, dtype=torch.float64)
+        scalars = torch.tensor([answer.loss, answer.label_confidence, seconds], dtype=torch.float64)
+        tensors |= {"history": history, "scalars": scalars}
+        write_tensors(place.with_suffix(".safetensors"), tensors)
+        document = {
+            "format": 1,
+            "certificate": answer.certificate,
+            "has_certificate": answer.certificate is not None,
+            "method": answer.method,
+            "floors": names,
+            "details": answer.details,
+        }
+        write_json(place.with_suffix(".json"), document)
+
+    def load_reconstruction(self, attack: str, key: str) -> tuple[Reconstruction, float] | None:
+        """The stored answer and its seconds, or None where it is not finished.
+
+        Raises
+        ------
+        DataError
+            If the stored answer is malformed.
+        """
+        place = self._part(attack, key)
+        if not place.with_suffix(".json").is_file():
+            return None
+        document, tensors = (
+            read_json(place.with_suffix(".json")),
+            read_tensors(place.with_suffix(".safetensors")),
+        )
+        try:
+            loss, confidence, seconds = tensors["scalars"].tolist()
+            answer = Reconstruction(
+                images=tensors["images"],
+                labels=tensors["labels"],
+                loss=loss,
+                label_confidence=confidence,
+                certificate=number(document["certificate"]) if document["has_certificate"] else None,
+                method=document["method"],
+                history=tensors["history"].tolist(),
+                floors={name: tensors[f"floor.{index}"] for index, name in enumerate(document["floors"])},
+                details=document["details"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{place}.json and .safetensors do not hold one reconstruction: {error!r}"
+            ) from None
+        return answer, seconds
+
+    def save_scores(self, attack: str, target: int, scores: MembershipScores, seconds: float) -> None:
+        """Store the membership scores for one target client.
+
+        Raises
+        ------
+        RunFailed
+            If the disk is full.
+        """
+        place = self._part(attack, f"client-{target:05d}")
+        write_tensors(place.with_suffix(".safetensors"), {"scores": scores.scores})
+        document = {"format": 1, "statistic": scores.statistic, "details": scores.details, "seconds": seconds}
+        write_json(place.with_suffix(".json"), document)
+
+    def load_scores(self, attack: str, target: int) -> tuple[MembershipScores, float] | None:
+        """The stored scores and their seconds, or None where they are not finished.
+
+        Raises
+        ------
+        DataError
+            If they are malformed.
+        """
+        place = self._part(attack, f"client-{target:05d}")
+        if not place.with_suffix(".json").is_file():
+            return None
+        document, tensors = (
+            read_json(place.with_suffix(".json")),
+            read_tensors(place.with_suffix(".safetensors")),
+        )
+        try:
+            scores = MembershipScores(tensors["scores"], document["statistic"], document["details"])
+            return scores, float(document["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{place}.json and .safetensors do not hold scores: {error!r}") from None
+
+    def save_part(self, name: str, document: Mapping[str, Any]) -> None:
+        """Store any other finished part (the federation's rounds, an unlearning outcome) as JSON.
+
+        Raises
+        ------
+        RunFailed
+            If the disk is full.
+        """
+        write_json(self.path / "parts" / f"{safe_name(name)}.json", document)
+
+    def load_part(self, name: str) -> dict[str, Any] | None:
+        """A part stored by :meth:`save_part` (NaN comes back as None), or None where it is not finished.
+
+        Raises
+        ------
+        DataError
+            If it is no JSON object.
+        """
+        path = self.path / "parts" / f"{safe_name(name)}.json"
+        if not path.is_file():
+            return None
+        document = read_json(path)
+        if not isinstance(document, dict):
+            raise DataError(f"{path} holds no JSON object")
+        return document
+
+    def _part(self, attack: str, key: str) -> Path:
+        return self.path / "parts" / safe_name(attack) / safe_name(key)
+
+
+def _check_same(stored: Path, config: Config, resume: bool) -> None:
+    if not resume:
+        raise ConfigError(
+            f"setting 'output.run_dir' = {str(stored.parent)!r}: holds a run already; resume it or give another"
+        )
+    try:
+        earlier = Config.from_toml(stored)
+    except ConfigError as error:
+        raise ConfigError(
+            f"setting 'output.run_dir': {stored} is not readable: {error}; give another folder"
+        ) from None
+    there, here = _flat(earlier.result_settings()), _flat(config.result_settings())
+    differing = [name for name in [*here, *(set(there) - set(here))] if there.get(name) != here.get(name)]
+    if differing:
+        shown = "; ".join(
+            f"{name} = {there.get(name)!r} there, {here.get(name)!r} here" for name in differing[:3]
+        )
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ConfigError(
+            f"setting 'output.run_dir' = {str(stored.parent)!r}: holds a run with other settings: {shown}{more}. "
+            "Give another folder, or the same settings to resume"
+        )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+__all__ = ["RunFolder"]

@@ -1,0 +1,1 @@
+"""The engine: grids, federation, journal."""

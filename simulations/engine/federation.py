@@ -1,0 +1,437 @@
+"""A federation from its first round to its last: grid, curious strategy, evaluation, journal."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.config import Config
+from fedattack.data import World
+from fedattack.errors import ConfigError, RunFailed
+from fedattack.models import build_model, initial_weights
+from fedattack.observation import Observation, UnlearningRequest
+from fedattack.training import evaluate
+from simulations.client_app import Workplace, exclusion_settings
+from simulations.engine.flower_grid import PartitionedGrid
+from simulations.engine.flower_internals import server_identity
+from simulations.engine.journal import Journal, JournaledGrid
+from simulations.engine.local_grid import LocalGrid
+from simulations.engine.open_grid import open_grid
+from simulations.experiments.executor import choose_device
+from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
+from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors
+
+log = logging.getLogger("fedattack.federation")
+
+_PATIENCE_SECONDS = 30 * 24 * 3600.0
+_EVALUATED_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """The figures of one round.
+
+    Parameters
+    ----------
+    round : int
+    loss, accuracy : float or None
+        Of the global model after the round, on the held-out pool; None where it is not evaluated.
+    train_loss : float or None
+        Mean training loss of the accepted clients, weighted by their examples; None where nobody was accepted.
+    clients : tuple of int
+        Clients whose updates were aggregated, ascending.
+    failed, rejected : tuple of (int, str)
+        Clients whose reply was an error or was refused, with the reason.
+    dropped : tuple of int
+        Clients that were drawn and did not answer.
+    wire_bytes, buffer_bytes : int
+        Sums over the accepted clients: packed updates; BatchNorm buffers beside them.
+    aggregated : bool
+        False where the weights stayed as they were.
+    seconds : float
+        Wall time, evaluation included.
+    """
+
+    round: int
+    loss: float | None
+    accuracy: float | None
+    train_loss: float | None
+    clients: tuple[int, ...]
+    failed: tuple[tuple[int, str], ...]
+    rejected: tuple[tuple[int, str], ...]
+    dropped: tuple[int, ...]
+    wire_bytes: int
+    buffer_bytes: int
+    aggregated: bool
+    seconds: float
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RoundRecord:
+        """The record that ``dataclasses.asdict`` and JSON made lists of."""
+        fixed = dict(values)
+        for name in ("failed", "rejected"):
+            fixed[name] = tuple((int(client), str(reason)) for client, reason in fixed[name])
+        for name in ("clients", "dropped"):
+            fixed[name] = tuple(fixed[name])
+        return cls(**fixed)
+
+
+@dataclass(frozen=True)
+class FederationResult:
+    """What a federation leaves.
+
+    Parameters
+    ----------
+    weights : dict of str to Tensor
+        The global state dict after the last round, on the CPU.
+    rounds : list of RoundRecord
+    rejections : list of (int, int, str)
+        (round, client, reason) of every refused reply.
+    """
+
+    weights: dict[str, Tensor]
+    rounds: list[RoundRecord]
+    rejections: list[tuple[int, int, str]]
+
+
+def run_federation(
+    config: Config,
+    world: World,
+    *,
+    run_dir: Path | None = None,
+    on_observation: Callable[[Observation], None] | None = None,
+    observe: Callable[[int, int], bool] | None = None,
+    initial: dict[str, Tensor] | None = None,
+    first_round: int = 1,
+    excluded: Mapping[int, Collection[int]] | None = None,
+    on_round: Callable[[RoundRecord], None] | None = None,
+    on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
+    grid: LocalGrid | None = None,
+    arming: ReconstructionAttack | None = None,
+) -> FederationResult:
+    """Train a federation on the configured engine.
+
+    Parameters
+    ----------
+    config : Config
+    world : World
+        Of the same configuration.
+    run_dir : Path, optional
+        Journal the rounds in ``run_dir/journal``, and go on from what is journaled there. Observations, rounds and
+        weights of journaled rounds are reported again, the figures as they were. The caller sees to it that the
+        folder belongs to this configuration.
+    on_observation : callable, optional
+        Called with what the server sees of each client that `observe` selects, in ascending order within a round.
+    observe : callable, optional
+        ``observe(round, client)``; None: everything.
+    initial : dict of str to Tensor, optional
+        State dict to start from; None: the configured initial weights.
+    first_round : int
+        The rounds from here to ``config.federation.rounds`` are run.
+    excluded : mapping of int to collection of int, optional
+        Client -> positions of its partition that it no longer trains on.
+    on_round : callable, optional
+        Called with each round's record.
+    on_weights : callable, optional
+        ``on_weights(round, weights)`` after each round.
+    grid : LocalGrid, optional
+        An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
+        its start; its clients start with empty memories.
+    arming : ReconstructionAttack, optional
+        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``; the global
+        model skips them.
+
+    Returns
+    -------
+    FederationResult
+
+    Raises
+    ------
+    ConfigError
+        If strategy and training settings do not go together.
+    RunFailed
+        If every client of a round raised an error, the weights diverged, a strategy could not aggregate, the actors
+        cannot be kept alive, or the journal cannot be written.
+
+    Examples
+    --------
+    >>> from fedattack.data import build_world
+    >>> config = Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4, "engine": "inline"})
+    >>> result = run_federation(config, build_world(config))
+    >>> result.rounds[0].clients
+    (0, 1, 2, 3)
+    """
+    with ExitStack() as stack:
+        if grid is None:
+            grid = stack.enter_context(open_grid(config, world))
+        else:
+            grid.reset()
+        stack.enter_context(server_identity(grid.run_id))
+        stack.enter_context(_hushed(logging.WARNING))
+        return serve(
+            grid,
+            config,
+            world,
+            run_dir=run_dir,
+            on_observation=on_observation,
+            observe=observe,
+            initial=initial,
+            first_round=first_round,
+            excluded=excluded,
+            on_round=on_round,
+            on_weights=on_weights,
+            arming=arming,
+        )
+
+
+def serve(
+    grid: LocalGrid | PartitionedGrid,
+    config: Config,
+    world: World,
+    *,
+    run_dir: Path | None = None,
+    on_observation: Callable[[Observation], None] | None = None,
+    observe: Callable[[int, int], bool] | None = None,
+    initial: dict[str, Tensor] | None = None,
+    first_round: int = 1,
+    excluded: Mapping[int, Collection[int]] | None = None,
+    on_round: Callable[[RoundRecord], None] | None = None,
+    on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
+    arming: ReconstructionAttack | None = None,
+) -> FederationResult:
+    """The server's side of :func:`run_federation`, on any grid; this process must be the server of its run."""
+    if config.federation.strategy == "fedprox" and config.training.momentum:
+        raise ConfigError(
+            f"setting 'training.momentum' = {config.training.momentum}: strategy 'fedprox' needs 0 here"
+        )
+    weights = initial if initial is not None else initial_weights(world.scenario.model, config.seed)
+    total = config.federation.rounds - first_round + 1
+    if total < 1:
+        return FederationResult(dict(weights), [], [])
+    served: Grid = grid
+    journal: Journal | None = None
+    replayed = first_round - 1
+    if run_dir is not None:
+        journal = Journal(run_dir / "journal")
+        served = _journaled(grid, journal, config, world, first_round)
+        replayed = served.replayed
+        if replayed >= first_round:
+            log.info("rounds %d to %d come from the journal", first_round, replayed)
+    reports: list[RoundReport] = []
+    with _hushed(logging.ERROR):  # FedAvg warns of what was asked of it: no evaluation on clients
+        aggregator = build_strategy(config.federation, config.training.learning_rate)
+    seat: Callable[..., Eavesdropper] = Eavesdropper
+    if arming is not None:
+        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds)
+    strategy = seat(
+        aggregator,
+        world.scenario,
+        on_observation=on_observation,
+        observe=observe,
+        auxiliary=world.auxiliary,
+        seed=config.seed,
+        first_round=first_round,
+        on_round=reports.append,
+        client_of=grid.client_of,
+        average_buffers=averages_buffers(config.federation),
+    )
+    judge = Judge(config, world)
+    if config.federation.evaluate and not len(world.pools.nonmembers):
+        log.warning("no held-out samples (setting 'data.nonmembers'): the global model is not evaluated")
+    rounds: list[RoundRecord] = []
+    clock = time.perf_counter()
+
+    def after_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        nonlocal weights, clock
+        if server_round == 0:
+            return None
+        report = reports[-1]
+        _refuse_if_all_failed(report)
+        weights = to_tensors(arrays)
+        known = journal.read_record(report.round) if journal and report.round <= replayed else None
+        if known is not None:
+            record = RoundRecord.from_json(known)
+        else:
+            figures = judge(weights) if config.federation.evaluate else {}
+            record = _record(report, figures, time.perf_counter() - clock)
+            if journal is not None:
+                journal.write_record(record.round, dataclasses.asdict(record))
+        clock = time.perf_counter()
+        rounds.append(record)
+        if on_weights is not None:
+            on_weights(record.round, weights)
+        if on_round is not None:
+            on_round(record)
+        if record.loss is None or record.accuracy is None:
+            return None
+        return MetricRecord({"loss": record.loss, "accuracy": record.accuracy})
+
+    with _settled_heap():
+        strategy.start(
+            grid=served,
+            initial_arrays=to_record(weights),
+            num_rounds=total,
+            timeout=_PATIENCE_SECONDS,
+            train_config=ConfigRecord(exclusion_settings(excluded or {})),
+            evaluate_fn=after_round,
+        )
+    rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
+    return FederationResult(weights, rounds, rejections)
+
+
+@contextmanager
+def _hushed(level: int) -> Iterator[None]:
+    """Have Flower log nothing below `level` for the block."""
+    flower = logging.getLogger("flwr")
+    before = flower.level
+    flower.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        flower.setLevel(before)
+
+
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Keep the collector from walking through all of torch again and again while replies come and go."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _journaled(
+    grid: LocalGrid | PartitionedGrid, journal: Journal, config: Config, world: World, first_round: int
+) -> JournaledGrid:
+    stateful = Workplace.of(config, world).compressor.stateful
+    keeper = grid if isinstance(grid, LocalGrid) else None
+    served = JournaledGrid(grid, journal, first_round, keeper if stateful else None)
+    if stateful and keeper is None and served.replayed >= first_round:
+        raise RunFailed(
+            f"the run in {str(journal.folder)!r} cannot go on under `flwr run`: its clients' error feedback lies "
+            "with Flower; use `--engine ray` or `--engine inline`, or start anew in another folder"
+        )
+    return served
+
+
+def _record(report: RoundReport, figures: Mapping[str, float], seconds: float) -> RoundRecord:
+    return RoundRecord(
+        round=report.round,
+        loss=figures.get("loss"),
+        accuracy=figures.get("accuracy"),
+        train_loss=report.train_loss if report.accepted else None,
+        clients=report.accepted,
+        failed=report.failed,
+        rejected=report.rejected,
+        dropped=report.dropped,
+        wire_bytes=report.wire_bytes,
+        buffer_bytes=report.buffer_bytes,
+        aggregated=report.aggregated,
+        seconds=seconds,
+    )
+
+
+def _refuse_if_all_failed(report: RoundReport) -> None:
+    """A round in which nothing but errors came back is a fault of the set-up, not an event of the federation."""
+    if report.failed and not (report.accepted or report.rejected or report.dropped):
+        client, reason = report.failed[0]
+        raise RunFailed(
+            f"all {len(report.failed)} clients of round {report.round} failed; client {client}: {reason}"
+        )
+
+
+class Judge:
+    """Loss and accuracy of global weights on the held-out pool, or on other samples; ``{}`` where there are none.
+
+    Parameters
+    ----------
+    config, world
+        The run's.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self._world = world
+        self._model = build_model(world.scenario.model).to(choose_device(config.engine.device))
+
+    def __call__(
+        self, weights: Mapping[str, Tensor], ids: NDArray[np.int64] | None = None
+    ) -> dict[str, float]:
+        """Mean cross-entropy ("loss") and share of right answers ("accuracy") on samples `ids`; None: the pool."""
+        chosen = self._world.pools.nonmembers if ids is None else ids
+        total = {"loss": 0.0, "accuracy": 0.0}
+        for start in range(0, len(chosen), _EVALUATED_AT_ONCE):
+            images, labels = self._world.dataset.tensors(chosen[start : start + _EVALUATED_AT_ONCE])
+            figures = evaluate(self._model, dict(weights), images, labels)
+            for name in total:
+                total[name] += figures[name] * (len(labels) / len(chosen))
+        return total if len(chosen) else {}
+
+
+def ask_unlearning(
+    grid: LocalGrid | PartitionedGrid,
+    weights: Mapping[str, Tensor],
+    attack: str,
+    client: int,
+    excluded: Mapping[int, Collection[int]] | None = None,
+) -> list[tuple[int, UnlearningRequest]]:
+    """Ask all clients whether they want samples forgotten.
+
+    Parameters
+    ----------
+    grid : LocalGrid or PartitionedGrid
+        An open grid.
+    weights : mapping of str to Tensor
+        The current global model, which every client has.
+    attack : str
+        Name of the unlearning attack.
+    client : int
+        The malicious client.
+    excluded : mapping of int to collection of int, optional
+        Client -> positions that are forgotten already.
+
+    Returns
+    -------
+    list of (int, UnlearningRequest)
+        Who really asked, and what the request says, of all clients that ask for something. Not validated: see
+        :func:`fedattack.unlearning.validate_request`.
+
+    Raises
+    ------
+    RunFailed
+        If the malicious client's attack failed.
+    """
+    settings = ConfigRecord({"attack": attack, "client": client, **exclusion_settings(excluded or {})})
+    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: settings})
+    requests: list[tuple[int, UnlearningRequest]] = []
+    with ExitStack() as stack:
+        if isinstance(grid, LocalGrid):
+            stack.enter_context(server_identity(grid.run_id))
+        messages = [Message(content, node, "query.unlearn") for node in grid.get_node_ids()]
+        for reply in grid.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
+            sender = grid.client_of(reply.metadata.src_node_id)
+            if reply.has_error():
+                raise RunFailed(f"client {sender} could not answer whether to unlearn: {reply.error.reason}")
+            answer: Any = reply.content[CONFIG]
+            if answer["positions"]:
+                positions = tuple(np.asarray(answer["positions"]).tolist())
+                requests.append((sender, UnlearningRequest(answer["client"], positions, answer["reason"])))
+    return requests
+
+
+__all__ = ["FederationResult", "Judge", "RoundRecord", "ask_unlearning", "run_federation", "serve"]

@@ -1,0 +1,279 @@
+"""The journal of a federation: every round's replies as they came, so that a killed run goes on where it was.
+
+Replaying replies through the same strategy restores whatever the strategy keeps inside, without saving any of it.
+Files are safetensors and JSON, written beside their place and then renamed, so that a file is whole or absent.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from flwr.app import Error, Message
+from safetensors import SafetensorError, safe_open
+
+from fedattack.errors import RunFailed
+from simulations.engine.flower_internals import Answer, Plain, from_plain, to_plain
+from simulations.engine.forwarding import ForwardingGrid
+from strategies.messages import CONFIG, ROUND
+
+
+class Journal:
+    """A folder with one file of replies per round, what the clients keep after the latest, and the rounds' records.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when the first file is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def complete(self, first_round: int) -> int:
+        """The last round without a gap since `first_round`; ``first_round - 1`` where there is none."""
+        number = first_round
+        while self._replies(number).is_file():
+            number += 1
+        return number - 1
+
+    def write_replies(self, number: int, answers: Mapping[int, Answer]) -> None:
+        """Keep a round's replies, by client."""
+        self._write_blobs(self._replies(number), answers)
+
+    def read_replies(self, number: int) -> dict[int, Answer]:
+        """A round's replies, by client."""
+        return self._read_blobs(self._replies(number))
+
+    def write_states(self, number: int, states: Mapping[int, Plain]) -> None:
+        """Keep what the clients keep after round `number`."""
+        self._write_blobs(self._states(number), states)
+
+    def read_states(self, number: int) -> dict[int, Plain]:
+        """What the clients keep after round `number`."""
+        found = self._read_blobs(self._states(number))
+        return {client: state for client, state in found.items() if isinstance(state, list)}
+
+    def drop_states(self, before: int) -> None:
+        """Forget what the clients kept before round `before`: it will not be asked for any more."""
+        for path in self.folder.glob("memories-*.safetensors"):
+            number = path.stem.partition("-")[2]
+            if number.isdigit() and int(number) < before:
+                path.unlink(missing_ok=True)
+
+    def write_record(self, number: int, record: Mapping[str, Any]) -> None:
+        """Keep a round's figures."""
+        text = json.dumps(record).encode()
+        self._write(self.folder / f"round-{number:05d}.json", lambda file: file.write(text))
+
+    def read_record(self, number: int) -> dict[str, Any] | None:
+        """A round's figures, or None where the run was killed before they were known."""
+        path = self.folder / f"round-{number:05d}.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+        return dict(found)
+
+    def _replies(self, number: int) -> Path:
+        return self.folder / f"replies-{number:05d}.safetensors"
+
+    def _states(self, number: int) -> Path:
+        return self.folder / f"memories-{number:05d}.safetensors"
+
+    # A safetensors file is a length, a JSON header and the tensors' bytes. It is written here piece by piece, because
+    # the library's writer needs a second copy of everything in memory and hides a full disk behind its own error.
+    def _write_blobs(self, path: Path, answers: Mapping[int, Answer]) -> None:
+        blobs: list[Any] = []
+        header: dict[str, Any] = {}
+        described: dict[str, Any] = {}
+        position = 0
+        for key, answer in answers.items():
+            if isinstance(answer, tuple):
+                described[str(key)] = {"error": list(answer)}
+                continue
+            records = []
+            for name, kind, entries in answer:
+                if kind != "arrays":
+                    records.append([name, kind, _jsonable(entries)])
+                    continue
+                arrays = {}
+                for array_name, value in entries.items():
+                    if isinstance(value, np.ndarray):
+                        blob = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+                        what: list[Any] = [str(value.dtype), list(value.shape), None]
+                    else:
+                        dtype, shape, stype, blob = value
+                        what = [dtype, list(shape), stype]
+                    arrays[array_name] = [len(blobs), *what]
+                    end = position + len(blob)
+                    header[str(len(blobs))] = {
+                        "dtype": "U8",
+                        "shape": [len(blob)],
+                        "data_offsets": [position, end],
+                    }
+                    position = end
+                    blobs.append(blob)
+                records.append([name, kind, arrays])
+            described[str(key)] = {"records": records}
+        header["__metadata__"] = {"answers": json.dumps(described)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+
+        def write(file: BinaryIO) -> None:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for blob in blobs:
+                file.write(blob)
+
+        self._write(path, write)
+
+    def _read_blobs(self, path: Path) -> dict[int, Any]:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                described = json.loads(file.metadata()["answers"])
+                return {int(key): self._answer(file, entry) for key, entry in described.items()}
+        except FileNotFoundError:
+            raise RunFailed(f"the journal has no file {path}: the run cannot go on from here") from None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+
+    @staticmethod
+    def _answer(file: Any, entry: Mapping[str, Any]) -> Answer:
+        if "error" in entry:
+            code, reason = entry["error"]
+            return int(code), reason
+        plain: Plain = []
+        for name, kind, entries in entry["records"]:
+            if kind == "arrays":
+                arrays: dict[str, Any] = {}
+                for array_name, (number, dtype, shape, stype) in entries.items():
+                    data = file.get_tensor(str(number)).tobytes()
+                    arrays[array_name] = (
+                        np.frombuffer(data, np.dtype(dtype)).reshape(shape)
+                        if stype is None
+                        else (dtype, tuple(shape), stype, data)
+                    )
+                plain.append((name, kind, arrays))
+            else:
+                plain.append((name, kind, _from_jsonable(entries)))
+        return plain
+
+    def _write(self, path: Path, write: Any) -> None:
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RunFailed(
+                    f"no space left on the disk that holds {str(self.folder)!r}: round not journaled; free some "
+                    "space and start the same run again, it goes on from the last complete round"
+                ) from error
+            raise RunFailed(f"cannot write the journal file {str(path)!r}: {error.strerror}") from error
+
+
+def _damaged(path: Path, error: Exception) -> RunFailed:
+    return RunFailed(
+        f"the journal file {str(path)!r} is damaged ({error}); delete it to run that round again"
+    )
+
+
+def _jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: {"hex": value.hex()} if isinstance(value, bytes) else value for key, value in entries.items()
+    }
+
+
+def _from_jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: bytes.fromhex(v["hex"]) if isinstance(v, dict) else v for key, v in entries.items()}
+
+
+class JournaledGrid(ForwardingGrid):
+    """A grid that answers complete rounds from the journal and writes down the others.
+
+    Parameters
+    ----------
+    grid : Grid
+        The one whose clients answer. Its `client_of` tells a node's client: node ids are another run's business.
+    journal : Journal
+    first_round : int
+        First round of the federation.
+    keeper : object or None
+        Has `client_states` and `restore_states`; None where clients keep nothing from round to round.
+    """
+
+    def __init__(self, grid: Any, journal: Journal, first_round: int, keeper: Any | None) -> None:
+        super().__init__(grid)
+        self.journal = journal
+        self.keeper = keeper
+        self.replayed = journal.complete(first_round)
+        self._to_restore = keeper is not None and self.replayed >= first_round
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Replies to `messages`, from the journal where it has them."""
+        instructions = sorted(messages, key=lambda message: message.metadata.dst_node_id)
+        number = _round(instructions)
+        if number is None:
+            return list(self.grid.send_and_receive(instructions, timeout=timeout))
+        if number <= self.replayed:
+            return self._replay(instructions, number)
+        if self._to_restore:
+            assert self.keeper is not None
+            self.keeper.restore_states(self.journal.read_states(self.replayed))
+            self._to_restore = False
+        replies = list(self.grid.send_and_receive(instructions, timeout=timeout))
+        # The states first: where they lack, their round's replies lack too, and the round is run again.
+        if self.keeper is not None:
+            self.journal.write_states(number, self.keeper.client_states())
+        answers = {self.grid.client_of(reply.metadata.src_node_id): _plain(reply) for reply in replies}
+        self.journal.write_replies(number, answers)
+        if self.keeper is not None:
+            self.journal.drop_states(before=number)
+        return replies
+
+    def _replay(self, messages: Sequence[Message], number: int) -> list[Message]:
+        answers = self.journal.read_replies(number)
+        drawn = {self.grid.client_of(message.metadata.dst_node_id): message for message in messages}
+        if drawn.keys() != answers.keys():
+            raise RunFailed(
+                f"the journal's round {number} was answered by other clients than those drawn now: it belongs to "
+                "another run"
+            )
+        replies = []
+        for client, message in sorted(drawn.items()):
+            answer = answers[client]
+            content = Error(*answer) if isinstance(answer, tuple) else from_plain(answer)
+            replies.append(Message(content, reply_to=message))
+        return replies
+
+
+def _round(messages: Sequence[Message]) -> int | None:
+    """The training round that these messages start."""
+    if not messages or messages[0].metadata.message_type.partition(".")[0] != "train":
+        return None
+    number = messages[0].content[CONFIG][ROUND]
+    assert isinstance(number, int)
+    return number
+
+
+def _plain(reply: Message) -> Answer:
+    if reply.has_error():
+        return reply.error.code, reply.error.reason
+    return to_plain(reply.content)

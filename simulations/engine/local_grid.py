@@ -1,0 +1,218 @@
+"""Flower's ``Grid`` without a SuperLink: the clients in this process, or many at a time on long-lived Ray actors.
+
+Node ids are :data:`FIRST_NODE` + the client's number, and replies come in the order of the clients, so that nothing
+about the engine can change a result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import traceback
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from simulations.client_app import Workplace, app, close_workplace, open_workplace
+from simulations.engine import flower_internals as internals
+from simulations.engine.environment import cpu_threads
+from simulations.engine.flower_internals import Plain, from_plain, to_plain
+from strategies.messages import OVERSIZED, PARTITION
+
+if TYPE_CHECKING:
+    pass
+
+
+log = logging.getLogger("fedattack.grid")
+
+FIRST_NODE = 1_000_000
+"""Node id of client 0."""
+
+_SPARE_BYTES = 1 << 20
+
+_run_ids = itertools.count(1)
+
+
+class LocalGrid(Grid):
+    """Base of both grids: node ids, message ids, order, and the limit on a reply's size.
+
+    Parameters
+    ----------
+    clients : int
+    """
+
+    def __init__(self, clients: int) -> None:
+        self.clients = clients
+        self.run_id = next(_run_ids)
+        self._run = internals.empty_run(self.run_id)
+        self._message_ids = itertools.count(1)
+        self._replies: dict[str, Message] = {}
+
+    def set_run(self, run: Any) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A new instruction."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids of all clients, ascending."""
+        return range(FIRST_NODE, FIRST_NODE + self.clients)
+
+    def client_of(self, node: int) -> int:
+        """The client's number behind a node id."""
+        return node - FIRST_NODE
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Have the messages answered; the replies wait to be pulled."""
+        instructions = sorted(messages, key=lambda message: message.metadata.dst_node_id)
+        for message in instructions:
+            if not 0 <= self.client_of(message.metadata.dst_node_id) < self.clients:
+                raise ValueError(f"no node has the id {message.metadata.dst_node_id}")
+            internals.name_message(message, str(next(self._message_ids)))
+        for message, reply in zip(instructions, self._execute(instructions), strict=True):
+            self._replies[message.metadata.message_id] = reply
+        return [message.metadata.message_id for message in instructions]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages, once."""
+        return [self._replies.pop(name) for name in message_ids if name in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Have the messages answered, in the order of the clients.
+
+        `timeout` is Flower's and not used: clients cannot be silent here (an exception is an answer too, and the
+        clients of a lost actor are run again), and a deadline would make the result depend on the machine.
+        """
+        return self.pull_messages(self.push_messages(messages))
+
+    @abstractmethod
+    def _execute(self, messages: Sequence[Message]) -> list[Message]:
+        """One reply per message, in their order."""
+
+    @abstractmethod
+    def client_states(self) -> dict[int, Plain]:
+        """What each client keeps (its compressor's memory); clients that keep nothing are absent."""
+
+    @abstractmethod
+    def restore_states(self, states: Mapping[int, Plain]) -> None:
+        """Give clients what they kept."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Have all clients forget what they kept."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything the grid holds."""
+
+
+def _answer(client_app: ClientApp, message: Message, context: Context, limit: int) -> Message:
+    """What a client answers, or an error with its reason where it raised one or answers without measure."""
+    try:
+        reply = client_app(message, context)
+    except Exception as error:
+        log.debug("client %s raised\n%s", context.node_config[PARTITION], traceback.format_exc())
+        return Message(Error(internals.CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    size = 0 if reply.has_error() else internals.size_of(reply.content)
+    if size > limit:
+        reason = f"reply has {size} bytes, no honest one has more than {limit}"
+        return Message(Error(OVERSIZED, reason), reply_to=message)
+    return reply
+
+
+def _limit(content: RecordDict) -> int:
+    """Longest reply that is let through: four times the model, which no compressor reaches, and a little."""
+    return 4 * internals.size_of(content) + _SPARE_BYTES
+
+
+def _new_context(run_id: int, client: int, clients: int) -> Context:
+    return Context(
+        run_id=run_id,
+        node_id=FIRST_NODE + client,
+        node_config={PARTITION: client, "num-partitions": clients},
+        state=RecordDict(),
+        run_config={},
+    )
+
+
+def _load_app(target: str) -> ClientApp:
+    module, _, name = target.partition(":")
+    loaded = getattr(importlib.import_module(module), name)
+    assert isinstance(loaded, ClientApp)
+    return loaded
+
+
+class InlineGrid(LocalGrid):
+    """All clients in this process, one after another: for tests, notebooks and breakpoints.
+
+    Parameters
+    ----------
+    place : Workplace
+        Settings and data of the clients.
+    client_app : ClientApp
+        What a client does.
+    """
+
+    def __init__(self, place: Workplace, client_app: ClientApp = app) -> None:
+        super().__init__(len(place.partitions))
+        self._app = client_app
+        self._contexts: dict[int, Context] = {}
+        open_workplace(self.run_id, place)
+
+    def _context(self, client: int) -> Context:
+        if client not in self._contexts:
+            self._contexts[client] = _new_context(self.run_id, client, self.clients)
+        return self._contexts[client]
+
+    def _execute(self, messages: Sequence[Message]) -> list[Message]:
+        limits: dict[int, int] = {}
+        replies: list[Message] = []
+        with cpu_threads(1):
+            for message in messages:
+                content = message.content
+                if id(content) not in limits:
+                    limits[id(content)] = _limit(content)
+                context = self._context(self.client_of(message.metadata.dst_node_id))
+                replies.append(_answer(self._app, message, context, limits[id(content)]))
+        return replies
+
+    def client_states(self) -> dict[int, Plain]:
+        """What each client keeps; see :class:`LocalGrid`."""
+        return {client: to_plain(c.state) for client, c in sorted(self._contexts.items()) if len(c.state)}
+
+    def restore_states(self, states: Mapping[int, Plain]) -> None:
+        """Give clients what they kept; see :class:`LocalGrid`."""
+        for client, state in states.items():
+            self._context(client).state = from_plain(state)
+
+    def reset(self) -> None:
+        """Have all clients forget what they kept."""
+        self._contexts.clear()
+
+    def close(self) -> None:
+        """Let go of the data."""
+        close_workplace(self.run_id)
+
+
+__all__ = ["FIRST_NODE", "InlineGrid", "LocalGrid"]

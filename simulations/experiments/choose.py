@@ -1,0 +1,116 @@
+"""Which attacks sit in a run, and what is refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
+from adversaries.base import attack_options
+from fedattack.compression import COMPRESSORS
+from fedattack.config import Config
+from fedattack.data import World
+from fedattack.defenses import hides_clients
+from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
+from fedattack.unlearning import MECHANISMS
+from simulations.experiments.executor import choose_device
+from strategies import NEED_SINGLE_UPDATES, build_strategy, drawn
+
+
+def choose_attacks(config: Config) -> dict[str, Attack]:
+    """The configured attacks, built and ready.
+
+    Raises
+    ------
+    ConfigError
+        If a name or a parameter is unknown, or an attack's parameters are given without the attack.
+    """
+    classes = {name: ATTACKS.get(name) for name in config.attack.names}
+    for name in config.attack.options:
+        if name not in classes:
+            if name not in ATTACKS:
+                raise unknown_name("section or attack", name, [*ATTACKS.names(), *Config.model_fields])
+            raise ConfigError(f"parameters of {name!r} are set, but it is not in setting 'attack.names'")
+    known = {option for cls in classes.values() for option in attack_options(cls)}
+    for option in config.attack.shared_options:
+        if option not in known:
+            raise unknown_name("setting", f"attack.{option}", [f"attack.{one}" for one in known])
+    return {
+        name: build_attack(cls, name, config.attack.options.get(name, {}), config.attack.shared_options)
+        for name, cls in classes.items()
+    }
+
+
+def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
+    """The one attack that needs the server to send other weights; None where the server stays honest.
+
+    Raises
+    ------
+    ConfigError
+        If there are two: a round carries one model.
+    """
+    arming = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack) and a.arms}
+    if len(arming) > 1:
+        raise ConfigError(
+            f"setting 'attack.names' = {', '.join(attacks)}: {' and '.join(arming)} each send weights of their own; "
+            "run them one at a time"
+        )
+    return next(iter(arming.values()), None)
+
+
+def check_names(config: Config) -> None:
+    """Refuse unknown names and devices before anything is read.
+
+    Raises
+    ------
+    BadRequest
+    """
+    build_strategy(config.federation, config.training.learning_rate)
+    COMPRESSORS.get(config.compression.name)
+    MECHANISMS.get(config.unlearning.mechanism)
+    if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
+        raise NotApplicable(
+            f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "
+            "'secure-aggregation' hides; use fedavg, fedprox or a server optimiser"
+        )
+    choose_device(config.engine.device)
+
+
+__all__ = ["choose_attacks"]
+
+
+def check_seats(config: Config, world: World, attacks: Mapping[str, Attack]) -> None:
+    """Refuse, before the first round, what membership and unlearning attacks cannot do with this federation.
+
+    Parameters
+    ----------
+    config, world
+        The run's.
+    attacks : mapping of str to Attack
+        Name -> attack; reconstruction attacks are passed over.
+
+    Raises
+    ------
+    NotApplicable
+        If too few clients are drawn each round.
+    DataError
+        If no sample is held out.
+    """
+    for name, attack in attacks.items():
+        if attack.family == "reconstruction":
+            continue
+        if not len(world.pools.nonmembers):
+            raise DataError(
+                f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
+                "accepted: 1 or more"
+            )
+        if isinstance(attack, MembershipAttack) and hides_clients(config.defense):
+            raise NotApplicable(
+                f"attack {name!r} asks about one client, and 'secure-aggregation' shows the server none alone: leave "
+                "it out of 'defense.names'"
+            )
+        if isinstance(attack, MembershipAttack) and drawn(config.federation) < attack.clients_needed:
+            raise NotApplicable(
+                f"attack {name!r} needs {attack.clients_needed} clients that answer in one round, and "
+                f"{drawn(config.federation)} of {config.federation.clients} are drawn: raise 'federation.clients' or "
+                "'federation.participation'"
+            )
