@@ -104,7 +104,7 @@ def descend(
                 checkpoint.save(runner.state() | past.state())
 
         outcome = runner.run(part.iterations, notify)
-        if checkpoint is not None and stretch == len(ends) - 1:
+        if checkpoint is not None and checkpoint.due() and stretch == len(ends) - 1:
             checkpoint.save(runner.state() | past.state())
     assert outcome is not None
     return past.complete(outcome)
