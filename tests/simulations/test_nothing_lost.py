@@ -95,7 +95,7 @@ def test_failing_everywhere_is_a_report_of_a_failed_attack_beside_the_others(tmp
 def test_who_failed_is_tried_again_alone_and_the_others_are_not(tmp_path: Path) -> None:
     config = settings(tmp_path / "run", attack="rigged_attacks:Fussy", victims=7)
     simulate(config)
-    parts = tmp_path / "run" / "parts" / "rigged_attacks:Fussy"
+    parts = tmp_path / "run" / "parts" / "rigged_attacks_Fussy"
     good = parts / "round-0001-client-00006.json"
     before = good.stat().st_mtime_ns
     again = simulate(config)
@@ -130,8 +130,7 @@ def test_odd_but_valid_updates_are_failed_rows(tmp_path: Path) -> None:
     assert failed_clients(tmp_path / "later", "ig").keys() == {1, 2, 3}
     assert "client-00001 failed: client 1: the update holds nothing but zeros" in text()
     assert "client-00002 failed: client 2 declares 9 examples; 1 to 1 were agreed" in text()
-    assert "ig: round-0002-client-00003 failed: " in text()
-    print(text())
+    assert "round-0002-client-00003 failed: client 3: no image has a finite loss" in text()
 
 
 def test_a_victim_whose_reply_was_refused_is_a_failed_row(tmp_path: Path) -> None:
