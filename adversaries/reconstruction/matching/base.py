@@ -480,7 +480,7 @@ class _Run:
         recipe, update = self._recipe, victim.observation.update
         if not math.isfinite(found.loss):
             raise PayloadError(
-                f"client {victim.observation.client}: no image has a finite loss; the weights that it was sent, or its "
+                f"client {victim.observation.client}: no image has a finite loss; the weights that were sent, or the "
                 "update, lead to NaN or infinite values"
             )
         joint = recipe.labels == "joint"
