@@ -88,6 +88,9 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """What a client does with the weights it gets."""
 
+    task: str = Field(
+        "classify", description="what is trained and measured: a task by name, or 'module:Class'"
+    )
     protocol: Literal["fedsgd", "fedavg"] = Field(
         "fedsgd", description="gradient of one batch, or weight delta"
     )

@@ -22,7 +22,8 @@ from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
 from fedattack.observation import Scenario
 from fedattack.rng import numpy_rng, torch_rng
-from fedattack.training import GradientStep, LocalResult, batch_positions, evaluate, local_update
+from fedattack.task import TASKS, GradientStep, Task, trained_parameters
+from fedattack.training import LocalResult, batch_positions, evaluate, local_update
 from simulations.experiments.executor import choose_device
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
 from strategies.messages import (
@@ -95,10 +96,15 @@ class Workplace:
     @cached_property
     def compressor(self) -> Compressor:
         """The agreed compressor."""
-        named = list(build_model(self.scenario.model).named_parameters())
+        sent = trained_parameters(build_model(self.scenario.model))
         return build_compressor(
-            self.scenario.compression, [name for name, _ in named], [tuple(p.shape) for _, p in named]
+            self.scenario.compression, list(sent), [tuple(parameter.shape) for parameter in sent.values()]
         )
+
+    @cached_property
+    def task(self) -> Task:
+        """What is trained and measured."""
+        return TASKS.get(self.scenario.training.task)()
 
     @cached_property
     def defenses(self) -> tuple[Defense, ...]:
@@ -237,7 +243,7 @@ def train(message: Message, context: Context) -> Message:
     images, labels = place.samples(client, used)
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
-    defended = ClientDefenses(place.defenses, place.config.seed, round, client)
+    defended = ClientDefenses(place.defenses, place.config.seed, round, client, place.task.gradient)
     shown = defended.images(images)
     result = _train(place, place.weights(arrays), shown, labels, steps, mu, defended.gradient)
     draws = place.compressor.draws
@@ -283,7 +289,7 @@ def _train_proximal(
         raise ConfigError(
             f"setting 'training.momentum' = {training.momentum}: strategy 'fedprox' needs 0 here"
         )
-    received = {name: weights[name].to(place.device) for name, _ in place.model.named_parameters()}
+    received = {name: weights[name].to(place.device) for name in trained_parameters(place.model)}
     drift = {name: torch.zeros_like(tensor) for name, tensor in received.items()}
     current = dict(weights)
     losses: list[float] = []
@@ -323,7 +329,7 @@ def evaluate_global(message: Message, context: Context) -> Message:
     arrays = message.content[ARRAYS]
     assert isinstance(arrays, ArrayRecord)
     images, labels = place.samples(client, remaining_positions(len(place.partitions[client])))
-    figures = evaluate(place.model, place.weights(arrays), images, labels)
+    figures = evaluate(place.model, place.weights(arrays), images, labels, task=place.task)
     metrics = MetricRecord({NUM_EXAMPLES: len(labels), **figures})
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 

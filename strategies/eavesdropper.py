@@ -27,6 +27,7 @@ from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, UpdateKind
 from fedattack.rng import numpy_rng
+from fedattack.task import tied_names, trained_parameters
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
 from strategies.messages import (
     CONFIG,
@@ -168,8 +169,11 @@ class Eavesdropper(Strategy):
         self.client_of = client_of
         self.average_buffers = average_buffers
         module = build_model(scenario.model)
-        self.names = tuple(name for name, _ in module.named_parameters())
-        self.shapes = tuple(tuple(parameter.shape) for _, parameter in module.named_parameters())
+        trained = trained_parameters(module)
+        self.names = tuple(trained)
+        self.shapes = tuple(tuple(parameter.shape) for parameter in trained.values())
+        self._buffer_names = {name for name, _ in module.named_buffers()}
+        self._tied = tied_names(module)
         self._offsets = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)])
         self._numel = int(self._offsets[-1])
         self.kind: UpdateKind = "gradient" if scenario.training.protocol == "fedsgd" else "delta"
@@ -267,7 +271,7 @@ class Eavesdropper(Strategy):
         self._float_buffers = [
             name
             for name, tensor in self._sent.items()
-            if name not in set(self.names) and tensor.is_floating_point()
+            if name in self._buffer_names and tensor.is_floating_point()
         ]
 
     # ------------------------------------------------------------------ what comes back
@@ -469,8 +473,9 @@ class Eavesdropper(Strategy):
             elif name in self._float_buffers:
                 mean = sum(reply.buffers[name] * np.float64(reply.num_examples / total) for reply in replies)
                 result[name] = torch.from_numpy(np.asarray(mean, dtype=self._sent_arrays[name].dtype))
-            else:  # integer buffers (BatchNorm's counter) are not sent and stay
+            else:  # integer buffers (BatchNorm's counter) and frozen parameters are not sent and stay
                 result[name] = sent
+        result |= {name: result[kept] for name, kept in self._tied.items()}
         broken = [name for name, value in result.items() if not torch.isfinite(value).all()]
         if broken:
             raise RunFailed(

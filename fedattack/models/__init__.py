@@ -14,6 +14,7 @@ from fedattack.models.classifiers.layers import kaiming_uniform
 from fedattack.models.classifiers.precode import Bottlenecked
 from fedattack.registry import Registry
 from fedattack.rng import torch_rng
+from fedattack.task import tied_names
 
 
 @runtime_checkable
@@ -106,8 +107,16 @@ def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) ->
 
 
 def build_model(model: ModelConfig) -> nn.Module:
-    """The module of a resolved configuration, in torch's default initialisation (see :func:`initial_weights`)."""
+    """The module of a resolved configuration, in torch's default initialisation (see :func:`initial_weights`).
+
+    Layers whose width is found at their first use are shown one blank image.
+    """
     module = MODELS.get(model.name)(model)
+    if any(isinstance(part, nn.modules.lazy.LazyModuleMixin) for part in module.modules()):
+        shape = (1, model.channels, model.image_size, model.image_size)
+        with torch.no_grad():
+            module.eval()(torch.zeros(shape))
+        module.train()
     return module if model.bottleneck is None else Bottlenecked(module, model.bottleneck)
 
 
@@ -151,12 +160,13 @@ def _read_weights(path: str, module: nn.Module) -> dict[str, Tensor]:
         raise DataError(
             f"setting 'model.weights' = {path!r}: not a readable safetensors file ({error})"
         ) from None
+    state |= {name: state[kept] for name, kept in tied_names(module).items() if kept in state}
     wanted = module.state_dict()
     if state.keys() != wanted.keys() or any(state[n].shape != wanted[n].shape for n in wanted):
         raise DataError(f"setting 'model.weights' = {path!r}: tensors do not fit the model")
     if not all(torch.isfinite(t).all() for t in state.values()):
         raise DataError(f"setting 'model.weights' = {path!r}: holds NaN or infinite values")
-    return state
+    return {name: state[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
 
 
 __all__ = ["MODELS", "build_model", "initial_weights", "resolve"]

@@ -25,6 +25,7 @@ from fedattack.data import World
 from fedattack.errors import ConfigError, RunFailed
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Observation, UnlearningRequest
+from fedattack.task import TASKS
 from fedattack.training import evaluate
 from simulations.client_app import Workplace, exclusion_settings
 from simulations.engine.flower_grid import PartitionedGrid
@@ -357,7 +358,7 @@ def _refuse_if_all_failed(report: RoundReport) -> None:
 
 
 class Judge:
-    """Loss and accuracy of global weights on the held-out pool, or on other samples; ``{}`` where there are none.
+    """The task's figures of global weights on the held-out pool, or on other samples; ``{}`` where there are none.
 
     Parameters
     ----------
@@ -368,16 +369,17 @@ class Judge:
     def __init__(self, config: Config, world: World) -> None:
         self._world = world
         self._model = build_model(world.scenario.model).to(choose_device(config.engine.device))
+        self._task = TASKS.get(config.training.task)()
 
     def __call__(
         self, weights: Mapping[str, Tensor], ids: NDArray[np.int64] | None = None
     ) -> dict[str, float]:
-        """Mean cross-entropy ("loss") and share of right answers ("accuracy") on samples `ids`; None: the pool."""
+        """Means over the samples `ids` of what :attr:`fedattack.task.Task.figures` names; None: the pool."""
         chosen = self._world.pools.nonmembers if ids is None else ids
-        total = {"loss": 0.0, "accuracy": 0.0}
+        total = dict.fromkeys(self._task.figures, 0.0)
         for start in range(0, len(chosen), _EVALUATED_AT_ONCE):
             images, labels = self._world.dataset.tensors(chosen[start : start + _EVALUATED_AT_ONCE])
-            figures = evaluate(self._model, dict(weights), images, labels)
+            figures = evaluate(self._model, weights, images, labels, task=self._task)
             for name in total:
                 total[name] += figures[name] * (len(labels) / len(chosen))
         return total if len(chosen) else {}
