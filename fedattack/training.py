@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedattack.config import TrainingConfig
 from fedattack.errors import DataError, RunFailed
+from fedattack.observation import UpdateKind
 from fedattack.rng import numpy_rng
 from fedattack.task import CLASSIFY, GradientStep, Task, trained_parameters
 
@@ -82,6 +83,11 @@ def batch_positions(
         order = rng.permutation(count)
         batches += [order[start : start + size] for start in range(0, count, size)]
     return batches[: training.local_steps]
+
+
+def weight_step(training: TrainingConfig, kind: UpdateKind) -> float:
+    """What an update of this kind is multiplied by to become a change of the global weights."""
+    return 1.0 if kind == "delta" else -(training.server_learning_rate or training.learning_rate)
 
 
 def training_mode(model: nn.Module, batch_norm: Literal["train", "eval"]) -> nn.Module:

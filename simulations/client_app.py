@@ -20,10 +20,10 @@ from fedattack.config import Config, EngineConfig, TrainingConfig
 from fedattack.defenses import ClientDefenses, Defense, build_defenses
 from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
-from fedattack.observation import Scenario
-from fedattack.rng import numpy_rng, torch_rng
+from fedattack.observation import Scenario, UnlearningRequest
+from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.task import TASKS, GradientStep, Task, trained_parameters
-from fedattack.training import LocalResult, batch_positions, evaluate, local_update
+from fedattack.training import LocalResult, batch_positions, evaluate, load_weights, local_update
 from simulations.experiments.executor import choose_device
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
 from strategies.messages import (
@@ -31,11 +31,13 @@ from strategies.messages import (
     CONFIG,
     DROPPED_OUT,
     EXCLUDED,
+    LOCAL_STEPS,
     METRICS,
     NUM_EXAMPLES,
     PACKED,
     PARTITION,
     ROUND,
+    SAMPLES,
     TRAIN_LOSS,
     UPDATE,
     to_record,
@@ -239,6 +241,9 @@ def train(message: Message, context: Context) -> Message:
     batches = round_batches(
         place.config, len(place.partitions[client]), round, client, _excluded(settings, client)
     )
+    steps_asked = settings.get(LOCAL_STEPS)
+    assert steps_asked is None or isinstance(steps_asked, int)
+    batches = batches[:steps_asked]
     used = used_positions(batches)
     images, labels = place.samples(client, used)
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
@@ -343,30 +348,39 @@ def whoami(message: Message, context: Context) -> Message:
 
 @app.query("unlearn")
 def unlearn(message: Message, context: Context) -> Message:
-    """Ask the server to forget samples: the malicious client those that its attack chooses, all others none.
+    """Ask the server to forget samples: a malicious client those that its attacks choose, all others none.
 
-    The instruction's configuration names the attack ("attack") and the malicious client ("client").
+    Each request is a record under the attack's name; samples that it brings lie beside it, under :data:`SAMPLES`.
     """
-    from adversaries import ATTACKS, UnlearningAttack, build_attack
-
+    place = _workplace(context)
     client, settings = _identity(message, context)
-    answer: dict[str, Any] = {"client": client, "positions": [], "reason": ""}
-    if settings["client"] == client:
-        place = _workplace(context)
-        name, arrays = settings["attack"], message.content[ARRAYS]
-        assert isinstance(name, str)
-        assert isinstance(arrays, ArrayRecord)
-        options = place.config.attack
-        attack = build_attack(ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options)
-        if not isinstance(attack, UnlearningAttack):
-            raise ConfigError(f"attack {name!r} is of family {attack.family!r}, not 'unlearning'")
+    arrays, content = message.content[ARRAYS], RecordDict()
+    assert isinstance(arrays, ArrayRecord)
+    if client in place.config.attack.malicious_clients:
         left = remaining_positions(len(place.partitions[client]), _excluded(settings, client))
         if not len(left):
             raise DataError(f"client {client} has no samples left to forget")
-        images, labels = place.samples(client, left)
-        place.model.load_state_dict(place.weights(arrays))
-        request = attack.choose(
-            client, place.model, images, labels, min(options.requests, len(left)), place.config.seed
-        )
-        answer |= {"positions": [int(left[p]) for p in request.positions], "reason": request.reason}
-    return Message(RecordDict({CONFIG: ConfigRecord(answer)}), reply_to=message)
+        load_weights(place.model, place.weights(arrays))
+        for name, request in _requests(place, client, *place.samples(client, left)).items():
+            count = 0 if request.labels is None else len(request.labels)
+            positions = [int(left[position]) for position in request.positions]
+            content[name] = ConfigRecord(
+                {"client": request.client, "positions": positions, "reason": request.reason, SAMPLES: count}
+            )
+            if request.images is not None and request.labels is not None:
+                content[f"{name}.{SAMPLES}"] = to_record({"images": request.images, "labels": request.labels})
+    return Message(content, reply_to=message)
+
+
+def _requests(place: Workplace, client: int, images: Tensor, labels: Tensor) -> dict[str, UnlearningRequest]:
+    """What a malicious client's attacks ask for, by attack; positions count in `images`."""
+    from adversaries import ATTACKS, UnlearningAttack, build_attack
+
+    asked, requests = place.config.attack, {}
+    for name in asked.names:
+        attack = build_attack(ATTACKS.get(name), name, asked.options.get(name, {}), asked.shared_options)
+        if isinstance(attack, UnlearningAttack):
+            seed = adversary_seed(place.config.seed, "client", client)
+            number = min(asked.requests, len(labels))
+            requests[name] = attack.choose(client, place.model, images, labels, number, seed)
+    return requests

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from adversaries import Attack, ReconstructionAttack
 from fedattack.audit import AuditResult
@@ -274,6 +275,10 @@ def _train(
         for experiment in experiments:
             experiment.after_round(record)
 
+    def global_model(round: int, weights: dict[str, Tensor]) -> None:
+        for experiment in experiments:
+            experiment.global_model(round, weights)
+
     plan.shown("federation", 0.0, f"round 1 of {total}")
     return federate(
         plan.config,
@@ -282,6 +287,7 @@ def _train(
         on_observation=observed,
         observe=lambda round, client: any(one.wants(round, client) for one in experiments),
         on_round=after_round,
+        on_weights=global_model,
         arming=arming_attack(attacks),
     )
 

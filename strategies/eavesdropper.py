@@ -28,6 +28,7 @@ from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, UpdateKind
 from fedattack.rng import numpy_rng
 from fedattack.task import tied_names, trained_parameters
+from fedattack.training import weight_step
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
 from strategies.messages import (
     CONFIG,
@@ -177,11 +178,6 @@ class Eavesdropper(Strategy):
         self._offsets = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)])
         self._numel = int(self._offsets[-1])
         self.kind: UpdateKind = "gradient" if scenario.training.protocol == "fedsgd" else "delta"
-        self.server_step = (
-            -(scenario.training.server_learning_rate or scenario.training.learning_rate)
-            if self.kind == "gradient"
-            else 1.0
-        )
         self.aggregated = hides_clients(scenario.defense)
         self._claims: dict[int, int] = {}  # client number -> the node that goes by it
         self._sent: dict[str, Tensor] = {}
@@ -442,7 +438,7 @@ class Eavesdropper(Strategy):
         record: dict[str, Array] = {}
         update = reply.update
         values = update.values.numpy()
-        scale = self.server_step if update.kind == "gradient" else 1.0
+        scale = weight_step(self.scenario.training, update.kind)
         if update.indices is None:
             cuts, indices = self._offsets, None
         else:

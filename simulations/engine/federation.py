@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -22,9 +23,9 @@ from torch import Tensor
 from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.errors import ConfigError, RunFailed
+from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Observation, UnlearningRequest
+from fedattack.observation import Observation, Scenario, UnlearningRequest
 from fedattack.task import TASKS
 from fedattack.training import evaluate
 from simulations.client_app import Workplace, exclusion_settings
@@ -35,7 +36,16 @@ from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
-from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors
+from strategies.messages import (
+    ARRAYS,
+    CONFIG,
+    LOCAL_STEPS,
+    OVERSIZED,
+    SAMPLES,
+    read_dense,
+    to_record,
+    to_tensors,
+)
 
 log = logging.getLogger("fedattack.federation")
 
@@ -120,6 +130,7 @@ def run_federation(
     initial: dict[str, Tensor] | None = None,
     first_round: int = 1,
     excluded: Mapping[int, Collection[int]] | None = None,
+    local_steps: int | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
     grid: LocalGrid | None = None,
@@ -146,6 +157,8 @@ def run_federation(
         The rounds from here to ``config.federation.rounds`` are run.
     excluded : mapping of int to collection of int, optional
         Client -> positions of its partition that it no longer trains on.
+    local_steps : int, optional
+        How many of the agreed local steps clients take; None: all.
     on_round : callable, optional
         Called with each round's record.
     on_weights : callable, optional
@@ -194,6 +207,7 @@ def run_federation(
             initial=initial,
             first_round=first_round,
             excluded=excluded,
+            local_steps=local_steps,
             on_round=on_round,
             on_weights=on_weights,
             arming=arming,
@@ -211,6 +225,7 @@ def serve(
     initial: dict[str, Tensor] | None = None,
     first_round: int = 1,
     excluded: Mapping[int, Collection[int]] | None = None,
+    local_steps: int | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
     arming: ReconstructionAttack | None = None,
@@ -288,7 +303,9 @@ def serve(
             initial_arrays=to_record(weights),
             num_rounds=total,
             timeout=_PATIENCE_SECONDS,
-            train_config=ConfigRecord(exclusion_settings(excluded or {})),
+            train_config=ConfigRecord(
+                exclusion_settings(excluded or {}) | ({LOCAL_STEPS: local_steps} if local_steps else {})
+            ),
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
@@ -385,55 +402,111 @@ class Judge:
         return total if len(chosen) else {}
 
 
-def ask_unlearning(
+def ask(
     grid: LocalGrid | PartitionedGrid,
+    what: str,
     weights: Mapping[str, Tensor],
-    attack: str,
-    client: int,
-    excluded: Mapping[int, Collection[int]] | None = None,
-) -> list[tuple[int, UnlearningRequest]]:
-    """Ask all clients whether they want samples forgotten.
+    clients: Collection[int] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[tuple[int, Message]]:
+    """Show clients a model and have them answer.
 
     Parameters
     ----------
     grid : LocalGrid or PartitionedGrid
         An open grid.
+    what : str
+        Type of the message: "evaluate", "query.unlearn", ...
     weights : mapping of str to Tensor
-        The current global model, which every client has.
-    attack : str
-        Name of the unlearning attack.
-    client : int
-        The malicious client.
+    clients : collection of int, optional
+        Who is asked; None: all.
+    settings : mapping, optional
+        The instruction's configuration.
+
+    Returns
+    -------
+    list of (int, Message)
+        Who really answered, and what.
+
+    Raises
+    ------
+    RunFailed
+        If a client could not answer.
+    """
+    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: ConfigRecord(dict(settings or {}))})
+    answers: list[tuple[int, Message]] = []
+    with ExitStack() as stack:
+        if isinstance(grid, LocalGrid):
+            stack.enter_context(server_identity(grid.run_id))
+        asked = [n for n in grid.get_node_ids() if clients is None or grid.client_of(n) in clients]
+        messages = [Message(content, node, what) for node in asked]
+        for reply in grid.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
+            sender = grid.client_of(reply.metadata.src_node_id)
+            if reply.has_error() and reply.error.code == OVERSIZED:
+                log.warning("answer of client %d to %r rejected: %s", sender, what, reply.error.reason)
+            elif reply.has_error():
+                raise RunFailed(f"client {sender} could not answer {what!r}: {reply.error.reason}")
+            else:
+                answers.append((sender, reply))
+    return answers
+
+
+def ask_unlearning(
+    grid: LocalGrid | PartitionedGrid,
+    weights: Mapping[str, Tensor],
+    scenario: Scenario,
+    excluded: Mapping[int, Collection[int]] | None = None,
+) -> dict[str, list[tuple[int, UnlearningRequest]]]:
+    """Ask all clients whether they want samples forgotten, given the current global model.
+
+    Parameters
+    ----------
+    grid, weights
+        As for :func:`ask`.
+    scenario : Scenario
+        The shape of samples that a request may bring.
     excluded : mapping of int to collection of int, optional
         Client -> positions that are forgotten already.
 
     Returns
     -------
-    list of (int, UnlearningRequest)
-        Who really asked, and what the request says, of all clients that ask for something. Not validated: see
+    dict of str to list of (int, UnlearningRequest)
+        Under the name that a request goes by (of the attack behind it): who really asked, and what the request says.
+        Not validated but for arrays that are no images and labels, which are refused with a line in the log: see
         :func:`fedattack.unlearning.validate_request`.
 
     Raises
     ------
     RunFailed
-        If the malicious client's attack failed.
+        If a client could not answer.
     """
-    settings = ConfigRecord({"attack": attack, "client": client, **exclusion_settings(excluded or {})})
-    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: settings})
-    requests: list[tuple[int, UnlearningRequest]] = []
-    with ExitStack() as stack:
-        if isinstance(grid, LocalGrid):
-            stack.enter_context(server_identity(grid.run_id))
-        messages = [Message(content, node, "query.unlearn") for node in grid.get_node_ids()]
-        for reply in grid.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
-            sender = grid.client_of(reply.metadata.src_node_id)
-            if reply.has_error():
-                raise RunFailed(f"client {sender} could not answer whether to unlearn: {reply.error.reason}")
-            answer: Any = reply.content[CONFIG]
-            if answer["positions"]:
-                positions = tuple(np.asarray(answer["positions"]).tolist())
-                requests.append((sender, UnlearningRequest(answer["client"], positions, answer["reason"])))
+    requests: dict[str, list[tuple[int, UnlearningRequest]]] = {}
+    for sender, reply in ask(grid, "query.unlearn", weights, settings=exclusion_settings(excluded or {})):
+        for name, answer in reply.content.config_records.items():
+            try:
+                request = _request(answer, reply.content.array_records.get(f"{name}.{SAMPLES}"), scenario)
+            except PayloadError as error:
+                log.warning("deletion request from client %d rejected: %s", sender, error)
+                continue
+            requests.setdefault(name, []).append((sender, request))
     return requests
 
 
-__all__ = ["FederationResult", "Judge", "RoundRecord", "ask_unlearning", "run_federation", "serve"]
+def _request(answer: ConfigRecord, samples: ArrayRecord | None, scenario: Scenario) -> UnlearningRequest:
+    """A deletion request as it was received."""
+    said: Any = {"client": None, "positions": [], "reason": "", SAMPLES: 0, **answer}
+    positions = tuple(said["positions"]) if isinstance(said["positions"], list) else (said["positions"],)
+    request = UnlearningRequest(said["client"], positions, str(said["reason"]))
+    if samples is None:
+        return request
+    count = said[SAMPLES]
+    if not isinstance(count, int) or count < 1 or samples.keys() != {"images", "labels"}:
+        raise PayloadError(f"{count!r} samples in arrays {sorted(samples)}; accepted: images and labels")
+    images = read_dense(samples["images"], (count, *scenario.image_shape), "float32")
+    labels = read_dense(samples["labels"], (count,), "int64")
+    return dataclasses.replace(
+        request, images=torch.from_numpy(images.copy()), labels=torch.from_numpy(labels.copy())
+    )
+
+
+__all__ = ["FederationResult", "Judge", "RoundRecord", "ask", "ask_unlearning", "run_federation", "serve"]

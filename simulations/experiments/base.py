@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from adversaries import Attack
 from fedattack.audit import AuditResult
 from fedattack.config import Config
@@ -70,6 +72,10 @@ class Experiment(ABC):
     def observe(self, observation: Observation) -> None:
         """Take one of the observations that :meth:`wants` asked for; within a round in ascending order."""
         del observation
+
+    def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
+        """Look at the global model after a round, just before :meth:`after_round`."""
+        del round, weights
 
     def after_round(self, record: RoundRecord) -> None:
         """Take note that a round is over."""

@@ -12,7 +12,7 @@ from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
 from fedattack.task import TASKS
-from fedattack.unlearning import MECHANISMS
+from fedattack.unlearning import build_mechanism
 from simulations.experiments.executor import choose_device
 from strategies import NEED_SINGLE_UPDATES, build_strategy
 
@@ -68,7 +68,7 @@ def check_names(config: Config) -> None:
     build_strategy(config.federation, config.training.learning_rate)
     COMPRESSORS.get(config.compression.name)
     TASKS.get(config.training.task)
-    MECHANISMS.get(config.unlearning.mechanism)
+    build_mechanism(config.unlearning)
     if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
         raise NotApplicable(
             f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "
