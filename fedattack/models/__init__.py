@@ -113,9 +113,10 @@ def build_model(model: ModelConfig) -> nn.Module:
     """
     module = MODELS.get(model.name)(model)
     if any(isinstance(part, nn.modules.lazy.LazyModuleMixin) for part in module.modules()):
-        shape = (1, model.channels, model.image_size, model.image_size)
+        assert model.channels is not None
+        assert model.image_size is not None
         with torch.no_grad():
-            module.eval()(torch.zeros(shape))
+            module.eval()(torch.zeros(1, model.channels, model.image_size, model.image_size))
         module.train()
     return module if model.bottleneck is None else Bottlenecked(module, model.bottleneck)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedattack.errors import RunFailed
 from fedattack.files import write_tensors
 from fedattack.models import build_model
-from fedattack.observation import Observation, Scenario, Update
+from fedattack.observation import Observation, Scenario, Update, UpdateKind
 from fedattack.task import trained_parameters
 from fedattack.training import weight_step
 
@@ -144,7 +144,7 @@ class History:
         """The kept updates of a round, one at a time, in ascending order of the clients."""
         for path in sorted(self.folder.glob(f"update-{round:05d}-*.safetensors")):
             tensors, told = _read(path)
-            kind = "delta" if told["kind"] == "delta" else "gradient"
+            kind: UpdateKind = "delta" if told["kind"] == "delta" else "gradient"
             update = Update(*self._layout, tensors.get("indices"), tensors["values"], kind)
             buffers = {n.removeprefix(_BUFFER): t for n, t in tensors.items() if n.startswith(_BUFFER)}
             client = int(path.stem.split("-")[2])
