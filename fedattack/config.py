@@ -186,6 +186,9 @@ class UnlearningConfig(Section):
     """What the honest server does when it is asked to forget."""
 
     mechanism: str = "retrain"
+    round: Positive | None = Field(
+        None, description="round after which clients ask for deletions; None: the last"
+    )
     checkpoint_every: Positive = Field(1, description="rounds between what the server keeps to forget later")
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="mechanism name -> parameters"
@@ -238,15 +241,25 @@ class Config(Section):
         absent = [number for number in self.attack.malicious_clients if number >= clients]
         if absent or not self.attack.malicious_clients:
             raise ValueError(
-                f"setting 'attack.malicious_clients' = {list(self.attack.malicious_clients)}: accepted: one or more "
-                f"of 0 to {clients - 1}"
+                f"setting 'attack.malicious_clients' = {list(self.attack.malicious_clients)}: accepted: some of "
+                f"0 to {clients - 1}"
             )
         late = [number for number in self.attack.rounds if number > self.federation.rounds]
         if late:
             raise ValueError(
                 f"setting 'attack.rounds' = {late}: the federation has {self.federation.rounds} round(s)"
             )
+        if self.request_round > self.federation.rounds:
+            raise ValueError(
+                f"setting 'unlearning.round' = {self.request_round}: the federation has {self.federation.rounds} "
+                "round(s)"
+            )
         return self
+
+    @property
+    def request_round(self) -> int:
+        """The round after which clients ask for deletions."""
+        return self.unlearning.round or self.federation.rounds
 
     @property
     def victims(self) -> int:

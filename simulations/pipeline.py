@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from adversaries import Attack, ReconstructionAttack
+from adversaries.seats import MaliciousClient
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
@@ -27,7 +28,7 @@ from fedattack.storage import RunFolder
 from fedattack.storage import load_observations as read_observations
 from fedattack.storage import load_truths as read_truths
 from fedattack.storage.records import summary_document
-from simulations.engine.federation import FederationResult, RoundRecord, run_federation
+from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
 from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, by_family, open_experiments
 from simulations.experiments.choose import arming_attack, check_names, choose_attacks
@@ -279,6 +280,13 @@ def _train(
         for experiment in experiments:
             experiment.global_model(round, weights)
 
+    def requested(requests: DeletionRequests) -> None:
+        for experiment in experiments:
+            experiment.requests(requests)
+
+    clients = any(isinstance(attack, MaliciousClient) for attack in attacks.values())
+    questions = {name: asked for one in experiments for name, asked in one.questions().items()}
+    arming = arming_attack(attacks)
     plan.shown("federation", 0.0, f"round 1 of {total}")
     return federate(
         plan.config,
@@ -288,7 +296,10 @@ def _train(
         observe=lambda round, client: any(one.wants(round, client) for one in experiments),
         on_round=after_round,
         on_weights=global_model,
-        arming=arming_attack(attacks),
+        on_requests=requested if clients else None,
+        arming=arming,
+        candidates=next((questions.get(name) for name, attack in attacks.items() if attack is arming), None),
+        questions={n: asked for n, asked in questions.items() if isinstance(attacks[n], MaliciousClient)},
     )
 
 

@@ -184,6 +184,7 @@ class Eavesdropper(Strategy):
         self._sent_arrays: dict[str, NDArray[Any]] = {}
         self._float_buffers: list[str] = []
         self._armed = False
+        self.aggregates_armed = False
         self.remembers = False
         self._own: dict[int, dict[str, Tensor]] = {}  # node -> tensors that it was sent instead
 
@@ -204,7 +205,7 @@ class Eavesdropper(Strategy):
         with seeded_sampling(self.seed, round):
             messages = list(self.strategy.configure_train(round, offered, config, grid))
         sent = self.outgoing(round, self._sent)
-        self._armed = sent is not None
+        self._armed = sent is not None and not self.aggregates_armed
         if sent is not None:
             arrays = to_record(sent)
             self._keep(arrays)
@@ -231,8 +232,8 @@ class Eavesdropper(Strategy):
     def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """What is sent in this round instead of the global model; None: the global model.
 
-        A round in which something else is sent is observed and not aggregated. Overridden by
-        :class:`strategies.malicious.MaliciousServer`.
+        A round in which something else is sent is observed, and not aggregated unless `aggregates_armed`. Overridden
+        by :class:`strategies.malicious.MaliciousServer`.
         """
         del round, weights
         return None

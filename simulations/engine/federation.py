@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries import seats
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Observation, Scenario, UnlearningRequest
+from fedattack.observation import Candidates, Observation, Scenario, UnlearningRequest
 from fedattack.task import TASKS
 from fedattack.training import evaluate
 from simulations.client_app import Workplace, exclusion_settings
@@ -41,13 +41,19 @@ from strategies.messages import (
     CONFIG,
     LOCAL_STEPS,
     OVERSIZED,
+    QUESTION,
+    ROUND,
     SAMPLES,
+    UPDATE,
     read_dense,
     to_record,
     to_tensors,
 )
 
 log = logging.getLogger("fedattack.federation")
+
+DeletionRequests = dict[str, list[tuple[int, UnlearningRequest]]]
+"""Under the name that requests go by (of the attack behind them): who really asked, and what the request says."""
 
 _PATIENCE_SECONDS = 30 * 24 * 3600.0
 _EVALUATED_AT_ONCE = 4096
@@ -113,11 +119,14 @@ class FederationResult:
     rounds : list of RoundRecord
     rejections : list of (int, int, str)
         (round, client, reason) of every refused reply.
+    answers : dict of str to dict of int to dict of str to Tensor
+        Attack -> malicious client -> what it answered.
     """
 
     weights: dict[str, Tensor]
     rounds: list[RoundRecord]
     rejections: list[tuple[int, int, str]]
+    answers: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
 
 
 def run_federation(
@@ -133,8 +142,11 @@ def run_federation(
     local_steps: int | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
+    on_requests: Callable[[DeletionRequests], None] | None = None,
     grid: LocalGrid | None = None,
-    arming: ReconstructionAttack | None = None,
+    arming: seats.MaliciousServer | None = None,
+    candidates: Candidates | None = None,
+    questions: Mapping[str, Candidates] | None = None,
 ) -> FederationResult:
     """Train a federation on the configured engine.
 
@@ -163,12 +175,17 @@ def run_federation(
         Called with each round's record.
     on_weights : callable, optional
         ``on_weights(round, weights)`` after each round.
+    on_requests : callable, optional
+        Called with what the clients want forgotten, as they say after round ``config.request_round``.
     grid : LocalGrid, optional
         An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
         its start; its clients start with empty memories.
-    arming : ReconstructionAttack, optional
-        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``; the global
-        model skips them.
+    arming : adversaries.seats.MaliciousServer, optional
+        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
+    candidates : Candidates, optional
+        What that attack will be asked about.
+    questions : mapping of str to Candidates, optional
+        What the attacks of the malicious clients are asked about after the last round, by name.
 
     Returns
     -------
@@ -210,7 +227,10 @@ def run_federation(
             local_steps=local_steps,
             on_round=on_round,
             on_weights=on_weights,
+            on_requests=on_requests,
             arming=arming,
+            candidates=candidates,
+            questions=questions,
         )
 
 
@@ -228,7 +248,10 @@ def serve(
     local_steps: int | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
-    arming: ReconstructionAttack | None = None,
+    on_requests: Callable[[DeletionRequests], None] | None = None,
+    arming: seats.MaliciousServer | None = None,
+    candidates: Candidates | None = None,
+    questions: Mapping[str, Candidates] | None = None,
 ) -> FederationResult:
     """The server's side of :func:`run_federation`, on any grid; this process must be the server of its run."""
     if config.federation.strategy == "fedprox" and config.training.momentum:
@@ -253,7 +276,7 @@ def serve(
         aggregator = build_strategy(config.federation, config.training.learning_rate)
     seat: Callable[..., Eavesdropper] = Eavesdropper
     if arming is not None:
-        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds)
+        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds, candidates=candidates)
     strategy = seat(
         aggregator,
         world.scenario,
@@ -291,6 +314,8 @@ def serve(
         rounds.append(record)
         if on_weights is not None:
             on_weights(record.round, weights)
+        if on_requests is not None and record.round == config.request_round:
+            on_requests(ask_unlearning(grid, weights, world.scenario, record.round, excluded, through=served))
         if on_round is not None:
             on_round(record)
         if record.loss is None or record.accuracy is None:
@@ -309,7 +334,15 @@ def serve(
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
-    return FederationResult(weights, rounds, rejections)
+    answers: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, question in (questions or {}).items():
+        settings = {"attack": name, ROUND: config.federation.rounds}
+        records = {QUESTION: to_record({"images": question.images, "labels": question.labels})}
+        said = ask(
+            grid, "query.answer", weights, config.attack.malicious_clients, settings, records, through=served
+        )
+        answers[name] = {client: to_tensors(reply.content.array_records[UPDATE]) for client, reply in said}
+    return FederationResult(weights, rounds, rejections, answers)
 
 
 @contextmanager
@@ -337,13 +370,13 @@ def _settled_heap() -> Iterator[None]:
 def _journaled(
     grid: LocalGrid | PartitionedGrid, journal: Journal, config: Config, world: World, first_round: int
 ) -> JournaledGrid:
-    stateful = Workplace.of(config, world).compressor.stateful
+    stateful = Workplace.of(config, world).stateful
     keeper = grid if isinstance(grid, LocalGrid) else None
     served = JournaledGrid(grid, journal, first_round, keeper if stateful else None)
     if stateful and keeper is None and served.replayed >= first_round:
         raise RunFailed(
-            f"the run in {str(journal.folder)!r} cannot go on under `flwr run`: its clients' error feedback lies "
-            "with Flower; use `--engine ray` or `--engine inline`, or start anew in another folder"
+            f"the run in {str(journal.folder)!r} cannot go on under `flwr run`: its clients' memories "
+            "(error feedback) lie with Flower; use `--engine ray` or `--engine inline`, or start anew elsewhere"
         )
     return served
 
@@ -408,6 +441,8 @@ def ask(
     weights: Mapping[str, Tensor],
     clients: Collection[int] | None = None,
     settings: Mapping[str, Any] | None = None,
+    records: Mapping[str, ArrayRecord] | None = None,
+    through: Grid | None = None,
 ) -> list[tuple[int, Message]]:
     """Show clients a model and have them answer.
 
@@ -422,6 +457,10 @@ def ask(
         Who is asked; None: all.
     settings : mapping, optional
         The instruction's configuration.
+    records : mapping of str to ArrayRecord, optional
+        What it carries besides.
+    through : Grid, optional
+        A grid around `grid` that the messages go through.
 
     Returns
     -------
@@ -434,13 +473,15 @@ def ask(
         If a client could not answer.
     """
     content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: ConfigRecord(dict(settings or {}))})
+    for name, record in (records or {}).items():
+        content[name] = record
     answers: list[tuple[int, Message]] = []
     with ExitStack() as stack:
         if isinstance(grid, LocalGrid):
             stack.enter_context(server_identity(grid.run_id))
         asked = [n for n in grid.get_node_ids() if clients is None or grid.client_of(n) in clients]
         messages = [Message(content, node, what) for node in asked]
-        for reply in grid.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
+        for reply in (through or grid).send_and_receive(messages, timeout=_PATIENCE_SECONDS):
             sender = grid.client_of(reply.metadata.src_node_id)
             if reply.has_error() and reply.error.code == OVERSIZED:
                 log.warning("answer of client %d to %r rejected: %s", sender, what, reply.error.reason)
@@ -455,13 +496,15 @@ def ask_unlearning(
     grid: LocalGrid | PartitionedGrid,
     weights: Mapping[str, Tensor],
     scenario: Scenario,
+    round: int,
     excluded: Mapping[int, Collection[int]] | None = None,
-) -> dict[str, list[tuple[int, UnlearningRequest]]]:
-    """Ask all clients whether they want samples forgotten, given the current global model.
+    through: Grid | None = None,
+) -> DeletionRequests:
+    """Ask all clients whether they want samples forgotten, given the global model after a round.
 
     Parameters
     ----------
-    grid, weights
+    grid, weights, through
         As for :func:`ask`.
     scenario : Scenario
         The shape of samples that a request may bring.
@@ -470,8 +513,7 @@ def ask_unlearning(
 
     Returns
     -------
-    dict of str to list of (int, UnlearningRequest)
-        Under the name that a request goes by (of the attack behind it): who really asked, and what the request says.
+    DeletionRequests
         Not validated but for arrays that are no images and labels, which are refused with a line in the log: see
         :func:`fedattack.unlearning.validate_request`.
 
@@ -480,8 +522,9 @@ def ask_unlearning(
     RunFailed
         If a client could not answer.
     """
-    requests: dict[str, list[tuple[int, UnlearningRequest]]] = {}
-    for sender, reply in ask(grid, "query.unlearn", weights, settings=exclusion_settings(excluded or {})):
+    requests: DeletionRequests = {}
+    settings = {ROUND: round, **exclusion_settings(excluded or {})}
+    for sender, reply in ask(grid, "query.unlearn", weights, settings=settings, through=through):
         for name, answer in reply.content.config_records.items():
             try:
                 request = _request(answer, reply.content.array_records.get(f"{name}.{SAMPLES}"), scenario)

@@ -13,10 +13,10 @@ from adversaries import Attack
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.observation import Observation
+from fedattack.observation import Candidates, Observation
 from fedattack.registry import Registry
 from fedattack.storage import RunFolder
-from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord
 from simulations.progress import Stages
 
 
@@ -64,6 +64,10 @@ class Experiment(ABC):
         """
         del config, world, attacks
 
+    def questions(self) -> Mapping[str, Candidates]:
+        """Attack -> the samples that it is asked about, where its question has some; known before the first round."""
+        return {}
+
     def wants(self, round: int, client: int) -> bool:
         """Whether an update is to be observed; `client` is ``EVERYONE`` under secure aggregation."""
         del round, client
@@ -76,6 +80,10 @@ class Experiment(ABC):
     def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
         """Look at the global model after a round, just before :meth:`after_round`."""
         del round, weights
+
+    def requests(self, requests: DeletionRequests) -> None:
+        """Take what the clients want forgotten, as they say after round ``config.request_round``."""
+        del requests
 
     def after_round(self, record: RoundRecord) -> None:
         """Take note that a round is over."""

@@ -33,11 +33,11 @@ from fedattack.unlearning import (
     validate_request,
 )
 from simulations.engine.federation import (
+    DeletionRequests,
     FederationResult,
     Judge,
     RoundRecord,
     ask,
-    ask_unlearning,
     run_federation,
 )
 from simulations.engine.local_grid import LocalGrid
@@ -45,9 +45,6 @@ from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.choose import check_held_out
 from strategies.messages import METRICS
-
-Requests = Sequence[tuple[int, UnlearningRequest]]
-"""Who asked, and for what."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,8 @@ class FederationTrainer:
     """
 
     def __init__(self, config: Config, world: World, grid: LocalGrid) -> None:
-        federation = config.federation.model_copy(update={"evaluate": False})
-        self.config = config.model_copy(update={"federation": federation})
+        self.config = _quiet(config, config.request_round)
+        self._whole = _quiet(config, config.federation.rounds)
         self.world, self.grid = world, grid
         self.client_steps = 0
 
@@ -140,11 +137,20 @@ class FederationTrainer:
     ) -> Iterator[ClientUpdate]:
         """What the clients of a round answer to `weights`, each after a share of its steps."""
         steps = max(1, int(share * self.config.training.local_steps + 0.5))
-        federation = self.config.federation.model_copy(update={"rounds": round})
-        config = self.config.model_copy(update={"federation": federation})
         seen: list[Observation] = []
-        self._run(config, weights, round, excluded, local_steps=steps, on_observation=seen.append)
+        self._run(
+            _quiet(self.config, round),
+            weights,
+            round,
+            excluded,
+            local_steps=steps,
+            on_observation=seen.append,
+        )
         return map(ClientUpdate.of, seen)
+
+    def go_on(self, excluded: Mapping[int, Collection[int]], weights: Weights) -> Weights:
+        """The rounds that follow the request."""
+        return self._run(self._whole, weights, self.config.federation.rounds + 1, excluded).weights
 
     def evaluate(self, weights: Weights, clients: Collection[int]) -> dict[int, dict[str, float]]:
         """The clients' figures of `weights` on their samples."""
@@ -175,6 +181,12 @@ class FederationTrainer:
         return result
 
 
+def _quiet(config: Config, rounds: int) -> Config:
+    """The same federation, up to a round and not evaluated."""
+    federation = config.federation.model_copy(update={"evaluate": False, "rounds": rounds})
+    return config.model_copy(update={"federation": federation})
+
+
 def new_history(config: Config, world: World, mechanism: Mechanism, folder: Path) -> History:
     """An empty history of what `mechanism` needs."""
     return History(folder, world.scenario, mechanism.keeps, config.unlearning.checkpoint_every)
@@ -184,8 +196,9 @@ def unlearning_experiment(
     config: Config,
     world: World,
     history: History,
+    final: Weights,
     attack: str,
-    requests: Requests,
+    requests: Sequence[tuple[int, UnlearningRequest]],
     *,
     repeats: int = 3,
     progress: Progress = no_progress,
@@ -200,11 +213,13 @@ def unlearning_experiment(
     config, world
         The run's.
     history : History
-        What the server kept of the run.
+        What the server kept of the run up to the requests.
+    final : dict of str to Tensor
+        The run's last global model.
     attack : str
         Name of the unlearning attack.
     requests : sequence of (int, UnlearningRequest)
-        Who asked, and for what, with the final global model before it.
+        Who asked, and for what, after round ``config.request_round``. The rounds after it go on from what is left.
     repeats : int
         Pairs of forgettings, at least 1; all but the first train the federation once more.
     progress : Progress
@@ -246,31 +261,33 @@ def unlearning_experiment(
             progress((3 * repeat + step) / (3 * repeats), f"{attack}: repeat {repeat + 1}, {text}")
 
         with open_grid(again, world) as grid, tempfile.TemporaryDirectory(dir=history.folder) as scratch:
-            trainer, memory = FederationTrainer(again, world, grid), history
+            trainer, memory, before = FederationTrainer(again, world, grid), history, final
             if repeat:
                 report(0, "no deletion")
                 memory = new_history(config, world, mechanism, Path(scratch))
                 memory.first_rounds = dict(history.first_rounds)
                 memory.keep_weights(start, history.checkpoint(start))
                 trainer.train({}, history.checkpoint(start), start + 1, memory)
-            before, spent = memory.weights, trainer.client_steps
+                before = trainer.go_on({}, memory.weights)
+            spent = trainer.client_steps
             report(1, "the request")
             answer = mechanism.forget(deletions, memory, trainer)
             spent = trainer.client_steps - spent
             chosen = _random_deletions(world, deletions, numpy_rng(config.seed, "unlearning floor", repeat))
             report(2, "random samples")
             floor = mechanism.forget([deletion for deletion, _ in chosen], memory, trainer)
+            after, random = (trainer.go_on(left.excluded, left.weights) for left in (answer, floor))
         if repeat == 0:
             outcome, steps = answer, spent
             own = [world.partitions[d.client][sorted(d.positions)] for d in deletions if d.positions]
             ids = np.concatenate([*own, np.empty(0, np.int64)]).astype(np.int64)
             requested = {
                 name: judge(weights, ids).get("loss")
-                for name, weights in (("before", before), ("after", answer.weights))
+                for name, weights in (("before", before), ("after", after))
             }
         figures["before"].append(judge(before))
-        figures["after"].append(judge(answer.weights))
-        figures["random"].append(judge(floor.weights))
+        figures["after"].append(judge(after))
+        figures["random"].append(judge(random))
         floors.append([position for _, positions in chosen for position in positions])
     progress(1.0, f"{attack}: done")
     accuracy = {name: tuple(f["accuracy"] for f in rows) for name, rows in figures.items()}
@@ -332,6 +349,7 @@ class UnlearningExperiment(Experiment):
 
     def __init__(self, plan: Plan, attacks: Mapping[str, UnlearningAttack]) -> None:
         super().__init__(plan, attacks)
+        self.asked: DeletionRequests = {}
         config, mechanism = plan.config, build_mechanism(plan.config.unlearning)
         self.history = new_history(config, plan.world, mechanism, plan.folder.path / "history")
         self.history.keep_weights(0, initial_weights(plan.world.scenario.model, config.seed))
@@ -346,36 +364,40 @@ class UnlearningExperiment(Experiment):
     def wants(self, round: int, client: int) -> bool:
         """The updates that the mechanism needs."""
         del client
-        return self.history.wants_updates(round)
+        return round <= self.plan.config.request_round and self.history.wants_updates(round)
 
     def observe(self, observation: Observation) -> None:
         """Keep an update."""
-        if self.history.wants_updates(observation.round):
+        if self.wants(observation.round, observation.client):
             self.history.keep_update(observation)
 
     def global_model(self, round: int, weights: Weights) -> None:
         """Keep a checkpoint."""
-        self.history.keep_weights(round, weights)
+        if round <= self.plan.config.request_round:
+            self.history.keep_weights(round, weights)
 
     def after_round(self, record: RoundRecord) -> None:
         """Note who took part."""
-        self.history.note_round(record.round, record.clients, record.aggregated)
+        if record.round <= self.plan.config.request_round:
+            self.history.note_round(record.round, record.clients, record.aggregated)
+
+    def requests(self, requests: DeletionRequests) -> None:
+        """Keep what is asked for."""
+        self.asked = requests
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Carry out each attack's requests, and score the damage."""
-        plan = self.plan
-        with open_grid(plan.config, plan.world) as grid:
-            asked = ask_unlearning(grid, federation.weights, plan.world.scenario)
-        return {name: self._audit(name, asked.get(name, [])) for name in self.attacks}
+        return {name: self._audit(name, federation.weights) for name in self.attacks}
 
-    def _audit(self, name: str, requests: Requests) -> AuditResult:
+    def _audit(self, name: str, final: Weights) -> AuditResult:
         plan, started = self.plan, time.perf_counter()
         outcome = unlearning_experiment(
             plan.config,
             plan.world,
             self.history,
+            final,
             name,
-            requests,
+            self.asked.get(name, []),
             progress=lambda share, text: plan.shown(name, share, text.removeprefix(f"{name}: ")),
         )
         seconds = time.perf_counter() - started
