@@ -461,7 +461,8 @@ def unlearn(message: Message, context: Context) -> Message:
         if request is None:
             continue
         count = 0 if request.labels is None else len(request.labels)
-        positions = [int(left[position]) for position in request.positions]
+        own = range(len(left))
+        positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
         content[name] = ConfigRecord(
             {"client": request.client, "positions": positions, "reason": request.reason, SAMPLES: count}
         )
