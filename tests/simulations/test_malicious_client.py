@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def test_it_poisons_changes_its_reply_and_remembers(world: World) -> None:
         place = Workplace.of(settings(), world)
         images, labels = torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64)
         poisoned = local_update(
-            place.model, mine.weights, images, labels, [list(range(8))], world.scenario.training
+            place.model, mine.weights, images, labels, [np.arange(8)], world.scenario.training
         )
         for name, tensor in mine.update.dense().items():
             assert torch.equal(tensor, 2 * poisoned.update[name])
