@@ -51,6 +51,9 @@ log = logging.getLogger("fedattack.strategies")
 MAX_EXAMPLES = 2**31 - 1
 """More samples than this a client cannot claim to have trained on."""
 
+MAX_STEP = float(np.finfo(np.float32).max) / 2**20
+"""No weight can move further in one reply: sums over a million of them stay finite."""
+
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -349,6 +352,9 @@ class Eavesdropper(Strategy):
         else:
             update, wire_bytes = self._difference(arrays, message.metadata.src_node_id)
             others = set(arrays) - set(self.names)
+        largest = float(update.values.abs().max()) if update.kept else 0.0
+        if largest * abs(weight_step(self.scenario.training, update.kind)) > MAX_STEP:
+            raise PayloadError(f"an entry of {largest:.3g} would leave the range of the weights")
         unknown = others - set(self._sent)
         if unknown:
             raise PayloadError(f"unknown array {min(unknown)!r}")

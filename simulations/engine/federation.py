@@ -130,6 +130,39 @@ class FederationResult:
 
 
 def run_federation(
+    config: Config, world: World, *, grid: LocalGrid | None = None, **how: Any
+) -> FederationResult:
+    """Train a federation on the configured engine; `how` and the errors are those of :func:`serve`.
+
+    Parameters
+    ----------
+    config : Config
+    world : World
+        Of the same configuration.
+    grid : LocalGrid, optional
+        An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
+        its start; its clients start with empty memories.
+
+    Examples
+    --------
+    >>> from fedattack.data import build_world
+    >>> config = Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4, "engine": "inline"})
+    >>> result = run_federation(config, build_world(config))
+    >>> result.rounds[0].clients
+    (0, 1, 2, 3)
+    """
+    with ExitStack() as stack:
+        if grid is None:
+            grid = stack.enter_context(open_grid(config, world))
+        else:
+            grid.reset()
+        stack.enter_context(server_identity(grid.run_id))
+        stack.enter_context(_hushed(logging.WARNING))
+        return serve(grid, config, world, **how)
+
+
+def serve(
+    grid: LocalGrid | PartitionedGrid,
     config: Config,
     world: World,
     *,
@@ -143,18 +176,17 @@ def run_federation(
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
     on_requests: Callable[[DeletionRequests], None] | None = None,
-    grid: LocalGrid | None = None,
     arming: seats.MaliciousServer | None = None,
     candidates: Candidates | None = None,
     questions: Mapping[str, Candidates] | None = None,
 ) -> FederationResult:
-    """Train a federation on the configured engine.
+    """Train a federation on any grid; this process must be the server of its run.
 
     Parameters
     ----------
-    config : Config
-    world : World
-        Of the same configuration.
+    grid : LocalGrid or PartitionedGrid
+    config, world
+        Of one configuration.
     run_dir : Path, optional
         Journal the rounds in ``run_dir/journal``, and go on from what is journaled there. Observations, rounds and
         weights of journaled rounds are reported again, the figures as they were. The caller sees to it that the
@@ -177,19 +209,12 @@ def run_federation(
         ``on_weights(round, weights)`` after each round.
     on_requests : callable, optional
         Called with what the clients want forgotten, as they say after round ``config.request_round``.
-    grid : LocalGrid, optional
-        An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
-        its start; its clients start with empty memories.
     arming : adversaries.seats.MaliciousServer, optional
         The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
     candidates : Candidates, optional
         What that attack will be asked about.
     questions : mapping of str to Candidates, optional
         What the attacks of the malicious clients are asked about after the last round, by name.
-
-    Returns
-    -------
-    FederationResult
 
     Raises
     ------
@@ -198,62 +223,7 @@ def run_federation(
     RunFailed
         If every client of a round raised an error, the weights diverged, a strategy could not aggregate, the actors
         cannot be kept alive, or the journal cannot be written.
-
-    Examples
-    --------
-    >>> from fedattack.data import build_world
-    >>> config = Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4, "engine": "inline"})
-    >>> result = run_federation(config, build_world(config))
-    >>> result.rounds[0].clients
-    (0, 1, 2, 3)
     """
-    with ExitStack() as stack:
-        if grid is None:
-            grid = stack.enter_context(open_grid(config, world))
-        else:
-            grid.reset()
-        stack.enter_context(server_identity(grid.run_id))
-        stack.enter_context(_hushed(logging.WARNING))
-        return serve(
-            grid,
-            config,
-            world,
-            run_dir=run_dir,
-            on_observation=on_observation,
-            observe=observe,
-            initial=initial,
-            first_round=first_round,
-            excluded=excluded,
-            local_steps=local_steps,
-            on_round=on_round,
-            on_weights=on_weights,
-            on_requests=on_requests,
-            arming=arming,
-            candidates=candidates,
-            questions=questions,
-        )
-
-
-def serve(
-    grid: LocalGrid | PartitionedGrid,
-    config: Config,
-    world: World,
-    *,
-    run_dir: Path | None = None,
-    on_observation: Callable[[Observation], None] | None = None,
-    observe: Callable[[int, int], bool] | None = None,
-    initial: dict[str, Tensor] | None = None,
-    first_round: int = 1,
-    excluded: Mapping[int, Collection[int]] | None = None,
-    local_steps: int | None = None,
-    on_round: Callable[[RoundRecord], None] | None = None,
-    on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
-    on_requests: Callable[[DeletionRequests], None] | None = None,
-    arming: seats.MaliciousServer | None = None,
-    candidates: Candidates | None = None,
-    questions: Mapping[str, Candidates] | None = None,
-) -> FederationResult:
-    """The server's side of :func:`run_federation`, on any grid; this process must be the server of its run."""
     if config.federation.strategy == "fedprox" and config.training.momentum:
         raise ConfigError(
             f"setting 'training.momentum' = {config.training.momentum}: strategy 'fedprox' needs 0 here"

@@ -212,6 +212,7 @@ class MembershipExperiment(Experiment):
     def __init__(self, plan: Plan, attacks: Mapping[str, MembershipAttack]) -> None:
         super().__init__(plan, attacks)
         self._this_round: list[Observation] = []
+        self._seconds: dict[str, float] = defaultdict(float)
         self._figures: dict[str, dict[int, Figures]] = {
             name: dict(plan.folder.load_rounds(name)) for name in self._serving()
         }
@@ -251,7 +252,7 @@ class MembershipExperiment(Experiment):
             return self.plan.config.attack.rounds
         return range(1, self.plan.config.federation.rounds + 1)
 
-    def _of(self, attack: MembershipAttack, target: int, rounds: Rounds) -> Rounds:
+    def _asked_about(self, attack: MembershipAttack, target: int, rounds: Rounds) -> Rounds:
         """Of the clients asked about, the rounds asked about."""
         hostile = self.plan.config.attack.malicious_clients
         asked = [c for c in rounds if (c not in hostile if target == EVERYONE else c == target)]
@@ -264,10 +265,10 @@ class MembershipExperiment(Experiment):
     def _question(self, attack: MembershipAttack) -> Question:
         target = EVERYONE
         if not isinstance(attack, MaliciousClient):
-            each = {c: len(self._of(attack, c, self._expected)[c]) for c in self._expected}
+            each = {c: len(self._asked_about(attack, c, self._expected)[c]) for c in self._expected}
             target = min(each, key=lambda client: (-each[client], client), default=0)
         return choose_question(
-            self.plan.config, self.plan.world, target, self._of(attack, target, self._expected)
+            self.plan.config, self.plan.world, target, self._asked_about(attack, target, self._expected)
         )
 
     def questions(self) -> dict[str, Candidates]:
@@ -298,10 +299,11 @@ class MembershipExperiment(Experiment):
             attack, asked = self.attacks[name], self._asked[name]
             if seen and number not in self._figures[name] and number in self._rounds(attack):
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
-                seed = adversary_seed(config.seed, "membership", number)
+                seed, started = adversary_seed(config.seed, "membership", number), time.perf_counter()
                 figures = attack.watch(seen, asked.target, candidates, seed, device)
                 self.plan.folder.save_round(name, number, figures)
                 self._figures[name][number] = figures
+                self._seconds[name] += time.perf_counter() - started
                 self.plan.shown(name, number / config.federation.rounds, f"round {number}")
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
@@ -316,7 +318,7 @@ class MembershipExperiment(Experiment):
             if record.aggregated or not isinstance(attack, MaliciousClient):
                 for client in record.clients:
                     answered[client].append(record.round)
-        rounds = self._of(attack, asked.target, answered)
+        rounds = self._asked_about(attack, asked.target, answered)
         if not any(rounds.values()):
             raise NotApplicable(f"{name}: no update of a client that it is asked about was observed")
         counts, is_member, details = asked.settle(plan.config, plan.world, rounds)
@@ -328,7 +330,7 @@ class MembershipExperiment(Experiment):
             scores = attack.scores(self._figures[name], asked.target)
         scores = dataclasses.replace(scores, scores=scores.scores[torch.from_numpy(counts)])
         plan.shown(name, 1.0, f"{int(counts.sum())} candidates")
-        seconds = time.perf_counter() - started
+        seconds = self._seconds[name] + time.perf_counter() - started
         plan.folder.save_scores(name, asked.target, scores, seconds)
         plan.folder.save_part(f"{name}-candidates", details)
         return audit_membership(

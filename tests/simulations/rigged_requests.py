@@ -1,4 +1,4 @@
-"""Clients that ask for deletions in odd ways, reached by ``module:Class``."""
+"""Clients that ask for deletions in odd ways, and a server that forgets in one, reached by ``module:Class``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from adversaries.seats import ClientView
 from adversaries.unlearning.base import UnlearningAttack
+from fedattack.models import build_model
 from fedattack.observation import UnlearningRequest
+from fedattack.training import batch_gradient
+from fedattack.unlearning import Forgotten, Mechanism
 
 
 @dataclass
@@ -58,3 +61,21 @@ class Remembers(UnlearningAttack):
         self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
     ) -> UnlearningRequest:
         return UnlearningRequest(view.client, tuple(range(int(view.memory["rounds"]))))
+
+
+@dataclass
+class Ascent(Mechanism):
+    """Climbs the loss of the samples that it is sent, whoever's they are."""
+
+    by_positions = False
+    rate: float = 1.0
+
+    def forget(self, deletions, history, trainer) -> Forgotten:
+        model = build_model(history.scenario.model)
+        model.load_state_dict(history.weights)
+        weights = dict(history.weights)
+        for deletion in deletions:
+            _, gradient = batch_gradient(model, deletion.images, deletion.labels)
+            for (name, parameter), slope in zip(model.named_parameters(), gradient, strict=True):
+                weights[name] = parameter.detach() + self.rate * slope
+        return Forgotten(weights, {}, history.rounds, 0)

@@ -184,6 +184,31 @@ def test_samples_are_as_good_as_positions_where_the_server_knows_them(tmp_path: 
     assert (by_name.losses, by_name.details) == (by_samples.losses, by_samples.details)
 
 
+def test_a_mechanism_that_forgets_by_samples_is_sent_anybodys(tmp_path: Path) -> None:
+    run = ran(
+        tmp_path,
+        attack="rigged_requests:SendsSamples",
+        rounds=1,
+        **{"attack.shift": 1, "mechanism": "rigged_requests:Ascent", "unlearning.rate": "0.25"},
+    )
+    assert run.history.checkpoints == [0]
+    outcome = run.outcome()
+    world = run.plan.world
+    model = build_model(world.scenario.model)
+    for images, labels, name in (
+        (outcome.requests[0].images, outcome.requests[0].labels, "after"),
+        (*world.dataset.tensors(world.partitions[0][outcome.details["random_positions"][0]]), "random"),
+    ):
+        model.load_state_dict(run.result.weights)
+        functional.cross_entropy(model(images), labels).backward()
+        climbed = {n: (p + 0.25 * p.grad).detach() for n, p in model.named_parameters()}
+        model.zero_grad()
+        wanted = Judge(run.plan.config, world)(climbed)["loss"]
+        assert outcome.losses[name][0] == pytest.approx(wanted, rel=1e-5)
+    assert outcome.losses["after"] != outcome.losses["random"]
+    assert (outcome.rounds_trained, outcome.client_steps) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("attack", "settings", "reason"),
     [
