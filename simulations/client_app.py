@@ -14,15 +14,18 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adversaries import ATTACKS, build_attack
+from adversaries.seats import ClientView, MaliciousClient
 from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
 from fedattack.config import Config, EngineConfig, TrainingConfig
 from fedattack.defenses import ClientDefenses, Defense, build_defenses
 from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
-from fedattack.observation import Scenario
-from fedattack.rng import numpy_rng, torch_rng
-from fedattack.training import GradientStep, LocalResult, batch_positions, evaluate, local_update
+from fedattack.observation import Candidates, Scenario
+from fedattack.rng import adversary_seed, numpy_rng, torch_rng
+from fedattack.task import TASKS, GradientStep, Task, trained_parameters
+from fedattack.training import LocalResult, batch_positions, evaluate, load_weights, local_update
 from simulations.experiments.executor import choose_device
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
 from strategies.messages import (
@@ -30,11 +33,14 @@ from strategies.messages import (
     CONFIG,
     DROPPED_OUT,
     EXCLUDED,
+    LOCAL_STEPS,
     METRICS,
     NUM_EXAMPLES,
     PACKED,
     PARTITION,
+    QUESTION,
     ROUND,
+    SAMPLES,
     TRAIN_LOSS,
     UPDATE,
     to_record,
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
     from fedattack.data import World
 
 _MEMORY = "memory"
+_ATTACK_MEMORY = "memory of {attack}"
 _UNUSED = torch.Generator()
 
 app = ClientApp()
@@ -95,15 +102,40 @@ class Workplace:
     @cached_property
     def compressor(self) -> Compressor:
         """The agreed compressor."""
-        named = list(build_model(self.scenario.model).named_parameters())
+        sent = trained_parameters(build_model(self.scenario.model))
         return build_compressor(
-            self.scenario.compression, [name for name, _ in named], [tuple(p.shape) for _, p in named]
+            self.scenario.compression, list(sent), [tuple(parameter.shape) for parameter in sent.values()]
         )
+
+    @cached_property
+    def task(self) -> Task:
+        """What is trained and measured."""
+        return TASKS.get(self.scenario.training.task)()
 
     @cached_property
     def defenses(self) -> tuple[Defense, ...]:
         """The agreed defences, in their order."""
         return tuple(build_defenses(self.scenario.defense).values())
+
+    @cached_property
+    def attackers(self) -> dict[str, MaliciousClient]:
+        """What the run's malicious clients carry out, by name."""
+        options = self.config.attack
+        return {
+            name: attack
+            for name in options.names
+            if isinstance(
+                attack := build_attack(
+                    ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options
+                ),
+                MaliciousClient,
+            )
+        }
+
+    @property
+    def stateful(self) -> bool:
+        """Whether clients keep anything from round to round."""
+        return self.compressor.stateful or any(one.keeps_memory for one in self.attackers.values())
 
     def weights(self, record: ArrayRecord) -> dict[str, Tensor]:
         """The broadcast as tensors, opened once for all clients that got the same one."""
@@ -233,19 +265,36 @@ def train(message: Message, context: Context) -> Message:
     batches = round_batches(
         place.config, len(place.partitions[client]), round, client, _excluded(settings, client)
     )
+    steps_asked = settings.get(LOCAL_STEPS)
+    assert steps_asked is None or isinstance(steps_asked, int)
+    batches = batches[:steps_asked]
     used = used_positions(batches)
     images, labels = place.samples(client, used)
+    weights = place.weights(arrays)
+    seats = _seats(place, context, round, client, weights)
+    for attack, view in seats.values():
+        attack.see(view)
+        poisoned = attack.poison(view, images, labels)
+        own = {"images": images, "labels": labels}
+        images, labels = _alike(attack, own, dict(zip(own, poisoned, strict=True))).values()
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
-    defended = ClientDefenses(place.defenses, place.config.seed, round, client)
+    defended = ClientDefenses(place.defenses, place.config.seed, round, client, place.task.gradient)
     shown = defended.images(images)
-    result = _train(place, place.weights(arrays), shown, labels, steps, mu, defended.gradient)
+    result = _train(place, weights, shown, labels, steps, mu, defended.gradient)
+    update = defended.update(result.update)
+    for attack, view in seats.values():
+        update = _alike(attack, update, attack.reply(view, update))
     draws = place.compressor.draws
     generator = torch_rng(place.config.seed, "compression", round, client) if draws else _UNUSED
-    packet, memory = place.compressor.compress(
-        defended.update(result.update), _recall(context), round, generator
-    )
-    _remember(context, memory)
+    packet, memory = place.compressor.compress(update, _recall(context), round, generator)
+    _remember(context, _MEMORY, memory.tensors)
+    for name, (attack, view) in seats.items():
+        if view.memory and not attack.keeps_memory:
+            raise ConfigError(
+                f"attack {name!r} keeps memory and does not say so: set 'keeps_memory' of its class"
+            )
+        _remember(context, _ATTACK_MEMORY.format(attack=name), view.memory)
     reply = {PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():
         reply[name] = HeldArray(buffer.cpu().numpy())
@@ -283,7 +332,7 @@ def _train_proximal(
         raise ConfigError(
             f"setting 'training.momentum' = {training.momentum}: strategy 'fedprox' needs 0 here"
         )
-    received = {name: weights[name].to(place.device) for name, _ in place.model.named_parameters()}
+    received = {name: weights[name].to(place.device) for name in trained_parameters(place.model)}
     drift = {name: torch.zeros_like(tensor) for name, tensor in received.items()}
     current = dict(weights)
     losses: list[float] = []
@@ -298,10 +347,14 @@ def _train_proximal(
 
 
 def _recall(context: Context) -> Memory:
-    record = context.state.get(_MEMORY)
+    return Memory(_recalled(context, _MEMORY))
+
+
+def _recalled(context: Context, key: str) -> dict[str, Tensor]:
+    record = context.state.get(key)
     if not isinstance(record, ArrayRecord):
-        return Memory()
-    return Memory({name: torch.from_numpy(_writable(array)) for name, array in record.items()})
+        return {}
+    return {name: torch.from_numpy(_writable(array)) for name, array in record.items()}
 
 
 def _writable(array: Any) -> NDArray[Any]:
@@ -310,9 +363,42 @@ def _writable(array: Any) -> NDArray[Any]:
     return value if value.flags.writeable else value.copy()
 
 
-def _remember(context: Context, memory: Memory) -> None:
-    if memory.tensors:
-        context.state[_MEMORY] = to_record(memory.tensors)
+def _remember(context: Context, key: str, tensors: dict[str, Tensor]) -> None:
+    if tensors:
+        context.state[key] = to_record(tensors)
+
+
+def _seats(
+    place: Workplace, context: Context, round: int, client: int, weights: dict[str, Tensor]
+) -> dict[str, tuple[MaliciousClient, ClientView]]:
+    """What a malicious client carries out, by name, each with its view; nothing for an honest one."""
+    if client not in place.config.attack.malicious_clients:
+        return {}
+    return {
+        name: (
+            attack,
+            ClientView(
+                round,
+                client,
+                place.scenario,
+                dict(weights),
+                adversary_seed(place.config.seed, f"client seat of {name}", round, client),
+                _recalled(context, _ATTACK_MEMORY.format(attack=name)),
+                place.config.attack.requests,
+            ),
+        )
+        for name, attack in place.attackers.items()
+    }
+
+
+def _alike(attack: MaliciousClient, before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`after`, which is to hold tensors of the same names, shapes and types as `before`."""
+    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"attack {type(attack).__name__} must leave {', '.join(before)} their number, shapes and types"
+        )
+    return after
 
 
 @app.evaluate()
@@ -323,7 +409,7 @@ def evaluate_global(message: Message, context: Context) -> Message:
     arrays = message.content[ARRAYS]
     assert isinstance(arrays, ArrayRecord)
     images, labels = place.samples(client, remaining_positions(len(place.partitions[client])))
-    figures = evaluate(place.model, place.weights(arrays), images, labels)
+    figures = evaluate(place.model, place.weights(arrays), images, labels, task=place.task)
     metrics = MetricRecord({NUM_EXAMPLES: len(labels), **figures})
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
@@ -335,32 +421,51 @@ def whoami(message: Message, context: Context) -> Message:
     return Message(RecordDict({METRICS: MetricRecord({PARTITION: client})}), reply_to=message)
 
 
+@app.query("answer")
+def answer(message: Message, context: Context) -> Message:
+    """What a malicious client's attack says of the samples it is asked about.
+
+    The instruction's configuration names the attack ("attack"), its arrays :data:`QUESTION` are the samples.
+    """
+    place = _workplace(context)
+    client, settings = _identity(message, context)
+    round, name = settings[ROUND], settings["attack"]
+    arrays, asked = message.content[ARRAYS], message.content[QUESTION]
+    assert isinstance(round, int)
+    assert isinstance(arrays, ArrayRecord)
+    assert isinstance(asked, ArrayRecord)
+    attack, view = _seats(place, context, round, client, place.weights(arrays))[str(name)]
+    question = to_tensors(asked)
+    answers = attack.answer(view, Candidates(question["images"], question["labels"]))
+    return Message(RecordDict({UPDATE: to_record(answers)}), reply_to=message)
+
+
 @app.query("unlearn")
 def unlearn(message: Message, context: Context) -> Message:
-    """Ask the server to forget samples: the malicious client those that its attack chooses, all others none.
+    """Ask the server to forget samples: a malicious client those that its attacks choose, all others none.
 
-    The instruction's configuration names the attack ("attack") and the malicious client ("client").
+    Each request is a record under the attack's name; samples that it brings lie beside it, under :data:`SAMPLES`.
     """
-    from adversaries import ATTACKS, UnlearningAttack, build_attack
-
+    place = _workplace(context)
     client, settings = _identity(message, context)
-    answer: dict[str, Any] = {"client": client, "positions": [], "reason": ""}
-    if settings["client"] == client:
-        place = _workplace(context)
-        name, arrays = settings["attack"], message.content[ARRAYS]
-        assert isinstance(name, str)
-        assert isinstance(arrays, ArrayRecord)
-        options = place.config.attack
-        attack = build_attack(ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options)
-        if not isinstance(attack, UnlearningAttack):
-            raise ConfigError(f"attack {name!r} is of family {attack.family!r}, not 'unlearning'")
+    round, arrays, content = settings[ROUND], message.content[ARRAYS], RecordDict()
+    assert isinstance(round, int)
+    assert isinstance(arrays, ArrayRecord)
+    weights = place.weights(arrays)
+    for name, (attack, view) in _seats(place, context, round, client, weights).items():
         left = remaining_positions(len(place.partitions[client]), _excluded(settings, client))
         if not len(left):
             raise DataError(f"client {client} has no samples left to forget")
-        images, labels = place.samples(client, left)
-        place.model.load_state_dict(place.weights(arrays))
-        request = attack.choose(
-            client, place.model, images, labels, min(options.requests, len(left)), place.config.seed
+        load_weights(place.model, weights)
+        request = attack.request(view, place.model, *place.samples(client, left))
+        if request is None:
+            continue
+        count = 0 if request.labels is None else len(request.labels)
+        own = range(len(left))
+        positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
+        content[name] = ConfigRecord(
+            {"client": request.client, "positions": positions, "reason": request.reason, SAMPLES: count}
         )
-        answer |= {"positions": [int(left[p]) for p in request.positions], "reason": request.reason}
-    return Message(RecordDict({CONFIG: ConfigRecord(answer)}), reply_to=message)
+        if request.images is not None and request.labels is not None:
+            content[f"{name}.{SAMPLES}"] = to_record({"images": request.images, "labels": request.labels})
+    return Message(content, reply_to=message)

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from adversaries import Attack
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import Observation
+from fedattack.observation import Candidates, Observation
 from fedattack.registry import Registry
 from fedattack.storage import RunFolder
-from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord
 from simulations.progress import Stages
 
 
@@ -108,6 +110,10 @@ class Experiment(ABC):
         """
         del config, world, attacks
 
+    def questions(self) -> Mapping[str, Candidates]:
+        """Attack -> the samples that it is asked about, where its question has some; known before the first round."""
+        return {}
+
     def wants(self, round: int, client: int) -> bool:
         """Whether an update is to be observed; `client` is ``EVERYONE`` under secure aggregation."""
         del round, client
@@ -116,6 +122,14 @@ class Experiment(ABC):
     def observe(self, observation: Observation) -> None:
         """Take one of the observations that :meth:`wants` asked for; within a round in ascending order."""
         del observation
+
+    def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
+        """Look at the global model after a round, just before :meth:`after_round`."""
+        del round, weights
+
+    def requests(self, requests: DeletionRequests) -> None:
+        """Take what the clients want forgotten, as they say after round ``config.request_round``."""
+        del requests
 
     def after_round(self, record: RoundRecord) -> None:
         """Take note that a round is over."""

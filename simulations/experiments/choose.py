@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from adversaries import ATTACKS, Attack, ReconstructionAttack, build_attack
+from adversaries import ATTACKS, Attack, build_attack
 from adversaries.base import attack_options
+from adversaries.seats import MaliciousServer
 from fedattack.compression import COMPRESSORS
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable, unknown_name
 from fedattack.models import dry_run
+from fedattack.task import TASKS
 from fedattack.training import batch_positions
-from fedattack.unlearning import MECHANISMS
+from fedattack.unlearning import build_mechanism
 from simulations.experiments.executor import choose_device
 from strategies import NEED_SINGLE_UPDATES, build_strategy
 
@@ -71,7 +73,7 @@ def applicable(
     return kept, left_out
 
 
-def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
+def arming_attack(attacks: Mapping[str, Attack]) -> MaliciousServer | None:
     """The one attack that needs the server to send other weights; None where the server stays honest.
 
     Raises
@@ -79,7 +81,7 @@ def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
     ConfigError
         If there are two: a round carries one model.
     """
-    arming = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack) and a.arms}
+    arming = {n: a for n, a in attacks.items() if isinstance(a, MaliciousServer)}
     if len(arming) > 1:
         raise ConfigError(
             f"setting 'attack.names' = {', '.join(attacks)}: {' and '.join(arming)} each send weights of their own; "
@@ -97,7 +99,8 @@ def check_names(config: Config) -> None:
     """
     build_strategy(config.federation, config.training.learning_rate)
     COMPRESSORS.get(config.compression.name)
-    MECHANISMS.get(config.unlearning.mechanism)
+    TASKS.get(config.training.task)
+    build_mechanism(config.unlearning)
     if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
         raise NotApplicable(
             f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "
