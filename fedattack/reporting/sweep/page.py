@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from fedattack.audit.family import HEADLINES
+from fedattack.audit.family import get_family
 from fedattack.files import write_bytes
 from fedattack.reporting import figures, formats
 from fedattack.reporting.report import environment
 from fedattack.reporting.sweep.figures import heat_map, utility_leakage
-from fedattack.reporting.sweep.table import DONE, LEAKAGE, SweepTable
+from fedattack.reporting.sweep.table import DONE, SweepTable
 from fedattack.reporting.template import SWEEP
 from fedattack.storage.plain import fedattack_version
 
@@ -73,7 +73,7 @@ _CAPTIONS = {
     "utility": "Down and right is where one wants to be: private and useful. On the dashed line nothing leaks.",
 }
 
-_FIGURES = ("leakage", "95 % interval", "PSNR, dB", "floor, dB", "accuracy", "epsilon", "time")
+_FIGURES = ("leakage", "95 % interval", "accuracy", "epsilon", "time")
 
 
 def _labels(table: SweepTable) -> list[str]:
@@ -84,17 +84,16 @@ def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
     labels = ["" if pd.isna(row[f"axis.{axis}"]) else row[f"axis.{axis}"] for axis in _labels(table)]
     done = row["status"] == DONE
     attacked = done and not pd.isna(row["family"])
-    figures_shown = [formats.NONE] * 4
+    leaked = [formats.NONE] * 2
     outcome = row["status"]
     if attacked:
-        column, digits = LEAKAGE[row["family"]][0], 3 if row["family"] == "membership" else 1
-        outcome = HEADLINES[row["family"]][row["level"]]
-        ends = {"low": _known(row[f"{column}_low"]), "high": _known(row[f"{column}_high"])}
-        figures_shown = [
-            formats.decimal(row[column], digits),
-            formats.interval(ends, digits),
-            formats.decimal(row["psnr"]),
-            formats.decimal(row.get("floor_psnr", float("nan"))),
+        family = get_family(row["family"])
+        leakage = family.leakage
+        outcome = family.words(row["level"])
+        ends = {end: _known(row[f"{leakage.column}_{end}"]) for end in ("low", "high")}
+        leaked = [
+            formats.decimal(row[leakage.column], leakage.digits),
+            formats.interval(ends, leakage.digits),
         ]
     return {
         "labels": labels,
@@ -102,7 +101,7 @@ def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
         "level": row["level"] if attacked else "",
         "link": f"cells/{row['cell']}/report.html" if done else "",
         "figures": [
-            *figures_shown,
+            *leaked,
             formats.percent(row["accuracy"]),
             formats.decimal(row["epsilon"], 2),
             formats.seconds(row["seconds"]),
