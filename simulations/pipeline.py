@@ -148,7 +148,7 @@ def simulate(
         label_counts=label_counts(world),
         notes=[note for note in (world.dataset.note,) if note],
     )
-    print_summary(console, results)
+    print_summary(console, results, figures)
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
     console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
@@ -360,12 +360,12 @@ class _Run:
             if isinstance(attack, ReconstructionAttack):
                 audits[name] = self.work.audit(name, self.truths)
             elif isinstance(attack, MembershipAttack):
-                audits[name] = self._membership(name, attack)
+                audits[name] = self._membership(name, attack, federation)
             else:
                 audits[name] = self._unlearning(name, federation)
         return audits
 
-    def _membership(self, name: str, attack: MembershipAttack) -> AuditResult:
+    def _membership(self, name: str, attack: MembershipAttack, federation: FederationResult) -> AuditResult:
         started = time.perf_counter()
         outcome = membership_experiment(
             self.config,
@@ -385,6 +385,9 @@ class _Run:
             outcome.is_member,
             clients=[outcome.target],
             seconds=seconds,
+            accuracy=next((r.accuracy for r in reversed(federation.rounds) if r.accuracy is not None), None),
+            chance_accuracy=commonest_share(self.world),
+            test_samples=len(self.world.pools.nonmembers),
             seed=self.config.seed,
         )
 
@@ -407,6 +410,7 @@ class _Run:
             requests=len(outcome.request.positions),
             mechanism=outcome.mechanism,
             test_samples=outcome.test_samples,
+            chance_accuracy=commonest_share(self.world),
             seconds=seconds,
             seed=self.config.seed,
         )
@@ -455,6 +459,12 @@ def federation_figures(config: Config, world: World, federation: FederationResul
         "rounds": rounds,
         "rejections": refused,
     }
+
+
+def commonest_share(world: World) -> float:
+    """Share of the commonest class among the held-out samples: what a model that knows nothing gets right."""
+    labels = world.dataset.labels[world.pools.nonmembers]
+    return float(np.bincount(labels).max()) / len(labels)
 
 
 def label_counts(world: World) -> dict[int, dict[int, int]]:

@@ -427,11 +427,12 @@ def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
     accuracies = {row["round"]: row.get("accuracy") for row in federation.get("rounds", [])}
     sent = sorted({row["round"] - 1 for row in result.records if "round" in row})
     name = scenario["model"]["name"] if scenario else "model"
-    if sent and sent[0] == 0:
-        told.append(f"{name} on its initial weights{' and later' if sent[1:] else ''}")
-    else:
-        known = [accuracies[r] for r in sent or [max(accuracies, default=0)] if accuracies.get(r) is not None]
-        told += [f"{name} at {' to '.join(map(formats.percent, _ends(known)))} accuracy"] if known else []
+    known = [accuracies[r] for r in sent or [max(accuracies, default=0)] if accuracies.get(r) is not None]
+    states = ["its initial weights"] if sent[:1] == [0] else []
+    if known:
+        ends = dict.fromkeys(map(formats.percent, (min(known), max(known))))
+        states.append(f"{' to '.join(ends)} accuracy")
+    told += [f"{name} at {' and '.join(states)}"] if states else []
     if scenario:
         training = scenario["training"]
         batch = " or ".join(map(str, s["batch"]))
@@ -443,7 +444,3 @@ def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
         granted = s["auxiliary"]
         told.append(f"{granted['count']:,} public images granted" if granted else "no public images granted")
     return told + [str(one) for one in result.threat.get("assumptions", ())]
-
-
-def _ends(values: Sequence[float]) -> list[float]:
-    return sorted({min(values), max(values)})

@@ -245,13 +245,13 @@ def verdict_of(
         level = "leak" if ranked and auc.mean >= IDENTIFIED_AUC else "partial"
     elif backwards:
         why = "; the scores run backwards: the statistic's sign is to be questioned"
-    elif idle:
-        why = f"; {idle}"
-    elif _unseen(auc.high, candidates):
+    elif not _unseen(auc.high, candidates):
+        more = max(1, _candidates_needed(auc.mean) - min(candidates))
+        why = f"; about {more:,} more member{'s' if more != 1 else ''} and as many non-members would tell"
+    elif not idle:
         level = "none"
-    else:
-        more = _candidates_needed(auc.mean) - min(candidates)
-        why = f"; about {max(1, more):,} more members and as many non-members would tell"
+    if level == "undecided" and idle:
+        why += f"; {idle}"
     figures = f"AUC {auc.mean:.3f} [{auc.low:.3f}, {auc.high:.3f}]"
     figures += f", chance 0.500 [{chance.low:.3f}, {chance.high:.3f}]"
     found = (

@@ -680,7 +680,7 @@ RECONSTRUCTION = Family(
         ("worst", lambda s: formats.decimal(s["metrics"]["psnr"]["worst"])),
         ("SSIM", lambda s: formats.decimal(s["metrics"]["ssim"]["mean"], 3)),
         ("best\nfloor", lambda s: formats.decimal(_best(s)["mean"])),
-        ("k (of the\nimage)", lambda s: f"{formats.count(s['k'])}\n({formats.count(s['k_measuring'])})"),
+        ("k\n(image)", lambda s: f"{formats.count(s['k'])}\n({formats.count(s['k_measuring'])})"),
         ("k per\npixel", lambda s: formats.compact(s["k_per_pixel"])),
         ("labels\n(floor)", _label_cell),
         ("time", lambda s: formats.seconds(s["seconds"])),

@@ -167,4 +167,4 @@ def decibel(value: float) -> str:
 
 def signed_gap(value: float) -> str:
     """ "48.2 dB above" or "0.3 dB below"."""
-    return f"{abs(value):.1f} dB {'above' if value >= 0 else 'below'}"
+    return f"{abs(value):.1f} dB {'above' if round(value, 1) >= 0 else 'below'}"
