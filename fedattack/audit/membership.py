@@ -284,7 +284,9 @@ def _candidates_needed(area: float) -> int:
 
 
 def _tail_note(point: Figures) -> str:
-    return f"{point['true_positives']} of {point['members']}" if "members" in point else ""
+    if "members" in point:
+        return f"{point['true_positives']} of {point['members']}"
+    return f"up to {formats.decimal(point['high'] * 100)}"
 
 
 def _remarks(result: AuditResult) -> list[str]:

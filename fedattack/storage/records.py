@@ -24,10 +24,11 @@ def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
     for name in dict.fromkeys(result.family for result in results):
         types |= get_family(name).types
     frame = pd.DataFrame([row for result in results for row in result.records])
-    for name in frame.columns:
-        other = "string" if frame[name].map(type).eq(str).any() else "float64"
-        frame[name] = frame[name].astype(types.get(name, other))
-    return frame
+    texts = {
+        name for result in results for row in result.records for name in row if isinstance(row[name], str)
+    }
+    chosen = {name: types.get(name, "string" if name in texts else "float64") for name in frame.columns}
+    return frame.astype(chosen)
 
 
 def summary_document(

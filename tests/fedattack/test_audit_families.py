@@ -30,6 +30,7 @@ OWN_FILES = {
     "fedattack/audit/unlearning.py",
 }
 STILL_NAMED: set[str] = {  # to be emptied: files that tell families apart until the seats do
+    "simulations/client_app.py",
     "simulations/pipeline.py",
     "simulations/experiments/choose.py",
     "simulations/experiments/reconstruction.py",
@@ -75,10 +76,16 @@ WORDS = Family(
 def _result(mean: float = 0.8) -> AuditResult:
     share = {"mean": mean, "worst": mean - 0.1, "best": 0.9, "low": 0.75, "high": 0.85}
     summary = {
-        "family": "words", "count": 2, "metrics": {"share": share}, "floors": {"commonest": {"share": {"mean": 0.125}}},
-        "best_floor": "commonest", "gain": {"mean": mean - 0.125, "low": 0.6, "high": 0.7}, "seconds": 3.0,
-        "level": "leak", "verdict": "words read: 80 %",
-    }  # fmt: skip
+        "family": "words",
+        "count": 2,
+        "metrics": {"share": share},
+        "floors": {"commonest": {"share": {"mean": 0.125}}},
+        "best_floor": "commonest",
+        "gain": {"mean": mean - 0.125, "low": 0.6, "high": 0.7},
+        "seconds": 3.0,
+        "level": "leak",
+        "verdict": "words read: 80 %",
+    }
     records = [{"attack": "w", "family": "words", "word": "secret", "place": 3, "right": 1.0}]
     return AuditResult(
         "w", "words", records, summary, "words read: 80 %", "leak", threat={"seat": "curious server"}
