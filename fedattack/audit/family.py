@@ -33,20 +33,16 @@ Column = tuple[str, Callable[[Figures], str]]
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a family.
+    """One figure of a family, shown as ``scale * value`` with `digits` decimals.
 
     Parameters
     ----------
-    key : str
-        In the summary's "metrics", and in each floor.
-    title : str
-        Heading of its column in the report; empty: it has none.
-    unit, scale, digits
-        It is shown as ``scale * value`` with so many decimals.
+    key, floor : str
+        In the summary's "metrics" and in each floor; `floor` where the key differs there.
+    title, unit : str
+        Heading of its column in the report; no title: no column.
     worst : {"min", "max"}
         Which end is the attacker's worst: "min" where more means more leakage.
-    floor : str
-        Its key in a floor, where that differs.
     note : callable
         Further words from the described metric.
     """
@@ -74,6 +70,11 @@ class Metric:
         found: Figures | None = figures.get(self.key) or figures.get(self.floor)
         return found
 
+    def two_lines(self, figures: Figures) -> str:
+        """Mean above interval, for narrow columns."""
+        described = self.of(figures) or {"mean": None}
+        return f"{self.shown(described['mean'])}\n{formats.span(described, self.digits, self.scale)}"
+
     def cells(self, figures: Figures, ends: bool) -> list[str]:
         """Mean, interval, and where `ends` worst and best, of the attack or of a floor."""
         described = self.of(figures)
@@ -91,20 +92,13 @@ class Leakage:
 
     Parameters
     ----------
-    column : str
-        Of the sweep's table.
-    label : str
-        For a person, with the unit.
+    column, label, title : str
+        Of the sweep's table, its name with the unit for a person, and the title of the figure that compares runs.
     read : callable
         Summary -> described figure; None where there is none.
-    nothing : float
-        The value where nothing leaks, in the unit of the label.
-    span : float
-        Colours span at least so much, so that noise does not look like a result.
-    scale, digits
-        As in :class:`Metric`.
-    title : str
-        Of the figure that compares runs.
+    nothing, span : float
+        The value where nothing leaks, and how much the colours span at least, so that noise does not look like a
+        result; in the unit of the label, which is `scale` times the summary's.
     """
 
     column: str
@@ -123,13 +117,10 @@ class Drawing:
 
     Parameters
     ----------
-    name : str
-        Of its file.
+    name, alt, caption : str
+        Of its file and on the page; where there is one for `each` attack, its name stands before them.
     target : str
-        ``"package.module:function"``, from a result (`each`) or from all of the family to a figure; it may answer
-        None.
-    alt, caption : str
-        `alt` follows the attack's name where there is a figure for `each`.
+        ``"package.module:function"``: a result (`each`) or all of the family -> a figure or None.
     """
 
     name: str
@@ -149,27 +140,24 @@ class Family:
 
     Parameters
     ----------
-    name, question : str
-    title : str
-        Of its table.
+    name, question, title : str
+        The title is that of its table.
     metrics : tuple of Metric
         The leading one first.
     floors : mapping of str to str
         Floors every audit of the family has -> what they are.
     headlines : mapping
         Level -> the words of a verdict; "undecided" and "failed" have words already.
-    leakage : Leakage
     columns : tuple of Column
         Of the terminal's table, from a summary; None: made from the metrics.
     rows, remarks, details : callable
-        For the report: the rows of a result's scores, sentences below them, and, from a result, the columns of a
-        table of its records.
+        For the report, from a result: rows of scores, sentences below them, columns of a table of its records.
     sweep : callable
         Further columns of a sweep's table, from a summary.
-    drawings : tuple of Drawing
     types : mapping of str to str
-        Column of the records -> pandas type; others are floats.
-    glossary : tuple of (term, text)
+        Column of the records -> pandas type; others are floats, or texts.
+    glossary : str
+        How to read its figures: "term: text" in each paragraph.
     """
 
     name: str
@@ -186,7 +174,7 @@ class Family:
     sweep: Callable[[Figures], dict[str, Any]] = lambda _: {}
     drawings: tuple[Drawing, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
-    glossary: tuple[tuple[str, str], ...] = ()
+    glossary: str = ""
 
     def words(self, level: Level) -> str:
         """How a verdict of this level begins."""
@@ -197,6 +185,11 @@ class Family:
         """The metrics that tables show."""
         return [metric for metric in self.metrics if metric.title]
 
+    def terms(self) -> list[tuple[str, str]]:
+        """The glossary, entry by entry."""
+        entries = [" ".join(entry.split()).partition(": ") for entry in self.glossary.strip().split("\n\n")]
+        return [(term, text) for term, _, text in entries if text]
+
     def table_columns(self) -> tuple[Column, ...]:
         """The terminal's columns after the attack's name."""
         if self.columns is not None:
@@ -204,14 +197,9 @@ class Family:
         lead = self.metrics[0]
         made: list[Column] = []
         for metric in self.titled:
-            made.append((metric.heading, lambda s, m=metric: _two_lines(m, s["metrics"])))  # type: ignore[misc]
+            made.append((metric.heading, lambda s, m=metric: m.two_lines(s["metrics"])))  # type: ignore[misc]
         made.append(("best\nfloor", lambda s: lead.cells(s["floors"][s["best_floor"]], False)[0]))
         return (*made, ("time", lambda s: formats.seconds(s["seconds"])))
-
-
-def _two_lines(metric: Metric, figures: Figures) -> str:
-    described = metric.of(figures) or {"mean": None}
-    return f"{metric.shown(described['mean'])}\n{formats.span(described, metric.digits, metric.scale)}"
 
 
 def score_rows(result: AuditResult) -> list[Row]:

@@ -221,21 +221,7 @@ def verdict_of(
     targets: int = 1,
     idle: str = "",
 ) -> tuple[Level, str]:
-    """Verdict on a membership attack.
-
-    Parameters
-    ----------
-    auc, chance : Interval
-        The attack's AUC (mean over the targets) and that of scores which know nothing.
-    tail : OperatingPoint
-        At 1 % false positives, of the target with the smallest p-value.
-    candidates : tuple of int
-        Members and non-members asked about, of the target with the fewest.
-    targets : int
-        Clients asked about; the tail's p-value is multiplied by it.
-    idle : str
-        Why the model says nothing either way, where it does not.
-    """
+    """Level and sentence; `candidates`: members and non-members of the smallest target, `idle`: why it says nothing."""
     ranked = auc.low > 0.5 and auc.mean > chance.high
     stands_out = tail.p_value * targets < TAIL_P_VALUE
     backwards = auc.high < 0.5 and auc.mean < chance.low
@@ -336,12 +322,7 @@ MEMBERSHIP = Family(
     ),
     columns=(
         ("asked\nabout", lambda s: formats.count(s["count"])),
-        (
-            "AUC",
-            lambda s: (
-                f"{formats.decimal(s['metrics']['auc']['mean'], 3)}\n{formats.span(s['metrics']['auc'], 3)}"
-            ),
-        ),
+        ("AUC", lambda s: MEMBERSHIP.metrics[0].two_lines(s["metrics"])),
         ("chance\nAUC", lambda s: f"0.500\n{formats.span(s['floors']['chance']['auc'], 3)}"),
         ("TPR at\n1 % FPR", _tail_cell("tpr_at_1_percent_fpr")),
         ("chance", lambda s: formats.percent(s["floors"]["chance"]["tpr_at_1_percent_fpr"]["mean"])),
@@ -361,19 +342,14 @@ MEMBERSHIP = Family(
         ),
     ),
     types={"client": "Int64", "candidate": "Int64", "is_member": "boolean"},
-    glossary=(
-        ("AUC", "The chance that a member outscores a non-member."),
-        (
-            "Found at 1 %",
-            "Share of members found while at most 1 % of the non-members are called members: what an "
-            "attacker who must not be "
-            "wrong gets.",
-        ),
-        (
-            "Balanced accuracy",
-            "With the best threshold for these very candidates, so chance lies above 50 %.",
-        ),
-    ),
+    glossary="""
+AUC: The chance that a member outscores a non-member.
+
+Found at 1 %: Share of members found while at most 1 % of the non-members are called members: what an attacker who
+must not be wrong gets.
+
+Balanced accuracy: With the best threshold for these very candidates, so chance lies above 50 %.
+""",
 )
 
 __all__ = ["MEMBERSHIP", "audit_membership"]

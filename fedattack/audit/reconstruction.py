@@ -567,35 +567,22 @@ def _score_rows(result: AuditResult) -> list[Row]:
 
 def _remarks(result: AuditResult) -> list[str]:
     s, parts = result.summary, []
-    if over := s.get("above_best_floor"):
-        interval = f", 95 % interval {formats.interval(over)}" if over["low"] is not None else ""
-        parts.append(
-            f"above the best floor ({s['best_floor']}): {formats.decimal(over['mean'])} dB{interval}"
-        )
+    metrics, scale, each = s["metrics"], s["paper_scale"], s["seconds"] / s["count"]
     if over := s.get("above_control"):
         parts.append(f"above the control: {formats.decimal(over['mean'])} dB")
-    if labels := s.get("labels"):
-        sure = formats.compact(s["metrics"]["label_confidence"]["mean"])
-        floor = f"best answer without the update {labels['floor']:.1f}"
-        parts.append(f"labels right: {labels['right']} of {labels['of']} ({floor}; own confidence {sure})")
+    if (sure := metrics["label_confidence"]["mean"]) is not None:
+        parts.append(f"own confidence in the labels {formats.compact(sure)}")
     if s["methods"]:
         parts.append(f"method: {', '.join(s['methods'])}")
-    if s["metrics"]["certificate"]["mean"] is not None:
-        parts.append(f"objective per kept number: {formats.compact(s['metrics']['certificate']['mean'])}")
+    if (certificate := metrics["certificate"]["mean"]) is not None:
+        parts.append(f"objective per kept number: {formats.compact(certificate)}")
     if s["matched_by"] and s["matched_by"] != ["single"]:
         parts.append(f"images of a batch were matched by {' / '.join(s['matched_by'])}")
-    if s["missing"]:
-        parts.append(f"{s['missing']} images without a usable reconstruction are left out of the means")
-    each = s["seconds"] / s["count"]
     parts.append(f"time: {formats.seconds(s['seconds'])} in all, {formats.seconds(each)} a victim")
-    scale = s["paper_scale"]
     if scale["psnr"]["mean"] is not None:
-        parts.append(
-            f"in the units of the code released with HCGLA (PSNR {INFLATION_DB:.2f} dB higher, SSIM with data "
-            f"range 2) the "
-            f"means would read {formats.decimal(scale['psnr']['mean'])} dB and "
-            f"{formats.decimal(scale['ssim']['mean'], 3)}"
-        )
+        shown = f"{formats.decimal(scale['psnr']['mean'])} dB and {formats.decimal(scale['ssim']['mean'], 3)}"
+        units = f"PSNR {INFLATION_DB:.2f} dB higher, SSIM with data range 2"
+        parts.append(f"in the units of the code released with HCGLA ({units}) the means would read {shown}")
     return parts
 
 
@@ -635,16 +622,10 @@ def _sweep(s: Figures) -> dict[str, Any]:
     row = {"images": s["images"], "k": number(s["k"])}
     if "best_floor" not in s:
         return row
-    return row | {
-        "psnr": number(s["metrics"]["psnr"]["mean"]),
-        "psnr_worst": number(s["metrics"]["psnr"]["worst"]),
-        "ssim": number(s["metrics"]["ssim"]["mean"]),
-        "floor": s["best_floor"],
-        "floor_psnr": number(_best(s)["mean"]),
-        "recovered": s["recovered"],
-        "labels_right": s["labels"]["right"],
-        "labels_of": s["labels"]["of"],
-    }
+    psnr, ssim, labels = s["metrics"]["psnr"], s["metrics"]["ssim"], s["labels"]
+    row |= {"psnr": number(psnr["mean"]), "psnr_worst": number(psnr["worst"]), "ssim": number(ssim["mean"])}
+    row |= {"floor": s["best_floor"], "floor_psnr": number(_best(s)["mean"]), "recovered": s["recovered"]}
+    return row | {"labels_right": labels["right"], "labels_of": labels["of"]}
 
 
 _INTEGERS = ("round", "client", "victim", "image", "sample", "label", "k", "k_measuring", "wire_bytes")
@@ -671,12 +652,7 @@ RECONSTRUCTION = Family(
     ),
     columns=(
         ("images", lambda s: formats.count(s["images"])),
-        (
-            "PSNR, dB",
-            lambda s: (
-                f"{formats.decimal(s['metrics']['psnr']['mean'])}\n{formats.span(s['metrics']['psnr'])}"
-            ),
-        ),
+        ("PSNR, dB", lambda s: METRICS[0].two_lines(s["metrics"])),
         ("worst", lambda s: formats.decimal(s["metrics"]["psnr"]["worst"])),
         ("SSIM", lambda s: formats.decimal(s["metrics"]["ssim"]["mean"], 3)),
         ("best\nfloor", lambda s: formats.decimal(_best(s)["mean"])),
@@ -694,9 +670,8 @@ RECONSTRUCTION = Family(
             "sheet",
             "fedattack.reporting.figures:reconstruction_sheet",
             "originals above, reconstructions and the best floor below",
-            "Originals, what the attack made of the update, and what the same attacker would have answered "
-            "without it. "
-            "PSNR under each image; pixels enlarged, not smoothed.",
+            "Originals, what the attack made of the update, and what the same attacker would have answered without "
+            "it. PSNR under each image; pixels enlarged, not smoothed.",
         ),
         Drawing(
             "psnr",
@@ -712,42 +687,24 @@ RECONSTRUCTION = Family(
         ),
     ),
     types=dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_TEXTS, "string") | {"label_right": "boolean"},
-    glossary=(
-        (
-            "PSNR, SSIM",
-            "Images in [0, 1], clamped, data range 1; SSIM with scikit-image's uniform 7 \u00d7 7 window. At "
-            "30 dB a small "
-            "image is hard to tell from the original; infinite means identical. Worst and best are the attacker's.",
-        ),
-        (
-            "Recovered",
-            f"An image at {rule.RECOVERED_PSNR:.0f} dB and SSIM {rule.RECOVERED_SSIM} or more, at least "
-            f"{rule.RECOVERED_MARGIN:.0f} dB above every floor and the control. Half of the images: "
-            f"\u201cprivate images "
-            "recovered\u201d. One such image, a mean significantly above both the best floor and the "
-            "control, or labels "
-            "beyond what can be guessed: \u201cpartial leakage\u201d.",
-        ),
-        (
-            "No leakage",
-            f"The upper end of the gain's interval lies below {rule.MARGIN:.0f} dB. Below its floor an attack "
-            f"failed, which says "
-            "nothing about the model.",
-        ),
-        (
-            "Control",
-            "The same reconstruction scored against other victims' images. What scores as well there is a "
-            "good prior, not "
-            "a leak.",
-        ),
-        (
-            "k",
-            "Numbers that were really sent. A rate alone says nothing: 0.1 % of a model with a wide head is "
-            "thousands of "
-            "numbers, of a small one a handful. Only those that are not zero and no bias of the last layer "
-            "measure the image.",
-        ),
-    ),
+    glossary=f"""
+PSNR, SSIM: Images in [0, 1], clamped, data range 1; SSIM with scikit-image's uniform 7 \u00d7 7 window. At 30 dB
+a small image is hard to tell from the original; infinite means identical. Worst and best are the attacker's.
+
+Recovered: An image at {rule.RECOVERED_PSNR:.0f} dB and SSIM {rule.RECOVERED_SSIM} or more, at least
+{rule.RECOVERED_MARGIN:.0f} dB above every floor and the control. Half of the images: \u201cprivate images
+recovered\u201d. One such image, a mean significantly above both the best floor and the control, or labels beyond
+what can be guessed: \u201cpartial leakage\u201d.
+
+No leakage: The upper end of the gain's interval lies below {rule.MARGIN:.0f} dB. Below its floor an attack
+failed, which says nothing about the model.
+
+Control: The same reconstruction scored against other victims' images. What scores as well there is a good prior,
+not a leak.
+
+k: Numbers that were really sent. A rate alone says nothing: 0.1 % of a model with a wide head is thousands of
+numbers, of a small one a handful. Only those that are not zero and no bias of the last layer measure the image.
+""",
 )
 
 __all__ = ["AUXILIARY_FLOOR", "GREY_FLOOR", "RECONSTRUCTION", "audit_reconstruction"]

@@ -53,19 +53,12 @@ class Labels:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a verdict is given.
+    """What a verdict is given: images asked for and recovered, means over the scored ones, and the best floor.
 
     Parameters
     ----------
-    images, recovered : int
-        Private images asked for, and those recovered.
-    psnr, ssim : float
-        Means over the scored images.
-    floor_name, floor_psnr
-        The floor with the highest mean PSNR.
     over_floor, over_control : Interval
         PSNR above that floor and above the control, over the victims; no control where there is no other victim.
-    labels : Labels
     failed : sequence of mapping
         "key" and "reason" of the victims without a usable answer.
     shown : tuple of float and int, optional

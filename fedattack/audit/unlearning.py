@@ -147,19 +147,7 @@ def audit_unlearning(
 def verdict_of(
     before: float, after: float, random: float, damage: Interval, runs: int, idle: str = ""
 ) -> tuple[Level, str]:
-    """Verdict on an unlearning attack.
-
-    Parameters
-    ----------
-    before, after, random : float
-        Accuracies in [0, 1]: before the request, after it, and after deleting as many random samples.
-    damage : Interval
-        ``random - after``.
-    runs : int
-        Seeds behind it.
-    idle : str
-        Why the model says nothing either way, where it does not.
-    """
+    """Level and sentence; `damage` is ``random - after`` over so many seeds, `idle` why nothing is said."""
     level = gain_level(damage, MARGIN)
     if level == "partial" and damage.mean >= SLIGHT_DAMAGE:
         level = "leak"
@@ -226,13 +214,7 @@ UNLEARNING = Family(
         ("before", lambda s: formats.percent(s["metrics"]["accuracy_before"]["mean"])),
         ("after", lambda s: formats.percent(s["metrics"]["accuracy_after"]["mean"])),
         ("random\ndeletion", lambda s: formats.percent(s["floors"]["random deletion"]["accuracy"]["mean"])),
-        (
-            "damage,\npoints",
-            lambda s: (
-                f"{formats.decimal(s['metrics']['damage']['mean'] * 100)}\n"
-                f"{formats.span(s['metrics']['damage'], 1, 100)}"
-            ),
-        ),
+        ("damage,\npoints", lambda s: UNLEARNING.metrics[1].two_lines(s["metrics"])),
         ("time", lambda s: formats.seconds(s["seconds"])),
     ),
     rows=_score_rows,
@@ -247,9 +229,7 @@ UNLEARNING = Family(
         ),
     ),
     types={"run": "Int64", "requests": "Int64", "mechanism": "string"},
-    glossary=(
-        ("Damage", "Accuracy after deleting as many random samples, minus accuracy after the request."),
-    ),
+    glossary="Damage: Accuracy after deleting as many random samples, minus accuracy after the request.",
 )
 
 __all__ = ["UNLEARNING", "audit_unlearning"]

@@ -99,7 +99,7 @@ def write_results(
             config=folder.config.to_toml(),
             tables=[table for result in results if (table := views.records_table(result))],
             floors=", ".join(dict.fromkeys(text for family in used for text in family.floors.values())),
-            glossary=[entry for family in used for entry in family.glossary],
+            glossary=[entry for family in used for entry in family.terms()],
         )
     )
     path = folder.path / "report.html"
