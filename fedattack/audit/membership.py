@@ -221,7 +221,7 @@ def verdict_of(
     targets: int = 1,
     idle: str = "",
 ) -> tuple[Level, str]:
-    """Level and sentence; `candidates`: members and non-members of the smallest target, `idle`: why it says nothing."""
+    """Level and sentence; `candidates`: members and non-members of the smallest target, `idle`: no news, and why."""
     ranked = auc.low > 0.5 and auc.mean > chance.high
     stands_out = tail.p_value * targets < TAIL_P_VALUE
     backwards = auc.high < 0.5 and auc.mean < chance.low

@@ -410,6 +410,8 @@ def _tail(p_value: float) -> OperatingPoint:
         (Interval(0.50, 0.40, 0.60, 200), 100, 0.0049, 2, "", "undecided"),
         (Interval(0.50, 0.40, 0.60, 200), 100, 0.005, 1, "", "undecided"),
         (Interval(0.40, 0.32, 0.48, 200), 100, 0.3, 1, "", "undecided"),
+        (Interval(0.40, 0.32, 0.52, 200), 100, 0.3, 1, "", "none"),  # below 0.55, and not surely backwards
+        (Interval(0.45, 0.41, 0.49, 200), 100, 0.3, 1, "", "none"),  # within what chance scores
     ],
 )
 def test_membership_thresholds(auc, count, p_value, targets, idle, expected: str) -> None:
@@ -417,7 +419,7 @@ def test_membership_thresholds(auc, count, p_value, targets, idle, expected: str
         auc, chance_auc(count, count), _tail(p_value), (count, count), targets, idle
     )
     assert found == expected
-    assert ("run backwards" in words) == (auc.high < 0.5)
+    assert ("run backwards" in words) == (auc.mean == 0.40 and auc.high < 0.5)
     starts = {"leak": "members identified: ", "partial": "membership leaks: ", "undecided": "undecided: "}
     assert words.startswith(starts.get(expected, "no leakage beyond chance: "))
 
@@ -481,6 +483,27 @@ def test_labels_need_three_clients_and_more_than_luck() -> None:
         "floor": pytest.approx(1.5),
         "beyond_guessing": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("labels", "looks", "beyond"),
+    [([0, 1, 4], 1, True), ([0, 1, 4], 2, False), ([0, 1, 3], 1, False)],
+)
+def test_labels_of_few_clients_against_luck(labels: list[int], looks: int, beyond: bool) -> None:
+    """Three of three right by luck: 0.008 among five equally common labels, 0.016 among four."""
+    observations, _ = scene(victims=3, auxiliary=False)
+    rows = [{"label": y, "label_right": True, "client": c, "victim": c} for c, y in enumerate(labels)]
+    assert _labels(observations, rows, looks).beyond is beyond
+    if looks == 1:
+        assert _labels(observations, rows).beyond is beyond
+
+
+def test_gaps_in_words() -> None:
+    assert [rule.signed_gap(v) for v in (0.0, -0.04, -0.06)] == [
+        "0.0 dB above",
+        "0.0 dB above",
+        "0.1 dB below",
+    ]
 
 
 # --- the sentences ----------------------------------------
