@@ -274,6 +274,12 @@ class AuditResult:
     threat: dict[str, Any] = field(default_factory=dict)
 
 
+def by_family(results: Sequence[AuditResult]) -> list[tuple[Family, list[AuditResult]]]:
+    """The families that were asked, in the order of the results, and the results of each."""
+    names = dict.fromkeys(result.family for result in results)
+    return [(get_family(name), [result for result in results if result.family == name]) for name in names]
+
+
 def gain_level(gain: Interval, margin: float) -> Level:
     """What an interval of the gain over the best floor says, as equivalence within a margin.
 

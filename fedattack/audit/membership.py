@@ -295,7 +295,7 @@ def _tail_cell(key: str) -> Any:
     return cell
 
 
-MEMBERSHIP = Family(
+MEMBERSHIP: Family = Family(
     name="membership",
     question="Can it be told which samples a client trained on?",
     title="Membership inference (with 95 % intervals)",

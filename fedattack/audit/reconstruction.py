@@ -631,7 +631,7 @@ def _sweep(s: Figures) -> dict[str, Any]:
 _INTEGERS = ("round", "client", "victim", "image", "sample", "label", "k", "k_measuring", "wire_bytes")
 _TEXTS = ("method", "notes", "matched_by", "kept_per_layer")
 
-RECONSTRUCTION = Family(
+RECONSTRUCTION: Family = Family(
     name="reconstruction",
     question="Can private images be rebuilt from what clients send?",
     title="Reconstruction of private images (mean with 95 % interval)",

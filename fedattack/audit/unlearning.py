@@ -185,7 +185,7 @@ def _remarks(result: AuditResult) -> list[str]:
     return [*parts, f"time: {formats.seconds(s['seconds'])}"]
 
 
-UNLEARNING = Family(
+UNLEARNING: Family = Family(
     name="unlearning",
     question="Can a client harm the model by what it asks to be forgotten?",
     title="Unlearning requests (with 95 % interval)",

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from fedattack.audit.family import AuditResult, get_family, headline
+from fedattack.audit.family import AuditResult, by_family, headline
 from fedattack.files import write_bytes
 from fedattack.observation import Reconstruction, observation_name
 from fedattack.registry import Registry
@@ -80,7 +80,7 @@ def write_results(
     write_summary(folder, results, federation)
     for result in results:
         _write_images(folder, result)
-    used = [get_family(name) for name in dict.fromkeys(result.family for result in results)]
+    used = [family for family, _ in by_family(results)]
     page = (
         environment()
         .from_string(REPORT)
@@ -144,9 +144,8 @@ def _attack_pictures(folder: RunFolder, results: Sequence[AuditResult]) -> list[
     """The figures that the families ask for: of each attack, or of all of a family together."""
     functions: Registry[Any] = Registry("figure", {})
     shown = []
-    for name in dict.fromkeys(result.family for result in results):
-        chosen = [result for result in results if result.family == name]
-        for drawing in get_family(name).drawings:
+    for family, chosen in by_family(results):
+        for drawing in family.drawings:
             draw = functions.get(drawing.target)
             if not drawing.each:
                 shown.append(_figure(folder, drawing.name, draw(chosen), drawing.alt, drawing.caption))

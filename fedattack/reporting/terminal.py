@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fedattack.audit.family import AuditResult, Family, get_family, headline
+from fedattack.audit.family import AuditResult, Family, by_family, headline
 
 STYLES = {
     "leak": "bold red",
@@ -39,9 +39,8 @@ def print_summary(
     width = min(WIDTH, console.width)
     if top := headline(results, federation):
         console.print(Text(top["text"], style=STYLES[top["level"]]), width=width)
-    for name in dict.fromkeys(result.family for result in results):
-        family = get_family(name)
-        console.print(_table(family, [result for result in results if result.family == name], width))
+    for family, chosen in by_family(results):
+        console.print(_table(family, chosen, width))
     for result in results:
         words, separator, rest = result.verdict.partition(":")
         line = Text.from_markup(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fedattack.audit.family import AuditResult, get_family
+from fedattack.audit.family import AuditResult, by_family, get_family
 from fedattack.config import Config
 from fedattack.reporting import formats
 from fedattack.storage.plain import fedattack_version
@@ -52,8 +52,7 @@ def _badge(threat: Mapping[str, Any]) -> str:
 def family_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
     """A table of scores per family, attacks and floors below one another, and remarks on each attack."""
     views = []
-    for name in dict.fromkeys(result.family for result in results):
-        family, chosen = get_family(name), [result for result in results if result.family == name]
+    for family, chosen in by_family(results):
         columns: list[str] = []
         for metric in family.titled:
             columns += [metric.heading, "95 % interval"]

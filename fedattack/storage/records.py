@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedattack.audit.family import AuditResult, get_family, headline
+from fedattack.audit.family import AuditResult, by_family, headline
 from fedattack.config import Config
 from fedattack.files import write_bytes
 from fedattack.storage.plain import fedattack_version, plain, write_json
@@ -21,8 +21,8 @@ def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
     Column types do not depend on what a run happens to hold, so that tables of several runs concatenate.
     """
     types = dict.fromkeys(("attack", "family", "status"), "string")
-    for name in dict.fromkeys(result.family for result in results):
-        types |= get_family(name).types
+    for family, _ in by_family(results):
+        types |= family.types
     frame = pd.DataFrame([row for result in results for row in result.records])
     texts = {
         name for result in results for row in result.records for name in row if isinstance(row[name], str)

@@ -73,7 +73,7 @@ _CAPTIONS = {
     "utility": "Down and right is where one wants to be: private and useful. On the dashed line nothing leaks.",
 }
 
-_FIGURES = ("leakage", "95 % interval", "accuracy", "epsilon", "time")
+_FIGURES = ("leakage", "95 % interval", "PSNR, dB", "floor, dB", "accuracy", "epsilon", "time")
 
 
 def _labels(table: SweepTable) -> list[str]:
@@ -84,7 +84,7 @@ def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
     labels = ["" if pd.isna(row[f"axis.{axis}"]) else row[f"axis.{axis}"] for axis in _labels(table)]
     done = row["status"] == DONE
     attacked = done and not pd.isna(row["family"])
-    leaked = [formats.NONE] * 2
+    leaked = [formats.NONE] * 4
     outcome = row["status"]
     if attacked:
         family = get_family(row["family"])
@@ -94,6 +94,7 @@ def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
         leaked = [
             formats.decimal(row[leakage.column], leakage.digits),
             formats.interval(ends, leakage.digits),
+            *(formats.decimal(row.get(name, float("nan"))) for name in ("psnr", "floor_psnr")),
         ]
     return {
         "labels": labels,
