@@ -15,10 +15,13 @@ from fedattack.metrics.images import (
     ssim,
     ssim_window,
 )
+from fedattack.metrics.labels import constant_hits
 from fedattack.metrics.membership import (
     OperatingPoint,
     auc,
     auc_interval,
+    auc_power,
+    auc_reach,
     balanced_accuracy,
     chance_auc,
     chance_balanced_accuracy,
@@ -31,6 +34,7 @@ from fedattack.metrics.statistics import (
     clopper_pearson,
     paired_difference,
     share_difference,
+    units_needed,
     wilson,
 )
 
@@ -41,11 +45,14 @@ __all__ = [
     "OperatingPoint",
     "auc",
     "auc_interval",
+    "auc_power",
+    "auc_reach",
     "balanced_accuracy",
     "bootstrap_mean",
     "chance_auc",
     "chance_balanced_accuracy",
     "clopper_pearson",
+    "constant_hits",
     "labels_right",
     "match",
     "mean_psnr",
@@ -59,5 +66,6 @@ __all__ = [
     "ssim",
     "ssim_window",
     "tpr_at_fpr",
+    "units_needed",
     "wilson",
 ]

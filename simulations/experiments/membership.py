@@ -299,7 +299,7 @@ class MembershipExperiment(Experiment):
             attack, asked = self.attacks[name], self._asked[name]
             if seen and number not in self._figures[name] and number in self._rounds(attack):
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
-                seed, started = adversary_seed(config.seed, "membership", number), time.perf_counter()
+                seed, started = adversary_seed(config.seed, "watch", number), time.perf_counter()
                 figures = attack.watch(seen, asked.target, candidates, seed, device)
                 self.plan.folder.save_round(name, number, figures)
                 self._figures[name][number] = figures
@@ -334,5 +334,13 @@ class MembershipExperiment(Experiment):
         plan.folder.save_scores(name, asked.target, scores, seconds)
         plan.folder.save_part(f"{name}-candidates", details)
         return audit_membership(
-            name, scores, is_member[counts], clients=[asked.target], seconds=seconds, seed=plan.config.seed
+            name,
+            scores,
+            is_member[counts],
+            clients=[asked.target],
+            seconds=seconds,
+            accuracy=next((r.accuracy for r in reversed(federation.rounds) if r.accuracy is not None), None),
+            chance_accuracy=plan.commonest_share,
+            test_samples=len(plan.world.pools.nonmembers),
+            seed=plan.config.seed,
         )
