@@ -244,21 +244,16 @@ class AuditResult:
 
     Parameters
     ----------
-    attack : str
-        Its name in this run.
-    family : str
-        One of :data:`FAMILIES`.
+    attack, family : str
+        Its name in this run, and one of :data:`FAMILIES`.
     records : list of dict
         One flat row per private image, candidate or seed.
     summary : dict
         Means, worst cases, floors and intervals by name; see :func:`fedattack.storage.records.summary_document`.
     verdict : str
         What the figures say: the words of its level, a colon, the reasons.
-    level : {"leak", "partial", "none", "undecided", "failed"}
     images : dict of str to Tensor
         Panels for figures, float32 (N, C, H, W), in the order of `records`; a row of NaN where there is no image.
-    curves : dict
-        Series for figures.
     threat : dict
         "seat" (str), "needs", "letters", "assumptions" (lists of str), where the run says so.
     """
@@ -305,12 +300,7 @@ def further_units(gain: Interval, margin: float) -> int:
 def at_chance(accuracy: float | None, chance: float | None, samples: int | None) -> str:
     """Words where a model's accuracy cannot be told from the share of the commonest class; else empty.
 
-    Parameters
-    ----------
-    accuracy, chance : float or None
-        Shares in [0, 1]; None: unknown, nothing is said.
-    samples : int or None
-        Held-out samples behind the accuracy (Wilson's interval); None: compared as it is.
+    Both in [0, 1]; None: unknown, nothing is said. Wilson's interval over the samples decides, where there are any.
     """
     if accuracy is None or chance is None:
         return ""
@@ -327,25 +317,10 @@ def describe(
     groups: Sequence[int] | None = None,
     worst: Literal["min", "max"] = "min",
 ) -> dict[str, float | int | None]:
-    """Mean, worst, best and bootstrap interval of one metric.
+    """Mean, worst (for the attacker), best, count and bootstrap interval of a metric, None where unknown.
 
-    Parameters
-    ----------
-    values : sequence of float
-        One per image; NaN (nothing to score) is left out, infinity (identical images) is left out of the mean
-        and counted, unless every value is infinite.
-    seed : int
-        Seeds the bootstrap.
-    groups : sequence of int, optional
-        The victim of each value.
-    worst : {"min", "max"}
-        Which end is the attacker's worst.
-
-    Returns
-    -------
-    dict
-        "mean", "worst", "best", "low", "high" (None where unknown), "count", and "identical" where any value was
-        infinite.
+    NaN (nothing to score) is left out, infinity (identical images) is left out of the mean and counted as
+    "identical", unless every value is infinite. `groups` are the victims of the values.
     """
     array = np.asarray(values, dtype=np.float64)
     place = np.arange(len(array)) if groups is None else np.asarray(groups)
@@ -378,17 +353,9 @@ def interval_fields(interval: Interval) -> dict[str, float | None]:
 def headline(results: Sequence[AuditResult], federation: Figures | None = None) -> dict[str, Any] | None:
     """The worst that was found by any attack, from which seat, and under which assumptions.
 
-    Parameters
-    ----------
-    results : sequence of AuditResult
-        Of one run.
-    federation : mapping, optional
-        As :func:`fedattack.reporting.report.write_results` is given it.
-
-    Returns
-    -------
-    dict or None
-        "level", "attack", "seat" (empty where unknown), "assumptions" (list of str) and "text"; None without results.
+    `federation` is as :func:`fedattack.reporting.report.write_results` is given it. None without results; else
+    "level",
+    "attack", "seat" (empty where unknown), "assumptions" (list of str) and "text".
     """
     if not results:
         return None

@@ -70,23 +70,13 @@ def audit_membership(
 
     Parameters
     ----------
-    attack_name : str
-        Its name in this run.
-    scores : MembershipScores or Tensor, or one per target client
-        Shape (N,); higher means "more likely a member".
-    is_member : array-like of bool, or one per target client
-        Shape (N,).
-    clients : sequence of int, optional
+    scores, is_member
+        Shape (N,), or one of each per target client; a higher score means "more likely a member".
+    clients
         The target clients; numbered from 0 where absent.
-    seconds : float
-        Time in all.
-    accuracy, chance_accuracy : float, optional
-        In [0, 1]: of the model on held-out samples, and the share of the commonest class there. A model that
-        cannot be told from chance says nothing about membership.
-    test_samples : int, optional
-        Held-out samples behind the accuracy.
-    seed : int
-        Seeds the bootstrap.
+    accuracy, chance_accuracy
+        In [0, 1]: of the model on `test_samples` held-out samples, and the share of the commonest class there. A
+        model that cannot be told from chance says nothing about membership.
 
     Returns
     -------

@@ -86,27 +86,21 @@ def audit_reconstruction(
 
     Floors are what the same attacker answers without the update: flat grey, the mean of the auxiliary images it was
     granted, and whatever the attack itself calls its prior. The control scores each reconstruction against the other
-    victims' private images. Where a defence transforms the images, reconstructions are scored against what the
-    model was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that
-    matching cannot favour the attack.
+    victims' private images. Where a defence transforms the images, reconstructions are scored against what the model
+    was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that matching
+    cannot favour the attack.
 
     Parameters
     ----------
-    attack_name : str
-        Its name in this run.
-    observations : sequence of Observation
-        What the attack saw.
-    reconstructions : sequence of Reconstruction or None
-        Its answers, in the same order. None, and images or floors of the wrong size or not finite, are victims that
+    reconstructions
+        In the order of the observations. None, and images or floors of the wrong size or not finite, are victims that
         failed: rows with the status "failed: reason", left out of every mean.
-    truths : sequence of GroundTruth
+    truths
         In any order; found by their key.
-    seconds : sequence of float, or float
-        Time per observation, or in all.
-    reasons : mapping of str to str, optional
+    seconds
+        Per observation, or in all.
+    reasons
         Key of an observation -> why it has no answer.
-    seed : int
-        Seeds the bootstrap.
 
     Returns
     -------

@@ -84,14 +84,8 @@ class Findings:
 def image_recovered(psnr: float, ssim: float, best_floor: float, control: float | None) -> bool:
     """Whether one image is recovered beyond doubt.
 
-    Parameters
-    ----------
-    psnr, ssim : float
-        Of the reconstruction.
-    best_floor : float
-        The highest PSNR of any floor on the same image, in dB.
-    control : float or None
-        PSNR of the same reconstruction against other victims' images; None where there is no other victim.
+    `best_floor` is the highest PSNR of any floor on the same image, `control` that of the reconstruction against
+    other victims' images (None where there is none), all in dB.
     """
     above = psnr - best_floor >= RECOVERED_MARGIN and (control is None or psnr - control >= RECOVERED_MARGIN)
     return psnr >= RECOVERED_PSNR and ssim >= RECOVERED_SSIM and above

@@ -54,24 +54,16 @@ def audit_unlearning(
 
     Parameters
     ----------
-    attack_name : str
-        Its name in this run.
-    before, after, random : float, or one per seed
-        Test accuracies in [0, 1]: before the request, after it was carried out, and after the deletion of as many
-        random samples instead (the floor).
-    requests : int
+    before, after, random
+        Test accuracies in [0, 1], one per seed: before the request, after it was carried out, and after the deletion
+        of as many random samples instead (the floor).
+    requests
         Samples whose deletion was requested.
-    mechanism : str
-        How the server forgets.
-    test_samples : int, optional
+    test_samples
         Size of the test set: with a single seed the interval then covers the test samples.
-    chance_accuracy : float, optional
-        In [0, 1]: the share of the commonest class among the test samples. A model that cannot be told from it has no
-        accuracy to lose.
-    seconds : float
-        Time in all.
-    seed : int
-        Seeds the bootstrap.
+    chance_accuracy
+        In [0, 1]: the share of the commonest class among them. A model that cannot be told from it has no accuracy to
+        lose.
 
     Returns
     -------

@@ -10,18 +10,11 @@ from scipy import stats
 
 
 def constant_hits(shares: ArrayLike, labels: Sequence[int]) -> float:
-    """Labels of a batch that the best fixed multiset of as many labels names, counting repeats.
+    """Labels of a batch, in [0, C), that the best fixed multiset of as many names, counting repeats.
 
-    Best for batches drawn from `shares`: it names a label for the j-th time where at least j of them are likeliest.
-    Where equally likely labels compete for its last places, the mean over all choices among them is given: one label
-    of ten that are equally common scores a tenth.
-
-    Parameters
-    ----------
-    shares : array-like of float, shape (C,)
-        How common the answer believes each label to be; they sum to 1.
-    labels : sequence of int
-        The true ones, in [0, C).
+    Best for batches drawn from `shares`, shape (C,), which sum to 1: it names a label for the j-th time where at
+    least j of them are likeliest. Where equally likely labels compete for its last places, the mean over all
+    choices among them is given: one label of ten that are equally common scores a tenth.
     """
     size = len(labels)
     times = np.arange(1, size + 1)

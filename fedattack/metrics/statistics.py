@@ -57,26 +57,11 @@ def bootstrap_mean(
     confidence: float = 0.95,
     replicates: int = REPLICATES,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean.
+    """Percentile bootstrap interval of a mean of finite figures, one per image, candidate or seed.
 
-    Parameters
-    ----------
-    values : array-like of float, shape (N,)
-        Finite figures, one per image, candidate or seed.
-    seed : int
-        Seeds the resampling.
-    groups : array-like of int, shape (N,), optional
-        Independent unit of each value (the victim of each image). Whole groups are resampled: images of one
-        batch share an update, so counting them as independent would make the interval too narrow.
-    confidence : float
-        In (0, 1).
-    replicates : int
-        Resamples.
-
-    Returns
-    -------
-    Interval
-        Without ends when there are fewer than :data:`FEWEST` groups.
+    `groups`, shape (N,), names the independent unit of each value (the victim of each image). Whole groups are
+    resampled: images of one batch share an update, so counting them as independent would make the interval too
+    narrow. There are no ends when there are fewer than :data:`FEWEST` groups.
 
     Raises
     ------
@@ -107,23 +92,11 @@ def paired_difference(
     confidence: float = 0.95,
     replicates: int = REPLICATES,
 ) -> Interval:
-    """Interval of the mean of ``first - second``, both measured on the same units.
+    """Interval of the mean of ``first - second``, both measured on the same units; arguments of
+    :func:`bootstrap_mean`.
 
     The wider, at either end, of the paired percentile bootstrap and Student's t interval over the groups. With the
-    handful of victims that one run attacks the percentile bootstrap alone is too narrow: with two victims it
-    would call one pair of chance wins in four significant.
-
-    Parameters
-    ----------
-    first, second : array-like of float, shape (N,)
-        Finite figures of the same N images.
-    seed, groups, confidence, replicates
-        As in :func:`bootstrap_mean`.
-
-    Returns
-    -------
-    Interval
-        Without ends when there are fewer than :data:`FEWEST` groups.
+    handful of victims that one run attacks the percentile bootstrap alone is too narrow.
 
     Raises
     ------
@@ -149,16 +122,9 @@ def _student_reach(spread: float, units: int, confidence: float) -> float:
 
 
 def units_needed(spread: float, distance: float, confidence: float = 0.95, most: int = 100_000) -> int:
-    """Fewest units whose Student's t interval reaches no further than `distance` from its mean.
+    """Fewest units whose Student's t interval reaches no further than `distance` (above 0) from its mean.
 
-    Parameters
-    ----------
-    spread : float
-        Standard deviation between the units; NaN (unknown) asks for :data:`FEWEST`.
-    distance : float
-        Above 0, in the figures' own unit.
-    most : int
-        The answer where not even so many are enough.
+    A `spread` of NaN (unknown) asks for :data:`FEWEST`; `most` is the answer where not even so many are enough.
     """
     low, high = FEWEST, most
     while low < high:  # the reach falls with every unit

@@ -46,12 +46,7 @@ def png(figure: Figure) -> bytes:
 def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
     """Originals, reconstructions and floors one below the other, the PSNR under each, pixels enlarged unsmoothed.
 
-    Parameters
-    ----------
-    result : AuditResult
-        Of a reconstruction attack.
-    limit : int
-        Images shown: the first ones in the order of clients, never chosen by quality.
+    The first `limit` images in the order of clients are shown, never chosen by quality.
     """
     total = len(result.records)
     shown = min(limit, total)
@@ -295,15 +290,7 @@ def accuracy_over_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def label_histogram(counts: Mapping[int, Mapping[int, int]], limit: int = 40) -> Figure:
-    """Samples of each label at each client.
-
-    Parameters
-    ----------
-    counts : mapping of int to mapping
-        Client -> label -> samples.
-    limit : int
-        The commonest labels, and the first clients, shown.
-    """
+    """Samples of each label at each client (client -> label -> samples); the first clients, the commonest labels."""
     clients = sorted(counts)[:limit]
     totals: dict[int, int] = {}
     for client in clients:

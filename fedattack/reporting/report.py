@@ -111,13 +111,7 @@ def write_results(
 
 
 def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstruction]]) -> None:
-    """Write unscored reconstructions as PNG, one picture per attack and observation, batches side by side.
-
-    Parameters
-    ----------
-    folder : RunFolder
-    answers : mapping of str to mapping of str to Reconstruction
-        Attack -> observation key -> answer.
+    """Write unscored reconstructions (attack -> observation key -> answer) as PNG, batches side by side.
 
     Raises
     ------

@@ -28,13 +28,7 @@ def print_summary(
 ) -> None:
     """Print the headline, a table per family of attacks, each score beside its floor, and every verdict below.
 
-    Parameters
-    ----------
-    console : rich.console.Console
-    results : sequence of AuditResult
-        In the order they are to appear.
-    federation : mapping, optional
-        As :func:`fedattack.reporting.report.write_results` is given it; for the headline's assumptions.
+    `federation` is as :func:`fedattack.reporting.report.write_results` is given it; for the headline's assumptions.
     """
     width = min(WIDTH, console.width)
     if top := headline(results, federation):
@@ -49,7 +43,9 @@ def print_summary(
         line.append(rest)
         console.print(line, width=width)
         if result.threat.get("letters"):
-            console.print(Text(f"  seen as {result.threat['seat']}: {', '.join(result.threat['letters'])}"))
+            console.print(
+                Text(f"  seen as {result.threat.get('seat', '')}: {', '.join(result.threat['letters'])}")
+            )
 
 
 def _table(family: Family, results: Sequence[AuditResult], width: int) -> Table:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from audit_scenes import CLASSES, noisy, scene
+from scipy import stats
 
 from fedattack.audit import audit_membership, audit_reconstruction, audit_unlearning, headline
 from fedattack.audit import reconstruction_verdict as rule
@@ -496,6 +497,38 @@ def test_labels_of_few_clients_against_luck(labels: list[int], looks: int, beyon
     assert _labels(observations, rows, looks).beyond is beyond
     if looks == 1:
         assert _labels(observations, rows).beyond is beyond
+
+
+def test_labels_are_tested_over_the_clients() -> None:
+    observations, _ = scene(victims=4, batch=8, auxiliary=False)
+    truly = np.random.default_rng(8).integers(CLASSES, size=(4, 8))
+    right = [8, 7, 8, 7]
+    rows = [
+        {"label": int(y), "label_right": place < right[c], "client": c, "victim": c}
+        for c, batch in enumerate(truly)
+        for place, y in enumerate(batch)
+    ]
+    counts = np.bincount(truly.ravel(), minlength=CLASSES)
+    others = [counts - np.bincount(batch, minlength=CLASSES) for batch in truly]
+    guesses = [
+        [constant_hits([1 / CLASSES] * CLASSES, batch.tolist()) for batch in truly],
+        [constant_hits(o / o.sum(), batch.tolist()) for o, batch in zip(others, truly, strict=True)],
+    ]
+    floor = max(guesses, key=sum)
+    assert _labels(observations, rows).floor == pytest.approx(sum(floor))
+    p = stats.ttest_1samp(np.array(right) - floor, 0.0, alternative="greater").pvalue
+    looks = int(0.01 / p)  # as many as the test still bears
+    assert looks >= 1
+    assert _labels(observations, rows, looks).beyond is True
+    assert _labels(observations, rows, looks + 1).beyond is False
+
+
+def test_the_control_is_against_thirty_two_others() -> None:
+    observations, truths = scene(victims=35)
+    found = audit_reconstruction("a", observations, with_gains(truths, [3.0] * 35), truths, 1.0)
+    grey_to_first = 0.5 + (1 - 10 ** (-3 / 20)) * (truths[0].images - 0.5)
+    expected = [-10 * np.log10(float((grey_to_first - t.images).square().mean())) for t in truths[1:33]]
+    assert found.records[0]["control_psnr"] == pytest.approx(np.mean(expected), abs=1e-4)
 
 
 def test_gaps_in_words() -> None:

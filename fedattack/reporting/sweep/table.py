@@ -18,21 +18,7 @@ DONE, FAILED, REFUSED = "done", "failed", "not applicable"
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """What became of one run of a sweep.
-
-    Parameters
-    ----------
-    name : str
-        Of its folder below ``cells``.
-    labels : dict of str to str
-        Axis -> value.
-    status : {"done", "failed", "not applicable"}
-    reason : str
-        Why it is not done.
-    seconds : float
-    summary : dict or None
-        The content of its ``summary.json``.
-    """
+    """What became of one run of a sweep: its folder below ``cells``, labels by axis, why it is not done, summary."""
 
     name: str
     labels: dict[str, str]
@@ -44,15 +30,9 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class SweepTable:
-    """A sweep's rows.
+    """A sweep's rows: one per cell and attack; a cell without an attack, or that is not done, has one.
 
-    Parameters
-    ----------
-    axes : dict of str to list of str
-        Axis -> its values, in their order.
-    frame : DataFrame
-        One row per cell and attack; a cell without an attack, or that is not done, has one row. Axes are in columns
-        ``axis.<name>``.
+    `axes` holds the values of each axis in their order; in the frame they are in columns ``axis.<name>``.
     """
 
     axes: dict[str, list[str]]
