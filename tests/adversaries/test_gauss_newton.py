@@ -216,8 +216,9 @@ def test_both_ways_to_solve_a_step_agree_with_dense_least_squares(images: int, m
     stacked = torch.cat([*rows, torch.eye(images * modes)]).double()
     residual = torch.cat([others, *features, z.flatten()])
     expected = torch.linalg.lstsq(stacked, -residual[:, None]).solution.reshape(z.shape)
-    for way in (annealed_gauss_newton._solve_unknowns, annealed_gauss_newton._solve_measurements):
-        found = way(z, blocks, features, joint, others, torch.float64)
+    for way in (annealed_gauss_newton.OnUnknowns, annealed_gauss_newton.OnMeasurements):
+        equations = way(blocks, joint, torch.float64)
+        found = equations.step(z[..., None], [f[:, None] for f in features], others[:, None])[..., 0]
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 

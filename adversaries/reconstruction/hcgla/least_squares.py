@@ -178,6 +178,10 @@ class Problem:
         rounding = (1.5 * m.precision + noise / h) / (1 - h)
         return Anchor(m.row_known, torch.logit(h), caps, rounding)
 
+    def left_out(self, modes: int) -> float:
+        """Variance a priori, averaged over the pixels, that so few modes cannot express."""
+        return float(self.factor[:, modes:].square().sum()) / len(self.factor)
+
     def images(self, z: Tensor) -> Tensor:
         """(B, C, H, W) of z (B, modes)."""
         return (self.mean + z @ self.factor[:, : z.shape[1]].T).unflatten(1, self.chain.image_shape)
