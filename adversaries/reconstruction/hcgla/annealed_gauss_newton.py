@@ -13,8 +13,10 @@ treats the update as what it is, a few thousand noiseless measurements of a few 
    equations by a dense Cholesky factorisation and is halved until the objective falls.
 3. *Anneal.* s starts large, where the prior smooths the problem, and falls while the *certificate*, the objective
    per measured number, says that the measurements can be explained to the precision claimed (about 1 or less).
-   Where it cannot (noise that was not declared, steps too long), annealing ends and the last reconstruction that was
-   explained is returned.
+   Where it cannot, the level is tried again by way of one half between, under a prior as wide as the image is long;
+   if that fails (noise that was not declared), the last reconstruction that was explained is returned.
+4. *Predict.* The certificate says that an answer explains the update, not that no other would: where few numbers
+   measure the image, many do. The last normal equations say how far pixels are left open, and so the answer's PSNR.
 
 For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions' gradients
 are the mean over the batch, and each image is spanned by the largest modes of the prior.
@@ -37,6 +39,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,6 +61,8 @@ MAX_PIXELS = 3 * 64 * 64
 """Numbers in one image: the prior's covariance is dense and takes their square, 1.2 GB at the limit."""
 DOUBLE_BELOW = 0.3
 """Below this s the normal equations are too ill-conditioned for float32."""
+MAX_WIDENING = 3.0
+"""How many times as wide the prior becomes at most, at one retry, where an image turns out longer."""
 DRAWS = 32
 """Errors drawn to predict the answer's."""
 
@@ -84,6 +89,8 @@ class GaussNewtonSettings:
         Steps at the last value of s at most, ended once one gains less than a percent.
     halvings : int
         Times a step is halved before it is given up.
+    retries : int
+        Times a level that the certificate refuses is tried again, half way between it and the last.
     feature_noise : float
         Standard deviation of a known feature before the sigmoid, as a share of s.
     weight_floor : float
@@ -102,6 +109,7 @@ class GaussNewtonSettings:
     steps: int = 6
     last_steps: int = 1
     halvings: int = 5
+    retries: int = 4
     feature_noise: float = 0.03
     weight_floor: float = 0.1
     head_entries: int = 3000
@@ -121,7 +129,7 @@ class GaussNewtonSettings:
         for name in ("max_objective", "steps", "last_steps", "feature_noise", "weight_floor", "chunk"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give a positive value")
-        for name in ("halvings", "head_entries"):
+        for name in ("halvings", "retries", "head_entries"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give 0 or more")
         if self.modes is not None and self.modes < 1:
@@ -352,8 +360,9 @@ def solve(
     details: dict[str, object] = {
         "schedule": list(schedule),
         "reached": path.reached,
-        "modes": path.answer.shape[1],
-        "unknowns": path.answer.numel(),
+        "retried": path.retried,
+        "modes": path.modes,
+        "unknowns": batch * path.modes,
         "measurements": measured.count,
         "measuring": measured.measuring,
         "predicted_psnr": path.predicted,
@@ -361,7 +370,7 @@ def solve(
         "features_known": int(measured.row_known.sum()),
         "prior": prior.source,
     }
-    images = problem.images(path.answer).clamp(0, 1).float().cpu()
+    images = path.answer.clamp(0, 1).float().cpu()
     return GaussNewtonResult(
         images, path.certificate, path.explained, len(path.history), path.history, details
     )
@@ -377,27 +386,37 @@ def _kind(problem: Problem, steps: LocalSteps | None) -> Kind:
 
 @dataclass
 class _Path:
-    """Where annealing has got to: the last accepted z, its certificate, and the values of s that were accepted."""
+    """Where annealing has got to: the last accepted images, their certificate, the values of s that were accepted."""
 
     answer: Tensor
+    modes: int
     certificate: float = math.inf
     explained: bool = False
     predicted: float = math.nan
+    prior_variance: float = 1.0
     history: list[float] = field(default_factory=list)
     reached: list[float] = field(default_factory=list)
+    retried: int = 0
 
 
 def _anneal(
     problem: Problem, levels: list[tuple[float, int]], settings: GaussNewtonSettings, progress: Progress
 ) -> _Path:
-    """Lower s (and raise the number of modes) along `levels` while the certificate holds."""
+    """Lower s (and raise the number of modes) along `levels` while the certificate holds.
+
+    Where it breaks, the step was too long or the image is longer than the prior's are: the level is tried again from
+    the last answer that held, by way of one half between, under a prior as wide as that answer is long.
+    """
     z = torch.zeros(problem.batch, levels[0][1], dtype=torch.float64, device=problem.device)
     anchor = problem.anchor(problem.evaluate(z, levels[0][0], problem.anchor()))
     last_steps = settings.steps if problem.rereads else settings.last_steps
-    path = _Path(z)
-    for level, (s, modes) in enumerate(levels):
-        progress(level / len(levels), f"s = {s:g}")
-        last = level == len(levels) - 1
+    path = _Path(problem.images(z), z.shape[1])
+    queue, retries = deque(levels), 0 if problem.rereads else settings.retries
+    while queue:
+        s, modes = queue.popleft()
+        reached = path.reached[-1] if path.reached else math.inf
+        progress(sum(level >= reached for level, _ in levels) / len(levels), f"s = {s:g}")
+        last = not queue
         z = torch.nn.functional.pad(z, (0, modes - z.shape[1]))
         for _ in range(last_steps if last else settings.steps):
             before = problem.evaluate(z, s, anchor)
@@ -411,12 +430,21 @@ def _anneal(
             if stalled or (good and not last):
                 break
         # Where not even the loosest level explains the update, its answer is still the best there is.
-        if good or level == 0:
-            path.answer, path.certificate, path.explained = z, certificate, good
-            path.predicted = math.nan if equations is None else _spread(problem, after, equations)
-        if not good:
+        if good or not path.reached:
+            path.answer, path.modes = problem.images(z), modes
+            path.certificate, path.explained = certificate, good
+            if equations is not None:
+                path.predicted, path.prior_variance = _spread(problem, after, equations)
+            accepted = after
+        if good:
+            path.reached.append(s)
+        elif path.retried < retries and path.reached:
+            path.retried += 1
+            z, anchor = accepted.z, problem.anchor(accepted)
+            z = z / problem.widen(min(max(1.0, math.sqrt(path.prior_variance)), MAX_WIDENING))
+            queue.extendleft([(s, modes), (math.sqrt(s * reached), modes)])
+        else:
             break
-        path.reached.append(s)
     progress(1.0, "done")
     return path
 
@@ -541,11 +569,11 @@ class OnMeasurements:
 Equations = OnUnknowns | OnMeasurements
 
 
-def _spread(problem: Problem, state: State, equations: Equations) -> float:
-    """The PSNR in dB that the answer should have: how far measurements and prior leave its pixels open.
+def _spread(problem: Problem, state: State, equations: Equations) -> tuple[float, float]:
+    """The PSNR in dB that the answer should have, and how many times the prior's variance its images show.
 
-    The error of the linearised estimate, H^-1 (J^T e + z) with H = J^T J + I, is drawn: z from the prior, e with the
-    variance that the residuals show, their sum of squares over the numbers that the fit leaves free.
+    The error of the linearised estimate, H^-1 (J^T e + z) with H = J^T J + I, is drawn. The fit shows the variance
+    of e, by the residuals' squares over the numbers it leaves free, and of z, by |z|^2 over those it determines.
     """
     generator = torch_rng(0, "hcgla-spread")
 
@@ -562,16 +590,18 @@ def _spread(problem: Problem, state: State, equations: Equations) -> float:
         [draw(count, DRAWS) for count in active],
         draw(joint, DRAWS),
     )
-    open_ = float((prior.square() + noise.square()).sum()) / DRAWS  # the trace of H^-1
-    free = sum(active) + joint - (images * modes - open_)
-    variance = (state.objective - float(state.z.square().sum())) / max(1.0, free)
+    left = float((prior.square() + noise.square()).sum()) / DRAWS  # the trace of H^-1
+    told = images * modes - left
+    length = float(state.z.square().sum())
+    of_noise = (state.objective - length) / max(1.0, sum(active) + joint - told)
+    of_prior = length / max(1.0, told)
     factor = problem.factor32[:, :modes]
 
     def pixels(z: Tensor) -> Tensor:
         return (factor @ z).square().mean(2).sum(1)
 
-    errors = (pixels(prior) + variance * pixels(noise)) / len(factor) + problem.left_out(modes)
-    return float((-10 * errors.log10()).mean())
+    errors = (of_prior * pixels(prior) + of_noise * pixels(noise)) / len(factor) + problem.left_out(modes)
+    return float((-10 * errors.log10()).mean()), of_prior
 
 
 def _gram(rows: Tensor, into: Tensor) -> None:
