@@ -155,7 +155,8 @@ class GaussNewtonResult:
     history : list of float
         Certificate after each step.
     details : dict
-        JSON-able: schedule, values of s reached, modes, unknowns, measurements of each kind, the prior's source.
+        JSON-able: schedule, values of s reached, levels tried again, modes, unknowns, measurements of each kind, how
+        many measure the images, the PSNR in dB that the answer should have, the prior's source.
     """
 
     images: Tensor
@@ -405,13 +406,15 @@ def _anneal(
     """Lower s (and raise the number of modes) along `levels` while the certificate holds.
 
     Where it breaks, the step was too long or the image is longer than the prior's are: the level is tried again from
-    the last answer that held, by way of one half between, under a prior as wide as that answer is long.
+    the last answer that held, by way of one half between, under a prior as wide as that answer is long. A level that
+    is refused for as much again is beyond what noise allows.
     """
     z = torch.zeros(problem.batch, levels[0][1], dtype=torch.float64, device=problem.device)
     anchor = problem.anchor(problem.evaluate(z, levels[0][0], problem.anchor()))
     last_steps = settings.steps if problem.rereads else settings.last_steps
     path = _Path(problem.images(z), z.shape[1])
     queue, retries = deque(levels), 0 if problem.rereads else settings.retries
+    refused: dict[float, float] = {}
     while queue:
         s, modes = queue.popleft()
         reached = path.reached[-1] if path.reached else math.inf
@@ -438,8 +441,9 @@ def _anneal(
             accepted = after
         if good:
             path.reached.append(s)
-        elif path.retried < retries and path.reached:
+        elif path.reached and path.retried < retries and certificate < 0.9 * refused.get(s, math.inf):
             path.retried += 1
+            refused[s] = certificate
             z, anchor = accepted.z, problem.anchor(accepted)
             z = z / problem.widen(min(max(1.0, math.sqrt(path.prior_variance)), MAX_WIDENING))
             queue.extendleft([(s, modes), (math.sqrt(s * reached), modes)])
