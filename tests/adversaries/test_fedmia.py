@@ -495,13 +495,28 @@ def test_scores_and_their_details(statistic: str, kind: str, server_rate: float 
 
 def test_values_that_cannot_be_ranked_are_counted() -> None:
     """All shadows alike: where the target differs a value is 0 or 1 exactly, where it is one of them 1/2."""
-    seen = small_answers((0, 1, 2), (0, 1, 2), (0, 1, 2))
+    seen = small_answers(*4 * [(0, 1, 2)])
     common = seen[1].update
     turned = replace(common, values=-common.values)
     seen = [replace(o, update=turned if o.client == 0 and o.round < 3 else common) for o in seen]
     answer = FedMIA().run(seen, 0, small_candidates(), 0, CPU)
-    assert sorted({round(6 * value, 5) for value in answer.scores.tolist()}) == [1, 5]
-    assert answer.details["saturated"] == pytest.approx(2 / 3)
+    assert sorted({round(4 * value, 5) for value in answer.scores.tolist()}) == [1, 3]
+    assert answer.details["saturated"] == 0.5
+
+
+def test_the_share_dropped_is_a_mean_over_rounds_and_nothing_is_unless_asked_for() -> None:
+    """The last of 11 shadows points the other way in round 1: above, for some candidates. In round 2 none does."""
+    seen = small_answers(tuple(range(12)), tuple(range(12)))
+    common = seen[0].update
+    turned = replace(common, values=-common.values)
+    seen = [replace(o, update=turned if (o.round, o.client) == (1, 11) else common) for o in seen]
+    model = build_model(seen[0].scenario.model).eval()
+    table = statistics("cosine", model, seen[:12], small_candidates())
+    above = (table[11] > table[0]).double().mean()
+    assert 0 < above < 1
+    strict = FedMIA(drop_members=True).run(seen, 0, small_candidates(), 0, CPU)
+    assert strict.details["dropped"] == pytest.approx(above / 11 / 2)
+    assert FedMIA().run(seen, 0, small_candidates(), 0, CPU).details["dropped"] == 0
 
 
 def test_two_others_are_enough_and_the_same_client_twice_is_one() -> None:
@@ -519,6 +534,8 @@ def test_nothing_sent_has_no_direction_and_length_does_not_matter() -> None:
     seen = small_answers((0, 1, 2))
     model = build_model(seen[0].scenario.model).eval()
     plain = statistics("cosine", model, seen, small_candidates())
+    own = gradients(build_as(model, torch.float64), seen[1].weights, small_candidates())
+    torch.testing.assert_close(plain[1], -functional.cosine_similarity(own, plain_values(1)[None].double()))
     for factor, row in ((1e-6, plain[1]), (1e6, plain[1]), (0.0, torch.zeros(6).double())):
         seen[1] = replace(seen[1], update=replace(seen[1].update, values=factor * plain_values(1)))
         table = statistics("cosine", model, seen, small_candidates())
