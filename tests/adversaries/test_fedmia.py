@@ -243,11 +243,18 @@ def resnet() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("build", "count"), [(perceptron, 20), (tiny_cnn, 20), (resnet, 3)])
+def foreign() -> nn.Module:
+    """None of the house's: normalised by statistics that its state holds."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 10))
+
+
+@pytest.mark.parametrize(("build", "count"), [(perceptron, 20), (tiny_cnn, 20), (resnet, 3), (foreign, 5)])
 def test_gradient_products_equal_autograd(build, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = build().eval()
     state = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    for tensor in model.state_dict().values():
+        tensor.zero_()  # only its architecture is used
     candidates = Candidates(torch.rand(count, 1, 8, 8), torch.arange(count) % 10)
     tensors = {n: torch.randn_like(p) for n, p in model.named_parameters()}
     dense = as_update(tensors, "gradient")
