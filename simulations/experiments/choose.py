@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
+from adversaries import ATTACKS, Attack, ReconstructionAttack, build_attack
 from adversaries.base import attack_options
 from fedattack.compression import COMPRESSORS
 from fedattack.config import Config
@@ -13,7 +13,7 @@ from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
 from fedattack.unlearning import MECHANISMS
 from simulations.experiments.executor import choose_device
-from strategies import NEED_SINGLE_UPDATES, build_strategy, drawn
+from strategies import NEED_SINGLE_UPDATES, build_strategy
 
 
 def choose_attacks(config: Config) -> dict[str, Attack]:
@@ -78,39 +78,15 @@ def check_names(config: Config) -> None:
 __all__ = ["choose_attacks"]
 
 
-def check_seats(config: Config, world: World, attacks: Mapping[str, Attack]) -> None:
-    """Refuse, before the first round, what membership and unlearning attacks cannot do with this federation.
-
-    Parameters
-    ----------
-    config, world
-        The run's.
-    attacks : mapping of str to Attack
-        Name -> attack; reconstruction attacks are passed over.
+def check_held_out(config: Config, world: World, name: str) -> None:
+    """Refuse an attack that is measured on held-out samples where there are none.
 
     Raises
     ------
-    NotApplicable
-        If too few clients are drawn each round.
     DataError
-        If no sample is held out.
     """
-    for name, attack in attacks.items():
-        if attack.family == "reconstruction":
-            continue
-        if not len(world.pools.nonmembers):
-            raise DataError(
-                f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
-                "accepted: 1 or more"
-            )
-        if isinstance(attack, MembershipAttack) and hides_clients(config.defense):
-            raise NotApplicable(
-                f"attack {name!r} asks about one client, and 'secure-aggregation' shows the server none alone: leave "
-                "it out of 'defense.names'"
-            )
-        if isinstance(attack, MembershipAttack) and drawn(config.federation) < attack.clients_needed:
-            raise NotApplicable(
-                f"attack {name!r} needs {attack.clients_needed} clients that answer in one round, and "
-                f"{drawn(config.federation)} of {config.federation.clients} are drawn: raise 'federation.clients' or "
-                "'federation.participation'"
-            )
+    if not len(world.pools.nonmembers):
+        raise DataError(
+            f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
+            "accepted: 1 or more"
+        )

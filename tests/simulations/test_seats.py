@@ -27,7 +27,7 @@ from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, MembershipScores, Observation
 from simulations.engine.federation import FederationResult, Judge, run_federation
 from simulations.experiments import membership, unlearning
-from simulations.experiments.choose import check_seats
+from simulations.experiments.base import EXPERIMENTS
 from simulations.experiments.membership import choose_candidates, membership_experiment
 from simulations.experiments.unlearning import unlearning_experiment
 
@@ -296,7 +296,7 @@ def test_refuses_before_the_first_round() -> None:
     def check(name: str, **settings: object) -> None:
         config = Config.from_mapping(BASE | settings)
         attack = Rebuilder() if name == "rebuilder" else build_attack(ATTACKS.get(name), name, {}, {})
-        check_seats(config, build_world(config), {name: attack})
+        EXPERIMENTS.get(attack.family).check(config, build_world(config), {name: attack})
 
     check("fedmia")
     check("unlearn-max-loss", clients=1)
