@@ -1,4 +1,4 @@
-"""What an attack is: a small object with its hyper-parameters as dataclass fields, a `check` and a `run`.
+"""What an attack is: a small object with its hyper-parameters as dataclass fields, its needs as data, and a `run`.
 
 A new attack is one file with a dataclass below one of the three family bases, one line in
 :data:`adversaries.ATTACKS`, and one test.
@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from fedattack.observation import (
-    Scenario,
-)
+from adversaries.needs import Facts, Needs
+from fedattack.observation import Scenario
 from fedattack.registry import build_plugin, plugin_options
 
 Progress = Callable[[float, str], None]
@@ -34,23 +33,33 @@ class Attack(ABC):
         "reconstruction", "membership" or "unlearning".
     seat : str
         Who runs it: "server" or "client".
-    needs : str
-        One line for a person: what it must see or be granted.
+    inverts : bool
+        Whether it rebuilds images.
+    needs : Needs
+        What it must see or be granted, with its default settings; see :meth:`needs_now`.
     """
 
     family: ClassVar[Literal["reconstruction", "membership", "unlearning"]]
     seat: ClassVar[Literal["server", "client"]] = "server"
-    needs: ClassVar[str] = ""
+    inverts: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs()
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse a scenario this attack cannot apply to, before anything starts.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """What it needs with its own settings in one scenario (a width that grows with the batch, ...)."""
+        del scenario
+        return self.needs
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Try, where its needs are met, what only trying tells: read the files it names, trace the model.
 
         Raises
         ------
         NotApplicable
             In one sentence: what stands in the way and what would help.
+        ConfigError, DataError
+            If a setting names what is not there.
         """
-        del scenario
+        del scenario, facts
 
 
 def build_attack(

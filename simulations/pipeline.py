@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from adversaries import Attack, ReconstructionAttack
+from adversaries.needs import Facts
+from adversaries.refusals import applicable
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
@@ -28,8 +31,8 @@ from fedattack.storage import load_truths as read_truths
 from fedattack.storage.records import summary_document
 from simulations.engine.federation import FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
-from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, by_family, open_experiments
-from simulations.experiments.choose import arming_attack, check_names, choose_attacks
+from simulations.experiments.base import Experiment, Plan, open_experiments
+from simulations.experiments.choose import arming_attack, check_names, choose_attacks, known_facts
 from simulations.experiments.executor import choose_device
 from simulations.experiments.privacy import privacy_accounts, privacy_record
 from simulations.experiments.reconstruction import Answers
@@ -116,10 +119,9 @@ def simulate(
     check_names(config)
     world = build_world(config)
     check_defenses(world.scenario)
-    for attack in attacks.values():
-        attack.check(world.scenario)
-    for family, chosen in by_family(attacks).items():
-        EXPERIMENTS.get(family).check(config, world, chosen)
+    attacks, left_out = applicable(attacks, world.scenario, known_facts(config, world))
+    for name, sentence in left_out.items():
+        console.print(f"[yellow]attack {name!r} is left out:[/] {sentence}", highlight=False, soft_wrap=True)
     arming_attack(attacks)
     folder = RunFolder.create(run_directory(config), config)
     folder.save_part("world", world_record(world))
@@ -191,9 +193,14 @@ def attack_folder(
         chosen[name] = attack
     inner = directory / "observations"
     observations = read_observations(inner if inner.is_dir() else directory)
-    for attack in attacks.values():
-        for observation in observations:
-            attack.check(observation.scenario)
+    facts = Facts(rounds=tuple(sorted({observation.round for observation in observations})))
+    for scenario in {json.dumps(one.scenario.record()): one.scenario for one in observations}.values():
+        chosen, left_out = applicable(chosen, scenario, facts)
+        for name, sentence in left_out.items():
+            console.print(
+                f"[yellow]attack {name!r} is left out:[/] {sentence}", highlight=False, soft_wrap=True
+            )
+    attacks = chosen
     truths = read_truths(truth) if truth is not None else None
     folder = RunFolder.create(run_directory(config), config)
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)

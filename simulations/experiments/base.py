@@ -52,16 +52,6 @@ class Experiment(ABC):
         self.plan = plan
         self.attacks = dict(attacks)
 
-    @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, Any]) -> None:
-        """Refuse, before the first round, what these attacks cannot do with this federation.
-
-        Raises
-        ------
-        BadRequest
-        """
-        del config, world, attacks
-
     def wants(self, round: int, client: int) -> bool:
         """Whether an update is to be observed; `client` is ``EVERYONE`` under secure aggregation."""
         del round, client

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 
 from adversaries import ATTACKS, Attack, ReconstructionAttack, build_attack
 from adversaries.base import attack_options
+from adversaries.needs import Facts
 from fedattack.compression import COMPRESSORS
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
+from fedattack.errors import ConfigError, NotApplicable, unknown_name
 from fedattack.unlearning import MECHANISMS
 from simulations.experiments.executor import choose_device
-from strategies import NEED_SINGLE_UPDATES, build_strategy
+from strategies import NEED_SINGLE_UPDATES, build_strategy, drawn
 
 
 def choose_attacks(config: Config) -> dict[str, Attack]:
@@ -78,15 +79,15 @@ def check_names(config: Config) -> None:
 __all__ = ["choose_attacks"]
 
 
-def check_held_out(config: Config, world: World, name: str) -> None:
-    """Refuse an attack that is measured on held-out samples where there are none.
-
-    Raises
-    ------
-    DataError
-    """
-    if not len(world.pools.nonmembers):
-        raise DataError(
-            f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
-            "accepted: 1 or more"
-        )
+def known_facts(config: Config, world: World) -> Facts:
+    """What attacks may ask of the federation before it trains."""
+    granted = world.auxiliary
+    return Facts(
+        rounds=config.attack.rounds,
+        clients=config.federation.clients,
+        drawn=drawn(config.federation),
+        samples=tuple(len(ids) for ids in world.partitions[: config.victims]),
+        held_out=len(world.pools.nonmembers),
+        auxiliary=0 if granted is None else len(granted),
+        labelled=None if granted is None else granted.labels is not None,
+    )

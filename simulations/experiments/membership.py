@@ -18,16 +18,13 @@ from adversaries.membership.base import MembershipAttack
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
-from fedattack.defenses import hides_clients
 from fedattack.errors import DataError, NotApplicable
 from fedattack.observation import Candidates, MembershipScores, Observation
 from fedattack.rng import numpy_rng
 from simulations.client_app import round_batches
 from simulations.engine.federation import FederationResult
 from simulations.experiments.base import Experiment, Plan
-from simulations.experiments.choose import check_held_out
 from simulations.experiments.executor import choose_device
-from strategies import drawn
 
 log = logging.getLogger("fedattack.seats")
 
@@ -215,23 +212,6 @@ class MembershipExperiment(Experiment):
     def __init__(self, plan: Plan, attacks: Mapping[str, MembershipAttack]) -> None:
         super().__init__(plan, attacks)
         self._seen: list[Observation] = []
-
-    @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, MembershipAttack]) -> None:
-        """Refuse sums, too few clients, and data of which nothing is held out."""
-        for name, attack in attacks.items():
-            check_held_out(config, world, name)
-            if hides_clients(config.defense):
-                raise NotApplicable(
-                    f"attack {name!r} asks about one client, and 'secure-aggregation' shows the server none alone: "
-                    "leave it out of 'defense.names'"
-                )
-            if drawn(config.federation) < attack.clients_needed:
-                raise NotApplicable(
-                    f"attack {name!r} needs {attack.clients_needed} clients that answer in one round, and "
-                    f"{drawn(config.federation)} of {config.federation.clients} are drawn: raise "
-                    "'federation.clients' or 'federation.participation'"
-                )
 
     def wants(self, round: int, client: int) -> bool:
         """Everything is wanted."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adversaries.base import Progress, no_progress
-from adversaries.unlearning.base import UnlearningAttack
 from fedattack.audit import AuditResult, audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World
@@ -30,7 +29,6 @@ from simulations.engine.federation import FederationResult, Judge, ask_unlearnin
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment
-from simulations.experiments.choose import check_held_out
 
 MALICIOUS_CLIENT = 0
 """The client that asks for deletions."""
@@ -238,12 +236,6 @@ def _checkpoint(config: Config, world: World, entry: int, grid: LocalGrid) -> di
 
 class UnlearningExperiment(Experiment):
     """Lets the malicious client ask for deletions after the last round, and measures what they cost."""
-
-    @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, UnlearningAttack]) -> None:
-        """Refuse data of which nothing is held out."""
-        for name in attacks:
-            check_held_out(config, world, name)
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Carry out each attack's request, and score the damage."""

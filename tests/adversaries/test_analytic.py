@@ -60,7 +60,7 @@ def test_division_of_what_was_sent() -> None:
         ({"model": "lenet-zhu"}, "linear layer on the pixels"),
         ({"model": "two-layer"}, "no bias"),
         ({"training": TrainingConfig(batch_size=4)}, "--attack spear"),
-        ({"name": "sign"}, "quotient of signs"),
+        ({"name": "sign"}, "as signs, and quotients"),
         ({"training": TrainingConfig(protocol="fedavg", local_steps=2, weight_decay=0.1)}, "weight_decay"),
     ],
 )
@@ -101,9 +101,9 @@ def test_recursion_gives_the_image_of_a_smooth_network() -> None:
     ("options", "part"),
     [
         ({"model": "mlp"}, "chain of convolutions"),
-        ({"model": "lenet-zhu", "activation": "gelu"}, "cannot be undone"),
-        ({"model": "lenet-zhu", "training": TrainingConfig(batch_size=2)}, "one image"),
-        ({"model": "lenet-zhu", "name": "topk"}, "whole"),
+        ({"model": "lenet-zhu", "activation": "gelu"}, "works behind sigmoid, tanh, relu, softplus"),
+        ({"model": "lenet-zhu", "training": TrainingConfig(batch_size=2)}, "at most 1 image"),
+        ({"model": "lenet-zhu", "name": "topk"}, "leaves entries out"),
     ],
 )
 def test_recursion_refuses(options: dict, part: str) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.checks import at_least, positive
-from adversaries.inversion.evidence import defences, labels, one_gradient
+from adversaries.inversion.evidence import defences, labels
 from adversaries.inversion.evidence.labels import Labels
 from adversaries.inversion.evidence.priors import GaussianPrior, gaussian_prior
 from adversaries.inversion.gradients import Layers
 from adversaries.inversion.learning.denoiser import load_denoiser
 from adversaries.inversion.learning.generator import load_generator, obtain_generator
 from adversaries.inversion.matching import match, pixels
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.hcgla import annealed_gauss_newton, matching, memory, starts
 from adversaries.reconstruction.hcgla.annealed_gauss_newton import GaussNewtonSettings
@@ -78,9 +79,7 @@ class HCGLA(ReconstructionAttack):
     IEEE TIFS 18, 2023.
     """
 
-    needs: ClassVar[str] = (
-        "one update, compressed or not, of one or a few local steps; public images help much"
-    )
+    needs: ClassVar[Needs] = Needs(update="steps", sums="dense", labels="auto", helped=True)
 
     method: Method = "auto"
     preset: matching.Preset = "default"
@@ -127,22 +126,27 @@ class HCGLA(ReconstructionAttack):
         }
         return ", ".join(f"hcgla.{name} = {getattr(self, name)!r}" for name, given in asked.items() if given)
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what is not (a multiple of) entries of one gradient, and settings without what they need.
-
-        Raises
-        ------
-        NotApplicable, ConfigError, DataError
-        """
-        plain = memory.plain_scenario(scenario)
-        several = scenario.training.local_steps > 1
-        one_gradient.check_one_gradient(
-            scenario if self._only_matches else dataclasses.replace(scenario, training=plain.training)
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Matching alone reads one gradient; a start that is drawn or regressed needs public images and a chain."""
+        trained = self._start == "generator" and self.generator == "train"
+        made = trained or self._start in ("ridge", "mean", "same-label")
+        return dataclasses.replace(
+            self.needs,
+            update="gradient" if self._only_matches else "steps",
+            fresh=self._start == "generator",
+            auxiliary=int(made),
+            labelled=self._start == "same-label",
+            helped=not made,
+            chain=self._start == "ridge",
         )
-        if self.method == "gauss-newton" or (several and not self._only_matches):
-            annealed_gauss_newton.applies(plain)
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse what Gauss-Newton cannot solve, local batches in too many orders, and files that are not there."""
+        if self.method == "gauss-newton" or (scenario.training.local_steps > 1 and not self._only_matches):
+            annealed_gauss_newton.applies(memory.plain_scenario(scenario))
             GaussNewtonSettings(schedule=self.schedule, modes=self.modes)
-        starts.check_start(self._start, scenario, self.start_image, self.generator)
+        memory.check_orders(scenario.training, facts.samples)
+        starts.check_start(self._start, self.start_image, self.generator)
         self._matching(scenario, max(1, scenario.training.batch_size))
         if self.denoiser:
             load_denoiser(self.denoiser)

@@ -40,6 +40,24 @@ MAX_ORDERS = 24
 Batches = list[NDArray[np.int64]]
 
 
+def check_orders(training: TrainingConfig, clients: tuple[int, ...]) -> None:
+    """Refuse local batches whose orders nobody can try, of every one of the clients with so many samples.
+
+    Raises
+    ------
+    NotApplicable
+        As :func:`orders`.
+    """
+    for number, size in enumerate(clients, 1):
+        try:
+            orders(training, min(size, training.batch_size * training.local_steps or size))
+        except NotApplicable:
+            if number == len(clients):
+                raise
+        else:
+            return
+
+
 def remembers(compression: CompressionConfig) -> bool:
     """Whether clients keep what they did not send for later rounds."""
     return compression.name == "dgc" or (compression.error_feedback and compression.name != "none")

@@ -49,7 +49,6 @@ class LearningToInvert(base.TrainedAttack):
     """
 
     name: ClassVar[str] = "lti"
-    needs: ClassVar[str] = "one client's update and auxiliary images to train on"
 
     hidden: int = 512
     layers: int = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Auxiliary, Scenario
@@ -60,9 +62,7 @@ class CuriousAbandonHonesty(RowReading):
     """
 
     name: ClassVar[str] = "cah"
-    needs: ClassVar[str] = (
-        "a malicious server: it sends weights of a linear first layer behind ReLU (model mlp or imprint)"
-    )
+    needs: ClassVar[Needs] = dataclasses.replace(RowReading.needs, activations=("relu",), helped=True)
 
     shrink: float | None = None
     peel: bool = True
@@ -76,19 +76,17 @@ class CuriousAbandonHonesty(RowReading):
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ConfigError(f"setting 'cah.scale' = {self.scale}: must be positive")
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models whose first layer is not linear with bias and ReLU, and updates without whole rows.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """A neuron must sleep for images it does not wait for: ReLU, which model imprint's block has of its own."""
+        own = scenario.model.name == "imprint"
+        return dataclasses.replace(self.needs, activations=()) if own else self.needs
 
-        Raises
-        ------
-        NotApplicable
-        """
-        super().check(scenario)
-        name, activation = scenario.model.name, scenario.model.activation
-        if name == "imprint-sparse" or (name != "imprint" and activation != "relu"):
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse a block of bins that never sleeps."""
+        if scenario.model.name == "imprint-sparse":
             raise NotApplicable(
-                f"model.name = {name!r} with activation {activation!r}: a neuron must sleep for images it does not "
-                "wait for, as ReLU's do; use --model mlp --activation relu, or --model imprint"
+                "model.name = 'imprint-sparse': a neuron must sleep for images it does not wait for, as ReLU's do; "
+                "use --model mlp --activation relu, or --model imprint"
             )
 
     def arm(

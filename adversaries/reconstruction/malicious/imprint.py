@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.inversion.evidence.priors import smooth_prior
+from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
@@ -78,7 +80,9 @@ class Imprint(RowReading):
     """
 
     name: ClassVar[str] = "imprint"
-    needs: ClassVar[str] = "a malicious server: it adds a layer of bins to the model (model imprint)"
+    needs: ClassVar[Needs] = dataclasses.replace(
+        RowReading.needs, block=Block(Imprinted, "block for bins", "imprint or imprint-sparse"), helped=True
+    )
 
     functionals: int = 4
     functional: Functional = "random"
@@ -100,25 +104,16 @@ class Imprint(RowReading):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"setting '{self.name}.{name}' = {value}: must be positive")
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models without the block, too few rows, and updates that do not hold whole rows.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Two bins for each measurement."""
+        return dataclasses.replace(self.needs, width=2 * self.functionals)
 
-        Raises
-        ------
-        NotApplicable
-        """
-        block = _block(build_model(scenario.model), scenario)
-        super().check(scenario)
-        if scenario.training.local_steps > 1 and _adds(block):
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse several local steps with the ReLU block, and more measurements than there are."""
+        if scenario.training.local_steps > 1 and _adds(_block(build_model(scenario.model), scenario)):
             raise NotApplicable(
                 f"training.local_steps = {scenario.training.local_steps}: the ReLU block's rows drift apart, and "
                 "their differences hold all images; use --model imprint-sparse, whose rows hold their own bin's alone"
-            )
-        width = scenario.model.width or 0
-        if width < 2 * self.functionals:
-            raise NotApplicable(
-                f"model.width = {width} gives {self.functionals} measurements ({self.name}.functionals) less than "
-                "two bins each; raise --width"
             )
         modes = math.prod(scenario.image_shape[1:])
         if self.functional == "cosine" and self.functionals > modes:

@@ -25,6 +25,7 @@ from adversaries.inversion.matching.match import Match, match
 from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN, Chart
 from adversaries.inversion.matching.problem import Penalty
 from adversaries.inversion.matching.settings import Matching, Optimiser
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.errors import ConfigError, NotApplicable, PayloadError, unknown_name
 from fedattack.observation import Observation, Reconstruction, Scenario
@@ -125,7 +126,7 @@ class OptimisationAttack(ReconstructionAttack):
         or the delta is taken for a multiple of one gradient.
     """
 
-    needs: ClassVar[str] = "one client's update; labels are inferred from it"
+    needs: ClassVar[Needs] = Needs(update="steps", signs=True, sums="dense", fresh=True, labels="auto")
     recipes: ClassVar[Mapping[str, Recipe]] = {}
 
     preset: str = "published"
@@ -186,13 +187,15 @@ class OptimisationAttack(ReconstructionAttack):
             raise unknown_name("label strategy", recipe.labels, ["joint", *label_strategies.STRATEGIES])
         return recipe
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what the engine cannot match under this scenario.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """The labels are read as the recipe says; several local steps are more than one gradient."""
+        labels = self.recipe().labels
+        labels = "" if labels == "joint" else labels
+        update: Literal["", "gradient"] = "" if scenario.training.local_steps > 1 else "gradient"
+        return dataclasses.replace(self.needs, labels=labels, update=update)
 
-        Raises
-        ------
-        NotApplicable
-        """
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Settle protocol and compression."""
         plan(self, scenario)
 
     def penalty(
@@ -339,10 +342,6 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
             f"objective 'cosine' instead of {settings.objective!r}: clipping hides the gradient's length"
         )
         settings = dataclasses.replace(settings, objective="cosine")
-    one_gradient.check_sum(scenario)
-    if not several:
-        one_gradient.check_one_gradient(scenario, signs=True)
-    label_strategies.check_strategy(recipe.labels, scenario, 0 if several else training.batch_size)
     if recipe.tv:
         unit = PIXEL_DEVIATION if recipe.standardised else 1.0
         regularisers = settings.regularisers | {"tv1": recipe.tv / unit}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from adversaries.inversion.matching.settings import Matching
+from adversaries.needs import Needs
 from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe
 
 
@@ -59,7 +61,7 @@ class DLG(OptimisationAttack):
     Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019.
     """
 
-    needs: ClassVar[str] = "one client's update; small batches and smooth activations"
+    needs: ClassVar[Needs] = dataclasses.replace(OptimisationAttack.needs, labels="")
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(torch_lbfgs(300, learning_rate=1.0), labels="joint"),
         "backtracking": Recipe(BACKTRACKING, labels="joint"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from adversaries.inversion.learning.image_generator import TrainedGenerator
 from adversaries.inversion.matching.charts import Latent, LatentBall, NetworkWeights
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
 from fedattack.errors import ConfigError
 from fedattack.models.decoders.from_latent import ImageGenerator
@@ -60,7 +62,7 @@ class GGL(OptimisationAttack):
     Li, Zhang, Liu, Liu, "Auditing Privacy Defenses in Federated Learning via Generative Gradient Leakage", CVPR 2022.
     """
 
-    needs: ClassVar[str] = "one client's update; auxiliary images, or a trained generator"
+    needs: ClassVar[Needs] = dataclasses.replace(OptimisationAttack.needs, auxiliary=32)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(_adam(0.1, 400), restarts=4, note="latent search by Adam"),
         "squared": Recipe(
@@ -88,14 +90,14 @@ class GGL(OptimisationAttack):
                 "setting 'generator_weights' is for a generator of one's own: name its class too"
             )
 
-    def check(self, scenario: Scenario) -> None:
-        """Also load a generator of the user's own.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """A generator of the user's own needs no public images."""
+        needs = super().needs_now(scenario)
+        return needs if self.generator == "small" else dataclasses.replace(needs, auxiliary=0)
 
-        Raises
-        ------
-        NotApplicable, ConfigError, DataError
-        """
-        super().check(scenario)
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Also load a generator of the user's own."""
+        super().probe(scenario, facts)
         if self.generator != "small":
             image_generator.given_generator(self.generator, self.generator_weights, scenario.image_shape)
 

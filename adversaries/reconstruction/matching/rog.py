@@ -19,6 +19,7 @@ from adversaries.inversion.learning import train
 from adversaries.inversion.learning.denoiser import PAIRS, Denoiser, Pairs, load_denoiser, train_denoiser
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
 from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Observation, Scenario
@@ -80,7 +81,7 @@ class ROG(OptimisationAttack):
     Security 2023.
     """
 
-    needs: ClassVar[str] = "one client's update; auxiliary images to train the mending network on"
+    needs: ClassVar[Needs] = dataclasses.replace(OptimisationAttack.needs, auxiliary=32)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(
             Matching(
@@ -102,14 +103,14 @@ class ROG(OptimisationAttack):
         super().__post_init__()
         at_least("rog", self, factor=1, pairs=8, epochs=1)
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what cannot be imitated for the training.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Without a mending network to train no public images are needed."""
+        needs = super().needs_now(scenario)
+        return needs if self.mend == "train" else dataclasses.replace(needs, auxiliary=0)
 
-        Raises
-        ------
-        NotApplicable, DataError
-        """
-        super().check(scenario)
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Also refuse steps that cannot be imitated for the training, and load the denoiser."""
+        super().probe(scenario, facts)
         if self.mend == "train" and scenario.training.local_steps > 1:
             raise NotApplicable(
                 f"training.local_steps = {scenario.training.local_steps}: the mending network is trained on single "

@@ -16,6 +16,7 @@ from torch import Tensor
 from adversaries.base import Progress, no_progress
 from adversaries.checks import at_least, positive
 from adversaries.inversion.evidence import one_gradient
+from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
 from adversaries.reconstruction.tensor.activations import (
@@ -104,8 +105,12 @@ class TensorAttack(ReconstructionAttack):
     Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023.
     """
 
-    needs: ClassVar[str] = (
-        "a malicious server: it sends the weights of a wide two-layer head (model two-layer)"
+    needs: ClassVar[Needs] = Needs(
+        update="steps",
+        sums="dense",
+        fresh=True,
+        block=Block(TwoLayer, "wide two-layer head", "two-layer or lenet-two-layer"),
+        helped=True,
     )
     arms: ClassVar[bool] = True
 
@@ -125,20 +130,11 @@ class TensorAttack(ReconstructionAttack):
         at_least("tensor", self, batch=1, restarts=1)
         positive("tensor", self, "scale", "head_strength")
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what cannot be identified: wrong model, activation, width, or too few entries.
-
-        Raises
-        ------
-        NotApplicable
-        """
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse what cannot be identified: activation, width, or too few entries."""
         model, training = scenario.model, scenario.training
         module = build_model(model)
-        if not isinstance(module, TwoLayer):
-            raise NotApplicable(
-                f"model.name = {model.name!r} has no wide two-layer head to read a batch from; use --model two-layer "
-                "or lenet-two-layer"
-            )
+        assert isinstance(module, TwoLayer)
         assert model.activation is not None
         order = stein_order(ACTIVATIONS[model.activation])
         if self.method == "published" and order != 3:
@@ -146,8 +142,6 @@ class TensorAttack(ReconstructionAttack):
                 f"model.activation = {model.activation!r} has a zero third Hermite coefficient, and method "
                 "'published' averages third moments; use poly3 or method 'exact'"
             )
-        one_step = dataclasses.replace(scenario, training=_one_step(training))
-        one_gradient.check_one_gradient(one_step)
         batch = self.batch or training.batch_size
         if not batch:
             return  # all of a client's samples: known when it declares them
