@@ -7,13 +7,12 @@ A new attack is one file with a dataclass below one of the three family bases, o
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from adversaries.needs import Facts, Needs
 from fedattack.observation import Scenario
-from fedattack.registry import build_plugin, plugin_options
 
 Progress = Callable[[float, str], None]
 """Called with (share done in [0, 1], short text); free to ignore."""
@@ -60,22 +59,3 @@ class Attack(ABC):
             If a setting names what is not there.
         """
         del scenario, facts
-
-
-def build_attack(
-    cls: type[Attack], name: str, options: Mapping[str, Any], shared: Mapping[str, Any]
-) -> Attack:
-    """Build an attack from its own options and from those shared by all selected attacks.
-
-    Raises
-    ------
-    ConfigError
-        If one of its own options is unknown or malformed. Shared options that it lacks are passed over; the caller
-        sees to it that each is known to at least one attack.
-    """
-    return build_plugin(cls, name, options, shared)
-
-
-def attack_options(cls: type[Attack]) -> dict[str, Any]:
-    """Parameter -> default of an attack, for `fedattack list` and the docs."""
-    return plugin_options(cls)

@@ -200,7 +200,7 @@ def attack_folder(
             console.print(
                 f"[yellow]attack {name!r} is left out:[/] {sentence}", highlight=False, soft_wrap=True
             )
-    attacks = chosen
+    attacks = dict(chosen)
     truths = read_truths(truth) if truth is not None else None
     folder = RunFolder.create(run_directory(config), config)
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)

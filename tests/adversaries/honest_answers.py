@@ -34,7 +34,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "imprint": ({"model": "imprint", "batch": 4, "width": 32}, {}),
     "loki": ({"model": "loki", "batch": 4, "width": 32}, {}),
     "cah": ({"model": "mlp", "batch": 2}, {}),
-    "fishing": ({"model": "lenet-zhu", "batch": 3}, {"options": {"products": 100}}),
+    "fishing": ({"model": "lenet-zhu", "batch": 3}, {"settings": {"products": 100}}),
     "spear": ({"model": "mlp", "batch": 2}, {}),
     "analytic": ({"model": "mlp", "batch": 1}, {}),
     "rgap": ({"model": "lenet-zhu", "batch": 1}, {}),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adversaries import ATTACKS, build_attack
+from adversaries import ATTACKS
 from adversaries.base import no_progress
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.fedmia import FedMIA
@@ -25,6 +25,7 @@ from fedattack.errors import DataError, NotApplicable
 from fedattack.metrics.membership import auc_interval
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, MembershipScores, Observation
+from fedattack.registry import build_plugin
 from simulations.engine.federation import FederationResult, Judge, run_federation
 from simulations.experiments import membership, unlearning
 from simulations.experiments.base import EXPERIMENTS
@@ -295,7 +296,7 @@ class Rebuilder(ReconstructionAttack):
 def test_refuses_before_the_first_round() -> None:
     def check(name: str, **settings: object) -> None:
         config = Config.from_mapping(BASE | settings)
-        attack = Rebuilder() if name == "rebuilder" else build_attack(ATTACKS.get(name), name, {}, {})
+        attack = Rebuilder() if name == "rebuilder" else build_plugin(ATTACKS.get(name), name, {}, {})
         EXPERIMENTS.get(attack.family).check(config, build_world(config), {name: attack})
 
     check("fedmia")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +28,10 @@ from adversaries.inversion.evidence.labels import (
     public_images,
 )
 from adversaries.inversion.evidence.one_gradient import mean_gradient
-from fedattack.errors import NotApplicable, unknown_name
+from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Scenario, Update
+from fedattack.registry import Registry
 from fedattack.rng import torch_rng
-
-Strategy = Literal["auto", "idlg", "gradinversion", "llg", "llg-star", "llg-plus", "sparse-rows"]
 
 NEVER_MUCH_BELOW_ZERO = NON_NEGATIVE | {"gelu"}
 """Activations for which signs and minima of rows mean what the papers say, who assume ReLU."""
@@ -78,7 +76,7 @@ def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
     Parameters
     ----------
     strategy : str
-        A key of :data:`STRATEGIES`; others are passed over.
+        A name of :data:`STRATEGIES`; others are passed over.
     scenario : Scenario
     batch : int
         Labels to name; 0: not known yet.
@@ -323,15 +321,19 @@ def _renamed(labels: Labels, note: str) -> Labels:
     return Labels(labels.values, labels.confidence, note)
 
 
-STRATEGIES: dict[str, Callable[[Evidence], Labels]] = {
-    "auto": auto,
-    "idlg": idlg,
-    "gradinversion": gradinversion,
-    "llg": llg,
-    "llg-star": llg_star,
-    "llg-plus": llg_plus,
-    "sparse-rows": sparse_rows,
-}
+STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
+    "label strategy",
+    {
+        "auto": auto,
+        "idlg": idlg,
+        "gradinversion": gradinversion,
+        "llg": llg,
+        "llg-star": llg_star,
+        "llg-plus": llg_plus,
+        "sparse-rows": sparse_rows,
+    },
+    group="fedattack.label_strategies",
+)
 
 
 def infer(strategy: str, observation: Observation, expected: Expectation | None = None) -> Labels:
@@ -340,7 +342,7 @@ def infer(strategy: str, observation: Observation, expected: Expectation | None 
     Parameters
     ----------
     strategy : str
-        A key of :data:`STRATEGIES`.
+        A name of :data:`STRATEGIES`, or ``package.module:function``.
     observation : Observation
         As it came; a delta of several local steps is read as their mean gradient (:func:`mean_gradient`).
     expected : Expectation, optional
@@ -364,8 +366,7 @@ def infer(strategy: str, observation: Observation, expected: Expectation | None 
     Image Batch Recovery via GradInversion", CVPR 2021; Wainakh et al., "User-Level Label Leakage from Gradients in
     Federated Learning", PoPETs 2022.
     """
-    if strategy not in STRATEGIES:
-        raise unknown_name("label strategy", strategy, STRATEGIES)
+    chosen = STRATEGIES.get(strategy)
     check_strategy(strategy, observation.scenario, observation.num_examples)
     evidence = Evidence(observation, mean_gradient(observation).to("cpu"), expected)
-    return STRATEGIES[strategy](evidence)
+    return chosen(evidence)

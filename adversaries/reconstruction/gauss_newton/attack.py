@@ -14,7 +14,6 @@ from torch import Tensor
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence import label_strategies, one_gradient
 from adversaries.inversion.evidence.floors import floors
-from adversaries.inversion.evidence.label_strategies import Strategy
 from adversaries.inversion.evidence.labels import Labels
 from adversaries.inversion.evidence.whitening import Whitening, whitening
 from adversaries.inversion.gradients import BatchNormMode
@@ -86,7 +85,7 @@ class GaussNewton(ReconstructionAttack):
 
     products: int | None = None
     starts: int = 3
-    labels: Strategy = "auto"
+    labels: str = "auto"
     batch_norm: BatchNormMode | None = None
     noise: float | None = None
     kink: float = 1.0
@@ -95,6 +94,7 @@ class GaussNewton(ReconstructionAttack):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
+        label_strategies.STRATEGIES.get(self.labels)
         self._settings(1)
 
     def _settings(self, images: int) -> Settings:

@@ -33,9 +33,6 @@ from fedattack.rng import torch_rng
 
 Start = Literal["random", "uniform", "grey", "mean", "tiled"]
 LocalSteps = Literal["unrolled", "ignored"]
-LabelStrategy = Literal[
-    "auto", "joint", "idlg", "gradinversion", "llg", "llg-star", "llg-plus", "sparse-rows"
-]
 
 _RESTART_DEVIATION = 0.1
 """Standard deviation, in pixel values, of what tells repeated labels and further restarts of a fixed start apart."""
@@ -72,7 +69,7 @@ class Recipe:
 
     matching: Matching
     tv: float = 0.0
-    labels: LabelStrategy = "auto"
+    labels: str = "auto"
     start: Start = "random"
     restarts: int = 1
     note: str = ""
@@ -135,7 +132,7 @@ class OptimisationAttack(ReconstructionAttack):
     tv: float | None = None
     restarts: int | None = None
     start: Start | None = None
-    labels: LabelStrategy | None = None
+    labels: str | None = None
     objective: str | None = None
     optimizer: Optimiser | None = None
     layers: Layers | None = None
@@ -183,14 +180,13 @@ class OptimisationAttack(ReconstructionAttack):
         replaced: dict[str, Any] = {name: value for name, value in outer.items() if value is not None}
         matching = dataclasses.replace(base.matching, **changes)
         recipe = dataclasses.replace(base, matching=matching, **replaced)
-        if recipe.labels != "joint" and recipe.labels not in label_strategies.STRATEGIES:
-            raise unknown_name("label strategy", recipe.labels, ["joint", *label_strategies.STRATEGIES])
+        if recipe.labels != "joint":
+            label_strategies.STRATEGIES.get(recipe.labels)
         return recipe
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """The labels are read as the recipe says; several local steps are more than one gradient."""
-        labels = self.recipe().labels
-        labels = "" if labels == "joint" else labels
+        labels = self.recipe().labels.replace("joint", "")
         update: Literal["", "gradient"] = "" if scenario.training.local_steps > 1 else "gradient"
         return dataclasses.replace(self.needs, labels=labels, update=update)
 
@@ -333,15 +329,16 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
         if settings.objective != "sign":
             notes.append(f"objective 'sign' instead of {settings.objective!r}: only signs were sent")
             settings = dataclasses.replace(settings, objective="sign")
+    cosine = "cosine" if settings.layer_weights == "equal" else "layer-cosine"
     if (
         defences.clips(scenario)
         and attack.objective is None
         and settings.objective not in defences.DIRECTIONS
     ):
         notes.append(
-            f"objective 'cosine' instead of {settings.objective!r}: clipping hides the gradient's length"
+            f"objective {cosine!r} instead of {settings.objective!r}: clipping hides the gradient's length"
         )
-        settings = dataclasses.replace(settings, objective="cosine")
+        settings = dataclasses.replace(settings, objective=cosine)
     if recipe.tv:
         unit = PIXEL_DEVIATION if recipe.standardised else 1.0
         regularisers = settings.regularisers | {"tv1": recipe.tv / unit}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adversaries import ATTACKS
-from adversaries.base import Progress, build_attack, no_progress
+from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.needs import Facts, Needs
@@ -35,6 +35,7 @@ from adversaries.reconstruction.malicious.fishing.isolation import (
 )
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
+from fedattack.registry import build_plugin
 from fedattack.rng import torch_rng
 
 CERTIFIED = 1e-4
@@ -80,7 +81,7 @@ class Fishing(ReconstructionAttack):
         Name of the attack that searches for the image where it cannot be read off; "gauss-newton", "ig", ...
     most : int
         Samples caught at once that are still searched for together.
-    options : dict
+    settings : dict
         Settings of that attack.
 
     References
@@ -107,7 +108,7 @@ class Fishing(ReconstructionAttack):
     quantile: float | None = None
     attack: str = "gauss-newton"
     most: int = 4
-    options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
@@ -271,7 +272,7 @@ class Fishing(ReconstructionAttack):
         return _isolated(series, target, found, figures)
 
     def _inner(self) -> ReconstructionAttack:
-        inner = build_attack(ATTACKS.get(self.attack), self.attack, self.options, {})
+        inner = build_plugin(ATTACKS.get(self.attack), self.attack, self.settings, {})
         assert isinstance(inner, ReconstructionAttack)
         return inner
 
