@@ -200,7 +200,7 @@ def _batch_norm(n: Needs, s: Scenario) -> Sentence:
 def _block(n: Needs, s: Scenario) -> Sentence:
     assert n.block is not None
     return not issubclass(_model(s.model).kind, n.block.kind) and (
-        f"model.name = {s.model.name!r} has no {n.block.words}; use --model {n.block.models}"
+        f"model.name = {s.model.name!r} lacks {n.block.words}; use --model {n.block.models}"
     )
 
 
@@ -220,7 +220,7 @@ def _granted(what: str, setting: str, least: int, granted: int | None) -> Senten
     return (
         granted is not None
         and granted < least
-        and (f"{granted} {what} are granted, and at least {least} are needed; see setting {setting!r}")
+        and (f"setting {setting!r}: {granted} {what}, and this attack needs at least {least}; grant more")
     )
 
 
@@ -295,7 +295,7 @@ TABLE: dict[str, Row] = {
     "first_layer": _row("a linear first layer with bias", _first_layer),
     "head": _row(lambda n: "a linear head" + (" with bias" if n.head == "biased" else ""), _head),
     "activations": _row(
-        lambda n: " or ".join(n.activations),
+        lambda n: f"activation {' or '.join(n.activations)}",
         lambda n, s: (
             s.model.activation not in n.activations
             and (
@@ -379,7 +379,8 @@ def applicable(
 def words(needs: Needs, *, plain: bool = False) -> list[str]:
     """What is needed, in a few words each; with `plain` also what goes without saying."""
     rows = ((row, getattr(needs, field)) for field, row in TABLE.items())
-    return [row.words(needs) for row, value in rows if value and (plain or not row.plain)]
+    said = [row.words(needs) for row, value in rows if value and (plain or not row.plain)]
+    return said if needs.update or needs.clients or not needs.sums else ["one update", *said]
 
 
 def seat_of(attack: Attack | type[Attack]) -> str:

@@ -116,13 +116,13 @@ def simulate(
     """
     console = console or Console(quiet=True)
     attacks = choose_attacks(config)
+    arming_attack(attacks)
     check_names(config)
     world = build_world(config)
     check_defenses(world.scenario)
     attacks, left_out = applicable(attacks, world.scenario, known_facts(config, world))
     for name, sentence in left_out.items():
         console.print(f"[yellow]attack {name!r} is left out:[/] {sentence}", highlight=False, soft_wrap=True)
-    arming_attack(attacks)
     folder = RunFolder.create(run_directory(config), config)
     folder.save_part("world", world_record(world))
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from adversaries.base import no_progress
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.fedmia import FedMIA
 from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.refusals import applicable
 from fedattack.audit.membership import audit_membership
 from fedattack.audit.unlearning import audit_unlearning
 from fedattack.config import Config
@@ -28,7 +29,7 @@ from fedattack.observation import Candidates, MembershipScores, Observation
 from fedattack.registry import build_plugin
 from simulations.engine.federation import FederationResult, Judge, run_federation
 from simulations.experiments import membership, unlearning
-from simulations.experiments.base import EXPERIMENTS
+from simulations.experiments.choose import known_facts
 from simulations.experiments.membership import choose_candidates, membership_experiment
 from simulations.experiments.unlearning import unlearning_experiment
 
@@ -297,15 +298,16 @@ def test_refuses_before_the_first_round() -> None:
     def check(name: str, **settings: object) -> None:
         config = Config.from_mapping(BASE | settings)
         attack = Rebuilder() if name == "rebuilder" else build_plugin(ATTACKS.get(name), name, {}, {})
-        EXPERIMENTS.get(attack.family).check(config, build_world(config), {name: attack})
+        world = build_world(config)
+        applicable({name: attack}, world.scenario, known_facts(config, world))
 
     check("fedmia")
     check("unlearn-max-loss", clients=1)
     check("rebuilder", clients=1, **{"data.nonmembers": 0})
-    with pytest.raises(NotApplicable, match="'fedmia' needs 3 clients that answer in one round, and 2 of 6"):
+    with pytest.raises(NotApplicable, match="'fedmia': 3 clients must answer in one round, and 2 of 6"):
         check("fedmia", participation=0.34)
     for name in ("fedmia", "unlearn-max-loss"):
-        with pytest.raises(DataError, match=f"{name}.*'data.nonmembers' = 0; accepted: 1 or more"):
+        with pytest.raises(NotApplicable, match=f"{name}.*'data.nonmembers': 0 held-out samples"):
             check(name, **{"data.nonmembers": 0})
 
 

@@ -81,7 +81,7 @@ class Imprint(RowReading):
 
     name: ClassVar[str] = "imprint"
     needs: ClassVar[Needs] = dataclasses.replace(
-        RowReading.needs, block=Block(Imprinted, "block for bins", "imprint or imprint-sparse"), helped=True
+        RowReading.needs, block=Block(Imprinted, "a block for bins", "imprint or imprint-sparse"), helped=True
     )
 
     functionals: int = 4

@@ -109,7 +109,7 @@ class TensorAttack(ReconstructionAttack):
         update="steps",
         sums="dense",
         fresh=True,
-        block=Block(TwoLayer, "wide two-layer head", "two-layer or lenet-two-layer"),
+        block=Block(TwoLayer, "a wide two-layer head", "two-layer or lenet-two-layer"),
         helped=True,
     )
     arms: ClassVar[bool] = True
