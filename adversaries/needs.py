@@ -110,6 +110,16 @@ class Needs:
     references: bool = False
     members: bool = False
 
+    @property
+    def behind(self) -> str:
+        """The activations in words."""
+        return " or ".join(self.activations)
+
+    @property
+    def together(self) -> str:
+        """How many images of one batch, in words."""
+        return "one image" if self.images == 1 else f"at most {self.images} images"
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -142,3 +152,8 @@ class Facts:
     labelled: bool | None = None
     references: int | None = None
     members: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The last round to be attacked; 1 where none is known."""
+        return max(self.rounds, default=1)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,313 +32,299 @@ NOT_KNOWN = Facts()
 
 A = TypeVar("A", bound=Attack)
 
-Sentence = str | Literal[False] | None
-"""What stands in the way and what would help; nothing where the need is met, or not known not to be."""
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What a need may ask of a model."""
-
-    head: Literal["", "linear", "biased"]
-    batch_norm: bool
-    kind: type[nn.Module]
-
 
 @lru_cache(maxsize=16)
-def _model(model: ModelConfig) -> _Model:
+def _model(model: ModelConfig) -> tuple[str, bool, type[nn.Module]]:
+    """Head ("", "linear", "biased"), whether BatchNorm is in it, and class of a model."""
     with torch.random.fork_rng(devices=[]):
         module = build_model(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    head: Literal["", "linear", "biased"] = ""
-    try:
-        name = head_name(tuple(shapes), tuple(shapes.values()))
-        if shapes[f"{name}.weight"][0] == model.classes:
-            head = "biased" if f"{name}.bias" in shapes else "linear"
-    except NotApplicable:
-        pass
     normalised = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
-    return _Model(head, normalised, type(module))
+    found = _said(head_name, tuple(shapes), tuple(shapes.values()))
+    name = "" if found else head_name(tuple(shapes), tuple(shapes.values()))
+    if not name or shapes[f"{name}.weight"][0] != model.classes:
+        return "", normalised, type(module)
+    return "biased" if f"{name}.bias" in shapes else "linear", normalised, type(module)
 
 
-def _said(check: Callable[..., object], *arguments: Any, **options: Any) -> Sentence:
+def _said(check: Callable[..., object], *arguments: Any, **options: Any) -> str:
     """What a function that refuses by an error says."""
     try:
         check(*arguments, **options)
     except NotApplicable as refusal:
         return str(refusal)
-    return None
+    return ""
 
 
-def _update(n: Needs, s: Scenario) -> Sentence:
-    if n.update == "steps":
-        s = dataclasses.replace(s, training=s.training.model_copy(update={"local_steps": 1}))
-    return _said(one_gradient.check_one_gradient, s, signs=n.signs)
-
-
-def _entries(n: Needs, s: Scenario) -> Sentence:
-    name, rate = s.compression.name, s.compression.rate
-    if n.entries == "all":
-        return not is_complete(s) and (
-            f"compression.name = {name!r} at rate {rate:g} leaves entries out, and every one is needed; use "
-            "compression.name 'none'"
-        )
-    return (name in ("randomk", "dgc") and rate < 1) and (
-        f"compression.name = {name!r} at rate {rate:g} leaves holes in every row; use 'none', 'topk' or 'qsgd'"
-    )
-
-
-def _values(n: Needs, s: Scenario) -> Sentence:
-    bad = ("sign",) if n.values == "rounded" else ("sign", "qsgd", "topk-qsgd")
-    return s.compression.name in bad and (
-        f"compression.name = {s.compression.name!r}: entries are sent "
-        f"{'as signs' if s.compression.name == 'sign' else 'rounded'}, and quotients or differences of them are "
-        f"read; use compression.name 'none'{' or qsgd' if n.values == 'rounded' else ''}"
-    )
-
-
-def _undecayed(n: Needs, s: Scenario) -> Sentence:
-    t = s.training
-    decayed = t.protocol == "fedavg" and t.weight_decay and (n.undecayed == "delta" or t.local_steps > 1)
-    return bool(decayed) and (
-        f"training.weight_decay = {t.weight_decay} over {t.local_steps} local step(s) moves weights by what is no "
-        "gradient; use weight_decay 0" + (" or local_steps 1" if n.undecayed == "steps" else "")
-    )
-
-
-def _sums(n: Needs, s: Scenario) -> Sentence:
-    if n.sums == "dense":
-        return _said(one_gradient.check_sum, s)
-    return hides_clients(s.defense) and (
-        "defence 'secure-aggregation' shows the server one large batch of all clients and no update of one alone; "
-        "leave it out of 'defense.names', or use an attack that reads sums, such as ig"
-    )
-
-
-def _fresh(n: Needs, s: Scenario, f: Facts) -> Sentence:
-    late = [number for number in f.rounds if number > 1]
-    return (one_gradient.accumulates(s) and bool(late)) and (
-        f"setting 'attack.rounds' = {', '.join(map(str, f.rounds))} with error feedback or DGC: from round 2 on an "
-        "update holds residuals of other batches, and this attack reads one; use --attack-rounds 1, or hcgla"
-    )
-
-
-def _labels(n: Needs, s: Scenario) -> Sentence:
-    several = s.training.local_steps > 1
-    return (_model(s.model).head == "" and _NO_HEAD.format(s.model.name)) or _said(
-        check_strategy, n.labels, s, 0 if several else s.training.batch_size
-    )
-
-
-_NO_HEAD = (
-    "model.name = {!r} does not end in a linear layer, in whose gradient this attack reads; use a model with a "
-    "linear head"
-)
-
-
-def _distinct(n: Needs, s: Scenario) -> Sentence:
-    batch, classes = s.training.batch_size, s.model.classes or 0
-    return batch > classes and (
-        f"training.batch_size = {batch} > {classes} classes: labels must repeat, and images with equal labels are "
-        "not told apart; use --batch-size " + str(classes)
-    )
-
-
-def _images(n: Needs, s: Scenario) -> Sentence:
-    batch = s.training.batch_size
-    return batch > n.images and (
-        f"training.batch_size = {batch}: this attack tells at most {n.images} image(s) of one update apart; use "
-        f"--batch-size {n.images}" + (", or --attack spear" if n.first_layer else "")
-    )
-
-
-def _batch(n: Needs, s: Scenario) -> Sentence:
-    batch = s.training.batch_size
-    if n.batch == "agreed":
-        return batch < 1 and (
-            "training.batch_size = 0: clients' batches differ, and the attack is trained for one size; give it"
-        )
-    return bool(batch) and (
-        f"training.batch_size = {batch}: clients draw another batch in every round, and rounds on one batch are "
-        "compared; use --batch-size 0"
-    )
-
-
-def _first_layer(n: Needs, s: Scenario) -> Sentence:
-    if refused := _said(first_layer, s.model):
-        return refused
-    return not first_layer(s.model).biased and (
-        f"model.name = {s.model.name!r} has no bias in its first layer, whose gradient fixes the scale of what its "
-        "rows hold; use --model mlp"
-    )
-
-
-def _head(n: Needs, s: Scenario) -> Sentence:
-    found = _model(s.model).head
-    return (found == "" and _NO_HEAD.format(s.model.name)) or (
-        n.head == "biased"
-        and found == "linear"
-        and (
-            f"model.name = {s.model.name!r}: its head has no bias, whose gradient counts images; use another model"
-        )
-    )
-
-
-def _batch_norm(n: Needs, s: Scenario) -> Sentence:
-    has = _model(s.model).batch_norm
-    if n.batch_norm == "needed":
-        return not has and (
-            f"model.name = {s.model.name!r} has no BatchNorm, whose statistics are matched; use a ResNet, or "
-            "--attack ig"
-        )
-    return has and (
-        f"model.name = {s.model.name!r} normalises by batch statistics, in which all samples meet; use a model "
-        "without BatchNorm"
-    )
-
-
-def _block(n: Needs, s: Scenario) -> Sentence:
-    assert n.block is not None
-    return not issubclass(_model(s.model).kind, n.block.kind) and (
-        f"model.name = {s.model.name!r} lacks {n.block.words}; use --model {n.block.models}"
-    )
-
-
-def _width(n: Needs, s: Scenario) -> Sentence:
-    width = s.model.width
-    return (
-        width is not None
-        and width < n.width
-        and (
-            f"model.width = {width} < {n.width}: too few neurons to tell the images of a batch apart; raise --width "
-            "or lower --batch-size"
-        )
-    )
-
-
-def _granted(what: str, setting: str, least: int, granted: int | None) -> Sentence:
-    return (
-        granted is not None
-        and granted < least
-        and (f"setting {setting!r}: {granted} {what}, and this attack needs at least {least}; grant more")
-    )
-
-
-def _clients(n: Needs, s: Scenario, f: Facts) -> Sentence:
-    return (
-        f.drawn is not None
-        and f.drawn < n.clients
-        and (
-            f"{n.clients} clients must answer in one round, and {f.drawn} of {f.clients} are drawn; raise "
-            "'federation.clients' or 'federation.participation'"
-        )
-    )
+def _one_step(s: Scenario) -> Scenario:
+    return dataclasses.replace(s, training=s.training.model_copy(update={"local_steps": 1}))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of need.
+    """One need: what a person reads of it, and what refuses a scenario that does not meet it.
 
     Attributes
     ----------
-    words : callable
-        Needs -> what a person reads.
-    refusal : callable
-        (Needs, Scenario, Facts) -> Sentence; asked only where the need is declared.
+    field : str
+        Of :class:`Needs`.
+    broken : callable
+        (needs n, scenario s, facts f) -> whether it is known not to be met, or at once the sentence that says so.
+    sentence : str
+        What stands in the way and what would help; a template over n, s, f, and t, c, m: the scenario's training,
+        compression, model.
+    words : str
+        A template over n; "": said by another row.
+    value : object
+        Of the field, where the row is for one alone.
     plain : bool
         Whether it goes without saying in a short list.
     """
 
-    words: Callable[[Needs], str]
-    refusal: Callable[[Needs, Scenario, Facts], Sentence]
+    field: str
+    broken: Callable[[Needs, Scenario, Facts], object]
+    sentence: str = ""
+    words: str = ""
+    value: object = None
     plain: bool = False
 
+    def declared(self, n: Needs) -> bool:
+        """Whether the needs have it."""
+        value = getattr(n, self.field)
+        return bool(value) and self.value in (None, value)
 
-def _row(words: str | Callable[[Needs], str], refusal: Any, plain: bool = False) -> Row:
-    said = (lambda n: words) if isinstance(words, str) else words
-    facts = refusal.__code__.co_argcount == 3
-    return Row(said, refusal if facts else lambda n, s, f: refusal(n, s), plain)
+    def refusal(self, n: Needs, s: Scenario, f: Facts) -> str:
+        """The sentence, or "" where the need is met or not known not to be."""
+        broken = self.broken(n, s, f)
+        if isinstance(broken, str):
+            return broken
+        return self.sentence.format(n=n, s=s, f=f, t=s.training, c=s.compression, m=s.model) if broken else ""
 
 
-TABLE: dict[str, Row] = {
-    "block": _row(lambda n: f"{n.block.words} (model {n.block.models})" if n.block else "", _block),
-    "update": _row(
-        lambda n: "one gradient" if n.update == "gradient" else "one update",
-        _update,
+_NO_HEAD = (
+    "model.name = {m.name!r} does not end in a linear layer, in whose gradient this attack reads; use a model with a "
+    "linear head"
+)
+_READ = "and quotients or differences of entries are read; use compression.name 'none'"
+
+TABLE: tuple[Row, ...] = (
+    Row(
+        "block",
+        lambda n, s, f: not issubclass(_model(s.model)[2], n.block.kind if n.block else nn.Module),
+        "model.name = {m.name!r} lacks {n.block.words}; use --model {n.block.models}",
+        "{n.block.words} (model {n.block.models})",
     ),
-    "entries": _row(lambda n: "every entry" if n.entries == "all" else "whole rows", _entries),
-    "values": _row(lambda n: "unrounded" if n.values == "exact" else "no signs", _values, plain=True),
-    "unclipped": _row(
+    Row(
+        "update",
+        lambda n, s, f: _said(one_gradient.check_one_gradient, s, signs=n.signs),
+        words="one gradient",
+        value="gradient",
+    ),
+    Row(
+        "update",
+        lambda n, s, f: _said(one_gradient.check_one_gradient, _one_step(s), signs=n.signs),
+        words="one update",
+        value="steps",
+    ),
+    Row(
+        "entries",
+        lambda n, s, f: not is_complete(s),
+        "compression.name = {c.name!r} at rate {c.rate:g} leaves entries out, and every one is needed; use "
+        "compression.name 'none'",
+        "every entry",
+        "all",
+    ),
+    Row(
+        "entries",
+        lambda n, s, f: s.compression.name in ("randomk", "dgc") and s.compression.rate < 1,
+        "compression.name = {c.name!r} at rate {c.rate:g} leaves holes in every row; use 'none', 'topk' or 'qsgd'",
+        "whole rows",
+        "rows",
+    ),
+    Row(
+        "values",
+        lambda n, s, f: s.compression.name == "sign",
+        f"compression.name = 'sign': entries are sent as signs, {_READ}",
+        "no signs",
+        plain=True,
+    ),
+    Row(
+        "values",
+        lambda n, s, f: s.compression.name in ("qsgd", "topk-qsgd"),
+        f"compression.name = {{c.name!r}}: entries are sent rounded, {_READ}",
+        "unrounded",
+        "exact",
+        plain=True,
+    ),
+    Row(
+        "unclipped",
+        lambda n, s, f: defences.clips(s),
+        "defence 'clip-noise' scales the gradient by a factor that is not sent, and this attack needs its length; "
+        "use hcgla or ig, or leave defense.clip-noise.clip_norm empty (no clipping)",
         "no clipping",
-        lambda n, s: (
-            defences.clips(s)
-            and (
-                "defence 'clip-noise' scales the gradient by a factor that is not sent, and this attack needs its "
-                "length; use hcgla or ig, or leave defense.clip-noise.clip_norm empty (no clipping)"
-            )
-        ),
         plain=True,
     ),
-    "undecayed": _row("no weight decay in weight deltas", _undecayed, plain=True),
-    "sums": _row(
-        lambda n: "single updates" if n.sums == "single" else "a single update or a dense sum",
-        _sums,
-        plain=True,
-    ),
-    "fresh": _row("no error feedback, or round 1", _fresh, plain=True),
-    "labels": _row("labels read off a linear head", _labels, plain=True),
-    "distinct": _row("distinct labels", _distinct),
-    "images": _row(lambda n: "one image" if n.images == 1 else f"at most {n.images} images", _images),
-    "batch": _row(
-        lambda n: "an agreed batch size" if n.batch == "agreed" else "the same batch in every round", _batch
-    ),
-    "first_layer": _row("a linear first layer with bias", _first_layer),
-    "head": _row(lambda n: "a linear head" + (" with bias" if n.head == "biased" else ""), _head),
-    "activations": _row(
-        lambda n: f"activation {' or '.join(n.activations)}",
-        lambda n, s: (
-            s.model.activation not in n.activations
-            and (
-                f"model.activation = {s.model.activation!r}: this attack works behind {', '.join(n.activations)}; "
-                f"use --activation {n.activations[0]}"
-            )
-        ),
-    ),
-    "batch_norm": _row(lambda n: ("" if n.batch_norm == "needed" else "no ") + "BatchNorm", _batch_norm),
-    "chain": _row("a chain of convolutions", lambda n, s: _said(closed_form.describe, s.model)),
-    "width": _row(lambda n: f"width {n.width}", _width),
-    "auxiliary": _row(
-        "public images to train on",
-        lambda n, s, f: _granted("auxiliary images", "data.auxiliary_size", n.auxiliary, f.auxiliary),
-    ),
-    "labelled": _row(
-        "labels of public images",
+    Row(
+        "undecayed",
         lambda n, s, f: (
-            f.labelled is False
-            and "the auxiliary images have no labels, which this attack needs; see setting 'data.auxiliary'"
+            s.training.protocol == "fedavg"
+            and s.training.weight_decay > 0
+            and (n.undecayed == "delta" or s.training.local_steps > 1)
         ),
-    ),
-    "helped": _row("public images help", lambda n, s: None),
-    "clients": _row(lambda n: f"updates of {n.clients} clients in one round", _clients),
-    "held_out": _row(
-        "held-out samples",
-        lambda n, s, f: _granted("held-out samples", "data.nonmembers", 1, f.held_out),
+        "training.weight_decay = {t.weight_decay} over {t.local_steps} local step(s) moves weights by what is no "
+        "gradient; use weight_decay 0",
+        "no weight decay in weight deltas",
         plain=True,
     ),
-    "references": _row(
-        "reference models", lambda n, s, f: _granted("reference models", "attack.references", 1, f.references)
+    Row(
+        "sums",
+        lambda n, s, f: _said(one_gradient.check_sum, s),
+        words="a single update or a dense sum",
+        value="dense",
+        plain=True,
     ),
-    "members": _row(
-        "known members", lambda n, s, f: _granted("known members", "attack.members", 1, f.members)
+    Row(
+        "sums",
+        lambda n, s, f: hides_clients(s.defense),
+        "defence 'secure-aggregation' shows the server one large batch of all clients and no update of one alone; "
+        "leave it out of 'defense.names', or use an attack that reads sums, such as ig",
+        "single updates",
+        "single",
+        plain=True,
     ),
-}
-"""Field of :class:`Needs` -> its words and its refusal, in the order in which they are read and asked."""
+    Row(
+        "fresh",
+        lambda n, s, f: one_gradient.accumulates(s) and f.last > 1,
+        "setting 'attack.rounds' = {f.last} with error feedback or DGC: from round 2 on an update holds residuals "
+        "of other batches, and this attack reads one; use --attack-rounds 1, or hcgla",
+        "no error feedback, or round 1",
+        plain=True,
+    ),
+    Row(
+        "labels",
+        lambda n, s, f: not _model(s.model)[0],
+        _NO_HEAD,
+        "labels read off a linear head",
+        plain=True,
+    ),
+    Row(
+        "labels",
+        lambda n, s, f: _said(
+            check_strategy, n.labels, s, 0 if s.training.local_steps > 1 else s.training.batch_size
+        ),
+    ),
+    Row(
+        "distinct",
+        lambda n, s, f: s.training.batch_size > (s.model.classes or 0),
+        "training.batch_size = {t.batch_size} > {m.classes} classes: labels must repeat, and images with equal "
+        "labels are not told apart; lower --batch-size",
+        "distinct labels",
+    ),
+    Row(
+        "images",
+        lambda n, s, f: s.training.batch_size > n.images,
+        "training.batch_size = {t.batch_size}: this attack tells {n.together} of an update apart; use "
+        "--batch-size {n.images}",
+        "{n.together}",
+    ),
+    Row(
+        "batch",
+        lambda n, s, f: s.training.batch_size < 1,
+        "training.batch_size = 0: clients' batches differ, and the attack is trained for one size; give it",
+        "an agreed batch size",
+        "agreed",
+    ),
+    Row(
+        "batch",
+        lambda n, s, f: s.training.batch_size > 0,
+        "training.batch_size = {t.batch_size}: clients draw another batch in every round, and rounds on one batch "
+        "are compared; use --batch-size 0",
+        "the same batch in every round",
+        "same",
+    ),
+    Row(
+        "first_layer",
+        lambda n, s, f: _said(first_layer, s.model) or not first_layer(s.model).biased,
+        "model.name = {m.name!r} has no bias in its first layer, whose gradient fixes the scale of what its rows "
+        "hold; use --model mlp",
+        "a linear first layer with bias",
+    ),
+    Row("head", lambda n, s, f: not _model(s.model)[0], _NO_HEAD, "a linear head"),
+    Row(
+        "head",
+        lambda n, s, f: _model(s.model)[0] == "linear",
+        "model.name = {m.name!r}: its head has no bias, whose gradient counts images; use another model",
+        "with a bias",
+        "biased",
+    ),
+    Row(
+        "activations",
+        lambda n, s, f: s.model.activation not in n.activations,
+        "model.activation = {m.activation!r}, and this attack works behind {n.behind}; use --activation "
+        "{n.activations[0]}",
+        "activation {n.behind}",
+    ),
+    Row(
+        "batch_norm",
+        lambda n, s, f: not _model(s.model)[1],
+        "model.name = {m.name!r} has no BatchNorm, whose statistics are matched; use a ResNet, or --attack ig",
+        "BatchNorm",
+        "needed",
+    ),
+    Row(
+        "batch_norm",
+        lambda n, s, f: _model(s.model)[1],
+        "model.name = {m.name!r} normalises by batch statistics, in which all samples meet; use a model without "
+        "BatchNorm",
+        "no BatchNorm",
+        "refused",
+    ),
+    Row("chain", lambda n, s, f: _said(closed_form.describe, s.model), words="a chain of convolutions"),
+    Row(
+        "width",
+        lambda n, s, f: s.model.width is not None and s.model.width < n.width,
+        "model.width = {m.width} < {n.width}: too few neurons to tell the images of a batch apart; raise --width or "
+        "lower --batch-size",
+        "width {n.width}",
+    ),
+    Row(
+        "auxiliary",
+        lambda n, s, f: f.auxiliary is not None and f.auxiliary < n.auxiliary,
+        "setting 'data.auxiliary_size': {f.auxiliary} auxiliary images, and this attack needs at least {n.auxiliary}",
+        "public images to train on",
+    ),
+    Row(
+        "labelled",
+        lambda n, s, f: f.labelled is False,
+        "setting 'data.auxiliary': these images have no labels, which this attack needs",
+        "labels of public images",
+    ),
+    Row("helped", lambda n, s, f: False, words="public images help"),
+    Row(
+        "clients",
+        lambda n, s, f: f.drawn is not None and f.drawn < n.clients,
+        "{n.clients} clients must answer in one round, and {f.drawn} of {f.clients} are drawn; raise "
+        "'federation.clients' or 'federation.participation'",
+        "updates of {n.clients} clients in one round",
+    ),
+    Row(
+        "held_out",
+        lambda n, s, f: f.held_out == 0,
+        "setting 'data.nonmembers': 0 held-out samples, and this attack needs some; accepted: 1 or more",
+        "held-out samples",
+        plain=True,
+    ),
+    Row(
+        "references", lambda n, s, f: f.references == 0, "no reference models are granted", "reference models"
+    ),
+    Row("members", lambda n, s, f: f.members == 0, "no known members are granted", "known members"),
+)
+"""Every need, in the order in which needs are read and asked."""
 
 
 def refusals(needs: Needs, scenario: Scenario, facts: Facts = NOT_KNOWN) -> list[str]:
     """What of `needs` is known not to be met, a sentence each; empty: nothing stands in the way."""
-    asked = ((row, getattr(needs, field)) for field, row in TABLE.items())
-    said = (row.refusal(needs, scenario, facts) for row, value in asked if value)
+    said = (row.refusal(needs, scenario, facts) for row in TABLE if row.declared(needs))
     return [sentence for sentence in said if sentence]
 
 
@@ -351,7 +337,8 @@ def attack_refusals(attack: Attack, scenario: Scenario, facts: Facts = NOT_KNOWN
         If the attack's own settings cannot work: a file that it names is missing, ...
     """
     found = refusals(attack.needs_now(scenario), scenario, facts)
-    return found or [sentence for sentence in [_said(attack.probe, scenario, facts)] if sentence]
+    tried = "" if found else _said(attack.probe, scenario, facts)
+    return [tried] if tried else found
 
 
 def applicable(
@@ -378,9 +365,9 @@ def applicable(
 
 def words(needs: Needs, *, plain: bool = False) -> list[str]:
     """What is needed, in a few words each; with `plain` also what goes without saying."""
-    rows = ((row, getattr(needs, field)) for field, row in TABLE.items())
-    said = [row.words(needs) for row, value in rows if value and (plain or not row.plain)]
-    return said if needs.update or needs.clients or not needs.sums else ["one update", *said]
+    said = [row.words.format(n=needs) for row in TABLE if row.declared(needs) and (plain or not row.plain)]
+    bare = bool(needs.sums) and not (needs.update or needs.clients)
+    return ["one update"] * bare + [one for one in said if one]
 
 
 def seat_of(attack: Attack | type[Attack]) -> str:

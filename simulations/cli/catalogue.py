@@ -69,7 +69,7 @@ def attacks() -> list[AttackRow]:
     ):
         cls, summary = ATTACKS.get(name), ATTACKS.summary(name)
         needs = ", ".join(words(cls.needs)) or "its own samples and the global model"
-        references = inspect.getdoc(cls).partition("References\n----------\n")[2] if cls.__doc__ else ""
+        references = (inspect.getdoc(cls) or "").partition("References\n----------\n")[2]
         found = _SOURCE.match(" ".join(references.split())) or _CITED.search(summary)
         authors = re.split(", | and ", found[1]) if found else []
         source = f"{authors[0]}{' et al.' if len(authors) > 1 else ''} {found[2]}" if found else "ours"
