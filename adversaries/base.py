@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from adversaries.needs import Facts, Needs
 from fedattack.observation import Scenario
+from fedattack.registry import check_values
 
 Progress = Callable[[float, str], None]
 """Called with (share done in [0, 1], short text); free to ignore."""
@@ -42,6 +43,10 @@ class Attack(ABC):
     seat: ClassVar[Literal["server", "client"]] = "server"
     inverts: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs()
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that its annotations do not allow."""
+        check_values(self, getattr(self, "name", type(self).__name__.lower()))
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """What it needs with its own settings in one scenario (a width that grows with the batch, ...)."""

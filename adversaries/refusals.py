@@ -224,7 +224,7 @@ TABLE: tuple[Row, ...] = (
         "images",
         lambda n, s, f: s.training.batch_size > n.images,
         "training.batch_size = {t.batch_size}: this attack tells {n.together} of an update apart; use "
-        "--batch-size {n.images}",
+        "--batch-size {n.images}, or an attack on batches",
         "{n.together}",
     ),
     Row(

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 
@@ -148,9 +149,34 @@ def build_plugin(
     try:
         return TypeAdapter(cls).validate_python(chosen)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join([prefix + name, *(str(part) for part in first["loc"])])
-        raise ConfigError(f"setting {place!r} = {first['input']!r}: {first['msg']}") from None
+        raise _refusal(error, prefix + name) from None
+
+
+@cache
+def _adapters(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {name: TypeAdapter(hints[name]) for name in plugin_options(cls)}
+
+
+def check_values(plugin: Any, name: str) -> None:
+    """Refuse a dataclass plug-in, built by whomever, of which a field's value is not what its annotation allows.
+
+    Raises
+    ------
+    ConfigError
+    """
+    kind: Any = type(plugin)
+    for field, adapter in _adapters(kind).items():
+        try:
+            adapter.validate_python(getattr(plugin, field))
+        except ValidationError as error:
+            raise _refusal(error, f"{name}.{field}") from None
+
+
+def _refusal(error: ValidationError, place: str) -> ConfigError:
+    first = error.errors()[0]
+    place = ".".join([place, *(str(part) for part in first["loc"])])
+    return ConfigError(f"setting {place!r} = {first['input']!r}: {first['msg']}")
 
 
 def build_plugins(

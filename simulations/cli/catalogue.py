@@ -73,15 +73,8 @@ def attacks() -> list[AttackRow]:
         found = _SOURCE.match(" ".join(references.split())) or _CITED.search(summary)
         authors = re.split(", | and ", found[1]) if found else []
         source = f"{authors[0]}{' et al.' if len(authors) > 1 else ''} {found[2]}" if found else "ours"
-        rows.append(
-            AttackRow(
-                name,
-                _CITED.sub("", re.sub(rf"^{name}: ", "", summary, flags=re.I)),
-                seat_of(cls),
-                needs,
-                source,
-            )
-        )
+        plain = re.sub(rf"^{name}: ", "", _CITED.sub("", summary), flags=re.I)
+        rows.append(AttackRow(name, plain[:1].upper() + plain[1:], seat_of(cls), needs, source))
     return rows
 
 

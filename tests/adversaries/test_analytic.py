@@ -59,7 +59,7 @@ def test_division_of_what_was_sent() -> None:
     [
         ({"model": "lenet-zhu"}, "linear layer on the pixels"),
         ({"model": "two-layer"}, "no bias"),
-        ({"training": TrainingConfig(batch_size=4)}, "--attack spear"),
+        ({"training": TrainingConfig(batch_size=4)}, "an attack on batches"),
         ({"name": "sign"}, "as signs, and quotients"),
         ({"training": TrainingConfig(protocol="fedavg", local_steps=2, weight_decay=0.1)}, "weight_decay"),
     ],

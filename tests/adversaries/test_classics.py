@@ -339,7 +339,7 @@ def test_more_examples_than_agreed_are_refused() -> None:
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"tv": -1.0}, "tv"),
         ({"start": "gray"}, "start"),
-        ({"labels": "idgl"}, "labels"),
+        ({"labels": "idgl"}, "label strategy"),
         ({"objective": "cosin"}, "did you mean 'cosine'"),
     ],
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
@@ -18,7 +19,8 @@ from adversaries.inversion.gradients.closed_form import Chain, Convolution
 from adversaries.needs import Needs
 from adversaries.reconstruction.algebra.spear import APPROXIMATE, CERTIFIED
 from adversaries.reconstruction.base import ReconstructionAttack
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.config import Strength
+from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction
 
 _EDGE = 1e-7
@@ -59,12 +61,7 @@ class RGap(ReconstructionAttack):
         activations=("sigmoid", "tanh", "relu", "softplus"),
     )
 
-    ridges: tuple[float, ...] = (1e-12, 1e-8, 1e-4)
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        if not self.ridges or min(self.ridges) <= 0:
-            raise ConfigError(f"setting 'rgap.ridges' = {self.ridges}: must be positive numbers")
+    ridges: Annotated[tuple[Strength, ...], Field(min_length=1)] = (1e-12, 1e-8, 1e-4)
 
     def run(
         self,

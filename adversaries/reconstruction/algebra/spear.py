@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.first_layer import (
     FirstLayer,
@@ -26,6 +25,7 @@ from adversaries.inversion.solvers.span import DEPENDENT, row_space
 from adversaries.inversion.solvers.sparse_directions import Factors, Found, Method, Search, expected_draws
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.config import Positive
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
@@ -75,13 +75,9 @@ class Spear(ReconstructionAttack):
     )
 
     method: Method = "guided"
-    batch: int | None = None
-    attempts: int = 60
+    batch: Positive | None = None
+    attempts: Positive = 60
     polish: bool = True
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        at_least("spear", self, batch=1, attempts=1)
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """Two neurons for each sample, and fewer samples than pixels, whose span they would fill."""

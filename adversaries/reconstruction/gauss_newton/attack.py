@@ -94,6 +94,7 @@ class GaussNewton(ReconstructionAttack):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
+        super().__post_init__()
         label_strategies.STRATEGIES.get(self.labels)
         self._settings(1)
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least, positive
 from adversaries.inversion.evidence import defences, labels
 from adversaries.inversion.evidence.labels import Labels
 from adversaries.inversion.evidence.priors import GaussianPrior, gaussian_prior
@@ -27,6 +26,7 @@ from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.hcgla import annealed_gauss_newton, matching, memory, starts
 from adversaries.reconstruction.hcgla.annealed_gauss_newton import GaussNewtonSettings
 from adversaries.reconstruction.hcgla.memory import LocalSteps, Remembered
+from fedattack.config import Count, Positive, Strength, Weight
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.observation import Observation, Reconstruction, Scenario
 
@@ -86,23 +86,22 @@ class HCGLA(ReconstructionAttack):
     start: starts.Start = "auto"
     start_image: str | None = None
     generator: str | None = None
-    denoise_every: int = 0
+    denoise_every: Count = 0
     denoiser: str | None = None
-    iterations: int | None = None
-    tv: float | None = None
-    learning_rate: float | None = None
+    iterations: Positive | None = None
+    tv: Weight | None = None
+    learning_rate: Strength | None = None
     optimizer: matching.Optimizer | None = None
     layers: Layers | None = None
     parametrisation: pixels.Parametrisation | None = None
     objective: str | None = None
-    restarts: int = 1
+    restarts: Positive = 1
     schedule: tuple[float, ...] | None = None
     modes: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        at_least("hcgla", self, restarts=1, denoise_every=0, iterations=1, tv=0)
-        positive("hcgla", self, "learning_rate")
+        super().__post_init__()
         if self.denoise_every and not self.denoiser:
             raise ConfigError(
                 f"setting 'hcgla.denoise_every' = {self.denoise_every} needs 'hcgla.denoiser', the path of trained "
@@ -110,7 +109,6 @@ class HCGLA(ReconstructionAttack):
             )
         if self.denoiser and not self.denoise_every:
             raise ConfigError("setting 'hcgla.denoiser' does nothing without 'hcgla.denoise_every', as 100")
-
         if self.method == "gauss-newton" and self._asks_for_matching:
             raise ConfigError(
                 f"setting 'hcgla.method' = 'gauss-newton': {self._asks_for_matching} belongs to method 'matching'"

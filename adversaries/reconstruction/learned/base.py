@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 
 from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least, positive
 from adversaries.needs import Needs
 from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.config import Positive, Strength
 from fedattack.observation import Observation, Reconstruction
 
 
@@ -33,14 +33,9 @@ class TrainedAttack(ReconstructionAttack):
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs(sums="single", fresh=True, labels="auto", batch="agreed", auxiliary=32)
 
-    passes: int = 2
-    epochs: int = 30
-    learning_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        at_least(self.name, self, passes=1, epochs=1)
-        positive(self.name, self, "learning_rate")
+    passes: Positive = 2
+    epochs: Positive = 30
+    learning_rate: Strength = 1e-3
 
     def run(
         self,

@@ -15,7 +15,7 @@ from adversaries.inversion.learning import train
 from adversaries.inversion.learning.generator import Generator, load_generator, train_generator
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.learned import base
-from fedattack.errors import unknown_name
+from fedattack.config import Positive
 from fedattack.models.decoders.from_features import GENERATORS
 from fedattack.observation import Observation, Reconstruction, Scenario
 
@@ -55,14 +55,13 @@ class FGLA(base.TrainedAttack):
 
     decoder: str = "train"
     architecture: str = "fgla"
-    epochs: int = 20
-    width: int | None = None
+    epochs: Positive = 20
+    width: Positive | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
         super().__post_init__()
-        if self.architecture not in GENERATORS:
-            raise unknown_name("generator", self.architecture, GENERATORS.names())
+        GENERATORS.get(self.architecture)
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """A decoder that was trained needs no public images."""

@@ -10,12 +10,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least
 from adversaries.inversion.evidence.client import Client
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
 from adversaries.reconstruction.learned import base
+from fedattack.config import Positive
 from fedattack.metrics.images import match, psnr
 from fedattack.models.decoders.from_latent import GradientMLP
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Update
@@ -50,14 +50,9 @@ class LearningToInvert(base.TrainedAttack):
 
     name: ClassVar[str] = "lti"
 
-    hidden: int = 512
-    layers: int = 2
-    inputs: int = 4096
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        at_least("lti", self, hidden=1, layers=1, inputs=1)
+    hidden: Positive = 512
+    layers: Positive = 2
+    inputs: Positive = 4096
 
     def answer(
         self, observation: Observation, seed: int, device: torch.device, progress: Progress

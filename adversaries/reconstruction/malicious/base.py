@@ -19,7 +19,8 @@ from adversaries.inversion.evidence.one_gradient import mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
 from adversaries.needs import Needs
 from adversaries.reconstruction.base import ReconstructionAttack
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.config import Share
+from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Reconstruction
 
@@ -176,12 +177,7 @@ class RowReading(ReconstructionAttack):
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs(update="steps", entries="rows", sums="dense", fresh=True, first_layer=True)
 
-    tolerance: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        if not 0 < self.tolerance < 1:
-            raise ConfigError(f"setting '{self.name}.tolerance' = {self.tolerance}: must be in (0, 1)")
+    tolerance: Share = 1e-4
 
     @abstractmethod
     def _reading(self, client: Client) -> Reading:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.config import Strength
+from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Scenario
 from fedattack.rng import torch_rng
 
@@ -64,17 +65,9 @@ class CuriousAbandonHonesty(RowReading):
     name: ClassVar[str] = "cah"
     needs: ClassVar[Needs] = dataclasses.replace(RowReading.needs, activations=("relu",), helped=True)
 
-    shrink: float | None = None
+    shrink: Annotated[float, Field(gt=0, le=1)] | None = None
     peel: bool = True
-    scale: float = 0.05
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        if self.shrink is not None and not 0 < self.shrink <= 1:
-            raise ConfigError(f"setting 'cah.shrink' = {self.shrink}: must be in (0, 1]")
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ConfigError(f"setting 'cah.scale' = {self.scale}: must be positive")
+    scale: Strength = 0.05
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """A neuron must sleep for images it does not wait for: ReLU, which model imprint's block has of its own."""

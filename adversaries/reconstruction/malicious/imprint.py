@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adversaries.inversion.evidence.priors import smooth_prior
 from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
+from fedattack.config import Positive, Strength
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.imprint import CEILING, Imprinted
@@ -84,25 +85,19 @@ class Imprint(RowReading):
         RowReading.needs, block=Block(Imprinted, "a block for bins", "imprint or imprint-sparse"), helped=True
     )
 
-    functionals: int = 4
+    functionals: Positive = 4
     functional: Functional = "random"
-    scale: float = CEILING
-    strength: float | None = None
+    scale: Strength = CEILING
+    strength: Strength | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
         super().__post_init__()
-        if self.functionals < 1:
-            raise ConfigError(f"setting '{self.name}.functionals' = {self.functionals}: must be at least 1")
         if self.functional == "brightness" and self.functionals > 1:
             raise ConfigError(
                 f"setting '{self.name}.functional' = 'brightness' is one measurement, '{self.name}.functionals' = "
                 f"{self.functionals}; set that to 1"
             )
-        for name in ("scale", "strength"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"setting '{self.name}.{name}' = {value}: must be positive")
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """Two bins for each measurement."""

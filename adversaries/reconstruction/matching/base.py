@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from adversaries.inversion.matching.problem import Penalty
 from adversaries.inversion.matching.settings import Matching, Optimiser
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
-from fedattack.errors import ConfigError, NotApplicable, PayloadError, unknown_name
+from fedattack.config import Count, Positive, Strength, Weight
+from fedattack.errors import NotApplicable, PayloadError, unknown_name
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
@@ -127,36 +128,25 @@ class OptimisationAttack(ReconstructionAttack):
     recipes: ClassVar[Mapping[str, Recipe]] = {}
 
     preset: str = "published"
-    iterations: int | None = None
-    learning_rate: float | None = None
-    tv: float | None = None
-    restarts: int | None = None
+    iterations: Positive | None = None
+    learning_rate: Strength | None = None
+    tv: Weight | None = None
+    restarts: Positive | None = None
     start: Start | None = None
     labels: str | None = None
     objective: str | None = None
     optimizer: Optimiser | None = None
     layers: Layers | None = None
     batch_norm: Literal["train", "eval"] | None = None
-    patience: int | None = None
+    patience: Count | None = None
     compile: Compile | None = None
     local_steps: LocalSteps = "unrolled"
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
+        super().__post_init__()
         if self.preset not in self.recipes:
             raise unknown_name("preset", self.preset, self.recipes)
-        for name, least in (("iterations", 1), ("restarts", 1), ("patience", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"setting {name!r} = {value}: must be at least {least}")
-        for name, low in (("learning_rate", 0.0), ("tv", -math.ulp(0.0))):
-            value = getattr(self, name)
-            if value is not None and not low < value < math.inf:
-                raise ConfigError(f"setting {name!r} = {value}: must be positive")
-        if self.start is not None and self.start not in get_args(Start):
-            raise unknown_name("start", self.start, get_args(Start))
-        if self.local_steps not in get_args(LocalSteps):
-            raise unknown_name("local_steps", self.local_steps, get_args(LocalSteps))
         self.recipe()
 
     def recipe(self) -> Recipe:

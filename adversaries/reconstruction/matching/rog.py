@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from adversaries.checks import at_least
 from adversaries.inversion.evidence import client as clients
 from adversaries.inversion.evidence.client import Client
 from adversaries.inversion.evidence.one_gradient import as_gradient
@@ -21,6 +21,7 @@ from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from fedattack.config import Positive
 from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import numpy_rng
@@ -93,15 +94,10 @@ class ROG(OptimisationAttack):
         ),
     }
 
-    factor: int = 2
+    factor: Positive = 2
     mend: str = "train"
-    pairs: int = 64
-    epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        at_least("rog", self, factor=1, pairs=8, epochs=1)
+    pairs: Annotated[int, Field(ge=8)] = 64
+    epochs: Positive | None = None
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """Without a mending network to train no public images are needed."""

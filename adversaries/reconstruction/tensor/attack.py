@@ -14,7 +14,6 @@ from scipy.fft import dct
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least, positive
 from adversaries.inversion.evidence import one_gradient
 from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
@@ -30,7 +29,7 @@ from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.from_gradient import Estimate
 from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, read_labels, residuals_of
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
-from fedattack.config import TrainingConfig
+from fedattack.config import Positive, Strength, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
@@ -116,19 +115,14 @@ class TensorAttack(ReconstructionAttack):
 
     method: Literal["exact", "published"] = "exact"
     view: Literal["full", "last_layer"] = "full"
-    batch: int | None = None
+    batch: Positive | None = None
     decomposer: Decomposer = "simdiag"
     refine: Literal["auto", "off"] = "auto"
     whiten_weights: bool | None = None
-    scale: float | None = None
+    scale: Strength | None = None
     head_signs: bool | None = None
-    head_strength: float | None = None
-    restarts: int = 4
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        at_least("tensor", self, batch=1, restarts=1)
-        positive("tensor", self, "scale", "head_strength")
+    head_strength: Strength | None = None
+    restarts: Positive = 4
 
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Refuse what cannot be identified: activation, width, or too few entries."""

@@ -33,6 +33,7 @@ from adversaries.reconstruction.malicious.fishing.isolation import (
     read_off,
     row_of,
 )
+from fedattack.config import Positive, Share
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
 from fedattack.registry import build_plugin
@@ -105,17 +106,14 @@ class Fishing(ReconstructionAttack):
 
     mode: Literal["auto", "class", "feature", "rounds"] = "auto"
     target: int | None = None
-    quantile: float | None = None
+    quantile: Share | None = None
     attack: str = "gauss-newton"
-    most: int = 4
+    most: Positive = 4
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        if self.quantile is not None and not 0 < self.quantile < 1:
-            raise ConfigError(f"setting 'fishing.quantile' = {self.quantile}: must be in (0, 1)")
-        if self.most < 1:
-            raise ConfigError(f"setting 'fishing.most' = {self.most}: must be at least 1")
+        super().__post_init__()
         cls = ATTACKS.get(self.attack)
         if not issubclass(cls, ReconstructionAttack) or cls.arms:
             raise ConfigError(
