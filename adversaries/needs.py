@@ -29,86 +29,57 @@ class Block:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an attack needs of the federation; what is left out (0, "", False, None) it does without.
-
-    Attributes
-    ----------
-    update : {"gradient", "steps"}
-        The update is (a known multiple of) entries of one gradient; or of the sum of several local steps' gradients.
-    signs : bool
-        With `update`: the gradient's signs will do.
-    entries : {"rows", "all"}
-        Which entries must have been sent: all, or such that the missing ones are known to be small.
-    values : {"rounded", "exact"}
-        How entries must come: not as signs; nor rounded.
-    unclipped : bool
-        No defence has scaled the gradient by a factor that is not sent.
-    undecayed : {"steps", "delta"}
-        No weight decay in several local steps; nor in any weight delta.
-    sums : {"dense", "single"}
-        Sums over clients (secure aggregation) are read where they are dense; or single updates alone are.
-    fresh : bool
-        Updates hold no residuals of earlier rounds: under error feedback only round 1 is attacked.
-    labels : str
-        Strategy that reads the labels from the update's linear head
-        (:data:`adversaries.inversion.evidence.label_strategies.STRATEGIES`).
-    distinct : bool
-        No two images of a batch have the same label.
-    images : int
-        Most images in a batch.
-    batch : {"agreed", "same"}
-        Clients' batches have one agreed size; or each client's is the same in every round (all of its samples).
-    first_layer : bool
-        The model begins with a linear layer with bias on the pixels.
-    head : {"linear", "biased"}
-        The model ends in a linear layer; with a bias.
-    activations : tuple of str
-    batch_norm : {"needed", "refused"}
-    chain : bool
-        The model is a chain of convolutions with a linear head.
-    block : Block
-    width : int
-        Least `model.width`.
-    auxiliary : int
-        Least number of public images granted.
-    labelled : bool
-        Public images come with labels.
-    helped : bool
-        Public images help, and are not needed.
-    clients : int
-        Clients that answer in one round.
-    held_out : bool
-        Samples that no client trains on, for the questions that are asked.
-    references, members : bool
-        Models trained on public data for comparison; samples that are known to be members.
-    """
+    """What an attack needs of the federation; what is left out (0, "", False, None) it does without."""
 
     update: Literal["", "gradient", "steps"] = ""
+    """(A known multiple of) entries of one gradient; or of the sum of several local steps' gradients."""
     signs: bool = False
+    """With `update`: the gradient's signs will do."""
     entries: Literal["", "rows", "all"] = ""
+    """Every entry was sent; or such that missing ones are known to be small."""
     values: Literal["", "rounded", "exact"] = ""
+    """Entries do not come as signs; nor rounded."""
     unclipped: bool = False
+    """No defence has scaled the gradient by a factor that is not sent."""
     undecayed: Literal["", "steps", "delta"] = ""
+    """No weight decay over several local steps; nor in any weight delta."""
     sums: Literal["", "dense", "single"] = ""
+    """Sums over clients (secure aggregation) are read where they are dense; or single updates alone are."""
     fresh: bool = False
+    """Updates hold no residuals of earlier rounds: under error feedback only round 1 is attacked."""
     labels: str = ""
+    """The strategy that reads labels from a linear head (``label_strategies.STRATEGIES``)."""
     distinct: bool = False
+    """No two images of a batch have the same label."""
     images: int = 0
+    """Most images in a batch."""
     batch: Literal["", "agreed", "same"] = ""
+    """Batches have one agreed size; or each client's is the same in every round (all of its samples)."""
     first_layer: bool = False
+    """The model begins with a linear layer with bias on the pixels."""
     head: Literal["", "linear", "biased"] = ""
+    """The model ends in a linear layer; with a bias."""
     activations: tuple[str, ...] = ()
     batch_norm: Literal["", "needed", "refused"] = ""
     chain: bool = False
+    """The model is a chain of convolutions with a linear head."""
     block: Block | None = None
     width: int = 0
+    """Least `model.width`."""
     auxiliary: int = 0
+    """Least number of public images granted."""
     labelled: bool = False
+    """Public images have labels."""
     helped: bool = False
+    """Public images help, and are not needed."""
     clients: int = 0
+    """Clients that answer in one round."""
     held_out: bool = False
+    """Samples that no client trains on, for the questions that are asked."""
     references: bool = False
+    """Models trained on public data, for comparison."""
     members: bool = False
+    """Samples that are known to be members."""
 
     @property
     def behind(self) -> str:

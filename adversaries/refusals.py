@@ -68,13 +68,13 @@ class Row:
     ----------
     field : str
         Of :class:`Needs`.
+    words : str
+        A template over n, the needs; "": said by another row.
     broken : callable
         (needs n, scenario s, facts f) -> whether it is known not to be met, or at once the sentence that says so.
     sentence : str
         What stands in the way and what would help; a template over n, s, f, and t, c, m: the scenario's training,
         compression, model.
-    words : str
-        A template over n; "": said by another row.
     value : object
         Of the field, where the row is for one alone.
     plain : bool
@@ -82,9 +82,9 @@ class Row:
     """
 
     field: str
+    words: str
     broken: Callable[[Needs, Scenario, Facts], object]
     sentence: str = ""
-    words: str = ""
     value: object = None
     plain: bool = False
 
@@ -107,218 +107,101 @@ _NO_HEAD = (
 )
 _READ = "and quotients or differences of entries are read; use compression.name 'none'"
 
+# fmt: off
 TABLE: tuple[Row, ...] = (
-    Row(
-        "block",
+    Row("block", "{n.block.words} (model {n.block.models})",
         lambda n, s, f: not issubclass(_model(s.model)[2], n.block.kind if n.block else nn.Module),
-        "model.name = {m.name!r} lacks {n.block.words}; use --model {n.block.models}",
-        "{n.block.words} (model {n.block.models})",
-    ),
-    Row(
-        "update",
-        lambda n, s, f: _said(one_gradient.check_one_gradient, s, signs=n.signs),
-        words="one gradient",
-        value="gradient",
-    ),
-    Row(
-        "update",
-        lambda n, s, f: _said(one_gradient.check_one_gradient, _one_step(s), signs=n.signs),
-        words="one update",
-        value="steps",
-    ),
-    Row(
-        "entries",
-        lambda n, s, f: not is_complete(s),
+        "model.name = {m.name!r} lacks {n.block.words}; use --model {n.block.models}"),
+    Row("update", "one gradient", lambda n, s, f: _said(one_gradient.check_one_gradient, s, signs=n.signs),
+        value="gradient"),
+    Row("update", "one update",
+        lambda n, s, f: _said(one_gradient.check_one_gradient, _one_step(s), signs=n.signs), value="steps"),
+    Row("entries", "every entry", lambda n, s, f: not is_complete(s),
         "compression.name = {c.name!r} at rate {c.rate:g} leaves entries out, and every one is needed; use "
-        "compression.name 'none'",
-        "every entry",
-        "all",
-    ),
-    Row(
-        "entries",
+        "compression.name 'none'", value="all"),
+    Row("entries", "whole rows",
         lambda n, s, f: s.compression.name in ("randomk", "dgc") and s.compression.rate < 1,
-        "compression.name = {c.name!r} at rate {c.rate:g} leaves holes in every row; use 'none', 'topk' or 'qsgd'",
-        "whole rows",
-        "rows",
-    ),
-    Row(
-        "values",
-        lambda n, s, f: s.compression.name == "sign",
-        f"compression.name = 'sign': entries are sent as signs, {_READ}",
-        "no signs",
-        plain=True,
-    ),
-    Row(
-        "values",
-        lambda n, s, f: s.compression.name in ("qsgd", "topk-qsgd"),
-        f"compression.name = {{c.name!r}}: entries are sent rounded, {_READ}",
-        "unrounded",
-        "exact",
-        plain=True,
-    ),
-    Row(
-        "unclipped",
-        lambda n, s, f: defences.clips(s),
-        "defence 'clip-noise' scales the gradient by a factor that is not sent, and this attack needs its length; "
-        "use hcgla or ig, or leave defense.clip-noise.clip_norm empty (no clipping)",
-        "no clipping",
-        plain=True,
-    ),
-    Row(
-        "undecayed",
-        lambda n, s, f: (
-            s.training.protocol == "fedavg"
-            and s.training.weight_decay > 0
-            and (n.undecayed == "delta" or s.training.local_steps > 1)
-        ),
-        "training.weight_decay = {t.weight_decay} over {t.local_steps} local step(s) moves weights by what is no "
-        "gradient; use weight_decay 0",
-        "no weight decay in weight deltas",
-        plain=True,
-    ),
-    Row(
-        "sums",
-        lambda n, s, f: _said(one_gradient.check_sum, s),
-        words="a single update or a dense sum",
-        value="dense",
-        plain=True,
-    ),
-    Row(
-        "sums",
-        lambda n, s, f: hides_clients(s.defense),
-        "defence 'secure-aggregation' shows the server one large batch of all clients and no update of one alone; "
-        "leave it out of 'defense.names', or use an attack that reads sums, such as ig",
-        "single updates",
-        "single",
-        plain=True,
-    ),
-    Row(
-        "fresh",
-        lambda n, s, f: one_gradient.accumulates(s) and f.last > 1,
-        "setting 'attack.rounds' = {f.last} with error feedback or DGC: from round 2 on an update holds residuals "
-        "of other batches, and this attack reads one; use --attack-rounds 1, or hcgla",
-        "no error feedback, or round 1",
-        plain=True,
-    ),
-    Row(
-        "labels",
-        lambda n, s, f: not _model(s.model)[0],
-        _NO_HEAD,
-        "labels read off a linear head",
-        plain=True,
-    ),
-    Row(
-        "labels",
-        lambda n, s, f: _said(
-            check_strategy, n.labels, s, 0 if s.training.local_steps > 1 else s.training.batch_size
-        ),
-    ),
-    Row(
-        "distinct",
-        lambda n, s, f: s.training.batch_size > (s.model.classes or 0),
+        "compression.name = {c.name!r} at rate {c.rate:g} leaves holes in every row; use 'none', 'topk' or "
+        "'qsgd'", value="rows"),
+    Row("values", "no signs", lambda n, s, f: s.compression.name == "sign",
+        f"compression.name = 'sign': entries are sent as signs, {_READ}", plain=True),
+    Row("values", "unrounded", lambda n, s, f: s.compression.name in ("qsgd", "topk-qsgd"),
+        f"compression.name = {{c.name!r}}: entries are sent rounded, {_READ}", value="exact", plain=True),
+    Row("unclipped", "no clipping", lambda n, s, f: defences.clips(s),
+        "defence 'clip-noise' scales the gradient by a factor that is not sent, and this attack needs its "
+        "length; use hcgla or ig, or leave defense.clip-noise.clip_norm empty (no clipping)", plain=True),
+    Row("undecayed", "no weight decay in weight deltas",
+        lambda n, s, f: (s.training.protocol == "fedavg" and s.training.weight_decay > 0
+                         and (n.undecayed == "delta" or s.training.local_steps > 1)),
+        "training.weight_decay = {t.weight_decay} over {t.local_steps} local step(s) moves weights by what is "
+        "no gradient; use weight_decay 0", plain=True),
+    Row("sums", "a single update or a dense sum", lambda n, s, f: _said(one_gradient.check_sum, s),
+        value="dense", plain=True),
+    Row("sums", "single updates", lambda n, s, f: hides_clients(s.defense),
+        "defence 'secure-aggregation' shows the server one large batch of all clients and no update of one "
+        "alone; leave it out of 'defense.names', or use an attack that reads sums, such as ig",
+        value="single", plain=True),
+    Row("fresh", "no error feedback, or round 1", lambda n, s, f: one_gradient.accumulates(s) and f.last > 1,
+        "setting 'attack.rounds' = {f.last} with error feedback or DGC: from round 2 on an update holds "
+        "residuals of other batches, and this attack reads one; use --attack-rounds 1, or hcgla",
+        plain=True),
+    Row("labels", "labels read off a linear head", lambda n, s, f: not _model(s.model)[0],
+        _NO_HEAD, plain=True),
+    Row("labels", "",
+        lambda n, s, f: _said(check_strategy, n.labels, s,
+                              0 if s.training.local_steps > 1 else s.training.batch_size)),
+    Row("distinct", "distinct labels", lambda n, s, f: s.training.batch_size > (s.model.classes or 0),
         "training.batch_size = {t.batch_size} > {m.classes} classes: labels must repeat, and images with equal "
-        "labels are not told apart; lower --batch-size",
-        "distinct labels",
-    ),
-    Row(
-        "images",
-        lambda n, s, f: s.training.batch_size > n.images,
+        "labels are not told apart; lower --batch-size"),
+    Row("images", "{n.together}", lambda n, s, f: s.training.batch_size > n.images,
         "training.batch_size = {t.batch_size}: this attack tells {n.together} of an update apart; use "
-        "--batch-size {n.images}, or an attack on batches",
-        "{n.together}",
-    ),
-    Row(
-        "batch",
-        lambda n, s, f: s.training.batch_size < 1,
+        "--batch-size {n.images}, or an attack on batches"),
+    Row("batch", "an agreed batch size", lambda n, s, f: s.training.batch_size < 1,
         "training.batch_size = 0: clients' batches differ, and the attack is trained for one size; give it",
-        "an agreed batch size",
-        "agreed",
-    ),
-    Row(
-        "batch",
-        lambda n, s, f: s.training.batch_size > 0,
-        "training.batch_size = {t.batch_size}: clients draw another batch in every round, and rounds on one batch "
-        "are compared; use --batch-size 0",
-        "the same batch in every round",
-        "same",
-    ),
-    Row(
-        "first_layer",
+        value="agreed"),
+    Row("batch", "the same batch in every round", lambda n, s, f: s.training.batch_size > 0,
+        "training.batch_size = {t.batch_size}: clients draw another batch in every round, and rounds on one "
+        "batch are compared; use --batch-size 0", value="same"),
+    Row("first_layer", "a linear first layer with bias",
         lambda n, s, f: _said(first_layer, s.model) or not first_layer(s.model).biased,
-        "model.name = {m.name!r} has no bias in its first layer, whose gradient fixes the scale of what its rows "
-        "hold; use --model mlp",
-        "a linear first layer with bias",
-    ),
-    Row("head", lambda n, s, f: not _model(s.model)[0], _NO_HEAD, "a linear head"),
-    Row(
-        "head",
-        lambda n, s, f: _model(s.model)[0] == "linear",
+        "model.name = {m.name!r} has no bias in its first layer, whose gradient fixes the scale of what its "
+        "rows hold; use --model mlp"),
+    Row("head", "a linear head", lambda n, s, f: not _model(s.model)[0], _NO_HEAD),
+    Row("head", "with a bias", lambda n, s, f: _model(s.model)[0] == "linear",
         "model.name = {m.name!r}: its head has no bias, whose gradient counts images; use another model",
-        "with a bias",
-        "biased",
-    ),
-    Row(
-        "activations",
-        lambda n, s, f: s.model.activation not in n.activations,
+        value="biased"),
+    Row("activations", "activation {n.behind}", lambda n, s, f: s.model.activation not in n.activations,
         "model.activation = {m.activation!r}, and this attack works behind {n.behind}; use --activation "
-        "{n.activations[0]}",
-        "activation {n.behind}",
-    ),
-    Row(
-        "batch_norm",
-        lambda n, s, f: not _model(s.model)[1],
+        "{n.activations[0]}"),
+    Row("batch_norm", "BatchNorm", lambda n, s, f: not _model(s.model)[1],
         "model.name = {m.name!r} has no BatchNorm, whose statistics are matched; use a ResNet, or --attack ig",
-        "BatchNorm",
-        "needed",
-    ),
-    Row(
-        "batch_norm",
-        lambda n, s, f: _model(s.model)[1],
-        "model.name = {m.name!r} normalises by batch statistics, in which all samples meet; use a model without "
-        "BatchNorm",
-        "no BatchNorm",
-        "refused",
-    ),
-    Row("chain", lambda n, s, f: _said(closed_form.describe, s.model), words="a chain of convolutions"),
-    Row(
-        "width",
-        lambda n, s, f: s.model.width is not None and s.model.width < n.width,
-        "model.width = {m.width} < {n.width}: too few neurons to tell the images of a batch apart; raise --width or "
-        "lower --batch-size",
-        "width {n.width}",
-    ),
-    Row(
-        "auxiliary",
+        value="needed"),
+    Row("batch_norm", "no BatchNorm", lambda n, s, f: _model(s.model)[1],
+        "model.name = {m.name!r} normalises by batch statistics, in which all samples meet; use a model without"
+        " BatchNorm", value="refused"),
+    Row("chain", "a chain of convolutions", lambda n, s, f: _said(closed_form.describe, s.model)),
+    Row("width", "width {n.width}", lambda n, s, f: s.model.width is not None and s.model.width < n.width,
+        "model.width = {m.width} < {n.width}: too few neurons to tell the images of a batch apart; raise "
+        "--width or lower --batch-size"),
+    Row("auxiliary", "public images to train on",
         lambda n, s, f: f.auxiliary is not None and f.auxiliary < n.auxiliary,
-        "setting 'data.auxiliary_size': {f.auxiliary} auxiliary images, and this attack needs at least {n.auxiliary}",
-        "public images to train on",
-    ),
-    Row(
-        "labelled",
-        lambda n, s, f: f.labelled is False,
-        "setting 'data.auxiliary': these images have no labels, which this attack needs",
-        "labels of public images",
-    ),
-    Row("helped", lambda n, s, f: False, words="public images help"),
-    Row(
-        "clients",
+        "setting 'data.auxiliary_size': {f.auxiliary} auxiliary images, and this attack needs at least "
+        "{n.auxiliary}"),
+    Row("labelled", "labels of public images", lambda n, s, f: f.labelled is False,
+        "setting 'data.auxiliary': these images have no labels, which this attack needs"),
+    Row("helped", "public images help", lambda n, s, f: False),
+    Row("clients", "updates of {n.clients} clients in one round",
         lambda n, s, f: f.drawn is not None and f.drawn < n.clients,
         "{n.clients} clients must answer in one round, and {f.drawn} of {f.clients} are drawn; raise "
-        "'federation.clients' or 'federation.participation'",
-        "updates of {n.clients} clients in one round",
-    ),
-    Row(
-        "held_out",
-        lambda n, s, f: f.held_out == 0,
+        "'federation.clients' or 'federation.participation'"),
+    Row("held_out", "held-out samples", lambda n, s, f: f.held_out == 0,
         "setting 'data.nonmembers': 0 held-out samples, and this attack needs some; accepted: 1 or more",
-        "held-out samples",
-        plain=True,
-    ),
-    Row(
-        "references", lambda n, s, f: f.references == 0, "no reference models are granted", "reference models"
-    ),
-    Row("members", lambda n, s, f: f.members == 0, "no known members are granted", "known members"),
+        plain=True),
+    Row("references", "reference models", lambda n, s, f: f.references == 0,
+        "no reference models are granted"),
+    Row("members", "known members", lambda n, s, f: f.members == 0, "no known members are granted"),
 )
+# fmt: on
 """Every need, in the order in which needs are read and asked."""
 
 
