@@ -1,6 +1,6 @@
 """What an attack is: a small object with its hyper-parameters as dataclass fields, its needs as data, and a `run`.
 
-A new attack is one file with a dataclass below one of the three family bases, one line in
+A new attack is one file with a dataclass below a seat (:mod:`adversaries.seats`) and a family's base, one line in
 :data:`adversaries.ATTACKS`, and one test.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from adversaries.needs import Facts, Needs
 from fedattack.observation import Scenario
@@ -30,17 +30,17 @@ class Attack(ABC):
     Attributes
     ----------
     family : str
-        "reconstruction", "membership" or "unlearning".
+        What is asked; set by the family's base.
     seat : str
-        Who runs it: "server" or "client".
+        Who runs it; set by the seats of :mod:`adversaries.seats`.
     inverts : bool
         Whether it rebuilds images.
     needs : Needs
         What it must see or be granted, with its default settings; see :meth:`needs_now`.
     """
 
-    family: ClassVar[Literal["reconstruction", "membership", "unlearning"]]
-    seat: ClassVar[Literal["server", "client"]] = "server"
+    family: ClassVar[str]
+    seat: ClassVar[str] = "curious server"
     inverts: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs()
 
@@ -64,3 +64,11 @@ class Attack(ABC):
             If a setting names what is not there.
         """
         del scenario, facts
+
+    def needs_history(self, scenario: Scenario) -> bool:
+        """Whether a client's later updates are read with its earlier ones.
+
+        Then the attack is given all updates that the server saw of its victims up to the last attacked round.
+        """
+        del scenario
+        return False

@@ -76,6 +76,8 @@ class Needs:
     """Clients that answer in one round."""
     held_out: bool = False
     """Samples that no client trains on, for the questions that are asked."""
+    others: bool = False
+    """Clients that are not malicious, about whose data it asks."""
     references: bool = False
     """Models trained on public data, for comparison."""
     members: bool = False
@@ -110,6 +112,8 @@ class Facts:
         Public images granted.
     labelled : bool
         Whether these have labels.
+    honest : int
+        Clients that are not malicious.
     references, members : int
         Reference models, and known members, granted.
     """
@@ -121,6 +125,7 @@ class Facts:
     held_out: int | None = None
     auxiliary: int | None = None
     labelled: bool | None = None
+    honest: int | None = None
     references: int | None = None
     members: int | None = None
 

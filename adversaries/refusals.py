@@ -197,6 +197,8 @@ TABLE: tuple[Row, ...] = (
     Row("held_out", "held-out samples", lambda n, s, f: f.held_out == 0,
         "setting 'data.nonmembers': 0 held-out samples, and this attack needs some; accepted: 1 or more",
         plain=True),
+    Row("others", "the global models that its client is sent", lambda n, s, f: f.honest == 0,
+        "setting 'attack.malicious_clients': all clients are malicious, and this attack asks about the others"),
     Row("references", "reference models", lambda n, s, f: f.references == 0,
         "no reference models are granted"),
     Row("members", "known members", lambda n, s, f: f.members == 0, "no known members are granted"),
@@ -253,13 +255,6 @@ def words(needs: Needs, *, plain: bool = False) -> list[str]:
     return ["one update"] * bare + [one for one in said if one]
 
 
-def seat_of(attack: Attack | type[Attack]) -> str:
-    """ "curious server", "malicious server" or "client"."""
-    if attack.seat == "client":
-        return "client"
-    return "malicious server" if getattr(attack, "arms", False) else "curious server"
-
-
 def threat_model(attack: Attack | type[Attack], needs: Needs | None = None) -> dict[str, Any]:
     """Who attacks, what it needs and what it is taken to know, JSON-able.
 
@@ -281,12 +276,14 @@ def threat_model(attack: Attack | type[Attack], needs: Needs | None = None) -> d
         images.
     """
     needs = attack.needs if needs is None else needs
-    seat = seat_of(attack)
+    seat = attack.seat
     bare, granted = ("F", "G") if seat == "malicious server" else ("C", "D")
     if needs.batch_norm == "needed":
         bare = granted = "E"
     letters = [granted] if needs.auxiliary else [bare, granted] if needs.helped else [bare]
     assumptions = ["knows the model, the agreed training, the compression and the defences"]
+    if seat == "malicious client":
+        assumptions = ["sees its own samples and every global model that it is sent"]
     if seat == "malicious server":
         assumptions.append("changes the weights that it sends in the attacked rounds")
     if needs.auxiliary or needs.helped:

@@ -17,6 +17,7 @@ from rich.console import Console
 from adversaries import Attack, ReconstructionAttack
 from adversaries.needs import Facts
 from adversaries.refusals import applicable
+from adversaries.seats import MaliciousClient
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
@@ -123,12 +124,13 @@ def simulate(
     attacks, left_out = applicable(attacks, world.scenario, known_facts(config, world))
     for name, sentence in left_out.items():
         console.print(f"[yellow]attack {name!r} is left out:[/] {sentence}", highlight=False, soft_wrap=True)
+    sitting = config.attack.model_copy(update={"names": tuple(attacks)})
     folder = RunFolder.create(run_directory(config), config)
     folder.save_part("world", world_record(world))
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
     with logging_to(folder), session, stages(console) as shown:
-        plan = Plan(config, world, folder, shown)
+        plan = Plan(config.model_copy(update={"attack": sitting}), world, folder, shown)
         experiments = open_experiments(plan, attacks)
         federation = _train(plan, experiments, attacks, federate)
         for experiment in experiments:
@@ -281,6 +283,8 @@ def _train(
         for experiment in experiments:
             experiment.after_round(record)
 
+    questions = {name: asked for one in experiments for name, asked in one.questions().items()}
+    arming = arming_attack(attacks)
     plan.shown("federation", 0.0, f"round 1 of {total}")
     return federate(
         plan.config,
@@ -289,7 +293,9 @@ def _train(
         on_observation=observed,
         observe=lambda round, client: any(one.wants(round, client) for one in experiments),
         on_round=after_round,
-        arming=arming_attack(attacks),
+        arming=arming,
+        candidates=next((questions.get(name) for name, attack in attacks.items() if attack is arming), None),
+        questions={n: asked for n, asked in questions.items() if isinstance(attacks[n], MaliciousClient)},
     )
 
 

@@ -8,19 +8,18 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from adversaries.base import Attack
 from adversaries.needs import Needs
+from adversaries.seats import MaliciousClient
 from fedattack.observation import (
     UnlearningRequest,
 )
 
 
 @dataclass
-class UnlearningAttack(Attack):
+class UnlearningAttack(MaliciousClient):
     """A client that chooses which of its own samples the server must forget."""
 
     family = "unlearning"
-    seat = "client"
     needs: ClassVar[Needs] = Needs(held_out=True)
 
     @abstractmethod

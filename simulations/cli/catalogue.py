@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from adversaries import ATTACKS
-from adversaries.refusals import seat_of, threat_model, words
+from adversaries.refusals import threat_model, words
 from fedattack.compression import COMPRESSORS
 from fedattack.config import SHORT_NAMES, Config
 from fedattack.data import DATASETS, PARTITIONERS
@@ -65,7 +65,7 @@ def attacks() -> list[AttackRow]:
     """Every registered attack: those on images first, then by seat and name."""
     rows = []
     for name in sorted(
-        ATTACKS, key=lambda name: (not ATTACKS.get(name).inverts, seat_of(ATTACKS.get(name)), name)
+        ATTACKS, key=lambda name: (not ATTACKS.get(name).inverts, ATTACKS.get(name).seat, name)
     ):
         cls, summary = ATTACKS.get(name), ATTACKS.summary(name)
         needs = ", ".join(words(cls.needs)) or "its own samples and the global model"
@@ -74,7 +74,7 @@ def attacks() -> list[AttackRow]:
         authors = re.split(", | and ", found[1]) if found else []
         source = f"{authors[0]}{' et al.' if len(authors) > 1 else ''} {found[2]}" if found else "ours"
         plain = re.sub(rf"^{name}: ", "", _CITED.sub("", summary), flags=re.I)
-        rows.append(AttackRow(name, plain[:1].upper() + plain[1:], seat_of(cls), needs, source))
+        rows.append(AttackRow(name, plain[:1].upper() + plain[1:], cls.seat, needs, source))
     return rows
 
 

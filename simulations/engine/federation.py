@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries import seats
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import ConfigError, RunFailed
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Observation, UnlearningRequest
+from fedattack.observation import Candidates, Observation, UnlearningRequest
 from fedattack.training import evaluate
 from simulations.client_app import Workplace, exclusion_settings
 from simulations.engine.flower_grid import PartitionedGrid
@@ -34,7 +34,7 @@ from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
-from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors
+from strategies.messages import ARRAYS, CONFIG, QUESTION, ROUND, UPDATE, to_record, to_tensors
 
 log = logging.getLogger("fedattack.federation")
 
@@ -102,14 +102,50 @@ class FederationResult:
     rounds : list of RoundRecord
     rejections : list of (int, int, str)
         (round, client, reason) of every refused reply.
+    answers : dict of str to dict of int to dict of str to Tensor
+        Attack -> malicious client -> what it answered.
     """
 
     weights: dict[str, Tensor]
     rounds: list[RoundRecord]
     rejections: list[tuple[int, int, str]]
+    answers: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
 
 
 def run_federation(
+    config: Config, world: World, *, grid: LocalGrid | None = None, **how: Any
+) -> FederationResult:
+    """Train a federation on the configured engine; `how` and the errors are those of :func:`serve`.
+
+    Parameters
+    ----------
+    config : Config
+    world : World
+        Of the same configuration.
+    grid : LocalGrid, optional
+        An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
+        its start; its clients start with empty memories.
+
+    Examples
+    --------
+    >>> from fedattack.data import build_world
+    >>> config = Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4, "engine": "inline"})
+    >>> result = run_federation(config, build_world(config))
+    >>> result.rounds[0].clients
+    (0, 1, 2, 3)
+    """
+    with ExitStack() as stack:
+        if grid is None:
+            grid = stack.enter_context(open_grid(config, world))
+        else:
+            grid.reset()
+        stack.enter_context(server_identity(grid.run_id))
+        stack.enter_context(_hushed(logging.WARNING))
+        return serve(grid, config, world, **how)
+
+
+def serve(
+    grid: LocalGrid | PartitionedGrid,
     config: Config,
     world: World,
     *,
@@ -121,16 +157,17 @@ def run_federation(
     excluded: Mapping[int, Collection[int]] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
-    grid: LocalGrid | None = None,
-    arming: ReconstructionAttack | None = None,
+    arming: seats.MaliciousServer | None = None,
+    candidates: Candidates | None = None,
+    questions: Mapping[str, Candidates] | None = None,
 ) -> FederationResult:
-    """Train a federation on the configured engine.
+    """Train a federation on any grid; this process must be the server of its run.
 
     Parameters
     ----------
-    config : Config
-    world : World
-        Of the same configuration.
+    grid : LocalGrid or PartitionedGrid
+    config, world
+        Of one configuration.
     run_dir : Path, optional
         Journal the rounds in ``run_dir/journal``, and go on from what is journaled there. Observations, rounds and
         weights of journaled rounds are reported again, the figures as they were. The caller sees to it that the
@@ -149,16 +186,12 @@ def run_federation(
         Called with each round's record.
     on_weights : callable, optional
         ``on_weights(round, weights)`` after each round.
-    grid : LocalGrid, optional
-        An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
-        its start; its clients start with empty memories.
-    arming : ReconstructionAttack, optional
-        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``; the global
-        model skips them.
-
-    Returns
-    -------
-    FederationResult
+    arming : adversaries.seats.MaliciousServer, optional
+        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
+    candidates : Candidates, optional
+        What that attack will be asked about.
+    questions : mapping of str to Candidates, optional
+        What the attacks of the malicious clients are asked about after the last round, by name.
 
     Raises
     ------
@@ -167,54 +200,7 @@ def run_federation(
     RunFailed
         If every client of a round raised an error, the weights diverged, a strategy could not aggregate, the actors
         cannot be kept alive, or the journal cannot be written.
-
-    Examples
-    --------
-    >>> from fedattack.data import build_world
-    >>> config = Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4, "engine": "inline"})
-    >>> result = run_federation(config, build_world(config))
-    >>> result.rounds[0].clients
-    (0, 1, 2, 3)
     """
-    with ExitStack() as stack:
-        if grid is None:
-            grid = stack.enter_context(open_grid(config, world))
-        else:
-            grid.reset()
-        stack.enter_context(server_identity(grid.run_id))
-        stack.enter_context(_hushed(logging.WARNING))
-        return serve(
-            grid,
-            config,
-            world,
-            run_dir=run_dir,
-            on_observation=on_observation,
-            observe=observe,
-            initial=initial,
-            first_round=first_round,
-            excluded=excluded,
-            on_round=on_round,
-            on_weights=on_weights,
-            arming=arming,
-        )
-
-
-def serve(
-    grid: LocalGrid | PartitionedGrid,
-    config: Config,
-    world: World,
-    *,
-    run_dir: Path | None = None,
-    on_observation: Callable[[Observation], None] | None = None,
-    observe: Callable[[int, int], bool] | None = None,
-    initial: dict[str, Tensor] | None = None,
-    first_round: int = 1,
-    excluded: Mapping[int, Collection[int]] | None = None,
-    on_round: Callable[[RoundRecord], None] | None = None,
-    on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
-    arming: ReconstructionAttack | None = None,
-) -> FederationResult:
-    """The server's side of :func:`run_federation`, on any grid; this process must be the server of its run."""
     if config.federation.strategy == "fedprox" and config.training.momentum:
         raise ConfigError(
             f"setting 'training.momentum' = {config.training.momentum}: strategy 'fedprox' needs 0 here"
@@ -237,7 +223,7 @@ def serve(
         aggregator = build_strategy(config.federation, config.training.learning_rate)
     seat: Callable[..., Eavesdropper] = Eavesdropper
     if arming is not None:
-        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds)
+        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds, candidates=candidates)
     strategy = seat(
         aggregator,
         world.scenario,
@@ -291,7 +277,36 @@ def serve(
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
-    return FederationResult(weights, rounds, rejections)
+    answers = {
+        name: _ask(served, grid, weights, config, name, question)
+        for name, question in (questions or {}).items()
+    }
+    return FederationResult(weights, rounds, rejections, answers)
+
+
+def _ask(
+    served: Grid,
+    grid: LocalGrid | PartitionedGrid,
+    weights: Mapping[str, Tensor],
+    config: Config,
+    attack: str,
+    question: Candidates,
+) -> dict[int, dict[str, Tensor]]:
+    """What the malicious clients answer to an attack's question, given the final global model."""
+    settings = ConfigRecord({"attack": attack, ROUND: config.federation.rounds})
+    asked = to_record({"images": question.images, "labels": question.labels})
+    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: settings, QUESTION: asked})
+    nodes = [n for n in grid.get_node_ids() if grid.client_of(n) in config.attack.malicious_clients]
+    answers: dict[int, dict[str, Tensor]] = {}
+    messages = [Message(content, node, "query.answer") for node in nodes]
+    for reply in served.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
+        client = grid.client_of(reply.metadata.src_node_id)
+        if reply.has_error():
+            raise RunFailed(f"attack {attack!r} of client {client} gave no answer: {reply.error.reason}")
+        record = reply.content[UPDATE]
+        assert isinstance(record, ArrayRecord)
+        answers[client] = to_tensors(record)
+    return answers
 
 
 @contextmanager
@@ -319,13 +334,13 @@ def _settled_heap() -> Iterator[None]:
 def _journaled(
     grid: LocalGrid | PartitionedGrid, journal: Journal, config: Config, world: World, first_round: int
 ) -> JournaledGrid:
-    stateful = Workplace.of(config, world).compressor.stateful
+    stateful = Workplace.of(config, world).stateful
     keeper = grid if isinstance(grid, LocalGrid) else None
     served = JournaledGrid(grid, journal, first_round, keeper if stateful else None)
     if stateful and keeper is None and served.replayed >= first_round:
         raise RunFailed(
-            f"the run in {str(journal.folder)!r} cannot go on under `flwr run`: its clients' error feedback lies "
-            "with Flower; use `--engine ray` or `--engine inline`, or start anew in another folder"
+            f"the run in {str(journal.folder)!r} cannot go on under `flwr run`: its clients' memories "
+            "(error feedback) lie with Flower; use `--engine ray` or `--engine inline`, or start anew elsewhere"
         )
     return served
 

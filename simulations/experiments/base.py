@@ -11,7 +11,7 @@ from adversaries import Attack
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.observation import Observation
+from fedattack.observation import Candidates, Observation
 from fedattack.registry import Registry
 from fedattack.storage import RunFolder
 from simulations.engine.federation import FederationResult, RoundRecord
@@ -51,6 +51,10 @@ class Experiment(ABC):
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan
         self.attacks = dict(attacks)
+
+    def questions(self) -> Mapping[str, Candidates]:
+        """Attack -> the samples that it is asked about, where its question has some; known before the first round."""
+        return {}
 
     def wants(self, round: int, client: int) -> bool:
         """Whether an update is to be observed; `client` is ``EVERYONE`` under secure aggregation."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adversaries import ATTACKS, Attack, ReconstructionAttack
+from adversaries import ATTACKS, Attack
 from adversaries.needs import Facts
 from adversaries.refusals import check_class
+from adversaries.seats import MaliciousServer
 from fedattack.compression import COMPRESSORS
 from fedattack.config import AttackConfig, Config
 from fedattack.data import World
@@ -33,7 +34,7 @@ def choose_attacks(config: Config) -> dict[str, Attack]:
     return build_plugins(ATTACKS, chosen.names, chosen.options, chosen.shared_options, "attack")
 
 
-def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
+def arming_attack(attacks: Mapping[str, Attack]) -> MaliciousServer | None:
     """The one attack that needs the server to send other weights; None where the server stays honest.
 
     Raises
@@ -41,7 +42,7 @@ def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
     ConfigError
         If there are two: a round carries one model.
     """
-    arming = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack) and a.arms}
+    arming = {n: a for n, a in attacks.items() if isinstance(a, MaliciousServer)}
     if len(arming) > 1:
         raise ConfigError(
             f"setting 'attack.names' = {', '.join(attacks)}: {' and '.join(arming)} each send weights of their own; "
@@ -79,6 +80,7 @@ def known_facts(config: Config, world: World) -> Facts:
         clients=config.federation.clients,
         drawn=drawn(config.federation),
         samples=tuple(len(ids) for ids in world.partitions[: config.victims]),
+        honest=config.federation.clients - len(set(config.attack.malicious_clients)),
         held_out=len(world.pools.nonmembers),
         auxiliary=0 if granted is None else len(granted),
         labelled=None if granted is None else granted.labels is not None,

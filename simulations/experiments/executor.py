@@ -18,6 +18,7 @@ from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.config import EngineConfig
 from fedattack.errors import BadRequest, RunFailed
 from fedattack.observation import Observation, Reconstruction
+from fedattack.rng import adversary_seed
 from simulations.engine.environment import cpu_threads
 
 Shown = Callable[[str, float, str], None]
@@ -79,11 +80,11 @@ def _attack(
 
 
 class Executor(ABC):
-    """Takes groups of observations and gives back finished reconstructions."""
+    """Takes groups of observations and gives back finished reconstructions; `seed` is the run's."""
 
     def __init__(self, engine: EngineConfig, seed: int, shown: Shown) -> None:
         self.engine = engine
-        self.seed = seed
+        self.seed = adversary_seed(seed, "attack")
         self.shown = shown
 
     @abstractmethod

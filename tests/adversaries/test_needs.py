@@ -152,6 +152,7 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
     "helped": [],
     "clients": [(Needs(clients=3), MLP, Facts(drawn=2, clients=6), "2 of 6")],
     "held_out": [(Needs(held_out=True), MLP, Facts(held_out=0), "data.nonmembers': 0")],
+    "others": [(Needs(others=True), MLP, Facts(honest=0), "malicious_clients")],
     "references": [(Needs(references=True), MLP, Facts(references=0), "reference models")],
     "members": [(Needs(members=True), MLP, Facts(members=0), "known members")],
 }
@@ -196,7 +197,7 @@ def test_letters_and_seats() -> None:
     assert letters("gradinversion") == ("curious server", ["E"])
     assert letters("imprint") == ("malicious server", ["F", "G"])
     assert letters("fedmia") == ("curious server", [])
-    assert letters("unlearn-max-loss") == ("client", [])
+    assert letters("unlearn-max-loss") == ("malicious client", [])
     pretrained = ATTACKS.get("ggl")(generator="package.module:Class")
     assert threat_model(pretrained, pretrained.needs_now(LENET))["letters"] == ["C"]
 

@@ -19,6 +19,7 @@ from adversaries.inversion.evidence.one_gradient import mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
 from adversaries.needs import Needs
 from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.seats import MaliciousServer
 from fedattack.config import Share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -163,7 +164,7 @@ class Reading:
 
 
 @dataclass
-class RowReading(ReconstructionAttack):
+class RowReading(MaliciousServer, ReconstructionAttack):
     """A malicious server's attack that reads images off the first linear layer's gradient.
 
     Parameters
@@ -173,7 +174,6 @@ class RowReading(ReconstructionAttack):
         the image is believed.
     """
 
-    arms: ClassVar[bool] = True
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs(update="steps", entries="rows", sums="dense", fresh=True, first_layer=True)
 

@@ -15,7 +15,7 @@ from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
 from fedattack.config import Strength
 from fedattack.errors import NotApplicable
-from fedattack.observation import Auxiliary, Scenario
+from fedattack.observation import Auxiliary, Candidates, Scenario
 from fedattack.rng import torch_rng
 
 _UNKNOWN_BATCH = 32
@@ -83,7 +83,12 @@ class CuriousAbandonHonesty(RowReading):
             )
 
     def arm(
-        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        seed: int,
+        auxiliary: Auxiliary | None,
+        candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with trap weights, and zero biases, in the first layer."""
         layer = first_layer(scenario.model)

@@ -33,9 +33,10 @@ from adversaries.reconstruction.malicious.fishing.isolation import (
     read_off,
     row_of,
 )
+from adversaries.seats import MaliciousServer
 from fedattack.config import Positive, Share
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
+from fedattack.observation import Auxiliary, Candidates, Observation, Reconstruction, Scenario
 from fedattack.registry import build_plugin
 from fedattack.rng import torch_rng
 
@@ -49,7 +50,7 @@ _FEW = 2
 
 
 @dataclass
-class Fishing(ReconstructionAttack):
+class Fishing(MaliciousServer, ReconstructionAttack):
     """Fishing for user data: a malicious server sends a head that all samples of a batch but one leave without error.
 
     All rows of the head are zero but one, in a random direction of the features, so that only this class' residual
@@ -101,7 +102,6 @@ class Fishing(ReconstructionAttack):
         batch_norm="refused",
         helped=True,
     )
-    arms: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
 
     mode: Literal["auto", "class", "feature", "rounds"] = "auto"
@@ -115,7 +115,7 @@ class Fishing(ReconstructionAttack):
         """Raise ConfigError for values that can never work."""
         super().__post_init__()
         cls = ATTACKS.get(self.attack)
-        if not issubclass(cls, ReconstructionAttack) or cls.arms:
+        if not issubclass(cls, ReconstructionAttack) or issubclass(cls, MaliciousServer):
             raise ConfigError(
                 f"setting 'fishing.attack' = {self.attack!r}: must be an attack on an honest server's single update, "
                 "as 'gauss-newton' or 'ig'"
@@ -143,7 +143,12 @@ class Fishing(ReconstructionAttack):
         return self.mode == "rounds"
 
     def arm(
-        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        seed: int,
+        auxiliary: Auxiliary | None,
+        candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with its head replaced: one row, and a bias that lets one sample through."""
         head = head_of(scenario)

@@ -1,0 +1,71 @@
+"""Attacks of the tests, named as ``rigged_attacks:Class``."""
+
+from __future__ import annotations
+
+import torch
+
+from adversaries.membership.base import MembershipAttack
+from adversaries.reconstruction.algebra.analytic import Analytic
+from adversaries.seats import MaliciousClient
+from fedattack.defenses import ClientDefenses, build_defenses
+
+
+class Diary(MaliciousClient, MembershipAttack):
+    """Trains on black images with label 0, sends the update doubled, and remembers what it saw."""
+
+    keeps_memory = True
+
+    def see(self, view):
+        """Count the rounds, and keep their number, its seed and one weight."""
+        seen = view.memory.get("seen", torch.zeros(0, 3, dtype=torch.float64))
+        weight = float(next(iter(view.weights.values())).flatten()[0])
+        row = torch.tensor([[view.round, view.seed % 2**40, weight]], dtype=torch.float64)
+        view.memory["seen"] = torch.cat([seen, row])
+
+    def poison(self, view, images, labels):
+        """Black images of class 0."""
+        return torch.zeros_like(images), torch.zeros_like(labels)
+
+    def reply(self, view, update):
+        """Twice the update."""
+        return {name: 2 * tensor for name, tensor in update.items()}
+
+    def answer(self, view, question):
+        """The diary, and nothing about the question."""
+        return {"scores": torch.zeros(len(question.labels), dtype=torch.float64), "seen": view.memory["seen"]}
+
+
+class Undeclared(Diary):
+    """Keeps memory and does not say so."""
+
+    keeps_memory = False
+
+
+class Shortening(MaliciousClient, MembershipAttack):
+    """Trains on fewer samples than it was given."""
+
+    def poison(self, view, images, labels):
+        """All but the first."""
+        return images[1:], labels[1:]
+
+
+class SeedOracle(Analytic):
+    """Draws the client's noise again from what it is handed, takes it off, and divides."""
+
+    def run(self, observations, seed, device, progress=None):
+        """Attack what is left when the noise is subtracted."""
+        cleaned = []
+        for o in observations:
+            dense = {name: torch.zeros_like(tensor) for name, tensor in o.update.dense().items()}
+            defended = ClientDefenses(
+                list(build_defenses(o.scenario.defense).values()), seed, o.round, o.client
+            )
+            noise = torch.cat([tensor.flatten() for tensor in defended.update(dense).values()])
+            cleaned.append(_with_values(o, o.update.values - noise))
+        return super().run(cleaned, seed, device)
+
+
+def _with_values(observation, values):
+    from dataclasses import replace
+
+    return replace(observation, update=replace(observation.update, values=values))
