@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence import client
-from adversaries.inversion.evidence.client import Client
+from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.one_gradient import as_gradient
 from adversaries.inversion.learning import files
 from adversaries.inversion.learning import train as train_module
@@ -265,7 +265,7 @@ class _Runner:
         settings: Matching,
         iterations: int,
     ) -> None:
-        self.client = Client(scenario, weights, seed)
+        self.client = ImitatedClient(scenario, weights, seed)
         self.settings = dataclasses.replace(settings, iterations=iterations, transform_every=0)
         self._device = device
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence import client as client_module
-from adversaries.inversion.evidence import head_rows
-from adversaries.inversion.evidence.client import Client, SignalPairs
-from adversaries.inversion.evidence.head_rows import RowSignals
+from adversaries.inversion.evidence.client import ImitatedClient, SignalPairs
+from adversaries.inversion.evidence.evidence import Evidence
+from adversaries.inversion.evidence.head import RowSignals
 from adversaries.inversion.learning import files, train
 from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
 from fedattack.metrics.images import psnr
@@ -85,7 +85,7 @@ class Generator:
             If it was trained for other weights, another scenario or another batch size.
         """
         self.check(observation)
-        signals = head_rows.observed_rows(observation, labels.cpu())
+        signals = Evidence(observation).rows(labels.cpu())
         return _apply(self.module, signals).clamp(0, 1)
 
     def check(self, observation: Observation) -> None:
@@ -170,7 +170,7 @@ def train_generator(
     train.check_shapes(scenario, auxiliary)
     size = client_module.batch_size_of(scenario, batch_size)
     seen, unseen = train.hold_out(auxiliary, held_out, seed)
-    client = Client(scenario, weights, seed, round, device)
+    client = ImitatedClient(scenario, weights, seed, round, device)
     pairs = client_module.simulate_rows(
         client, auxiliary.images, seen, size, seed, passes, mirror, train.share_of(progress, 0.0, 0.4)
     )
@@ -351,7 +351,7 @@ def test_generator(
     size = int(generator.metadata["made_for"]["batch_size"])
     wanted = files.described(scenario, weights, size, round)
     files.refuse_other(generator.metadata["made_for"], wanted, KIND, str(path))
-    client = Client(scenario, weights, seed, round, device)
+    client = ImitatedClient(scenario, weights, seed, round, device)
     pairs = client_module.simulate_rows(client, images.images, torch.arange(len(images)), size, seed)
     scores = psnr(_apply(generator.module, pairs.signals), pairs.images)
     return {

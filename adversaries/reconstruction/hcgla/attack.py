@@ -15,8 +15,9 @@ from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.checks import at_least, positive
-from adversaries.inversion.evidence import defences, labels, one_gradient
-from adversaries.inversion.evidence.labels import Labels
+from adversaries.inversion.evidence import defences, label_strategies, one_gradient
+from adversaries.inversion.evidence.evidence import Evidence
+from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.priors import GaussianPrior, gaussian_prior
 from adversaries.inversion.gradients import Layers
 from adversaries.inversion.learning.denoiser import load_denoiser
@@ -26,7 +27,7 @@ from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.hcgla import annealed_gauss_newton, matching, memory, starts
 from adversaries.reconstruction.hcgla.annealed_gauss_newton import GaussNewtonSettings
 from adversaries.reconstruction.hcgla.memory import LocalSteps, Remembered
-from fedattack.errors import ConfigError, NotApplicable, PayloadError
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 
 Method = Literal["auto", "gauss-newton", "matching", "generator"]
@@ -179,7 +180,7 @@ class HCGLA(ReconstructionAttack):
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether clients keep what they do not send: then later updates hold residuals of earlier ones."""
-        return memory.remembers(scenario.compression)
+        return one_gradient.accumulates(scenario)
 
     @property
     def _only_matches(self) -> bool:
@@ -226,36 +227,19 @@ class _Run:
     ) -> None:
         self._attack, self._device, self._progress, self._prior = attack, device, progress, prior
         attack.check(observations[0].scenario)
-        training = observations[0].scenario.training
-        agreed = training.batch_size * training.local_steps
         for observation in observations:
-            if observation.num_examples < 1 or (agreed and observation.num_examples > agreed):
-                raise PayloadError(
-                    f"client {observation.client} declares {observation.num_examples} examples; 1 to "
-                    f"{agreed or 'all of its own'} were agreed"
-                )
-        observations = [defences.known_entries(observation) for observation in observations]
-        self._received = {observation.key: observation for observation in observations}
+            one_gradient.check_declared(observation)
         # Memories change when the round is over.
-        carries = [memories[o.client].carry(o.scenario.compression) for o in observations]
-        self._observations = [
-            memory.as_gradient(o, carry) for o, carry in zip(observations, carries, strict=True)
-        ]
+        self._evidence: list[Evidence] = []
+        for observation in observations:
+            like = self._evidence[0] if self._evidence else None
+            followed = memories[observation.client]
+            self._evidence.append(followed.evidence(defences.known_entries(observation), like))
+        self._observations = [memory.matchable(one) for one in self._evidence]
         self._seed = seed
-        first = self._observations[0]
-        images = labels.public_images(
-            first.auxiliary, first.scenario.image_shape, labels.enough(first.scenario.model)
-        )
-        expected = labels.expectation(
-            first.scenario.model, first.weights, images, batch_norm=first.scenario.training.batch_norm
-        )
-        self._labels = [
-            labels.infer_labels(o, o.update, expected, defences.noise(received))
-            for received, o in zip(observations, self._observations, strict=True)
-        ]
+        self._labels = [label_strategies.infer("sparse-rows", one) for one in self._evidence]
         self._steps = [
-            LocalSteps(o, found.values, carry)
-            for o, found, carry in zip(observations, self._labels, carries, strict=True)
+            LocalSteps(one, found.values) for one, found in zip(self._evidence, self._labels, strict=True)
         ]
         self._details: list[dict[str, Any]] = [
             {"kept": o.update.kept, "labels": found.note}
@@ -270,11 +254,12 @@ class _Run:
         attack = self._attack
         generate: Callable[[Observation, Tensor], Tensor] | None = None
         if attack._start == "generator" and attack.generator:
-            received = next(iter(self._received.values()))
-            loaded = obtain_generator(attack.generator, received, self._seed, self._device, self._progress)
+            received = {one.observation.key: one.observation for one in self._evidence}
+            first = self._evidence[0].observation
+            loaded = obtain_generator(attack.generator, first, self._seed, self._device, self._progress)
 
             def generate(observation: Observation, values: Tensor) -> Tensor:
-                return loaded.start(self._received[observation.key], values)
+                return loaded.start(received[observation.key], values)
 
         return starts.Starts(attack._start, self._observations[0], self._seed, attack.start_image, generate)
 
@@ -300,7 +285,7 @@ class _Run:
                 told,
                 self._steps[position],
             )
-            noisy = bool(defences.noise(self._received[self._observations[position].key]))
+            noisy = bool(self._evidence[position].noise)
             # Matching knows nothing of noise: Gauss-Newton's answer at its loosest is the better one then.
             matchable = self._attack.method == "auto" and not (self._steps[position].several or noisy)
             if matchable and not solved[position].explained:
@@ -344,12 +329,9 @@ class _Run:
 
     def _as_received(self, position: int) -> Observation:
         """A victim's update as a mean gradient, with whatever it carries beside one."""
-        received = self._received[self._observations[position].key]
-        return dataclasses.replace(
-            received,
-            update=memory.mean_gradient(received).to("cpu"),
-            scenario=memory.plain_scenario(received.scenario),
-        )
+        evidence = self._evidence[position]
+        scenario = memory.plain_scenario(evidence.observation.scenario)
+        return dataclasses.replace(evidence.observation, update=evidence.rescaled, scenario=scenario)
 
     def _match(
         self, positions: Sequence[int], before: float
@@ -391,19 +373,12 @@ class _Run:
         return found
 
     def _answer(self, position: int, images: Tensor, **fields: Any) -> Reconstruction:
-        found: Labels = self._labels[position]
-        floors = {"prior": self._starts.prior_image.clamp(0, 1).expand(len(found.values), -1, -1, -1).clone()}
-        public = self._observations[position].auxiliary
-        if public is not None and public.labels is not None:
-            # What the label alone gives away: an attacker that learnt nothing else would answer the class's mean.
-            means = [public.images[public.labels == label] for label in found.values]
-            if all(len(images) > 1 for images in means):
-                floors["label alone"] = torch.stack([images.mean(0) for images in means]).clamp(0, 1)
+        found = self._labels[position]
         return Reconstruction(
             images.clamp(0, 1).float().cpu(),
             found.values,
             label_confidence=found.confidence,
-            floors=floors,
+            floors=floors(self._observations[position], found.values),
             **fields,
         )
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from adversaries.base import Progress
-from adversaries.inversion.evidence import head_rows
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
+from adversaries.inversion.evidence.head import head_of
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
 from adversaries.inversion.learning.generator import Generator, load_generator, train_generator
@@ -70,7 +71,7 @@ class FGLA(base.TrainedAttack):
         ------
         NotApplicable, DataError
         """
-        head = head_rows.head_of(scenario.model)
+        head = head_of(scenario.model)
         super().check(scenario)
         if scenario.training.batch_size > head.classes:
             raise NotApplicable(
@@ -89,7 +90,7 @@ class FGLA(base.TrainedAttack):
     ) -> Reconstruction:
         """What the decoder draws from one update's features."""
         decoder = self._decoder(observation, seed, device, progress)
-        labels = infer("auto", observation)
+        labels = infer("auto", Evidence(observation))
         images = decoder.start(observation, labels.values)
         repeated = len(labels.values) - len(labels.values.unique())
         figures = decoder.metadata["figures"]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
 from adversaries.checks import at_least
-from adversaries.inversion.evidence.client import Client
+from adversaries.inversion.evidence.client import ImitatedClient
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
@@ -67,7 +68,7 @@ class LearningToInvert(base.TrainedAttack):
         public = train.public_images(observation, "lti")
         key = train.key(self, observation, observation.num_examples, public, seed)
         inverter = train.once(key, lambda: _train(self, observation, public, seed, device, progress))
-        labels = infer("auto", observation)
+        labels = infer("auto", Evidence(observation))
         images = inverter.answer(observation.update)
         return Reconstruction(
             images.clamp(0, 1).float(),
@@ -125,7 +126,7 @@ def _train(
     progress: Progress,
 ) -> _Inverter:
     size, scenario = observation.num_examples, observation.scenario
-    client = Client(scenario, observation.weights, seed, observation.round)
+    client = ImitatedClient(scenario, observation.weights, seed, observation.round)
     reader = _Reader(observation.update.numel, attack.inputs, seed)
     seen, unseen = train.hold_out(public, 0.1, seed)
     told = train.share_of(progress, 0.0, 0.5)
@@ -177,7 +178,7 @@ def _train(
 
 
 def _pairs(
-    client: Client,
+    client: ImitatedClient,
     reader: _Reader,
     images: Tensor,
     positions: Tensor,

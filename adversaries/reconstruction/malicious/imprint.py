@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.inversion.evidence.priors import smooth_prior
-from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
+from adversaries.reconstruction.malicious.base import Reading, ReplayedClient, RowReading
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.imprint import CEILING, Imprinted
@@ -176,7 +176,7 @@ class Imprint(RowReading):
             for v, h in modes[: self.functionals]
         ]
 
-    def _reading(self, client: Client) -> Reading:
+    def _reading(self, client: ReplayedClient) -> Reading:
         groups = bins(client)
         block = _block(client.module, client.observation.scenario)
         back = block.back.weight
@@ -192,7 +192,7 @@ class Imprint(RowReading):
             following[group.stop - 1] = -1
         return Reading(signs, following)
 
-    def _figures(self, client: Client) -> dict[str, Any]:
+    def _figures(self, client: ReplayedClient) -> dict[str, Any]:
         groups, rows = bins(client), len(client.bias)
         batch = client.observation.num_examples
         figures: dict[str, Any] = {
@@ -297,7 +297,7 @@ def _inverse(grid: Tensor, reached: Tensor, count: int) -> Tensor:
     return torch.cat([grid[:1], inner, grid[-1:]])
 
 
-def bins(client: Client) -> list[range]:
+def bins(client: ReplayedClient) -> list[range]:
     """The neurons of each measurement, in the order of their thresholds.
 
     Raises
@@ -323,7 +323,7 @@ def bins(client: Client) -> list[range]:
     return groups
 
 
-def _collisions(client: Client, groups: list[range]) -> list[float] | None:
+def _collisions(client: ReplayedClient, groups: list[range]) -> list[float] | None:
     """For each measurement the chance that two public images share a bin; None without public images."""
     public = client.observation.auxiliary
     if public is None or len(public) < 2:

@@ -13,7 +13,7 @@ from torch import Tensor
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.solvers.peeling import Sample
-from adversaries.reconstruction.malicious.base import Client, answer, failure
+from adversaries.reconstruction.malicious.base import ReplayedClient, answer, failure
 from adversaries.reconstruction.malicious.imprint import Imprint, alone_share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -114,7 +114,7 @@ class Loki(Imprint):
         figures: dict[str, Any] = {}
         try:
             for number, part in _parts(observation):
-                client = Client(part, device)
+                client = ReplayedClient(part, device)
                 before = len(found)
 
                 def more(count: int, before: int = before) -> None:

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence import defences, label_strategies, one_gradient
+from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors, prior_image
-from adversaries.inversion.evidence.labels import Labels
 from adversaries.inversion.gradients import Compile, Layers, schedule_for
 from adversaries.inversion.matching.match import Match, match
 from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN, Chart
 from adversaries.inversion.matching.problem import Penalty
 from adversaries.inversion.matching.settings import Matching, Optimiser
 from adversaries.reconstruction.base import ReconstructionAttack
-from fedattack.errors import ConfigError, NotApplicable, PayloadError, unknown_name
+from fedattack.errors import ConfigError, NotApplicable, unknown_name
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
@@ -377,30 +377,25 @@ class _Run:
         attack.check(scenario)
         self._plan = plan(attack, scenario)
         self._recipe = self._plan.recipe
-        shared = None
-        if scenario.training.local_steps == 1 and self._recipe.labels in ("auto", "llg-plus", "sparse-rows"):
-            shared = label_strategies.expect(observations[0])
         self._details: dict[int, dict[str, Any]] = {}
         self._victims = []
-        for observation in observations:
-            _check_declared(observation)
+        for evidence in Evidence.of_round(observations):
+            one_gradient.check_declared(evidence.observation)
             if self._recipe.labels == "joint":
-                nothing = torch.zeros(observation.num_examples, dtype=torch.int64)
+                nothing = torch.zeros(evidence.batch, dtype=torch.int64)
                 labels = Labels(nothing, 1.0, "optimised beside the images")
             else:
-                labels = label_strategies.infer(self._recipe.labels, observation, shared)
-            self._victims.append(self._prepared(observation, labels))
+                labels = label_strategies.infer(self._recipe.labels, evidence)
+            self._victims.append(_Victim(self._predicted(evidence), labels, list(self._plan.notes)))
 
-    def _prepared(self, observation: Observation, labels: Labels) -> _Victim:
+    def _predicted(self, evidence: Evidence) -> Observation:
         """The update as what will be predicted: a gradient, or the delta itself where steps are simulated."""
-        notes = list(self._plan.notes)
+        observation = evidence.observation
         if self._plan.unrolled:
-            update = observation.update
-        elif observation.scenario.training.local_steps > 1:
-            update = one_gradient.mean_gradient(observation)
-        else:
-            update = one_gradient.as_gradient(observation, signs=True)
-        return _Victim(dataclasses.replace(observation, update=update.to("cpu")), labels, notes)
+            return dataclasses.replace(observation, update=observation.update.to("cpu"))
+        if observation.scenario.training.local_steps == 1:
+            one_gradient.check_received(observation, signs=True)
+        return dataclasses.replace(observation, update=evidence.gradient)
 
     def answers(self) -> list[Reconstruction]:
         """Reconstructions in the order of the observations."""
@@ -505,20 +500,4 @@ class _Run:
             history=found.history,
             floors=floors(victim.observation, values),
             details=details,
-        )
-
-
-def _check_declared(observation: Observation) -> None:
-    """Refuse a client that declares more examples than were agreed.
-
-    Raises
-    ------
-    PayloadError
-    """
-    training = observation.scenario.training
-    most = training.batch_size * training.local_steps
-    if observation.num_examples < 1 or (most and observation.num_examples > most):
-        raise PayloadError(
-            f"client {observation.client} declares {observation.num_examples} examples; 1 to "
-            f"{most or 'all of its own'} were agreed"
         )

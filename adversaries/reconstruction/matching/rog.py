@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adversaries.checks import at_least
 from adversaries.inversion.evidence import client as clients
-from adversaries.inversion.evidence.client import Client
+from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.one_gradient import as_gradient
 from adversaries.inversion.learning import train
 from adversaries.inversion.learning.denoiser import PAIRS, Denoiser, Pairs, load_denoiser, train_denoiser
@@ -153,7 +153,7 @@ class ROG(OptimisationAttack):
     def _pairs(self, task: Task, public: Auxiliary, size: int) -> Pairs:
         """Auxiliary images as this attack rebuilds them, labels known, beside themselves."""
         first = task.observations[0]
-        client = Client(first.scenario, first.weights, task.seed, first.round)
+        client = ImitatedClient(first.scenario, first.weights, task.seed, first.round)
         rng = numpy_rng(task.seed, "rog.pairs")
         count = min(self.pairs, len(public)) // size
         if count < 2:

@@ -33,7 +33,7 @@ from fedattack.config import TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
-from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario, Update
+from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
 CERTIFIED = 1e-5
@@ -307,7 +307,9 @@ class _Victim:
         assert scenario.model.activation is not None
         weights = {name: tensor.to(device) for name, tensor in observation.weights.items()}
         self._head = Head.of(weights["wide.weight"], weights["head.weight"], scenario.model.activation)
-        self._update = _gradient_of(observation)
+        one_step = dataclasses.replace(scenario, training=_one_step(scenario.training))
+        one_gradient.check_received(dataclasses.replace(observation, scenario=one_step))
+        self._update = one_gradient.mean_gradient(observation)
         self._samples = observation.num_examples
         if attack.batch:
             self._samples = max(attack.batch, 1)
@@ -459,8 +461,7 @@ class _Victim:
             "wide": _relative(change["wide.weight"], wide),
         }
         # The certificate is that of one gradient, of which several small steps are a multiple.
-        training = self._observation.scenario.training
-        factor = -1.0 / (training.learning_rate * _mass(training))
+        factor = 1.0 / one_gradient.gradient_unit(self._observation)
         left = factor * (change["wide.weight"] - wide), factor * (change["head.weight"] - last)
         residual = max(parts.values())
         labelled = found.labelled
@@ -700,25 +701,3 @@ class _Victim:
 
 def _relative(seen: Tensor, model: Tensor) -> float:
     return float((seen - model).norm() / seen.norm().clamp_min(1e-300))
-
-
-def _mass(training: TrainingConfig) -> float:
-    """How many times its gradient a client's steps move it by, where the gradient hardly changes."""
-    steps_taken = range(training.local_steps)
-    return float(sum(sum(training.momentum**lag for lag in range(step + 1)) for step in steps_taken))
-
-
-def _gradient_of(observation: Observation) -> Update:
-    """The update as entries of one gradient; of several local steps, as their mean gradient."""
-    scenario = observation.scenario
-    training, update = scenario.training, observation.update
-    if training.local_steps == 1 or update.kind == "gradient":
-        return one_gradient.as_gradient(observation)
-    single = dataclasses.replace(
-        observation,
-        scenario=dataclasses.replace(scenario, training=_one_step(training)),
-        update=Update(
-            update.names, update.shapes, update.indices, update.values / _mass(training), update.kind
-        ),
-    )
-    return one_gradient.as_gradient(single)

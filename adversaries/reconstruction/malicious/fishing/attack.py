@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adversaries import ATTACKS
 from adversaries.base import Progress, build_attack, no_progress
 from adversaries.inversion.evidence import one_gradient
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
@@ -404,7 +405,7 @@ def _answer(
     batch = observation.num_examples
     images = prior_image(observation).expand(batch, -1, -1, -1).clone()
     caught = 0 if found is None else len(found.images)
-    labels = infer("auto", observation).values
+    labels = infer("auto", Evidence(observation)).values
     known = 0
     if found is not None:
         images[:caught] = found.images.clamp(0, 1).float()
