@@ -84,10 +84,6 @@ class GaussianPrior:
         values, vectors = self._eigen
         return vectors[:, :modes] * values[:modes].sqrt()
 
-    def mean_image(self) -> Tensor:
-        """The mean as a float32 image (C, H, W) in [0, 1]."""
-        return self.mean.reshape(self.image_shape).float().clamp(0, 1)
-
 
 def gaussian_prior(
     auxiliary: Auxiliary | None, image_shape: tuple[int, int, int], shrinkage: float | None = None

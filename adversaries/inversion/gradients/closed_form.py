@@ -359,29 +359,6 @@ def kernel_gradients(chain: Chain, forward: ForwardPass, delta: Sequence[Tensor]
     return gradients
 
 
-def sample_gradients(chain: Chain, weights: Weights, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """All per-sample gradients, the dense head included: for small heads, simulation and tests.
-
-    Parameters
-    ----------
-    images : Tensor
-        (N, C, H, W).
-    labels : Tensor
-        int64 (N,) or class probabilities (N, classes).
-
-    Returns
-    -------
-    dict of str to Tensor
-        State-dict name -> (N, *shape of the parameter).
-    """
-    h = features(chain, weights, images)
-    residual = head_residual(weights, h, labels)
-    gradients = conv_gradients(chain, weights, images, feature_gradient(weights, residual))
-    gradients["head.weight"] = residual[:, :, None] * h[:, None, :]
-    gradients["head.bias"] = residual
-    return gradients
-
-
 def forward_tangents(chain: Chain, weights: Weights, forward: ForwardPass, tangents: Tensor) -> list[Tensor]:
     """Directional derivatives of every convolution's output at one image, for many directions at once.
 

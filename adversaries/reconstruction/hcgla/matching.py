@@ -16,17 +16,16 @@ from fedattack.config import ModelConfig
 from fedattack.observation import Observation
 
 Preset = Literal["default", "published"]
-Optimizer = Literal["lbfgs", "lbfgs-armijo", "lbfgs-wolfe", "adam", "signed-adam"]
+Optimizer = Literal["lbfgs", "lbfgs-armijo", "adam", "signed-adam"]
 
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lbfgs": {"optimiser": "lbfgs", "line_search": "none"},
     "lbfgs-armijo": {"optimiser": "lbfgs", "line_search": "armijo"},
-    "lbfgs-wolfe": {"optimiser": "lbfgs", "line_search": "wolfe"},
     "adam": {"optimiser": "adam"},
     "signed-adam": {"optimiser": "signed-adam"},
 }
 
-_RATES = {"lbfgs": 0.1, "lbfgs-armijo": 1.0, "lbfgs-wolfe": 1.0, "adam": 0.1, "signed-adam": 0.1}
+_RATES = {"lbfgs": 0.1, "lbfgs-armijo": 1.0, "adam": 0.1, "signed-adam": 0.1}
 
 _NUMBERS_TOGETHER = 64_000_000
 """Sent entries, over all victims, that are worth holding at once."""
