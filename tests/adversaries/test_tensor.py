@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from adversaries import ATTACKS
+from adversaries.inversion.gradients.activations import ACTIVATIONS, hermite_coefficients, stein_order
 from adversaries.inversion.gradients.closed_form import Activation
 from adversaries.inversion.solvers.span import Span, row_space
+from adversaries.reconstruction.base import CERTIFIED
 from adversaries.reconstruction.tensor import (
     TensorAttack,
     certificate,
@@ -21,8 +23,6 @@ from adversaries.reconstruction.tensor import (
     from_steps,
     moments,
 )
-from adversaries.reconstruction.tensor.activations import ACTIVATIONS, hermite_coefficients, stein_order
-from adversaries.reconstruction.tensor.attack import CERTIFIED
 from adversaries.reconstruction.tensor.head import Head
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable

@@ -15,8 +15,7 @@ from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.evidence.one_gradient import check_sum
-from adversaries.reconstruction.algebra.spear import APPROXIMATE, CERTIFIED
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.base import ReconstructionAttack, status_of
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 
@@ -100,11 +99,7 @@ def _divided(observation: Observation) -> Reconstruction:
     labels = infer("auto", evidence)
     # An entry that determines its own pixel vouches for nothing.
     spare = len(entries) >= 2 * len(pixels)
-    status = "failed"
-    if left <= CERTIFIED and bool(known.all()) and spare:
-        status = "certified"
-    elif left <= APPROXIMATE and bool(known.any()):
-        status = "approximate"
+    status = status_of(left, vouched=bool(known.all()) and spare) if bool(known.any()) else "failed"
     details: dict[str, Any] = {
         "status": status,
         "reason": "" if status != "failed" else "the entries sent are not multiples of one image",

@@ -15,8 +15,7 @@ from adversaries.inversion.evidence.first_layer import Player, is_complete, misf
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.gradients import closed_form
 from adversaries.inversion.gradients.closed_form import Chain, Convolution
-from adversaries.reconstruction.algebra.spear import APPROXIMATE, CERTIFIED
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.base import ReconstructionAttack, status_of
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 
@@ -210,7 +209,7 @@ def _answer(
     played = Player(observation, chain.convolutions[0].name, device).play(image.flatten(1), label)
     parts = misfits(sent, played.gradients)
     left = max(parts.values())
-    status = "certified" if left <= CERTIFIED else "approximate" if left <= APPROXIMATE else "failed"
+    status = status_of(left)
     return Reconstruction(
         image.float().cpu(),
         label,

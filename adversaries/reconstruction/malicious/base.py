@@ -20,13 +20,10 @@ from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.evidence.one_gradient import gradient_unit, mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Reconstruction, Scenario
-
-CERTIFIED = 1e-5
-"""Share of the rows' norm that may be left over when the images that were found explain all of them."""
 
 _ROUNDING = 2.0**-22
 """Of float32 sums, relative to the layer's largest bias entry."""

@@ -14,7 +14,7 @@ from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.solvers.peeling import Sample
 from adversaries.reconstruction.malicious.base import ReplayedClient, answer, failure
-from adversaries.reconstruction.malicious.imprint import Imprint, alone_share
+from adversaries.reconstruction.malicious.bins import BinReading, alone_share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.loki import KernelSets, identities
@@ -26,7 +26,7 @@ _PLAIN = "imprint-sparse"
 
 
 @dataclass
-class Loki(Imprint):
+class Loki(BinReading):
     """LOKI: a malicious server that sees nothing but sums over clients reads each client's images out of them.
 
     The model begins with S sets of convolution kernels, and the wide layer of bins has columns for each set. Every

@@ -26,15 +26,10 @@ from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN, C
 from adversaries.inversion.matching.problem import Penalty
 from adversaries.inversion.matching.settings import Matching, Optimiser
 from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.matching.recipes import LabelStrategy, LocalSteps, Recipe, Start
 from fedattack.errors import ConfigError, NotApplicable, unknown_name
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
-
-Start = Literal["random", "uniform", "grey", "mean", "tiled"]
-LocalSteps = Literal["unrolled", "ignored"]
-LabelStrategy = Literal[
-    "auto", "joint", "idlg", "gradinversion", "llg", "llg-star", "llg-plus", "sparse-rows"
-]
 
 _RESTART_DEVIATION = 0.1
 """Standard deviation, in pixel values, of what tells repeated labels and further restarts of a fixed start apart."""
@@ -44,42 +39,6 @@ _USUAL_RATES = {"lbfgs": 1.0, "adam": 0.1, "sgd": 0.1}
 
 _IMAGES_TOGETHER = 256
 """Images, over all victims and restarts, that are worth optimising at once."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One named setting of an attack.
-
-    Attributes
-    ----------
-    matching : Matching
-        Objective, optimiser and regularisers but total variation.
-    tv : float
-        Weight of the mean absolute difference of neighbouring pixels, vertical plus horizontal; of standardised
-        pixels where these are what the optimiser turns.
-    labels : str
-        A key of :data:`adversaries.inversion.evidence.label_strategies.STRATEGIES`, or "joint": soft labels are
-        optimised beside the images.
-    start : str
-        "random" (N(0, 1) pixels, or standardised ones), "uniform" (U[0, 1]), "grey" (0.5), "mean" (of the auxiliary
-        images) or "tiled" (a random quarter four times).
-    restarts : int
-        Starts, of which the one with the lowest loss is answered.
-    note : str
-        Where the settings are from and what differs.
-    """
-
-    matching: Matching
-    tv: float = 0.0
-    labels: LabelStrategy = "auto"
-    start: Start = "random"
-    restarts: int = 1
-    note: str = ""
-
-    @property
-    def standardised(self) -> bool:
-        """Whether the optimiser turns standardised pixels."""
-        return self.matching.parametrisation == "standardised"
 
 
 @dataclass

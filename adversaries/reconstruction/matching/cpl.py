@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adversaries.inversion.matching.problem import Penalty
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe
-from adversaries.reconstruction.matching.dlg import BACKTRACKING, torch_lbfgs
+from adversaries.reconstruction.matching.base import OptimisationAttack
+from adversaries.reconstruction.matching.recipes import BACKTRACKING, Recipe, torch_lbfgs
 from fedattack.errors import ConfigError
 from fedattack.models import build_model
 from fedattack.observation import Observation

@@ -14,7 +14,8 @@ from adversaries.inversion.learning.image_generator import TrainedGenerator
 from adversaries.inversion.matching.charts import Latent, LatentBall, NetworkWeights
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
 from fedattack.errors import ConfigError
 from fedattack.models.decoders.from_latent import ImageGenerator
 from fedattack.observation import Scenario

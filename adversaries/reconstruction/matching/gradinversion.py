@@ -11,7 +11,8 @@ from torch import nn
 
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario

@@ -19,7 +19,8 @@ from adversaries.inversion.learning import train
 from adversaries.inversion.learning.denoiser import PAIRS, Denoiser, Pairs, load_denoiser, train_denoiser
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
 from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import numpy_rng

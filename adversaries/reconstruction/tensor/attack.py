@@ -16,14 +16,14 @@ from torch import Tensor
 from adversaries.base import Progress, no_progress
 from adversaries.checks import at_least, positive
 from adversaries.inversion.evidence import one_gradient
-from adversaries.reconstruction.base import ReconstructionAttack
-from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
-from adversaries.reconstruction.tensor.activations import (
+from adversaries.inversion.gradients.activations import (
     ACTIVATIONS,
     homogeneous,
     is_polynomial,
     stein_order,
 )
+from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, status_of
+from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.from_gradient import Estimate
@@ -36,12 +36,6 @@ from fedattack.models.armable.two_layer import TwoLayer
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
-CERTIFIED = 1e-5
-"""Relative residual below which the answer explains the update to float32's rounding."""
-
-APPROXIMATE = 0.25
-"""Relative residual above which the answer explains too little of the update to be one."""
-
 SPARE = 1.2
 """Equations per unknown from which on a small residual singles out the batch."""
 
@@ -52,8 +46,6 @@ _LEAST_SIDE = 16
 """Smaller images are solved at once."""
 
 NO_TRACE = "a sample's label leaves too little trace in the head's gradient to be read"
-
-Status = Literal["certified", "approximate", "failed"]
 
 
 @dataclass
@@ -641,13 +633,9 @@ class _Victim:
         positions, labels = found.labelled.expanded()
         inputs = found.inputs.cpu()[positions]
         norms = found.inputs.norm(dim=1).cpu()
-        status: Status = "failed"
+        status = status_of(found.residual, vouched=found.certified and len(inputs) == self._samples)
         reason = ""
-        if found.certified and len(inputs) == self._samples:
-            status = "certified"
-        elif found.residual <= APPROXIMATE:
-            status = "approximate"
-        else:
+        if status == "failed":
             reason = f"residual {found.residual:.0e}: the answer does not explain the update"
             reason += "".join(f"; {note}" for note in self._notes if "dependent" in note)
         self._notes += [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.tensor.activations import homogeneous
+from adversaries.inversion.gradients.activations import homogeneous
 from adversaries.reconstruction.tensor.from_entries import Entries
 from adversaries.reconstruction.tensor.head import Head
 

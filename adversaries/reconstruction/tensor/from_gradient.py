@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
-from adversaries.reconstruction.tensor import moments
-from adversaries.reconstruction.tensor.activations import (
+from adversaries.inversion.gradients.activations import (
+    ACTIVATIONS,
     hermite_coefficients,
     homogeneous,
     is_polynomial,
     stein_order,
 )
+from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
+from adversaries.reconstruction.tensor import moments
 from adversaries.reconstruction.tensor.decompose import Decomposer, decompose, symmetric
 from adversaries.reconstruction.tensor.head import Head
 from adversaries.reconstruction.tensor.moments import feature_count, regress
@@ -84,8 +85,6 @@ class Whitened:
 
 def needed_width(name: str, batch: int) -> int:
     """Neurons that the regression on a full gradient needs: (B+1)(B+2)/2, or (B+3 choose 3) at order 4."""
-    from adversaries.reconstruction.tensor.activations import ACTIVATIONS
-
     return feature_count(batch, stein_order(ACTIVATIONS[name]) - 1)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adversaries.inversion.gradients.activations import ACTIVATIONS
 from adversaries.inversion.gradients.closed_form import Activation
-from adversaries.reconstruction.tensor.activations import ACTIVATIONS
 from fedattack.errors import NotApplicable
 
 _MOST_COPIES = 16
