@@ -499,7 +499,7 @@ def test_predicted_errors_are_those_that_noise_makes() -> None:
     function, wanted = from_entries.Model(head, entries, labels), from_entries.targets(entries)
     noise = 1e-8 * torch.randn(400, generator=generator).double()
     truth = images.flatten(1).double()
-    found, _ = from_entries.levenberg_marquardt(function, wanted + noise, truth, 30, settled=0)
+    found, _ = from_entries.fit(function, wanted + noise, truth, 30, settled=0)
     made = (found - truth).square().mean(1).sqrt()
     unseen, foretold = from_entries.foundation(
         function, truth, torch.zeros(400).double(), 5 * torch.full((400,), 1e-8).double(), generator
