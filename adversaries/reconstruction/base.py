@@ -57,7 +57,6 @@ class ReconstructionAttack(Attack):
 
         Parameters
         ----------
-        scenario : Scenario
         weights : dict of str to Tensor
             The global state dict; not to be modified.
         seed : int
@@ -84,7 +83,6 @@ class ReconstructionAttack(Attack):
 
         Parameters
         ----------
-        scenario : Scenario
         weights : dict of str to Tensor
             Those of :meth:`arm`; not to be modified. They are also what an observation of a sum over clients holds.
         place : int

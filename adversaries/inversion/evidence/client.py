@@ -35,7 +35,6 @@ class SignalPairs:
 
     Attributes
     ----------
-    signals : RowSignals
     images : Tensor
         float32 (N, C, H, W), the targets.
     positions : Tensor
@@ -88,13 +87,10 @@ class ImitatedClient:
 
     Parameters
     ----------
-    scenario : Scenario
     weights : mapping of str to Tensor
         The broadcast state dict.
-    seed : int
     round : int
         1-based round whose compression is imitated. Clients start with an empty memory.
-    device : torch.device
 
     Raises
     ------
@@ -156,23 +152,16 @@ def simulate_rows(
 
     Parameters
     ----------
-    client : ImitatedClient
     images : Tensor
         float32 (N, C, H, W): all auxiliary images.
     positions : Tensor
         int64: which of them to use.
     batch_size : int
         Images per client. Each pass deals the images out anew, with new labels; what does not fill a batch sits out.
-    seed : int
     passes : int
         How often each image is used.
     mirror : bool
         Flip the images left to right in every second pass.
-    progress : Progress
-
-    Returns
-    -------
-    SignalPairs
 
     Raises
     ------

@@ -75,7 +75,6 @@ class Evidence:
 
     Parameters
     ----------
-    observation : Observation
     carried : Tensor, optional
         float64 (numel,), in units of the mean gradient: what the client held back in earlier rounds.
     followed : bool

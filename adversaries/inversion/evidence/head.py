@@ -23,7 +23,6 @@ class HeadEntries:
     ----------
     name : str
         Its name in the state dict, without ".weight".
-    classes, features : int
     rows, cols : Tensor
         int64 (E,): where the sent weight entries lie.
     values : Tensor
@@ -158,7 +157,6 @@ def read_rows(update: Update, head: LinearHead, labels: Tensor, batch_size: int)
     ----------
     update : Update
         As a gradient.
-    head : LinearHead
     labels : Tensor
         int64 (B,).
     batch_size : int

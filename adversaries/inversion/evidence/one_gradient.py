@@ -20,7 +20,6 @@ def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
 
     Parameters
     ----------
-    scenario : Scenario
     signs : bool
         Whether the attack can do with the gradient's signs (objective "sign", or a cosine).
 
@@ -183,7 +182,6 @@ def mean_gradient(
 
     Parameters
     ----------
-    observation : Observation
     carried : Tensor, optional
         float64 (numel,), in units of the mean gradient: what earlier rounds held back.
     followed : bool

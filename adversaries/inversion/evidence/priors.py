@@ -107,10 +107,6 @@ def gaussian_prior(
     shrinkage : float, optional
         In (0, 1]; None: chosen by held-out likelihood.
 
-    Returns
-    -------
-    GaussianPrior
-
     Raises
     ------
     DataError
@@ -157,10 +153,6 @@ def smooth_prior(
         Of the power spectrum; 2 is the average of natural images (Field 1987).
     colour : float
         Correlation between colour channels.
-
-    Returns
-    -------
-    GaussianPrior
     """
     channels = image_shape[0]
     variances = deviation**2 * _spectrum(image_shape, exponent, colour).flatten()

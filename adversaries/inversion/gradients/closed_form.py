@@ -239,7 +239,6 @@ def features(chain: Chain, weights: Weights, images: Tensor) -> Tensor:
 
     Parameters
     ----------
-    chain : Chain
     weights : mapping of str to Tensor
         The state dict, of the images' dtype and device.
     images : Tensor
@@ -331,7 +330,6 @@ def conv_gradients(
 
     Parameters
     ----------
-    chain : Chain
     weights : mapping of str to Tensor
         The state dict, of the images' dtype and device.
     images : Tensor

@@ -52,13 +52,8 @@ def schedule_for(scenario: Scenario, num_examples: int) -> Schedule:
 
     Parameters
     ----------
-    scenario : Scenario
     num_examples : int
         Distinct samples that the client says it used. Fewer than steps times batch size mean that it has no more.
-
-    Returns
-    -------
-    Schedule
 
     Raises
     ------

@@ -159,19 +159,14 @@ def collect_pairs(
 
     Parameters
     ----------
-    scenario : Scenario
     weights : mapping of str to Tensor
         The broadcast state dict.
-    auxiliary : Auxiliary
     count : int
         Images to reconstruct, a seeded draw.
     iterations : int
         Of matching before each snapshot.
     out : str, Path or None
         File to write; None: keep them in memory.
-    seed : int
-    device : torch.device or str
-    progress : Progress
     batch_size : int, optional
         Images per client; None: the scenario's.
     stretches : int
@@ -184,10 +179,6 @@ def collect_pairs(
         How to match; its `iterations` are replaced.
     together : int
         Clients in one batched optimisation.
-
-    Returns
-    -------
-    Pairs
 
     Raises
     ------
@@ -313,10 +304,8 @@ def train_denoiser(
 
     Parameters
     ----------
-    pairs : Pairs, str or Path
     out : str, Path or None
         File to write (safetensors); None: keep it in memory.
-    seed : int
     architecture : str
         A name registered in :data:`fedattack.models.decoders.denoisers.DENOISERS`: "dncnn".
     depth, width : int
@@ -327,12 +316,9 @@ def train_denoiser(
         Of Adam, at the start.
     held_out : float
         Share of people kept for the figures.
-    device : torch.device or str
-    progress : Progress
 
     Returns
     -------
-    Denoiser
     dict
         JSON-able: "psnr" in dB on held-out pairs before and after denoising ("noisy", "denoised"), counts, seconds.
     """
@@ -423,7 +409,6 @@ def test_denoiser(
     ----------
     path : str or Path
         The denoiser.
-    pairs : Pairs, str or Path
     held_out_only : bool
         Only those that its training left out; right when `pairs` are those that it was trained on.
 

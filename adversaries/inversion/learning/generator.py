@@ -70,7 +70,6 @@ class Generator:
 
         Parameters
         ----------
-        observation : Observation
         labels : Tensor
             int64 (B,): inferred labels. Equal labels get the same image: their row is shared.
 
@@ -124,13 +123,10 @@ def train_generator(
 
     Parameters
     ----------
-    scenario : Scenario
     weights : mapping of str to Tensor
         The broadcast state dict.
-    auxiliary : Auxiliary
     out : str, Path or None
         File to write (safetensors); None: keep it in memory.
-    seed : int
     architecture : str
         A name registered in :data:`fedattack.models.decoders.from_features.GENERATORS`: "ridge-conv", "deconv".
         Others than "ridge-conv" must answer in (0, 1).
@@ -150,12 +146,9 @@ def train_generator(
         Share of people (or images, where the auxiliary data names nobody) kept for the figures.
     round : int
         1-based round whose compression is imitated (matters under DGC's warm-up).
-    device : torch.device or str
-    progress : Progress
 
     Returns
     -------
-    Generator
     dict
         JSON-able: "psnr" in dB on held-out auxiliary images of the generator ("generator"), of its linear map alone
         ("linear", where it has one) and of the training images' mean ("mean", the floor); counts and seconds.
@@ -287,11 +280,8 @@ def obtain_generator(
 
     Parameters
     ----------
-    setting : str
     observation : Observation
         Any victim of the round: for the scenario, the weights, the batch size and the auxiliary images.
-    seed : int
-    device : torch.device or str
     progress : Progress
         Told how many clients are imitated and how far training has come: a minute or more for thousands of images.
 
@@ -332,7 +322,6 @@ def test_generator(
 
     Parameters
     ----------
-    path : str or Path
     scenario, weights, round, device
         As in :func:`train_generator`.
     images : Auxiliary
@@ -379,10 +368,8 @@ def fit_linear(
     ----------
     module : RidgeConv
         Its buffers and linear layer are filled.
-    pairs : SignalPairs
     groups : Tensor
         int64 (N,): whose image each is; no one is in two folds.
-    progress : Progress
 
     Returns
     -------

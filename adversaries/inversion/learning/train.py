@@ -65,17 +65,14 @@ def descend(
 
     Parameters
     ----------
-    parameters : sequence of Tensor
     loss : callable
         Positions (n,) -> scalar.
     count : int
         Training samples.
-    epochs : int
     learning_rate : float
         At the start.
     stream : torch.Generator
         Shuffles.
-    progress : Progress
     batch : int
         Samples per step.
 

@@ -46,7 +46,6 @@ class Matching:
         "signed": it is shown the sign of the gradient alone.
     line_search : {"none", "armijo"}
         For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
-    learning_rate : float
     momentum : float
         Of SGD.
     decay : bool

@@ -27,7 +27,6 @@ def conjugate_gradients(
     ----------
     system : callable
         x -> A x, both shaped as `right`.
-    right : Tensor
     most : int
         Iterations at most.
     tolerance : float

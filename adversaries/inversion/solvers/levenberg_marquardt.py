@@ -20,7 +20,6 @@ class Damping:
 
     Attributes
     ----------
-    start, least : float
     rise, jump : float
         Factor after a step that does not lower the residual, and the least damping then.
     fall : float
@@ -55,10 +54,6 @@ def levenberg_marquardt(
 
     Parameters
     ----------
-    linearise : callable
-    x : Tensor
-    iterations : int
-    damping : Damping
     settled : float
         Norm of what is left below which nothing is to be gained.
     gain : float

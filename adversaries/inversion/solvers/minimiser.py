@@ -64,7 +64,6 @@ class Rules:
 
     Attributes
     ----------
-    learning_rate : float
     stop : float
         A row below this loss has finished; minus infinity: never.
     patience : int
@@ -98,10 +97,8 @@ class Minimiser(ABC):
 
     Parameters
     ----------
-    evaluate : Evaluate
     start : Tensor
         (V, N).
-    rules : Rules
     """
 
     STATE: ClassVar[tuple[str, ...]] = (

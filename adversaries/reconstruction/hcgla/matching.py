@@ -92,7 +92,6 @@ def settings_for(
         Evaluations of objective and gradient.
     tv : float, optional
         Weight of the mean squared difference of neighbouring pixels, in units of the sent entries' squared norm.
-    learning_rate : float, optional
     optimizer : str, optional
         One of :data:`Optimizer`; brings its own learning rate unless that is given.
     **others
@@ -130,15 +129,8 @@ def reconstruct(
         int64 (B,) each.
     starts : sequence of Tensor
         float32 (R, B, C, H, W) each.
-    settings : Matching
-    device : torch.device
-    progress : Progress
     transform : callable, optional
         Denoiser, for `settings.transform_every`.
-
-    Returns
-    -------
-    list of Match
     """
     found: list[Match] = []
     restarts = starts[0].shape[0]

@@ -63,7 +63,6 @@ class Starts:
         auxiliary mean, else grey.
     reference : Observation
         Any of the victims: for the weights, the scenario and the auxiliary images.
-    seed : int
     image : str, optional
         File for "image".
     generator : callable, optional

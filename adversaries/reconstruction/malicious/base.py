@@ -68,11 +68,6 @@ def check_update(scenario: Scenario) -> None:
 class ReplayedClient:
     """One observation, float64 on a device: what the first layer sent, and what it would send of an image.
 
-    Parameters
-    ----------
-    observation : Observation
-    device : torch.device
-
     Raises
     ------
     NotApplicable
@@ -333,10 +328,8 @@ def answer(
     ----------
     name : str
         Of the attack.
-    observation : Observation
     vague : bool
         As for :class:`ReplayedClient`.
-    found : sequence of Sample
     unread : float
         Share of the rows' norm that no image explains.
     figures : dict

@@ -228,7 +228,6 @@ def thresholds(
         float64 (d,).
     count : int
         Bins.
-    image_shape : tuple of int
     auxiliary : Auxiliary or None
         Public images: their measurements, smoothed by a normal kernel (Silverman's width), are the distribution.
         Without any, it is the normal of :func:`~adversaries.inversion.evidence.priors.smooth_prior`.

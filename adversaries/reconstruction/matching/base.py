@@ -165,17 +165,12 @@ class OptimisationAttack(ReconstructionAttack):
             V victims.
         labels : Tensor
             int64 (V, B): the inferred labels.
-        device : torch.device
         """
         del observations, labels, device
         return None
 
     def search(self, task: Task) -> tuple[list[Match], dict[str, Any]]:
         """Match a group of victims; an attack that turns other things than pixels does that here.
-
-        Parameters
-        ----------
-        task : Task
 
         Returns
         -------
@@ -211,12 +206,8 @@ class Task:
         int64 (V, B).
     starts : Tensor
         float32 (R, V, B, C, H, W), of the recipe.
-    settings : Matching
-    device : torch.device
-    progress : Progress
     options : dict
         Further arguments of :func:`adversaries.inversion.matching.match.match`.
-    seed : int
     """
 
     observations: list[Observation]
@@ -249,7 +240,6 @@ class Plan:
 
     Attributes
     ----------
-    recipe : Recipe
     settings : Matching
         The recipe's, as the scenario needs them.
     unrolled : bool

@@ -30,7 +30,6 @@ class CPL(OptimisationAttack):
     ----------
     label_weight : float
         Of the mean over the batch of |softmax(z) - e_y|^2, in units of the update's squared norm.
-
     Deviations: the weight of the label term is not published. On an untrained network the true image does not predict
     its label either, so that the term works against the answer; 1e-3 keeps it from deciding. Otherwise as for
     :class:`~adversaries.reconstruction.matching.dlg.DLG`, with labels inferred.

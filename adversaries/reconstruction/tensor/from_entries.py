@@ -97,8 +97,6 @@ class Model:
 
     Parameters
     ----------
-    head : Head
-    entries : Entries
     labels : Tensor
         int64 (B,).
     """

@@ -172,11 +172,6 @@ def from_wide(
     ----------
     y : Tensor
         (m, d): ``sum_i r_i s'(W x_i) x_i'``.
-    span : Span
-    batch : int
-    decomposer : Decomposer
-    generator : torch.Generator
-    seed : int
 
     Raises
     ------

@@ -132,7 +132,6 @@ def read_labels(head: Head, inputs: Tensor, delta: Tensor) -> Labelled:
 
     Parameters
     ----------
-    head : Head
     inputs : Tensor
         x, (B, d).
     delta : Tensor

@@ -45,12 +45,10 @@ def refine(
 
     Parameters
     ----------
-    head : Head
     y : Tensor
         (m, d): gradient of W times batch size over a.
     inputs, weights : Tensor
         (B, d) and (B,): the estimate.
-    iterations : int
     settled : float
         Stop when a step changes the residual's norm by less than this share.
 

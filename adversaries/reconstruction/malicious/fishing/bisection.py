@@ -215,9 +215,6 @@ class Classes:
 
         Parameters
         ----------
-        first : Observation
-        head : str
-        target : int
         mean : Tensor
             float64 (F,): mean feature of public images.
         """
