@@ -138,10 +138,10 @@ def find_head(module: nn.Module) -> LinearHead:
     """
     linear = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     if not linear:
-        raise NotApplicable("the model has no linear layer; a generator reads features off the last one")
+        raise NotApplicable("the model has no linear layer, and the attack reads features off the last one")
     name, part = linear[-1]
     if part.bias is None:
-        raise NotApplicable(f"the last linear layer {name!r} has no bias; a generator needs its gradient")
+        raise NotApplicable(f"the last linear layer {name!r} has no bias, whose gradient the attack needs")
     return LinearHead(f"{name}.weight", f"{name}.bias", part.out_features, part.in_features)
 
 

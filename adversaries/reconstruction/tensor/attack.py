@@ -27,7 +27,13 @@ from adversaries.reconstruction.tensor import certificate, from_entries, from_gr
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.from_gradient import Estimate
-from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, read_labels, residuals_of
+from adversaries.reconstruction.tensor.head import (
+    TwoLayerHead,
+    Labelled,
+    fix_scales,
+    read_labels,
+    residuals_of,
+)
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
 from fedattack.config import TrainingConfig
 from fedattack.errors import NotApplicable
@@ -298,7 +304,9 @@ class _Victim:
         self._module = module.eval()
         assert scenario.model.activation is not None
         weights = {name: tensor.to(device) for name, tensor in observation.weights.items()}
-        self._head = Head.of(weights["wide.weight"], weights["head.weight"], scenario.model.activation)
+        self._head = TwoLayerHead.of(
+            weights["wide.weight"], weights["head.weight"], scenario.model.activation
+        )
         one_step = dataclasses.replace(scenario, training=_one_step(scenario.training))
         one_gradient.check_received(dataclasses.replace(observation, scenario=one_step))
         self._update = one_gradient.mean_gradient(observation)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
 from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt
-from adversaries.reconstruction.tensor.head import Head
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 
 Function = Callable[[Tensor], Tensor]
 
@@ -101,7 +101,7 @@ class Model:
         int64 (B,).
     """
 
-    def __init__(self, head: Head, entries: Entries, labels: Tensor) -> None:
+    def __init__(self, head: TwoLayerHead, entries: Entries, labels: Tensor) -> None:
         self._head, self._entries = head, entries
         self._hot = torch.nn.functional.one_hot(labels, head.classes).to(head.wide.dtype)
         self._norms = _norms(entries)
@@ -337,7 +337,7 @@ def _least_squares(function: Model, x: Tensor) -> Function:
     return solve
 
 
-def guess_labels(head: Head, entries: Entries, samples: int, most: int) -> list[Tensor]:
+def guess_labels(head: TwoLayerHead, entries: Entries, samples: int, most: int) -> list[Tensor]:
     """Labels (samples,) from the head's entries, the likeliest of at most `most` guesses first.
 
     A class's row is ``sum_i delta_ic s(W x_i)'`` with delta_ic negative only where x_i has that label, and s is
@@ -377,7 +377,9 @@ def guess_labels(head: Head, entries: Entries, samples: int, most: int) -> list[
     return [labels.to(head.wide.device) for labels in guesses[:most]]
 
 
-def starts(head: Head, entries: Entries, labels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+def starts(
+    head: TwoLayerHead, entries: Entries, labels: Tensor, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Starting inputs (B, d), the best guess first.
 
     By Stein's lemma the average of g_j w_j over the neurons of a class's row points to the mean of the samples that
@@ -420,7 +422,7 @@ def starts(head: Head, entries: Entries, labels: Tensor, generator: torch.Genera
 
 
 def _parted(
-    head: Head, entries: Entries, labels: Tensor, start: Tensor, generator: torch.Generator
+    head: TwoLayerHead, entries: Entries, labels: Tensor, start: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Samples of one label taken apart from their mean.
 
@@ -456,7 +458,7 @@ def _parted(
 
 
 def solve(
-    head: Head,
+    head: TwoLayerHead,
     entries: Entries,
     samples: int,
     restarts: int,
@@ -511,7 +513,7 @@ def solve(
 
 
 def _sources(
-    head: Head, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
+    head: TwoLayerHead, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
 ) -> Iterator[Tensor]:
     enough = [b for b in ladder if len(entries.head_values) >= SPARE_COARSE * len(labels) * b.shape[1]]
     if enough:
@@ -520,7 +522,7 @@ def _sources(
 
 
 def climbed(
-    head: Head, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
+    head: TwoLayerHead, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
 ) -> Tensor:
     """Starting inputs (B, d) found in small spaces first, from the head's entries, which see w.x only.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt
-from adversaries.reconstruction.tensor.head import Head
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 from fedattack.config import TrainingConfig
 
 _CHUNK = 32
@@ -26,7 +26,7 @@ def replayable(training: TrainingConfig, samples: int) -> bool:
 
 
 def play(
-    head: Head, neurons: Tensor, samples: Tensor, labels: Tensor, training: TrainingConfig
+    head: TwoLayerHead, neurons: Tensor, samples: Tensor, labels: Tensor, training: TrainingConfig
 ) -> tuple[Tensor, Tensor]:
     """Weight changes of SGD on the mean cross-entropy of one batch: of the neurons (m, k) and of the head (C, m).
 
@@ -55,7 +55,7 @@ def play(
 
 
 def fit(
-    head: Head,
+    head: TwoLayerHead,
     wide_change: Tensor,
     head_change: Tensor,
     inputs: Tensor,

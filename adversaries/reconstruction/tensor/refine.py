@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
 from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt
-from adversaries.reconstruction.tensor.head import Head
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Fit:
     residual: float
 
 
-def misfit(head: Head, y: Tensor, inputs: Tensor, weights: Tensor) -> float:
+def misfit(head: TwoLayerHead, y: Tensor, inputs: Tensor, weights: Tensor) -> float:
     """|Y - sum_i r_i s'(W x_i) x_i'| / |Y| for Y (m, d)."""
     k = head.activation.slope(head.wide @ inputs.T) * weights
     return float((y - k @ inputs).norm() / y.norm())
 
 
 def refine(
-    head: Head,
+    head: TwoLayerHead,
     y: Tensor,
     inputs: Tensor,
     weights: Tensor,
@@ -72,7 +72,7 @@ def refine(
     return best
 
 
-def _off_span(head: Head, y: Tensor, fit: Fit) -> Tensor:
+def _off_span(head: TwoLayerHead, y: Tensor, fit: Fit) -> Tensor:
     """The inputs with their part outside their own span solved for."""
     k = head.activation.slope(head.wide @ fit.inputs.T) * fit.weights
     scale = k.norm(dim=0).clamp_min(1e-300)
@@ -85,7 +85,7 @@ def _off_span(head: Head, y: Tensor, fit: Fit) -> Tensor:
 
 
 def _in_span(
-    head: Head, y: Tensor, inputs: Tensor, weights: Tensor, basis: Tensor, damping: float
+    head: TwoLayerHead, y: Tensor, inputs: Tensor, weights: Tensor, basis: Tensor, damping: float
 ) -> tuple[Fit, float]:
     u, seen, act = head.wide @ basis, y @ basis, head.activation
 
@@ -161,7 +161,7 @@ def _blocks(u: Tensor, c: Tensor, k: Tensor, slope: Tensor, bend: Tensor, dampin
 
 
 def relu_masks(
-    head: Head, y: Tensor, basis: Tensor, products: Tensor, rounds: int = 40
+    head: TwoLayerHead, y: Tensor, basis: Tensor, products: Tensor, rounds: int = 40
 ) -> tuple[Tensor, Tensor, float]:
     """r_i x_i for ReLU from exact masks: with them the gradient is linear in the samples.
 
