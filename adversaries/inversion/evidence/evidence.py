@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -96,7 +96,7 @@ class Evidence:
         self.inferred: dict[str, Labels] = {}
 
     @classmethod
-    def of_round(cls, observations: list[Observation]) -> list[Evidence]:
+    def of_round(cls, observations: Sequence[Observation]) -> list[Evidence]:
         """Of several victims of one round."""
         found = [cls(observations[0])] if observations else []
         return found + [cls(observation, like=found[0]) for observation in observations[1:]]

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import client
 from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.one_gradient import as_gradient
@@ -214,7 +214,7 @@ def collect_pairs(
         else:
             begin = torch.randn(clean.shape, generator=torch_rng(seed, "denoiser.start", first))
         labels = torch.stack([client.draw_labels(size, runner.client.head.classes, rng) for _ in part])
-        told = train_module.share_of(progress, first / clients, min(1.0, (first + together) / clients))
+        told = share_of(progress, first / clients, min(1.0, (first + together) / clients))
         shots = runner.run(clean, labels, begin, stretches, denoiser, first, told)
         noisy.append(torch.stack(shots))
     stages = torch.cat(noisy, 1).flatten(1, 2)
@@ -280,7 +280,7 @@ class _Runner:
         for stretch in range(stretches):
             if stretch and denoiser is not None:
                 images = denoiser(images.flatten(0, 1)).reshape(images.shape)
-            told = train_module.share_of(progress, stretch / stretches, (stretch + 1) / stretches)
+            told = share_of(progress, stretch / stretches, (stretch + 1) / stretches)
             found = match(seen, labels, images[None], self.settings, self._device, told)
             images = torch.stack([one.images for one in found])
             shots.append(images)

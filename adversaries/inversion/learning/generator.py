@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import client as client_module
 from adversaries.inversion.evidence.client import ImitatedClient, SignalPairs
 from adversaries.inversion.evidence.evidence import Evidence
@@ -165,7 +165,7 @@ def train_generator(
     seen, unseen = train.hold_out(auxiliary, held_out, seed)
     client = ImitatedClient(scenario, weights, seed, round, device)
     pairs = client_module.simulate_rows(
-        client, auxiliary.images, seen, size, seed, passes, mirror, train.share_of(progress, 0.0, 0.4)
+        client, auxiliary.images, seen, size, seed, passes, mirror, share_of(progress, 0.0, 0.4)
     )
     test = client_module.simulate_rows(client, auxiliary.images, unseen, size, seed + 1)
     activation = str(scenario.model.activation)
@@ -178,7 +178,7 @@ def train_generator(
             architecture, client.head.features, scenario.image_shape, activation, width, rank
         )
     figures: dict[str, float] = {}
-    fitting, told = train.share_of(progress, 0.4, 0.6), train.share_of(progress, 0.6, 1.0)
+    fitting, told = share_of(progress, 0.4, 0.6), share_of(progress, 0.6, 1.0)
     notes: dict[str, Any] = {}
     if isinstance(module, RidgeConv):
         groups = auxiliary.groups if auxiliary.groups is not None else torch.arange(len(auxiliary))

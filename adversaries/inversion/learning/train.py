@@ -102,11 +102,6 @@ def descend(
                 progress(done / steps, f"training, epoch {epoch + 1}/{epochs}, loss {shown:.4g}")
 
 
-def share_of(progress: Progress, low: float, high: float) -> Progress:
-    """Report a part's share as one of the whole, from `low` to `high`."""
-    return lambda share, text: progress(low + (high - low) * share, text)
-
-
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 _KEPT: dict[Hashable, Any] = {}

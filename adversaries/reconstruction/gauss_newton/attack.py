@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import defences, label_strategies, one_gradient
 from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors
@@ -138,10 +138,9 @@ class GaussNewton(ReconstructionAttack):
         prior = whitening(first.auxiliary, first.scenario.image_shape, device, torch.float32)
         answers = []
         for position, evidence in enumerate(Evidence.of_round(observations)):
-
-            def told(share: float, text: str, done: int = position) -> None:
-                progress((done + share) / len(observations), f"victim {done + 1}/{len(observations)}: {text}")
-
+            total = len(observations)
+            prefix = f"victim {position + 1}/{total}: "
+            told = share_of(progress, position / total, (position + 1) / total, prefix)
             labels = label_strategies.infer(self.labels, evidence)
             solution = self.solve(evidence.observation, labels.values, prior, seed, device, told)
             answers.append(self._answer(evidence.observation, labels, solution, prior))

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.checks import at_least
 from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.evidence import Evidence
@@ -129,7 +129,7 @@ def _train(
     client = ImitatedClient(scenario, observation.weights, seed, observation.round)
     reader = _Reader(observation.update.numel, attack.inputs, seed)
     seen, unseen = train.hold_out(public, 0.1, seed)
-    told = train.share_of(progress, 0.0, 0.5)
+    told = share_of(progress, 0.0, 0.5)
     rows, images = _pairs(client, reader, public.images, seen, size, attack.passes, seed, told)
     test_rows, test_images = _pairs(client, reader, public.images, unseen, size, 1, seed + 1)
     mean = rows.mean(0)
@@ -157,7 +157,7 @@ def _train(
         attack.epochs,
         attack.learning_rate,
         torch_rng(seed, "lti.batches"),
-        train.share_of(progress, 0.5, 1.0),
+        share_of(progress, 0.5, 1.0),
         _BATCH,
     )
     module = module.cpu().eval().requires_grad_(False)

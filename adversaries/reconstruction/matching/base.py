@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -22,6 +21,7 @@ from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.gradients import Compile, Layers, schedule_for
 from adversaries.inversion.matching.match import Match, match
+from adversaries.inversion.matching.parts import in_parts
 from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN, Chart
 from adversaries.inversion.matching.problem import Penalty
 from adversaries.inversion.matching.settings import Matching, Optimiser
@@ -36,9 +36,6 @@ _RESTART_DEVIATION = 0.1
 
 _USUAL_RATES = {"lbfgs": 1.0, "adam": 0.1, "sgd": 0.1}
 """Learning rates for an optimiser that replaces the preset's own."""
-
-_IMAGES_TOGETHER = 256
-"""Images, over all victims and restarts, that are worth optimising at once."""
 
 
 @dataclass
@@ -348,28 +345,21 @@ class _Run:
 
     def answers(self) -> list[Reconstruction]:
         """Reconstructions in the order of the observations."""
-        groups: dict[int, list[int]] = defaultdict(list)
-        for position, victim in enumerate(self._victims):
-            groups[len(victim.labels.values)].append(position)
-        found: dict[int, Match] = {}
-        for batch, members in groups.items():
-            together = max(1, _IMAGES_TOGETHER // (batch * self._recipe.restarts))
-            for first in range(0, len(members), together):
-                part = members[first : first + together]
-                found |= dict(zip(part, self._match(part, len(found)), strict=True))
+        found = in_parts(
+            [victim.observation for victim in self._victims],
+            [(len(victim.labels.values),) for victim in self._victims],
+            self._recipe.restarts,
+            self._match,
+            self._progress,
+        )
         self._progress(1.0, "done")
-        return [self._answer(position, found[position]) for position in range(len(self._victims))]
+        return [self._answer(position, one) for position, one in enumerate(found)]
 
-    def _match(self, members: Sequence[int], done: int) -> list[Match]:
+    def _match(self, members: Sequence[int], told: Progress) -> list[Match]:
         """Match victims with one batch size in one optimisation."""
         victims = [self._victims[position] for position in members]
         observations = [victim.observation for victim in victims]
         scenario, batch = observations[0].scenario, len(victims[0].labels.values)
-        total = len(self._victims)
-
-        def told(share: float, text: str) -> None:
-            self._progress((done + share * len(members)) / total, text)
-
         labels = torch.stack([victim.labels.values for victim in victims])
         joint = self._recipe.labels == "joint"
         options = {

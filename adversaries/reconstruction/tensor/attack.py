@@ -13,7 +13,7 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.checks import at_least, positive
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.gradients.activations import (
@@ -28,8 +28,8 @@ from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.from_gradient import Estimate
 from adversaries.reconstruction.tensor.head import (
-    TwoLayerHead,
     Labelled,
+    TwoLayerHead,
     fix_scales,
     read_labels,
     residuals_of,
@@ -201,25 +201,15 @@ class TensorAttack(ReconstructionAttack):
             return []
         if device.type == "mps":  # has no float64
             device = torch.device("cpu")
-        total = len(observations)
-        return [self._one(o, seed, device, progress, n, total) for n, o in enumerate(observations)]
-
-    def _one(
-        self,
-        observation: Observation,
-        seed: int,
-        device: torch.device,
-        progress: Progress,
-        number: int,
-        total: int,
-    ) -> Reconstruction:
-        def share(part: float, text: str) -> None:
-            progress((number + part) / total, f"client {observation.client}: {text}")
-
-        try:
-            return _Victim(self, observation, seed, device, share).answer()
-        except NotApplicable as reason:
-            return _failure(observation.scenario, str(reason))
+        answers = []
+        for number, observation in enumerate(observations):
+            low, high = number / len(observations), (number + 1) / len(observations)
+            told = share_of(progress, low, high, f"client {observation.client}: ")
+            try:
+                answers.append(_Victim(self, observation, seed, device, told).answer())
+            except NotApplicable as reason:
+                answers.append(_failure(observation.scenario, str(reason)))
+        return answers
 
 
 def _one_step(training: TrainingConfig) -> TrainingConfig:

@@ -88,9 +88,9 @@ def needed_width(name: str, batch: int) -> int:
     return feature_count(batch, stein_order(ACTIVATIONS[name]) - 1)
 
 
-def find_span(head: TwoLayerHead, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator) -> tuple[
-    Span, int, list[str]
-]:  # fmt: skip
+def find_span(
+    head: TwoLayerHead, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator
+) -> tuple[Span, int, list[str]]:
     """The span of the batch, how many samples it holds, and warnings.
 
     Parameters

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adversaries import ATTACKS
-from adversaries.base import Progress, build_attack, no_progress
+from adversaries.base import Progress, build_attack, no_progress, share_of
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.first_layer import is_complete
@@ -232,10 +232,7 @@ class Fishing(ReconstructionAttack):
         known: dict[bytes, Reconstruction] = {}
         for number, observation in enumerate(observations):
             self.check(observation.scenario)
-
-            def told(share: float, text: str, number: int = number) -> None:
-                progress((number + share) / len(observations), text)
-
+            told = share_of(progress, number / len(observations), (number + 1) / len(observations))
             series = [observation]
             if self.mode == "rounds":
                 client, latest = observation.client, observation.round
