@@ -341,7 +341,8 @@ def unlearn(message: Message, context: Context) -> Message:
 
     The instruction's configuration names the attack ("attack") and the malicious client ("client").
     """
-    from adversaries import ATTACKS, UnlearningAttack, build_attack
+    from adversaries import ATTACKS, UnlearningAttack
+    from fedattack.registry import build_plugin
 
     client, settings = _identity(message, context)
     answer: dict[str, Any] = {"client": client, "positions": [], "reason": ""}
@@ -351,7 +352,7 @@ def unlearn(message: Message, context: Context) -> Message:
         assert isinstance(name, str)
         assert isinstance(arrays, ArrayRecord)
         options = place.config.attack
-        attack = build_attack(ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options)
+        attack = build_plugin(ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options)
         if not isinstance(attack, UnlearningAttack):
             raise ConfigError(f"attack {name!r} is of family {attack.family!r}, not 'unlearning'")
         left = remaining_positions(len(place.partitions[client]), _excluded(settings, client))

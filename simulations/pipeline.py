@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
+import json
 import logging
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -13,36 +12,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
 
-from adversaries import Attack, MembershipAttack, ReconstructionAttack
-from fedattack.audit import AuditResult, audit_membership, audit_unlearning
+from adversaries import Attack, ReconstructionAttack
+from adversaries.needs import Facts
+from adversaries.refusals import applicable
+from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
-from fedattack.defenses import ClientDefenses, build_defenses, check_defenses
+from fedattack.defenses import check_defenses
 from fedattack.errors import ConfigError, RunFailed
-from fedattack.groundtruth import GroundTruth
-from fedattack.observation import EVERYONE, Observation, Reconstruction
+from fedattack.observation import Observation, Reconstruction
 from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
 from fedattack.storage import RunFolder
 from fedattack.storage import load_observations as read_observations
 from fedattack.storage import load_truths as read_truths
 from fedattack.storage.records import summary_document
-from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
-from simulations.experiments.choose import arming_attack, check_names, check_seats, choose_attacks
+from simulations.experiments.base import Experiment, Plan, open_experiments
+from simulations.experiments.choose import arming_attack, check_names, choose_attacks, known_facts
 from simulations.experiments.executor import choose_device
-from simulations.experiments.membership import membership_experiment
 from simulations.experiments.privacy import privacy_accounts, privacy_record
-from simulations.experiments.reconstruction import _Reconstructions
-from simulations.experiments.unlearning import unlearning_experiment
-from simulations.progress import Stages, stages
+from simulations.experiments.reconstruction import Answers
+from simulations.progress import stages
 
 # A run has its own progress bars and table; Flower's lines between them would say the same again.
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -122,22 +116,28 @@ def simulate(
     """
     console = console or Console(quiet=True)
     attacks = choose_attacks(config)
+    arming_attack(attacks)
     check_names(config)
     world = build_world(config)
     check_defenses(world.scenario)
-    for attack in attacks.values():
-        attack.check(world.scenario)
-    check_seats(config, world, attacks)
-    arming_attack(attacks)
+    attacks, left_out = applicable(attacks, world.scenario, known_facts(config, world))
+    for name, sentence in left_out.items():
+        console.print(f"[yellow]attack {name!r} is left out:[/] {sentence}", highlight=False, soft_wrap=True)
     folder = RunFolder.create(run_directory(config), config)
     folder.save_part("world", world_record(world))
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
     with logging_to(folder), session, stages(console) as shown:
-        run = _Run(config, world, folder, attacks, shown)
-        federation = run.train(federate)
-        run.collect()
-        audits = run.audit(federation)
+        plan = Plan(config, world, folder, shown)
+        experiments = open_experiments(plan, attacks)
+        federation = _train(plan, experiments, attacks, federate)
+        for experiment in experiments:
+            experiment.collect()
+        scored = {
+            name: one for experiment in experiments for name, one in experiment.audit(federation).items()
+        }
+    audits = {name: scored[name] for name in attacks}
+    answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
     results = list(audits.values())
     figures = federation_figures(config, world, federation)
     write_results(
@@ -152,9 +152,7 @@ def simulate(
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
     console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
-    return RunResult(
-        folder.path, federation, audits, run.answers(), summary_document(config, results, figures)
-    )
+    return RunResult(folder.path, federation, audits, answers, summary_document(config, results, figures))
 
 
 def attack_folder(
@@ -186,22 +184,29 @@ def attack_folder(
     choose_device(config.engine.device)
     if not attacks:
         raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
+    chosen: dict[str, ReconstructionAttack] = {}
     for name, attack in attacks.items():
         if not isinstance(attack, ReconstructionAttack):
             raise ConfigError(
                 f"attack {name!r} needs a running federation; saved observations can be reconstructed"
             )
+        chosen[name] = attack
     inner = directory / "observations"
     observations = read_observations(inner if inner.is_dir() else directory)
-    for attack in attacks.values():
-        for observation in observations:
-            attack.check(observation.scenario)
+    facts = Facts(rounds=tuple(sorted({observation.round for observation in observations})))
+    for scenario in {json.dumps(one.scenario.record()): one.scenario for one in observations}.values():
+        chosen, left_out = applicable(chosen, scenario, facts)
+        for name, sentence in left_out.items():
+            console.print(
+                f"[yellow]attack {name!r} is left out:[/] {sentence}", highlight=False, soft_wrap=True
+            )
+    attacks = dict(chosen)
     truths = read_truths(truth) if truth is not None else None
     folder = RunFolder.create(run_directory(config), config)
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
     with logging_to(folder), session, stages(console) as shown:
-        work = _Reconstructions(config, folder, attacks, shown)
+        work = Answers(config, folder, chosen, shown)
         by_round: dict[int, list[Observation]] = defaultdict(list)
         for observation in observations:
             by_round[observation.round].append(observation)
@@ -253,167 +258,39 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
             logger.setLevel(level)
 
 
-class _Run:
-    """One run: the federation with the adversaries in it."""
+def _train(
+    plan: Plan,
+    experiments: Sequence[Experiment],
+    attacks: Mapping[str, Attack],
+    federate: Callable[..., FederationResult],
+) -> FederationResult:
+    """Train; hand each round's observations to the experiments while the rounds go on."""
+    total = plan.config.federation.rounds
 
-    def __init__(
-        self, config: Config, world: World, folder: RunFolder, attacks: Mapping[str, Attack], shown: Stages
-    ) -> None:
-        self.config = config
-        self.world = world
-        self.folder = folder
-        self.attacks = attacks
-        self.shown = shown
-        self.work = _Reconstructions(config, folder, attacks, shown)
-        self.members = {n: a for n, a in attacks.items() if isinstance(a, MembershipAttack)}
-        self._this_round: list[Observation] = []
-        self._all: list[Observation] = []
-        self.truths: list[GroundTruth] = []
-        self._defenses = tuple(build_defenses(config.defense).values())
+    def observed(observation: Observation) -> None:
+        for experiment in experiments:
+            if experiment.wants(observation.round, observation.client):
+                experiment.observe(observation)
 
-    def train(self, federate: Callable[..., FederationResult]) -> FederationResult:
-        """Train; hand each round's observations to the attacks while the rounds go on."""
-        total = self.config.federation.rounds
-        self.shown("federation", 0.0, f"round 1 of {total}")
-        return federate(
-            self.config,
-            self.world,
-            run_dir=self.folder.path,
-            on_observation=self._observed,
-            observe=self._observe,
-            on_round=self._finished_round,
-            arming=arming_attack(self.attacks),
-        )
-
-    def _victim(self, round: int, client: int) -> bool:
-        chosen = client == EVERYONE or client < self.config.victims
-        rounds = self.config.attack.rounds
-        history = round < max(rounds, default=0) and self.work.need_history(self.world.scenario)
-        return self.work.wanted and (round in rounds or history) and chosen
-
-    def _observe(self, round: int, client: int) -> bool:
-        return bool(self.members) or self._victim(round, client)
-
-    def _observed(self, observation: Observation) -> None:
-        if self._victim(observation.round, observation.client):
-            self._this_round.append(observation)
-        if self.members:
-            self._all.append(observation)
-
-    def _finished_round(self, record: RoundRecord) -> None:
-        victims, self._this_round = self._this_round, []
-        asked = record.round in self.config.attack.rounds
-        for observation in victims:
-            truth = self._truth(observation, record.clients)
-            if asked:
-                self.truths.append(truth)
-            if self.config.output.save_observations:
-                self.folder.save_observation(observation)
-                self.folder.save_truth(truth)
+    def after_round(record: RoundRecord) -> None:
         for client, reason in (*record.rejected, *record.failed):
-            self.folder.log(f"round {record.round}: reply of client {client} not used: {reason}")
+            plan.folder.log(f"round {record.round}: reply of client {client} not used: {reason}")
         accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.1%}"
-        self.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
-        rounds = self.config.federation.rounds
-        self.shown("federation", record.round / rounds, f"round {record.round} of {rounds}{accuracy}")
-        self.work.submit(victims, asked)
+        plan.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
+        plan.shown("federation", record.round / total, f"round {record.round} of {total}{accuracy}")
+        for experiment in experiments:
+            experiment.after_round(record)
 
-    def _truth(self, observation: Observation, answered: Sequence[int]) -> GroundTruth:
-        clients = answered if observation.client == EVERYONE else (observation.client,)
-        batches = [self._batch(observation.round, client) for client in clients]
-        ids = np.concatenate([ids for ids, _ in batches])
-        images, labels = self.world.dataset.tensors(ids)
-        shown = [part for _, part in batches if part is not None]
-        return GroundTruth(
-            observation.round,
-            observation.client,
-            images,
-            labels,
-            tuple(ids.tolist()),
-            torch.cat(shown) if shown else None,
-        )
-
-    def _batch(self, round: int, client: int) -> tuple[NDArray[np.int64], Tensor | None]:
-        """Sample ids that a client trained on in a round, ascending, and what the model was shown, if not those."""
-        partition = self.world.partitions[client]
-        used = partition[used_positions(round_batches(self.config, len(partition), round, client))]
-        defended = ClientDefenses(self._defenses, self.config.seed, round, client)
-        order = np.argsort(used)
-        if not defended.transforms:
-            return used[order], None
-        images, _ = self.world.dataset.tensors(used)  # in the client's own order, on which its draws depend
-        return used[order], defended.images(images)[torch.from_numpy(order)]
-
-    def collect(self) -> None:
-        """Wait for the reconstructions."""
-        self.work.collect()
-        if self.work.wanted and not self.truths:
-            raise RunFailed(
-                f"no update of a victim was seen in rounds {list(self.config.attack.rounds)}: all dropped out, "
-                "were not drawn, or were rejected (log.txt); raise attack.victims or attack.rounds"
-            )
-
-    def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Score every attack, in the order in which they were named."""
-        audits: dict[str, AuditResult] = {}
-        for name, attack in self.attacks.items():
-            if isinstance(attack, ReconstructionAttack):
-                audits[name] = self.work.audit(name, self.truths)
-            elif isinstance(attack, MembershipAttack):
-                audits[name] = self._membership(name, attack)
-            else:
-                audits[name] = self._unlearning(name, federation)
-        return audits
-
-    def _membership(self, name: str, attack: MembershipAttack) -> AuditResult:
-        started = time.perf_counter()
-        outcome = membership_experiment(
-            self.config,
-            self.world,
-            self._all,
-            attack,
-            device=choose_device(self.config.engine.device),
-            progress=lambda share, text: self.shown(name, share, text),
-        )
-        self.shown(name, 1.0, f"{len(outcome.is_member)} candidates")
-        seconds = time.perf_counter() - started
-        self.folder.save_scores(name, outcome.target, outcome.scores, seconds)
-        self.folder.save_part(f"{name}-candidates", outcome.details)
-        return audit_membership(
-            name,
-            outcome.scores,
-            outcome.is_member,
-            clients=[outcome.target],
-            seconds=seconds,
-            seed=self.config.seed,
-        )
-
-    def _unlearning(self, name: str, federation: FederationResult) -> AuditResult:
-        started = time.perf_counter()
-        outcome = unlearning_experiment(
-            self.config,
-            self.world,
-            federation,
-            name,
-            progress=lambda share, text: self.shown(name, share, text.removeprefix(f"{name}: ")),
-        )
-        seconds = time.perf_counter() - started
-        self.folder.save_part(name, dataclasses.asdict(outcome))
-        return audit_unlearning(
-            name,
-            outcome.before,
-            outcome.after,
-            outcome.random,
-            requests=len(outcome.request.positions),
-            mechanism=outcome.mechanism,
-            test_samples=outcome.test_samples,
-            seconds=seconds,
-            seed=self.config.seed,
-        )
-
-    def answers(self) -> dict[str, dict[str, Reconstruction]]:
-        """Attack -> observation key -> answer."""
-        return self.work.answers()
+    plan.shown("federation", 0.0, f"round 1 of {total}")
+    return federate(
+        plan.config,
+        plan.world,
+        run_dir=plan.folder.path,
+        on_observation=observed,
+        observe=lambda round, client: any(one.wants(round, client) for one in experiments),
+        on_round=after_round,
+        arming=arming_attack(attacks),
+    )
 
 
 def federation_figures(config: Config, world: World, federation: FederationResult) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from adversaries.base import Attack, Progress, no_progress
+from adversaries.needs import Needs
 from fedattack.observation import (
     Candidates,
     MembershipScores,
@@ -19,16 +20,10 @@ from fedattack.observation import (
 
 @dataclass
 class MembershipAttack(Attack):
-    """Tells which candidate samples a client trained on.
-
-    Attributes
-    ----------
-    clients_needed : int
-        Clients that must answer in one round, the target included.
-    """
+    """Tells which candidate samples a client trained on."""
 
     family = "membership"
-    clients_needed: ClassVar[int] = 1
+    needs: ClassVar[Needs] = Needs(sums="single", held_out=True)
 
     @abstractmethod
     def run(

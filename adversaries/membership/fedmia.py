@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adversaries.base import Progress, no_progress
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.per_sample import gradient_products, losses
+from adversaries.needs import Needs
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Candidates, MembershipScores, Observation
@@ -61,8 +62,7 @@ class FedMIA(MembershipAttack):
     statistic: Literal["cosine", "loss"] = "cosine"
     drop_members: bool = False
 
-    clients_needed = MIN_SHADOWS + 1
-    needs = "every client's update in at least one round that the target and two others answered"
+    needs: ClassVar[Needs] = Needs(sums="single", held_out=True, clients=MIN_SHADOWS + 1)
 
     def run(
         self,

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Attack, Progress, no_progress
+from adversaries.needs import Needs
+from adversaries.refusals import attack_refusals
+from fedattack.errors import NotApplicable
 from fedattack.observation import (
     Auxiliary,
     Observation,
@@ -47,6 +50,8 @@ class ReconstructionAttack(Attack):
     """
 
     family = "reconstruction"
+    inverts = True
+    needs: ClassVar[Needs] = Needs(sums="dense", fresh=True)
     arms: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
 
@@ -98,6 +103,16 @@ class ReconstructionAttack(Attack):
         """
         del scenario, weights, place, earlier
         return {}
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse a scenario this attack cannot apply to; see :func:`adversaries.refusals.attack_refusals`.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        if refused := attack_refusals(self, scenario):
+            raise NotApplicable(refused[0])
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether a client's later updates are read with its earlier ones.

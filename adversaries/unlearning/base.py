@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from adversaries.base import Attack
+from adversaries.needs import Needs
 from fedattack.observation import (
     UnlearningRequest,
 )
@@ -19,6 +21,7 @@ class UnlearningAttack(Attack):
 
     family = "unlearning"
     seat = "client"
+    needs: ClassVar[Needs] = Needs(held_out=True)
 
     @abstractmethod
     def choose(

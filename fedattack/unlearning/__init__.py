@@ -10,6 +10,7 @@ MECHANISMS: Registry[type[Mechanism]] = Registry(
     "mechanism",
     {"retrain": "fedattack.unlearning.retrain:Retrain"},
     group="fedattack.mechanisms",
+    base="fedattack.unlearning.mechanism:Mechanism",
 )
 
 __all__ = [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adversaries import ATTACKS, Attack, MembershipAttack, ReconstructionAttack, build_attack
-from adversaries.base import attack_options
+from adversaries import ATTACKS, Attack, ReconstructionAttack
+from adversaries.needs import Facts
+from adversaries.refusals import check_class
 from fedattack.compression import COMPRESSORS
-from fedattack.config import Config
+from fedattack.config import AttackConfig, Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
+from fedattack.errors import ConfigError, NotApplicable
+from fedattack.registry import build_plugins
 from fedattack.unlearning import MECHANISMS
+from simulations.experiments.base import EXPERIMENTS
 from simulations.experiments.executor import choose_device
 from strategies import NEED_SINGLE_UPDATES, build_strategy, drawn
 
@@ -24,20 +27,10 @@ def choose_attacks(config: Config) -> dict[str, Attack]:
     ConfigError
         If a name or a parameter is unknown, or an attack's parameters are given without the attack.
     """
-    classes = {name: ATTACKS.get(name) for name in config.attack.names}
-    for name in config.attack.options:
-        if name not in classes:
-            if name not in ATTACKS:
-                raise unknown_name("section or attack", name, [*ATTACKS.names(), *Config.model_fields])
-            raise ConfigError(f"parameters of {name!r} are set, but it is not in setting 'attack.names'")
-    known = {option for cls in classes.values() for option in attack_options(cls)}
-    for option in config.attack.shared_options:
-        if option not in known:
-            raise unknown_name("setting", f"attack.{option}", [f"attack.{one}" for one in known])
-    return {
-        name: build_attack(cls, name, config.attack.options.get(name, {}), config.attack.shared_options)
-        for name, cls in classes.items()
-    }
+    chosen = config.attack
+    for name in chosen.names:
+        check_class(name, ATTACKS.get(name), AttackConfig.model_fields, EXPERIMENTS.names())
+    return build_plugins(ATTACKS, chosen.names, chosen.options, chosen.shared_options, "attack")
 
 
 def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
@@ -78,39 +71,15 @@ def check_names(config: Config) -> None:
 __all__ = ["choose_attacks"]
 
 
-def check_seats(config: Config, world: World, attacks: Mapping[str, Attack]) -> None:
-    """Refuse, before the first round, what membership and unlearning attacks cannot do with this federation.
-
-    Parameters
-    ----------
-    config, world
-        The run's.
-    attacks : mapping of str to Attack
-        Name -> attack; reconstruction attacks are passed over.
-
-    Raises
-    ------
-    NotApplicable
-        If too few clients are drawn each round.
-    DataError
-        If no sample is held out.
-    """
-    for name, attack in attacks.items():
-        if attack.family == "reconstruction":
-            continue
-        if not len(world.pools.nonmembers):
-            raise DataError(
-                f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
-                "accepted: 1 or more"
-            )
-        if isinstance(attack, MembershipAttack) and hides_clients(config.defense):
-            raise NotApplicable(
-                f"attack {name!r} asks about one client, and 'secure-aggregation' shows the server none alone: leave "
-                "it out of 'defense.names'"
-            )
-        if isinstance(attack, MembershipAttack) and drawn(config.federation) < attack.clients_needed:
-            raise NotApplicable(
-                f"attack {name!r} needs {attack.clients_needed} clients that answer in one round, and "
-                f"{drawn(config.federation)} of {config.federation.clients} are drawn: raise 'federation.clients' or "
-                "'federation.participation'"
-            )
+def known_facts(config: Config, world: World) -> Facts:
+    """What attacks may ask of the federation before it trains."""
+    granted = world.auxiliary
+    return Facts(
+        rounds=config.attack.rounds,
+        clients=config.federation.clients,
+        drawn=drawn(config.federation),
+        samples=tuple(len(ids) for ids in world.partitions[: config.victims]),
+        held_out=len(world.pools.nonmembers),
+        auxiliary=0 if granted is None else len(granted),
+        labelled=None if granted is None else granted.labels is not None,
+    )

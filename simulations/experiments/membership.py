@@ -1,14 +1,11 @@
-"""The two seats beside reconstruction: who was trained on, and who asks to be forgotten.
-
-Both experiments do what the auditor cannot leave to the adversary: choosing the candidates and the controls.
-What they give an attack is what its seat sees.
-"""
+"""The experiment on membership: who was trained on. The candidates are chosen here, not by the adversary."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +15,16 @@ from numpy.typing import NDArray
 
 from adversaries.base import Progress, no_progress
 from adversaries.membership.base import MembershipAttack
+from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.errors import DataError, NotApplicable
 from fedattack.observation import Candidates, MembershipScores, Observation
 from fedattack.rng import numpy_rng
 from simulations.client_app import round_batches
+from simulations.engine.federation import FederationResult
+from simulations.experiments.base import Experiment, Plan
+from simulations.experiments.executor import choose_device
 
 log = logging.getLogger("fedattack.seats")
 
@@ -201,3 +202,50 @@ def _shared(key: NDArray[np.int64], members: NDArray[np.int64], nonmembers: NDAr
     """Share of the non-members that have the key of a member, each member counted once."""
     common = Counter(key[members].tolist()) & Counter(key[nonmembers].tolist())
     return common.total() / len(nonmembers)
+
+
+class MembershipExperiment(Experiment):
+    """Asks about one client, with everything that was seen of all."""
+
+    attacks: dict[str, MembershipAttack]
+
+    def __init__(self, plan: Plan, attacks: Mapping[str, MembershipAttack]) -> None:
+        super().__init__(plan, attacks)
+        self._seen: list[Observation] = []
+
+    def wants(self, round: int, client: int) -> bool:
+        """Everything is wanted."""
+        del round, client
+        return True
+
+    def observe(self, observation: Observation) -> None:
+        """Keep it."""
+        self._seen.append(observation)
+
+    def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
+        """Ask every attack, and score its answer."""
+        del federation
+        return {name: self._audit(name, attack) for name, attack in self.attacks.items()}
+
+    def _audit(self, name: str, attack: MembershipAttack) -> AuditResult:
+        plan, started = self.plan, time.perf_counter()
+        outcome = membership_experiment(
+            plan.config,
+            plan.world,
+            self._seen,
+            attack,
+            device=choose_device(plan.config.engine.device),
+            progress=lambda share, text: plan.shown(name, share, text),
+        )
+        plan.shown(name, 1.0, f"{len(outcome.is_member)} candidates")
+        seconds = time.perf_counter() - started
+        plan.folder.save_scores(name, outcome.target, outcome.scores, seconds)
+        plan.folder.save_part(f"{name}-candidates", outcome.details)
+        return audit_membership(
+            name,
+            outcome.scores,
+            outcome.is_member,
+            clients=[outcome.target],
+            seconds=seconds,
+            seed=plan.config.seed,
+        )

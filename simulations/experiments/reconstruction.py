@@ -5,35 +5,44 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from adversaries import Attack, ReconstructionAttack
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adversaries import ReconstructionAttack
 from fedattack.audit import AuditResult, audit_reconstruction
 from fedattack.config import Config
+from fedattack.defenses import ClientDefenses, build_defenses
+from fedattack.errors import RunFailed
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import Observation, Reconstruction, Scenario
+from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario
 from fedattack.storage import RunFolder
+from simulations.client_app import round_batches, used_positions
+from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.executor import Attacked, Executor, groups, make_executor
 from simulations.progress import Stages
 
 
-class _Reconstructions:
+class Answers:
     """Submits observations to the attacks, saves every answer when it comes, and knows what is finished."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, attacks: Mapping[str, Attack], shown: Stages
+        self,
+        config: Config,
+        folder: RunFolder,
+        attacks: Mapping[str, ReconstructionAttack],
+        shown: Stages,
     ) -> None:
         self._config = config
         self._folder = folder
-        self._attacks = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack)}
+        self._attacks = dict(attacks)
         self._shown = shown
         self._executor: Executor | None = None
         self._observations: dict[str, Observation] = {}
         self._held: dict[str, list[Observation]] = defaultdict(list)  # of attacks that need their history
         self._done: dict[str, dict[str, tuple[Reconstruction, float]]] = {name: {} for name in self._attacks}
-
-    @property
-    def wanted(self) -> bool:
-        """Whether any reconstruction attack sits in the run."""
-        return bool(self._attacks)
 
     def need_history(self, scenario: Scenario) -> bool:
         """Whether an attack must be given what was seen of its victims before the attacked rounds."""
@@ -109,3 +118,84 @@ class _Reconstructions:
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         """Attack -> observation key -> answer."""
         return {name: {key: answer for key, (answer, _) in done.items()} for name, done in self._done.items()}
+
+
+class ReconstructionExperiment(Experiment):
+    """Attacks the victims of the attacked rounds while the federation goes on, and scores the images."""
+
+    attacks: dict[str, ReconstructionAttack]
+
+    def __init__(self, plan: Plan, attacks: Mapping[str, ReconstructionAttack]) -> None:
+        super().__init__(plan, attacks)
+        self.work = Answers(plan.config, plan.folder, attacks, plan.shown)
+        self.truths: list[GroundTruth] = []
+        self._this_round: list[Observation] = []
+        self._defenses = tuple(build_defenses(plan.config.defense).values())
+
+    def wants(self, round: int, client: int) -> bool:
+        """Whether this is a victim in an attacked round, or its history that an attack needs."""
+        rounds = self.plan.config.attack.rounds
+        history = round < max(rounds, default=0) and self.work.need_history(self.plan.world.scenario)
+        return (round in rounds or history) and (client == EVERYONE or client < self.plan.config.victims)
+
+    def observe(self, observation: Observation) -> None:
+        """Keep it until the round is over."""
+        self._this_round.append(observation)
+
+    def after_round(self, record: RoundRecord) -> None:
+        """Attack the round's victims."""
+        victims, self._this_round = self._this_round, []
+        asked = record.round in self.plan.config.attack.rounds
+        for observation in victims:
+            truth = self._truth(observation, record.clients)
+            if asked:
+                self.truths.append(truth)
+            if self.plan.config.output.save_observations:
+                self.plan.folder.save_observation(observation)
+                self.plan.folder.save_truth(truth)
+        self.work.submit(victims, asked)
+
+    def _truth(self, observation: Observation, answered: Sequence[int]) -> GroundTruth:
+        clients = answered if observation.client == EVERYONE else (observation.client,)
+        batches = [self._batch(observation.round, client) for client in clients]
+        ids = np.concatenate([ids for ids, _ in batches])
+        images, labels = self.plan.world.dataset.tensors(ids)
+        shown = [part for _, part in batches if part is not None]
+        return GroundTruth(
+            observation.round,
+            observation.client,
+            images,
+            labels,
+            tuple(ids.tolist()),
+            torch.cat(shown) if shown else None,
+        )
+
+    def _batch(self, round: int, client: int) -> tuple[NDArray[np.int64], Tensor | None]:
+        """Sample ids that a client trained on in a round, ascending, and what the model was shown, if not those."""
+        config, world = self.plan.config, self.plan.world
+        partition = world.partitions[client]
+        used = partition[used_positions(round_batches(config, len(partition), round, client))]
+        defended = ClientDefenses(self._defenses, config.seed, round, client)
+        order = np.argsort(used)
+        if not defended.transforms:
+            return used[order], None
+        images, _ = world.dataset.tensors(used)  # in the client's own order, on which its draws depend
+        return used[order], defended.images(images)[torch.from_numpy(order)]
+
+    def collect(self) -> None:
+        """Wait for the answers."""
+        self.work.collect()
+        if not self.truths:
+            raise RunFailed(
+                f"no update of a victim was seen in rounds {list(self.plan.config.attack.rounds)}: all dropped out, "
+                "were not drawn, or were rejected (log.txt); raise attack.victims or attack.rounds"
+            )
+
+    def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
+        """Score every attack's images."""
+        del federation
+        return {name: self.work.audit(name, self.truths) for name in self.attacks}
+
+    def answers(self) -> dict[str, dict[str, Reconstruction]]:
+        """Attack -> observation key -> answer."""
+        return self.work.answers()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adversaries.base import Progress, no_progress
+from fedattack.audit import AuditResult, audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import DataError, NotApplicable
@@ -25,6 +28,7 @@ from fedattack.unlearning import (
 from simulations.engine.federation import FederationResult, Judge, ask_unlearning, run_federation
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
+from simulations.experiments.base import Experiment
 
 MALICIOUS_CLIENT = 0
 """The client that asks for deletions."""
@@ -228,3 +232,34 @@ def _checkpoint(config: Config, world: World, entry: int, grid: LocalGrid) -> di
         return {0: initial_weights(world.scenario.model, config.seed)}
     rounds = config.federation.model_copy(update={"rounds": start})
     return {start: run_federation(config.model_copy(update={"federation": rounds}), world, grid=grid).weights}
+
+
+class UnlearningExperiment(Experiment):
+    """Lets the malicious client ask for deletions after the last round, and measures what they cost."""
+
+    def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
+        """Carry out each attack's request, and score the damage."""
+        return {name: self._audit(name, federation) for name in self.attacks}
+
+    def _audit(self, name: str, federation: FederationResult) -> AuditResult:
+        plan, started = self.plan, time.perf_counter()
+        outcome = unlearning_experiment(
+            plan.config,
+            plan.world,
+            federation,
+            name,
+            progress=lambda share, text: plan.shown(name, share, text.removeprefix(f"{name}: ")),
+        )
+        seconds = time.perf_counter() - started
+        plan.folder.save_part(name, dataclasses.asdict(outcome))
+        return audit_unlearning(
+            name,
+            outcome.before,
+            outcome.after,
+            outcome.random,
+            requests=len(outcome.request.positions),
+            mechanism=outcome.mechanism,
+            test_samples=outcome.test_samples,
+            seconds=seconds,
+            seed=plan.config.seed,
+        )

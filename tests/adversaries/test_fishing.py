@@ -83,7 +83,7 @@ def test_samples_of_the_class_and_of_others_do_not_pass_for_one() -> None:
 def test_a_convolutional_network_is_handed_to_another_attack() -> None:
     images = pictures(8, seed=3)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
-    attack = Fishing(mode="class", target=4, attack="gauss-newton", options={"products": 300, "starts": 1})
+    attack = Fishing(mode="class", target=4, attack="gauss-newton", settings={"products": 300, "starts": 1})
     scene = scenario("tiny-cnn", 8, activation="sigmoid")
     attack.check(scene)
     (answer,) = attack.run([observe(attack, scene, images, labels)], 0, CPU)
@@ -216,14 +216,14 @@ def test_refusals() -> None:
     attack = Fishing()
     for scene, part in (
         (scenario("mlp", 4), "training.batch_size = 4"),
-        (scenario("mlp", 0, training=FIXED, compression=CompressionConfig(name="qsgd")), "rounds at random"),
+        (scenario("mlp", 0, training=FIXED, compression=CompressionConfig(name="qsgd")), "sent rounded"),
     ):
         with pytest.raises(NotApplicable, match=part):
             Fishing(mode="rounds").check(scene)
     for scene, part in (
         (scenario("resnet20", 4), "BatchNorm"),
         (scenario("two-layer", 4), "no bias"),
-        (scenario("mlp", 4, compression=CompressionConfig(name="topk", rate=0.1)), "drops entries"),
+        (scenario("mlp", 4, compression=CompressionConfig(name="topk", rate=0.1)), "leaves entries out"),
     ):
         with pytest.raises(NotApplicable, match=part):
             attack.check(scene)

@@ -157,7 +157,7 @@ def test_refusals() -> None:
     attack = Imprint()
     several = TrainingConfig(protocol="fedavg", local_steps=2)
     for scene, part in (
-        (scenario("mlp", 4), "no block for bins"),
+        (scenario("mlp", 4), "lacks a block for bins"),
         (scenario("imprint", 4, 7), "less than two bins"),
         (scenario("imprint", 4, training=several), "drift apart"),
         (scenario("imprint", 4, compression=CompressionConfig(name="sign")), "only signs"),

@@ -55,7 +55,7 @@ def candidates(scene: Scenario, count: int, batch: int) -> Tensor:
 
 
 def measure(objective: str, prediction: Prediction, sent: Sent) -> Tensor:
-    return OBJECTIVES[objective].build(Layout(sent))(prediction, slice(0, len(sent.values)))
+    return OBJECTIVES.get(objective).build(Layout(sent))(prediction, slice(0, len(sent.values)))
 
 
 # Back-ends

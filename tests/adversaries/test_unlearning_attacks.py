@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from adversaries import ATTACKS, build_attack
+from adversaries import ATTACKS
 from adversaries.unlearning.max_loss import MaxLoss
 from fedattack.config import ModelConfig
 from fedattack.errors import ConfigError
 from fedattack.models import build_model, initial_weights
 from fedattack.models.classifiers.resnet import ResNet
+from fedattack.registry import build_plugin
 
 
 def samples(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +83,6 @@ def test_refuses_more_requests_than_samples(requests: int) -> None:
 
 
 def test_is_registered() -> None:
-    attack = build_attack(ATTACKS.get("unlearn-max-loss"), "unlearn-max-loss", {}, {})
+    attack = build_plugin(ATTACKS.get("unlearn-max-loss"), "unlearn-max-loss", {}, {})
     assert isinstance(attack, MaxLoss)
     assert (attack.family, attack.seat) == ("unlearning", "client")

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adversaries import ATTACKS, build_attack
+from adversaries import ATTACKS
 from adversaries.base import no_progress
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.fedmia import FedMIA
 from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.refusals import applicable
 from fedattack.audit.membership import audit_membership
 from fedattack.audit.unlearning import audit_unlearning
 from fedattack.config import Config
@@ -25,9 +26,10 @@ from fedattack.errors import DataError, NotApplicable
 from fedattack.metrics.membership import auc_interval
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, MembershipScores, Observation
+from fedattack.registry import build_plugin
 from simulations.engine.federation import FederationResult, Judge, run_federation
 from simulations.experiments import membership, unlearning
-from simulations.experiments.choose import check_seats
+from simulations.experiments.choose import known_facts
 from simulations.experiments.membership import choose_candidates, membership_experiment
 from simulations.experiments.unlearning import unlearning_experiment
 
@@ -295,16 +297,17 @@ class Rebuilder(ReconstructionAttack):
 def test_refuses_before_the_first_round() -> None:
     def check(name: str, **settings: object) -> None:
         config = Config.from_mapping(BASE | settings)
-        attack = Rebuilder() if name == "rebuilder" else build_attack(ATTACKS.get(name), name, {}, {})
-        check_seats(config, build_world(config), {name: attack})
+        attack = Rebuilder() if name == "rebuilder" else build_plugin(ATTACKS.get(name), name, {}, {})
+        world = build_world(config)
+        applicable({name: attack}, world.scenario, known_facts(config, world))
 
     check("fedmia")
     check("unlearn-max-loss", clients=1)
     check("rebuilder", clients=1, **{"data.nonmembers": 0})
-    with pytest.raises(NotApplicable, match="'fedmia' needs 3 clients that answer in one round, and 2 of 6"):
+    with pytest.raises(NotApplicable, match="'fedmia': 3 clients must answer in one round, and 2 of 6"):
         check("fedmia", participation=0.34)
     for name in ("fedmia", "unlearn-max-loss"):
-        with pytest.raises(DataError, match=f"{name}.*'data.nonmembers' = 0; accepted: 1 or more"):
+        with pytest.raises(NotApplicable, match=f"{name}.*'data.nonmembers': 0 held-out samples"):
             check(name, **{"data.nonmembers": 0})
 
 

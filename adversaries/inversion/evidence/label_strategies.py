@@ -8,7 +8,6 @@ negative), and by about 1/B for each sample. :func:`infer` runs a strategy by na
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +15,10 @@ from torch import Tensor
 from adversaries.inversion.evidence.evidence import Evidence, Expectation, Labels
 from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.evidence.labels import NON_NEGATIVE, counted, infer_labels
-from fedattack.errors import NotApplicable, unknown_name
+from fedattack.errors import NotApplicable
 from fedattack.observation import Scenario
+from fedattack.registry import Registry
 from fedattack.rng import torch_rng
-
-Strategy = Literal["auto", "idlg", "gradinversion", "llg", "llg-star", "llg-plus", "sparse-rows"]
 
 NEVER_MUCH_BELOW_ZERO = NON_NEGATIVE | {"gelu"}
 """Activations for which signs and minima of rows mean what the papers say, who assume ReLU."""
@@ -35,7 +33,7 @@ def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
     Parameters
     ----------
     strategy : str
-        A key of :data:`STRATEGIES`; others are passed over.
+        A name of :data:`STRATEGIES`; others are passed over.
     scenario : Scenario
     batch : int
         Labels to name; 0: not known yet.
@@ -229,15 +227,19 @@ def _renamed(labels: Labels, note: str) -> Labels:
     return Labels(labels.values, labels.confidence, note)
 
 
-STRATEGIES: dict[str, Callable[[Evidence], Labels]] = {
-    "auto": auto,
-    "idlg": idlg,
-    "gradinversion": gradinversion,
-    "llg": llg,
-    "llg-star": llg_star,
-    "llg-plus": llg_plus,
-    "sparse-rows": infer_labels,
-}
+STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
+    "label strategy",
+    {
+        "auto": auto,
+        "idlg": idlg,
+        "gradinversion": gradinversion,
+        "llg": llg,
+        "llg-star": llg_star,
+        "llg-plus": llg_plus,
+        "sparse-rows": infer_labels,
+    },
+    group="fedattack.label_strategies",
+)
 
 
 def infer(strategy: str, evidence: Evidence) -> Labels:
@@ -246,7 +248,7 @@ def infer(strategy: str, evidence: Evidence) -> Labels:
     Parameters
     ----------
     strategy : str
-        A key of :data:`STRATEGIES`.
+        A name of :data:`STRATEGIES`, or ``package.module:function``.
     evidence : Evidence
 
     Returns
@@ -267,9 +269,8 @@ def infer(strategy: str, evidence: Evidence) -> Labels:
     Image Batch Recovery via GradInversion", CVPR 2021; Wainakh et al., "User-Level Label Leakage from Gradients in
     Federated Learning", PoPETs 2022.
     """
-    if strategy not in STRATEGIES:
-        raise unknown_name("label strategy", strategy, STRATEGIES)
+    chosen = STRATEGIES.get(strategy)
     if strategy not in evidence.inferred:
         check_strategy(strategy, evidence.observation.scenario, evidence.batch)
-        evidence.inferred[strategy] = STRATEGIES[strategy](evidence)
+        evidence.inferred[strategy] = chosen(evidence)
     return evidence.inferred[strategy]

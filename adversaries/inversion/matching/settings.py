@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from adversaries.inversion.gradients import BatchNormMode, Compile, Layers
 from adversaries.inversion.matching.objectives import LAYER_WEIGHTS, OBJECTIVES, LayerWeights
 from adversaries.inversion.matching.pixels import Parametrisation
-from adversaries.inversion.matching.regularisers import REGULARISERS
+from adversaries.inversion.matching.regularisers import PIXEL_TERMS, SPECIAL
 from adversaries.inversion.solvers.minimiser import LineSearch
 from fedattack.errors import ConfigError, unknown_name
 
@@ -29,7 +29,8 @@ class Matching:
     l1_share : float
         Weight of the absolute differences under objective "l2-l1".
     regularisers : dict of str to float
-        Names of :data:`~adversaries.inversion.matching.regularisers.REGULARISERS` and their weights.
+        Names of :data:`~adversaries.inversion.matching.regularisers.PIXEL_TERMS`, "batch-norm" or "group", and
+        their weights.
     units : {"relative", "absolute"}
         "relative": weights are in units of the objective at a prediction of zeros (the sent entries' squared norm
         under the squared ones, 1 under cosines), so that a weight means the same whatever the model and the
@@ -103,14 +104,19 @@ class Matching:
     compile: Compile = "auto"
 
     def __post_init__(self) -> None:
-        _known("objective", self.objective, OBJECTIVES)
+        if not OBJECTIVES.get(self.objective).weighted and self.layer_weights != "equal":
+            raise ConfigError(
+                f"objective {self.objective!r} is over all layers at once, and layer_weights is "
+                f"{self.layer_weights!r}; use another objective, as 'masked-l2' or 'layer-cosine'"
+            )
         _known("layer_weights", self.layer_weights, LAYER_WEIGHTS)
         _known("optimiser", self.optimiser, get_args(Optimiser))
         _known("line_search", self.line_search, get_args(LineSearch))
         _known("compile", self.compile, get_args(Compile))
         _known("parametrisation", self.parametrisation, get_args(Parametrisation))
         for name in self.regularisers:
-            _known("regulariser", name, REGULARISERS)
+            if name not in SPECIAL:
+                PIXEL_TERMS.get(name)
         for name in ("iterations", "l1_share", "noise", "patience", "momentum", "transform_every"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must not be negative")

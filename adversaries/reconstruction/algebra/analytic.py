@@ -11,13 +11,12 @@ from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence.evidence import Evidence
-from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
-from adversaries.inversion.evidence.one_gradient import check_sum
+from adversaries.needs import Needs
 from adversaries.reconstruction.base import ReconstructionAttack, status_of
 from fedattack.errors import NotApplicable
-from fedattack.observation import Observation, Reconstruction, Scenario
+from fedattack.observation import Observation, Reconstruction
 
 
 @dataclass
@@ -34,36 +33,9 @@ class Analytic(ReconstructionAttack):
     TIFS 2018; Geiping, Bauermeister, Droege, Moeller, "Inverting Gradients", NeurIPS 2020, proposition 3.1.
     """
 
-    needs: ClassVar[str] = "one image per client, and a model that begins with a linear layer with bias (mlp)"
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse batches, other first layers and updates in which the quotient is not the image.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        layer = first_layer(scenario.model)
-        if not layer.biased:
-            raise NotApplicable(
-                f"model.name = {scenario.model.name!r} has no bias in its first layer to divide by; use --model mlp"
-            )
-        check_sum(scenario)
-        training = scenario.training
-        if training.batch_size > 1:
-            raise NotApplicable(
-                f"training.batch_size = {training.batch_size}: the quotient is a mixture of the batch; use "
-                "--batch-size 1, or --attack spear"
-            )
-        if training.protocol == "fedavg" and training.weight_decay and training.local_steps > 1:
-            raise NotApplicable(
-                f"training.weight_decay = {training.weight_decay} over {training.local_steps} local steps moves the "
-                "weights by more than multiples of the image; use weight_decay 0 or local_steps 1"
-            )
-        if scenario.compression.name == "sign":
-            raise NotApplicable(
-                "compression.name = 'sign': the quotient of signs is not a pixel; use 'none', 'topk' or 'qsgd'"
-            )
+    needs: ClassVar[Needs] = Needs(
+        values="rounded", undecayed="steps", sums="dense", fresh=True, images=1, first_layer=True
+    )
 
     def run(
         self,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress, share_of
-from adversaries.checks import at_least, positive
 from adversaries.inversion.evidence import defences, label_strategies, one_gradient
 from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors
@@ -24,10 +23,12 @@ from adversaries.inversion.learning.denoiser import load_denoiser
 from adversaries.inversion.learning.generator import load_generator, obtain_generator
 from adversaries.inversion.matching import match, pixels
 from adversaries.inversion.matching.parts import in_parts
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.hcgla import annealed_gauss_newton, matching, memory, starts
 from adversaries.reconstruction.hcgla.annealed_gauss_newton import GaussNewtonResult, GaussNewtonSettings
 from adversaries.reconstruction.hcgla.memory import LocalSteps, Remembered
+from fedattack.config import Count, Positive, Strength, Weight
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 
@@ -80,32 +81,29 @@ class HCGLA(ReconstructionAttack):
     IEEE TIFS 18, 2023.
     """
 
-    needs: ClassVar[str] = (
-        "one update, compressed or not, of one or a few local steps; public images help much"
-    )
+    needs: ClassVar[Needs] = Needs(update="steps", sums="dense", labels="auto", helped=True)
 
     method: Method = "auto"
     preset: matching.Preset = "default"
     start: starts.Start = "auto"
     start_image: str | None = None
     generator: str | None = None
-    denoise_every: int = 0
+    denoise_every: Count = 0
     denoiser: str | None = None
-    iterations: int | None = None
-    tv: float | None = None
-    learning_rate: float | None = None
+    iterations: Positive | None = None
+    tv: Weight | None = None
+    learning_rate: Strength | None = None
     optimizer: matching.Optimizer | None = None
     layers: Layers | None = None
     parametrisation: pixels.Parametrisation | None = None
     objective: str | None = None
-    restarts: int = 1
+    restarts: Positive = 1
     schedule: tuple[float, ...] | None = None
     modes: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        at_least("hcgla", self, restarts=1, denoise_every=0, iterations=1, tv=0)
-        positive("hcgla", self, "learning_rate")
+        super().__post_init__()
         if self.denoise_every and not self.denoiser:
             raise ConfigError(
                 f"setting 'hcgla.denoise_every' = {self.denoise_every} needs 'hcgla.denoiser', the path of trained "
@@ -113,7 +111,6 @@ class HCGLA(ReconstructionAttack):
             )
         if self.denoiser and not self.denoise_every:
             raise ConfigError("setting 'hcgla.denoiser' does nothing without 'hcgla.denoise_every', as 100")
-
         if self.method == "gauss-newton" and self._asks_for_matching:
             raise ConfigError(
                 f"setting 'hcgla.method' = 'gauss-newton': {self._asks_for_matching} belongs to method 'matching'"
@@ -129,22 +126,27 @@ class HCGLA(ReconstructionAttack):
         }
         return ", ".join(f"hcgla.{name} = {getattr(self, name)!r}" for name, given in asked.items() if given)
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what is not (a multiple of) entries of one gradient, and settings without what they need.
-
-        Raises
-        ------
-        NotApplicable, ConfigError, DataError
-        """
-        plain = memory.plain_scenario(scenario)
-        several = scenario.training.local_steps > 1
-        one_gradient.check_one_gradient(
-            scenario if self._only_matches else dataclasses.replace(scenario, training=plain.training)
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Matching alone reads one gradient; a start that is drawn or regressed needs public images and a chain."""
+        trained = self._start == "generator" and self.generator == "train"
+        made = trained or self._start in ("ridge", "mean", "same-label")
+        return dataclasses.replace(
+            self.needs,
+            update="gradient" if self._only_matches else "steps",
+            fresh=self._start == "generator",
+            auxiliary=int(made),
+            labelled=self._start == "same-label",
+            helped=not made,
+            chain=self._start == "ridge",
         )
-        if self.method == "gauss-newton" or (several and not self._only_matches):
-            annealed_gauss_newton.applies(plain)
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse what Gauss-Newton cannot solve, local batches in too many orders, and files that are not there."""
+        if self.method == "gauss-newton" or (scenario.training.local_steps > 1 and not self._only_matches):
+            annealed_gauss_newton.applies(memory.plain_scenario(scenario))
             GaussNewtonSettings(schedule=self.schedule, modes=self.modes)
-        starts.check_start(self._start, scenario, self.start_image, self.generator)
+        memory.check_orders(scenario, facts.samples)
+        starts.check_start(self._start, self.start_image, self.generator)
         self._matching(scenario, max(1, scenario.training.batch_size))
         if self.denoiser:
             load_denoiser(self.denoiser)

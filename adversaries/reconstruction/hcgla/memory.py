@@ -29,9 +29,29 @@ from adversaries.inversion.gradients.schedule import Schedule, schedules_for
 from adversaries.reconstruction.hcgla.measurements import BOUNDING, ROUNDING, Reading
 from fedattack.config import CompressionConfig, TrainingConfig
 from fedattack.defenses import ClientDefenses
+from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario, Update
 from fedattack.training import batch_gradient, local_update
+
+
+def check_orders(scenario: Scenario, clients: tuple[int, ...]) -> None:
+    """Refuse local batches whose orders nobody can try, of every one of the clients with so many samples.
+
+    Raises
+    ------
+    NotApplicable
+        As :func:`~adversaries.inversion.gradients.schedule.schedules_for`.
+    """
+    agreed = scenario.training.batch_size * scenario.training.local_steps
+    for number, size in enumerate(clients, 1):
+        try:
+            schedules_for(scenario, min(size, agreed or size))
+        except NotApplicable:
+            if number == len(clients):
+                raise
+        else:
+            return
 
 
 def constant_reading(evidence: Evidence) -> Reading:

@@ -22,7 +22,7 @@ from adversaries.inversion.evidence.labels import NON_NEGATIVE
 from adversaries.inversion.gradients import closed_form
 from adversaries.inversion.learning.ridge import FeatureRegression
 from fedattack.errors import ConfigError, DataError, NotApplicable
-from fedattack.observation import Auxiliary, Observation, Scenario
+from fedattack.observation import Auxiliary, Observation
 from fedattack.rng import torch_rng
 
 Start = Literal["auto", "ridge", "generator", "mean", "grey", "random", "red", "same-label", "image"]
@@ -31,15 +31,13 @@ _RESTART_DEVIATION = 0.1
 """Standard deviation, in pixel values, of what is added to a fixed start for each further restart."""
 
 
-def check_start(start: Start, scenario: Scenario, image: str | None, generator: str | None) -> None:
+def check_start(start: Start, image: str | None, generator: str | None) -> None:
     """Refuse a start that lacks what it needs.
 
     Raises
     ------
     ConfigError
         If the file that it needs is not named.
-    NotApplicable
-        If the model gives no features to regress on.
     """
     if start == "image" and not image:
         raise ConfigError("setting 'hcgla.start' = 'image' needs 'hcgla.start_image', the path of a picture")
@@ -49,8 +47,6 @@ def check_start(start: Start, scenario: Scenario, image: str | None, generator: 
         )
     if start not in get_args(Start):
         raise ConfigError(f"setting 'hcgla.start' = {start!r}: must be one of {', '.join(get_args(Start))}")
-    if start == "ridge":
-        closed_form.describe(scenario.model)
 
 
 class Starts:

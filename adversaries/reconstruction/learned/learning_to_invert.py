@@ -10,13 +10,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress, share_of
-from adversaries.checks import at_least
 from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
 from adversaries.reconstruction.learned import base
+from fedattack.config import Positive
 from fedattack.metrics.images import match, psnr
 from fedattack.models.decoders.from_latent import GradientMLP
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Update
@@ -50,16 +50,10 @@ class LearningToInvert(base.TrainedAttack):
     """
 
     name: ClassVar[str] = "lti"
-    needs: ClassVar[str] = "one client's update and auxiliary images to train on"
 
-    hidden: int = 512
-    layers: int = 2
-    inputs: int = 4096
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        at_least("lti", self, hidden=1, layers=1, inputs=1)
+    hidden: Positive = 512
+    layers: Positive = 2
+    inputs: Positive = 4096
 
     def answer(
         self, observation: Observation, seed: int, device: torch.device, progress: Progress

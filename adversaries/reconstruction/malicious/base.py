@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,56 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
-from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.evidence import Evidence
-from adversaries.inversion.evidence.first_layer import FirstLayer, first_layer
+from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.evidence.one_gradient import gradient_unit, mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
+from adversaries.needs import Needs
 from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.config import Share
+from fedattack.errors import NotApplicable
 from fedattack.models import build_model
-from fedattack.observation import Observation, Reconstruction, Scenario
+from fedattack.observation import Observation, Reconstruction
 
 _ROUNDING = 2.0**-22
 """Of float32 sums, relative to the layer's largest bias entry."""
 
 _LABELLED = 0.1
 """Relative misfit of the replay above which an image's label counts as a guess."""
-
-
-def biased_layer(scenario: Scenario) -> FirstLayer:
-    """The linear layer on the pixels, with a bias.
-
-    Raises
-    ------
-    NotApplicable
-    """
-    layer = first_layer(scenario.model)
-    if not layer.biased:
-        raise NotApplicable(
-            f"model.name = {scenario.model.name!r}: layer {layer.name!r} has no bias, which scales what its rows "
-            "hold; use --model imprint, imprint-sparse or mlp"
-        )
-    return layer
-
-
-def check_update(scenario: Scenario) -> None:
-    """Refuse updates in which rows are incomplete in a way that says nothing about what is missing.
-
-    Raises
-    ------
-    NotApplicable
-    """
-    training, compression = scenario.training, scenario.compression
-    single = training.model_copy(update={"local_steps": 1})
-    one_gradient.check_one_gradient(dataclasses.replace(scenario, training=single))
-    if compression.name in ("randomk", "dgc") and compression.rate < 1:
-        raise NotApplicable(
-            f"compression.name = {compression.name!r} at rate {compression.rate:g} leaves holes in every row; use "
-            "'none', 'topk' or 'qsgd'"
-        )
 
 
 class ReplayedClient:
@@ -75,7 +42,7 @@ class ReplayedClient:
 
     def __init__(self, observation: Observation, device: torch.device) -> None:
         self.observation = observation
-        self._layer = biased_layer(observation.scenario)
+        self._layer = first_layer(observation.scenario.model)
         module = build_model(observation.scenario.model)
         module.load_state_dict(observation.weights)
         self._module = module.double().eval().requires_grad_(False).to(device)
@@ -201,23 +168,9 @@ class RowReading(ReconstructionAttack):
 
     arms: ClassVar[bool] = True
     name: ClassVar[str]
+    needs: ClassVar[Needs] = Needs(update="steps", entries="rows", sums="dense", fresh=True, first_layer=True)
 
-    tolerance: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        if not 0 < self.tolerance < 1:
-            raise ConfigError(f"setting '{self.name}.tolerance' = {self.tolerance}: must be in (0, 1)")
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models without a linear layer on the pixels, and updates that do not hold whole rows.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        biased_layer(scenario)
-        check_update(scenario)
+    tolerance: Share = 1e-4
 
     @abstractmethod
     def _reading(self, client: ReplayedClient) -> Reading:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adversaries.inversion.evidence.priors import smooth_prior
+from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.malicious.base import Reading, ReplayedClient, RowReading
+from fedattack.config import Positive, Strength
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.imprint import CEILING, Imprinted
@@ -54,45 +57,34 @@ class BinReading(RowReading):
         from turning by more than its bin.
     """
 
-    functionals: int = 4
+    needs: ClassVar[Needs] = dataclasses.replace(
+        RowReading.needs, block=Block(Imprinted, "a block for bins", "imprint or imprint-sparse"), helped=True
+    )
+
+    functionals: Positive = 4
     functional: Functional = "random"
-    scale: float = CEILING
-    strength: float | None = None
+    scale: Strength = CEILING
+    strength: Strength | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
         super().__post_init__()
-        if self.functionals < 1:
-            raise ConfigError(f"setting '{self.name}.functionals' = {self.functionals}: must be at least 1")
         if self.functional == "brightness" and self.functionals > 1:
             raise ConfigError(
                 f"setting '{self.name}.functional' = 'brightness' is one measurement, '{self.name}.functionals' = "
                 f"{self.functionals}; set that to 1"
             )
-        for name in ("scale", "strength"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"setting '{self.name}.{name}' = {value}: must be positive")
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models without the block, too few rows, and updates that do not hold whole rows.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Two bins for each measurement."""
+        return dataclasses.replace(self.needs, width=2 * self.functionals)
 
-        Raises
-        ------
-        NotApplicable
-        """
-        block = _block(build_model(scenario.model), scenario)
-        super().check(scenario)
-        if scenario.training.local_steps > 1 and _adds(block):
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse several local steps with the ReLU block, and more measurements than there are."""
+        if scenario.training.local_steps > 1 and _adds(_block(build_model(scenario.model), scenario)):
             raise NotApplicable(
                 f"training.local_steps = {scenario.training.local_steps}: the ReLU block's rows drift apart, and "
                 "their differences hold all images; use --model imprint-sparse, whose rows hold their own bin's alone"
-            )
-        width = scenario.model.width or 0
-        if width < 2 * self.functionals:
-            raise NotApplicable(
-                f"model.width = {width} gives {self.functionals} measurements ({self.name}.functionals) less than "
-                "two bins each; raise --width"
             )
         modes = math.prod(scenario.image_shape[1:])
         if self.functional == "cosine" and self.functionals > modes:
@@ -228,6 +220,7 @@ def thresholds(
         float64 (d,).
     count : int
         Bins.
+    image_shape : tuple of int
     auxiliary : Auxiliary or None
         Public images: their measurements, smoothed by a normal kernel (Silverman's width), are the distribution.
         Without any, it is the normal of :func:`~adversaries.inversion.evidence.priors.smooth_prior`.

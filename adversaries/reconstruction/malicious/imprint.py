@@ -39,4 +39,3 @@ class Imprint(BinReading):
     """
 
     name: ClassVar[str] = "imprint"
-    needs: ClassVar[str] = "a malicious server: it adds a layer of bins to the model (model imprint)"

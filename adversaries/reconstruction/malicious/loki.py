@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adversaries.inversion.evidence import one_gradient
-from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.solvers.peeling import Sample
+from adversaries.needs import Block, Needs
 from adversaries.reconstruction.malicious.base import ReplayedClient, answer, failure
 from adversaries.reconstruction.malicious.bins import BinReading, alone_share
 from fedattack.errors import NotApplicable
@@ -49,29 +48,14 @@ class Loki(BinReading):
     """
 
     name: ClassVar[str] = "loki"
-    needs: ClassVar[str] = "a malicious server: it sends each client kernels of its own (model loki)"
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models without kernel sets, and updates that are not complete and unrounded.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        _kernel_sets(scenario)
-        one_gradient.check_sum(scenario)
-        compression, training = scenario.compression, scenario.training
-        if not is_complete(scenario) or compression.name in ("qsgd", "topk-qsgd"):
-            raise NotApplicable(
-                f"compression.name = {compression.name!r} at rate {compression.rate:g} drops or rounds the columns "
-                "whose differences are read; use compression.name 'none'"
-            )
-        if training.protocol == "fedavg" and training.weight_decay:
-            raise NotApplicable(
-                f"training.weight_decay = {training.weight_decay} shrinks the columns of a client that shows them "
-                "nothing; use weight_decay 0"
-            )
-        super().check(_plain_scenario(scenario))
+    needs: ClassVar[Needs] = dataclasses.replace(
+        BinReading.needs,
+        block=Block(KernelSets, "sets of kernels that keep clients apart", "loki"),
+        first_layer=False,
+        entries="all",
+        values="exact",
+        undecayed="delta",
+    )
 
     def arm(
         self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ from adversaries.inversion.matching.parts import in_parts
 from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN, Chart
 from adversaries.inversion.matching.problem import Penalty
 from adversaries.inversion.matching.settings import Matching, Optimiser
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
-from adversaries.reconstruction.matching.recipes import LabelStrategy, LocalSteps, Recipe, Start
-from fedattack.errors import ConfigError, NotApplicable, unknown_name
+from adversaries.reconstruction.matching.recipes import LocalSteps, Recipe, Start
+from fedattack.config import Count, Positive, Strength, Weight
+from fedattack.errors import NotApplicable, unknown_name
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
@@ -81,40 +83,29 @@ class OptimisationAttack(ReconstructionAttack):
         or the delta is taken for a multiple of one gradient.
     """
 
-    needs: ClassVar[str] = "one client's update; labels are inferred from it"
+    needs: ClassVar[Needs] = Needs(update="steps", signs=True, sums="dense", fresh=True, labels="auto")
     recipes: ClassVar[Mapping[str, Recipe]] = {}
 
     preset: str = "published"
-    iterations: int | None = None
-    learning_rate: float | None = None
-    tv: float | None = None
-    restarts: int | None = None
+    iterations: Positive | None = None
+    learning_rate: Strength | None = None
+    tv: Weight | None = None
+    restarts: Positive | None = None
     start: Start | None = None
-    labels: LabelStrategy | None = None
+    labels: str | None = None
     objective: str | None = None
     optimizer: Optimiser | None = None
     layers: Layers | None = None
     batch_norm: Literal["train", "eval"] | None = None
-    patience: int | None = None
+    patience: Count | None = None
     compile: Compile | None = None
     local_steps: LocalSteps = "unrolled"
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
+        super().__post_init__()
         if self.preset not in self.recipes:
             raise unknown_name("preset", self.preset, self.recipes)
-        for name, least in (("iterations", 1), ("restarts", 1), ("patience", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"setting {name!r} = {value}: must be at least {least}")
-        for name, low in (("learning_rate", 0.0), ("tv", -math.ulp(0.0))):
-            value = getattr(self, name)
-            if value is not None and not low < value < math.inf:
-                raise ConfigError(f"setting {name!r} = {value}: must be positive")
-        if self.start is not None and self.start not in get_args(Start):
-            raise unknown_name("start", self.start, get_args(Start))
-        if self.local_steps not in get_args(LocalSteps):
-            raise unknown_name("local_steps", self.local_steps, get_args(LocalSteps))
         self.recipe()
 
     def recipe(self) -> Recipe:
@@ -138,17 +129,18 @@ class OptimisationAttack(ReconstructionAttack):
         replaced: dict[str, Any] = {name: value for name, value in outer.items() if value is not None}
         matching = dataclasses.replace(base.matching, **changes)
         recipe = dataclasses.replace(base, matching=matching, **replaced)
-        if recipe.labels != "joint" and recipe.labels not in label_strategies.STRATEGIES:
-            raise unknown_name("label strategy", recipe.labels, ["joint", *label_strategies.STRATEGIES])
+        if recipe.labels != "joint":
+            label_strategies.STRATEGIES.get(recipe.labels)
         return recipe
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what the engine cannot match under this scenario.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """The labels are read as the recipe says; several local steps are more than one gradient."""
+        labels = self.recipe().labels.replace("joint", "")
+        update: Literal["", "gradient"] = "" if scenario.training.local_steps > 1 else "gradient"
+        return dataclasses.replace(self.needs, labels=labels, update=update)
 
-        Raises
-        ------
-        NotApplicable
-        """
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Settle protocol and compression."""
         plan(self, scenario)
 
     def penalty(
@@ -276,19 +268,16 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
         if settings.objective != "sign":
             notes.append(f"objective 'sign' instead of {settings.objective!r}: only signs were sent")
             settings = dataclasses.replace(settings, objective="sign")
+    cosine = "cosine" if settings.layer_weights == "equal" else "layer-cosine"
     if (
         defences.clips(scenario)
         and attack.objective is None
         and settings.objective not in defences.DIRECTIONS
     ):
         notes.append(
-            f"objective 'cosine' instead of {settings.objective!r}: clipping hides the gradient's length"
+            f"objective {cosine!r} instead of {settings.objective!r}: clipping hides the gradient's length"
         )
-        settings = dataclasses.replace(settings, objective="cosine")
-    one_gradient.check_sum(scenario)
-    if not several:
-        one_gradient.check_one_gradient(scenario, signs=True)
-    label_strategies.check_strategy(recipe.labels, scenario, 0 if several else training.batch_size)
+        settings = dataclasses.replace(settings, objective=cosine)
     if recipe.tv:
         unit = PIXEL_DEVIATION if recipe.standardised else 1.0
         regularisers = settings.regularisers | {"tv1": recipe.tv / unit}

@@ -13,7 +13,7 @@ from torch import Tensor
 from adversaries.inversion.matching.problem import Penalty
 from adversaries.reconstruction.matching.base import OptimisationAttack
 from adversaries.reconstruction.matching.recipes import BACKTRACKING, Recipe, torch_lbfgs
-from fedattack.errors import ConfigError
+from fedattack.config import Weight
 from fedattack.models import build_model
 from fedattack.observation import Observation
 from fedattack.training import training_mode
@@ -44,12 +44,7 @@ class CPL(OptimisationAttack):
         "backtracking": Recipe(BACKTRACKING, start="tiled"),
     }
 
-    label_weight: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.label_weight >= 0:
-            raise ConfigError(f"setting 'label_weight' = {self.label_weight}: must not be negative")
+    label_weight: Weight = 1e-3
 
     def penalty(
         self, observations: Sequence[Observation], labels: Tensor, device: torch.device

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from adversaries.needs import Needs
 from adversaries.reconstruction.matching.base import OptimisationAttack
 from adversaries.reconstruction.matching.recipes import BACKTRACKING, ZHU, Recipe, torch_lbfgs
 
@@ -29,7 +31,7 @@ class DLG(OptimisationAttack):
     Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019.
     """
 
-    needs: ClassVar[str] = "one client's update; small batches and smooth activations"
+    needs: ClassVar[Needs] = dataclasses.replace(OptimisationAttack.needs, labels="")
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(torch_lbfgs(300, learning_rate=1.0), labels="joint"),
         "backtracking": Recipe(BACKTRACKING, labels="joint"),

@@ -9,9 +9,6 @@ from adversaries.inversion.matching.settings import Matching
 
 Start = Literal["random", "uniform", "grey", "mean", "tiled"]
 LocalSteps = Literal["unrolled", "ignored"]
-LabelStrategy = Literal[
-    "auto", "joint", "idlg", "gradinversion", "llg", "llg-star", "llg-plus", "sparse-rows"
-]
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Recipe:
 
     matching: Matching
     tv: float = 0.0
-    labels: LabelStrategy = "auto"
+    labels: str = "auto"
     start: Start = "random"
     restarts: int = 1
     note: str = ""

@@ -14,14 +14,9 @@ from scipy.fft import dct
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress, share_of
-from adversaries.checks import at_least, positive
 from adversaries.inversion.evidence import one_gradient
-from adversaries.inversion.gradients.activations import (
-    ACTIVATIONS,
-    homogeneous,
-    is_polynomial,
-    stein_order,
-)
+from adversaries.inversion.gradients.activations import ACTIVATIONS, homogeneous, is_polynomial, stein_order
+from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, status_of
 from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
 from adversaries.reconstruction.tensor.arming import armed
@@ -35,7 +30,7 @@ from adversaries.reconstruction.tensor.head import (
     residuals_of,
 )
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
-from fedattack.config import TrainingConfig
+from fedattack.config import Positive, Strength, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
@@ -102,41 +97,31 @@ class TensorAttack(ReconstructionAttack):
     Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023.
     """
 
-    needs: ClassVar[str] = (
-        "a malicious server: it sends the weights of a wide two-layer head (model two-layer)"
+    needs: ClassVar[Needs] = Needs(
+        update="steps",
+        sums="dense",
+        fresh=True,
+        block=Block(TwoLayer, "a wide two-layer head", "two-layer or lenet-two-layer"),
+        helped=True,
     )
     arms: ClassVar[bool] = True
 
     method: Literal["exact", "published"] = "exact"
     view: Literal["full", "last_layer"] = "full"
-    batch: int | None = None
+    batch: Positive | None = None
     decomposer: Decomposer = "simdiag"
     refine: Literal["auto", "off"] = "auto"
     whiten_weights: bool | None = None
-    scale: float | None = None
+    scale: Strength | None = None
     head_signs: bool | None = None
-    head_strength: float | None = None
-    restarts: int = 4
+    head_strength: Strength | None = None
+    restarts: Positive = 4
 
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        at_least("tensor", self, batch=1, restarts=1)
-        positive("tensor", self, "scale", "head_strength")
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what cannot be identified: wrong model, activation, width, or too few entries.
-
-        Raises
-        ------
-        NotApplicable
-        """
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse what cannot be identified: activation, width, or too few entries."""
         model, training = scenario.model, scenario.training
         module = build_model(model)
-        if not isinstance(module, TwoLayer):
-            raise NotApplicable(
-                f"model.name = {model.name!r} has no wide two-layer head to read a batch from; use --model two-layer "
-                "or lenet-two-layer"
-            )
+        assert isinstance(module, TwoLayer)
         assert model.activation is not None
         order = stein_order(ACTIVATIONS[model.activation])
         if self.method == "published" and order != 3:
@@ -144,8 +129,6 @@ class TensorAttack(ReconstructionAttack):
                 f"model.activation = {model.activation!r} has a zero third Hermite coefficient, and method "
                 "'published' averages third moments; use poly3 or method 'exact'"
             )
-        one_step = dataclasses.replace(scenario, training=_one_step(training))
-        one_gradient.check_one_gradient(one_step)
         batch = self.batch or training.batch_size
         if not batch:
             return  # all of a client's samples: known when it declares them

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adversaries import ATTACKS
-from adversaries.base import Progress, build_attack, no_progress, share_of
-from adversaries.inversion.evidence import one_gradient
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence.evidence import Evidence
-from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.malicious.fishing import bisection
 from adversaries.reconstruction.malicious.fishing.bisection import COUNT_ERROR
@@ -35,9 +34,10 @@ from adversaries.reconstruction.malicious.fishing.isolation import (
     read_off,
     row_of,
 )
+from fedattack.config import Positive, Share
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.models import build_model
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
+from fedattack.registry import build_plugin
 from fedattack.rng import torch_rng
 
 CERTIFIED = 1e-4
@@ -83,7 +83,7 @@ class Fishing(ReconstructionAttack):
         Name of the attack that searches for the image where it cannot be read off; "gauss-newton", "ig", ...
     most : int
         Samples caught at once that are still searched for together.
-    options : dict
+    settings : dict
         Settings of that attack.
 
     References
@@ -93,23 +93,28 @@ class Fishing(ReconstructionAttack):
     and one sample is caught; differences of rounds are ours.
     """
 
-    needs: ClassVar[str] = "a malicious server: it sends a head of its own; public images place the threshold"
+    needs: ClassVar[Needs] = Needs(
+        update="gradient",
+        entries="all",
+        sums="dense",
+        fresh=True,
+        head="biased",
+        batch_norm="refused",
+        helped=True,
+    )
     arms: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
 
     mode: Literal["auto", "class", "feature", "rounds"] = "auto"
     target: int | None = None
-    quantile: float | None = None
+    quantile: Share | None = None
     attack: str = "gauss-newton"
-    most: int = 4
-    options: dict[str, Any] = field(default_factory=dict)
+    most: Positive = 4
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        if self.quantile is not None and not 0 < self.quantile < 1:
-            raise ConfigError(f"setting 'fishing.quantile' = {self.quantile}: must be in (0, 1)")
-        if self.most < 1:
-            raise ConfigError(f"setting 'fishing.most' = {self.most}: must be at least 1")
+        super().__post_init__()
         cls = ATTACKS.get(self.attack)
         if not issubclass(cls, ReconstructionAttack) or cls.arms:
             raise ConfigError(
@@ -117,36 +122,21 @@ class Fishing(ReconstructionAttack):
                 "as 'gauss-newton' or 'ig'"
             )
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse heads without bias, batch statistics, and updates that are not one complete gradient.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Mode "rounds" compares rounds on one batch."""
+        if self.mode != "rounds":
+            return self.needs
+        return dataclasses.replace(self.needs, batch="same", values="exact")
 
-        Raises
-        ------
-        NotApplicable
-        """
-        one_gradient.check_one_gradient(scenario)
-        if not is_complete(scenario):
-            compression = scenario.compression
-            raise NotApplicable(
-                f"compression.name = {compression.name!r} at rate {compression.rate:g} drops entries that the catch "
-                "is counted and rebuilt by; use compression.name 'none' or 'qsgd'"
-            )
-        name_of_head(scenario)
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse a target that there is not, and what the attack inside cannot search."""
         classes = scenario.model.classes or 0
         if self.target is not None and not 0 <= self.target < classes:
             raise ConfigError(
                 f"setting 'fishing.target' = {self.target}: the head has classes 0 to {classes - 1}"
             )
-        module = build_model(scenario.model)
-        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
-            raise NotApplicable(
-                f"model.name = {scenario.model.name!r} normalises by batch statistics, in which all samples meet "
-                "again; use a model without BatchNorm"
-            )
         if not is_readable(scenario):
             self._inner().check(lone_scenario(scenario, 1))
-        if self.mode == "rounds":
-            _check_rounds(scenario)
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether rounds are read together."""
@@ -278,7 +268,7 @@ class Fishing(ReconstructionAttack):
         return _isolated(series, target, found, figures)
 
     def _inner(self) -> ReconstructionAttack:
-        inner = build_attack(ATTACKS.get(self.attack), self.attack, self.options, {})
+        inner = build_plugin(ATTACKS.get(self.attack), self.attack, self.settings, {})
         assert isinstance(inner, ReconstructionAttack)
         return inner
 
@@ -338,25 +328,6 @@ class Fishing(ReconstructionAttack):
         if count > self.most:
             return f"{count} samples were caught, more than fishing.most = {self.most}"
         return ""
-
-
-def _check_rounds(scenario: Scenario) -> None:
-    """Refuse batches that change from round to round, and rounded updates, whose differences are noise.
-
-    Raises
-    ------
-    NotApplicable
-    """
-    if scenario.training.batch_size:
-        raise NotApplicable(
-            f"training.batch_size = {scenario.training.batch_size}: clients draw another batch in every round, and "
-            "'fishing.mode' = 'rounds' compares rounds on one batch; use --batch-size 0, or mode 'feature'"
-        )
-    if scenario.compression.name == "qsgd":
-        raise NotApplicable(
-            "compression.name = 'qsgd' rounds at random, and 'fishing.mode' = 'rounds' reads differences of rounds; "
-            "use compression.name 'none', or mode 'feature'"
-        )
 
 
 def _isolated(

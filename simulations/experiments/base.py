@@ -1,0 +1,109 @@
+"""What one family of attacks does in a run, as the pipeline sees it; it asks nobody which family that is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adversaries import Attack
+from fedattack.audit import AuditResult
+from fedattack.config import Config
+from fedattack.data import World
+from fedattack.observation import Observation
+from fedattack.registry import Registry
+from fedattack.storage import RunFolder
+from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.progress import Stages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One resolved run, handed to everybody who works in it.
+
+    Parameters
+    ----------
+    config : Config
+    world : World
+        Of the same configuration.
+    folder : RunFolder
+    shown : callable
+        Told (stage, share done, text).
+    """
+
+    config: Config
+    world: World
+    folder: RunFolder
+    shown: Stages
+
+
+class Experiment(ABC):
+    """One family's attacks in a run: what they are shown, what they answer, and the truth it is scored against.
+
+    Parameters
+    ----------
+    plan : Plan
+    attacks : mapping of str to Attack
+        All of the one family, by their name in the run.
+    """
+
+    def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
+        self.plan = plan
+        self.attacks = dict(attacks)
+
+    def wants(self, round: int, client: int) -> bool:
+        """Whether an update is to be observed; `client` is ``EVERYONE`` under secure aggregation."""
+        del round, client
+        return False
+
+    def observe(self, observation: Observation) -> None:
+        """Take one of the observations that :meth:`wants` asked for; within a round in ascending order."""
+        del observation
+
+    def after_round(self, record: RoundRecord) -> None:
+        """Take note that a round is over."""
+        del record
+
+    def collect(self) -> None:
+        """Wait for what runs beside the federation, which is over.
+
+        Raises
+        ------
+        RunFailed
+            If there is nothing to score.
+        """
+        return None
+
+    @abstractmethod
+    def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
+        """Score every attack."""
+
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """Attack -> key -> answer, for a library user."""
+        return {}
+
+
+EXPERIMENTS: Registry[type[Experiment]] = Registry(
+    "experiment",
+    {
+        "reconstruction": "simulations.experiments.reconstruction:ReconstructionExperiment",
+        "membership": "simulations.experiments.membership:MembershipExperiment",
+        "unlearning": "simulations.experiments.unlearning:UnlearningExperiment",
+    },
+    group="fedattack.experiments",
+)
+"""Family -> its experiment."""
+
+
+def by_family(attacks: Mapping[str, Attack]) -> dict[str, dict[str, Attack]]:
+    """The attacks of each family, in the order in which they were named."""
+    found: dict[str, dict[str, Attack]] = {}
+    for name, attack in attacks.items():
+        found.setdefault(attack.family, {})[name] = attack
+    return found
+
+
+def open_experiments(plan: Plan, attacks: Mapping[str, Attack]) -> Sequence[Experiment]:
+    """An experiment for each family that sits in the run."""
+    return [EXPERIMENTS.get(family)(plan, chosen) for family, chosen in by_family(attacks).items()]
