@@ -23,6 +23,11 @@ def no_progress(share: float, text: str) -> None:
     """A :data:`Progress` that shows nothing."""
 
 
+def share_of(progress: Progress, low: float, high: float, prefix: str = "") -> Progress:
+    """A part's progress, as that of the whole from `low` to `high`."""
+    return lambda share, text: progress(low + (high - low) * share, prefix + text)
+
+
 @dataclass
 class Attack(ABC):
     """Base of every attack.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -14,6 +14,21 @@ from adversaries.needs import Needs
 from adversaries.refusals import attack_refusals
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
+
+Status = Literal["certified", "approximate", "failed"]
+
+CERTIFIED = 1e-5
+"""Relative residual below which an answer explains the update to float32's rounding."""
+
+APPROXIMATE = 0.25
+"""Relative residual above which it explains too little of the update to be an answer."""
+
+
+def status_of(residual: float, *, vouched: bool = True) -> Status:
+    """What a relative residual says of an answer; `vouched`: whether nothing else speaks against a certificate."""
+    if residual <= CERTIFIED and vouched:
+        return "certified"
+    return "approximate" if residual <= APPROXIMATE else "failed"
 
 
 @dataclass

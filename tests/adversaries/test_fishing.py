@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adversaries import ATTACKS
 from adversaries.reconstruction.malicious.fishing.attack import Fishing
-from adversaries.reconstruction.malicious.fishing.bisection import Cast, next_threshold
+from adversaries.reconstruction.malicious.fishing.bisection import ThresholdRound, next_threshold
 from fedattack.config import CompressionConfig, Config, TrainingConfig
 from fedattack.data import build_world
 from fedattack.errors import ConfigError, NotApplicable
@@ -192,15 +192,22 @@ def test_rounds_with_another_body_begin_anew() -> None:
 
 def test_thresholds_are_chosen_where_samples_lie_together() -> None:
     scores = torch.linspace(-3, 3, 601)
-    top, bottom = Cast(math.inf, 0, None), Cast(-math.inf, 10, None)
+    top, bottom = ThresholdRound(math.inf, 0, None), ThresholdRound(-math.inf, 10, None)
     first = next_threshold([bottom, top], [], scores)
     assert first == pytest.approx(2.4, abs=0.05)  # one of ten is expected above
-    pair = next_threshold([bottom, Cast(0.0, 2, None), top], [0.0], scores)
+    pair = next_threshold([bottom, ThresholdRound(0.0, 2, None), top], [0.0], scores)
     assert pair == pytest.approx(1.5, abs=0.05)
     seen = observe(Fishing(), scenario("mlp", 2), *batch_of(2))
-    below = Cast(-60.0, 2, seen)
-    assert next_threshold([Cast(-math.inf, 2, None), below, Cast(0.0, 1, seen), top], [0.0], scores) is None
-    last = next_threshold([Cast(-math.inf, 2, None), Cast(0.0, 1, seen), top], [0.0], scores)
+    below = ThresholdRound(-60.0, 2, seen)
+    assert (
+        next_threshold(
+            [ThresholdRound(-math.inf, 2, None), below, ThresholdRound(0.0, 1, seen), top], [0.0], scores
+        )
+        is None
+    )
+    last = next_threshold(
+        [ThresholdRound(-math.inf, 2, None), ThresholdRound(0.0, 1, seen), top], [0.0], scores
+    )
     assert last is not None
     assert last < -50
 

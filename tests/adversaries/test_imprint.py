@@ -11,7 +11,8 @@ from malicious_scenes import PUBLIC, batch_of, observe, pictures, scenario, scor
 
 from adversaries import ATTACKS
 from adversaries.inversion.solvers.peeling import Rows, peel
-from adversaries.reconstruction.malicious.imprint import Imprint, alone_share, thresholds
+from adversaries.reconstruction.malicious.bins import alone_share, thresholds
+from adversaries.reconstruction.malicious.imprint import Imprint
 from fedattack.config import CompressionConfig, Config, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model

@@ -11,7 +11,8 @@ import torch
 from adversaries import ATTACKS
 from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.solvers.sparse_directions import Factors, Search, expected_draws
-from adversaries.reconstruction.algebra.spear import CERTIFIED, Spear
+from adversaries.reconstruction.algebra.spear import Spear
+from adversaries.reconstruction.base import CERTIFIED
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import match, psnr

@@ -37,7 +37,6 @@ class Checkpoint:
 
     Parameters
     ----------
-    path : str or Path
     problem : str
         :func:`digest` of what is solved.
     """

@@ -18,7 +18,7 @@ from adversaries.inversion.gradients import Prediction, Sent
 from fedattack.errors import unknown_name
 from fedattack.registry import Registry
 
-LayerWeights = Literal["equal", "rising", "falling", "exponential", "size"]
+LayerWeights = Literal["equal", "falling"]
 
 Distance = Callable[[Prediction, slice], Tensor]
 """(Prediction of victims [a, b), slice(a, b)) -> objective of each, (V',), differentiable."""
@@ -37,9 +37,8 @@ def layer_weights(kind: LayerWeights, sent: Sent) -> Tensor:
 
     Parameters
     ----------
-    kind : {"equal", "rising", "falling", "exponential", "size"}
-        1; l / L; (L + 1 - l) / L; exp(1 - l); or one over the layer's number of columns, which turns its sum into a
-        mean.
+    kind : {"equal", "falling"}
+        1; or (L + 1 - l) / L.
     sent : Sent
 
     Raises
@@ -51,19 +50,12 @@ def layer_weights(kind: LayerWeights, sent: Sent) -> Tensor:
     rank = torch.arange(1.0, count + 1, device=sent.values.device)
     if kind == "equal":
         return torch.ones_like(rank)
-    if kind == "rising":
-        return rank / count
     if kind == "falling":
         return (count + 1 - rank) / count
-    if kind == "exponential":
-        return (1 - rank).exp()
-    if kind == "size":
-        sizes = [segment.stop - segment.start for segment in sent.segments]
-        return 1 / torch.tensor(sizes, dtype=torch.float32, device=rank.device).clamp(min=1)
     raise unknown_name("layer_weights", kind, LAYER_WEIGHTS)
 
 
-LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("equal", "rising", "falling", "exponential", "size")
+LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("equal", "falling")
 
 
 class Layout:

@@ -39,8 +39,6 @@ class Problem:
     ----------
     gradients : GradientModel
         Of all rows.
-    chart : Chart
-    settings : Matching
     restarts : int
         Starts of each victim.
     label_shape : tuple of int, optional

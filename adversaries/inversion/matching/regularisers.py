@@ -71,7 +71,6 @@ def group(images: Tensor, centres: Tensor, weight: float = 1.0) -> tuple[Tensor,
     ----------
     images, centres : Tensor
         (V, B, C, H, W).
-    weight : float
     """
     return l2(images - centres, weight)
 
@@ -122,7 +121,6 @@ def batch_norm_targets(observations: Sequence[Observation], batch: int, device: 
         V victims with equal weights and scenario.
     batch : int
         Images per victim.
-    device : torch.device
 
     Returns
     -------

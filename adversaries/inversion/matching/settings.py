@@ -24,7 +24,7 @@ class Matching:
     ----------
     objective : str
         A key of :data:`~adversaries.inversion.matching.objectives.OBJECTIVES`.
-    layer_weights : {"equal", "rising", "falling", "exponential", "size"}
+    layer_weights : {"equal", "falling"}
         How much each tensor counts; see :func:`~adversaries.inversion.matching.objectives.layer_weights`.
     l1_share : float
         Weight of the absolute differences under objective "l2-l1".
@@ -45,9 +45,8 @@ class Matching:
         "joint": soft labels are optimised beside the images (DLG).
     optimiser : {"lbfgs", "adam", "sgd", "signed-lbfgs", "signed-adam", "signed-sgd"}
         "signed": it is shown the sign of the gradient alone.
-    line_search : {"none", "armijo", "wolfe"}
+    line_search : {"none", "armijo"}
         For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
-    learning_rate : float
     momentum : float
         Of SGD.
     decay : bool

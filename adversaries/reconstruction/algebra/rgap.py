@@ -17,8 +17,7 @@ from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.gradients import closed_form
 from adversaries.inversion.gradients.closed_form import Chain, Convolution
 from adversaries.needs import Needs
-from adversaries.reconstruction.algebra.spear import APPROXIMATE, CERTIFIED
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.base import ReconstructionAttack, status_of
 from fedattack.config import Strength
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction
@@ -189,7 +188,7 @@ def _answer(
     played = Player(observation, chain.convolutions[0].name, device).play(image.flatten(1), label)
     parts = misfits(sent, played.gradients)
     left = max(parts.values())
-    status = "certified" if left <= CERTIFIED else "approximate" if left <= APPROXIMATE else "failed"
+    status = status_of(left)
     return Reconstruction(
         image.float().cpu(),
         label,

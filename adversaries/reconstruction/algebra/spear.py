@@ -24,17 +24,11 @@ from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.solvers.span import DEPENDENT, row_space
 from adversaries.inversion.solvers.sparse_directions import Factors, Found, Method, Search, expected_draws
 from adversaries.needs import Facts, Needs
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.base import ReconstructionAttack, status_of
 from fedattack.config import Positive
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
-
-CERTIFIED = 1e-5
-"""Relative residual below which the answer explains the update to float32's rounding."""
-
-APPROXIMATE = 0.25
-"""Relative residual above which it explains too little of the update to be an answer."""
 
 AGREEMENT = 0.95
 """Share of the neurons whose zeros and signs must agree before a set of directions is believed."""
@@ -211,13 +205,10 @@ class _Victim:
 
     def _reported(self, found: _Answer) -> Reconstruction:
         declared = self._observation.num_examples
-        status, reason = "failed", ""
-        if found.residual <= CERTIFIED and len(found.inputs) == declared:
-            status = "certified"
-        elif found.residual <= APPROXIMATE:
-            status = "approximate"
+        status, reason = status_of(found.residual, vouched=len(found.inputs) == declared), ""
+        if status == "approximate":
             self._notes.append(f"residual {found.residual:.0e}: not certified")
-        else:
+        elif status == "failed":
             reason = f"residual {found.residual:.0e}: the answer does not explain the update"
         labels = found.labels.cpu()
         images = found.inputs.cpu().reshape(-1, *self._observation.scenario.image_shape)

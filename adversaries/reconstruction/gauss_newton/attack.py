@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import label_strategies, one_gradient
+from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors
-from adversaries.inversion.evidence.labels import Labels
 from adversaries.inversion.evidence.whitening import Whitening, whitening
 from adversaries.inversion.gradients import BatchNormMode
 from adversaries.inversion.gradients.products import Network, prepare
@@ -131,17 +131,15 @@ class GaussNewton(ReconstructionAttack):
             return []
         first = observations[0]
         self.check(first.scenario)
-        expected = label_strategies.expect(first)
         prior = whitening(first.auxiliary, first.scenario.image_shape, device, torch.float32)
         answers = []
-        for position, observation in enumerate(observations):
-
-            def told(share: float, text: str, done: int = position) -> None:
-                progress((done + share) / len(observations), f"victim {done + 1}/{len(observations)}: {text}")
-
-            labels = label_strategies.infer(self.labels, observation, expected)
-            solution = self.solve(observation, labels.values, prior, seed, device, told)
-            answers.append(self._answer(observation, labels, solution, prior))
+        for position, evidence in enumerate(Evidence.of_round(observations)):
+            total = len(observations)
+            prefix = f"victim {position + 1}/{total}: "
+            told = share_of(progress, position / total, (position + 1) / total, prefix)
+            labels = label_strategies.infer(self.labels, evidence)
+            solution = self.solve(evidence.observation, labels.values, prior, seed, device, told)
+            answers.append(self._answer(evidence.observation, labels, solution, prior))
         progress(1.0, "done")
         return answers
 

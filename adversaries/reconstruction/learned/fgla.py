@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from adversaries.base import Progress
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
@@ -77,7 +78,7 @@ class FGLA(base.TrainedAttack):
     ) -> Reconstruction:
         """What the decoder draws from one update's features."""
         decoder = self._decoder(observation, seed, device, progress)
-        labels = infer("auto", observation)
+        labels = infer("auto", Evidence(observation))
         images = decoder.start(observation, labels.values)
         repeated = len(labels.values) - len(labels.values.unique())
         figures = decoder.metadata["figures"]

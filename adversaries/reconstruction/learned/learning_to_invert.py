@@ -9,8 +9,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
-from adversaries.inversion.evidence.client import Client
+from adversaries.base import Progress, no_progress, share_of
+from adversaries.inversion.evidence.client import ImitatedClient
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
@@ -61,7 +62,7 @@ class LearningToInvert(base.TrainedAttack):
         public = train.public_images(observation, "lti")
         key = train.key(self, observation, observation.num_examples, public, seed)
         inverter = train.once(key, lambda: _train(self, observation, public, seed, device, progress))
-        labels = infer("auto", observation)
+        labels = infer("auto", Evidence(observation))
         images = inverter.answer(observation.update)
         return Reconstruction(
             images.clamp(0, 1).float(),
@@ -119,10 +120,10 @@ def _train(
     progress: Progress,
 ) -> _Inverter:
     size, scenario = observation.num_examples, observation.scenario
-    client = Client(scenario, observation.weights, seed, observation.round)
+    client = ImitatedClient(scenario, observation.weights, seed, observation.round)
     reader = _Reader(observation.update.numel, attack.inputs, seed)
     seen, unseen = train.hold_out(public, 0.1, seed)
-    told = train.share_of(progress, 0.0, 0.5)
+    told = share_of(progress, 0.0, 0.5)
     rows, images = _pairs(client, reader, public.images, seen, size, attack.passes, seed, told)
     test_rows, test_images = _pairs(client, reader, public.images, unseen, size, 1, seed + 1)
     mean = rows.mean(0)
@@ -150,7 +151,7 @@ def _train(
         attack.epochs,
         attack.learning_rate,
         torch_rng(seed, "lti.batches"),
-        train.share_of(progress, 0.5, 1.0),
+        share_of(progress, 0.5, 1.0),
         _BATCH,
     )
     module = module.cpu().eval().requires_grad_(False)
@@ -171,7 +172,7 @@ def _train(
 
 
 def _pairs(
-    client: Client,
+    client: ImitatedClient,
     reader: _Reader,
     images: Tensor,
     positions: Tensor,

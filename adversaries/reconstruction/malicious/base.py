@@ -12,21 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
-from adversaries.inversion.evidence.one_gradient import mean_gradient
+from adversaries.inversion.evidence.one_gradient import gradient_unit, mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
 from adversaries.needs import Needs
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack
 from adversaries.seats import MaliciousServer
 from fedattack.config import Share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Reconstruction
-
-CERTIFIED = 1e-5
-"""Share of the rows' norm that may be left over when the images that were found explain all of them."""
 
 _ROUNDING = 2.0**-22
 """Of float32 sums, relative to the layer's largest bias entry."""
@@ -35,13 +33,8 @@ _LABELLED = 0.1
 """Relative misfit of the replay above which an image's label counts as a guess."""
 
 
-class Client:
+class ReplayedClient:
     """One observation, float64 on a device: what the first layer sent, and what it would send of an image.
-
-    Parameters
-    ----------
-    observation : Observation
-    device : torch.device
 
     Raises
     ------
@@ -103,10 +96,10 @@ class Client:
         vectors = sent[self._layer.weight].to(self._device).double()
         scalars = sent[self._layer.bias].to(self._device).double()
         noise = torch.full_like(scalars, _ROUNDING * float(scalars.abs().max()))
-        training, compression = observation.scenario.training, observation.scenario.compression
+        compression = observation.scenario.compression
         if observation.update.kind == "delta":  # the client's new weights were rounded
             largest = torch.maximum(self.weight.abs().amax(1), self.bias.abs())
-            noise = noise + 2.0**-24 * largest / (training.learning_rate * training.local_steps)
+            noise = noise + 2.0**-24 * largest / -gradient_unit(observation)
         if update.kept < update.numel:
             noise = noise + update.threshold
         if compression.name in ("qsgd", "topk-qsgd"):
@@ -180,7 +173,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
     tolerance: Share = 1e-4
 
     @abstractmethod
-    def _reading(self, client: Client) -> Reading:
+    def _reading(self, client: ReplayedClient) -> Reading:
         """How the neurons' rows become rows that hold few images.
 
         Raises
@@ -194,7 +187,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
         """As for :func:`~adversaries.inversion.solvers.peeling.peel`."""
         return None
 
-    def _figures(self, client: Client) -> dict[str, Any]:
+    def _figures(self, client: ReplayedClient) -> dict[str, Any]:
         """What else goes into the details."""
         return {"rows": len(client.bias)}
 
@@ -224,7 +217,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
     ) -> Reconstruction:
         self.check(observation.scenario)
         try:
-            client = Client(observation, device)
+            client = ReplayedClient(observation, device)
             found, rows, left = self._read(client, observation.num_examples, told)
         except NotApplicable as reason:
             return failure(self.name, observation, str(reason))
@@ -232,7 +225,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
         return answer(self.name, observation, client.vague, found, unread, self._figures(client))
 
     def _read(
-        self, client: Client, limit: int, told: Callable[[int], None]
+        self, client: ReplayedClient, limit: int, told: Callable[[int], None]
     ) -> tuple[list[Sample], Rows, Rows]:
         """Up to `limit` images in the rows that one client sent; the rows, and what is left in them.
 
@@ -288,10 +281,8 @@ def answer(
     ----------
     name : str
         Of the attack.
-    observation : Observation
     vague : bool
-        As for :class:`Client`.
-    found : sequence of Sample
+        As for :class:`ReplayedClient`.
     unread : float
         Share of the rows' norm that no image explains.
     figures : dict
@@ -341,7 +332,7 @@ def answer(
 
 def _other_labels(observation: Observation, found: Tensor) -> Tensor:
     """Labels of the batch that no image was found for, from the head's gradient."""
-    everyone = infer("auto", observation).values.tolist()
+    everyone = infer("auto", Evidence(observation)).values.tolist()
     for label in found.tolist():
         if label in everyone:
             everyone.remove(label)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
 from adversaries.needs import Facts, Needs
-from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
+from adversaries.reconstruction.malicious.base import Reading, ReplayedClient, RowReading
 from fedattack.config import Strength
 from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Candidates, Scenario
@@ -114,7 +114,7 @@ class CuriousAbandonHonesty(RowReading):
         sent[layer.bias] = torch.zeros_like(weights[layer.bias])
         return sent
 
-    def _reading(self, client: Client) -> Reading:
+    def _reading(self, client: ReplayedClient) -> Reading:
         if bool(client.bias.any()) or float((client.weight < 0).double().mean(1).sub(0.5).abs().max()) > 0.05:
             raise NotApplicable(
                 "the first layer that was sent holds no trap weights (an honest server's); let the server send the "

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from adversaries.inversion.solvers.peeling import Sample
 from adversaries.needs import Block, Needs
-from adversaries.reconstruction.malicious.base import Client, answer, failure
-from adversaries.reconstruction.malicious.imprint import Imprint, alone_share
+from adversaries.reconstruction.malicious.base import ReplayedClient, answer, failure
+from adversaries.reconstruction.malicious.bins import BinReading, alone_share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.loki import KernelSets, identities
@@ -25,7 +25,7 @@ _PLAIN = "imprint-sparse"
 
 
 @dataclass
-class Loki(Imprint):
+class Loki(BinReading):
     """LOKI: a malicious server that sees nothing but sums over clients reads each client's images out of them.
 
     The model begins with S sets of convolution kernels, and the wide layer of bins has columns for each set. Every
@@ -49,7 +49,7 @@ class Loki(Imprint):
 
     name: ClassVar[str] = "loki"
     needs: ClassVar[Needs] = dataclasses.replace(
-        Imprint.needs,
+        BinReading.needs,
         block=Block(KernelSets, "sets of kernels that keep clients apart", "loki"),
         first_layer=False,
         entries="all",
@@ -103,7 +103,7 @@ class Loki(Imprint):
         figures: dict[str, Any] = {}
         try:
             for number, part in _parts(observation):
-                client = Client(part, device)
+                client = ReplayedClient(part, device)
                 before = len(found)
 
                 def more(count: int, before: int = before) -> None:

@@ -17,7 +17,8 @@ from adversaries.inversion.matching.charts import Latent, LatentBall, NetworkWei
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
 from adversaries.needs import Facts, Needs
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
 from fedattack.config import Positive, Strength, Weight
 from fedattack.errors import ConfigError
 from fedattack.models.decoders.from_latent import ImageGenerator

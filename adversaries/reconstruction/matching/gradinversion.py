@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
 from adversaries.needs import Needs
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
 from fedattack.errors import ConfigError
 from fedattack.observation import Observation
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adversaries.needs import Needs
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe
-from adversaries.reconstruction.matching.dlg import BACKTRACKING, torch_lbfgs
+from adversaries.reconstruction.matching.base import OptimisationAttack
+from adversaries.reconstruction.matching.recipes import BACKTRACKING, Recipe, torch_lbfgs
 
 
 @dataclass

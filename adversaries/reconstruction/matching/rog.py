@@ -13,14 +13,15 @@ from pydantic import Field
 from torch import Tensor
 
 from adversaries.inversion.evidence import client as clients
-from adversaries.inversion.evidence.client import Client
+from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.one_gradient import as_gradient
 from adversaries.inversion.learning import train
 from adversaries.inversion.learning.denoiser import PAIRS, Denoiser, Pairs, load_denoiser, train_denoiser
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
 from adversaries.needs import Facts, Needs
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
 from fedattack.config import Positive
 from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Observation, Scenario
@@ -150,7 +151,7 @@ class ROG(OptimisationAttack):
     def _pairs(self, task: Task, public: Auxiliary, size: int) -> Pairs:
         """Auxiliary images as this attack rebuilds them, labels known, beside themselves."""
         first = task.observations[0]
-        client = Client(first.scenario, first.weights, task.seed, first.round)
+        client = ImitatedClient(first.scenario, first.weights, task.seed, first.round)
         rng = numpy_rng(task.seed, "rog.pairs")
         count = min(self.pairs, len(public)) // size
         if count < 2:

@@ -13,43 +13,30 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import one_gradient
+from adversaries.inversion.gradients.activations import ACTIVATIONS, homogeneous, is_polynomial, stein_order
 from adversaries.needs import Block, Facts, Needs
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, status_of
 from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
-from adversaries.reconstruction.tensor.activations import (
-    ACTIVATIONS,
-    homogeneous,
-    is_polynomial,
-    stein_order,
-)
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.from_gradient import Estimate
-from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, read_labels, residuals_of
+from adversaries.reconstruction.tensor.head import (
+    Labelled,
+    TwoLayerHead,
+    fix_scales,
+    read_labels,
+    residuals_of,
+)
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
 from adversaries.seats import MaliciousServer
 from fedattack.config import Positive, Strength, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
-from fedattack.observation import (
-    EVERYONE,
-    Auxiliary,
-    Candidates,
-    Observation,
-    Reconstruction,
-    Scenario,
-    Update,
-)
+from fedattack.observation import EVERYONE, Auxiliary, Candidates, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
-
-CERTIFIED = 1e-5
-"""Relative residual below which the answer explains the update to float32's rounding."""
-
-APPROXIMATE = 0.25
-"""Relative residual above which the answer explains too little of the update to be one."""
 
 SPARE = 1.2
 """Equations per unknown from which on a small residual singles out the batch."""
@@ -61,8 +48,6 @@ _LEAST_SIDE = 16
 """Smaller images are solved at once."""
 
 NO_TRACE = "a sample's label leaves too little trace in the head's gradient to be read"
-
-Status = Literal["certified", "approximate", "failed"]
 
 
 @dataclass
@@ -204,25 +189,15 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
             return []
         if device.type == "mps":  # has no float64
             device = torch.device("cpu")
-        total = len(observations)
-        return [self._one(o, seed, device, progress, n, total) for n, o in enumerate(observations)]
-
-    def _one(
-        self,
-        observation: Observation,
-        seed: int,
-        device: torch.device,
-        progress: Progress,
-        number: int,
-        total: int,
-    ) -> Reconstruction:
-        def share(part: float, text: str) -> None:
-            progress((number + part) / total, f"client {observation.client}: {text}")
-
-        try:
-            return _Victim(self, observation, seed, device, share).answer()
-        except NotApplicable as reason:
-            return _failure(observation.scenario, str(reason))
+        answers = []
+        for number, observation in enumerate(observations):
+            low, high = number / len(observations), (number + 1) / len(observations)
+            told = share_of(progress, low, high, f"client {observation.client}: ")
+            try:
+                answers.append(_Victim(self, observation, seed, device, told).answer())
+            except NotApplicable as reason:
+                answers.append(_failure(observation.scenario, str(reason)))
+        return answers
 
 
 def _one_step(training: TrainingConfig) -> TrainingConfig:
@@ -307,8 +282,12 @@ class _Victim:
         self._module = module.eval()
         assert scenario.model.activation is not None
         weights = {name: tensor.to(device) for name, tensor in observation.weights.items()}
-        self._head = Head.of(weights["wide.weight"], weights["head.weight"], scenario.model.activation)
-        self._update = _gradient_of(observation)
+        self._head = TwoLayerHead.of(
+            weights["wide.weight"], weights["head.weight"], scenario.model.activation
+        )
+        one_step = dataclasses.replace(scenario, training=_one_step(scenario.training))
+        one_gradient.check_received(dataclasses.replace(observation, scenario=one_step))
+        self._update = one_gradient.mean_gradient(observation)
         self._samples = observation.num_examples
         if attack.batch:
             self._samples = max(attack.batch, 1)
@@ -460,8 +439,7 @@ class _Victim:
             "wide": _relative(change["wide.weight"], wide),
         }
         # The certificate is that of one gradient, of which several small steps are a multiple.
-        training = self._observation.scenario.training
-        factor = -1.0 / (training.learning_rate * _mass(training))
+        factor = 1.0 / one_gradient.gradient_unit(self._observation)
         left = factor * (change["wide.weight"] - wide), factor * (change["head.weight"] - last)
         residual = max(parts.values())
         labelled = found.labelled
@@ -641,13 +619,9 @@ class _Victim:
         positions, labels = found.labelled.expanded()
         inputs = found.inputs.cpu()[positions]
         norms = found.inputs.norm(dim=1).cpu()
-        status: Status = "failed"
+        status = status_of(found.residual, vouched=found.certified and len(inputs) == self._samples)
         reason = ""
-        if found.certified and len(inputs) == self._samples:
-            status = "certified"
-        elif found.residual <= APPROXIMATE:
-            status = "approximate"
-        else:
+        if status == "failed":
             reason = f"residual {found.residual:.0e}: the answer does not explain the update"
             reason += "".join(f"; {note}" for note in self._notes if "dependent" in note)
         self._notes += [
@@ -701,25 +675,3 @@ class _Victim:
 
 def _relative(seen: Tensor, model: Tensor) -> float:
     return float((seen - model).norm() / seen.norm().clamp_min(1e-300))
-
-
-def _mass(training: TrainingConfig) -> float:
-    """How many times its gradient a client's steps move it by, where the gradient hardly changes."""
-    steps_taken = range(training.local_steps)
-    return float(sum(sum(training.momentum**lag for lag in range(step + 1)) for step in steps_taken))
-
-
-def _gradient_of(observation: Observation) -> Update:
-    """The update as entries of one gradient; of several local steps, as their mean gradient."""
-    scenario = observation.scenario
-    training, update = scenario.training, observation.update
-    if training.local_steps == 1 or update.kind == "gradient":
-        return one_gradient.as_gradient(observation)
-    single = dataclasses.replace(
-        observation,
-        scenario=dataclasses.replace(scenario, training=_one_step(training)),
-        update=Update(
-            update.names, update.shapes, update.indices, update.values / _mass(training), update.kind
-        ),
-    )
-    return one_gradient.as_gradient(single)
