@@ -37,6 +37,7 @@ class Checkpoint:
 
     Parameters
     ----------
+    path : str or Path
     problem : str
         :func:`digest` of what is solved.
     """
