@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,18 @@ def status_of(residual: float, *, vouched: bool = True) -> Status:
     if residual <= CERTIFIED and vouched:
         return "certified"
     return "approximate" if residual <= APPROXIMATE else "failed"
+
+
+def failed(method: str, observation: Observation, reason: str, **details: object) -> Reconstruction:
+    """The answer where nothing could be read, and why."""
+    return Reconstruction(
+        images=torch.zeros(0, *observation.scenario.image_shape),
+        labels=torch.zeros(0, dtype=torch.int64),
+        loss=math.inf,
+        label_confidence=0.0,
+        method=method,
+        details={"status": "failed", "reason": reason, **details, "notes": []},
+    )
 
 
 @dataclass

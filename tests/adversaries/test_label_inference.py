@@ -130,6 +130,15 @@ def test_local_steps_are_read_as_their_mean_gradient() -> None:
         assert accuracy("auto", victims(batch, 8, training=training)) >= least
 
 
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"momentum": 0.9, "weight_decay": 0.1}])
+def test_three_local_steps_read_as_long_as_one_gradient(settings: dict[str, float]) -> None:
+    training = TrainingConfig(protocol="fedavg", local_steps=3, learning_rate=1e-3, **settings)
+    for (delta, _), (gradient, _) in zip(victims(1, 3, training=training), victims(1, 3), strict=True):
+        found, first = mean_gradient(delta).values, gradient.update.values
+        assert 0.95 < float(found.norm() / first.norm()) < 1.03
+        assert float(torch.cosine_similarity(found, first, dim=0)) > 0.99
+
+
 def test_one_local_step_is_undone_exactly() -> None:
     training = TrainingConfig(protocol="fedavg", learning_rate=0.02, momentum=0.9, weight_decay=0.1)
     (delta, _), (gradient, _) = victims(3, 1, training=training)[0], victims(3, 1)[0]

@@ -24,7 +24,7 @@ from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.solvers.span import DEPENDENT, row_space
 from adversaries.inversion.solvers.sparse_directions import Factors, Found, Method, Search, expected_draws
 from adversaries.needs import Facts, Needs
-from adversaries.reconstruction.base import ReconstructionAttack, status_of
+from adversaries.reconstruction.base import ReconstructionAttack, failed, status_of
 from fedattack.config import Positive
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario, Update
@@ -105,20 +105,8 @@ class Spear(ReconstructionAttack):
             try:
                 answers.append(_Victim(self, observation, seed, device).answer())
             except NotApplicable as reason:
-                answers.append(_failure(observation, str(reason)))
+                answers.append(failed("spear", observation, str(reason), residual=None))
         return answers
-
-
-def _failure(observation: Observation, reason: str) -> Reconstruction:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return Reconstruction(
-        images=torch.zeros(0, *observation.scenario.image_shape),
-        labels=nothing,
-        loss=math.inf,
-        label_confidence=0.0,
-        method="spear",
-        details={"status": "failed", "reason": reason, "residual": None, "notes": []},
-    )
 
 
 class _Victim:

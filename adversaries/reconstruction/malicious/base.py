@@ -19,7 +19,7 @@ from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.evidence.one_gradient import gradient_unit, mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
 from adversaries.needs import Needs
-from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack
+from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, failed
 from adversaries.seats import MaliciousServer
 from fedattack.config import Share
 from fedattack.errors import NotApplicable
@@ -220,7 +220,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
             client = ReplayedClient(observation, device)
             found, rows, left = self._read(client, observation.num_examples, told)
         except NotApplicable as reason:
-            return failure(self.name, observation, str(reason))
+            return failed(self.name, observation, str(reason))
         unread = float(left.vectors.norm() / rows.vectors.norm().clamp_min(1e-300))
         return answer(self.name, observation, client.vague, found, unread, self._figures(client))
 
@@ -253,18 +253,6 @@ class RowReading(MaliciousServer, ReconstructionAttack):
                 progress=told,
             )
         return found, rows, left
-
-
-def failure(name: str, observation: Observation, reason: str) -> Reconstruction:
-    """The answer where nothing could be read, and why."""
-    return Reconstruction(
-        images=torch.zeros(0, *observation.scenario.image_shape),
-        labels=torch.zeros(0, dtype=torch.int64),
-        loss=math.inf,
-        label_confidence=0.0,
-        method=name,
-        details={"status": "failed", "reason": reason, "notes": []},
-    )
 
 
 def answer(

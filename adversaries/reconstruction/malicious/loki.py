@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adversaries.inversion.solvers.peeling import Sample
 from adversaries.needs import Block, Needs
-from adversaries.reconstruction.malicious.base import ReplayedClient, answer, failure
+from adversaries.reconstruction.base import failed
+from adversaries.reconstruction.malicious.base import ReplayedClient, answer
 from adversaries.reconstruction.malicious.bins import BinReading, alone_share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -116,9 +117,9 @@ class Loki(BinReading):
                 counts[number] = len(samples)
                 found += samples
         except NotApplicable as reason:
-            return failure(self.name, observation, str(reason))
+            return failed(self.name, observation, str(reason))
         if not counts:
-            return failure(self.name, observation, "no client moved the bins: the update is zero there")
+            return failed(self.name, observation, "no client moved the bins: the update is zero there")
         each = -(-batch // len(counts))
         figures |= {"sets": counts, "birthday_bound": alone_share(1 / figures["bins"], each)}
         unread = (left / max(seen, 1e-300)) ** 0.5

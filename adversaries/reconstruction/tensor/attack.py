@@ -17,7 +17,7 @@ from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.gradients.activations import ACTIVATIONS, homogeneous, is_polynomial, stein_order
 from adversaries.needs import Block, Facts, Needs
-from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, status_of
+from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, failed, status_of
 from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
@@ -196,7 +196,7 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
             try:
                 answers.append(_Victim(self, observation, seed, device, told).answer())
             except NotApplicable as reason:
-                answers.append(_failure(observation.scenario, str(reason)))
+                answers.append(failed("tensor", observation, str(reason), residual=None))
         return answers
 
 
@@ -230,18 +230,6 @@ def _check_entries(view: str, scenario: Scenario, module: TwoLayer, batch: int) 
             f"{what} {entries} < unknowns {unknowns}: underdetermined for B = {batch}; raise --width (now {m}), keep "
             "more, or lower --batch-size"
         )
-
-
-def _failure(scenario: Scenario, reason: str) -> Reconstruction:
-    empty = torch.zeros(0, *scenario.image_shape)
-    return Reconstruction(
-        images=empty,
-        labels=torch.zeros(0, dtype=torch.int64),
-        loss=math.inf,
-        label_confidence=0.0,
-        method="tensor",
-        details={"status": "failed", "reason": reason, "residual": None, "notes": []},
-    )
 
 
 @dataclass
