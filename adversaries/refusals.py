@@ -227,9 +227,20 @@ def attack_refusals(attack: Attack, scenario: Scenario, facts: Facts = NOT_KNOWN
 
 
 def applicable(
-    attacks: Mapping[str, A], scenario: Scenario, facts: Facts = NOT_KNOWN
+    attacks: Mapping[str, A],
+    scenario: Scenario,
+    facts: Facts = NOT_KNOWN,
+    also: Callable[[str, A], object] | None = None,
 ) -> tuple[dict[str, A], dict[str, str]]:
     """Attacks that apply, and for each other one the sentence that says why it is left out.
+
+    Parameters
+    ----------
+    attacks : mapping of str to Attack
+    scenario : Scenario
+    facts : Facts
+    also : callable, optional
+        Refuses by NotApplicable what somebody else cannot do with an attack, (name, attack).
 
     Raises
     ------
@@ -238,11 +249,11 @@ def applicable(
     ConfigError, DataError
         As :func:`attack_refusals`.
     """
-    left_out = {
-        name: refused[0]
-        for name, attack in attacks.items()
-        if (refused := attack_refusals(attack, scenario, facts))
-    }
+    left_out = {}
+    for name, attack in attacks.items():
+        refused = attack_refusals(attack, scenario, facts) or [_said(also, name, attack) if also else ""]
+        if refused[0]:
+            left_out[name] = refused[0]
     if left_out and len(left_out) == len(attacks):
         raise NotApplicable("\n".join(f"attack {name!r}: {sentence}" for name, sentence in left_out.items()))
     return {name: attack for name, attack in attacks.items() if name not in left_out}, left_out

@@ -6,7 +6,8 @@ Three spellings reach the same setting:
 * short, as on the command line and in Flower's flat run-config: ``compression``, ``learning-rate``
   (the table :data:`SHORT_NAMES`);
 * an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``;
-* a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``.
+* a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``;
+* a mechanism's: ``unlearning.federaser.calibration`` or ``unlearning.calibration``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class PluginSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _full_names(cls, data: Any) -> Any:
-        names, options = data.get("names") or (), data.get("options") or {}
+        names, options = data.get("names") or [data.get("mechanism") or ""], data.get("options") or {}
         full: dict[str, Any] = {}
         for asked, chosen in options.items():
             meant = [name for name in names if asked == name.partition(":")[2] and asked not in names] or [
@@ -113,6 +114,9 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """What a client does with the weights it gets."""
 
+    task: str = Field(
+        "classify", description="what is trained and measured: a task by name, or 'module:Class'"
+    )
     protocol: Literal["fedsgd", "fedavg"] = Field(
         "fedsgd", description="gradient of one batch, or weight delta"
     )
@@ -203,11 +207,16 @@ class AttackConfig(PluginSection):
     )
 
 
-class UnlearningConfig(Section):
+class UnlearningConfig(PluginSection):
     """What the honest server does when it is asked to forget."""
 
     mechanism: str = "retrain"
-    checkpoint_every: Positive = Field(1, description="rounds between the server's checkpoints")
+    round: Positive | None = Field(
+        None, description="round after which clients ask for deletions; None: the last"
+    )
+    checkpoint_every: Positive = Field(1, description="rounds between what the server keeps to forget later")
+    options: PluginOptions = Field(default_factory=dict, description="mechanism name -> parameters")
+    shared_options: dict[str, Any] = Field(default_factory=dict, description="parameters of the mechanism")
 
 
 class EngineConfig(Section):
@@ -263,7 +272,17 @@ class Config(Section):
             raise ValueError(
                 f"setting 'attack.rounds' = {late}: the federation has {self.federation.rounds} round(s)"
             )
+        if self.request_round > self.federation.rounds:
+            raise ValueError(
+                f"setting 'unlearning.round' = {self.request_round}: the federation has {self.federation.rounds} "
+                "round(s)"
+            )
         return self
+
+    @property
+    def request_round(self) -> int:
+        """The round after which clients ask for deletions."""
+        return self.unlearning.round or self.federation.rounds
 
     @property
     def victims(self) -> int:
@@ -299,7 +318,7 @@ class Config(Section):
     def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
         """Read a TOML file of nested sections, then apply `overrides` (short or dotted names)."""
         try:
-            base = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            base = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"configuration file {str(path)!r} does not exist") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

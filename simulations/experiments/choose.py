@@ -13,11 +13,17 @@ from fedattack.config import AttackConfig, Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable
+from fedattack.models import dry_run
 from fedattack.registry import build_plugins
-from fedattack.unlearning import MECHANISMS
+from fedattack.task import TASKS
+from fedattack.training import batch_positions
+from fedattack.unlearning import build_mechanism
 from simulations.experiments.base import EXPERIMENTS
 from simulations.experiments.executor import choose_device
 from strategies import NEED_SINGLE_UPDATES, build_strategy, drawn
+
+_DRY_IMAGES = 16
+"""Of larger batches so many images tell enough."""
 
 
 def choose_attacks(config: Config) -> dict[str, Attack]:
@@ -60,7 +66,8 @@ def check_names(config: Config) -> None:
     """
     build_strategy(config.federation, config.training.learning_rate)
     COMPRESSORS.get(config.compression.name)
-    MECHANISMS.get(config.unlearning.mechanism)
+    TASKS.get(config.training.task)
+    build_mechanism(config.unlearning)
     if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
         raise NotApplicable(
             f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "
@@ -69,7 +76,27 @@ def check_names(config: Config) -> None:
     choose_device(config.engine.device)
 
 
-__all__ = ["choose_attacks"]
+def check_model(config: Config, world: World) -> list[str]:
+    """Run the named model once, dry, on the largest and the smallest batch of a client; what to know of it.
+
+    Raises
+    ------
+    BadRequest
+        If no client can train it.
+    """
+    sizes = {
+        min(len(batch), _DRY_IMAGES)
+        for count in {len(part) for part in world.partitions} - {0}
+        for batch in batch_positions(count, config.training, config.seed, 1, 0)
+    }
+    facts = world.scenario.model, config.training.batch_norm, config.seed
+    notes = dry_run(max(sizes), *facts)
+    if min(sizes) < max(sizes):
+        try:
+            dry_run(min(sizes), *facts)
+        except ConfigError as error:
+            notes.append(str(error))
+    return notes
 
 
 def known_facts(config: Config, world: World) -> Facts:

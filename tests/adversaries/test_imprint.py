@@ -158,7 +158,7 @@ def test_refusals() -> None:
     several = TrainingConfig(protocol="fedavg", local_steps=2)
     for scene, part in (
         (scenario("mlp", 4), "lacks a block for bins"),
-        (scenario("imprint", 4, 7), "less than two bins"),
+        (scenario("imprint", 4, 7), "width = 7 < 8"),
         (scenario("imprint", 4, training=several), "drift apart"),
         (scenario("imprint", 4, compression=CompressionConfig(name="sign")), "only signs"),
         (

@@ -21,6 +21,7 @@ BASE: dict[str, Any] = {"engine": "inline", "dataset": "digits", "clients": 3, "
 OUTSIDE = '''
 from dataclasses import dataclass
 from typing import ClassVar
+import torch
 from torch import nn
 from adversaries.inversion.evidence.labels import Labels
 from adversaries.inversion.matching.objectives import Objective, masked_l2
@@ -38,7 +39,7 @@ def conv_head(config):
 
 def last_class(evidence):
     calls.append("labels")
-    return Labels(evidence.update.values.new_full((evidence.observation.num_examples,), 9).long(), 0.5, "the last")
+    return Labels(torch.full((evidence.observation.num_examples,), 9), 0.5, "the last")
 
 def distance(layout):
     calls.append("objective")

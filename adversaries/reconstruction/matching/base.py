@@ -29,7 +29,7 @@ from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.matching.recipes import LocalSteps, Recipe, Start
 from fedattack.config import Count, Positive, Strength, Weight
-from fedattack.errors import NotApplicable, unknown_name
+from fedattack.errors import NotApplicable, PayloadError, unknown_name
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
@@ -401,6 +401,11 @@ class _Run:
     def _answer(self, position: int, found: Match) -> Reconstruction:
         victim = self._victims[position]
         recipe, update = self._recipe, victim.observation.update
+        if not math.isfinite(found.loss):
+            raise PayloadError(
+                f"client {victim.observation.client}: no image has a finite loss; the weights that were sent, or the "
+                "update, lead to NaN or infinite values"
+            )
         joint = recipe.labels == "joint"
         values = found.labels if joint else victim.labels.values
         pixels = len(values) * math.prod(victim.observation.scenario.image_shape)
