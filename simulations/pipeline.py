@@ -135,7 +135,7 @@ def simulate(
         scored = {
             name: one for experiment in experiments for name, one in experiment.audit(federation).items()
         }
-    audits = {name: scored[name] for name in attacks}
+    audits = {name: scored[name] for name in attacks if name in scored}
     answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
     results = list(audits.values())
     figures = federation_figures(config, world, federation)

@@ -22,7 +22,7 @@ from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.defenses import hides_clients
-from fedattack.errors import DataError, NotApplicable
+from fedattack.errors import DataError, FedattackError, NotApplicable, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.rng import adversary_seed, numpy_rng
@@ -213,6 +213,7 @@ class MembershipExperiment(Experiment):
         super().__init__(plan, attacks)
         self._this_round: list[Observation] = []
         self._seconds: dict[str, float] = defaultdict(float)
+        self._failed: dict[str, Exception] = {}
         self._figures: dict[str, dict[int, Figures]] = {
             name: dict(plan.folder.load_rounds(name)) for name in self._serving()
         }
@@ -297,18 +298,46 @@ class MembershipExperiment(Experiment):
         device = choose_device(config.engine.device)
         for name in self._serving():
             attack, asked = self.attacks[name], self._asked[name]
-            if seen and number not in self._figures[name] and number in self._rounds(attack):
+            wanted = number not in self._figures[name] and number in self._rounds(attack)
+            if seen and wanted and name not in self._failed:
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
                 seed, started = adversary_seed(config.seed, "membership", number), time.perf_counter()
-                figures = attack.watch(seen, asked.target, candidates, seed, device)
+                try:
+                    figures = attack.watch(seen, asked.target, candidates, seed, device)
+                except Exception as error:  # its own; the federation and the other attacks go on
+                    self._fail(name, error)
+                    continue
                 self.plan.folder.save_round(name, number, figures)
                 self._figures[name][number] = figures
                 self._seconds[name] += time.perf_counter() - started
                 self.plan.shown(name, number / config.federation.rounds, f"round {number}")
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Have every attack conclude, and score its answer."""
-        return {name: self._audit(name, attack, federation) for name, attack in self.attacks.items()}
+        """Have every attack conclude, and score its answer; attacks that failed are left out.
+
+        Raises
+        ------
+        FedattackError
+            Where all failed: the first one's, or a RunFailed that names it.
+        """
+        audits: dict[str, AuditResult] = {}
+        for name, attack in self.attacks.items():
+            if name not in self._failed:
+                try:
+                    audits[name] = self._audit(name, attack, federation)
+                except Exception as error:
+                    self._fail(name, error)
+        if not audits:
+            name, error = next(iter(self._failed.items()))
+            if isinstance(error, FedattackError):
+                raise error
+            raise RunFailed(f"attack {name!r} failed: {type(error).__name__}: {error}") from error
+        return audits
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._failed[name] = error
+        self.plan.shown(name, 1.0, f"failed: {error}")
+        log.error("attack %s failed: %s: %s", name, type(error).__name__, error)
 
     def _audit(self, name: str, attack: MembershipAttack, federation: FederationResult) -> AuditResult:
         plan, started, asked = self.plan, time.perf_counter(), self._asked[name]
@@ -323,7 +352,9 @@ class MembershipExperiment(Experiment):
             raise NotApplicable(f"{name}: no update of a client that it is asked about was observed")
         counts, is_member, details = asked.settle(plan.config, plan.world, rounds)
         if isinstance(attack, MaliciousClient):
-            answers = federation.answers[name]
+            answers = federation.answers.get(name, {})
+            if not answers:
+                raise RunFailed(f"{name}: no malicious client gave an answer (log.txt)")
             together = torch.stack([answers[client]["scores"].double() for client in sorted(answers)]).mean(0)
             scores = MembershipScores(together, name, {"asked_clients": sorted(answers)})
         else:

@@ -35,6 +35,22 @@ class Diary(MaliciousClient, MembershipAttack):
         return {"scores": torch.zeros(len(question.labels), dtype=torch.float64), "seen": view.memory["seen"]}
 
 
+class Failing(MembershipAttack):
+    """Cannot read what it sees."""
+
+    def watch(self, observations, target, candidates, seed, device):
+        """Nothing."""
+        raise ValueError("too odd to read")
+
+
+class Silent(Diary):
+    """Has no answer."""
+
+    def answer(self, view, question):
+        """None."""
+        raise KeyError("nothing to say")
+
+
 class Undeclared(Diary):
     """Keeps memory and does not say so."""
 
