@@ -328,10 +328,10 @@ class MembershipExperiment(Experiment):
                 except Exception as error:
                     self._fail(name, error)
         if not audits:
-            name, error = next(iter(self._failed.items()))
-            if isinstance(error, FedattackError):
-                raise error
-            raise RunFailed(f"attack {name!r} failed: {type(error).__name__}: {error}") from error
+            name, first = next(iter(self._failed.items()))
+            if isinstance(first, FedattackError):
+                raise first
+            raise RunFailed(f"attack {name!r} failed: {type(first).__name__}: {first}") from first
         return audits
 
     def _fail(self, name: str, error: Exception) -> None:
