@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,21 +46,11 @@ Rounds = Mapping[int, Sequence[int]]
 """Client -> the rounds that it answers in."""
 
 
-class _Nodes:
-    """As much of a grid as a strategy needs to draw clients."""
-
-    def __init__(self, clients: int) -> None:
-        self._clients = clients
-
-    def get_node_ids(self) -> range:
-        return range(1, 1 + self._clients)
-
-
 def expected_rounds(config: Config, world: World) -> dict[int, list[int]]:
     """Who will answer when: the strategy's own draw under the run's seed, less those that drop out."""
     strategy = build_strategy(config.federation, config.training.learning_rate)
     arrays = to_record(initial_weights(world.scenario.model, config.seed))
-    nodes: Any = _Nodes(config.federation.clients)
+    nodes: Any = SimpleNamespace(get_node_ids=lambda: range(1, 1 + config.federation.clients))  # of a grid
     answering: dict[int, list[int]] = defaultdict(list)
     for number in range(1, config.federation.rounds + 1):
         with server_identity(0), seeded_sampling(config.seed, number):
