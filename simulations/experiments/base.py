@@ -5,16 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from adversaries import Attack
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World
+from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Candidates, Observation
 from fedattack.registry import Registry
 from fedattack.storage import RunFolder
-from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord
 from simulations.progress import Stages
 
 
@@ -38,6 +41,44 @@ class Plan:
     shown: Stages
 
 
+class SavedWork(ABC):
+    """Attacks at work on observations, with or without a federation beside them.
+
+    Parameters
+    ----------
+    config : Config
+    folder : RunFolder
+        Answers are stored there as they come, and read back.
+    attacks : mapping of str to Attack
+    shown : Stages
+    """
+
+    @abstractmethod
+    def __init__(
+        self, config: Config, folder: RunFolder, attacks: Mapping[str, Any], shown: Stages
+    ) -> None: ...
+
+    @abstractmethod
+    def submit(self, observations: Sequence[Observation]) -> None:
+        """Attack one round's observations."""
+
+    @abstractmethod
+    def collect(self) -> None:
+        """Wait for the answers."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for nothing any more."""
+
+    @abstractmethod
+    def audit(self, name: str, truths: Sequence[GroundTruth]) -> AuditResult:
+        """Score one attack."""
+
+    @abstractmethod
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """Attack -> key -> answer."""
+
+
 class Experiment(ABC):
     """One family's attacks in a run: what they are shown, what they answer, and the truth it is scored against.
 
@@ -46,11 +87,21 @@ class Experiment(ABC):
     plan : Plan
     attacks : mapping of str to Attack
         All of the one family, by their name in the run.
+
+    Attributes
+    ----------
+    from_saved : type of SavedWork or None
+        What attacks saved observations, where this can be done without a federation.
+    failed : dict of str to BaseException
+        Attacks that failed on their own; :meth:`audit` leaves them out.
     """
+
+    from_saved: ClassVar[type[SavedWork] | None] = None
 
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan
         self.attacks = dict(attacks)
+        self.failed: dict[str, BaseException] = {}
 
     @classmethod
     def check(cls, config: Config, world: World, attacks: Mapping[str, Any]) -> None:
@@ -75,6 +126,14 @@ class Experiment(ABC):
         """Take one of the observations that :meth:`wants` asked for; within a round in ascending order."""
         del observation
 
+    def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
+        """Look at the global model after a round, just before :meth:`after_round`."""
+        del round, weights
+
+    def requests(self, requests: DeletionRequests) -> None:
+        """Take what the clients want forgotten, as they say after round ``config.request_round``."""
+        del requests
+
     def after_round(self, record: RoundRecord) -> None:
         """Take note that a round is over."""
         del record
@@ -87,6 +146,10 @@ class Experiment(ABC):
         RunFailed
             If there is nothing to score.
         """
+        return None
+
+    def close(self) -> None:
+        """End what runs beside the federation, finished or not; called once, whatever happened."""
         return None
 
     @abstractmethod

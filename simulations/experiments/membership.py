@@ -23,7 +23,7 @@ from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.defenses import hides_clients
-from fedattack.errors import DataError, FedattackError, NotApplicable, RunFailed
+from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.rng import adversary_seed, numpy_rng
@@ -204,7 +204,6 @@ class MembershipExperiment(Experiment):
         super().__init__(plan, attacks)
         self._this_round: list[Observation] = []
         self._seconds: dict[str, float] = defaultdict(float)
-        self._failed: dict[str, Exception] = {}
         self._figures: dict[str, dict[int, Figures]] = {
             name: dict(plan.folder.load_rounds(name)) for name in self._serving()
         }
@@ -290,13 +289,13 @@ class MembershipExperiment(Experiment):
         for name in self._serving():
             attack, asked = self.attacks[name], self._asked[name]
             wanted = number not in self._figures[name] and number in self._rounds(attack)
-            if seen and wanted and name not in self._failed:
+            if seen and wanted and name not in self.failed:
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
                 seed, started = adversary_seed(config.seed, "membership", number), time.perf_counter()
                 try:
                     figures = attack.watch(seen, asked.target, candidates, seed, device)
                 except Exception as error:  # its own; the federation and the other attacks go on
-                    self._fail(name, error)
+                    self.failed[name] = error
                     continue
                 self.plan.folder.save_round(name, number, figures)
                 self._figures[name][number] = figures
@@ -304,31 +303,15 @@ class MembershipExperiment(Experiment):
                 self.plan.shown(name, number / config.federation.rounds, f"round {number}")
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Have every attack conclude, and score its answer; attacks that failed are left out.
-
-        Raises
-        ------
-        FedattackError
-            Where all failed: the first one's, or a RunFailed that names it.
-        """
+        """Have every attack conclude, and score its answer."""
         audits: dict[str, AuditResult] = {}
         for name, attack in self.attacks.items():
-            if name not in self._failed:
+            if name not in self.failed:
                 try:
                     audits[name] = self._audit(name, attack, federation)
                 except Exception as error:
-                    self._fail(name, error)
-        if not audits:
-            name, first = next(iter(self._failed.items()))
-            if isinstance(first, FedattackError):
-                raise first
-            raise RunFailed(f"attack {name!r} failed: {type(first).__name__}: {first}") from first
+                    self.failed[name] = error
         return audits
-
-    def _fail(self, name: str, error: Exception) -> None:
-        self._failed[name] = error
-        self.plan.shown(name, 1.0, f"failed: {error}")
-        log.error("attack %s failed: %s: %s", name, type(error).__name__, error)
 
     def _audit(self, name: str, attack: MembershipAttack, federation: FederationResult) -> AuditResult:
         plan, started, asked = self.plan, time.perf_counter(), self._asked[name]
