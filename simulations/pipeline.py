@@ -173,7 +173,7 @@ def simulate(
         late += [f"the federation ended after round {len(rounds)}: {ended}"] if ended else []
         if not scored and (ended or failed):
             first = next(iter(failed.values()), None)
-            raise ended or (first if isinstance(first, FedattackError) else RunFailed(late[0]) from first)
+            raise ended or (first if isinstance(first, FedattackError) else RunFailed(late[0])) from first
         for note in late:
             shown.say(note, folder)
     results = [scored[name] for name in attacks if name in scored]
