@@ -99,6 +99,8 @@ class Experiment(ABC):
     ----------
     from_saved : type of SavedWork or None
         What attacks saved observations, where this can be done without a federation.
+    failed : dict of str to BaseException
+        Attacks that failed on their own; :meth:`audit` leaves them out.
     """
 
     from_saved: ClassVar[type[SavedWork] | None] = None
@@ -106,16 +108,17 @@ class Experiment(ABC):
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan
         self.attacks = dict(attacks)
+        self.failed: dict[str, BaseException] = {}
 
     @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, Any]) -> None:
-        """Refuse, before the first round, what these attacks cannot do with this federation.
+    def check(cls, config: Config, world: World) -> None:
+        """Refuse, before the first round, what the experiment itself cannot do with this federation.
 
         Raises
         ------
-        BadRequest
+        NotApplicable
         """
-        del config, world, attacks
+        del config, world
 
     def questions(self) -> Mapping[str, Candidates]:
         """Attack -> the samples that it is asked about, where its question has some; known before the first round."""
