@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from adversaries import Attack
@@ -39,6 +40,12 @@ class Plan:
     world: World
     folder: RunFolder
     shown: Stages
+
+    @property
+    def commonest_share(self) -> float:
+        """Share of the commonest class among the held-out samples: what a model that knows nothing gets right."""
+        labels = self.world.dataset.labels[self.world.pools.nonmembers]
+        return float(np.bincount(labels).max()) / len(labels)
 
 
 class SavedWork(ABC):
@@ -92,6 +99,8 @@ class Experiment(ABC):
     ----------
     from_saved : type of SavedWork or None
         What attacks saved observations, where this can be done without a federation.
+    failed : dict of str to BaseException
+        Attacks that failed on their own; :meth:`audit` leaves them out.
     """
 
     from_saved: ClassVar[type[SavedWork] | None] = None
@@ -99,6 +108,7 @@ class Experiment(ABC):
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan
         self.attacks = dict(attacks)
+        self.failed: dict[str, BaseException] = {}
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:

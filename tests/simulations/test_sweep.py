@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from adversaries.base import Progress, no_progress
+from adversaries.needs import Facts
 from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
@@ -37,7 +38,7 @@ class Guess(ReconstructionAttack):
     shade: float = 0.5
     broken: bool = False
 
-    def check(self, scenario: Scenario) -> None:
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Refuse pruned updates."""
         if "prune" in scenario.defense.names and self.shade == 0.0:
             raise NotApplicable("no black guesses about pruned updates")
@@ -162,12 +163,11 @@ def test_faults_are_recorded_and_stop_nobody(finished: Path) -> None:
     assert table.loc[("none", "grey"), "gain"] <= 0.0
     assert table.loc[("none", "grey"), "accuracy_low"] < table.loc[("none", "grey"), "accuracy_high"]
     assert table.loc[("prune", "black"), "status"] == "not applicable"
-    assert table.loc[("prune", "black"), "reason"] == "no black guesses about pruned updates"
+    assert table.loc[("prune", "black"), "reason"].endswith("no black guesses about pruned updates")
     for defense in ("none", "prune"):
         assert table.loc[(defense, "broken"), "status"] == "failed"
         assert "as told" in table.loc[(defense, "broken"), "reason"]
     assert pd.read_parquet(finished / "cells.parquet").shape[0] == 6
-    assert any("as told" in path.read_text() for path in (finished / "cells").glob("*.error.txt"))
 
 
 def test_the_page_links_to_every_run(finished: Path) -> None:
