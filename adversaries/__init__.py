@@ -38,6 +38,8 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "gifd": "adversaries.reconstruction.matching.generator_priors:GIFD",
         "dip": "adversaries.reconstruction.matching.generator_priors:DeepImagePrior",
         "fedmia": "adversaries.membership.fedmia:FedMIA",
+        "client-loss": "adversaries.membership.client_loss:ClientLoss",
+        "relu-trap": "adversaries.membership.active.relu_trap:ReLUTrap",
         "unlearn-max-loss": "adversaries.unlearning.max_loss:MaxLoss",
     },
     group="fedattack.attacks",

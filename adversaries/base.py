@@ -1,6 +1,6 @@
-"""What an attack is: a small object with its hyper-parameters as dataclass fields, a `check` and a `run`.
+"""What an attack is: a small object with its hyper-parameters as dataclass fields.
 
-A new attack is one file with a dataclass below one of the three family bases, one line in
+A new attack is one file with a dataclass below a seat (:mod:`adversaries.seats`) and a family's base, one line in
 :data:`adversaries.ATTACKS`, and one test.
 """
 
@@ -9,11 +9,9 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from fedattack.observation import (
-    Scenario,
-)
+from fedattack.observation import Scenario
 from fedattack.registry import build_plugin, plugin_options
 
 Progress = Callable[[float, str], None]
@@ -31,15 +29,15 @@ class Attack(ABC):
     Attributes
     ----------
     family : str
-        "reconstruction", "membership" or "unlearning".
+        What is asked; set by the family's base.
     seat : str
-        Who runs it: "server" or "client".
+        Who runs it; set by the seats of :mod:`adversaries.seats`.
     needs : str
         One line for a person: what it must see or be granted.
     """
 
-    family: ClassVar[Literal["reconstruction", "membership", "unlearning"]]
-    seat: ClassVar[Literal["server", "client"]] = "server"
+    family: ClassVar[str]
+    seat: ClassVar[str] = "curious server"
     needs: ClassVar[str] = ""
 
     def check(self, scenario: Scenario) -> None:
@@ -51,6 +49,14 @@ class Attack(ABC):
             In one sentence: what stands in the way and what would help.
         """
         del scenario
+
+    def needs_history(self, scenario: Scenario) -> bool:
+        """Whether a client's later updates are read with its earlier ones.
+
+        Then the attack is given all updates that the server saw of its victims up to the last attacked round.
+        """
+        del scenario
+        return False
 
 
 def build_attack(

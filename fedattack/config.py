@@ -169,6 +169,9 @@ class AttackConfig(Section):
     victims_per_task: Positive = Field(4, description="victims reconstructed in one batched optimisation")
     candidates: Positive = Field(64, description="membership: members asked about, and as many non-members")
     requests: Positive = Field(4, description="unlearning: samples whose deletion is requested")
+    malicious_clients: tuple[Count, ...] = Field(
+        (0,), description="clients that carry out the attacks of a client's seat"
+    )
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="attack name -> parameters")
     shared_options: dict[str, Any] = Field(
         default_factory=dict, description="parameters for every selected attack that has them"
@@ -224,6 +227,12 @@ class Config(Section):
         victims, clients = self.attack.victims, self.federation.clients
         if victims is not None and victims > clients:
             raise ValueError(f"setting 'attack.victims' = {victims}: the federation has {clients} clients")
+        absent = [number for number in self.attack.malicious_clients if number >= clients]
+        if absent or not self.attack.malicious_clients:
+            raise ValueError(
+                f"setting 'attack.malicious_clients' = {list(self.attack.malicious_clients)}: accepted: some of "
+                f"0 to {clients - 1}"
+            )
         late = [number for number in self.attack.rounds if number > self.federation.rounds]
         if late:
             raise ValueError(
@@ -364,7 +373,7 @@ def _resolve(key: str) -> list[str]:
     raise unknown_name("setting", key, [*SHORT_NAMES, *Config.model_fields])
 
 
-_LISTS = (["attack", "names"], ["attack", "rounds"], ["defense", "names"])
+_LISTS = (["attack", "names"], ["attack", "rounds"], ["attack", "malicious_clients"], ["defense", "names"])
 """Settings that hold several values, written with commas."""
 
 

@@ -6,6 +6,7 @@ engine cannot change a single draw.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 
 import numpy as np
@@ -27,3 +28,12 @@ def torch_rng(seed: int, purpose: str, *keys: int) -> torch.Generator:
     """CPU torch generator for `purpose` and integer keys; draw on the CPU, then move to the device."""
     state = int(_sequence(seed, purpose, keys).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state % (2**63))
+
+
+def adversary_seed(seed: int, purpose: str, *keys: int) -> int:
+    """Seed in [0, 2**63) of an adversary's own stream: a one-way function, so that it leads back to no client's draw.
+
+    Everything that an adversary is handed as a seed comes from here, and never the run's own `seed`.
+    """
+    digest = hashlib.blake2b(f"{purpose}:{seed}:{keys}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -14,14 +14,16 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adversaries import ATTACKS, build_attack
+from adversaries.seats import ClientView, MaliciousClient
 from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
 from fedattack.config import Config, EngineConfig, TrainingConfig
 from fedattack.defenses import ClientDefenses, Defense, build_defenses
 from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
-from fedattack.observation import Scenario
-from fedattack.rng import numpy_rng, torch_rng
+from fedattack.observation import Candidates, Scenario
+from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.training import GradientStep, LocalResult, batch_positions, evaluate, local_update
 from simulations.experiments.executor import choose_device
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
@@ -34,6 +36,7 @@ from strategies.messages import (
     NUM_EXAMPLES,
     PACKED,
     PARTITION,
+    QUESTION,
     ROUND,
     TRAIN_LOSS,
     UPDATE,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from fedattack.data import World
 
 _MEMORY = "memory"
+_ATTACK_MEMORY = "memory of {attack}"
 _UNUSED = torch.Generator()
 
 app = ClientApp()
@@ -104,6 +108,26 @@ class Workplace:
     def defenses(self) -> tuple[Defense, ...]:
         """The agreed defences, in their order."""
         return tuple(build_defenses(self.scenario.defense).values())
+
+    @cached_property
+    def attackers(self) -> dict[str, MaliciousClient]:
+        """What the run's malicious clients carry out, by name."""
+        options = self.config.attack
+        return {
+            name: attack
+            for name in options.names
+            if isinstance(
+                attack := build_attack(
+                    ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options
+                ),
+                MaliciousClient,
+            )
+        }
+
+    @property
+    def stateful(self) -> bool:
+        """Whether clients keep anything from round to round."""
+        return self.compressor.stateful or any(one.keeps_memory for one in self.attackers.values())
 
     def weights(self, record: ArrayRecord) -> dict[str, Tensor]:
         """The broadcast as tensors, opened once for all clients that got the same one."""
@@ -235,17 +259,31 @@ def train(message: Message, context: Context) -> Message:
     )
     used = used_positions(batches)
     images, labels = place.samples(client, used)
+    weights = place.weights(arrays)
+    seats = _seats(place, context, round, client, weights)
+    for attack, view in seats.values():
+        attack.see(view)
+        poisoned = attack.poison(view, images, labels)
+        own = {"images": images, "labels": labels}
+        images, labels = _alike(attack, own, dict(zip(own, poisoned, strict=True))).values()
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
     defended = ClientDefenses(place.defenses, place.config.seed, round, client)
     shown = defended.images(images)
-    result = _train(place, place.weights(arrays), shown, labels, steps, mu, defended.gradient)
+    result = _train(place, weights, shown, labels, steps, mu, defended.gradient)
+    update = defended.update(result.update)
+    for attack, view in seats.values():
+        update = _alike(attack, update, attack.reply(view, update))
     draws = place.compressor.draws
     generator = torch_rng(place.config.seed, "compression", round, client) if draws else _UNUSED
-    packet, memory = place.compressor.compress(
-        defended.update(result.update), _recall(context), round, generator
-    )
-    _remember(context, memory)
+    packet, memory = place.compressor.compress(update, _recall(context), round, generator)
+    _remember(context, _MEMORY, memory.tensors)
+    for name, (attack, view) in seats.items():
+        if view.memory and not attack.keeps_memory:
+            raise ConfigError(
+                f"attack {name!r} keeps memory and does not say so: set 'keeps_memory' of its class"
+            )
+        _remember(context, _ATTACK_MEMORY.format(attack=name), view.memory)
     reply = {PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():
         reply[name] = HeldArray(buffer.cpu().numpy())
@@ -298,10 +336,14 @@ def _train_proximal(
 
 
 def _recall(context: Context) -> Memory:
-    record = context.state.get(_MEMORY)
+    return Memory(_recalled(context, _MEMORY))
+
+
+def _recalled(context: Context, key: str) -> dict[str, Tensor]:
+    record = context.state.get(key)
     if not isinstance(record, ArrayRecord):
-        return Memory()
-    return Memory({name: torch.from_numpy(_writable(array)) for name, array in record.items()})
+        return {}
+    return {name: torch.from_numpy(_writable(array)) for name, array in record.items()}
 
 
 def _writable(array: Any) -> NDArray[Any]:
@@ -310,9 +352,41 @@ def _writable(array: Any) -> NDArray[Any]:
     return value if value.flags.writeable else value.copy()
 
 
-def _remember(context: Context, memory: Memory) -> None:
-    if memory.tensors:
-        context.state[_MEMORY] = to_record(memory.tensors)
+def _remember(context: Context, key: str, tensors: dict[str, Tensor]) -> None:
+    if tensors:
+        context.state[key] = to_record(tensors)
+
+
+def _seats(
+    place: Workplace, context: Context, round: int, client: int, weights: dict[str, Tensor]
+) -> dict[str, tuple[MaliciousClient, ClientView]]:
+    """What a malicious client carries out, by name, each with its view; nothing for an honest one."""
+    if client not in place.config.attack.malicious_clients:
+        return {}
+    return {
+        name: (
+            attack,
+            ClientView(
+                round,
+                client,
+                place.scenario,
+                dict(weights),
+                adversary_seed(place.config.seed, f"client seat of {name}", round, client),
+                _recalled(context, _ATTACK_MEMORY.format(attack=name)),
+            ),
+        )
+        for name, attack in place.attackers.items()
+    }
+
+
+def _alike(attack: MaliciousClient, before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`after`, which is to hold tensors of the same names, shapes and types as `before`."""
+    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"attack {type(attack).__name__} must leave {', '.join(before)} their number, shapes and types"
+        )
+    return after
 
 
 @app.evaluate()
@@ -333,6 +407,25 @@ def whoami(message: Message, context: Context) -> Message:
     """Which client of the federation this node is."""
     client, _ = _identity(message, context)
     return Message(RecordDict({METRICS: MetricRecord({PARTITION: client})}), reply_to=message)
+
+
+@app.query("answer")
+def answer(message: Message, context: Context) -> Message:
+    """What a malicious client's attack says of the samples it is asked about.
+
+    The instruction's configuration names the attack ("attack"), its arrays :data:`QUESTION` are the samples.
+    """
+    place = _workplace(context)
+    client, settings = _identity(message, context)
+    round, name = settings[ROUND], settings["attack"]
+    arrays, asked = message.content[ARRAYS], message.content[QUESTION]
+    assert isinstance(round, int)
+    assert isinstance(arrays, ArrayRecord)
+    assert isinstance(asked, ArrayRecord)
+    attack, view = _seats(place, context, round, client, place.weights(arrays))[str(name)]
+    question = to_tensors(asked)
+    answers = attack.answer(view, Candidates(question["images"], question["labels"]))
+    return Message(RecordDict({UPDATE: to_record(answers)}), reply_to=message)
 
 
 @app.query("unlearn")

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from adversaries import Attack
+from adversaries.seats import MaliciousClient
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
@@ -341,6 +342,8 @@ def _train(
         for experiment in experiments:
             experiment.after_round(record)
 
+    questions = {name: asked for one in experiments for name, asked in one.questions().items()}
+    arming = arming_attack(attacks)
     plan.shown("federation", 0.0, f"round 1 of {total}")
     return federate(
         plan.config,
@@ -349,7 +352,9 @@ def _train(
         on_observation=observed,
         observe=lambda round, client: any(one.wants(round, client) for one in experiments),
         on_round=after_round,
-        arming=arming_attack(attacks),
+        arming=arming,
+        candidates=next((questions.get(name) for name, attack in attacks.items() if attack is arming), None),
+        questions={n: asked for n, asked in questions.items() if isinstance(attacks[n], MaliciousClient)},
     )
 
 

@@ -49,6 +49,9 @@ log = logging.getLogger("fedattack.strategies")
 MAX_EXAMPLES = 2**31 - 1
 """More samples than this a client cannot claim to have trained on."""
 
+MAX_STEP = float(np.finfo(np.float32).max) / 2**20
+"""No weight can move further in one reply: sums over a million of them stay finite."""
+
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -184,6 +187,7 @@ class Eavesdropper(Strategy):
         self._sent_arrays: dict[str, NDArray[Any]] = {}
         self._float_buffers: list[str] = []
         self._armed = False
+        self.aggregates_armed = False
         self.remembers = False
         self._own: dict[int, dict[str, Tensor]] = {}  # node -> tensors that it was sent instead
 
@@ -204,7 +208,7 @@ class Eavesdropper(Strategy):
         with seeded_sampling(self.seed, round):
             messages = list(self.strategy.configure_train(round, offered, config, grid))
         sent = self.outgoing(round, self._sent)
-        self._armed = sent is not None
+        self._armed = sent is not None and not self.aggregates_armed
         if sent is not None:
             arrays = to_record(sent)
             self._keep(arrays)
@@ -231,8 +235,8 @@ class Eavesdropper(Strategy):
     def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """What is sent in this round instead of the global model; None: the global model.
 
-        A round in which something else is sent is observed and not aggregated. Overridden by
-        :class:`strategies.malicious.MaliciousServer`.
+        A round in which something else is sent is observed, and not aggregated unless `aggregates_armed`. Overridden
+        by :class:`strategies.malicious.MaliciousServer`.
         """
         del round, weights
         return None
@@ -348,6 +352,9 @@ class Eavesdropper(Strategy):
         else:
             update, wire_bytes = self._difference(arrays, message.metadata.src_node_id)
             others = set(arrays) - set(self.names)
+        largest = float(update.values.abs().max()) if update.kept else 0.0
+        if largest * abs(self.server_step) > MAX_STEP:
+            raise PayloadError(f"an entry of {largest:.3g} would leave the range of the weights")
         unknown = others - set(self._sent)
         if unknown:
             raise PayloadError(f"unknown array {min(unknown)!r}")

@@ -11,10 +11,10 @@ import torch
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries import seats
 from fedattack.errors import ConfigError
-from fedattack.observation import EVERYONE, Observation, Scenario
-from fedattack.rng import numpy_rng
+from fedattack.observation import EVERYONE, Candidates, Observation, Scenario
+from fedattack.rng import adversary_seed
 from strategies.eavesdropper import Eavesdropper
 
 log = logging.getLogger("fedattack.strategies")
@@ -24,25 +24,26 @@ class MaliciousServer(Eavesdropper):
     """An :class:`~strategies.Eavesdropper` that in chosen rounds sends an attack's weights instead of its model.
 
     A gradient at those weights says nothing about the global model, so that an armed round is observed and not
-    aggregated: the global model, and whatever the wrapped strategy keeps, stay as they were. Training loses that
-    round and is not otherwise harmed. The attack may have each client that is drawn get weights of its own
-    (:meth:`~adversaries.reconstruction.base.ReconstructionAttack.tailor`).
+    aggregated, unless the attack says so: the global model, and whatever the wrapped strategy keeps, stay as they
+    were. Training loses that round and is not otherwise harmed. The attack may have each client that is drawn get
+    weights of its own (:meth:`~adversaries.seats.MaliciousServer.tailor`).
 
     Parameters
     ----------
     strategy : Strategy
     scenario : Scenario
-    attack : ReconstructionAttack
-        Whose :meth:`~adversaries.reconstruction.base.ReconstructionAttack.arm` makes the weights.
+    attack : adversaries.seats.MaliciousServer
     rounds : collection of int
         The armed rounds.
+    candidates : Candidates, optional
+        The samples that the attack will be asked about.
     **options
         As for :class:`~strategies.Eavesdropper`.
 
     Raises
     ------
     ConfigError
-        If the attack arms nothing, or (in the round) its weights do not fit the model.
+        If the attack takes another seat, or (in the round) its weights do not fit the model.
 
     Examples
     --------
@@ -61,17 +62,20 @@ class MaliciousServer(Eavesdropper):
         strategy: Strategy,
         scenario: Scenario,
         *,
-        attack: ReconstructionAttack,
+        attack: seats.MaliciousServer,
         rounds: Collection[int],
+        candidates: Candidates | None = None,
         **options: Any,
     ) -> None:
-        if not attack.arms:
+        if not isinstance(attack, seats.MaliciousServer):
             raise ConfigError(
                 f"attack {type(attack).__name__} changes nothing in the model: use Eavesdropper"
             )
         super().__init__(strategy, scenario, **options)
         self.attack = attack
         self.rounds = frozenset(rounds)
+        self.candidates = candidates
+        self.aggregates_armed = attack.aggregates
         self.remembers = attack.adapts
         self._earlier: dict[int, list[Observation]] = defaultdict(list)
 
@@ -79,15 +83,14 @@ class MaliciousServer(Eavesdropper):
         """The attack's weights in an armed round, else None."""
         if round not in self.rounds:
             return None
-        seed = int(numpy_rng(self.seed, "arm", round).integers(2**31))
-        sent = self.attack.arm(self.scenario, dict(weights), seed, self.auxiliary)
+        seed = adversary_seed(self.seed, "arm", round)
+        sent = self.attack.arm(self.scenario, dict(weights), seed, self.auxiliary, self.candidates)
         name = type(self.attack).__name__
         if list(sent) != list(weights):
             raise ConfigError(f"attack {name} sends other tensors than the model's")
         self._check(sent, weights)
-        log.info(
-            "round %d: the weights of attack %s are sent; the global model skips this round", round, name
-        )
+        fate = "takes them on" if self.aggregates_armed else "skips this round"
+        log.info("round %d: the weights of attack %s are sent; the global model %s", round, name, fate)
         return sent
 
     def tailored(self, weights: dict[str, Tensor], place: int, node: int) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ ARRAYS = "arrays"
 CONFIG = "config"
 UPDATE = "update"
 METRICS = "metrics"
+QUESTION = "question"
 PACKED = "update"
 
 ROUND = "server-round"

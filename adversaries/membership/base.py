@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from adversaries.base import Attack, Progress, no_progress
-from fedattack.observation import (
-    Candidates,
-    MembershipScores,
-    Observation,
-)
+from fedattack.observation import Candidates, MembershipScores, Observation
+
+Figures = Mapping[str, Tensor]
+"""What an attack keeps of a round, by name: its size is that of the candidates and clients, not of the model."""
 
 
 @dataclass
 class MembershipAttack(Attack):
     """Tells which candidate samples a client trained on.
+
+    A server's attack is shown one round after the other (:meth:`watch`), keeps figures, and concludes from them
+    (:meth:`scores`). A client's answers "scores", float64 (N,), to
+    :meth:`adversaries.seats.MaliciousClient.answer`, about the data of all other clients.
 
     Attributes
     ----------
@@ -30,7 +34,37 @@ class MembershipAttack(Attack):
     family = "membership"
     clients_needed: ClassVar[int] = 1
 
-    @abstractmethod
+    def watch(
+        self,
+        observations: Sequence[Observation],
+        target: int,
+        candidates: Candidates,
+        seed: int,
+        device: torch.device,
+    ) -> Figures:
+        """What one round tells.
+
+        Parameters
+        ----------
+        observations : sequence of Observation
+            All that the seat saw in the round, in the order of the clients.
+        target : int
+            The client asked about; it need not be among them.
+        candidates : Candidates
+            One fixed list for the whole run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no rounds")
+
+    def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
+        """The candidates' scores, from the figures of all rounds by their number, ascending.
+
+        Raises
+        ------
+        NotApplicable
+            If they do not allow any.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no rounds")
+
     def run(
         self,
         observations: Sequence[Observation],
@@ -40,14 +74,12 @@ class MembershipAttack(Attack):
         device: torch.device,
         progress: Progress = no_progress,
     ) -> MembershipScores:
-        """Score `candidates` for membership in the data of client `target`.
-
-        Parameters
-        ----------
-        observations : sequence of Observation
-            Everything the seat saw: all clients, all rounds.
-        target : int
-            `Observation.client` of the client asked about.
-        candidates : Candidates
-            One fixed list for the whole run.
-        """
+        """Watch all rounds of recorded observations, and conclude; see :meth:`watch` and :meth:`scores`."""
+        by_round: dict[int, list[Observation]] = defaultdict(list)
+        for observation in sorted(observations, key=lambda o: (o.round, o.client)):
+            by_round[observation.round].append(observation)
+        figures: dict[int, Figures] = {}
+        for number, seen in by_round.items():
+            progress(len(figures) / len(by_round), f"round {number}")
+            figures[number] = self.watch(seen, target, candidates, seed, device)
+        return self.scores(figures, target)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
-from adversaries.membership.base import MembershipAttack
+from adversaries.membership.base import Figures, MembershipAttack
 from adversaries.membership.per_sample import gradient_products, losses
+from adversaries.seats import CuriousServer
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Candidates, MembershipScores, Observation
@@ -22,7 +21,7 @@ MIN_SHADOWS = 2
 
 
 @dataclass
-class FedMIA(MembershipAttack):
+class FedMIA(CuriousServer, MembershipAttack):
     """FedMIA (Zhu et al., CVPR 2025): one-tailed test of the target's update against all other clients'.
 
     In each round ``t`` every client ``k`` gives a statistic ``s_k(x)`` that grows with membership. The other
@@ -64,77 +63,70 @@ class FedMIA(MembershipAttack):
     clients_needed = MIN_SHADOWS + 1
     needs = "every client's update in at least one round that the target and two others answered"
 
-    def run(
+    def watch(
         self,
         observations: Sequence[Observation],
         target: int,
         candidates: Candidates,
         seed: int,
         device: torch.device,
-        progress: Progress = no_progress,
-    ) -> MembershipScores:
-        """Score `candidates` for membership in the data of client `target`; see :meth:`MembershipAttack.run`.
+    ) -> Figures:
+        """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where the round is passed over."""
+        del seed  # nothing is drawn
+        if len(candidates.images) == 0:
+            raise NotApplicable("fedmia: no candidate to ask about")
+        clients = [observation.client for observation in observations]
+        s = torch.empty(0, len(candidates.images), dtype=torch.float64)
+        if target in clients and len(clients) > MIN_SHADOWS:
+            model = build_model(observations[0].scenario.model).to(device).eval()
+            s = statistics(self.statistic, model, observations, candidates)
+        return {"clients": torch.tensor(clients), "statistic": s}
+
+    def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
+        """The candidates' scores in [0, 1].
 
         Returns
         -------
         MembershipScores
-            In [0, 1]. `details`: rounds used and passed over, shadows per round, `saturated` (share of
-            per-round values that are exactly 0 or 1, hence cannot be ranked), `dropped` (share of shadow
-            values left out).
+            `details`: rounds used and passed over, shadows per round, `saturated` (share of per-round values that
+            are exactly 0 or 1, hence cannot be ranked), `dropped` (share of shadow values left out).
 
         Raises
         ------
         NotApplicable
-            If no round was answered by the target and two other clients, or there is no candidate.
+            If no round was answered by the target and two other clients.
         """
-        del seed  # nothing is drawn
-        if len(candidates.images) == 0:
-            raise NotApplicable("fedmia: no candidate to ask about")
-        rounds = _usable_rounds(observations, target)
-        model = build_model(observations[0].scenario.model).to(device).eval()
+        used = {number: figures for number, figures in rounds.items() if len(figures["statistic"])}
+        if not used:
+            together = [len(f["clients"]) for f in rounds.values() if target in f["clients"].tolist()]
+            if not together:
+                raise NotApplicable(
+                    f"fedmia: client {target}, the target, answered in none of {len(rounds)} observed rounds"
+                )
+            raise NotApplicable(
+                f"fedmia: at most {max(together)} clients answered in a round together with the target; "
+                f"at least {MIN_SHADOWS + 1} are needed (raise federation.clients or federation.participation)"
+            )
         per_round, shadows, dropped = [], [], []
-        for done, answers in enumerate(rounds.values()):
-            progress(done / len(rounds), f"fedmia: round {answers[0].round}")
-            s = statistics(self.statistic, model, answers, candidates)
-            own = [observation.client for observation in answers].index(target)
+        for figures in used.values():
+            s, own = figures["statistic"], figures["clients"].tolist().index(target)
             others = torch.cat([s[:own], s[own + 1 :]])
             keep = _not_outlying(others) if self.drop_members else torch.ones_like(others, dtype=torch.bool)
             per_round.append(one_tailed(s[own], others, keep))
             shadows.append(len(others))
             dropped.append(1 - float(keep.double().mean()))
-        progress(1.0, "fedmia: done")
         values = torch.stack(per_round)
         return MembershipScores(
             values.mean(0),
             f"fedmia-{'ii' if self.statistic == 'cosine' else 'i'} ({self.statistic})",
             {
-                "rounds": sorted(rounds),
-                "rounds_passed_over": sorted({o.round for o in observations} - set(rounds)),
+                "rounds": sorted(used),
+                "rounds_passed_over": sorted(set(rounds) - set(used)),
                 "shadows": shadows,
                 "saturated": float(((values == 0) | (values == 1)).double().mean()),
                 "dropped": sum(dropped) / len(dropped),
             },
         )
-
-
-def _usable_rounds(observations: Sequence[Observation], target: int) -> dict[int, list[Observation]]:
-    """Round -> answers, for the rounds that the target and enough others answered; clients in order."""
-    answers: dict[int, list[Observation]] = defaultdict(list)
-    for observation in sorted(observations, key=lambda o: (o.round, o.client)):
-        answers[observation.round].append(observation)
-    answered = {r: seen for r, seen in answers.items() if target in {o.client for o in seen}}
-    usable = {r: seen for r, seen in answered.items() if len({o.client for o in seen}) > MIN_SHADOWS}
-    if not answered:
-        raise NotApplicable(
-            f"fedmia: client {target}, the target, answered in none of {len(answers)} observed rounds"
-        )
-    if not usable:
-        most = max(len(seen) for seen in answered.values())
-        raise NotApplicable(
-            f"fedmia: at most {most} clients answered in a round together with the target; "
-            f"at least {MIN_SHADOWS + 1} are needed (raise federation.clients or federation.participation)"
-        )
-    return usable
 
 
 def statistics(

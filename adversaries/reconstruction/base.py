@@ -5,94 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from adversaries.base import Attack, Progress, no_progress
-from fedattack.observation import (
-    Auxiliary,
-    Observation,
-    Reconstruction,
-    Scenario,
-)
+from fedattack.observation import Observation, Reconstruction
 
 
 @dataclass
 class ReconstructionAttack(Attack):
-    """Rebuilds a client's private images from its update.
-
-    Attributes
-    ----------
-    arms : bool
-        Whether the attack needs a malicious server: then the weights of :meth:`arm` are sent in the attacked rounds.
-    adapts : bool
-        Whether :meth:`tailor` asks what earlier rounds showed.
-    """
+    """Rebuilds a client's private images from its update."""
 
     family = "reconstruction"
-    arms: ClassVar[bool] = False
-    adapts: ClassVar[bool] = False
-
-    def arm(
-        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
-    ) -> dict[str, Tensor]:
-        """What a malicious server sends instead of the global model, where :attr:`arms` is set.
-
-        Parameters
-        ----------
-        scenario : Scenario
-        weights : dict of str to Tensor
-            The global state dict; not to be modified.
-        seed : int
-            Seeds every draw; differs from round to round.
-        auxiliary : Auxiliary or None
-            Public data granted to the adversary.
-
-        Returns
-        -------
-        dict of str to Tensor
-            The same names, shapes and types.
-        """
-        del scenario, seed, auxiliary
-        return weights
-
-    def tailor(
-        self,
-        scenario: Scenario,
-        weights: dict[str, Tensor],
-        place: int,
-        earlier: Sequence[Observation],
-    ) -> dict[str, Tensor]:
-        """What one client is sent differently, where :attr:`arms` is set: a server may send each its own model.
-
-        Parameters
-        ----------
-        scenario : Scenario
-        weights : dict of str to Tensor
-            Those of :meth:`arm`; not to be modified. They are also what an observation of a sum over clients holds.
-        place : int
-            Of the client among those drawn in the round, from 0, in ascending order.
-        earlier : sequence of Observation
-            Where :attr:`adapts` is set, what was seen of this client (of everyone, under secure aggregation) in
-            earlier armed rounds, the latest last.
-
-        Returns
-        -------
-        dict of str to Tensor
-            The tensors that differ, of the same shapes and types; none: all clients get `weights`.
-        """
-        del scenario, weights, place, earlier
-        return {}
-
-    def needs_history(self, scenario: Scenario) -> bool:
-        """Whether a client's later updates are read with its earlier ones.
-
-        Then :meth:`run` is given all updates that the server saw of its victims up to the last attacked round.
-        """
-        del scenario
-        return False
 
     @abstractmethod
     def run(

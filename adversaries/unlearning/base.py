@@ -7,18 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adversaries.base import Attack
+from adversaries.seats import MaliciousClient
 from fedattack.observation import (
     UnlearningRequest,
 )
 
 
 @dataclass
-class UnlearningAttack(Attack):
+class UnlearningAttack(MaliciousClient):
     """A client that chooses which of its own samples the server must forget."""
 
     family = "unlearning"
-    seat = "client"
 
     @abstractmethod
     def choose(

@@ -236,6 +236,21 @@ class RunFolder:
             ) from None
         return answer, seconds
 
+    def save_round(self, attack: str, round: int, figures: Mapping[str, torch.Tensor]) -> None:
+        """Store what an attack keeps of one round.
+
+        Raises
+        ------
+        RunFailed
+            If the disk is full.
+        """
+        write_tensors(self._part(attack, f"round-{round:05d}").with_suffix(".safetensors"), figures)
+
+    def load_rounds(self, attack: str) -> dict[int, dict[str, torch.Tensor]]:
+        """Round -> what :meth:`save_round` stored of it, ascending."""
+        found = sorted((self.path / "parts" / safe_name(attack)).glob("round-?????.safetensors"))
+        return {int(path.stem.partition("-")[2]): read_tensors(path) for path in found}
+
     def save_scores(self, attack: str, target: int, scores: MembershipScores, seconds: float) -> None:
         """Store the membership scores for one target client.
 

@@ -28,6 +28,7 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "engine-resnet20": "simulations.bench.engine:resnet20",
         "engine-resnet18": "simulations.bench.engine:resnet18",
         "time-to-quality": "simulations.bench.time_to_quality:run",
+        "soak": "simulations.bench.soak:run",
         "tensor": "simulations.bench.tensor:run",
     },
 )

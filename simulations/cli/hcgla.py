@@ -15,6 +15,7 @@ from fedattack.data import World, build_world
 from fedattack.errors import DataError
 from fedattack.models import initial_weights
 from fedattack.observation import Auxiliary
+from fedattack.rng import adversary_seed
 from simulations.experiments.executor import choose_device
 from simulations.progress import Stages, stages
 
@@ -30,7 +31,7 @@ def run_collect_pairs(config: Config, out: Path, count: int, iterations: int, co
             count,
             iterations,
             out,
-            config.seed,
+            adversary_seed(config.seed, "pairs"),
             device=choose_device(config.engine.device),
             progress=_stage(shown, "collecting pairs"),
         )
@@ -41,7 +42,11 @@ def run_train_denoiser(pairs: Path, out: Path, epochs: int | None, seed: int, co
     """Train the DnCNN filter on `pairs` and write it to `out`."""
     with stages(console) as shown:
         _, figures = denoisers.train_denoiser(
-            pairs, out, seed, epochs=epochs, progress=_stage(shown, "training denoiser")
+            pairs,
+            out,
+            adversary_seed(seed, "denoiser"),
+            epochs=epochs,
+            progress=_stage(shown, "training denoiser"),
         )
     _show(console, f"denoiser written to {out}", figures)
 
@@ -60,7 +65,7 @@ def run_train_generator(config: Config, out: Path, epochs: int | None, console: 
             initial_weights(world.scenario.model, config.seed),
             auxiliary,
             out,
-            config.seed,
+            adversary_seed(config.seed, "generator"),
             epochs=epochs,
             device=choose_device(config.engine.device),
             progress=_stage(shown, "training generator"),
@@ -78,7 +83,7 @@ def run_test_generator(config: Config, generator: Path, console: Console) -> Non
         world.scenario,
         initial_weights(world.scenario.model, config.seed),
         held_out,
-        config.seed,
+        adversary_seed(config.seed, "generator test"),
         device=choose_device(config.engine.device),
     )
     _show(console, "generator on the held-out pool", {n: v for n, v in figures.items() if n != "per_image"})

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries import seats
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import ConfigError, RunFailed
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Observation, UnlearningRequest
+from fedattack.observation import Candidates, Observation, UnlearningRequest
 from fedattack.training import evaluate
 from simulations.client_app import Workplace, exclusion_settings
 from simulations.engine.flower_grid import PartitionedGrid
@@ -34,7 +34,7 @@ from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
-from strategies.messages import ARRAYS, CONFIG, to_record, to_tensors
+from strategies.messages import ARRAYS, CONFIG, QUESTION, ROUND, UPDATE, to_record, to_tensors
 
 log = logging.getLogger("fedattack.federation")
 
@@ -102,11 +102,14 @@ class FederationResult:
     rounds : list of RoundRecord
     rejections : list of (int, int, str)
         (round, client, reason) of every refused reply.
+    answers : dict of str to dict of int to dict of str to Tensor
+        Attack -> malicious client -> what it answered.
     """
 
     weights: dict[str, Tensor]
     rounds: list[RoundRecord]
     rejections: list[tuple[int, int, str]]
+    answers: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
 
 
 def run_federation(
@@ -122,7 +125,9 @@ def run_federation(
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
     grid: LocalGrid | None = None,
-    arming: ReconstructionAttack | None = None,
+    arming: seats.MaliciousServer | None = None,
+    candidates: Candidates | None = None,
+    questions: Mapping[str, Candidates] | None = None,
 ) -> FederationResult:
     """Train a federation on the configured engine.
 
@@ -152,9 +157,12 @@ def run_federation(
     grid : LocalGrid, optional
         An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
         its start; its clients start with empty memories.
-    arming : ReconstructionAttack, optional
-        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``; the global
-        model skips them.
+    arming : adversaries.seats.MaliciousServer, optional
+        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
+    candidates : Candidates, optional
+        What that attack will be asked about.
+    questions : mapping of str to Candidates, optional
+        What the attacks of the malicious clients are asked about after the last round, by name.
 
     Returns
     -------
@@ -196,6 +204,8 @@ def run_federation(
             on_round=on_round,
             on_weights=on_weights,
             arming=arming,
+            candidates=candidates,
+            questions=questions,
         )
 
 
@@ -212,7 +222,9 @@ def serve(
     excluded: Mapping[int, Collection[int]] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
-    arming: ReconstructionAttack | None = None,
+    arming: seats.MaliciousServer | None = None,
+    candidates: Candidates | None = None,
+    questions: Mapping[str, Candidates] | None = None,
 ) -> FederationResult:
     """The server's side of :func:`run_federation`, on any grid; this process must be the server of its run."""
     if config.federation.strategy == "fedprox" and config.training.momentum:
@@ -237,7 +249,7 @@ def serve(
         aggregator = build_strategy(config.federation, config.training.learning_rate)
     seat: Callable[..., Eavesdropper] = Eavesdropper
     if arming is not None:
-        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds)
+        seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds, candidates=candidates)
     strategy = seat(
         aggregator,
         world.scenario,
@@ -291,7 +303,36 @@ def serve(
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
-    return FederationResult(weights, rounds, rejections)
+    answers = {
+        name: _ask(served, grid, weights, config, name, question)
+        for name, question in (questions or {}).items()
+    }
+    return FederationResult(weights, rounds, rejections, answers)
+
+
+def _ask(
+    served: Grid,
+    grid: LocalGrid | PartitionedGrid,
+    weights: Mapping[str, Tensor],
+    config: Config,
+    attack: str,
+    question: Candidates,
+) -> dict[int, dict[str, Tensor]]:
+    """What the malicious clients answer to an attack's question, given the final global model."""
+    settings = ConfigRecord({"attack": attack, ROUND: config.federation.rounds})
+    asked = to_record({"images": question.images, "labels": question.labels})
+    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: settings, QUESTION: asked})
+    nodes = [n for n in grid.get_node_ids() if grid.client_of(n) in config.attack.malicious_clients]
+    answers: dict[int, dict[str, Tensor]] = {}
+    messages = [Message(content, node, "query.answer") for node in nodes]
+    for reply in served.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
+        client = grid.client_of(reply.metadata.src_node_id)
+        if reply.has_error():
+            raise RunFailed(f"attack {attack!r} of client {client} gave no answer: {reply.error.reason}")
+        record = reply.content[UPDATE]
+        assert isinstance(record, ArrayRecord)
+        answers[client] = to_tensors(record)
+    return answers
 
 
 @contextmanager
@@ -319,13 +360,13 @@ def _settled_heap() -> Iterator[None]:
 def _journaled(
     grid: LocalGrid | PartitionedGrid, journal: Journal, config: Config, world: World, first_round: int
 ) -> JournaledGrid:
-    stateful = Workplace.of(config, world).compressor.stateful
+    stateful = Workplace.of(config, world).stateful
     keeper = grid if isinstance(grid, LocalGrid) else None
     served = JournaledGrid(grid, journal, first_round, keeper if stateful else None)
     if stateful and keeper is None and served.replayed >= first_round:
         raise RunFailed(
-            f"the run in {str(journal.folder)!r} cannot go on under `flwr run`: its clients' error feedback lies "
-            "with Flower; use `--engine ray` or `--engine inline`, or start anew in another folder"
+            f"the run in {str(journal.folder)!r} cannot go on under `flwr run`: its clients' memories "
+            "(error feedback) lie with Flower; use `--engine ray` or `--engine inline`, or start anew elsewhere"
         )
     return served
 

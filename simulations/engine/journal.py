@@ -230,15 +230,15 @@ class JournaledGrid(ForwardingGrid):
         """Replies to `messages`, from the journal where it has them."""
         instructions = sorted(messages, key=lambda message: message.metadata.dst_node_id)
         number = _round(instructions)
-        if number is None:
-            return list(self.grid.send_and_receive(instructions, timeout=timeout))
-        if number <= self.replayed:
+        if number is not None and number <= self.replayed:
             return self._replay(instructions, number)
         if self._to_restore:
             assert self.keeper is not None
             self.keeper.restore_states(self.journal.read_states(self.replayed))
             self._to_restore = False
         replies = list(self.grid.send_and_receive(instructions, timeout=timeout))
+        if number is None:
+            return replies
         # The states first: where they lack, their round's replies lack too, and the round is run again.
         if self.keeper is not None:
             self.journal.write_states(number, self.keeper.client_states())

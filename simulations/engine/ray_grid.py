@@ -129,7 +129,7 @@ class RayGrid(LocalGrid):
         self._ray = ray
         engine = place.config.engine
         self._engine = engine
-        self._stateful = place.compressor.stateful
+        self._stateful = place.stateful
         self._states: dict[int, Any] = {}
         _check_resources(engine)
         self._actor_class = ray.remote(

@@ -12,7 +12,7 @@ from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import Observation
+from fedattack.observation import Candidates, Observation
 from fedattack.registry import Registry
 from fedattack.storage import RunFolder
 from simulations.engine.federation import FederationResult, RoundRecord
@@ -107,6 +107,10 @@ class Experiment(ABC):
         BadRequest
         """
         del config, world, attacks
+
+    def questions(self) -> Mapping[str, Candidates]:
+        """Attack -> the samples that it is asked about, where its question has some; known before the first round."""
+        return {}
 
     def wants(self, round: int, client: int) -> bool:
         """Whether an update is to be observed; `client` is ``EVERYONE`` under secure aggregation."""

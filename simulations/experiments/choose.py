@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from adversaries import ATTACKS, Attack, ReconstructionAttack, build_attack
+from adversaries import ATTACKS, Attack, build_attack
 from adversaries.base import attack_options
+from adversaries.seats import MaliciousServer
 from fedattack.compression import COMPRESSORS
 from fedattack.config import Config
 from fedattack.data import World
@@ -71,7 +72,7 @@ def applicable(
     return kept, left_out
 
 
-def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
+def arming_attack(attacks: Mapping[str, Attack]) -> MaliciousServer | None:
     """The one attack that needs the server to send other weights; None where the server stays honest.
 
     Raises
@@ -79,7 +80,7 @@ def arming_attack(attacks: Mapping[str, Attack]) -> ReconstructionAttack | None:
     ConfigError
         If there are two: a round carries one model.
     """
-    arming = {n: a for n, a in attacks.items() if isinstance(a, ReconstructionAttack) and a.arms}
+    arming = {n: a for n, a in attacks.items() if isinstance(a, MaliciousServer)}
     if len(arming) > 1:
         raise ConfigError(
             f"setting 'attack.names' = {', '.join(attacks)}: {' and '.join(arming)} each send weights of their own; "

@@ -24,6 +24,7 @@ from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.config import EngineConfig
 from fedattack.errors import BadRequest, FedattackError, RunFailed
 from fedattack.observation import Observation, Reconstruction
+from fedattack.rng import adversary_seed
 from simulations.engine.environment import cpu_threads
 
 Shown = Callable[[str, float, str], None]
@@ -137,10 +138,11 @@ def _checked(observation: Observation, answer: Any) -> Reconstruction | str:
 
 
 class Executor(ABC):
-    """Takes jobs, and tells `done` what became of each, at the latest when :meth:`finish` returns."""
+    """Takes jobs, and tells `done` what became of each before :meth:`finish` returns; `seed` is the run's."""
 
     def __init__(self, engine: EngineConfig, seed: int, shown: Shown, done: Done) -> None:
-        self.engine, self.seed, self.shown, self.done = engine, seed, shown, done
+        self.engine, self.shown, self.done = engine, shown, done
+        self.seed = adversary_seed(seed, "attack")
 
     @abstractmethod
     def submit(self, job: Job) -> None:

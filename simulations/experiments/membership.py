@@ -2,145 +2,162 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import ConfigRecord
 from numpy.typing import NDArray
 
-from adversaries.base import Progress, no_progress
-from adversaries.membership.base import MembershipAttack
+from adversaries.membership.base import Figures, MembershipAttack
+from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.defenses import hides_clients
 from fedattack.errors import DataError, NotApplicable
-from fedattack.observation import Candidates, MembershipScores, Observation
-from fedattack.rng import numpy_rng
-from simulations.client_app import round_batches
-from simulations.engine.federation import FederationResult
+from fedattack.models import initial_weights
+from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
+from fedattack.rng import adversary_seed, numpy_rng
+from simulations.client_app import drops_out, round_batches
+from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.engine.flower_internals import server_identity
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.choose import check_held_out
 from simulations.experiments.executor import choose_device
-from strategies import drawn
+from strategies import build_strategy, drawn
+from strategies.eavesdropper import seeded_sampling
+from strategies.messages import to_record
 
 log = logging.getLogger("fedattack.seats")
 
 FEW_MEMBERS = 20
 """Below so many members chance alone scores an AUC of 0.32 to 0.68 (95 %), and a warning is due."""
 
+Rounds = Mapping[int, Sequence[int]]
+"""Client -> the rounds that it answers in."""
+
+
+class _Nodes:
+    """As much of a grid as a strategy needs to draw clients."""
+
+    def __init__(self, clients: int) -> None:
+        self._clients = clients
+
+    def get_node_ids(self) -> range:
+        return range(1, 1 + self._clients)
+
+
+def expected_rounds(config: Config, world: World) -> dict[int, list[int]]:
+    """Who will answer when: the strategy's own draw under the run's seed, less those that drop out."""
+    strategy = build_strategy(config.federation, config.training.learning_rate)
+    arrays = to_record(initial_weights(world.scenario.model, config.seed))
+    nodes: Any = _Nodes(config.federation.clients)
+    answering: dict[int, list[int]] = defaultdict(list)
+    for number in range(1, config.federation.rounds + 1):
+        with server_identity(0), seeded_sampling(config.seed, number):
+            messages = list(strategy.configure_train(number, arrays, ConfigRecord(), nodes))
+        for client in sorted(message.metadata.dst_node_id - 1 for message in messages):
+            if not drops_out(config, number, client):
+                answering[client].append(number)
+    return answering
+
 
 @dataclass(frozen=True)
-class MembershipOutcome:
-    """What a membership attack answered, and the truth that it was not told.
+class Question:
+    """The one list of candidates of a run, fixed before it starts; which are members is settled by what was seen.
+
+    Members are samples that the target is to train on, at most ``attack.candidates`` of them; as many non-members
+    come from the held-out pool, each with the label and, while there are such, the person of its member: else an
+    attack could score by telling classes apart.
 
     Parameters
     ----------
     target : int
-        The client asked about.
-    scores : MembershipScores
-        Of the candidates.
-    is_member : ndarray
-        bool, shape (N,), in the order of the candidates.
-    sample_ids : ndarray
-        int64, shape (N,): the candidates' positions in the data set, for the record.
-    details : dict
-        JSON-able: `members_used` (distinct samples of the target that were trained on in the observed
-        rounds), `observed_rounds`, and `matched_label`, `matched_group` (shares of the non-members with the
-        label, and of the person, of a member).
+        The client asked about; :data:`EVERYONE`: all but the malicious ones.
+    members, nonmembers : ndarray
+        int64, shape (N,): sample ids, pair by pair.
+    order : ndarray
+        int64, shape (2N,): the candidates are the members and the non-members in this order.
     """
 
     target: int
-    scores: MembershipScores
-    is_member: NDArray[np.bool_]
-    sample_ids: NDArray[np.int64]
-    details: dict[str, Any] = field(default_factory=dict)
+    members: NDArray[np.int64]
+    nonmembers: NDArray[np.int64]
+    order: NDArray[np.int64]
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Sample ids of the candidates, (2N,)."""
+        return np.concatenate([self.members, self.nonmembers])[self.order]
+
+    def settle(
+        self, config: Config, world: World, rounds: Rounds
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Which candidates count, bool (2N,), which of them all are members, bool (2N,), and details.
+
+        A pair counts if its member was trained on by a client in one of its `rounds`. `details`: `members_used`
+        (distinct samples that were), `observed_rounds`, and `matched_label`, `matched_group` (shares of the
+        non-members with the label, and of the person, of a member).
+        """
+        used = trained_on(config, world, rounds)
+        seen = np.isin(self.members, used)
+        members, nonmembers = self.members[seen], self.nonmembers[seen]
+        if len(members) < FEW_MEMBERS:
+            log.warning(
+                "membership: only %d members to ask about (%d samples were trained on in the observed rounds, %d "
+                "non-members are held out); chance alone spreads widely over so few",
+                *(len(members), len(used), len(world.pools.nonmembers)),
+            )
+        labels, groups = world.dataset.labels, world.dataset.groups
+        matched = _shared(labels, members, nonmembers)
+        if matched < 1 and config.data.labels == "natural":
+            log.warning(
+                "membership: only %.0f %% of the non-members have the label of a member, so a score above chance may "
+                "tell classes apart rather than members",
+                100 * matched,
+            )
+        details = {
+            "members_used": len(used),
+            "observed_rounds": sorted({number for numbers in rounds.values() for number in numbers}),
+            "matched_label": matched,
+            "matched_group": None if groups is None else _shared(groups, members, nonmembers),
+        }
+        first = np.arange(len(self.order)) < len(self.members)
+        return np.concatenate([seen, seen])[self.order], first[self.order], details
 
 
-def membership_experiment(
-    config: Config,
-    world: World,
-    observations: Sequence[Observation],
-    attack: MembershipAttack,
-    *,
-    target: int | None = None,
-    device: torch.device | None = None,
-    progress: Progress = no_progress,
-) -> MembershipOutcome:
-    """Ask a membership attack about one client.
+def trained_on(config: Config, world: World, rounds: Rounds) -> NDArray[np.int64]:
+    """Distinct ids of the samples that clients train on in their rounds, client by client."""
+    used: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
+    for client, numbers in rounds.items():
+        partition = world.partitions[client]
+        batches = [batch for r in numbers for batch in round_batches(config, len(partition), r, client)]
+        if batches:
+            used.append(partition[np.unique(np.concatenate(batches))])
+    return np.concatenate(used)
 
-    Members are samples that the target really trained on in the observed rounds, at most `attack.candidates`
-    of them; as many non-members come from the held-out pool, each with the label and, while there are such,
-    the person of a member: else an attack could score by telling classes apart. Members without such a
-    partner are asked about only when there would be too few others. The list is drawn and shuffled once from
-    the run's seed and stays the same for all rounds.
 
-    Parameters
-    ----------
-    config, world
-        The run's.
-    observations : sequence of Observation
-        Everything that the seat saw.
-    attack : MembershipAttack
-    target : int, optional
-        The client asked about; None: the one that was observed in most rounds, the lowest number among
-        equals.
-    device : torch.device, optional
-        Where to compute; None: the CPU.
-    progress : Progress
+def choose_question(config: Config, world: World, target: int, rounds: Rounds) -> Question:
+    """The candidates about `target`, members drawn from what its clients train on in their `rounds`.
 
     Raises
     ------
     NotApplicable
-        If nothing was observed, not of the target, or the attack cannot do with what was.
+        If that is nothing.
     DataError
         If no non-member is held out.
     """
-    if target is None:
-        target = most_observed(observations)
-    rounds = sorted({o.round for o in observations if o.client == target})
-    if not rounds:
-        raise NotApplicable(f"membership: no update of client {target}, the target, was observed")
-    ids, is_member, details = choose_candidates(config, world, target, rounds)
-    images, labels = world.dataset.tensors(ids)
-    scores = attack.run(
-        observations,
-        target,
-        Candidates(images, labels),
-        config.seed,
-        device or torch.device("cpu"),
-        progress,
-    )
-    return MembershipOutcome(target, scores, is_member, ids, details)
-
-
-def most_observed(observations: Sequence[Observation]) -> int:
-    """The client observed in most rounds, the lowest number among equals.
-
-    Raises
-    ------
-    NotApplicable
-        If nothing was observed.
-    """
-    seen = Counter(o.client for o in observations)
-    if not seen:
-        raise NotApplicable("membership: no update was observed")
-    return min(seen, key=lambda client: (-seen[client], client))
-
-
-def choose_candidates(
-    config: Config, world: World, target: int, rounds: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], dict[str, Any]]:
-    """The one list of candidates of a run: sample ids (N,), which of them are members (N,), and details."""
-    partition = world.partitions[target]
-    batches = [batch for r in rounds for batch in round_batches(config, len(partition), r, target)]
-    used = partition[np.unique(np.concatenate(batches))]
-    pool = world.pools.nonmembers
+    used, pool = trained_on(config, world, rounds), world.pools.nonmembers
+    if not len(used):
+        raise NotApplicable("membership: no client that is asked about takes part in the rounds asked about")
     if not len(pool):
         raise DataError(
             "membership: no non-member is held out; raise setting 'data.nonmembers' "
@@ -149,30 +166,7 @@ def choose_candidates(
     count = min(config.attack.candidates, len(used), len(pool))
     rng = numpy_rng(config.seed, "membership candidates", target)
     members, nonmembers = _pairs(rng.permutation(used), rng.permutation(pool), world.dataset, count)
-    if len(members) < FEW_MEMBERS:
-        log.warning(
-            "membership: only %d members to ask about (client %d trained on %d samples in %d observed rounds, %d "
-            "non-members are held out); chance alone spreads widely over so few",
-            *(len(members), target, len(used), len(rounds), len(pool)),
-        )
-    order = rng.permutation(2 * len(members))
-    ids = np.concatenate([members, nonmembers])[order]
-    matched = _shared(world.dataset.labels, members, nonmembers)
-    details = {
-        "members_used": len(used),
-        "observed_rounds": list(rounds),
-        "matched_label": matched,
-        "matched_group": None
-        if world.dataset.groups is None
-        else _shared(world.dataset.groups, members, nonmembers),
-    }
-    if matched < 1 and config.data.labels == "natural":
-        log.warning(
-            "membership: only %.0f %% of the non-members have the label of a member (client %d), so a score above "
-            "chance may tell classes apart rather than members",
-            *(100 * matched, target),
-        )
-    return ids, (np.arange(len(ids)) < len(members))[order], details
+    return Question(target, members, nonmembers, rng.permutation(2 * len(members)))
 
 
 def _pairs(
@@ -208,19 +202,33 @@ def _shared(key: NDArray[np.int64], members: NDArray[np.int64], nonmembers: NDAr
 
 
 class MembershipExperiment(Experiment):
-    """Asks about one client, with everything that was seen of all."""
+    """Asks a server's attack about the client that answers most often, and a client's about all others.
+
+    Each round's observations are shown to the attacks when it ends, and let go; their figures stay, and are stored.
+    """
 
     attacks: dict[str, MembershipAttack]
 
     def __init__(self, plan: Plan, attacks: Mapping[str, MembershipAttack]) -> None:
         super().__init__(plan, attacks)
-        self._seen: list[Observation] = []
+        self._this_round: list[Observation] = []
+        self._figures: dict[str, dict[int, Figures]] = {
+            name: dict(plan.folder.load_rounds(name)) for name in self._serving()
+        }
+        self._asked = {name: self._question(attack) for name, attack in attacks.items()}
 
     @classmethod
     def check(cls, config: Config, world: World, attacks: Mapping[str, MembershipAttack]) -> None:
         """Refuse sums, too few clients, and data of which nothing is held out."""
         for name, attack in attacks.items():
             check_held_out(config, world, name)
+            if isinstance(attack, MaliciousClient):
+                if len(set(config.attack.malicious_clients)) >= config.federation.clients:
+                    raise NotApplicable(
+                        f"attack {name!r} asks about the other clients' data, and all are malicious: setting "
+                        f"'attack.malicious_clients' = {list(config.attack.malicious_clients)}"
+                    )
+                continue
             if hides_clients(config.defense):
                 raise NotApplicable(
                     f"attack {name!r} asks about one client, and 'secure-aggregation' shows the server none alone: "
@@ -233,39 +241,96 @@ class MembershipExperiment(Experiment):
                     "'federation.clients' or 'federation.participation'"
                 )
 
+    def _serving(self) -> list[str]:
+        """The attacks of a server's seat."""
+        return [name for name, attack in self.attacks.items() if not isinstance(attack, MaliciousClient)]
+
+    def _rounds(self, attack: MembershipAttack) -> Sequence[int]:
+        """The rounds that an attack reads: one that arms them, and sees them skipped, the armed ones."""
+        if isinstance(attack, MaliciousServer) and not attack.aggregates:
+            return self.plan.config.attack.rounds
+        return range(1, self.plan.config.federation.rounds + 1)
+
+    def _of(self, attack: MembershipAttack, target: int, rounds: Rounds) -> Rounds:
+        """Of the clients asked about, the rounds asked about."""
+        hostile = self.plan.config.attack.malicious_clients
+        asked = [c for c in rounds if (c not in hostile if target == EVERYONE else c == target)]
+        return {client: [r for r in rounds[client] if r in self._rounds(attack)] for client in asked}
+
+    @cached_property
+    def _expected(self) -> Rounds:
+        return expected_rounds(self.plan.config, self.plan.world)
+
+    def _question(self, attack: MembershipAttack) -> Question:
+        target = EVERYONE
+        if not isinstance(attack, MaliciousClient):
+            each = {c: len(self._of(attack, c, self._expected)[c]) for c in self._expected}
+            target = min(each, key=lambda client: (-each[client], client), default=0)
+        return choose_question(
+            self.plan.config, self.plan.world, target, self._of(attack, target, self._expected)
+        )
+
+    def questions(self) -> dict[str, Candidates]:
+        """What each attack is asked about."""
+        return {
+            name: Candidates(*self.plan.world.dataset.tensors(asked.ids))
+            for name, asked in self._asked.items()
+        }
+
     def wants(self, round: int, client: int) -> bool:
-        """Everything is wanted."""
-        del round, client
-        return True
+        """Everything of the rounds that an attack of the server has yet to read."""
+        del client
+        return any(
+            round not in self._figures[name] and round in self._rounds(self.attacks[name])
+            for name in self._serving()
+        )
 
     def observe(self, observation: Observation) -> None:
-        """Keep it."""
-        self._seen.append(observation)
+        """Keep it until the round is over."""
+        self._this_round.append(observation)
+
+    def after_round(self, record: RoundRecord) -> None:
+        """Show it to the attacks, and let go of it."""
+        seen, self._this_round = self._this_round, []
+        number, config = record.round, self.plan.config
+        device = choose_device(config.engine.device)
+        for name in self._serving():
+            attack, asked = self.attacks[name], self._asked[name]
+            if seen and number not in self._figures[name] and number in self._rounds(attack):
+                candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
+                seed = adversary_seed(config.seed, "membership", number)
+                figures = attack.watch(seen, asked.target, candidates, seed, device)
+                self.plan.folder.save_round(name, number, figures)
+                self._figures[name][number] = figures
+                self.plan.shown(name, number / config.federation.rounds, f"round {number}")
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Ask every attack, and score its answer."""
-        del federation
-        return {name: self._audit(name, attack) for name, attack in self.attacks.items()}
+        """Have every attack conclude, and score its answer."""
+        return {name: self._audit(name, attack, federation) for name, attack in self.attacks.items()}
 
-    def _audit(self, name: str, attack: MembershipAttack) -> AuditResult:
-        plan, started = self.plan, time.perf_counter()
-        outcome = membership_experiment(
-            plan.config,
-            plan.world,
-            self._seen,
-            attack,
-            device=choose_device(plan.config.engine.device),
-            progress=lambda share, text: plan.shown(name, share, text),
-        )
-        plan.shown(name, 1.0, f"{len(outcome.is_member)} candidates")
+    def _audit(self, name: str, attack: MembershipAttack, federation: FederationResult) -> AuditResult:
+        plan, started, asked = self.plan, time.perf_counter(), self._asked[name]
+        answered: dict[int, list[int]] = defaultdict(list)
+        for record in federation.rounds:
+            # A client learns of the others' data through what was aggregated; the server saw every reply.
+            if record.aggregated or not isinstance(attack, MaliciousClient):
+                for client in record.clients:
+                    answered[client].append(record.round)
+        rounds = self._of(attack, asked.target, answered)
+        if not any(rounds.values()):
+            raise NotApplicable(f"{name}: no update of a client that it is asked about was observed")
+        counts, is_member, details = asked.settle(plan.config, plan.world, rounds)
+        if isinstance(attack, MaliciousClient):
+            answers = federation.answers[name]
+            together = torch.stack([answers[client]["scores"].double() for client in sorted(answers)]).mean(0)
+            scores = MembershipScores(together, name, {"asked_clients": sorted(answers)})
+        else:
+            scores = attack.scores(self._figures[name], asked.target)
+        scores = dataclasses.replace(scores, scores=scores.scores[torch.from_numpy(counts)])
+        plan.shown(name, 1.0, f"{int(counts.sum())} candidates")
         seconds = time.perf_counter() - started
-        plan.folder.save_scores(name, outcome.target, outcome.scores, seconds)
-        plan.folder.save_part(f"{name}-candidates", outcome.details)
+        plan.folder.save_scores(name, asked.target, scores, seconds)
+        plan.folder.save_part(f"{name}-candidates", details)
         return audit_membership(
-            name,
-            outcome.scores,
-            outcome.is_member,
-            clients=[outcome.target],
-            seconds=seconds,
-            seed=plan.config.seed,
+            name, scores, is_member[counts], clients=[asked.target], seconds=seconds, seed=plan.config.seed
         )

@@ -84,4 +84,4 @@ def test_refuses_more_requests_than_samples(requests: int) -> None:
 def test_is_registered() -> None:
     attack = build_attack(ATTACKS.get("unlearn-max-loss"), "unlearn-max-loss", {}, {})
     assert isinstance(attack, MaxLoss)
-    assert (attack.family, attack.seat) == ("unlearning", "client")
+    assert (attack.family, attack.seat) == ("unlearning", "malicious client")

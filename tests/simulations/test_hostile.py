@@ -172,6 +172,7 @@ def dense_reply(change: Callable[[ArrayRecord], None]) -> Callable[[Message, Mes
 CASES = {
     "NaN": (with_payload(values(float("nan"))), "NaN or infinite"),
     "infinity": (with_payload(values(float("-inf"))), "NaN or infinite"),
+    "an entry without measure": (with_payload(values(3e38)), "would leave the range of the weights"),
     "another model's shape": (with_payload(other_model), r"declares \d+ entries, the model has"),
     "index out of range": (with_payload(out_of_range), "position"),
     "duplicate indices": (with_payload(duplicates), "position"),
@@ -272,6 +273,25 @@ def test_a_hostile_reply_is_rejected_and_the_round_goes_on(
     assert [(r, c) for r, c, _ in result.rejections] == [(1, HOSTILE), (2, HOSTILE)]
     for name, tensor in without.weights.items():
         assert torch.equal(result.weights[name], tensor), name
+
+
+def all_zero(honest: Message, numel: int) -> bytes:
+    packet = sparse(honest, numel)
+    return encode(Sparse(packet.indices, np.zeros_like(packet.values), numel))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [with_payload(all_zero), metrics(**{NUM_EXAMPLES: 2**31 - 1}), with_payload(values(1e31))],
+    ids=["all zero", "a false count", "an entry that ruins the model"],
+)
+def test_an_odd_reply_that_is_valid_does_not_end_the_run(
+    world: World, reply: Callable[[Message, Message], Message]
+) -> None:
+    result = federation(world, reply, CONFIG)
+    assert [record.round for record in result.rounds] == [1, 2]
+    assert HOSTILE in result.rounds[0].clients
+    assert all(torch.isfinite(tensor).all() for tensor in result.weights.values())
 
 
 def test_if_every_reply_is_rejected_the_weights_stay(world: World, caplog: pytest.LogCaptureFixture) -> None:

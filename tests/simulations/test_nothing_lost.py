@@ -17,9 +17,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from faulty_attacks import FAULTS
 from flwr.app import Message
 from rich.console import Console
-from rigged_attacks import FAULTS
 from rigged_clients import rigged
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -69,9 +69,9 @@ def failed_clients(folder: Path, attack: str) -> dict[int, str]:
 
 def test_one_odd_victim_costs_nobody_else(tmp_path: Path) -> None:
     console, text = printed()
-    config = settings(tmp_path / "run", attack="rigged_attacks:Fussy", victims=7)
+    config = settings(tmp_path / "run", attack="faulty_attacks:Fussy", victims=7)
     result = simulate(config, console=console)
-    name = "rigged_attacks:Fussy"
+    name = "faulty_attacks:Fussy"
     log = (tmp_path / "run" / "log.txt").read_text()
     assert failed_clients(tmp_path / "run", name).keys() == FAULTS.keys()
     assert result.audits[name].summary["missing"] == len(FAULTS)
@@ -84,23 +84,23 @@ def test_one_odd_victim_costs_nobody_else(tmp_path: Path) -> None:
 
 
 def test_failing_everywhere_is_a_report_of_a_failed_attack_beside_the_others(tmp_path: Path) -> None:
-    attacks = "rigged_attacks:Hopeless,ig"
+    attacks = "faulty_attacks:Hopeless,ig"
     result = simulate(settings(tmp_path / "run", attack=attacks, ig__iterations=3))
-    assert result.audits["rigged_attacks:Hopeless"].level == "failed"
+    assert result.audits["faulty_attacks:Hopeless"].level == "failed"
     assert result.audits["ig"].summary["missing"] == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["attacks"]["rigged_attacks:Hopeless"]["level"] == "failed"
+    assert summary["attacks"]["faulty_attacks:Hopeless"]["level"] == "failed"
 
 
 def test_who_failed_is_tried_again_alone_and_the_others_are_not(tmp_path: Path) -> None:
-    config = settings(tmp_path / "run", attack="rigged_attacks:Fussy", victims=7)
+    config = settings(tmp_path / "run", attack="faulty_attacks:Fussy", victims=7)
     simulate(config)
-    parts = tmp_path / "run" / "parts" / "rigged_attacks_Fussy"
+    parts = tmp_path / "run" / "parts" / "faulty_attacks_Fussy"
     good = parts / "round-0001-client-00006.json"
     before = good.stat().st_mtime_ns
     again = simulate(config)
     assert good.stat().st_mtime_ns == before
-    assert again.audits["rigged_attacks:Fussy"].summary["missing"] == len(FAULTS)
+    assert again.audits["faulty_attacks:Fussy"].summary["missing"] == len(FAULTS)
     assert len(list(parts.glob("*.failed.json"))) == len(FAULTS)
 
 

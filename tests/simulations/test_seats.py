@@ -1,12 +1,10 @@
-"""The membership and unlearning seats, on federations that really run (inline engine)."""
+"""The unlearning seat, on federations that really run (inline engine)."""
 
 from __future__ import annotations
 
 import json
-import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,21 +12,16 @@ from torch.nn import functional
 
 from adversaries import ATTACKS, build_attack
 from adversaries.base import no_progress
-from adversaries.membership.base import MembershipAttack
-from adversaries.membership.fedmia import FedMIA
 from adversaries.reconstruction.base import ReconstructionAttack
-from fedattack.audit.membership import audit_membership
 from fedattack.audit.unlearning import audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World, build_world
-from fedattack.errors import DataError, NotApplicable
-from fedattack.metrics.membership import auc_interval
+from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Candidates, MembershipScores, Observation
+from fedattack.observation import Observation
 from simulations.engine.federation import FederationResult, Judge, run_federation
-from simulations.experiments import membership, unlearning
+from simulations.experiments import unlearning
 from simulations.experiments.base import EXPERIMENTS
-from simulations.experiments.membership import choose_candidates, membership_experiment
 from simulations.experiments.unlearning import unlearning_experiment
 
 BASE = {
@@ -55,150 +48,6 @@ def ran(**settings: object) -> tuple[Config, World, list[Observation], Federatio
     observations: list[Observation] = []
     result = run_federation(config, world, on_observation=observations.append)
     return config, world, observations, result
-
-
-@pytest.fixture(scope="module")
-def federation() -> tuple[Config, World, list[Observation], FederationResult]:
-    return ran(rounds=12)
-
-
-def test_candidates_are_what_they_are_said_to_be() -> None:
-    """One round of two batches of 16: only those samples are members, not the rest of the partition."""
-    config, world, observations, _ = ran(**{"local-steps": 2, "rounds": 1})
-    ids, is_member, details = choose_candidates(config, world, 3, [1])
-    assert details["members_used"] == 32
-    assert is_member.sum() == 32
-    assert len(ids) == len(set(ids.tolist())) == 64
-    assert set(ids[is_member]) <= set(world.partitions[3])
-    assert set(ids[~is_member]) <= set(world.pools.nonmembers)
-    assert 5 < np.flatnonzero(is_member).mean() < 59  # shuffled
-    assert is_member[:32].any()
-    assert not is_member[:32].all()
-    assert details["matched_label"] == 1.0
-    assert sorted(world.dataset.labels[ids[is_member]]) == sorted(world.dataset.labels[ids[~is_member]])
-    again, _, _ = choose_candidates(config, world, 3, [1])
-    assert np.array_equal(ids, again)
-
-    # The samples said to be used are those behind the update: they alone explain it, to rounding.
-    o = next(o for o in observations if o.client == 3)
-    weights = {n: t.clone() for n, t in o.weights.items()}
-    model = build_model(world.scenario.model)
-    for batch in membership.round_batches(config, len(world.partitions[3]), 1, 3):
-        assert set(world.partitions[3][batch]) <= set(ids[is_member])
-        model.load_state_dict(weights)
-        images, labels = world.dataset.tensors(world.partitions[3][batch])
-        functional.cross_entropy(model(images), labels).backward()
-        weights = {n: (p - 0.3 * p.grad).detach() for n, p in model.named_parameters()}
-        model.zero_grad()
-    for name, delta in o.update.dense().items():
-        torch.testing.assert_close(o.weights[name] + delta, weights[name], atol=1e-6, rtol=0)
-
-
-def test_unequal_clients_get_non_members_of_their_own_classes() -> None:
-    """Under shards a client has few classes; non-members of all classes would give it away without any attack."""
-    config, world, _, _ = ran(partition="shards", rounds=1)
-    ids, is_member, details = choose_candidates(config, world, 0, [1])
-    labels = world.dataset.labels[ids]
-    assert len(set(labels[is_member])) <= 4
-    assert 20 <= is_member.sum() == (~is_member).sum()
-    assert sorted(labels[is_member]) == sorted(labels[~is_member])
-    assert details["matched_label"] == 1.0
-
-
-def test_too_few_of_a_class_are_filled_up_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    config, world, _, _ = ran(partition="shards", rounds=1)
-    labels = world.dataset.labels
-    mine = set(labels[world.partitions[0]])
-    of_others = np.array([i for i in world.pools.nonmembers if labels[i] not in mine])
-    poorer = replace(world, pools=replace(world.pools, nonmembers=of_others))
-    with caplog.at_level(logging.WARNING, logger="fedattack.seats"):
-        _, is_member, details = choose_candidates(config, poorer, 0, [1])
-    assert is_member.sum() == 20
-    assert details["matched_label"] == 0
-    assert "0 % of the non-members have the label of a member" in caplog.text
-
-
-def test_fedmia_finds_members_of_a_real_federation(federation) -> None:
-    config, world, observations, _ = federation
-    outcomes = [
-        membership_experiment(config, world, observations, FedMIA(statistic), target=target)
-        for target in range(6)
-        for statistic in ("cosine",)
-    ]
-    assert [o.target for o in outcomes] == list(range(6))
-    scores = np.concatenate([o.scores.scores.numpy() for o in outcomes])
-    truth = np.concatenate([o.is_member for o in outcomes])
-    found = auc_interval(scores, truth, 0)
-    print(f"FedMIA-II, digits, 6 clients: AUC {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
-    assert found.low > 0.52
-    audited = audit_membership("fedmia", [o.scores for o in outcomes], [o.is_member for o in outcomes])
-    assert audited.summary["metrics"]["auc"]["mean"] > 0.5
-
-    # Control: the same candidates, answers of the clients that never had them.
-    control = []
-    for outcome in outcomes:
-        images, labels = world.dataset.tensors(outcome.sample_ids)
-        others = [o for o in observations if o.client != outcome.target]
-        target = (outcome.target + 1) % 6
-        control.append(
-            FedMIA().run(others, target, Candidates(images, labels), 0, torch.device("cpu")).scores
-        )
-    chance = auc_interval(np.concatenate(control), truth, 0)
-    print(f"control: AUC {chance.mean:.3f} [{chance.low:.3f}, {chance.high:.3f}]")
-    assert chance.low < 0.5 < chance.high
-    assert abs(chance.mean - 0.5) < 0.035
-
-
-class Nosy(MembershipAttack):
-    """Records what it was given."""
-
-    def run(self, observations, target, candidates, seed, device, progress=no_progress) -> MembershipScores:
-        self.given = (list(observations), target, candidates)
-        return MembershipScores(torch.zeros(len(candidates.labels), dtype=torch.float64), "none")
-
-
-def test_the_attack_is_given_candidates_without_the_truth(federation) -> None:
-    config, world, observations, _ = federation
-    attack = Nosy()
-    outcome = membership_experiment(config, world, observations, attack)
-    given, target, candidates = attack.given
-    assert target == outcome.target == 0
-    assert given == observations
-    assert set(vars(candidates)) == {"images", "labels"}
-    images, labels = world.dataset.tensors(outcome.sample_ids)
-    assert torch.equal(candidates.images, images)
-    assert torch.equal(candidates.labels, labels)
-
-
-def test_the_target_is_the_most_observed(federation, caplog: pytest.LogCaptureFixture) -> None:
-    config, world, observations, _ = federation
-    fewer = [o for o in observations if not (o.client < 2 and o.round == 3)]
-    assert membership_experiment(config, world, fewer, Nosy()).target == 2
-    assert not caplog.records
-    with pytest.raises(NotApplicable, match="no update was observed"):
-        membership_experiment(config, world, [], Nosy())
-    with pytest.raises(NotApplicable, match="client 9, the target"):
-        membership_experiment(config, world, observations, Nosy(), target=9)
-    two = [o for o in observations if o.client < 2]
-    with pytest.raises(NotApplicable, match="at least 3 are needed"):
-        membership_experiment(config, world, two, FedMIA())
-
-
-def test_few_members_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    config, world, observations, _ = ran(protocol="fedsgd", rounds=1, **{"batch-size": 4, "local-steps": 1})
-    with caplog.at_level(logging.WARNING, logger="fedattack.seats"):
-        outcome = membership_experiment(config, world, observations, FedMIA())
-    assert outcome.is_member.sum() == 4
-    assert "only 4 members to ask about" in caplog.text
-
-
-def test_no_non_members_is_an_error() -> None:
-    config, world, observations, _ = ran(data__nonmembers=0, rounds=1)
-    with pytest.raises(DataError, match=r"data\.nonmembers"):
-        membership_experiment(config, world, observations, FedMIA())
-
-
-# ---------------------------------------------------------------------- unlearning
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

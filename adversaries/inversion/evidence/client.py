@@ -22,7 +22,7 @@ from fedattack.compression.selection import largest, quotas
 from fedattack.errors import DataError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario, Update, UpdateKind
-from fedattack.rng import numpy_rng, torch_rng
+from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.training import batch_positions, load_weights, local_update
 
 _CHUNK = 64
@@ -124,7 +124,8 @@ class Client:
     def compute(self, images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
         """What the client computes from its images before compression."""
         training = self.scenario.training
-        steps = batch_positions(len(labels), training, self.seed, self.round, number)
+        seed = adversary_seed(self.seed, "imitated client")  # never a real client's draws, whatever the seed
+        steps = batch_positions(len(labels), training, seed, self.round, number)
         return local_update(self.module, self.weights, images, labels, steps, training).update
 
     def send(self, dense: Mapping[str, Tensor], number: int) -> Update:

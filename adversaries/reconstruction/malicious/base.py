@@ -20,6 +20,7 @@ from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.evidence.one_gradient import mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
 from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.seats import MaliciousServer
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Reconstruction, Scenario
@@ -196,7 +197,7 @@ class Reading:
 
 
 @dataclass
-class RowReading(ReconstructionAttack):
+class RowReading(MaliciousServer, ReconstructionAttack):
     """A malicious server's attack that reads images off the first linear layer's gradient.
 
     Parameters
@@ -206,7 +207,6 @@ class RowReading(ReconstructionAttack):
         the image is believed.
     """
 
-    arms: ClassVar[bool] = True
     name: ClassVar[str]
 
     tolerance: float = 1e-4

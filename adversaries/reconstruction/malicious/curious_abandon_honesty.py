@@ -12,7 +12,7 @@ from torch import Tensor
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
 from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.observation import Auxiliary, Scenario
+from fedattack.observation import Auxiliary, Candidates, Scenario
 from fedattack.rng import torch_rng
 
 _UNKNOWN_BATCH = 32
@@ -92,7 +92,12 @@ class CuriousAbandonHonesty(RowReading):
             )
 
     def arm(
-        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        seed: int,
+        auxiliary: Auxiliary | None,
+        candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with trap weights, and zero biases, in the first layer."""
         layer = first_layer(scenario.model)

@@ -15,7 +15,7 @@ from adversaries.reconstruction.malicious.base import Client, Reading, RowReadin
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.imprint import CEILING, Imprinted
-from fedattack.observation import Auxiliary, Scenario
+from fedattack.observation import Auxiliary, Candidates, Scenario
 from fedattack.rng import torch_rng
 
 _FAR = 8.0
@@ -128,7 +128,12 @@ class Imprint(RowReading):
             )
 
     def arm(
-        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        seed: int,
+        auxiliary: Auxiliary | None,
+        candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with the block's rows replaced: rows of one measurement, thresholds at its quantiles.
 

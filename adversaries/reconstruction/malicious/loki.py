@@ -18,7 +18,7 @@ from adversaries.reconstruction.malicious.imprint import Imprint, alone_share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.loki import KernelSets, identities
-from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario, Update
+from fedattack.observation import Auxiliary, Candidates, Observation, Reconstruction, Scenario, Update
 
 _BLOCK = ("kernels.weight", "kernels.bias")
 _PLAIN = "imprint-sparse"
@@ -74,7 +74,12 @@ class Loki(Imprint):
         super().check(_plain_scenario(scenario))
 
     def arm(
-        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        seed: int,
+        auxiliary: Auxiliary | None,
+        candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with imprint's bins over every set's columns, and all kernels passing the image on."""
         module = _kernel_sets(scenario)

@@ -29,11 +29,20 @@ from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.from_gradient import Estimate
 from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, read_labels, residuals_of
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
+from adversaries.seats import MaliciousServer
 from fedattack.config import TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
-from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario, Update
+from fedattack.observation import (
+    EVERYONE,
+    Auxiliary,
+    Candidates,
+    Observation,
+    Reconstruction,
+    Scenario,
+    Update,
+)
 from fedattack.rng import torch_rng
 
 CERTIFIED = 1e-5
@@ -57,7 +66,7 @@ Status = Literal["certified", "approximate", "failed"]
 
 
 @dataclass
-class TensorAttack(ReconstructionAttack):
+class TensorAttack(MaliciousServer, ReconstructionAttack):
     """Tensor: a malicious server sends a wide two-layer head and reads the whole batch off one gradient.
 
     The gradient of the wide layer spans the batch, and its third moment over the Gaussian neurons is a symmetric
@@ -107,7 +116,6 @@ class TensorAttack(ReconstructionAttack):
     needs: ClassVar[str] = (
         "a malicious server: it sends the weights of a wide two-layer head (model two-layer)"
     )
-    arms: ClassVar[bool] = True
 
     method: Literal["exact", "published"] = "exact"
     view: Literal["full", "last_layer"] = "full"
@@ -171,7 +179,12 @@ class TensorAttack(ReconstructionAttack):
                 )
 
     def arm(
-        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        seed: int,
+        auxiliary: Auxiliary | None,
+        candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The weights to send: Gaussian neurons, and a head of one constant row.
 

@@ -34,9 +34,10 @@ from adversaries.reconstruction.malicious.fishing.isolation import (
     read_off,
     row_of,
 )
+from adversaries.seats import MaliciousServer
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
-from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario
+from fedattack.observation import Auxiliary, Candidates, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
 CERTIFIED = 1e-4
@@ -49,7 +50,7 @@ _FEW = 2
 
 
 @dataclass
-class Fishing(ReconstructionAttack):
+class Fishing(MaliciousServer, ReconstructionAttack):
     """Fishing for user data: a malicious server sends a head that all samples of a batch but one leave without error.
 
     All rows of the head are zero but one, in a random direction of the features, so that only this class' residual
@@ -93,7 +94,6 @@ class Fishing(ReconstructionAttack):
     """
 
     needs: ClassVar[str] = "a malicious server: it sends a head of its own; public images place the threshold"
-    arms: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
 
     mode: Literal["auto", "class", "feature", "rounds"] = "auto"
@@ -110,7 +110,7 @@ class Fishing(ReconstructionAttack):
         if self.most < 1:
             raise ConfigError(f"setting 'fishing.most' = {self.most}: must be at least 1")
         cls = ATTACKS.get(self.attack)
-        if not issubclass(cls, ReconstructionAttack) or cls.arms:
+        if not issubclass(cls, ReconstructionAttack) or issubclass(cls, MaliciousServer):
             raise ConfigError(
                 f"setting 'fishing.attack' = {self.attack!r}: must be an attack on an honest server's single update, "
                 "as 'gauss-newton' or 'ig'"
@@ -153,7 +153,12 @@ class Fishing(ReconstructionAttack):
         return self.mode == "rounds"
 
     def arm(
-        self, scenario: Scenario, weights: dict[str, Tensor], seed: int, auxiliary: Auxiliary | None
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        seed: int,
+        auxiliary: Auxiliary | None,
+        candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with its head replaced: one row, and a bias that lets one sample through."""
         head = head_of(scenario)

@@ -1,0 +1,1 @@
+"""Membership attacks that change what is trained."""

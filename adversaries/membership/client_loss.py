@@ -1,0 +1,49 @@
+"""A client that compares the global models it is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adversaries.membership.base import MembershipAttack
+from adversaries.membership.per_sample import losses
+from adversaries.seats import ClientView, MaliciousClient
+from fedattack.models import build_model
+from fedattack.observation import Candidates
+
+FIRST = "first."
+
+
+@dataclass
+class ClientLoss(MaliciousClient, MembershipAttack):
+    """Passive attack of a client on all others (Nasr et al., S&P 2019), by the fall of the loss since it joined.
+
+    The score is the candidate's cross-entropy under the first global model that the client was sent, minus that
+    under the last one: members fall further. The first model stands for how hard a sample is in itself (difficulty
+    calibration, Watson et al., ICLR 2022).
+
+    Parameters
+    ----------
+    calibrate : bool
+        False: minus the loss under the last model alone (Yeom et al., CSF 2018).
+    """
+
+    calibrate: bool = True
+
+    keeps_memory = True
+    needs = "a client's seat: the first and the last global model that it is sent"
+
+    def see(self, view: ClientView) -> None:
+        """Keep the first model."""
+        if self.calibrate and not view.memory:
+            view.memory.update({FIRST + name: tensor for name, tensor in view.weights.items()})
+
+    def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
+        """ "scores", float64 (N,)."""
+        model = build_model(view.scenario.model).eval()
+        scores = -losses(model, view.weights, question.images, question.labels)
+        if view.memory:  # else it was never drawn, and has but the last model
+            first = {name.removeprefix(FIRST): tensor for name, tensor in view.memory.items()}
+            scores += losses(model, first, question.images, question.labels)
+        return {"scores": scores}

@@ -1,0 +1,154 @@
+"""Who sits where: an attack names one seat of these and one family's base, in any combination."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from adversaries.base import Attack
+from fedattack.observation import Auxiliary, Candidates, Observation, Scenario, UnlearningRequest
+
+
+@dataclass
+class CuriousServer(Attack):
+    """Aggregates honestly and reads the observations; also the seat of an attack that names none."""
+
+    seat = "curious server"
+
+
+@dataclass
+class MaliciousServer(Attack):
+    """Sends weights of its own in the armed rounds, and reads what comes back.
+
+    Attributes
+    ----------
+    adapts : bool
+        Whether :meth:`tailor` asks what earlier rounds showed.
+    aggregates : bool
+        Whether the armed weights and the replies to them become the global model. Else it skips armed rounds.
+    """
+
+    seat = "malicious server"
+    adapts: ClassVar[bool] = False
+    aggregates: ClassVar[bool] = False
+
+    def arm(
+        self,
+        scenario: Scenario,
+        weights: dict[str, Tensor],
+        seed: int,
+        auxiliary: Auxiliary | None,
+        candidates: Candidates | None = None,
+    ) -> dict[str, Tensor]:
+        """What is sent instead of the global model in an armed round.
+
+        Parameters
+        ----------
+        weights : dict of str to Tensor
+            The global state dict; not to be modified.
+        seed : int
+            Seeds every draw; differs from round to round.
+        auxiliary : Auxiliary or None
+            Public data granted to the adversary.
+        candidates : Candidates or None
+            The samples it will be asked about, where its question has some.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The same names, shapes and types.
+        """
+        del scenario, seed, auxiliary, candidates
+        return weights
+
+    def tailor(
+        self, scenario: Scenario, weights: dict[str, Tensor], place: int, earlier: Sequence[Observation]
+    ) -> dict[str, Tensor]:
+        """What one client is sent differently in an armed round: a server may send each its own model.
+
+        Parameters
+        ----------
+        weights : dict of str to Tensor
+            Those of :meth:`arm`; not to be modified. They are also what an observation of a sum over clients holds.
+        place : int
+            Of the client among those drawn in the round, from 0, in ascending order.
+        earlier : sequence of Observation
+            Where :attr:`adapts` is set, what was seen of this client (of everyone, under secure aggregation) in
+            earlier armed rounds, the latest last.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The tensors that differ, of the same shapes and types; none: all clients get `weights`.
+        """
+        del scenario, weights, place, earlier
+        return {}
+
+
+@dataclass(frozen=True)
+class ClientView:
+    """What a malicious client has before it.
+
+    Parameters
+    ----------
+    round, client : int
+        The round (the last one when it is asked at the end), and the client's own number.
+    scenario : Scenario
+    weights : dict of str to Tensor
+        The global model that it was sent; not to be modified.
+    seed : int
+        Seeds every draw; differs from round to round and client to client.
+    memory : dict of str to Tensor
+        What the attack keeps between rounds, to be written to; empty at first. Needs
+        :attr:`MaliciousClient.keeps_memory`.
+    """
+
+    round: int
+    client: int
+    scenario: Scenario
+    weights: dict[str, Tensor]
+    seed: int
+    memory: dict[str, Tensor]
+
+
+@dataclass
+class MaliciousClient(Attack):
+    """Takes part as the clients of setting ``attack.malicious_clients``; each hook does nothing unless overridden.
+
+    Attributes
+    ----------
+    keeps_memory : bool
+        Whether :attr:`ClientView.memory` is kept from round to round.
+    """
+
+    seat = "malicious client"
+    keeps_memory: ClassVar[bool] = False
+
+    def see(self, view: ClientView) -> None:
+        """Look at the global model of a round, before anything else."""
+        del view
+
+    def poison(self, view: ClientView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples that it trains on: float32 (n, C, H, W) in [0, 1] and int64 (n,), as many as it was given."""
+        del view
+        return images, labels
+
+    def reply(self, view: ClientView, update: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The update that is handed to the compressor: the same names and shapes."""
+        del view
+        return update
+
+    def request(
+        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
+    ) -> UnlearningRequest | None:
+        """The deletions that it asks for, given its own samples and `model`, the global one; None: none."""
+        del view, model, images, labels
+        return None
+
+    def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
+        """What it says of the samples it is asked about after the last round, by name; a family says which."""
+        del view, question
+        return {}

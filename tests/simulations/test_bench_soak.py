@@ -1,0 +1,12 @@
+"""The soak: memory does not grow with the rounds."""
+
+from __future__ import annotations
+
+from simulations.bench.soak import run
+
+
+def test_quick_soak_stays_where_it_is() -> None:
+    figures = run(quick=True)
+    assert len(figures["resident_mib"]) == 12
+    assert figures["updates"] == 96
+    assert figures["grown_mib"] < 20
