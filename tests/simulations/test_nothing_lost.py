@@ -196,7 +196,7 @@ def test_two_runs_of_one_second_get_folders_of_their_own(
 COMMAND = """
 import math
 from adversaries.inversion.matching import checkpoint
-checkpoint.SECONDS, checkpoint.SHARE = 0.1, math.inf
+checkpoint.SECONDS, checkpoint.SHARE = 0.3, math.inf
 from simulations.run import main
 main()
 """
@@ -243,7 +243,7 @@ def killed_and_resumed(tmp_path: Path, iterations: int, *more: str) -> None:
     folder = tmp_path / "killed"
     with attack_run(folder, iterations, *more) as process:
         wait_for(lambda: len(list(folder.glob("parts/ig/*.json"))) == 1, process)
-        wait_for(lambda: list(folder.glob("checkpoints/ig/*/*.safetensors")), process)
+        wait_for(lambda: list(folder.glob("checkpoints/ig/round-0001-client-00001/*.safetensors")), process)
         process.send_signal(signal.SIGKILL)
     assert not (folder / "summary.json").exists()
     with attack_run(folder, iterations, *more) as process:

@@ -93,11 +93,13 @@ class Checkpoint:
     def __init__(self, path: str | Path, problem: Callable[[], str], given: bool = True) -> None:
         self.path = Path(path)
         self._problem, self._given = cache(problem), given
-        self._last, self._pause = time.monotonic(), SECONDS
+        self._last = self._asked = time.monotonic()
+        self._pause = SECONDS
 
     def due(self) -> bool:
-        """Whether it is time for another state."""
-        return time.monotonic() - self._last >= self._pause
+        """Whether it is time for another state; then the time that it takes to make and write it counts from here."""
+        self._asked = time.monotonic()
+        return self._asked - self._last >= self._pause
 
     def load(self, device: torch.device) -> dict[str, Tensor] | None:
         """The state that was kept, on `device`; None where there is no file, or none of use that was not asked for.
@@ -145,7 +147,6 @@ class Checkpoint:
             If it cannot be written and must be; the previous one is kept.
         """
         header = {"fedattack": json.dumps({"format": FORMAT, "problem": self._problem()})}
-        started = time.monotonic()
         try:
             write_tensors(self.path, tensors, header)
         except RunFailed as error:
@@ -154,4 +155,4 @@ class Checkpoint:
             log.warning("no state of an attack is kept from here on: %s", error)
             self._pause = float("inf")
         self._last = time.monotonic()
-        self._pause = max(self._pause, (self._last - started) / SHARE)
+        self._pause = max(self._pause, (self._last - self._asked) / SHARE)
