@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -162,6 +163,28 @@ def test_a_federation_that_diverges_tells_what_was_seen_before(tmp_path: Path) -
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["attacks"]["ig"]["count"] >= 1
     assert "the federation ended after round" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_full_disk_loses_no_finished_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at the second victim's answer; with room again the same command ends as it should have."""
+    plain = {"attack": "ig", "ig__iterations": 3, "victims": 2, "attack__victims_per_task": 1}
+    expected = simulate(settings(tmp_path / "other", **plain)).reconstructions["ig"]
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if "parts/ig/.round-0001-client-00001" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunFailed, match=r"cannot write .*00001.safetensors.*no space left on the device"):
+            simulate(settings(tmp_path / "run", **plain))
+    first = tmp_path / "run" / "parts" / "ig" / "round-0001-client-00000.json"
+    written = first.stat().st_mtime_ns
+    found = simulate(settings(tmp_path / "run", **plain)).reconstructions["ig"]
+    assert first.stat().st_mtime_ns == written
+    assert all(torch.equal(found[key].images, answer.images) for key, answer in expected.items())
 
 
 # ---------------------------------------------------------------------- attacks that do not apply
