@@ -56,6 +56,8 @@ class RunResult:
         Attack -> observation key -> answer, of attacks that answer observations.
     summary : dict
         The content of ``summary.json``.
+    failures : dict of str to dict
+        Attack -> observation key -> why there is no answer.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class RunResult:
     audits: dict[str, AuditResult]
     reconstructions: dict[str, dict[str, Any]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def run_directory(config: Config) -> Path:
@@ -184,8 +187,9 @@ def simulate(
     if ended is not None:
         raise ended
     answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
+    lost = {name: one for experiment in experiments for name, one in experiment.failures().items()}
     summary = summary_document(config, results, figures, left_out)
-    return RunResult(folder.path, federation, {one.attack: one for one in results}, answers, summary)
+    return RunResult(folder.path, federation, {one.attack: one for one in results}, answers, summary, lost)
 
 
 def attack_folder(
@@ -237,6 +241,7 @@ def attack_folder(
     notes = [f"{name} is left out: {text}" for name, text in left_out.items()]
     results: list[AuditResult] = []
     answers: dict[str, dict[str, Any]] = {}
+    lost: dict[str, dict[str, str]] = {}
     with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
         for note in notes:
             shown.say(note, folder)
@@ -249,6 +254,7 @@ def attack_folder(
                 work.submit(batch)
             work.collect()
             answers |= work.answers()
+            lost |= work.failures()
             results += [work.audit(name, truths) for name in chosen] if truths is not None else []
     if results:
         _report(console, folder, results, None, command, left_out, notes=notes)
@@ -256,7 +262,8 @@ def attack_folder(
         write_answers(folder, answers)
         console.print(f"nothing is scored without --truth; the pictures are in [bold]{folder.images}[/]")
     audits = {result.attack: result for result in results}
-    return RunResult(folder.path, None, audits, answers, summary_document(config, results, None, left_out))
+    summary = summary_document(config, results, None, left_out)
+    return RunResult(folder.path, None, audits, answers, summary, lost)
 
 
 @contextmanager

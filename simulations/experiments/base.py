@@ -51,7 +51,8 @@ class Experiment(ABC):
     ----------
     from_saved : type or None
         What attacks observations without a federation, where that can be done: made from configuration, run folder,
-        attacks and stages, with `submit` (one round's observations), `collect`, `close`, `audit` and `answers`.
+        attacks and stages, with `submit`, `collect`, `close`, `audit`, `answers` and `failures`; see
+        :class:`simulations.experiments.reconstruction.Answers`.
     """
 
     from_saved: ClassVar[type[Any] | None] = None
@@ -107,6 +108,10 @@ class Experiment(ABC):
 
     def answers(self) -> dict[str, dict[str, Any]]:
         """Attack -> key -> answer, for a library user."""
+        return {}
+
+    def failures(self) -> dict[str, dict[str, str]]:
+        """Attack -> key -> why there is no answer."""
         return {}
 
 

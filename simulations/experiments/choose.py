@@ -67,8 +67,8 @@ def applicable(
         else:
             kept[name] = attack
     if left_out and not kept:
-        sentences = [text if name in text else f"attack {name!r}: {text}" for name, text in left_out.items()]
-        raise NotApplicable("; ".join(sentences))
+        together = "; ".join(f"{name}: {text}" for name, text in left_out.items())
+        raise NotApplicable(together if len(left_out) > 1 else next(iter(left_out.values())))
     return kept, left_out
 
 

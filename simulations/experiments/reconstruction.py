@@ -152,6 +152,10 @@ class Answers:
         """Attack -> observation key -> answer."""
         return {name: {key: answer for key, (answer, _) in done.items()} for name, done in self._done.items()}
 
+    def failures(self) -> dict[str, dict[str, str]]:
+        """Attack -> observation key -> why there is no answer."""
+        return {name: dict(failed) for name, failed in self._failed.items()}
+
 
 class ReconstructionExperiment(Experiment):
     """Attacks the victims of the attacked rounds while the federation goes on, and scores the images."""
@@ -253,3 +257,7 @@ class ReconstructionExperiment(Experiment):
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         """Attack -> observation key -> answer."""
         return self.work.answers()
+
+    def failures(self) -> dict[str, dict[str, str]]:
+        """Attack -> observation key -> why there is no answer."""
+        return self.work.failures()

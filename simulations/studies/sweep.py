@@ -338,7 +338,13 @@ def run_cell(cell: Cell, place: str, engine: EngineConfig) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = Path(place) / cell.name
     try:
-        simulate(cell.config(folder, engine.threads), command=f"fedattack --config {folder / 'config.toml'}")
+        config = cell.config(folder, engine.threads)
+        result = simulate(config, command=f"fedattack --config {folder / 'config.toml'}")
+        lost = {
+            name: why for name, why in result.failures.items() if why and not result.reconstructions[name]
+        }
+        if lost and lost.keys() == result.audits.keys():  # no attack answered anything
+            status, reason = FAILED, next(iter(next(iter(lost.values())).values()))
     except BadRequest as error:
         status, reason = REFUSED, str(error)
     except RunFailed as error:
