@@ -172,7 +172,10 @@ def simulate(
                 failed |= dict.fromkeys(experiment.attacks, error)
         if not scored and (ended or failed):
             raise ended or next(iter(failed.values()))
-        late = [f"{name} failed: {reason(error)}" for name, error in failed.items()]
+        lost = {name: one for experiment in experiments for name, one in experiment.failures().items()}
+        causes = {n: next(iter(lost[n].values())) for n in lost if lost[n] and n not in scored}
+        causes |= {name: reason(error) for name, error in failed.items()}
+        late = [f"{name} failed: {why}" for name, why in causes.items()]
         late += [f"the federation ended after round {len(rounds)}: {ended}"] if ended else []
         for note in late:
             shown.say(note, folder)
@@ -187,7 +190,6 @@ def simulate(
     if ended is not None:
         raise ended
     answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
-    lost = {name: one for experiment in experiments for name, one in experiment.failures().items()}
     summary = summary_document(config, results, figures, left_out)
     return RunResult(folder.path, federation, {one.attack: one for one in results}, answers, summary, lost)
 

@@ -103,7 +103,7 @@ class FederationResult:
     rejections : list of (int, int, str)
         (round, client, reason) of every refused reply.
     answers : dict of str to dict of int to dict of str to Tensor
-        Attack -> malicious client -> what it answered.
+        Attack -> malicious client -> what it answered, of those that did.
     """
 
     weights: dict[str, Tensor]
@@ -113,68 +113,18 @@ class FederationResult:
 
 
 def run_federation(
-    config: Config,
-    world: World,
-    *,
-    run_dir: Path | None = None,
-    on_observation: Callable[[Observation], None] | None = None,
-    observe: Callable[[int, int], bool] | None = None,
-    initial: dict[str, Tensor] | None = None,
-    first_round: int = 1,
-    excluded: Mapping[int, Collection[int]] | None = None,
-    on_round: Callable[[RoundRecord], None] | None = None,
-    on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
-    grid: LocalGrid | None = None,
-    arming: seats.MaliciousServer | None = None,
-    candidates: Candidates | None = None,
-    questions: Mapping[str, Candidates] | None = None,
+    config: Config, world: World, *, grid: LocalGrid | None = None, **how: Any
 ) -> FederationResult:
-    """Train a federation on the configured engine.
+    """Train a federation on the configured engine; `how` and the errors are those of :func:`serve`.
 
     Parameters
     ----------
     config : Config
     world : World
         Of the same configuration.
-    run_dir : Path, optional
-        Journal the rounds in ``run_dir/journal``, and go on from what is journaled there. Observations, rounds and
-        weights of journaled rounds are reported again, the figures as they were. The caller sees to it that the
-        folder belongs to this configuration.
-    on_observation : callable, optional
-        Called with what the server sees of each client that `observe` selects, in ascending order within a round.
-    observe : callable, optional
-        ``observe(round, client)``; None: everything.
-    initial : dict of str to Tensor, optional
-        State dict to start from; None: the configured initial weights.
-    first_round : int
-        The rounds from here to ``config.federation.rounds`` are run.
-    excluded : mapping of int to collection of int, optional
-        Client -> positions of its partition that it no longer trains on.
-    on_round : callable, optional
-        Called with each round's record.
-    on_weights : callable, optional
-        ``on_weights(round, weights)`` after each round.
     grid : LocalGrid, optional
         An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
         its start; its clients start with empty memories.
-    arming : adversaries.seats.MaliciousServer, optional
-        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
-    candidates : Candidates, optional
-        What that attack will be asked about.
-    questions : mapping of str to Candidates, optional
-        What the attacks of the malicious clients are asked about after the last round, by name.
-
-    Returns
-    -------
-    FederationResult
-
-    Raises
-    ------
-    ConfigError
-        If strategy and training settings do not go together.
-    RunFailed
-        If every client of a round raised an error, the weights diverged, a strategy could not aggregate, the actors
-        cannot be kept alive, or the journal cannot be written.
 
     Examples
     --------
@@ -191,22 +141,7 @@ def run_federation(
             grid.reset()
         stack.enter_context(server_identity(grid.run_id))
         stack.enter_context(_hushed(logging.WARNING))
-        return serve(
-            grid,
-            config,
-            world,
-            run_dir=run_dir,
-            on_observation=on_observation,
-            observe=observe,
-            initial=initial,
-            first_round=first_round,
-            excluded=excluded,
-            on_round=on_round,
-            on_weights=on_weights,
-            arming=arming,
-            candidates=candidates,
-            questions=questions,
-        )
+        return serve(grid, config, world, **how)
 
 
 def serve(
@@ -226,7 +161,46 @@ def serve(
     candidates: Candidates | None = None,
     questions: Mapping[str, Candidates] | None = None,
 ) -> FederationResult:
-    """The server's side of :func:`run_federation`, on any grid; this process must be the server of its run."""
+    """Train a federation on any grid; this process must be the server of its run.
+
+    Parameters
+    ----------
+    grid : LocalGrid or PartitionedGrid
+    config, world
+        Of one configuration.
+    run_dir : Path, optional
+        Journal the rounds in ``run_dir/journal``, and go on from what is journaled there. Observations, rounds and
+        weights of journaled rounds are reported again, the figures as they were. The caller sees to it that the
+        folder belongs to this configuration.
+    on_observation : callable, optional
+        Called with what the server sees of each client that `observe` selects, in ascending order within a round.
+    observe : callable, optional
+        ``observe(round, client)``; None: everything.
+    initial : dict of str to Tensor, optional
+        State dict to start from; None: the configured initial weights.
+    first_round : int
+        The rounds from here to ``config.federation.rounds`` are run.
+    excluded : mapping of int to collection of int, optional
+        Client -> positions of its partition that it no longer trains on.
+    on_round : callable, optional
+        Called with each round's record.
+    on_weights : callable, optional
+        ``on_weights(round, weights)`` after each round.
+    arming : adversaries.seats.MaliciousServer, optional
+        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
+    candidates : Candidates, optional
+        What that attack will be asked about.
+    questions : mapping of str to Candidates, optional
+        What the attacks of the malicious clients are asked about after the last round, by name.
+
+    Raises
+    ------
+    ConfigError
+        If strategy and training settings do not go together.
+    RunFailed
+        If every client of a round raised an error, the weights diverged, a strategy could not aggregate, the actors
+        cannot be kept alive, or the journal cannot be written.
+    """
     if config.federation.strategy == "fedprox" and config.training.momentum:
         raise ConfigError(
             f"setting 'training.momentum' = {config.training.momentum}: strategy 'fedprox' needs 0 here"
@@ -328,7 +302,8 @@ def _ask(
     for reply in served.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
         client = grid.client_of(reply.metadata.src_node_id)
         if reply.has_error():
-            raise RunFailed(f"attack {attack!r} of client {client} gave no answer: {reply.error.reason}")
+            log.warning("attack %r of client %d gave no answer: %s", attack, client, reply.error.reason)
+            continue
         record = reply.content[UPDATE]
         assert isinstance(record, ArrayRecord)
         answers[client] = to_tensors(record)

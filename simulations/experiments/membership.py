@@ -22,7 +22,7 @@ from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.defenses import hides_clients
-from fedattack.errors import DataError, NotApplicable
+from fedattack.errors import DataError, FedattackError, NotApplicable, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.rng import adversary_seed, numpy_rng
@@ -31,7 +31,7 @@ from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.engine.flower_internals import server_identity
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.choose import check_held_out
-from simulations.experiments.executor import choose_device
+from simulations.experiments.executor import choose_device, reason
 from strategies import build_strategy, drawn
 from strategies.eavesdropper import seeded_sampling
 from strategies.messages import to_record
@@ -212,6 +212,8 @@ class MembershipExperiment(Experiment):
     def __init__(self, plan: Plan, attacks: Mapping[str, MembershipAttack]) -> None:
         super().__init__(plan, attacks)
         self._this_round: list[Observation] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._failed: dict[str, Exception] = {}
         self._figures: dict[str, dict[int, Figures]] = {
             name: dict(plan.folder.load_rounds(name)) for name in self._serving()
         }
@@ -251,7 +253,7 @@ class MembershipExperiment(Experiment):
             return self.plan.config.attack.rounds
         return range(1, self.plan.config.federation.rounds + 1)
 
-    def _of(self, attack: MembershipAttack, target: int, rounds: Rounds) -> Rounds:
+    def _asked_about(self, attack: MembershipAttack, target: int, rounds: Rounds) -> Rounds:
         """Of the clients asked about, the rounds asked about."""
         hostile = self.plan.config.attack.malicious_clients
         asked = [c for c in rounds if (c not in hostile if target == EVERYONE else c == target)]
@@ -264,10 +266,10 @@ class MembershipExperiment(Experiment):
     def _question(self, attack: MembershipAttack) -> Question:
         target = EVERYONE
         if not isinstance(attack, MaliciousClient):
-            each = {c: len(self._of(attack, c, self._expected)[c]) for c in self._expected}
+            each = {c: len(self._asked_about(attack, c, self._expected)[c]) for c in self._expected}
             target = min(each, key=lambda client: (-each[client], client), default=0)
         return choose_question(
-            self.plan.config, self.plan.world, target, self._of(attack, target, self._expected)
+            self.plan.config, self.plan.world, target, self._asked_about(attack, target, self._expected)
         )
 
     def questions(self) -> dict[str, Candidates]:
@@ -296,17 +298,50 @@ class MembershipExperiment(Experiment):
         device = choose_device(config.engine.device)
         for name in self._serving():
             attack, asked = self.attacks[name], self._asked[name]
-            if seen and number not in self._figures[name] and number in self._rounds(attack):
+            wanted = number not in self._figures[name] and number in self._rounds(attack)
+            if seen and wanted and name not in self._failed:
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
-                seed = adversary_seed(config.seed, "membership", number)
-                figures = attack.watch(seen, asked.target, candidates, seed, device)
+                seed, started = adversary_seed(config.seed, "membership", number), time.perf_counter()
+                try:
+                    figures = attack.watch(seen, asked.target, candidates, seed, device)
+                except Exception as error:  # its own; the federation and the other attacks go on
+                    self._fail(name, error)
+                    continue
                 self.plan.folder.save_round(name, number, figures)
                 self._figures[name][number] = figures
+                self._seconds[name] += time.perf_counter() - started
                 self.plan.shown(name, number / config.federation.rounds, f"round {number}")
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Have every attack conclude, and score its answer."""
-        return {name: self._audit(name, attack, federation) for name, attack in self.attacks.items()}
+        """Have every attack conclude, and score its answer; attacks that failed are left out.
+
+        Raises
+        ------
+        FedattackError
+            Where all failed: the first one's, or a RunFailed that names it.
+        """
+        audits: dict[str, AuditResult] = {}
+        for name, attack in self.attacks.items():
+            if name not in self._failed:
+                try:
+                    audits[name] = self._audit(name, attack, federation)
+                except Exception as error:
+                    self._fail(name, error)
+        if not audits:
+            name, error = next(iter(self._failed.items()))
+            if isinstance(error, FedattackError):
+                raise error
+            raise RunFailed(f"attack {name!r} failed: {type(error).__name__}: {error}") from error
+        return audits
+
+    def failures(self) -> dict[str, dict[str, str]]:
+        """Attack -> "all" -> why it failed."""
+        return {name: {"all": reason(error)} for name, error in self._failed.items()}
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._failed[name] = error
+        self.plan.shown(name, 1.0, f"failed: {error}")
+        log.error("attack %s failed: %s: %s", name, type(error).__name__, error)
 
     def _audit(self, name: str, attack: MembershipAttack, federation: FederationResult) -> AuditResult:
         plan, started, asked = self.plan, time.perf_counter(), self._asked[name]
@@ -316,22 +351,22 @@ class MembershipExperiment(Experiment):
             if record.aggregated or not isinstance(attack, MaliciousClient):
                 for client in record.clients:
                     answered[client].append(record.round)
-        rounds = self._of(attack, asked.target, answered)
+        rounds = self._asked_about(attack, asked.target, answered)
         if not any(rounds.values()):
             raise NotApplicable(f"{name}: no update of a client that it is asked about was observed")
         counts, is_member, details = asked.settle(plan.config, plan.world, rounds)
         known = plan.folder.load_scores(name, asked.target)
         if known is None:
             if isinstance(attack, MaliciousClient):
-                answers = federation.answers[name]
-                together = torch.stack(
-                    [answers[client]["scores"].double() for client in sorted(answers)]
-                ).mean(0)
-                scores = MembershipScores(together, name, {"asked_clients": sorted(answers)})
+                answers = federation.answers.get(name, {})
+                if not answers:
+                    raise RunFailed(f"{name}: no malicious client gave an answer (log.txt)")
+                each = [answers[client]["scores"].double() for client in sorted(answers)]
+                scores = MembershipScores(torch.stack(each).mean(0), name, {"asked_clients": sorted(answers)})
             else:
                 scores = attack.scores(self._figures[name], asked.target)
             scores = dataclasses.replace(scores, scores=scores.scores[torch.from_numpy(counts)])
-            seconds = time.perf_counter() - started
+            seconds = self._seconds[name] + time.perf_counter() - started
             plan.folder.save_scores(name, asked.target, scores, seconds)
         else:
             scores, seconds = known

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.seats import MaliciousServer
 from fedattack.compression import Memory, build_compressor, decode, encode
 from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, TrainingConfig
 from fedattack.metrics import match, psnr
@@ -62,7 +63,7 @@ def observe(
 ) -> Observation:
     """What the server sees of a client with this batch."""
     weights = initial_weights(scene.model, seed)
-    if not honest:
+    if not honest and isinstance(attack, MaliciousServer):
         weights = attack.arm(scene, weights, seed, public)
     steps = [np.arange(len(images))] * scene.training.local_steps
     result = local_update(build_model(scene.model), weights, images, labels, steps, scene.training)

@@ -18,7 +18,7 @@ from adversaries.membership.fedmia import FedMIA, one_tailed, statistics
 from fedattack.audit.membership import audit_membership
 from fedattack.config import Config
 from fedattack.data import World, build_world
-from fedattack.errors import DataError, NotApplicable
+from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.metrics.membership import auc_interval
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
@@ -269,6 +269,19 @@ def test_a_client_is_asked_about_all_others(tmp_path: Path) -> None:
     world = build_world(config)
     ids = choose_question(config, world, EVERYONE, {1: [*range(1, 41)], 2: [*range(1, 41)]}).ids
     assert not set(ids) & set(world.partitions[0])
+
+
+def test_an_attack_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
+    names = ("rigged_seats:Failing", "rigged_seats:Silent", "fedmia")
+    config = settings(rounds=2, attack=names, **{"run-dir": str(tmp_path / "run")})
+    result = simulate(config)
+    assert list(result.audits) == ["fedmia"]
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "attack rigged_seats:Failing failed: ValueError: too odd to read" in log
+    assert "attack 'rigged_seats:Silent' of client 0 gave no answer: KeyError" in log
+    alone = settings(rounds=1, attack=names[:1], **{"run-dir": str(tmp_path / "alone")})
+    with pytest.raises(RunFailed, match="too odd to read"):
+        simulate(alone)
 
 
 def test_refusals(federation: Run, tmp_path: Path) -> None:

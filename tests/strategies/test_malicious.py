@@ -11,7 +11,8 @@ from fedattack.config import Config
 from fedattack.data import build_world
 from fedattack.errors import ConfigError
 from fedattack.models import initial_weights
-from fedattack.observation import Observation
+from fedattack.observation import Candidates, Observation
+from fedattack.rng import adversary_seed
 from simulations.engine.federation import run_federation
 from simulations.experiments.choose import arming_attack
 from simulations.pipeline import simulate
@@ -78,6 +79,30 @@ def test_two_clients_behind_secure_aggregation(tmp_path) -> None:
     result = simulate(config)
     assert all(len(answer.images) == 8 for answer in result.reconstructions["tensor"].values())
     assert result.audits["tensor"].summary["recovered"] == 8
+
+
+class Planting(TensorAttack):
+    """Its armed weights stay; it keeps what it was told of its question."""
+
+    aggregates = True
+
+    def arm(self, scenario, weights, seed, auxiliary, candidates=None):
+        self.told = (seed, candidates)
+        return super().arm(scenario, weights, seed, auxiliary)
+
+
+def test_an_armed_round_is_aggregated_where_the_attack_says_so() -> None:
+    config = settings(rounds=1)
+    world = build_world(config)
+    seen: list[Observation] = []
+    attack, question = Planting(), Candidates(*world.dataset.tensors(world.pools.nonmembers[:3]))
+    result = run_federation(config, world, on_observation=seen.append, arming=attack, candidates=question)
+    assert result.rounds[0].aggregated
+    assert attack.told == (adversary_seed(config.seed, "arm", 1), question)
+    for name, tensor in result.weights.items():
+        mean = sum(o.update.dense()[name] for o in seen) / 2
+        assert torch.allclose(tensor, seen[0].weights[name] - 0.05 * mean, atol=1e-6)
+    assert torch.equal(seen[0].weights["head.weight"][0], torch.full((128,), 1 / 128))
 
 
 class Tampering(TensorAttack):
