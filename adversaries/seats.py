@@ -104,6 +104,8 @@ class ClientView:
     memory : dict of str to Tensor
         What the attack keeps between rounds, to be written to; empty at first. Needs
         :attr:`MaliciousClient.keeps_memory`.
+    requests : int
+        How many deletions it is to ask for (setting ``attack.requests``).
     """
 
     round: int
@@ -112,6 +114,7 @@ class ClientView:
     weights: dict[str, Tensor]
     seed: int
     memory: dict[str, Tensor]
+    requests: int = 1
 
 
 @dataclass
@@ -144,7 +147,16 @@ class MaliciousClient(Attack):
     def request(
         self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
     ) -> UnlearningRequest | None:
-        """The deletions that it asks for, given its own samples and `model`, the global one; None: none."""
+        """The deletions that it asks for; None: none.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The global one, as `view.weights`.
+        images, labels : Tensor
+            Its samples that are not forgotten yet, float32 (N, C, H, W) in [0, 1] and int64 (N,). Positions of the
+            request count in them.
+        """
         del view, model, images, labels
         return None
 

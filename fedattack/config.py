@@ -6,7 +6,8 @@ Three spellings reach the same setting:
 * short, as on the command line and in Flower's flat run-config: ``compression``, ``learning-rate``
   (the table :data:`SHORT_NAMES`);
 * an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``;
-* a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``.
+* a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``;
+* a mechanism's: ``unlearning.federaser.calibration`` or ``unlearning.calibration``.
 """
 
 from __future__ import annotations
@@ -88,6 +89,9 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """What a client does with the weights it gets."""
 
+    task: str = Field(
+        "classify", description="what is trained and measured: a task by name, or 'module:Class'"
+    )
     protocol: Literal["fedsgd", "fedavg"] = Field(
         "fedsgd", description="gradient of one batch, or weight delta"
     )
@@ -182,7 +186,14 @@ class UnlearningConfig(Section):
     """What the honest server does when it is asked to forget."""
 
     mechanism: str = "retrain"
-    checkpoint_every: Positive = Field(1, description="rounds between the server's checkpoints")
+    round: Positive | None = Field(
+        None, description="round after which clients ask for deletions; None: the last"
+    )
+    checkpoint_every: Positive = Field(1, description="rounds between what the server keeps to forget later")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="mechanism name -> parameters"
+    )
+    shared_options: dict[str, Any] = Field(default_factory=dict, description="parameters of the mechanism")
 
 
 class EngineConfig(Section):
@@ -238,7 +249,17 @@ class Config(Section):
             raise ValueError(
                 f"setting 'attack.rounds' = {late}: the federation has {self.federation.rounds} round(s)"
             )
+        if self.request_round > self.federation.rounds:
+            raise ValueError(
+                f"setting 'unlearning.round' = {self.request_round}: the federation has {self.federation.rounds} "
+                "round(s)"
+            )
         return self
+
+    @property
+    def request_round(self) -> int:
+        """The round after which clients ask for deletions."""
+        return self.unlearning.round or self.federation.rounds
 
     @property
     def victims(self) -> int:
@@ -363,10 +384,10 @@ def _resolve(key: str) -> list[str]:
             return parts
         if parts[0] == "attack":
             return ["attack", "shared_options", ".".join(parts[1:])]
-        if parts[0] == "defense" and len(parts) == 2:
-            return ["defense", "shared_options", parts[1]]
-        if parts[0] == "defense" and len(parts) == 3:
-            return ["defense", "options", key.split(".")[1], parts[2]]
+        if "shared_options" in fields and len(parts) == 2:
+            return [parts[0], "shared_options", parts[1]]
+        if "options" in fields and len(parts) == 3 and parts[0] != "partition":
+            return [parts[0], "options", key.split(".")[1], parts[2]]
         raise unknown_name("setting", key, [f"{parts[0]}.{name}" for name in fields])
     if len(parts) == 2:  # hcgla.iterations; the attack itself is looked up when it is built
         return ["attack", "options", key.split(".")[0], parts[1]]

@@ -261,8 +261,21 @@ class MembershipScores:
 
 @dataclass(frozen=True)
 class UnlearningRequest:
-    """A client's request to forget samples of its own, by position in its partition."""
+    """A client's request to forget samples: by position in its partition, or the samples themselves.
+
+    Parameters
+    ----------
+    client : int
+        Who asks.
+    positions : tuple of int
+        In its partition; empty where samples are sent.
+    reason : str
+    images, labels : Tensor or None
+        float32 (n, C, H, W) in [0, 1] and int64 (n,); nothing says that the client ever trained on them.
+    """
 
     client: int
-    positions: tuple[int, ...]
+    positions: tuple[int, ...] = ()
     reason: str = ""
+    images: Tensor | None = field(default=None, compare=False)
+    labels: Tensor | None = field(default=None, compare=False)

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedattack.config import TrainingConfig
 from fedattack.errors import DataError, RunFailed
+from fedattack.observation import UpdateKind
 from fedattack.rng import numpy_rng
+from fedattack.task import CLASSIFY, GradientStep, Task, trained_parameters
 
-LossAndGradient = tuple[Tensor, tuple[Tensor, ...]]
-"""The loss of a batch, a scalar, and its gradient in the order of the model's parameters."""
-
-GradientStep = Callable[[nn.Module, Tensor, Tensor], LossAndGradient]
-"""Takes the model in the mode it is to be used in, images (n, C, H, W) and labels (n,), on one device."""
+batch_gradient: GradientStep = CLASSIFY.gradient
+"""Loss and gradient of the mean cross-entropy of one batch: what an undefended client of a classifier computes."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,12 @@ class LocalResult:
     Parameters
     ----------
     update : dict of str to Tensor
-        Parameter name -> gradient (fedsgd) or new minus received weights (fedavg), float32, on the model's device.
+        Trained parameter -> gradient (fedsgd) or new minus received weights (fedavg), float32, on the model's
+        device.
     buffers : dict of str to Tensor
         The floating-point buffers after training (BatchNorm statistics); empty where the model has none.
     loss : float
-        Mean cross-entropy of the batches, each at the weights it met.
+        Mean loss of the batches, each at the weights it met.
     num_examples : int
         Distinct samples used.
     """
@@ -86,25 +85,9 @@ def batch_positions(
     return batches[: training.local_steps]
 
 
-def batch_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
-    """Loss and gradient of the mean cross-entropy of one batch: what an undefended client computes."""
-    loss = objective(model, model(images), labels)
-    return loss, torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-
-
-@runtime_checkable
-class Penalised(Protocol):
-    """A model that adds something of its own to the loss."""
-
-    def penalty(self) -> Tensor:
-        """What its last forward pass adds, a scalar."""
-        ...
-
-
-def objective(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-    """What a client minimises: the mean cross-entropy, and the model's own penalty where it has one."""
-    loss = cross_entropy(logits, labels)
-    return loss + model.penalty() if isinstance(model, Penalised) else loss
+def weight_step(training: TrainingConfig, kind: UpdateKind) -> float:
+    """What an update of this kind is multiplied by to become a change of the global weights."""
+    return 1.0 if kind == "delta" else -(training.server_learning_rate or training.learning_rate)
 
 
 def training_mode(model: nn.Module, batch_norm: Literal["train", "eval"]) -> nn.Module:
@@ -160,7 +143,10 @@ def local_update(
     """
     load_weights(model, weights)
     training_mode(model, training.batch_norm)
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    trained = trained_parameters(model)
+    if not trained:
+        raise RunFailed("the model has no parameter that is trained: all are frozen (requires_grad False)")
+    names, parameters = zip(*trained.items(), strict=True)
     device = parameters[0].device
     losses: list[Tensor] = []
 
@@ -201,9 +187,14 @@ def local_update(
 
 
 def evaluate(
-    model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor, batch_size: int = 512
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int = 512,
+    task: Task = CLASSIFY,
 ) -> dict[str, float]:
-    """Mean cross-entropy and accuracy of `weights` in evaluation mode.
+    """The task's figures of `weights` in evaluation mode, as means over the samples.
 
     Parameters
     ----------
@@ -215,11 +206,13 @@ def evaluate(
         float32 (N, C, H, W) in [0, 1] and int64 (N,).
     batch_size : int
         Samples in one forward pass; no effect on the result beyond rounding.
+    task : Task
 
     Returns
     -------
     dict
-        "loss" (NaN or infinite where the model has diverged) and "accuracy" in [0, 1].
+        Of a classifier "loss", the mean cross-entropy (NaN or infinite where the model has diverged), and "accuracy"
+        in [0, 1].
 
     Raises
     ------
@@ -233,14 +226,12 @@ def evaluate(
     load_weights(model, weights)
     model.eval()
     device = next(model.parameters()).device
-    loss, correct = 0.0, 0
+    total = dict.fromkeys(task.figures, 0.0)
     with torch.inference_mode():
         for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            truth = truth.to(device)
-            logits = model(some.to(device))
-            loss += float(cross_entropy(logits, truth, reduction="sum"))
-            correct += int((logits.argmax(1) == truth).sum())
-    return {"loss": loss / len(labels), "accuracy": correct / len(labels)}
+            for name, figure in task.measure(model, some.to(device), truth.to(device)).items():
+                total[name] += figure
+    return {name: figure / len(labels) for name, figure in total.items()}
 
 
 @torch.no_grad()

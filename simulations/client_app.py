@@ -24,7 +24,8 @@ from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
 from fedattack.observation import Candidates, Scenario
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
-from fedattack.training import GradientStep, LocalResult, batch_positions, evaluate, local_update
+from fedattack.task import TASKS, GradientStep, Task, trained_parameters
+from fedattack.training import LocalResult, batch_positions, evaluate, load_weights, local_update
 from simulations.experiments.executor import choose_device
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
 from strategies.messages import (
@@ -32,12 +33,14 @@ from strategies.messages import (
     CONFIG,
     DROPPED_OUT,
     EXCLUDED,
+    LOCAL_STEPS,
     METRICS,
     NUM_EXAMPLES,
     PACKED,
     PARTITION,
     QUESTION,
     ROUND,
+    SAMPLES,
     TRAIN_LOSS,
     UPDATE,
     to_record,
@@ -99,10 +102,15 @@ class Workplace:
     @cached_property
     def compressor(self) -> Compressor:
         """The agreed compressor."""
-        named = list(build_model(self.scenario.model).named_parameters())
+        sent = trained_parameters(build_model(self.scenario.model))
         return build_compressor(
-            self.scenario.compression, [name for name, _ in named], [tuple(p.shape) for _, p in named]
+            self.scenario.compression, list(sent), [tuple(parameter.shape) for parameter in sent.values()]
         )
+
+    @cached_property
+    def task(self) -> Task:
+        """What is trained and measured."""
+        return TASKS.get(self.scenario.training.task)()
 
     @cached_property
     def defenses(self) -> tuple[Defense, ...]:
@@ -257,6 +265,9 @@ def train(message: Message, context: Context) -> Message:
     batches = round_batches(
         place.config, len(place.partitions[client]), round, client, _excluded(settings, client)
     )
+    steps_asked = settings.get(LOCAL_STEPS)
+    assert steps_asked is None or isinstance(steps_asked, int)
+    batches = batches[:steps_asked]
     used = used_positions(batches)
     images, labels = place.samples(client, used)
     weights = place.weights(arrays)
@@ -268,7 +279,7 @@ def train(message: Message, context: Context) -> Message:
         images, labels = _alike(attack, own, dict(zip(own, poisoned, strict=True))).values()
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
-    defended = ClientDefenses(place.defenses, place.config.seed, round, client)
+    defended = ClientDefenses(place.defenses, place.config.seed, round, client, place.task.gradient)
     shown = defended.images(images)
     result = _train(place, weights, shown, labels, steps, mu, defended.gradient)
     update = defended.update(result.update)
@@ -321,7 +332,7 @@ def _train_proximal(
         raise ConfigError(
             f"setting 'training.momentum' = {training.momentum}: strategy 'fedprox' needs 0 here"
         )
-    received = {name: weights[name].to(place.device) for name, _ in place.model.named_parameters()}
+    received = {name: weights[name].to(place.device) for name in trained_parameters(place.model)}
     drift = {name: torch.zeros_like(tensor) for name, tensor in received.items()}
     current = dict(weights)
     losses: list[float] = []
@@ -373,6 +384,7 @@ def _seats(
                 dict(weights),
                 adversary_seed(place.config.seed, f"client seat of {name}", round, client),
                 _recalled(context, _ATTACK_MEMORY.format(attack=name)),
+                place.config.attack.requests,
             ),
         )
         for name, attack in place.attackers.items()
@@ -397,7 +409,7 @@ def evaluate_global(message: Message, context: Context) -> Message:
     arrays = message.content[ARRAYS]
     assert isinstance(arrays, ArrayRecord)
     images, labels = place.samples(client, remaining_positions(len(place.partitions[client])))
-    figures = evaluate(place.model, place.weights(arrays), images, labels)
+    figures = evaluate(place.model, place.weights(arrays), images, labels, task=place.task)
     metrics = MetricRecord({NUM_EXAMPLES: len(labels), **figures})
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
@@ -430,30 +442,30 @@ def answer(message: Message, context: Context) -> Message:
 
 @app.query("unlearn")
 def unlearn(message: Message, context: Context) -> Message:
-    """Ask the server to forget samples: the malicious client those that its attack chooses, all others none.
+    """Ask the server to forget samples: a malicious client those that its attacks choose, all others none.
 
-    The instruction's configuration names the attack ("attack") and the malicious client ("client").
+    Each request is a record under the attack's name; samples that it brings lie beside it, under :data:`SAMPLES`.
     """
-    from adversaries import ATTACKS, UnlearningAttack, build_attack
-
+    place = _workplace(context)
     client, settings = _identity(message, context)
-    answer: dict[str, Any] = {"client": client, "positions": [], "reason": ""}
-    if settings["client"] == client:
-        place = _workplace(context)
-        name, arrays = settings["attack"], message.content[ARRAYS]
-        assert isinstance(name, str)
-        assert isinstance(arrays, ArrayRecord)
-        options = place.config.attack
-        attack = build_attack(ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options)
-        if not isinstance(attack, UnlearningAttack):
-            raise ConfigError(f"attack {name!r} is of family {attack.family!r}, not 'unlearning'")
+    round, arrays, content = settings[ROUND], message.content[ARRAYS], RecordDict()
+    assert isinstance(round, int)
+    assert isinstance(arrays, ArrayRecord)
+    weights = place.weights(arrays)
+    for name, (attack, view) in _seats(place, context, round, client, weights).items():
         left = remaining_positions(len(place.partitions[client]), _excluded(settings, client))
         if not len(left):
             raise DataError(f"client {client} has no samples left to forget")
-        images, labels = place.samples(client, left)
-        place.model.load_state_dict(place.weights(arrays))
-        request = attack.choose(
-            client, place.model, images, labels, min(options.requests, len(left)), place.config.seed
+        load_weights(place.model, weights)
+        request = attack.request(view, place.model, *place.samples(client, left))
+        if request is None:
+            continue
+        count = 0 if request.labels is None else len(request.labels)
+        own = range(len(left))
+        positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
+        content[name] = ConfigRecord(
+            {"client": request.client, "positions": positions, "reason": request.reason, SAMPLES: count}
         )
-        answer |= {"positions": [int(left[p]) for p in request.positions], "reason": request.reason}
-    return Message(RecordDict({CONFIG: ConfigRecord(answer)}), reply_to=message)
+        if request.images is not None and request.labels is not None:
+            content[f"{name}.{SAMPLES}"] = to_record({"images": request.images, "labels": request.labels})
+    return Message(content, reply_to=message)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from adversaries import Attack
 from adversaries.seats import MaliciousClient
@@ -30,7 +31,7 @@ from fedattack.storage import load_observations as read_observations
 from fedattack.storage import load_truths as read_truths
 from fedattack.storage.observations import safe_name
 from fedattack.storage.records import summary_document
-from simulations.engine.federation import FederationResult, RoundRecord, run_federation
+from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
 from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, by_family, open_experiments
 from simulations.experiments.choose import applicable, arming_attack, check_model, check_names, choose_attacks
@@ -351,6 +352,15 @@ def _train(
         for experiment in experiments:
             experiment.after_round(record)
 
+    def global_model(round: int, weights: dict[str, Tensor]) -> None:
+        for experiment in experiments:
+            experiment.global_model(round, weights)
+
+    def requested(requests: DeletionRequests) -> None:
+        for experiment in experiments:
+            experiment.requests(requests)
+
+    clients = any(isinstance(attack, MaliciousClient) for attack in attacks.values())
     questions = {name: asked for one in experiments for name, asked in one.questions().items()}
     arming = arming_attack(attacks)
     plan.shown("federation", 0.0, f"round 1 of {total}")
@@ -361,6 +371,8 @@ def _train(
         on_observation=observed,
         observe=lambda round, client: any(one.wants(round, client) for one in experiments),
         on_round=after_round,
+        on_weights=global_model,
+        on_requests=requested if clients else None,
         arming=arming,
         candidates=next((questions.get(name) for name, attack in attacks.items() if attack is arming), None),
         questions={n: asked for n, asked in questions.items() if isinstance(attacks[n], MaliciousClient)},

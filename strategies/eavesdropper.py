@@ -27,6 +27,8 @@ from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, UpdateKind
 from fedattack.rng import numpy_rng
+from fedattack.task import tied_names, trained_parameters
+from fedattack.training import weight_step
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
 from strategies.messages import (
     CONFIG,
@@ -162,16 +164,14 @@ class Eavesdropper(Strategy):
         self.client_of = client_of
         self.average_buffers = average_buffers
         module = build_model(scenario.model)
-        self.names = tuple(name for name, _ in module.named_parameters())
-        self.shapes = tuple(tuple(parameter.shape) for _, parameter in module.named_parameters())
+        trained = trained_parameters(module)
+        self.names = tuple(trained)
+        self.shapes = tuple(tuple(parameter.shape) for parameter in trained.values())
+        self._buffer_names = {name for name, _ in module.named_buffers()}
+        self._tied = tied_names(module)
         self._offsets = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)])
         self._numel = int(self._offsets[-1])
         self.kind: UpdateKind = "gradient" if scenario.training.protocol == "fedsgd" else "delta"
-        self.server_step = (
-            -(scenario.training.server_learning_rate or scenario.training.learning_rate)
-            if self.kind == "gradient"
-            else 1.0
-        )
         self.aggregated = hides_clients(scenario.defense)
         self._claims: dict[int, int] = {}  # client number -> the node that goes by it
         self._sent: dict[str, Tensor] = {}
@@ -253,7 +253,7 @@ class Eavesdropper(Strategy):
         self._float_buffers = [
             name
             for name, tensor in self._sent.items()
-            if name not in set(self.names) and tensor.is_floating_point()
+            if name in self._buffer_names and tensor.is_floating_point()
         ]
 
     # ------------------------------------------------------------------ what comes back
@@ -335,7 +335,7 @@ class Eavesdropper(Strategy):
             update, wire_bytes = self._difference(arrays, message.metadata.src_node_id)
             others = set(arrays) - set(self.names)
         largest = float(update.values.abs().max()) if update.kept else 0.0
-        if largest * abs(self.server_step) > MAX_STEP:
+        if largest * abs(weight_step(self.scenario.training, update.kind)) > MAX_STEP:
             raise PayloadError(f"an entry of {largest:.3g} would leave the range of the weights")
         unknown = others - set(self._sent)
         if unknown:
@@ -427,7 +427,7 @@ class Eavesdropper(Strategy):
         record: dict[str, Array] = {}
         update = reply.update
         values = update.values.numpy()
-        scale = self.server_step if update.kind == "gradient" else 1.0
+        scale = weight_step(self.scenario.training, update.kind)
         if update.indices is None:
             cuts, indices = self._offsets, None
         else:
@@ -458,8 +458,9 @@ class Eavesdropper(Strategy):
             elif name in self._float_buffers:
                 mean = sum(reply.buffers[name] * np.float64(reply.num_examples / total) for reply in replies)
                 result[name] = torch.from_numpy(np.asarray(mean, dtype=self._sent_arrays[name].dtype))
-            else:  # integer buffers (BatchNorm's counter) are not sent and stay
+            else:  # integer buffers (BatchNorm's counter) and frozen parameters are not sent and stay
                 result[name] = sent
+        result |= {name: result[kept] for name, kept in self._tied.items()}
         broken = [name for name, value in result.items() if not torch.isfinite(value).all()]
         if broken:
             raise RunFailed(

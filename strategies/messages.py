@@ -31,9 +31,15 @@ ROUND = "server-round"
 EXCLUDED = "excluded-{client}"
 """Positions of its partition that client `client` no longer trains on; absent for none."""
 
+LOCAL_STEPS = "local-steps"
+"""How many of the agreed local steps are taken; absent for all."""
+
 NUM_EXAMPLES = "num-examples"
 TRAIN_LOSS = "train_loss"
 PARTITION = "partition-id"
+
+SAMPLES = "samples"
+"""Of a deletion request: how many it brings, and the arrays "images" and "labels" that hold them."""
 
 DROPPED_OUT = 1001
 """Error code of a client that was drawn and does not answer."""

@@ -20,6 +20,7 @@ from fedattack.errors import PayloadError
 from fedattack.models.classifiers.lenet import ConvChain
 from fedattack.models.classifiers.resnet import ResNet
 from fedattack.observation import Update
+from fedattack.task import trained_parameters
 
 State = dict[str, Tensor]
 
@@ -146,7 +147,7 @@ def gradient_products(
     """
     device = next(model.parameters()).device
     state = {name: tensor.to(device) for name, tensor in weights.items()}
-    order = [name for name, _ in model.named_parameters()]
+    order = list(trained_parameters(model))
     for update in updates:
         if list(update.names) != order:
             raise PayloadError(f"update over tensors {list(update.names)}; the model's are {order}")

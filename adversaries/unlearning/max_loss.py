@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adversaries.seats import ClientView
 from adversaries.unlearning.base import UnlearningAttack
-from fedattack.errors import ConfigError
 from fedattack.observation import UnlearningRequest
 
 _CHUNK = 256
@@ -25,37 +25,16 @@ class MaxLoss(UnlearningAttack):
 
     needs = "a client's seat: its own samples and the current global model"
 
-    def choose(
-        self, client: int, model: nn.Module, images: Tensor, labels: Tensor, requests: int, seed: int
+    def request(
+        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
     ) -> UnlearningRequest:
-        """Choose the `requests` samples of largest loss; equal losses in order of position.
+        """The samples of largest loss, at most `view.requests`; equal losses in order of position.
 
-        Parameters
-        ----------
-        client : int
-        model : nn.Module
-            Evaluated in eval mode, whatever mode it comes in, and given back in the mode it came in.
-        images, labels : Tensor
-            float32 (N, C, H, W) in [0, 1] and int64 (N,).
-        requests : int
-            1 to N.
-        seed : int
-            Not used: the order has no chance in it.
-
-        Raises
-        ------
-        ConfigError
-            If the client has fewer samples than `requests`.
+        The model is evaluated in eval mode, whatever mode it comes in, and given back in the mode it came in.
         """
-        del seed
-        if not 1 <= requests <= len(images):
-            raise ConfigError(
-                f"setting 'attack.requests' = {requests}: client {client} has {len(images)} samples; "
-                f"accepted: 1 to {len(images)}"
-            )
         losses = sample_losses(model, images, labels)
-        order = torch.argsort(losses, descending=True, stable=True)[:requests]
-        return UnlearningRequest(client, tuple(order.tolist()), "largest loss")
+        order = torch.argsort(losses, descending=True, stable=True)[: view.requests]
+        return UnlearningRequest(view.client, tuple(order.tolist()), "largest loss")
 
 
 @torch.no_grad()

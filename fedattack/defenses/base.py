@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.defenses.accounting import Privacy
 from fedattack.observation import Scenario
-from fedattack.training import GradientStep, LossAndGradient
+from fedattack.task import GradientStep, LossAndGradient
 
 
 @dataclass

@@ -14,7 +14,8 @@ from fedattack.errors import ConfigError, unknown_name
 from fedattack.observation import Scenario
 from fedattack.registry import Registry, build_plugin, plugin_options
 from fedattack.rng import torch_rng
-from fedattack.training import GradientStep, batch_gradient
+from fedattack.task import GradientStep
+from fedattack.training import batch_gradient
 
 DEFENSES: Registry[type[Defense]] = Registry(
     "defence",
@@ -104,10 +105,20 @@ class ClientDefenses:
     defenses : sequence of Defense
     seed, round, client : int
         Key of the random streams.
+    step : callable
+        How an undefended client computes one batch's loss and gradient.
     """
 
-    def __init__(self, defenses: Sequence[Defense], seed: int, round: int, client: int) -> None:
+    def __init__(
+        self,
+        defenses: Sequence[Defense],
+        seed: int,
+        round: int,
+        client: int,
+        step: GradientStep = batch_gradient,
+    ) -> None:
         self._defenses = tuple(defenses)
+        self._step = step
         self._generators = [
             torch_rng(seed, "defense", round, client, place) if defense.draws else _UNUSED
             for place, defense in enumerate(self._defenses)
@@ -127,7 +138,7 @@ class ClientDefenses:
     @property
     def gradient(self) -> GradientStep:
         """How one batch's loss and gradient are computed."""
-        step: GradientStep = batch_gradient
+        step = self._step
         for defense, generator in zip(self._defenses, self._generators, strict=True):
             if type(defense).gradient is not Defense.gradient:
                 step = _wrapped(defense.gradient, step, generator)

@@ -16,7 +16,7 @@ from fedattack.defenses.base import Defense
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Scenario
-from fedattack.training import GradientStep, LossAndGradient
+from fedattack.task import GradientStep, LossAndGradient
 
 
 @dataclass

@@ -14,7 +14,7 @@ from fedattack.defenses.base import Defense
 from fedattack.models import build_model
 from fedattack.models.classifiers.precode import Bottlenecked
 from fedattack.observation import Scenario
-from fedattack.training import GradientStep, LossAndGradient
+from fedattack.task import GradientStep, LossAndGradient
 
 
 @dataclass

@@ -13,7 +13,7 @@ from fedattack.defenses.base import Defense
 from fedattack.models import build_model
 from fedattack.models.classifiers.precode import headed
 from fedattack.observation import Scenario
-from fedattack.training import GradientStep, LossAndGradient, objective
+from fedattack.task import GradientStep, LossAndGradient, objective, trained_parameters
 
 _AT_ONCE = 64
 """Rows of the Jacobian that are computed together."""
@@ -69,7 +69,7 @@ class Soteria(Defense):
         pruned = features.detach() * self.kept(features, images)
         logits = network.head(features)
         loss = objective(model, logits, labels)
-        parameters = list(model.parameters())
+        parameters = list(trained_parameters(model).values())
         *gradients, at_logits = torch.autograd.grad(loss, [*parameters, logits], materialize_grads=True)
         place = next(index for index, p in enumerate(parameters) if p is network.head.weight)
         gradients[place] = at_logits.T @ pruned

@@ -7,7 +7,6 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from fedattack.config import ModelConfig
 from fedattack.errors import BadRequest, ConfigError, DataError
@@ -15,6 +14,7 @@ from fedattack.models.classifiers.layers import kaiming_uniform
 from fedattack.models.classifiers.precode import Bottlenecked
 from fedattack.registry import Registry
 from fedattack.rng import torch_rng
+from fedattack.task import tied_names
 from fedattack.training import batch_gradient, training_mode
 
 
@@ -110,10 +110,10 @@ def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) ->
 def build_model(model: ModelConfig) -> nn.Module:
     """The module of a resolved configuration, in torch's default initialisation (see :func:`initial_weights`).
 
-    Layers that find their width at their first use have found it.
+    Layers whose width is found at their first use are shown one blank image.
     """
     module = MODELS.get(model.name)(model)
-    if any(is_lazy(tensor) for tensor in module.parameters()):
+    if any(isinstance(part, nn.modules.lazy.LazyModuleMixin) for part in module.modules()):
         assert model.channels is not None
         assert model.image_size is not None
         with torch.no_grad():
@@ -253,12 +253,13 @@ def _read_weights(path: str, module: nn.Module) -> dict[str, Tensor]:
         raise DataError(
             f"setting 'model.weights' = {path!r}: not a readable safetensors file ({error})"
         ) from None
+    state |= {name: state[kept] for name, kept in tied_names(module).items() if kept in state}
     wanted = module.state_dict()
     if state.keys() != wanted.keys() or any(state[n].shape != wanted[n].shape for n in wanted):
         raise DataError(f"setting 'model.weights' = {path!r}: tensors do not fit the model")
     if not all(torch.isfinite(t).all() for t in state.values()):
         raise DataError(f"setting 'model.weights' = {path!r}: holds NaN or infinite values")
-    return state
+    return {name: state[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
 
 
 __all__ = ["MODELS", "build_model", "dry_run", "initial_weights", "resolve"]

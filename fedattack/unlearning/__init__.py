@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-from fedattack.registry import Registry
-from fedattack.unlearning.mechanism import Forgotten, Mechanism, RetrainFunction, ServerMemory, Weights
-from fedattack.unlearning.requests import Deletion, validate_request
+from fedattack.config import UnlearningConfig
+from fedattack.errors import unknown_name
+from fedattack.registry import Registry, build_plugin, plugin_options
+from fedattack.unlearning.history import ClientUpdate, History, Weights
+from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer
+from fedattack.unlearning.requests import Deletion, as_positions, sample_digests, validate_request
 
 MECHANISMS: Registry[type[Mechanism]] = Registry(
     "mechanism",
-    {"retrain": "fedattack.unlearning.retrain:Retrain"},
+    {
+        "retrain": "fedattack.unlearning.retrain:Retrain",
+        "federaser": "fedattack.unlearning.federaser:FedEraser",
+    },
     group="fedattack.mechanisms",
 )
 
+
+def build_mechanism(config: UnlearningConfig) -> Mechanism:
+    """The configured mechanism with its parameters.
+
+    Raises
+    ------
+    ConfigError
+        If the mechanism or one of its parameters is unknown, or a value is malformed.
+    """
+    name, cls = config.mechanism, MECHANISMS.get(config.mechanism)
+    for other in config.options.keys() - {name}:
+        raise unknown_name("setting", f"unlearning.{other}", [f"unlearning.{name}"])
+    for option in config.shared_options.keys() - plugin_options(cls).keys():
+        known = [f"unlearning.{field}" for field in ("mechanism", "checkpoint_every", *plugin_options(cls))]
+        raise unknown_name("setting", f"unlearning.{option}", known)
+    return build_plugin(cls, name, config.options.get(name, {}), config.shared_options, "unlearning.")
+
+
 __all__ = [
     "MECHANISMS",
+    "ClientUpdate",
     "Deletion",
     "Forgotten",
+    "History",
     "Mechanism",
-    "RetrainFunction",
-    "ServerMemory",
+    "Trainer",
     "Weights",
+    "as_positions",
+    "build_mechanism",
+    "sample_digests",
     "validate_request",
 ]

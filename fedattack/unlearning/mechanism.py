@@ -3,48 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
-from torch import Tensor
-
+from fedattack.defenses import hides_clients
+from fedattack.errors import NotApplicable
+from fedattack.observation import Scenario
+from fedattack.unlearning.history import ClientUpdate, History, Kept, Weights
 from fedattack.unlearning.requests import Deletion
 
-Weights = dict[str, Tensor]
-"""A state dict: name -> tensor, parameters and buffers."""
-
-RetrainFunction = Callable[[Mapping[int, frozenset[int]], Weights, int], Weights]
-"""``retrain(excluded, weights, first_round)``: train the federation again from `weights`.
-
-`excluded` maps a client to the positions of its partition that no round may touch; `first_round` is the first
-round to run, 1-based; the last is the same as in the first training. Returns the final global weights.
-"""
+Excluded = Mapping[int, frozenset[int]]
+"""Client -> positions of its partition that no round may touch any more."""
 
 
-@dataclass(frozen=True)
-class ServerMemory:
-    """What the server kept of the training that it is asked to change.
+class Trainer(Protocol):
+    """How a mechanism reaches the clients. They begin with empty memories (error feedback) in every call."""
 
-    Parameters
-    ----------
-    weights : dict of str to Tensor
-        The current global model.
-    rounds : int
-        Rounds trained so far.
-    checkpoints : mapping of int to dict
-        Round -> global model after that round; 0 is the initial model.
-    first_rounds : mapping of int to int
-        Client -> first round whose aggregate its update went into (1-based). Clients that never took part are
-        absent.
-    excluded : mapping of int to frozenset of int
-        Positions that earlier requests had removed; they stay removed.
-    """
+    def train(self, excluded: Excluded, weights: Weights, first_round: int) -> Weights:
+        """Train the rounds from `first_round` (1-based) to the last again, from `weights`; the final global model."""
+        ...
 
-    weights: Weights
-    rounds: int
-    checkpoints: Mapping[int, Weights]
-    first_rounds: Mapping[int, int]
-    excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    def updates(
+        self, excluded: Excluded, weights: Weights, round: int, share: float
+    ) -> Iterator[ClientUpdate]:
+        """What the clients of a round answer to `weights`, not aggregated; ascending.
+
+        Each takes `share` of the agreed local steps, at least one; the same clients are drawn as before.
+        """
+        ...
+
+    def evaluate(self, weights: Weights, clients: Collection[int]) -> dict[int, dict[str, float]]:
+        """Client -> the task's figures of `weights` on all of its samples, as it says."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,34 +49,58 @@ class Forgotten:
     excluded : mapping of int to frozenset of int
         All positions removed so far, this time's included.
     resumed_after : int
-        The last round that was kept as it was. Checkpoints of later rounds still know the samples: drop them.
+        The last round that was kept as it was. What is kept of later rounds still knows the samples: drop it.
     rounds_trained : int
         Federation rounds that the answer cost.
     """
 
     weights: Weights
-    excluded: Mapping[int, frozenset[int]]
+    excluded: Excluded
     resumed_after: int
     rounds_trained: int
 
 
+@dataclass
 class Mechanism(ABC):
-    """Base of every mechanism: turns accepted deletions into a model that no longer knows the samples."""
+    """Base of every mechanism: turns accepted deletions into a model that no longer knows the samples.
+
+    A dataclass; its fields are its settings, ``unlearning.NAME.FIELD``.
+
+    Attributes
+    ----------
+    keeps : frozenset of str
+        What of the training it needs; nothing else is kept.
+    by_positions : bool
+        Whether a deletion must name positions; else it may hold samples, which may be anybody's.
+    """
+
+    keeps: ClassVar[frozenset[Kept]] = frozenset()
+    by_positions: ClassVar[bool] = True
+
+    def check(self, name: str, scenario: Scenario) -> None:
+        """Refuse a federation in which the server cannot keep what is needed.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        if "updates" in self.keeps and hides_clients(scenario.defense):
+            raise NotApplicable(
+                f"setting 'unlearning.mechanism' = {name!r} keeps each client's update, which 'secure-aggregation' "
+                "hides; use 'retrain'"
+            )
 
     @abstractmethod
-    def forget(
-        self, deletions: Sequence[Deletion], memory: ServerMemory, retrain: RetrainFunction
-    ) -> Forgotten:
-        """Forget the samples of `deletions`.
+    def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
+        """Forget what `deletions` name.
 
         Parameters
         ----------
         deletions : sequence of Deletion
             Accepted by :func:`fedattack.unlearning.validate_request`.
-        memory : ServerMemory
-            What the server kept.
-        retrain : callable
-            See :data:`RetrainFunction`.
+        history : History
+            Of the training, as far as :attr:`keeps` asks for it.
+        trainer : Trainer
         """
 
 

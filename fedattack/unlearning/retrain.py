@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fedattack.errors import RunFailed
-from fedattack.unlearning.mechanism import Forgotten, Mechanism, RetrainFunction, ServerMemory, merged
+from fedattack.unlearning.history import History
+from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 
 
+@dataclass
 class Retrain(Mechanism):
     """Train again without the samples, from the last checkpoint that cannot know them.
 
-    That is the newest checkpoint older than the first round in which any affected client took part: which of
-    its samples a client used in a round, the server does not know. The result never saw the samples, so
-    forgetting is exact by construction (Bourtoule et al., "Machine unlearning", IEEE S&P 2021); the price is
-    the rounds. What clients or strategy carry from round to round (error-feedback residuals, server momentum)
-    starts afresh at the checkpoint, because what was carried may know the samples too.
+    The result never saw the samples, so forgetting is exact by construction (Bourtoule et al., "Machine unlearning",
+    IEEE S&P 2021); the price is the rounds. What clients or strategy carry from round to round (error-feedback
+    residuals, server momentum) starts afresh at the checkpoint, because what was carried may know the samples too.
     """
 
-    def forget(
-        self, deletions: Sequence[Deletion], memory: ServerMemory, retrain: RetrainFunction
-    ) -> Forgotten:
+    keeps = frozenset({"checkpoints"})
+
+    def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget the samples of `deletions`; see :meth:`Mechanism.forget`.
 
         Clients that never took part cost no round: the model cannot know their samples.
@@ -31,16 +31,9 @@ class Retrain(Mechanism):
         RunFailed
             If no checkpoint is old enough.
         """
-        excluded = merged(memory.excluded, deletions)
-        entered = [memory.first_rounds[d.client] for d in deletions if d.client in memory.first_rounds]
-        if not entered:
-            return Forgotten(memory.weights, excluded, resumed_after=memory.rounds, rounds_trained=0)
-        kept = [round_number for round_number in memory.checkpoints if round_number < min(entered)]
-        if not kept:
-            raise RunFailed(
-                f"cannot forget by retraining: no checkpoint is older than round {min(entered)} "
-                f"(kept: {sorted(memory.checkpoints) or 'none'}); the initial model counts as round 0"
-            )
-        start = max(kept)
-        weights = {name: tensor.clone() for name, tensor in memory.checkpoints[start].items()}
-        return Forgotten(retrain(excluded, weights, start + 1), excluded, start, memory.rounds - start)
+        excluded = merged(history.excluded, deletions)
+        start = history.ignorant([deletion.client for deletion in deletions])
+        if start is None:
+            return Forgotten(history.weights, excluded, resumed_after=history.rounds, rounds_trained=0)
+        weights = trainer.train(excluded, history.checkpoint(start), start + 1)
+        return Forgotten(weights, excluded, start, history.rounds - start)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -22,9 +23,10 @@ from torch import Tensor
 from adversaries import seats
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.errors import ConfigError, RunFailed
+from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Candidates, Observation, UnlearningRequest
+from fedattack.observation import Candidates, Observation, Scenario, UnlearningRequest
+from fedattack.task import TASKS
 from fedattack.training import evaluate
 from simulations.client_app import Workplace, exclusion_settings
 from simulations.engine.flower_grid import PartitionedGrid
@@ -34,9 +36,24 @@ from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
-from strategies.messages import ARRAYS, CONFIG, QUESTION, ROUND, UPDATE, to_record, to_tensors
+from strategies.messages import (
+    ARRAYS,
+    CONFIG,
+    LOCAL_STEPS,
+    OVERSIZED,
+    QUESTION,
+    ROUND,
+    SAMPLES,
+    UPDATE,
+    read_dense,
+    to_record,
+    to_tensors,
+)
 
 log = logging.getLogger("fedattack.federation")
+
+DeletionRequests = dict[str, list[tuple[int, UnlearningRequest]]]
+"""Under the name that requests go by (of the attack behind them): who really asked, and what the request says."""
 
 _PATIENCE_SECONDS = 30 * 24 * 3600.0
 _EVALUATED_AT_ONCE = 4096
@@ -155,8 +172,10 @@ def serve(
     initial: dict[str, Tensor] | None = None,
     first_round: int = 1,
     excluded: Mapping[int, Collection[int]] | None = None,
+    local_steps: int | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
+    on_requests: Callable[[DeletionRequests], None] | None = None,
     arming: seats.MaliciousServer | None = None,
     candidates: Candidates | None = None,
     questions: Mapping[str, Candidates] | None = None,
@@ -182,10 +201,14 @@ def serve(
         The rounds from here to ``config.federation.rounds`` are run.
     excluded : mapping of int to collection of int, optional
         Client -> positions of its partition that it no longer trains on.
+    local_steps : int, optional
+        How many of the agreed local steps clients take; None: all.
     on_round : callable, optional
         Called with each round's record.
     on_weights : callable, optional
         ``on_weights(round, weights)`` after each round.
+    on_requests : callable, optional
+        Called with what the clients want forgotten, as they say after round ``config.request_round``.
     arming : adversaries.seats.MaliciousServer, optional
         The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
     candidates : Candidates, optional
@@ -261,6 +284,8 @@ def serve(
         rounds.append(record)
         if on_weights is not None:
             on_weights(record.round, weights)
+        if on_requests is not None and record.round == config.request_round:
+            on_requests(ask_unlearning(grid, weights, world.scenario, record.round, excluded, through=served))
         if on_round is not None:
             on_round(record)
         if record.loss is None or record.accuracy is None:
@@ -273,41 +298,24 @@ def serve(
             initial_arrays=to_record(weights),
             num_rounds=total,
             timeout=_PATIENCE_SECONDS,
-            train_config=ConfigRecord(exclusion_settings(excluded or {})),
+            train_config=ConfigRecord(
+                exclusion_settings(excluded or {}) | ({LOCAL_STEPS: local_steps} if local_steps else {})
+            ),
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
-    answers = {
-        name: _ask(served, grid, weights, config, name, question)
-        for name, question in (questions or {}).items()
-    }
+    answers: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, question in (questions or {}).items():
+        settings = {"attack": name, ROUND: config.federation.rounds}
+        records = {QUESTION: to_record({"images": question.images, "labels": question.labels})}
+        said: list[tuple[int, Message]] = []
+        for client in config.attack.malicious_clients:
+            try:
+                said += ask(grid, "query.answer", weights, [client], settings, records, through=served)
+            except RunFailed as error:  # the attack's own fault; the run goes on
+                log.warning("attack %r of client %d gave no answer: %s", name, client, error)
+        answers[name] = {client: to_tensors(reply.content.array_records[UPDATE]) for client, reply in said}
     return FederationResult(weights, rounds, rejections, answers)
-
-
-def _ask(
-    served: Grid,
-    grid: LocalGrid | PartitionedGrid,
-    weights: Mapping[str, Tensor],
-    config: Config,
-    attack: str,
-    question: Candidates,
-) -> dict[int, dict[str, Tensor]]:
-    """What the malicious clients answer to an attack's question, given the final global model."""
-    settings = ConfigRecord({"attack": attack, ROUND: config.federation.rounds})
-    asked = to_record({"images": question.images, "labels": question.labels})
-    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: settings, QUESTION: asked})
-    nodes = [n for n in grid.get_node_ids() if grid.client_of(n) in config.attack.malicious_clients]
-    answers: dict[int, dict[str, Tensor]] = {}
-    messages = [Message(content, node, "query.answer") for node in nodes]
-    for reply in served.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
-        client = grid.client_of(reply.metadata.src_node_id)
-        if reply.has_error():
-            log.warning("attack %r of client %d gave no answer: %s", attack, client, reply.error.reason)
-            continue
-        record = reply.content[UPDATE]
-        assert isinstance(record, ArrayRecord)
-        answers[client] = to_tensors(record)
-    return answers
 
 
 @contextmanager
@@ -373,7 +381,7 @@ def _refuse_if_all_failed(report: RoundReport) -> None:
 
 
 class Judge:
-    """Loss and accuracy of global weights on the held-out pool, or on other samples; ``{}`` where there are none.
+    """The task's figures of global weights on the held-out pool, or on other samples; ``{}`` where there are none.
 
     Parameters
     ----------
@@ -384,70 +392,137 @@ class Judge:
     def __init__(self, config: Config, world: World) -> None:
         self._world = world
         self._model = build_model(world.scenario.model).to(choose_device(config.engine.device))
+        self._task = TASKS.get(config.training.task)()
 
     def __call__(
         self, weights: Mapping[str, Tensor], ids: NDArray[np.int64] | None = None
     ) -> dict[str, float]:
-        """Mean cross-entropy ("loss") and share of right answers ("accuracy") on samples `ids`; None: the pool."""
+        """Means over the samples `ids` of what :attr:`fedattack.task.Task.figures` names; None: the pool."""
         chosen = self._world.pools.nonmembers if ids is None else ids
-        total = {"loss": 0.0, "accuracy": 0.0}
+        total = dict.fromkeys(self._task.figures, 0.0)
         for start in range(0, len(chosen), _EVALUATED_AT_ONCE):
             images, labels = self._world.dataset.tensors(chosen[start : start + _EVALUATED_AT_ONCE])
-            figures = evaluate(self._model, dict(weights), images, labels)
+            figures = evaluate(self._model, weights, images, labels, task=self._task)
             for name in total:
                 total[name] += figures[name] * (len(labels) / len(chosen))
         return total if len(chosen) else {}
 
 
-def ask_unlearning(
+def ask(
     grid: LocalGrid | PartitionedGrid,
+    what: str,
     weights: Mapping[str, Tensor],
-    attack: str,
-    client: int,
-    excluded: Mapping[int, Collection[int]] | None = None,
-) -> list[tuple[int, UnlearningRequest]]:
-    """Ask all clients whether they want samples forgotten.
+    clients: Collection[int] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    records: Mapping[str, ArrayRecord] | None = None,
+    through: Grid | None = None,
+) -> list[tuple[int, Message]]:
+    """Show clients a model and have them answer.
 
     Parameters
     ----------
     grid : LocalGrid or PartitionedGrid
         An open grid.
+    what : str
+        Type of the message: "evaluate", "query.unlearn", ...
     weights : mapping of str to Tensor
-        The current global model, which every client has.
-    attack : str
-        Name of the unlearning attack.
-    client : int
-        The malicious client.
+    clients : collection of int, optional
+        Who is asked; None: all.
+    settings : mapping, optional
+        The instruction's configuration.
+    records : mapping of str to ArrayRecord, optional
+        What it carries besides.
+    through : Grid, optional
+        A grid around `grid` that the messages go through.
+
+    Returns
+    -------
+    list of (int, Message)
+        Who really answered, and what.
+
+    Raises
+    ------
+    RunFailed
+        If a client could not answer.
+    """
+    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: ConfigRecord(dict(settings or {}))})
+    for name, record in (records or {}).items():
+        content[name] = record
+    answers: list[tuple[int, Message]] = []
+    with ExitStack() as stack:
+        if isinstance(grid, LocalGrid):
+            stack.enter_context(server_identity(grid.run_id))
+        asked = [n for n in grid.get_node_ids() if clients is None or grid.client_of(n) in clients]
+        messages = [Message(content, node, what) for node in asked]
+        for reply in (through or grid).send_and_receive(messages, timeout=_PATIENCE_SECONDS):
+            sender = grid.client_of(reply.metadata.src_node_id)
+            if reply.has_error() and reply.error.code == OVERSIZED:
+                log.warning("answer of client %d to %r rejected: %s", sender, what, reply.error.reason)
+            elif reply.has_error():
+                raise RunFailed(f"client {sender} could not answer {what!r}: {reply.error.reason}")
+            else:
+                answers.append((sender, reply))
+    return answers
+
+
+def ask_unlearning(
+    grid: LocalGrid | PartitionedGrid,
+    weights: Mapping[str, Tensor],
+    scenario: Scenario,
+    round: int,
+    excluded: Mapping[int, Collection[int]] | None = None,
+    through: Grid | None = None,
+) -> DeletionRequests:
+    """Ask all clients whether they want samples forgotten, given the global model after a round.
+
+    Parameters
+    ----------
+    grid, weights, through
+        As for :func:`ask`.
+    scenario : Scenario
+        The shape of samples that a request may bring.
     excluded : mapping of int to collection of int, optional
         Client -> positions that are forgotten already.
 
     Returns
     -------
-    list of (int, UnlearningRequest)
-        Who really asked, and what the request says, of all clients that ask for something. Not validated: see
+    DeletionRequests
+        Not validated but for arrays that are no images and labels, which are refused with a line in the log: see
         :func:`fedattack.unlearning.validate_request`.
 
     Raises
     ------
     RunFailed
-        If the malicious client's attack failed.
+        If a client could not answer.
     """
-    settings = ConfigRecord({"attack": attack, "client": client, **exclusion_settings(excluded or {})})
-    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: settings})
-    requests: list[tuple[int, UnlearningRequest]] = []
-    with ExitStack() as stack:
-        if isinstance(grid, LocalGrid):
-            stack.enter_context(server_identity(grid.run_id))
-        messages = [Message(content, node, "query.unlearn") for node in grid.get_node_ids()]
-        for reply in grid.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
-            sender = grid.client_of(reply.metadata.src_node_id)
-            if reply.has_error():
-                raise RunFailed(f"client {sender} could not answer whether to unlearn: {reply.error.reason}")
-            answer: Any = reply.content[CONFIG]
-            if answer["positions"]:
-                positions = tuple(np.asarray(answer["positions"]).tolist())
-                requests.append((sender, UnlearningRequest(answer["client"], positions, answer["reason"])))
+    requests: DeletionRequests = {}
+    settings = {ROUND: round, **exclusion_settings(excluded or {})}
+    for sender, reply in ask(grid, "query.unlearn", weights, settings=settings, through=through):
+        for name, answer in reply.content.config_records.items():
+            try:
+                request = _request(answer, reply.content.array_records.get(f"{name}.{SAMPLES}"), scenario)
+            except PayloadError as error:
+                log.warning("deletion request from client %d rejected: %s", sender, error)
+                continue
+            requests.setdefault(name, []).append((sender, request))
     return requests
 
 
-__all__ = ["FederationResult", "Judge", "RoundRecord", "ask_unlearning", "run_federation", "serve"]
+def _request(answer: ConfigRecord, samples: ArrayRecord | None, scenario: Scenario) -> UnlearningRequest:
+    """A deletion request as it was received."""
+    said: Any = {"client": None, "positions": [], "reason": "", SAMPLES: 0, **answer}
+    positions = tuple(said["positions"]) if isinstance(said["positions"], list) else (said["positions"],)
+    request = UnlearningRequest(said["client"], positions, str(said["reason"]))
+    if samples is None:
+        return request
+    count = said[SAMPLES]
+    if not isinstance(count, int) or count < 1 or samples.keys() != {"images", "labels"}:
+        raise PayloadError(f"{count!r} samples in arrays {sorted(samples)}; accepted: images and labels")
+    images = read_dense(samples["images"], (count, *scenario.image_shape), "float32")
+    labels = read_dense(samples["labels"], (count,), "int64")
+    return dataclasses.replace(
+        request, images=torch.from_numpy(images.copy()), labels=torch.from_numpy(labels.copy())
+    )
+
+
+__all__ = ["FederationResult", "Judge", "RoundRecord", "ask", "ask_unlearning", "run_federation", "serve"]

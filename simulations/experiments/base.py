@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from adversaries import Attack
 from fedattack.audit import AuditResult
 from fedattack.config import Config
@@ -14,7 +16,7 @@ from fedattack.data import World
 from fedattack.observation import Candidates, Observation
 from fedattack.registry import Registry
 from fedattack.storage import RunFolder
-from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord
 from simulations.progress import Stages
 
 
@@ -83,6 +85,14 @@ class Experiment(ABC):
     def observe(self, observation: Observation) -> None:
         """Take one of the observations that :meth:`wants` asked for; within a round in ascending order."""
         del observation
+
+    def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
+        """Look at the global model after a round, just before :meth:`after_round`."""
+        del round, weights
+
+    def requests(self, requests: DeletionRequests) -> None:
+        """Take what the clients want forgotten, as they say after round ``config.request_round``."""
+        del requests
 
     def after_round(self, record: RoundRecord) -> None:
         """Take note that a round is over."""

@@ -13,8 +13,9 @@ from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable, unknown_name
 from fedattack.models import dry_run
+from fedattack.task import TASKS
 from fedattack.training import batch_positions
-from fedattack.unlearning import MECHANISMS
+from fedattack.unlearning import build_mechanism
 from simulations.experiments.executor import choose_device
 from strategies import NEED_SINGLE_UPDATES, build_strategy
 
@@ -98,7 +99,8 @@ def check_names(config: Config) -> None:
     """
     build_strategy(config.federation, config.training.learning_rate)
     COMPRESSORS.get(config.compression.name)
-    MECHANISMS.get(config.unlearning.mechanism)
+    TASKS.get(config.training.task)
+    build_mechanism(config.unlearning)
     if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
         raise NotApplicable(
             f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "

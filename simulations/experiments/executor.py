@@ -138,7 +138,7 @@ def _checked(observation: Observation, answer: Any) -> Reconstruction | str:
 
 
 class Executor(ABC):
-    """Takes jobs, and tells `done` what became of each before :meth:`finish` returns; `seed` is the run's."""
+    """Takes jobs, and tells `done` what became of each, at the latest in :meth:`finish`; `seed` is the run's."""
 
     def __init__(self, engine: EngineConfig, seed: int, shown: Shown, done: Done) -> None:
         self.engine, self.shown, self.done = engine, shown, done

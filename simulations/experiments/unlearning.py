@@ -1,12 +1,16 @@
-"""The experiment on unlearning: a client asks for deletions, and the auditor measures what they cost."""
+"""The experiment on unlearning: clients ask for deletions, and the auditor measures what they cost."""
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from adversaries.base import Progress, no_progress
 from adversaries.unlearning.base import UnlearningAttack
@@ -15,57 +19,65 @@ from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import DataError, NotApplicable
 from fedattack.models import initial_weights
-from fedattack.observation import UnlearningRequest
+from fedattack.observation import Observation, UnlearningRequest
 from fedattack.rng import numpy_rng
 from fedattack.unlearning import (
-    MECHANISMS,
+    ClientUpdate,
     Deletion,
-    Forgotten,
-    RetrainFunction,
-    ServerMemory,
+    History,
+    Mechanism,
     Weights,
+    as_positions,
+    build_mechanism,
+    sample_digests,
     validate_request,
 )
-from simulations.engine.federation import FederationResult, Judge, ask_unlearning, run_federation
+from simulations.engine.federation import (
+    DeletionRequests,
+    FederationResult,
+    Judge,
+    RoundRecord,
+    ask,
+    run_federation,
+)
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
-from simulations.experiments.base import Experiment
+from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.choose import check_held_out
-
-MALICIOUS_CLIENT = 0
-"""The client that asks for deletions."""
+from strategies.messages import METRICS
 
 
 @dataclass(frozen=True)
 class UnlearningOutcome:
-    """What a deletion request did to the global model, beside what it would have done anyway.
+    """What deletion requests did to the global model, beside what it would have done anyway.
 
     Every repeat trains three times with the same random draws: without any deletion, without the requested
-    samples, and without as many random ones of the same client. The first repeat has the draws of the run
+    samples, and without as many random ones of the same clients. The first repeat has the draws of the run
     itself.
 
     Parameters
     ----------
-    request : UnlearningRequest
-        As the client put it.
+    requests : tuple of UnlearningRequest
+        As the malicious clients put them.
     drops_out : bool
-        True when the client has no sample left and leaves the federation.
+        True when a client has no sample left and leaves the federation.
     mechanism : str
         How the server forgets.
     before, after, random : tuple of float
-        Accuracy on the held-out pool in [0, 1], one per repeat: no deletion, the request, random samples.
+        Accuracy on the held-out pool in [0, 1], one per repeat: no deletion, the requests, random samples.
     losses : dict of str to tuple of float
         Mean cross-entropy on the held-out pool under the same three names.
     test_samples : int
         Size of the held-out pool.
-    resumed_after, rounds_trained : int
-        The last round that the server kept, and the rounds that forgetting cost it.
+    resumed_after, rounds_trained, client_steps : int
+        The last round that the server kept, the rounds that forgetting cost it, and the local steps that the clients
+        took in them.
     details : dict
         JSON-able: `requested_loss`, the mean cross-entropy of the requested samples "before" and "after"
-        (first repeat), and `random_positions`, one list per repeat.
+        (first repeat; where they are the client's own), and `random_positions`, one list per repeat.
     """
 
-    request: UnlearningRequest
+    requests: tuple[UnlearningRequest, ...]
     drops_out: bool
     mechanism: str
     before: tuple[float, ...]
@@ -75,106 +87,213 @@ class UnlearningOutcome:
     test_samples: int
     resumed_after: int
     rounds_trained: int
+    client_steps: int
     details: dict[str, Any] = field(default_factory=dict)
+
+
+class FederationTrainer:
+    """How a mechanism reaches the clients of an open grid; see :class:`fedattack.unlearning.Trainer`.
+
+    Parameters
+    ----------
+    config, world
+        Of `grid`.
+    grid : LocalGrid
+
+    Attributes
+    ----------
+    client_steps : int
+        Local steps of all clients so far.
+    """
+
+    def __init__(self, config: Config, world: World, grid: LocalGrid) -> None:
+        self.config = _quiet(config, config.request_round)
+        self._whole = _quiet(config, config.federation.rounds)
+        self.world, self.grid = world, grid
+        self.client_steps = 0
+
+    def train(
+        self,
+        excluded: Mapping[int, Collection[int]],
+        weights: Weights,
+        first_round: int,
+        history: History | None = None,
+    ) -> Weights:
+        """Train the rounds from `first_round` again; `history` keeps of them what it is for."""
+        kept: dict[str, Any] = {}
+        if history is not None:
+            kept = {
+                "on_weights": history.keep_weights,
+                "on_observation": history.keep_update,
+                "observe": lambda round, _: history.wants_updates(round),
+                "on_round": lambda record: history.note_round(
+                    record.round, record.clients, record.aggregated
+                ),
+            }
+        return self._run(self.config, weights, first_round, excluded, **kept).weights
+
+    def updates(
+        self, excluded: Mapping[int, Collection[int]], weights: Weights, round: int, share: float
+    ) -> Iterator[ClientUpdate]:
+        """What the clients of a round answer to `weights`, each after a share of its steps."""
+        steps = max(1, int(share * self.config.training.local_steps + 0.5))
+        seen: list[Observation] = []
+        self._run(
+            _quiet(self.config, round),
+            weights,
+            round,
+            excluded,
+            local_steps=steps,
+            on_observation=seen.append,
+        )
+        return map(ClientUpdate.of, seen)
+
+    def go_on(self, excluded: Mapping[int, Collection[int]], weights: Weights) -> Weights:
+        """The rounds that follow the request."""
+        return self._run(self._whole, weights, self.config.federation.rounds + 1, excluded).weights
+
+    def evaluate(self, weights: Weights, clients: Collection[int]) -> dict[int, dict[str, float]]:
+        """The clients' figures of `weights` on their samples."""
+        answers = ask(self.grid, "evaluate", weights, clients)
+        return {client: dict(reply.content[METRICS]) for client, reply in answers}
+
+    def _run(
+        self,
+        config: Config,
+        weights: Weights,
+        first_round: int,
+        excluded: Mapping[int, Collection[int]],
+        local_steps: int | None = None,
+        **how: Any,
+    ) -> FederationResult:
+        result = run_federation(
+            config,
+            self.world,
+            initial=weights,
+            first_round=first_round,
+            excluded=excluded,
+            local_steps=local_steps,
+            grid=self.grid,
+            **how,
+        )
+        taken = local_steps or config.training.local_steps
+        self.client_steps += taken * sum(len(record.clients) for record in result.rounds)
+        return result
+
+
+def _quiet(config: Config, rounds: int) -> Config:
+    """The same federation, up to a round and not evaluated."""
+    federation = config.federation.model_copy(update={"evaluate": False, "rounds": rounds})
+    return config.model_copy(update={"federation": federation})
+
+
+def new_history(config: Config, world: World, mechanism: Mechanism, folder: Path) -> History:
+    """An empty history of what `mechanism` needs."""
+    return History(folder, world.scenario, mechanism.keeps, config.unlearning.checkpoint_every)
 
 
 def unlearning_experiment(
     config: Config,
     world: World,
-    result: FederationResult,
+    history: History,
+    final: Weights,
     attack: str,
+    requests: Sequence[tuple[int, UnlearningRequest]],
     *,
     repeats: int = 3,
     progress: Progress = no_progress,
 ) -> UnlearningOutcome:
-    """Let the malicious client ask for deletions, grant them, and measure the damage against random deletions.
+    """Grant the malicious clients their deletions, and measure the damage against random deletions.
 
-    The client is asked once, through the federation's own query, with the final global model. What training
-    again leaves depends on the draw of every batch, hence the repeats: the damage of one pair of trainings
+    What forgetting leaves depends on the draw of every batch, hence the repeats: the damage of one pair of trainings
     says little.
 
     Parameters
     ----------
     config, world
         The run's.
-    result : FederationResult
-        What the run left.
+    history : History
+        What the server kept of the run up to the requests.
+    final : dict of str to Tensor
+        The run's last global model.
     attack : str
-        Name of the unlearning attack; its parameters come from `config`.
+        Name of the unlearning attack.
+    requests : sequence of (int, UnlearningRequest)
+        Who asked, and for what, after round ``config.request_round``. The rounds after it go on from what is left.
     repeats : int
-        Pairs of trainings, at least 1. Costs ``3 * repeats - 1`` trainings from the checkpoint on.
+        Pairs of forgettings, at least 1; all but the first train the federation once more.
     progress : Progress
 
     Raises
     ------
     NotApplicable
-        If the malicious client never took part.
+        If nobody asks, or who asks never took part.
     DataError
         If no sample is held out.
     PayloadError
-        If the server rejects the request.
+        If the server rejects a request.
     RunFailed
-        If a federation or the attack fails.
+        If a federation fails.
     """
-    client, samples = MALICIOUS_CLIENT, len(world.partitions[MALICIOUS_CLIENT])
-    first_rounds = rounds_of_entry(result)
-    if client not in first_rounds:
-        raise NotApplicable(
-            f"{attack}: client {client} took part in none of {len(result.rounds)} rounds, so there is nothing to "
-            "forget; raise federation.participation or federation.rounds"
-        )
     if not len(world.pools.nonmembers):
         raise DataError(
             f"{attack}: no sample is held out to measure the damage on; raise setting 'data.nonmembers'"
         )
-    mechanism = MECHANISMS.get(config.unlearning.mechanism)()
-    quiet = config.model_copy(update={"federation": config.federation.model_copy(update={"evaluate": False})})
+    if not requests:
+        raise NotApplicable(f"{attack}: no client asks for a deletion")
+    mechanism = build_mechanism(config.unlearning)
+    deletions = [_accepted(world, mechanism, sender, request) for sender, request in requests]
+    clients = [deletion.client for deletion in deletions]
+    start = history.ignorant(clients)
+    if start is None:
+        who = " and ".join(f"client {client}" for client in clients)
+        raise NotApplicable(
+            f"{attack}: {who} took part in none of {history.rounds} rounds, so there is nothing to forget; raise "
+            "federation.participation or federation.rounds"
+        )
     judge = Judge(config, world)
     figures: dict[str, list[dict[str, float]]] = {"before": [], "after": [], "random": []}
     floors: list[list[int]] = []
-    request: UnlearningRequest | None = None
     for repeat in range(repeats):
-        again = quiet.model_copy(update={"seed": _seed(config.seed, repeat)})
-        with open_grid(again, world) as grid:
-            retrain = _retrainer(again, world, grid)
+        again = config.model_copy(update={"seed": _seed(config.seed, repeat)})
 
-            def report(step: int, text: str, repeat: int = repeat) -> None:
-                progress((3 * repeat + step) / (3 * repeats), f"{attack}: repeat {repeat + 1}, {text}")
+        def report(step: int, text: str, repeat: int = repeat) -> None:
+            progress((3 * repeat + step) / (3 * repeats), f"{attack}: repeat {repeat + 1}, {text}")
 
-            if request is None:
-                report(0, "asking the clients")
-                request = _ask(grid, result.weights, attack)
-                deletion = validate_request(request, client, samples)
-                kept = _checkpoint(quiet, world, first_rounds[client], grid)
-                before = result.weights
-            else:
+        with open_grid(again, world) as grid, tempfile.TemporaryDirectory(dir=history.folder) as scratch:
+            trainer, memory, before = FederationTrainer(again, world, grid), history, final
+            if repeat:
                 report(0, "no deletion")
-                ((start, weights),) = kept.items()
-                before = retrain({}, weights, start + 1)
-            memory = ServerMemory(before, config.federation.rounds, kept, first_rounds)
+                memory = new_history(config, world, mechanism, Path(scratch))
+                memory.first_rounds = dict(history.first_rounds)
+                memory.keep_weights(start, history.checkpoint(start))
+                trainer.train({}, history.checkpoint(start), start + 1, memory)
+                before = trainer.go_on({}, memory.weights)
+            spent = trainer.client_steps
             report(1, "the request")
-            answer = mechanism.forget([deletion], memory, retrain)
-            chosen = numpy_rng(config.seed, "unlearning floor", repeat).choice(
-                samples, len(deletion.positions), replace=False
-            )
+            answer = mechanism.forget(deletions, memory, trainer)
+            spent = trainer.client_steps - spent
+            chosen = _random_deletions(world, deletions, numpy_rng(config.seed, "unlearning floor", repeat))
             report(2, "random samples")
-            floor = mechanism.forget(
-                [Deletion(client, frozenset(chosen.tolist()), deletion.drops_out)], memory, retrain
-            )
+            floor = mechanism.forget([deletion for deletion, _ in chosen], memory, trainer)
+            after, random = (trainer.go_on(left.excluded, left.weights) for left in (answer, floor))
         if repeat == 0:
-            outcome: Forgotten = answer
-            ids = world.partitions[client][sorted(deletion.positions)]
-            requested = {"before": judge(before, ids)["loss"], "after": judge(answer.weights, ids)["loss"]}
+            outcome, steps = answer, spent
+            own = [world.partitions[d.client][sorted(d.positions)] for d in deletions if d.positions]
+            ids = np.concatenate([*own, np.empty(0, np.int64)]).astype(np.int64)
+            requested = {
+                name: judge(weights, ids).get("loss")
+                for name, weights in (("before", before), ("after", after))
+            }
         figures["before"].append(judge(before))
-        figures["after"].append(judge(answer.weights))
-        figures["random"].append(judge(floor.weights))
-        floors.append(sorted(chosen.tolist()))
+        figures["after"].append(judge(after))
+        figures["random"].append(judge(random))
+        floors.append([position for _, positions in chosen for position in positions])
     progress(1.0, f"{attack}: done")
-    assert request is not None, "at least one repeat"
     accuracy = {name: tuple(f["accuracy"] for f in rows) for name, rows in figures.items()}
     return UnlearningOutcome(
-        request=request,
-        drops_out=deletion.drops_out,
+        requests=tuple(request for _, request in requests),
+        drops_out=any(deletion.drops_out for deletion in deletions),
         mechanism=config.unlearning.mechanism,
         before=accuracy["before"],
         after=accuracy["after"],
@@ -183,18 +302,9 @@ def unlearning_experiment(
         test_samples=len(world.pools.nonmembers),
         resumed_after=outcome.resumed_after,
         rounds_trained=outcome.rounds_trained,
+        client_steps=steps,
         details={"requested_loss": requested, "random_positions": floors},
     )
-
-
-def rounds_of_entry(result: FederationResult) -> dict[int, int]:
-    """Client -> first round whose aggregate its update went into."""
-    entered: dict[int, int] = {}
-    for record in result.rounds:
-        if record.aggregated:
-            for client in record.clients:
-                entered.setdefault(client, record.round)
-    return entered
 
 
 def _seed(seed: int, repeat: int) -> int:
@@ -204,58 +314,90 @@ def _seed(seed: int, repeat: int) -> int:
     return int(numpy_rng(seed, "unlearning repeat", repeat).integers(2**31))
 
 
-def _retrainer(config: Config, world: World, grid: LocalGrid) -> RetrainFunction:
-    """What a mechanism calls to train the federation again."""
-
-    def retrain(excluded: Mapping[int, frozenset[int]], weights: Weights, first_round: int) -> Weights:
-        return run_federation(
-            config, world, initial=weights, first_round=first_round, excluded=excluded, grid=grid
-        ).weights
-
-    return retrain
+def _accepted(world: World, mechanism: Mechanism, sender: int, request: UnlearningRequest) -> Deletion:
+    """The request as the server accepts it, in the terms that the mechanism forgets by."""
+    partition = world.partitions[sender]
+    deletion = validate_request(request, sender, len(partition), world.scenario)
+    if deletion.labels is None or not mechanism.by_positions:
+        return deletion
+    return as_positions(deletion, sample_digests(*world.dataset.tensors(partition)))
 
 
-def _ask(grid: LocalGrid, weights: Weights, attack: str) -> UnlearningRequest:
-    """The malicious client's request, through the federation's query."""
-    for sender, request in ask_unlearning(grid, weights, attack, MALICIOUS_CLIENT):
-        if sender == MALICIOUS_CLIENT:
-            return request
-    raise NotApplicable(f"{attack}: client {MALICIOUS_CLIENT} asks for no deletion")
-
-
-def _checkpoint(config: Config, world: World, entry: int, grid: LocalGrid) -> dict[int, Weights]:
-    """The server's last checkpoint before round `entry`: round -> weights.
-
-    It is trained again rather than kept through the run: with the run's seed that gives the same bits.
-    """
-    every = config.unlearning.checkpoint_every
-    start = (entry - 1) // every * every
-    if start == 0:
-        return {0: initial_weights(world.scenario.model, config.seed)}
-    rounds = config.federation.model_copy(update={"rounds": start})
-    return {start: run_federation(config.model_copy(update={"federation": rounds}), world, grid=grid).weights}
+def _random_deletions(
+    world: World, deletions: Sequence[Deletion], rng: np.random.Generator
+) -> list[tuple[Deletion, list[int]]]:
+    """As many random samples of the same clients, asked for in the same way, and their positions."""
+    chosen: list[tuple[Deletion, list[int]]] = []
+    for deletion in deletions:
+        partition = world.partitions[deletion.client]
+        count = len(deletion.positions) if deletion.labels is None else len(deletion.labels)
+        positions = sorted(rng.choice(len(partition), count, replace=False).tolist())
+        if deletion.positions:
+            other = Deletion(deletion.client, frozenset(positions), deletion.drops_out)
+        else:
+            images, labels = world.dataset.tensors(partition[positions])
+            other = Deletion(deletion.client, images=images, labels=labels)
+        chosen.append((other, positions))
+    return chosen
 
 
 class UnlearningExperiment(Experiment):
-    """Lets the malicious client ask for deletions after the last round, and measures what they cost."""
+    """Lets the malicious clients ask for deletions after the last round, and measures what they cost.
+
+    While the federation trains, what the mechanism declares is kept in ``history/`` of the run folder.
+    """
+
+    def __init__(self, plan: Plan, attacks: Mapping[str, UnlearningAttack]) -> None:
+        super().__init__(plan, attacks)
+        self.asked: DeletionRequests = {}
+        config, mechanism = plan.config, build_mechanism(plan.config.unlearning)
+        self.history = new_history(config, plan.world, mechanism, plan.folder.path / "history")
+        self.history.keep_weights(0, initial_weights(plan.world.scenario.model, config.seed))
 
     @classmethod
     def check(cls, config: Config, world: World, attacks: Mapping[str, UnlearningAttack]) -> None:
-        """Refuse data of which nothing is held out."""
+        """Refuse data of which nothing is held out, and a mechanism that lacks what it needs."""
         for name in attacks:
             check_held_out(config, world, name)
+        build_mechanism(config.unlearning).check(config.unlearning.mechanism, world.scenario)
+
+    def wants(self, round: int, client: int) -> bool:
+        """The updates that the mechanism needs."""
+        del client
+        return round <= self.plan.config.request_round and self.history.wants_updates(round)
+
+    def observe(self, observation: Observation) -> None:
+        """Keep an update."""
+        if self.wants(observation.round, observation.client):
+            self.history.keep_update(observation)
+
+    def global_model(self, round: int, weights: Weights) -> None:
+        """Keep a checkpoint."""
+        if round <= self.plan.config.request_round:
+            self.history.keep_weights(round, weights)
+
+    def after_round(self, record: RoundRecord) -> None:
+        """Note who took part."""
+        if record.round <= self.plan.config.request_round:
+            self.history.note_round(record.round, record.clients, record.aggregated)
+
+    def requests(self, requests: DeletionRequests) -> None:
+        """Keep what is asked for."""
+        self.asked = requests
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Carry out each attack's request, and score the damage."""
-        return {name: self._audit(name, federation) for name in self.attacks}
+        """Carry out each attack's requests, and score the damage."""
+        return {name: self._audit(name, federation.weights) for name in self.attacks}
 
-    def _audit(self, name: str, federation: FederationResult) -> AuditResult:
+    def _audit(self, name: str, final: Weights) -> AuditResult:
         plan, started = self.plan, time.perf_counter()
         outcome = unlearning_experiment(
             plan.config,
             plan.world,
-            federation,
+            self.history,
+            final,
             name,
+            self.asked.get(name, []),
             progress=lambda share, text: plan.shown(name, share, text.removeprefix(f"{name}: ")),
         )
         seconds = time.perf_counter() - started
@@ -265,7 +407,7 @@ class UnlearningExperiment(Experiment):
             outcome.before,
             outcome.after,
             outcome.random,
-            requests=len(outcome.request.positions),
+            requests=sum(len(r.positions) or len(r.labels or ()) for r in outcome.requests),
             mechanism=outcome.mechanism,
             test_samples=outcome.test_samples,
             seconds=seconds,

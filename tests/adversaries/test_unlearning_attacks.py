@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from adversaries import ATTACKS, build_attack
+from adversaries.seats import ClientView
 from adversaries.unlearning.max_loss import MaxLoss
-from fedattack.config import ModelConfig
-from fedattack.errors import ConfigError
+from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.models import build_model, initial_weights
 from fedattack.models.classifiers.resnet import ResNet
+from fedattack.observation import Scenario
 
 
 def samples(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +26,12 @@ def network(name: str) -> nn.Module:
     model = build_model(config)
     model.load_state_dict(initial_weights(config, 1))
     return model
+
+
+def view(client: int, requests: int) -> ClientView:
+    config = ModelConfig(name="mlp", classes=10, channels=1, image_size=8, activation="relu")
+    scenario = Scenario(config, TrainingConfig(), CompressionConfig())
+    return ClientView(1, client, scenario, {}, 0, {}, requests)
 
 
 def brute_force(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> list[int]:
@@ -42,7 +49,7 @@ def brute_force(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) ->
 @pytest.mark.parametrize("requests", [1, 7, 300])
 def test_order_equals_a_brute_force_sort(name: str, requests: int) -> None:
     model, (images, labels) = network(name), samples(300)
-    request = MaxLoss().choose(4, model, images, labels, requests, seed=0)
+    request = MaxLoss().request(view(4, requests), model, images, labels)
     assert request.client == 4
     assert list(request.positions) == brute_force(model, images, labels)[:requests]
     assert all(type(position) is int for position in request.positions)
@@ -54,11 +61,11 @@ def test_equal_losses_keep_the_order_of_position() -> None:
         for parameter in model.parameters():
             parameter.zero_()  # every loss is log 10
     images, labels = samples(20)
-    assert MaxLoss().choose(0, model, images, labels, 20, seed=0).positions == tuple(range(20))
+    assert MaxLoss().request(view(0, 20), model, images, labels).positions == tuple(range(20))
     with torch.no_grad():
         list(model.parameters())[-1][3] = 2.0  # class 3 becomes the easy one
     easy, hard = torch.where(labels == 3)[0].tolist(), torch.where(labels != 3)[0].tolist()
-    assert MaxLoss().choose(0, model, images, labels, 20, seed=0).positions == (*hard, *easy)
+    assert MaxLoss().request(view(0, 20), model, images, labels).positions == (*hard, *easy)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -68,17 +75,15 @@ def test_batch_statistics_neither_count_nor_change(training: bool) -> None:
     model.train(training)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, labels = samples(12)
-    together = MaxLoss().choose(0, model, images, labels, 12, seed=0).positions
+    together = MaxLoss().request(view(0, 12), model, images, labels).positions
     assert model.training is training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert list(together) == brute_force(model, images, labels)
 
 
-@pytest.mark.parametrize("requests", [0, 6])
-def test_refuses_more_requests_than_samples(requests: int) -> None:
+def test_asks_for_no_more_than_there_are() -> None:
     images, labels = samples(5)
-    with pytest.raises(ConfigError, match=rf"'attack.requests' = {requests}: client 2 has 5 samples"):
-        MaxLoss().choose(2, network("mlp"), images, labels, requests, seed=0)
+    assert len(MaxLoss().request(view(2, 6), network("mlp"), images, labels).positions) == 5
 
 
 def test_is_registered() -> None:

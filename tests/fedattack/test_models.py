@@ -68,3 +68,15 @@ def test_refusals(tmp_path) -> None:
     path.write_bytes(b"not safetensors")
     with pytest.raises(DataError, match="not a readable safetensors"):
         initial_weights(model.model_copy(update={"weights": str(path)}), 0)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_given_weights_are_read_as_float32(tmp_path, kind: torch.dtype) -> None:
+    model = ModelConfig(name="resnet20", classes=4, channels=1, image_size=8, activation="relu")
+    wanted = initial_weights(model, 1)
+    path = tmp_path / "w.safetensors"
+    save_file({n: t.to(kind) if t.is_floating_point() else t for n, t in wanted.items()}, path)
+    found = initial_weights(model.model_copy(update={"weights": str(path)}), 0)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in wanted.items()}
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2.0**-8, atol=1e-6)

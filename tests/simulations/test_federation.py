@@ -273,13 +273,15 @@ def test_a_strategy_that_does_not_aggregate_is_recorded(caplog: pytest.LogCaptur
 
 
 def test_only_the_malicious_client_asks_to_forget(world: World) -> None:
-    config = Config.from_mapping({**BASE, "attack": "unlearn-max-loss", "requests": 3})
+    config = Config.from_mapping(
+        {**BASE, "attack": "unlearn-max-loss", "requests": 3, "attack.malicious_clients": 2}
+    )
     weights = initial_weights(world.scenario.model, 0)
     grid = InlineGrid(Workplace.of(config, world))
     try:
-        first = ask_unlearning(grid, weights, "unlearn-max-loss", 2)
-        ((sender, request),) = first
-        again = ask_unlearning(grid, weights, "unlearn-max-loss", 2, {2: request.positions})
+        ((sender, request),) = ask_unlearning(grid, weights, world.scenario, 1)["unlearn-max-loss"]
+        left = {2: request.positions}
+        ((_, again),) = ask_unlearning(grid, weights, world.scenario, 1, left)["unlearn-max-loss"]
     finally:
         grid.close()
     assert sender == request.client == 2
@@ -290,4 +292,4 @@ def test_only_the_malicious_client_asks_to_forget(world: World) -> None:
         losses = cross_entropy(model(images), labels, reduction="none")
     order = losses.argsort(descending=True).tolist()
     assert list(request.positions) == order[:3]
-    assert list(again[0][1].positions) == order[3:6]
+    assert list(again.positions) == order[3:6]

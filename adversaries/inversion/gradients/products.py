@@ -24,7 +24,7 @@ from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Update
-from fedattack.training import objective
+from fedattack.task import objective
 
 
 def _density(t: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""Forgetting by walking through the kept updates again, turned to where the remaining samples point now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
+
+from fedattack.models import build_model
+from fedattack.task import tied_names
+from fedattack.unlearning.history import ClientUpdate, History, Weights
+from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
+from fedattack.unlearning.requests import Deletion
+
+
+@dataclass
+class FedEraser(Mechanism):
+    """FedEraser (Liu et al., IWQoS 2021): the length of the kept update, the direction of a short new one.
+
+    From the last model that cannot know the samples, each kept round is taken again: the clients train shortly on
+    what they have left, and the model moves by the mean, weighted by examples, of ``|U_k| * V_k / |V_k|``, U_k the
+    kept update of client k and V_k its new one. The first of these rounds starts from weights that have not changed,
+    so the kept updates of the unaffected clients are taken as they are, at no cost. Rounds that were not kept are
+    left out, as are clients without samples. Of the forgotten samples the lengths of their owner's updates remain,
+    one number for each kept round. A strategy other than the weighted mean is not followed.
+
+    Parameters
+    ----------
+    calibration : float
+        Share of the agreed local steps that a calibrating client takes, in (0, 1]; at least one step.
+    """
+
+    keeps = frozenset({"checkpoints", "updates"})
+    calibration: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
+        """Forget the samples of `deletions`; see :meth:`Mechanism.forget`.
+
+        Raises
+        ------
+        RunFailed
+            If no checkpoint is old enough.
+        """
+        excluded = merged(history.excluded, deletions)
+        start = history.ignorant([deletion.client for deletion in deletions])
+        if start is None:
+            return Forgotten(history.weights, excluded, resumed_after=history.rounds, rounds_trained=0)
+        weights, calibrated = history.checkpoint(start), 0
+        tied = tied_names(build_model(history.scenario.model))
+        for round in [kept for kept in history.update_rounds if kept > start]:
+            if round == start + 1:
+                updates = (update for update in history.updates(round) if update.client not in excluded)
+            else:
+                lengths = {update.client: length(update.change) for update in history.updates(round)}
+                fresh = trainer.updates(excluded, weights, round, self.calibration)
+                updates = (turned(one, lengths[one.client]) for one in fresh if one.client in lengths)
+                calibrated += 1
+            weights = moved(weights, updates, tied)
+        return Forgotten(weights, excluded, start, calibrated)
+
+
+def length(change: Weights) -> float:
+    """L2 norm over all tensors."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in change.values()))
+
+
+def turned(update: ClientUpdate, to: float) -> ClientUpdate:
+    """The update made `to` long; one without a direction stays zero."""
+    own = length(update.change)
+    scale = to / own if own else 0.0
+    return replace(update, change={name: scale * tensor for name, tensor in update.change.items()})
+
+
+def moved(weights: Weights, updates: Iterable[ClientUpdate], tied: Mapping[str, str]) -> Weights:
+    """The weights after the mean of the updates, weighted by examples; as they were where there is none."""
+    total, after = 0, {name: tensor.double() for name, tensor in weights.items()}
+    means: Weights = {}
+    for update in updates:
+        total += update.examples
+        shift = {name: tensor - after[name] for name, tensor in update.buffers.items()}
+        for name, tensor in (update.change | shift).items():
+            part = update.examples * tensor.double()
+            means[name] = means[name] + part if name in means else part
+    after |= {name: after[name] + mean / total for name, mean in means.items()}
+    after |= {name: after[kept] for name, kept in tied.items()}
+    return {name: tensor.to(weights[name].dtype) for name, tensor in after.items()}

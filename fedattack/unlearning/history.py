@@ -1,0 +1,186 @@
+"""What a server keeps while it trains, so that it can forget later: on disk, whatever the number of rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedattack.errors import RunFailed
+from fedattack.files import write_tensors
+from fedattack.models import build_model
+from fedattack.observation import Observation, Scenario, Update, UpdateKind
+from fedattack.task import trained_parameters
+from fedattack.training import weight_step
+
+Weights = dict[str, Tensor]
+"""A state dict: name -> tensor, parameters and buffers."""
+
+Kept = Literal["checkpoints", "updates"]
+"""Global models after every n-th round, or what each client sent in the round after each of those."""
+
+_BUFFER = "buffer."
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client's reply stands for.
+
+    Parameters
+    ----------
+    client : int
+    change : dict of str to Tensor
+        Trained parameter -> change of the global weights if this client were alone.
+    buffers : dict of str to Tensor
+        BatchNorm statistics sent beside it.
+    examples : int
+        Declared number of samples.
+    """
+
+    client: int
+    change: Weights
+    buffers: Weights
+    examples: int
+
+    @classmethod
+    def of(cls, observation: Observation) -> ClientUpdate:
+        """The reply that was observed."""
+        step = weight_step(observation.scenario.training, observation.update.kind)
+        change = {name: step * tensor for name, tensor in observation.update.dense().items()}
+        return cls(observation.client, change, observation.buffers, observation.num_examples)
+
+
+@dataclass
+class History:
+    """The global models and client updates of a training, as far as the mechanism declares that it needs them.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when the first file is written; files that are there already are kept.
+    scenario : Scenario
+    keeps : collection of str
+        Of the mechanism. Checkpoint 0, the initial model, is kept in any case.
+    every : int
+        Checkpoints are of rounds 0, n, 2n, ...; updates of the rounds 1, n + 1, 2n + 1, ... that start from them.
+    weights : dict of str to Tensor
+        The current global model.
+    rounds : int
+        Rounds trained so far.
+    first_rounds : dict of int to int
+        Client -> first round whose aggregate its update went into (1-based). Clients that never took part are
+        absent.
+    excluded : mapping of int to frozenset of int
+        Positions that earlier requests had removed; they stay removed.
+    """
+
+    folder: Path
+    scenario: Scenario
+    keeps: Collection[Kept] = ()
+    every: int = 1
+    weights: Weights = field(default_factory=dict)
+    rounds: int = 0
+    first_rounds: dict[int, int] = field(default_factory=dict)
+    excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------ what is kept
+
+    def keep_weights(self, round: int, weights: Weights) -> None:
+        """Take note of the global model after a round."""
+        self.weights, self.rounds = weights, round
+        path = self.folder / f"weights-{round:05d}.safetensors"
+        wanted = round == 0 or ("checkpoints" in self.keeps and round % self.every == 0)
+        if wanted and not path.is_file():
+            write_tensors(path, weights)
+
+    def wants_updates(self, round: int) -> bool:
+        """Whether the clients' updates of a round are kept."""
+        return "updates" in self.keeps and (round - 1) % self.every == 0
+
+    def keep_update(self, observation: Observation) -> None:
+        """Keep what a client sent, as sparse as it came."""
+        update = observation.update
+        path = self.folder / f"update-{observation.round:05d}-{observation.client:05d}.safetensors"
+        if path.is_file():
+            return
+        tensors = {_BUFFER + name: tensor for name, tensor in observation.buffers.items()}
+        tensors["values"] = update.values
+        if update.indices is not None:
+            tensors["indices"] = update.indices
+        write_tensors(path, tensors, {"kind": update.kind, "examples": str(observation.num_examples)})
+
+    def note_round(self, round: int, clients: Collection[int], aggregated: bool) -> None:
+        """Take note of whose updates went into a round's aggregate; those of a round without one are dropped."""
+        if not aggregated:
+            for path in self.folder.glob(f"update-{round:05d}-*.safetensors"):
+                path.unlink()
+            return
+        for client in clients:
+            self.first_rounds[client] = min(round, self.first_rounds.get(client, round))
+
+    # ------------------------------------------------------------------ what it says
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Rounds after which the global model was kept, ascending; 0 is the initial model."""
+        return sorted(int(path.stem.split("-")[1]) for path in self.folder.glob("weights-*.safetensors"))
+
+    @property
+    def update_rounds(self) -> list[int]:
+        """Rounds whose updates were kept, ascending."""
+        return sorted({int(path.stem.split("-")[1]) for path in self.folder.glob("update-*.safetensors")})
+
+    def checkpoint(self, round: int) -> Weights:
+        """The global model after a round of :attr:`checkpoints`; the caller owns it."""
+        return _read(self.folder / f"weights-{round:05d}.safetensors")[0]
+
+    def updates(self, round: int) -> Iterator[ClientUpdate]:
+        """The kept updates of a round, one at a time, in ascending order of the clients."""
+        for path in sorted(self.folder.glob(f"update-{round:05d}-*.safetensors")):
+            tensors, told = _read(path)
+            kind: UpdateKind = "delta" if told["kind"] == "delta" else "gradient"
+            update = Update(*self._layout, tensors.get("indices"), tensors["values"], kind)
+            buffers = {n.removeprefix(_BUFFER): t for n, t in tensors.items() if n.startswith(_BUFFER)}
+            client = int(path.stem.split("-")[2])
+            yield ClientUpdate.of(
+                Observation(round, client, self.scenario, {}, update, int(told["examples"]), buffers=buffers)
+            )
+
+    @cached_property
+    def _layout(self) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+        trained = trained_parameters(build_model(self.scenario.model))
+        return tuple(trained), tuple(tuple(parameter.shape) for parameter in trained.values())
+
+    def ignorant(self, clients: Collection[int]) -> int | None:
+        """The newest checkpoint that cannot know any sample of these clients; None where the model never met them.
+
+        Which of its samples a client used in a round, the server does not know: the checkpoint is older than the
+        first round in which any of them took part.
+
+        Raises
+        ------
+        RunFailed
+            If no checkpoint is old enough.
+        """
+        entered = [self.first_rounds[client] for client in clients if client in self.first_rounds]
+        if not entered:
+            return None
+        old = [round for round in self.checkpoints if round < min(entered)]
+        if not old:
+            raise RunFailed(
+                f"cannot forget: no checkpoint is older than round {min(entered)} (kept: "
+                f"{self.checkpoints or 'none'}); the initial model counts as round 0"
+            )
+        return max(old)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        return {name: torch.clone(file.get_tensor(name)) for name in names}, file.metadata() or {}

@@ -1,0 +1,293 @@
+"""Deletion requests and what they cost, on federations that really run (inline engine)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adversaries import ATTACKS, build_attack
+from adversaries.base import no_progress
+from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.config import Config
+from fedattack.data import build_world
+from fedattack.errors import DataError, NotApplicable, PayloadError
+from fedattack.models import build_model
+from fedattack.storage import RunFolder
+from fedattack.training import evaluate
+from fedattack.unlearning import History
+from simulations.engine.federation import FederationResult, Judge, run_federation
+from simulations.engine.open_grid import open_grid
+from simulations.experiments.base import EXPERIMENTS, Plan
+from simulations.experiments.unlearning import (
+    FederationTrainer,
+    UnlearningExperiment,
+    UnlearningOutcome,
+    unlearning_experiment,
+)
+
+BASE = {
+    "dataset": "digits",
+    "model": "mlp",
+    "clients": 6,
+    "rounds": 6,
+    "protocol": "fedavg",
+    "local-steps": 8,
+    "batch-size": 16,
+    "learning-rate": 0.3,
+    "compressor": "none",
+    "engine": "inline",
+    "attack": "unlearn-max-loss",
+    "requests": 12,
+    "candidates": 200,
+    "data.auxiliary_size": 0,
+    "data.nonmembers": 600,
+}
+
+
+@dataclass
+class Run:
+    """A federation that has been trained, and what its server kept."""
+
+    plan: Plan
+    experiment: UnlearningExperiment
+    result: FederationResult
+
+    @property
+    def history(self) -> History:
+        return self.experiment.history
+
+    def outcome(self, repeats: int = 1) -> UnlearningOutcome:
+        ((name, requests),) = self.experiment.asked.items()
+        return unlearning_experiment(
+            self.plan.config,
+            self.plan.world,
+            self.history,
+            self.result.weights,
+            name,
+            requests,
+            repeats=repeats,
+        )
+
+
+def ran(folder: Path, **settings: object) -> Run:
+    config = Config.from_mapping(BASE | {name.replace("__", "."): value for name, value in settings.items()})
+    plan = Plan(config, build_world(config), RunFolder.create(folder / "run", config), lambda *_: None)
+    (name,) = config.attack.names
+    experiment = UnlearningExperiment(plan, {name: build_attack(ATTACKS.get(name), name, {}, {})})
+    result = run_federation(
+        config,
+        plan.world,
+        observe=experiment.wants,
+        on_observation=experiment.observe,
+        on_weights=experiment.global_model,
+        on_requests=experiment.requests,
+        on_round=experiment.after_round,
+    )
+    return Run(plan, experiment, result)
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_request_is_asked_granted_and_measured(tmp_path: Path) -> None:
+    run = ran(tmp_path)
+    config, world, result = run.plan.config, run.plan.world, run.result
+    outcome = run.outcome(repeats=2)
+
+    # What client 0 asks for: its largest losses under the final model, as anybody can sort them.
+    model = build_model(world.scenario.model)
+    model.load_state_dict(result.weights)
+    images, labels = world.dataset.tensors(world.partitions[0])
+    with torch.no_grad():
+        losses = functional.cross_entropy(model(images), labels, reduction="none")
+    (request,) = outcome.requests
+    assert request.client == 0
+    assert list(request.positions) == sorted(range(len(labels)), key=lambda i: -float(losses[i]))[:12]
+
+    # What the server does: trains again without them, from the start since client 0 was in round 1.
+    assert (outcome.mechanism, outcome.resumed_after, outcome.rounds_trained) == ("retrain", 0, 6)
+    assert outcome.client_steps == 6 * 6 * 8
+    assert run.history.checkpoints == list(range(7))
+    assert not run.history.update_rounds
+    judge = Judge(config, world)
+    retrained = run_federation(config, world, excluded={0: request.positions}).weights
+    floor = run_federation(config, world, excluded={0: outcome.details["random_positions"][0]}).weights
+    assert outcome.before[0] == judge(result.weights)["accuracy"] == pytest.approx(result.rounds[-1].accuracy)
+    assert outcome.after[0] == judge(retrained)["accuracy"]
+    assert outcome.losses["after"][0] == judge(retrained)["loss"]
+    assert outcome.random[0] == judge(floor)["accuracy"]
+    assert not equal(retrained, result.weights)
+    requested = world.partitions[0][sorted(request.positions)]
+    assert outcome.details["requested_loss"]["after"] == judge(retrained, requested)["loss"]
+
+    # Random floors are of the same size, differ between repeats, and the second repeat draws other batches.
+    first, second = outcome.details["random_positions"]
+    assert len(set(first)) == len(set(second)) == 12
+    assert first != second
+    assert outcome.losses["before"][0] != outcome.losses["before"][1]
+    assert outcome.test_samples == len(world.pools.nonmembers)
+
+    assert outcome == run.outcome(repeats=2)
+    assert json.loads(json.dumps(asdict(outcome)))["requests"][0]["client"] == 0
+
+
+def test_resumes_from_the_checkpoint_before_a_late_client(tmp_path: Path) -> None:
+    run = ran(tmp_path, participation=0.34, seed=7, rounds=9, unlearning__checkpoint_every=2)
+    entry = next(r.round for r in run.result.rounds if 0 in r.clients)
+    assert entry > 3, "choose a seed under which client 0 comes late"
+    outcome = run.outcome()
+    start = (entry - 1) // 2 * 2
+    assert (outcome.resumed_after, outcome.rounds_trained) == (start, 9 - start)
+    # Plain FedAvg without error feedback carries nothing but the weights, so this is a training from the start.
+    gone = {0: outcome.requests[0].positions}
+    whole = run_federation(run.plan.config, run.plan.world, excluded=gone).weights
+    assert outcome.losses["after"][0] == Judge(run.plan.config, run.plan.world)(whole)["loss"]
+
+
+def test_requests_in_the_midst_of_the_training(tmp_path: Path) -> None:
+    run = ran(tmp_path, unlearning__round=3, attack__malicious_clients="0,4", requests=5)
+    config, world = run.plan.config, run.plan.world
+    assert run.history.checkpoints == [0, 1, 2, 3]
+    model = build_model(world.scenario.model)
+    model.load_state_dict(run.history.checkpoint(3))
+    outcome = run.outcome()
+    for client, request in zip((0, 4), outcome.requests, strict=True):
+        images, labels = world.dataset.tensors(world.partitions[client])
+        with torch.no_grad():
+            losses = functional.cross_entropy(model(images), labels, reduction="none")
+        assert (request.client, list(request.positions)) == (
+            client,
+            losses.argsort(descending=True)[:5].tolist(),
+        )
+    # Three rounds are trained again, and the three that follow are trained without the samples too.
+    assert (outcome.resumed_after, outcome.rounds_trained, outcome.client_steps) == (0, 3, 3 * 6 * 8)
+    gone = {request.client: request.positions for request in outcome.requests}
+    whole = run_federation(config, world, excluded=gone).weights
+    assert outcome.losses["after"][0] == Judge(config, world)(whole)["loss"]
+    assert outcome.losses["before"][0] == pytest.approx(run.result.rounds[-1].loss)
+
+
+def test_samples_are_as_good_as_positions_where_the_server_knows_them(tmp_path: Path) -> None:
+    by_name = ran(tmp_path / "a", attack="rigged_requests:NamesPositions", rounds=2).outcome()
+    by_samples = ran(tmp_path / "b", attack="rigged_requests:SendsSamples", rounds=2).outcome()
+    images, labels = by_samples.requests[0].images, by_samples.requests[0].labels
+    assert images is not None
+    assert labels is not None
+    assert (len(images), by_samples.requests[0].positions) == (12, ())
+    assert (by_name.losses, by_name.details) == (by_samples.losses, by_samples.details)
+
+
+def test_a_mechanism_that_forgets_by_samples_is_sent_anybodys(tmp_path: Path) -> None:
+    run = ran(
+        tmp_path,
+        attack="rigged_requests:SendsSamples",
+        rounds=1,
+        **{"attack.shift": 1, "mechanism": "rigged_requests:Ascent", "unlearning.rate": "0.25"},
+    )
+    assert run.history.checkpoints == [0]
+    outcome = run.outcome()
+    world = run.plan.world
+    model = build_model(world.scenario.model)
+    for images, labels, name in (
+        (outcome.requests[0].images, outcome.requests[0].labels, "after"),
+        (*world.dataset.tensors(world.partitions[0][outcome.details["random_positions"][0]]), "random"),
+    ):
+        model.load_state_dict(run.result.weights)
+        functional.cross_entropy(model(images), labels).backward()
+        climbed = {n: (p + 0.25 * p.grad).detach() for n, p in model.named_parameters()}
+        model.zero_grad()
+        wanted = Judge(run.plan.config, world)(climbed)["loss"]
+        assert outcome.losses[name][0] == pytest.approx(wanted, rel=1e-5)
+    assert outcome.losses["after"] != outcome.losses["random"]
+    assert (outcome.rounds_trained, outcome.client_steps) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("attack", "settings", "reason"),
+    [
+        ("SendsSamples", {"attack.shift": 1}, "12 of 12 samples are not among those that it registered"),
+        ("NamesPositions", {"requests": 10_000}, "10000 positions, but the client has"),
+    ],
+)
+def test_a_request_that_the_server_rejects(
+    tmp_path: Path, attack: str, settings: dict[str, object], reason: str
+) -> None:
+    run = ran(tmp_path, attack=f"rigged_requests:{attack}", rounds=1, **settings)
+    with pytest.raises(PayloadError, match=f"from client 0: {reason}"):
+        run.outcome()
+
+
+def test_pixels_that_are_no_numbers_do_not_reach_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = ran(tmp_path, attack="rigged_requests:SendsNoise", rounds=1)
+    assert not run.experiment.asked
+    assert "deletion request from client 0 rejected: an array holds NaN" in caplog.text
+
+
+def test_a_client_asks_with_its_memory_of_the_rounds(tmp_path: Path) -> None:
+    run = ran(tmp_path, attack="rigged_requests:Remembers", rounds=3)
+    ((_, request),) = run.experiment.asked["rigged_requests:Remembers"]
+    assert request.positions == (0, 1, 2)
+
+
+def test_all_samples_of_a_client_may_go(tmp_path: Path) -> None:
+    run = ran(tmp_path, requests=10_000, rounds=2)
+    outcome = run.outcome()
+    assert outcome.drops_out
+    assert len(outcome.requests[0].positions) == len(run.plan.world.partitions[0])
+    assert outcome.after == outcome.random
+
+
+def test_nothing_to_forget_of_a_client_that_never_took_part(tmp_path: Path) -> None:
+    run = ran(tmp_path, rounds=1, participation=0.17, seed=1)
+    assert run.result.rounds[0].clients != (0,), "choose a seed under which client 0 is not drawn"
+    with pytest.raises(NotApplicable, match="client 0 took part in none of 1 rounds"):
+        run.outcome()
+
+
+def test_the_trainer_reaches_the_clients(tmp_path: Path) -> None:
+    run = ran(tmp_path, rounds=1)
+    config, world = run.plan.config, run.plan.world
+    with open_grid(config, world) as grid:
+        trainer = FederationTrainer(config, world, grid)
+        figures = trainer.evaluate(run.result.weights, [1, 3])
+        short = list(trainer.updates({1: frozenset(range(5))}, run.result.weights, 1, 0.25))
+    assert list(figures) == [1, 3]
+    model = build_model(world.scenario.model)
+    images, labels = world.dataset.tensors(world.partitions[3])
+    wanted = evaluate(model, run.result.weights, images, labels)
+    assert figures[3] == pytest.approx(wanted | {"num-examples": len(labels)})
+    assert [update.client for update in short] == list(range(6))
+    assert {update.examples for update in short} == {2 * 16}  # two of eight steps
+    assert trainer.client_steps == 2 * 6
+
+
+class Rebuilder(ReconstructionAttack):
+    """Of another family."""
+
+    def run(self, observations, seed, device, progress=no_progress):
+        raise AssertionError("not to be run")
+
+
+def test_refuses_before_the_first_round() -> None:
+    def check(name: str, **settings: object) -> None:
+        config = Config.from_mapping(BASE | settings)
+        attack = Rebuilder() if name == "rebuilder" else build_attack(ATTACKS.get(name), name, {}, {})
+        EXPERIMENTS.get(attack.family).check(config, build_world(config), {name: attack})
+
+    check("fedmia")
+    check("unlearn-max-loss", clients=1)
+    check("rebuilder", clients=1, **{"data.nonmembers": 0})
+    with pytest.raises(NotApplicable, match="'fedmia' needs 3 clients that answer in one round, and 2 of 6"):
+        check("fedmia", participation=0.34)
+    for name in ("fedmia", "unlearn-max-loss"):
+        with pytest.raises(DataError, match=f"{name}.*'data.nonmembers' = 0; accepted: 1 or more"):
+            check(name, **{"data.nonmembers": 0})
