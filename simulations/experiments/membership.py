@@ -328,10 +328,10 @@ class MembershipExperiment(Experiment):
                 except Exception as error:
                     self._fail(name, error)
         if not audits:
-            name, error = next(iter(self._failed.items()))
-            if isinstance(error, FedattackError):
-                raise error
-            raise RunFailed(f"attack {name!r} failed: {type(error).__name__}: {error}") from error
+            name, cause = next(iter(self._failed.items()))
+            if isinstance(cause, FedattackError):
+                raise cause
+            raise RunFailed(f"attack {name!r} failed: {type(cause).__name__}: {cause}") from cause
         return audits
 
     def failures(self) -> dict[str, dict[str, str]]:

@@ -376,6 +376,9 @@ def test_odd_models_that_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None
     assert dry_run(2, model, "train", 0) == [
         "model 'odd': one parameter under several names (a.weight = b.weight)"
     ]
+    frozen = flat(nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, 10))
+    monkeypatch.setattr(type(MODELS), "get", lambda self, asked: lambda c: frozen)
+    assert dry_run(2, model, "train", 0) == ["model 'odd': 2 of 4 parameters are frozen (1.weight, 1.bias)"]
     monkeypatch.setattr(type(MODELS), "get", lambda self, asked: lambda c: flat(nn.LazyLinear(10)))
     assert dry_run(2, model, "train", 0) == []
     assert build_model(model)[1].weight.shape == (10, 64)
