@@ -57,8 +57,6 @@ class RunResult:
         Attack -> observation key -> answer, of attacks that answer observations.
     summary : dict
         The content of ``summary.json``.
-    failures : dict of str to dict
-        Attack -> observation key -> why there is no answer.
     """
 
     folder: Path
@@ -66,7 +64,6 @@ class RunResult:
     audits: dict[str, AuditResult]
     reconstructions: dict[str, dict[str, Any]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def run_directory(config: Config) -> Path:
@@ -192,7 +189,7 @@ def simulate(
         raise ended
     answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
     summary = summary_document(config, results, figures, left_out)
-    return RunResult(folder.path, federation, {one.attack: one for one in results}, answers, summary, lost)
+    return RunResult(folder.path, federation, {one.attack: one for one in results}, answers, summary)
 
 
 def attack_folder(
@@ -244,7 +241,6 @@ def attack_folder(
     notes = [f"{name} is left out: {text}" for name, text in left_out.items()]
     results: list[AuditResult] = []
     answers: dict[str, dict[str, Any]] = {}
-    lost: dict[str, dict[str, str]] = {}
     with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
         for note in notes:
             shown.say(note, folder)
@@ -257,7 +253,6 @@ def attack_folder(
                 work.submit(batch)
             work.collect()
             answers |= work.answers()
-            lost |= work.failures()
             results += [work.audit(name, truths) for name in chosen] if truths is not None else []
     if results:
         _report(console, folder, results, None, command, left_out, notes=notes)
@@ -266,7 +261,7 @@ def attack_folder(
         console.print(f"nothing is scored without --truth; the pictures are in [bold]{folder.images}[/]")
     audits = {result.attack: result for result in results}
     summary = summary_document(config, results, None, left_out)
-    return RunResult(folder.path, None, audits, answers, summary, lost)
+    return RunResult(folder.path, None, audits, answers, summary)
 
 
 @contextmanager
@@ -290,7 +285,7 @@ def _report(
 ) -> None:
     """Write the report, and show the table and where the report is."""
     write_results(folder, results, figures, command=command, left_out=left_out, **more)
-    print_summary(console, results)
+    print_summary(console, results, figures)
     console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from adversaries import Attack
@@ -39,6 +40,12 @@ class Plan:
     folder: RunFolder
     shown: Stages
 
+    @property
+    def commonest_share(self) -> float:
+        """Share of the commonest class among the held-out samples: what a model that knows nothing gets right."""
+        labels = self.world.dataset.labels[self.world.pools.nonmembers]
+        return float(np.bincount(labels).max()) / len(labels)
+
 
 class Experiment(ABC):
     """One family's attacks in a run: what they are shown, what they answer, and the truth it is scored against.
@@ -53,7 +60,7 @@ class Experiment(ABC):
     ----------
     from_saved : type or None
         What attacks observations without a federation, where that can be done: made from configuration, run folder,
-        attacks and stages, with `submit`, `collect`, `close`, `audit`, `answers` and `failures`; see
+        attacks and stages, with `submit`, `collect`, `close`, `audit` and `answers`; see
         :class:`simulations.experiments.reconstruction.Answers`.
     """
 

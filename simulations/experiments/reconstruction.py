@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -135,9 +133,6 @@ class Answers:
         answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
         found = [answers.get(o.key, (None, 0.0)) for o in observations]
-        # Until the auditor takes reasons they stand on the terminal and in log.txt alone.
-        takes = "reasons" in inspect.signature(audit_reconstruction).parameters
-        more: dict[str, Any] = {"reasons": self._failed[name]} if takes else {}
         return audit_reconstruction(
             name,
             observations,
@@ -145,16 +140,12 @@ class Answers:
             truths,
             [seconds for _, seconds in found],
             seed=self._config.seed,
-            **more,
+            reasons=self._failed[name],
         )
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         """Attack -> observation key -> answer."""
         return {name: {key: answer for key, (answer, _) in done.items()} for name, done in self._done.items()}
-
-    def failures(self) -> dict[str, dict[str, str]]:
-        """Attack -> observation key -> why there is no answer."""
-        return {name: dict(failed) for name, failed in self._failed.items()}
 
 
 class ReconstructionExperiment(Experiment):
@@ -257,7 +248,3 @@ class ReconstructionExperiment(Experiment):
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         """Attack -> observation key -> answer."""
         return self.work.answers()
-
-    def failures(self) -> dict[str, dict[str, str]]:
-        """Attack -> observation key -> why there is no answer."""
-        return self.work.failures()

@@ -340,11 +340,11 @@ def run_cell(cell: Cell, place: str, engine: EngineConfig) -> dict[str, Any]:
     try:
         config = cell.config(folder, engine.threads)
         result = simulate(config, command=f"fedattack --config {folder / 'config.toml'}")
-        lost = {
-            name: why for name, why in result.failures.items() if why and not result.reconstructions[name]
-        }
-        if lost and lost.keys() == result.audits.keys():  # no attack answered anything
-            status, reason = FAILED, next(iter(next(iter(lost.values())).values()))
+        faults = [one.summary.get("failed", []) for one in result.audits.values()]
+        if faults and all(
+            len(f) == one.summary["count"] for f, one in zip(faults, result.audits.values(), strict=True)
+        ):
+            status, reason = FAILED, faults[0][0]["reason"]
     except BadRequest as error:
         status, reason = REFUSED, str(error)
     except RunFailed as error:

@@ -162,7 +162,7 @@ def test_faults_are_recorded_and_stop_nobody(finished: Path) -> None:
     assert table.loc[("none", "grey"), "gain"] <= 0.0
     assert table.loc[("none", "grey"), "accuracy_low"] < table.loc[("none", "grey"), "accuracy_high"]
     assert table.loc[("prune", "black"), "status"] == "not applicable"
-    assert table.loc[("prune", "black"), "reason"] == "no black guesses about pruned updates"
+    assert table.loc[("prune", "black"), "reason"].endswith("no black guesses about pruned updates")
     for defense in ("none", "prune"):
         assert table.loc[(defense, "broken"), "status"] == "failed"
         assert "ZeroDivisionError: as told (test_sweep.py:" in table.loc[(defense, "broken"), "reason"]
