@@ -308,13 +308,14 @@ def serve(
     for name, question in (questions or {}).items():
         settings = {"attack": name, ROUND: config.federation.rounds}
         records = {QUESTION: to_record({"images": question.images, "labels": question.labels})}
-        said: list[tuple[int, Message]] = []
+        answers[name] = {}
         for client in config.attack.malicious_clients:
             try:
-                said += ask(grid, "query.answer", weights, [client], settings, records, through=served)
-            except RunFailed as error:  # the attack's own fault; the run goes on
-                log.warning("attack %r of client %d gave no answer: %s", name, client, error)
-        answers[name] = {client: to_tensors(reply.content.array_records[UPDATE]) for client, reply in said}
+                said = ask(grid, "query.answer", weights, [client], settings, records, through=served)
+            except RunFailed as error:  # costs the others nothing
+                log.warning("attack %r: %s", name, error)
+            else:
+                answers[name] |= {c: to_tensors(r.content.array_records[UPDATE]) for c, r in said}
     return FederationResult(weights, rounds, rejections, answers)
 
 

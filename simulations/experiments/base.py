@@ -62,6 +62,8 @@ class Experiment(ABC):
         What attacks observations without a federation, where that can be done: made from configuration, run folder,
         attacks and stages, with `submit`, `collect`, `close`, `audit` and `answers`; see
         :class:`simulations.experiments.reconstruction.Answers`.
+    failed : dict of str to BaseException
+        Attacks that failed on their own; :meth:`audit` leaves them out.
     """
 
     from_saved: ClassVar[type[Any] | None] = None
@@ -69,16 +71,17 @@ class Experiment(ABC):
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan
         self.attacks = dict(attacks)
+        self.failed: dict[str, BaseException] = {}
 
     @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, Any]) -> None:
-        """Refuse, before the first round, what these attacks cannot do with this federation.
+    def check(cls, config: Config, world: World) -> None:
+        """Refuse, before the first round, what the experiment itself cannot do with this federation.
 
         Raises
         ------
-        BadRequest
+        NotApplicable
         """
-        del config, world, attacks
+        del config, world
 
     def questions(self) -> Mapping[str, Candidates]:
         """Attack -> the samples that it is asked about, where its question has some; known before the first round."""
@@ -125,10 +128,6 @@ class Experiment(ABC):
 
     def answers(self) -> dict[str, dict[str, Any]]:
         """Attack -> key -> answer, for a library user."""
-        return {}
-
-    def failures(self) -> dict[str, dict[str, str]]:
-        """Attack -> key -> why there is no answer."""
         return {}
 
 

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,7 @@ from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
-from fedattack.defenses import hides_clients
-from fedattack.errors import DataError, FedattackError, NotApplicable, RunFailed
+from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.rng import adversary_seed, numpy_rng
@@ -30,9 +30,8 @@ from simulations.client_app import drops_out, round_batches
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.engine.flower_internals import server_identity
 from simulations.experiments.base import Experiment, Plan
-from simulations.experiments.choose import check_held_out
-from simulations.experiments.executor import choose_device, reason
-from strategies import build_strategy, drawn
+from simulations.experiments.executor import choose_device
+from strategies import build_strategy
 from strategies.eavesdropper import seeded_sampling
 from strategies.messages import to_record
 
@@ -45,21 +44,11 @@ Rounds = Mapping[int, Sequence[int]]
 """Client -> the rounds that it answers in."""
 
 
-class _Nodes:
-    """As much of a grid as a strategy needs to draw clients."""
-
-    def __init__(self, clients: int) -> None:
-        self._clients = clients
-
-    def get_node_ids(self) -> range:
-        return range(1, 1 + self._clients)
-
-
 def expected_rounds(config: Config, world: World) -> dict[int, list[int]]:
     """Who will answer when: the strategy's own draw under the run's seed, less those that drop out."""
     strategy = build_strategy(config.federation, config.training.learning_rate)
     arrays = to_record(initial_weights(world.scenario.model, config.seed))
-    nodes: Any = _Nodes(config.federation.clients)
+    nodes: Any = SimpleNamespace(get_node_ids=lambda: range(1, 1 + config.federation.clients))  # of a grid
     answering: dict[int, list[int]] = defaultdict(list)
     for number in range(1, config.federation.rounds + 1):
         with server_identity(0), seeded_sampling(config.seed, number):
@@ -213,35 +202,10 @@ class MembershipExperiment(Experiment):
         super().__init__(plan, attacks)
         self._this_round: list[Observation] = []
         self._seconds: dict[str, float] = defaultdict(float)
-        self._failed: dict[str, Exception] = {}
         self._figures: dict[str, dict[int, Figures]] = {
             name: dict(plan.folder.load_rounds(name)) for name in self._serving()
         }
         self._asked = {name: self._question(attack) for name, attack in attacks.items()}
-
-    @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, MembershipAttack]) -> None:
-        """Refuse sums, too few clients, and data of which nothing is held out."""
-        for name, attack in attacks.items():
-            check_held_out(config, world, name)
-            if isinstance(attack, MaliciousClient):
-                if len(set(config.attack.malicious_clients)) >= config.federation.clients:
-                    raise NotApplicable(
-                        f"attack {name!r} asks about the other clients' data, and all are malicious: setting "
-                        f"'attack.malicious_clients' = {list(config.attack.malicious_clients)}"
-                    )
-                continue
-            if hides_clients(config.defense):
-                raise NotApplicable(
-                    f"attack {name!r} asks about one client, and 'secure-aggregation' shows the server none alone: "
-                    "leave it out of 'defense.names'"
-                )
-            if drawn(config.federation) < attack.clients_needed:
-                raise NotApplicable(
-                    f"attack {name!r} needs {attack.clients_needed} clients that answer in one round, and "
-                    f"{drawn(config.federation)} of {config.federation.clients} are drawn: raise "
-                    "'federation.clients' or 'federation.participation'"
-                )
 
     def _serving(self) -> list[str]:
         """The attacks of a server's seat."""
@@ -299,13 +263,13 @@ class MembershipExperiment(Experiment):
         for name in self._serving():
             attack, asked = self.attacks[name], self._asked[name]
             wanted = number not in self._figures[name] and number in self._rounds(attack)
-            if seen and wanted and name not in self._failed:
+            if seen and wanted and name not in self.failed:
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
                 seed, started = adversary_seed(config.seed, "watch", number), time.perf_counter()
                 try:
                     figures = attack.watch(seen, asked.target, candidates, seed, device)
                 except Exception as error:  # its own; the federation and the other attacks go on
-                    self._fail(name, error)
+                    self.failed[name] = error
                     continue
                 self.plan.folder.save_round(name, number, figures)
                 self._figures[name][number] = figures
@@ -313,35 +277,15 @@ class MembershipExperiment(Experiment):
                 self.plan.shown(name, number / config.federation.rounds, f"round {number}")
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Have every attack conclude, and score its answer; attacks that failed are left out.
-
-        Raises
-        ------
-        FedattackError
-            Where all failed: the first one's, or a RunFailed that names it.
-        """
+        """Have every attack conclude, and score its answer."""
         audits: dict[str, AuditResult] = {}
         for name, attack in self.attacks.items():
-            if name not in self._failed:
+            if name not in self.failed:
                 try:
                     audits[name] = self._audit(name, attack, federation)
                 except Exception as error:
-                    self._fail(name, error)
-        if not audits:
-            name, cause = next(iter(self._failed.items()))
-            if isinstance(cause, FedattackError):
-                raise cause
-            raise RunFailed(f"attack {name!r} failed: {type(cause).__name__}: {cause}") from cause
+                    self.failed[name] = error
         return audits
-
-    def failures(self) -> dict[str, dict[str, str]]:
-        """Attack -> "all" -> why it failed."""
-        return {name: {"all": reason(error)} for name, error in self._failed.items()}
-
-    def _fail(self, name: str, error: Exception) -> None:
-        self._failed[name] = error
-        self.plan.shown(name, 1.0, f"failed: {error}")
-        log.error("attack %s failed: %s: %s", name, type(error).__name__, error)
 
     def _audit(self, name: str, attack: MembershipAttack, federation: FederationResult) -> AuditResult:
         plan, started, asked = self.plan, time.perf_counter(), self._asked[name]
