@@ -266,7 +266,8 @@ def attack_folder(
         write_answers(folder, answers)
         console.print(f"nothing is scored without --truth; the pictures are in [bold]{folder.images}[/]")
     audits = {result.attack: result for result in results}
-    return RunResult(folder.path, None, audits, answers, summary_document(config, results, None, left_out))
+    summary = summary_document(config, results, None, left_out)
+    return RunResult(folder.path, None, audits, answers, summary)
 
 
 @contextmanager

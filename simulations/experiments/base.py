@@ -14,7 +14,6 @@ from adversaries import Attack
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Candidates, Observation
 from fedattack.registry import Registry
 from fedattack.storage import RunFolder
@@ -48,44 +47,6 @@ class Plan:
         return float(np.bincount(labels).max()) / len(labels)
 
 
-class SavedWork(ABC):
-    """Attacks at work on observations, with or without a federation beside them.
-
-    Parameters
-    ----------
-    config : Config
-    folder : RunFolder
-        Answers are stored there as they come, and read back.
-    attacks : mapping of str to Attack
-    shown : Stages
-    """
-
-    @abstractmethod
-    def __init__(
-        self, config: Config, folder: RunFolder, attacks: Mapping[str, Any], shown: Stages
-    ) -> None: ...
-
-    @abstractmethod
-    def submit(self, observations: Sequence[Observation]) -> None:
-        """Attack one round's observations."""
-
-    @abstractmethod
-    def collect(self) -> None:
-        """Wait for the answers."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Wait for nothing any more."""
-
-    @abstractmethod
-    def audit(self, name: str, truths: Sequence[GroundTruth]) -> AuditResult:
-        """Score one attack."""
-
-    @abstractmethod
-    def answers(self) -> dict[str, dict[str, Any]]:
-        """Attack -> key -> answer."""
-
-
 class Experiment(ABC):
     """One family's attacks in a run: what they are shown, what they answer, and the truth it is scored against.
 
@@ -97,13 +58,15 @@ class Experiment(ABC):
 
     Attributes
     ----------
-    from_saved : type of SavedWork or None
-        What attacks saved observations, where this can be done without a federation.
+    from_saved : type or None
+        What attacks observations without a federation, where that can be done: made from configuration, run folder,
+        attacks and stages, with `submit`, `collect`, `close`, `audit` and `answers`; see
+        :class:`simulations.experiments.reconstruction.Answers`.
     failed : dict of str to BaseException
         Attacks that failed on their own; :meth:`audit` leaves them out.
     """
 
-    from_saved: ClassVar[type[SavedWork] | None] = None
+    from_saved: ClassVar[type[Any] | None] = None
 
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan

@@ -299,18 +299,22 @@ class MembershipExperiment(Experiment):
         if not any(rounds.values()):
             raise NotApplicable(f"{name}: no update of a client that it is asked about was observed")
         counts, is_member, details = asked.settle(plan.config, plan.world, rounds)
-        if isinstance(attack, MaliciousClient):
-            answers = federation.answers.get(name, {})
-            if not answers:
-                raise RunFailed(f"{name}: no malicious client gave an answer (log.txt)")
-            together = torch.stack([answers[client]["scores"].double() for client in sorted(answers)]).mean(0)
-            scores = MembershipScores(together, name, {"asked_clients": sorted(answers)})
+        known = plan.folder.load_scores(name, asked.target)
+        if known is None:
+            if isinstance(attack, MaliciousClient):
+                answers = federation.answers.get(name, {})
+                if not answers:
+                    raise RunFailed(f"{name}: no malicious client gave an answer (log.txt)")
+                each = [answers[client]["scores"].double() for client in sorted(answers)]
+                scores = MembershipScores(torch.stack(each).mean(0), name, {"asked_clients": sorted(answers)})
+            else:
+                scores = attack.scores(self._figures[name], asked.target)
+            scores = dataclasses.replace(scores, scores=scores.scores[torch.from_numpy(counts)])
+            seconds = self._seconds[name] + time.perf_counter() - started
+            plan.folder.save_scores(name, asked.target, scores, seconds)
         else:
-            scores = attack.scores(self._figures[name], asked.target)
-        scores = dataclasses.replace(scores, scores=scores.scores[torch.from_numpy(counts)])
+            scores, seconds = known
         plan.shown(name, 1.0, f"{int(counts.sum())} candidates")
-        seconds = self._seconds[name] + time.perf_counter() - started
-        plan.folder.save_scores(name, asked.target, scores, seconds)
         plan.folder.save_part(f"{name}-candidates", details)
         return audit_membership(
             name,

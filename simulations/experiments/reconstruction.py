@@ -22,12 +22,12 @@ from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenari
 from fedattack.storage import RunFolder
 from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord
-from simulations.experiments.base import Experiment, Plan, SavedWork
+from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.executor import Attacked, Executor, Job, groups, make_executor
 from simulations.progress import Stages
 
 
-class Answers(SavedWork):
+class Answers:
     """Submits observations to the attacks, saves every answer when it comes, and knows what is finished."""
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedattack.errors import ConfigError, DataError, RunFailed
+from fedattack.errors import RunFailed
 from fedattack.files import write_tensors
 
 log = logging.getLogger("fedattack.checkpoint")
@@ -56,15 +57,13 @@ def checkpoints_in(folder: Path | None) -> Iterator[None]:
         _FOLDER.reset(token)
 
 
-def open_checkpoint(path: str | Path | None, problem: Callable[[], str]) -> Checkpoint | None:
-    """The checkpoint at `path`, else the next one in the folder of :func:`checkpoints_in`, else None."""
-    if path is not None:
-        return Checkpoint(path, problem)
+def open_checkpoint(problem: Callable[[], str]) -> Checkpoint | None:
+    """The next checkpoint in the folder of :func:`checkpoints_in`; None outside such a block."""
     folder = _FOLDER.get()
     if folder is None:
         return None
     folder.opened += 1
-    return Checkpoint(folder.path / f"{folder.opened:04d}.safetensors", problem, given=False)
+    return Checkpoint(folder.path / f"{folder.opened:04d}.safetensors", problem)
 
 
 def digest(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
@@ -81,76 +80,51 @@ def digest(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
 class Checkpoint:
     """One file with the tensors of one optimisation, replaced as a whole.
 
+    What cannot be read, belongs to something else or cannot be written is passed over with a warning: the answer is
+    the same without.
+
     Parameters
     ----------
+    path : Path
     problem : callable
         Gives the :func:`digest` of what is solved; asked at the first state, for it costs a while.
-    given : bool
-        Whether somebody asked for this very file: then one that cannot be used is an error. Else it is passed over.
     """
 
-    def __init__(self, path: str | Path, problem: Callable[[], str], given: bool = True) -> None:
-        self.path = Path(path)
-        self._problem, self._given = cache(problem), given
-        self._last, self._pause = time.monotonic(), SECONDS
+    def __init__(self, path: Path, problem: Callable[[], str]) -> None:
+        self.path, self._problem = path, cache(problem)
+        self._last = self._asked = time.monotonic()
+        self._pause = SECONDS
 
     def due(self) -> bool:
-        """Whether it is time for another state."""
-        return time.monotonic() - self._last >= self._pause
+        """Whether it is time for another state; then the time that it takes to make and write it counts from here."""
+        self._asked = time.monotonic()
+        return self._asked - self._last >= self._pause
 
     def load(self, device: torch.device) -> dict[str, Tensor] | None:
-        """The state that was kept, on `device`; None where there is no file, or none of use that was not asked for.
-
-        Raises
-        ------
-        DataError
-            If the file cannot be read.
-        ConfigError
-            If it belongs to another problem.
-        """
+        """The state that was kept, on `device`; None where there is none of use."""
         if not self.path.exists():
             return None
-        try:
-            return self._read(device)
-        except (ConfigError, DataError) as error:
-            if self._given:
-                raise
-            log.warning("an attack begins afresh: %s", error)
-            return None
-
-    def _read(self, device: torch.device) -> dict[str, Tensor]:
         try:
             with safe_open(self.path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("fedattack", "{}"))
                 # Cloned, because kernels may round differently where memory is not aligned as they like it.
                 tensors = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise DataError(
-                f"checkpoint {str(self.path)!r} cannot be read ({error}): delete it to begin afresh"
-            ) from None
+            log.warning("an attack begins afresh: its state %s cannot be read (%s)", self.path, error)
+            return None
         if header.get("format") != FORMAT or header.get("problem") != self._problem():
-            raise ConfigError(
-                f"checkpoint {str(self.path)!r} belongs to other updates, settings, starts or another device: delete "
-                "it to begin afresh, or name another file"
-            )
+            log.warning("an attack begins afresh: the state %s is of another problem", self.path)
+            return None
+        log.info("an attack goes on from its state after %d iterations", int(tensors["iteration"]))
         return tensors
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a state, whole or not at all.
-
-        Raises
-        ------
-        RunFailed
-            If it cannot be written and must be; the previous one is kept.
-        """
+        """Keep a state, whole or not at all."""
         header = {"fedattack": json.dumps({"format": FORMAT, "problem": self._problem()})}
-        started = time.monotonic()
         try:
             write_tensors(self.path, tensors, header)
         except RunFailed as error:
-            if self._given:
-                raise
             log.warning("no state of an attack is kept from here on: %s", error)
-            self._pause = float("inf")
+            self._pause = math.inf
         self._last = time.monotonic()
-        self._pause = max(self._pause, (self._last - started) / SHARE)
+        self._pause = max(self._pause, (self._last - self._asked) / SHARE)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -88,9 +87,11 @@ def match(
     unroll: Schedule | None = None,
     penalty: Penalty | None = None,
     seed: int = 0,
-    checkpoint: str | Path | None = None,
 ) -> list[Match]:
     """Match the updates of V victims with the same batch size, from R starts each, in one batched optimisation.
+
+    Within :func:`~adversaries.inversion.matching.checkpoint.checkpoints_in` its state is kept from time to time, and
+    it goes on from what was kept; the answer is that of an unbroken run, bit for bit.
 
     Parameters
     ----------
@@ -113,11 +114,6 @@ def match(
         A term of the attack's own, in the units of the regularisers.
     seed : int
         Of the noise, under `settings.noise`; its stream depends on round, client, restart and iteration alone.
-    checkpoint : str or Path, optional
-        File in which the optimiser's state is kept from time to time, and from which it goes on where it exists; the
-        answer is that of an unbroken run, bit for bit. The caller removes it, and sees to it that `transform` and
-        `penalty` are the same again. None: one in the folder of
-        :func:`~adversaries.inversion.matching.checkpoint.checkpoints_in`, if there is one.
 
     Returns
     -------
@@ -145,7 +141,7 @@ def match(
         tensors = [*_tensors(observations, labels, starts, logits)]
         return digest(words, tensors + (chart.tensors() if isinstance(chart, pixels.Drawn) else []))
 
-    kept = open_checkpoint(checkpoint, identity)
+    kept = open_checkpoint(identity)
     outcome = descend(problem, begin, settings, progress, transform=transform, noise=noise, checkpoint=kept)
     return _answers(problem, outcome, restarts, None if logits is not None else labels)
 
