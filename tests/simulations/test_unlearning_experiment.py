@@ -28,7 +28,6 @@ from simulations.experiments.unlearning import (
     FederationTrainer,
     UnlearningExperiment,
     UnlearningOutcome,
-    unlearning_experiment,
 )
 
 BASE = {
@@ -63,16 +62,8 @@ class Run:
         return self.experiment.history
 
     def outcome(self, repeats: int = 1) -> UnlearningOutcome:
-        ((name, requests),) = self.experiment.asked.items()
-        return unlearning_experiment(
-            self.plan.config,
-            self.plan.world,
-            self.history,
-            self.result.weights,
-            name,
-            requests,
-            repeats=repeats,
-        )
+        ((name, _),) = self.experiment.asked.items()
+        return self.experiment.outcome(name, self.result.weights, repeats)
 
 
 def ran(folder: Path, **settings: object) -> Run:
