@@ -295,7 +295,7 @@ class Config(Section):
     def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
         """Read a TOML file of nested sections, then apply `overrides` (short or dotted names)."""
         try:
-            base = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            base = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"configuration file {str(path)!r} does not exist") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,29 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from adversaries import Attack, ReconstructionAttack
+from adversaries import Attack
 from adversaries.seats import MaliciousClient
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
 from fedattack.defenses import check_defenses
 from fedattack.errors import ConfigError, RunFailed
-from fedattack.observation import Observation, Reconstruction
+from fedattack.files import cannot_write
+from fedattack.observation import Observation
 from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
 from fedattack.storage import RunFolder
 from fedattack.storage import load_observations as read_observations
 from fedattack.storage import load_truths as read_truths
+from fedattack.storage.observations import safe_name
 from fedattack.storage.records import summary_document
 from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
 from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, by_family, open_experiments
-from simulations.experiments.choose import arming_attack, check_names, choose_attacks
-from simulations.experiments.executor import choose_device
+from simulations.experiments.choose import applicable, arming_attack, check_model, check_names, choose_attacks
+from simulations.experiments.executor import choose_device, reason
 from simulations.experiments.privacy import privacy_accounts, privacy_record
-from simulations.experiments.reconstruction import Answers
-from simulations.progress import stages
+from simulations.progress import Stages, stages
 
 # A run has its own progress bars and table; Flower's lines between them would say the same again.
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -51,8 +53,8 @@ class RunResult:
     federation : FederationResult or None
         None where saved observations were attacked.
     audits : dict of str to AuditResult
-    reconstructions : dict of str to dict of str to Reconstruction
-        Attack -> observation key -> answer.
+    reconstructions : dict of str to dict
+        Attack -> observation key -> answer, of attacks that answer observations.
     summary : dict
         The content of ``summary.json``.
     """
@@ -60,16 +62,32 @@ class RunResult:
     folder: Path
     federation: FederationResult | None
     audits: dict[str, AuditResult]
-    reconstructions: dict[str, dict[str, Reconstruction]] = field(default_factory=dict)
+    reconstructions: dict[str, dict[str, Any]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
 
 def run_directory(config: Config) -> Path:
-    """The configured run folder, or a new one below ``runs/`` named after the time and the attacks."""
+    """The configured run folder, or a new one, made here, below ``runs/`` named after the time and the attacks.
+
+    Raises
+    ------
+    RunFailed
+        If it cannot be made.
+    """
     if config.output.run_dir is not None:
         return Path(config.output.run_dir)
     stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    return Path("runs") / "-".join([stamp, *(config.attack.names or ("federation",))])
+    name = "-".join([stamp, *(safe_name(one) for one in config.attack.names or ("federation",))])
+    for number in itertools.count(1):  # another run may begin in the same second
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise cannot_write(path, error, 0) from error
+        return path
+    raise AssertionError("there is always another number")
 
 
 def simulate(
@@ -114,45 +132,61 @@ def simulate(
     >>> result.audits["hcgla"].verdict  # doctest: +SKIP
     """
     console = console or Console(quiet=True)
-    attacks = choose_attacks(config)
+    named = choose_attacks(config)
     check_names(config)
     world = build_world(config)
     check_defenses(world.scenario)
-    for attack in attacks.values():
+
+    def check(name: str, attack: Attack) -> None:
         attack.check(world.scenario)
-    for family, chosen in by_family(attacks).items():
-        EXPERIMENTS.get(family).check(config, world, chosen)
+        EXPERIMENTS.get(attack.family).check(config, world, {name: attack})
+
+    attacks, left_out = applicable(named, [check])
     arming_attack(attacks)
-    folder = RunFolder.create(run_directory(config), config)
-    folder.save_part("world", world_record(world))
-    console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
-    session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
-    with logging_to(folder), session, stages(console) as shown:
+    notes = [*check_model(config, world), *(f"{name} is left out: {text}" for name, text in left_out.items())]
+    rounds: list[RoundRecord] = []
+    scored: dict[str, AuditResult] = {}
+    failed: dict[str, BaseException] = {}
+    ended: RunFailed | None = None
+    with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
+        folder.save_part("world", world_record(world))
+        for note in notes:
+            shown.say(note, folder)
         plan = Plan(config, world, folder, shown)
         experiments = open_experiments(plan, attacks)
-        federation = _train(plan, experiments, attacks, federate)
         for experiment in experiments:
-            experiment.collect()
-        scored = {
-            name: one for experiment in experiments for name, one in experiment.audit(federation).items()
-        }
-    audits = {name: scored[name] for name in attacks}
-    answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
-    results = list(audits.values())
+            stack.callback(experiment.close)
+        try:
+            federation = _train(plan, experiments, attacks, federate, rounds)
+        except RunFailed as error:  # what was seen until then can be told
+            ended = error
+            federation = FederationResult({}, rounds, [])
+            experiments = [one for one in experiments if one.from_saved is not None]
+        for experiment in experiments:
+            try:
+                experiment.collect()
+                scored |= experiment.audit(federation)
+            except Exception as error:
+                failed |= dict.fromkeys(experiment.attacks, error)
+        if not scored and (ended or failed):
+            raise ended or next(iter(failed.values()))
+        late = [f"{name} failed: {reason(error)}" for name, error in failed.items()]
+        late += [f"the federation ended after round {len(rounds)}: {ended}"] if ended else []
+        for note in late:
+            shown.say(note, folder)
+    results = [scored[name] for name in attacks if name in scored]
     figures = federation_figures(config, world, federation)
-    write_results(
-        folder,
-        results,
-        figures,
-        command=command,
-        label_counts=label_counts(world),
-        notes=[note for note in (world.dataset.note,) if note],
+    notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
+    _report(
+        console, folder, results, figures, command, left_out, notes=notes, label_counts=label_counts(world)
     )
-    print_summary(console, results)
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
-    console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
-    return RunResult(folder.path, federation, audits, answers, summary_document(config, results, figures))
+    if ended is not None:
+        raise ended
+    answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
+    summary = summary_document(config, results, figures, left_out)
+    return RunResult(folder.path, federation, {one.attack: one for one in results}, answers, summary)
 
 
 def attack_folder(
@@ -180,44 +214,75 @@ def attack_folder(
         If the folder holds no observations, or an attack does not apply to them.
     """
     console = console or Console(quiet=True)
-    attacks = choose_attacks(config)
+    named = choose_attacks(config)
     choose_device(config.engine.device)
-    if not attacks:
+    if not named:
         raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
-    chosen: dict[str, ReconstructionAttack] = {}
-    for name, attack in attacks.items():
-        if not isinstance(attack, ReconstructionAttack):
+    for name, attack in named.items():
+        if EXPERIMENTS.get(attack.family).from_saved is None:
             raise ConfigError(
                 f"attack {name!r} needs a running federation; saved observations can be reconstructed"
             )
-        chosen[name] = attack
     inner = directory / "observations"
-    observations = read_observations(inner if inner.is_dir() else directory)
-    for attack in attacks.values():
-        for observation in observations:
-            attack.check(observation.scenario)
+    by_round: dict[int, list[Observation]] = defaultdict(list)
+    for observation in read_observations(inner if inner.is_dir() else directory):
+        by_round[observation.round].append(observation)
     truths = read_truths(truth) if truth is not None else None
+
+    def check(name: str, attack: Attack) -> None:
+        del name
+        for batch in by_round.values():
+            attack.check(batch[0].scenario)
+
+    attacks, left_out = applicable(named, [check])
+    notes = [f"{name} is left out: {text}" for name, text in left_out.items()]
+    results: list[AuditResult] = []
+    answers: dict[str, dict[str, Any]] = {}
+    with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
+        for note in notes:
+            shown.say(note, folder)
+        for family, chosen in by_family(attacks).items():
+            attacker = EXPERIMENTS.get(family).from_saved
+            assert attacker is not None
+            work = attacker(config, folder, chosen, shown)
+            stack.callback(work.close)
+            for batch in by_round.values():
+                work.submit(batch)
+            work.collect()
+            answers |= work.answers()
+            results += [work.audit(name, truths) for name in chosen] if truths is not None else []
+    if results:
+        _report(console, folder, results, None, command, left_out, notes=notes)
+    else:
+        write_answers(folder, answers)
+        console.print(f"nothing is scored without --truth; the pictures are in [bold]{folder.images}[/]")
+    audits = {result.attack: result for result in results}
+    return RunResult(folder.path, None, audits, answers, summary_document(config, results, None, left_out))
+
+
+@contextmanager
+def _run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, Stages]]:
+    """The run's folder, with its log, the Ray session that the engine needs, and the progress bars."""
     folder = RunFolder.create(run_directory(config), config)
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
     with logging_to(folder), session, stages(console) as shown:
-        work = Answers(config, folder, chosen, shown)
-        by_round: dict[int, list[Observation]] = defaultdict(list)
-        for observation in observations:
-            by_round[observation.round].append(observation)
-        for batch in by_round.values():
-            work.submit(batch)
-        work.collect()
-    results = [work.audit(name, truths) for name in attacks] if truths is not None else []
-    if results:
-        write_results(folder, results, command=command)
-        print_summary(console, results)
-        console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
-    else:
-        write_answers(folder, work.answers())
-        console.print(f"nothing is scored without --truth; the pictures are in [bold]{folder.images}[/]")
-    audits = {result.attack: result for result in results}
-    return RunResult(folder.path, None, audits, work.answers(), summary_document(config, results, None))
+        yield folder, shown
+
+
+def _report(
+    console: Console,
+    folder: RunFolder,
+    results: Sequence[AuditResult],
+    figures: Mapping[str, Any] | None,
+    command: str,
+    left_out: Mapping[str, str],
+    **more: Any,
+) -> None:
+    """Write the report, and show the table and where the report is."""
+    write_results(folder, results, figures, command=command, left_out=left_out, **more)
+    print_summary(console, results)
+    console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
 
 
 class _FolderHandler(logging.Handler):
@@ -258,8 +323,9 @@ def _train(
     experiments: Sequence[Experiment],
     attacks: Mapping[str, Attack],
     federate: Callable[..., FederationResult],
+    rounds: list[RoundRecord],
 ) -> FederationResult:
-    """Train; hand each round's observations to the experiments while the rounds go on."""
+    """Train; hand each round's observations to the experiments while the rounds go on, and note the rounds."""
     total = plan.config.federation.rounds
 
     def observed(observation: Observation) -> None:
@@ -268,8 +334,9 @@ def _train(
                 experiment.observe(observation)
 
     def after_round(record: RoundRecord) -> None:
-        for client, reason in (*record.rejected, *record.failed):
-            plan.folder.log(f"round {record.round}: reply of client {client} not used: {reason}")
+        rounds.append(record)
+        for client, why in (*record.rejected, *record.failed):
+            plan.folder.log(f"round {record.round}: reply of client {client} not used: {why}")
         accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.1%}"
         plan.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
         plan.shown("federation", record.round / total, f"round {record.round} of {total}{accuracy}")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fedattack.storage import RunFolder
+
 
 class Stages:
     """One progress bar per stage; bars appear when their stage begins."""
@@ -22,6 +24,11 @@ class Stages:
             self._tasks[stage] = self._bars.add_task(stage, total=1.0, note="")
         task = self._bars.tasks[self._bars.task_ids.index(self._tasks[stage])]
         self._bars.update(self._tasks[stage], completed=max(task.completed, min(share, 1.0)), note=text)
+
+    def say(self, text: str, folder: RunFolder) -> None:
+        """Print a line that stays, and write it into the run's log."""
+        folder.log(text)
+        self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

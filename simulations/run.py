@@ -9,6 +9,7 @@ if __package__ in (None, ""):  # run as a file: import the checkout, not this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import inspect
+import io
 import shlex
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
@@ -295,6 +296,9 @@ def check_generator(
 
 def main() -> None:
     """Entry point: exit code 2 for a bad request, 1 for a failed run; no traceback for a user's mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a log's encoding may lack a dash; that must end no run
+            stream.reconfigure(errors="replace")
     try:
         app()
     except FedattackError as error:

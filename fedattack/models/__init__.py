@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fedattack.config import ModelConfig
-from fedattack.errors import ConfigError, DataError
+from fedattack.errors import BadRequest, ConfigError, DataError
 from fedattack.models.classifiers.layers import kaiming_uniform
 from fedattack.models.classifiers.precode import Bottlenecked
 from fedattack.registry import Registry
 from fedattack.rng import torch_rng
 from fedattack.task import tied_names
+from fedattack.training import batch_gradient, training_mode
 
 
 @runtime_checkable
@@ -149,6 +150,97 @@ def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
+def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"], seed: int) -> list[str]:
+    """Train the model of a resolved configuration on one batch of noise, in vain, and look at what comes out.
+
+    Parameters
+    ----------
+    batch : int
+        Images.
+    model : ModelConfig
+    batch_norm : str
+        As :class:`~fedattack.config.TrainingConfig` has it.
+    seed : int
+        Of the initial weights.
+
+    Returns
+    -------
+    list of str
+        What a person should know: which parameters are frozen, and which are one under several names.
+
+    Raises
+    ------
+    BadRequest
+        In one sentence: what stands in the way of training it.
+    """
+    refusal = f"setting 'model.name' = {model.name!r}:"
+    shape = (model.channels or 1, model.image_size or 1, model.image_size or 1)
+    try:
+        weights = initial_weights(model, seed)
+        module = build_model(model)
+        odd = [
+            name
+            for name, tensor in weights.items()
+            if tensor.is_floating_point() and tensor.dtype != torch.float32
+        ]
+        odd += [name for name, tensor in weights.items() if tensor.is_complex()]
+        if odd:
+            raise ConfigError(
+                f"{refusal} {odd[0]!r} is of type {weights[odd[0]].dtype}; only float32 is trained"
+            )
+        module.load_state_dict(weights)
+        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        if not trained:
+            raise ConfigError(f"{refusal} it has no parameter that can be trained")
+        images = torch.rand(batch, *shape, generator=torch_rng(seed, "dry run"))
+        labels = torch.zeros(batch, dtype=torch.int64)
+        with torch.random.fork_rng(devices=[]):
+            _check_logits(refusal, training_mode(module, batch_norm)(images), batch, model.classes)
+            loss, gradient = batch_gradient(module, images, labels)
+            if not all(bool(part.isfinite().all()) for part in (loss, *gradient)):
+                raise ConfigError(
+                    f"{refusal} its gradient holds NaN or infinite values on a batch of {batch}"
+                )
+            with torch.no_grad():
+                _check_logits(refusal, module.eval()(images), batch, model.classes)
+        after = module.state_dict()
+        if {n: (t.shape, t.dtype) for n, t in after.items()} != {
+            n: (t.shape, t.dtype) for n, t in weights.items()
+        }:
+            raise ConfigError(f"{refusal} its state dict changes names, shapes or types when it is used")
+    except BadRequest:
+        raise
+    except Exception as error:
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise ConfigError(
+            f"{refusal} cannot be trained on {batch} images of shape {shape}: {type(error).__name__}: {text}"
+        ) from error
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = [" = ".join(same) for same in names.values() if len(same) > 1]
+    return [
+        f"model {model.name!r}: {text}"
+        for text, found in (
+            (f"{len(frozen)} of {len(names)} parameters are frozen ({', '.join(frozen[:3])})", frozen),
+            (f"one parameter under several names ({'; '.join(tied[:3])})", tied),
+        )
+        if found
+    ]
+
+
+def _check_logits(refusal: str, logits: object, batch: int, classes: int | None) -> None:
+    """Refuse what is no finite (batch, classes)."""
+    if not isinstance(logits, Tensor) or logits.shape != (batch, classes):
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ConfigError(
+            f"{refusal} answers {found} to a batch of {batch}; logits ({batch}, {classes}) are needed"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ConfigError(f"{refusal} answers NaN or infinite values to a batch of {batch} images in [0, 1]")
+
+
 def _read_weights(path: str, module: nn.Module) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -170,4 +262,4 @@ def _read_weights(path: str, module: nn.Module) -> dict[str, Tensor]:
     return {name: state[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
 
 
-__all__ = ["MODELS", "build_model", "initial_weights", "resolve"]
+__all__ = ["MODELS", "build_model", "dry_run", "initial_weights", "resolve"]

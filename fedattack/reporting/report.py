@@ -46,6 +46,7 @@ def write_results(
     command: str = "",
     label_counts: Mapping[int, Mapping[int, int]] | None = None,
     notes: Sequence[str] = (),
+    left_out: Mapping[str, str] | None = None,
 ) -> Path:
     """Write records, summary, images, figures and ``report.html`` into a run's folder.
 
@@ -64,6 +65,8 @@ def write_results(
         Client -> label -> samples.
     notes : sequence of str
         Warnings shown below the verdicts.
+    left_out : mapping, optional
+        Attack -> why it does not apply, for ``summary.json``.
 
     Returns
     -------
@@ -77,7 +80,7 @@ def write_results(
     """
     federation = dict(federation or {})
     write_records(folder, results)
-    write_summary(folder, results, federation)
+    write_summary(folder, results, federation, left_out)
     for result in results:
         _write_images(folder, result)
     pictures = _attack_pictures(folder, results)

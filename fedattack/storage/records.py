@@ -50,22 +50,26 @@ def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
 
 
 def summary_document(
-    config: Config, results: Sequence[AuditResult], federation: Mapping[str, Any] | None
+    config: Config,
+    results: Sequence[AuditResult],
+    federation: Mapping[str, Any] | None,
+    left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``, already in JSON's own types.
 
     Returns
     -------
     dict
-        "version", "config", "federation" (as given) and "attacks": name -> the audit's summary with "family",
-        "count", "metrics" (metric -> "mean", "worst", "best", "low", "high"), "floors" (floor -> metric -> the same),
-        "k", "k_per_pixel", "seconds", "level", "verdict" and more. "worst" is the attacker's worst. NaN is null,
-        infinities are "inf" and "-inf".
+        "version", "config", "federation" (as given), "left_out" (attack -> why it does not apply) and "attacks": name
+        -> the audit's summary with "family", "count", "metrics" (metric -> "mean", "worst", "best", "low", "high"),
+        "floors" (floor -> metric -> the same), "k", "k_per_pixel", "seconds", "level", "verdict" and more. "worst" is
+        the attacker's worst. NaN is null, infinities are "inf" and "-inf".
     """
     document = {
         "version": fedattack_version(),
         "config": config.model_dump(mode="json"),
         "federation": dict(federation or {}),
+        "left_out": dict(left_out or {}),
         "attacks": {result.attack: result.summary for result in results},
     }
     return dict(plain(document))
@@ -87,13 +91,16 @@ def write_records(folder: RunFolder, results: Sequence[AuditResult]) -> None:
 
 
 def write_summary(
-    folder: RunFolder, results: Sequence[AuditResult], federation: Mapping[str, Any] | None
+    folder: RunFolder,
+    results: Sequence[AuditResult],
+    federation: Mapping[str, Any] | None,
+    left_out: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``summary.json``.
+    """Write ``summary.json``; see :func:`summary_document`.
 
     Raises
     ------
     RunFailed
         If the disk is full.
     """
-    write_json(folder.path / "summary.json", summary_document(folder.config, results, federation))
+    write_json(folder.path / "summary.json", summary_document(folder.config, results, federation, left_out))

@@ -4,7 +4,8 @@ Layout::
 
     config.toml  log.txt  records.csv  records.parquet  summary.json  report.html
     observations/  truth/        what the attacker saw, and, apart from it, what was private
-    parts/<attack>/<key>.*       finished answers of the attacks
+    parts/<attack>/<key>.*       finished answers of the attacks, and why there is none (.failed.json)
+    checkpoints/<attack>/<key>/  states of attacks that are at work
     images/<attack>/  figures/
 """
 
@@ -82,7 +83,7 @@ class RunFolder:
                     "give an empty or new folder, or one of an earlier run with the same settings"
                 )
             for leftover in path.rglob(".*.part"):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"setting 'output.run_dir' = {str(path)!r}: {error.strerror}; give a folder"
@@ -181,6 +182,25 @@ class RunFolder:
             "details": answer.details,
         }
         write_json(place.with_suffix(".json"), document)
+        place.with_suffix(".failed.json").unlink(missing_ok=True)
+
+    def save_failure(self, attack: str, key: str, reason: str) -> None:
+        """Store why an attack has no answer for one observation.
+
+        Raises
+        ------
+        RunFailed
+            If the disk is full.
+        """
+        write_json(self._part(attack, key).with_suffix(".failed.json"), {"format": 1, "reason": reason})
+
+    def has_failed(self, attack: str, key: str) -> bool:
+        """Whether :meth:`save_failure` was called for it, and no answer came since."""
+        return self._part(attack, key).with_suffix(".failed.json").is_file()
+
+    def checkpoints(self, attack: str, key: str) -> Path:
+        """Where an attack that is at work on one observation, or on a group that begins with it, keeps its state."""
+        return self.path / "checkpoints" / safe_name(attack) / safe_name(key)
 
     def load_reconstruction(self, attack: str, key: str) -> tuple[Reconstruction, float] | None:
         """The stored answer and its seconds, or None where it is not finished.

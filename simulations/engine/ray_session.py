@@ -7,14 +7,10 @@ import math
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from fedattack.config import EngineConfig
-from fedattack.errors import BadRequest
+from fedattack.errors import BadRequest, RunFailed
 from simulations.engine import flower_internals as internals
-
-if TYPE_CHECKING:
-    pass
 
 _CONNECT_SECONDS = 10.0
 
@@ -41,6 +37,8 @@ def ray_session(engine: EngineConfig) -> Iterator[None]:
     ------
     BadRequest
         If there is no cluster at `ray_address`.
+    RunFailed
+        If none can be started here.
     """
     import ray
 
@@ -51,15 +49,21 @@ def ray_session(engine: EngineConfig) -> Iterator[None]:
         _join(engine.ray_address)
     else:
         cpus = math.ceil(engine.actors * engine.cpus_per_actor) + engine.threads
-        with internals.loopback_ray() as address:
-            ray.init(
-                address="local",
-                num_cpus=max(1, cpus),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                **address,
-            )
+        try:
+            with internals.loopback_ray() as address:
+                ray.init(
+                    address="local",
+                    num_cpus=max(1, cpus),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    **address,
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            hint = "set TMPDIR to a shorter folder, or " if "AF_UNIX" in str(error) else ""
+            raise RunFailed(
+                f"Ray cannot be started here ({_reason(error)}); {hint}use --engine inline, which needs no Ray"
+            ) from error
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from adversaries import Attack
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World
+from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Candidates, Observation
 from fedattack.registry import Registry
 from fedattack.storage import RunFolder
@@ -40,6 +41,44 @@ class Plan:
     shown: Stages
 
 
+class SavedWork(ABC):
+    """Attacks at work on observations, with or without a federation beside them.
+
+    Parameters
+    ----------
+    config : Config
+    folder : RunFolder
+        Answers are stored there as they come, and read back.
+    attacks : mapping of str to Attack
+    shown : Stages
+    """
+
+    @abstractmethod
+    def __init__(
+        self, config: Config, folder: RunFolder, attacks: Mapping[str, Any], shown: Stages
+    ) -> None: ...
+
+    @abstractmethod
+    def submit(self, observations: Sequence[Observation]) -> None:
+        """Attack one round's observations."""
+
+    @abstractmethod
+    def collect(self) -> None:
+        """Wait for the answers."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for nothing any more."""
+
+    @abstractmethod
+    def audit(self, name: str, truths: Sequence[GroundTruth]) -> AuditResult:
+        """Score one attack."""
+
+    @abstractmethod
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """Attack -> key -> answer."""
+
+
 class Experiment(ABC):
     """One family's attacks in a run: what they are shown, what they answer, and the truth it is scored against.
 
@@ -48,7 +87,14 @@ class Experiment(ABC):
     plan : Plan
     attacks : mapping of str to Attack
         All of the one family, by their name in the run.
+
+    Attributes
+    ----------
+    from_saved : type of SavedWork or None
+        What attacks saved observations, where this can be done without a federation.
     """
+
+    from_saved: ClassVar[type[SavedWork] | None] = None
 
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan
@@ -97,6 +143,10 @@ class Experiment(ABC):
         RunFailed
             If there is nothing to score.
         """
+        return None
+
+    def close(self) -> None:
+        """End what runs beside the federation, finished or not; called once, whatever happened."""
         return None
 
     @abstractmethod

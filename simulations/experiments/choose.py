@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from adversaries import ATTACKS, Attack, build_attack
 from adversaries.base import attack_options
@@ -11,11 +11,16 @@ from fedattack.compression import COMPRESSORS
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
+from fedattack.errors import ConfigError, NotApplicable, unknown_name
+from fedattack.models import dry_run
 from fedattack.task import TASKS
+from fedattack.training import batch_positions
 from fedattack.unlearning import build_mechanism
 from simulations.experiments.executor import choose_device
 from strategies import NEED_SINGLE_UPDATES, build_strategy
+
+_DRY_IMAGES = 16
+"""Of larger batches so many images tell enough."""
 
 
 def choose_attacks(config: Config) -> dict[str, Attack]:
@@ -40,6 +45,32 @@ def choose_attacks(config: Config) -> dict[str, Attack]:
         name: build_attack(cls, name, config.attack.options.get(name, {}), config.attack.shared_options)
         for name, cls in classes.items()
     }
+
+
+def applicable(
+    attacks: Mapping[str, Attack], checks: Sequence[Callable[[str, Attack], None]]
+) -> tuple[dict[str, Attack], dict[str, str]]:
+    """The attacks that pass all `checks`, and of the others why not.
+
+    Raises
+    ------
+    NotApplicable
+        If there are attacks and none applies.
+    """
+    kept: dict[str, Attack] = {}
+    left_out: dict[str, str] = {}
+    for name, attack in attacks.items():
+        try:
+            for check in checks:
+                check(name, attack)
+        except NotApplicable as error:
+            left_out[name] = str(error)
+        else:
+            kept[name] = attack
+    if left_out and not kept:
+        sentences = [text if name in text else f"attack {name!r}: {text}" for name, text in left_out.items()]
+        raise NotApplicable("; ".join(sentences))
+    return kept, left_out
 
 
 def arming_attack(attacks: Mapping[str, Attack]) -> MaliciousServer | None:
@@ -78,7 +109,27 @@ def check_names(config: Config) -> None:
     choose_device(config.engine.device)
 
 
-__all__ = ["choose_attacks"]
+def check_model(config: Config, world: World) -> list[str]:
+    """Run the named model once, dry, on the largest and the smallest batch of a client; what to know of it.
+
+    Raises
+    ------
+    BadRequest
+        If no client can train it.
+    """
+    sizes = {
+        min(len(batch), _DRY_IMAGES)
+        for count in {len(part) for part in world.partitions} - {0}
+        for batch in batch_positions(count, config.training, config.seed, 1, 0)
+    }
+    facts = world.scenario.model, config.training.batch_norm, config.seed
+    notes = dry_run(max(sizes), *facts)
+    if min(sizes) < max(sizes):
+        try:
+            dry_run(min(sizes), *facts)
+        except ConfigError as error:
+            notes.append(str(error))
+    return notes
 
 
 def check_held_out(config: Config, world: World, name: str) -> None:
@@ -86,10 +137,10 @@ def check_held_out(config: Config, world: World, name: str) -> None:
 
     Raises
     ------
-    DataError
+    NotApplicable
     """
     if not len(world.pools.nonmembers):
-        raise DataError(
+        raise NotApplicable(
             f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
             "accepted: 1 or more"
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,19 +16,20 @@ from torch import Tensor
 from adversaries import ReconstructionAttack
 from fedattack.audit import AuditResult, audit_reconstruction
 from fedattack.config import Config
-from fedattack.defenses import ClientDefenses, build_defenses
+from fedattack.defenses import ClientDefenses, build_defenses, hides_clients
 from fedattack.errors import RunFailed
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario
+from fedattack.models import build_model
+from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
 from fedattack.storage import RunFolder
 from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord
-from simulations.experiments.base import Experiment, Plan
-from simulations.experiments.executor import Attacked, Executor, groups, make_executor
+from simulations.experiments.base import Experiment, Plan, SavedWork
+from simulations.experiments.executor import Attacked, Executor, Job, groups, make_executor
 from simulations.progress import Stages
 
 
-class Answers:
+class Answers(SavedWork):
     """Submits observations to the attacks, saves every answer when it comes, and knows what is finished."""
 
     def __init__(
@@ -43,6 +47,7 @@ class Answers:
         self._observations: dict[str, Observation] = {}
         self._held: dict[str, list[Observation]] = defaultdict(list)  # of attacks that need their history
         self._done: dict[str, dict[str, tuple[Reconstruction, float]]] = {name: {} for name in self._attacks}
+        self._failed: dict[str, dict[str, str]] = {name: {} for name in self._attacks}
 
     def need_history(self, scenario: Scenario) -> bool:
         """Whether an attack must be given what was seen of its victims before the attacked rounds."""
@@ -62,15 +67,27 @@ class Answers:
                 for group in groups(observations, self._config.attack.victims_per_task):
                     self._start(name, group)
 
+    def refuse(self, observation: Observation, reason: str) -> None:
+        """Count a victim of whom nothing usable arrived; no attack is asked."""
+        self._observations[observation.key] = observation
+        for failed in self._failed.values():
+            failed[observation.key] = reason
+        self._shown.say(f"{observation.key} cannot be attacked: {reason}", self._folder)
+
     def _start(self, name: str, group: list[Observation]) -> None:
         keys = [o.key for o in group if o.key in self._observations]
         known = {key: self._folder.load_reconstruction(name, key) for key in keys}
-        if all(known.values()):
-            self._done[name] |= {key: answer for key, answer in known.items() if answer}
+        self._done[name] |= {key: answer for key, answer in known.items() if answer}
+        missing = [key for key, answer in known.items() if not answer]
+        if not missing:
             return
         if self._executor is None:
-            self._executor = make_executor(self._config.engine, self._config.seed, self._progress)
-        self._executor.submit(name, self._attacks[name], group)
+            self._executor = make_executor(self._config.engine, self._config.seed, self._progress, self._keep)
+        job = Job(name, self._attacks[name], group, self._folder.checkpoints(name, group[0].key))
+        # Who failed before was attacked alone at last, and is so again; else what is computed together stays so.
+        alone = job.parts() if all(self._folder.has_failed(name, key) for key in missing) else []
+        for part in [p for p in alone if any(o.key in missing for o in p.observations)] or [job]:
+            self._executor.submit(part)
 
     def collect(self) -> None:
         """Wait for all that was submitted; attacks that need their history begin here, when it is complete."""
@@ -81,38 +98,54 @@ class Answers:
                 self._start(name, [o for o in held if o.client in clients[start : start + together]])
         self._held.clear()
         if self._executor is not None:
-            for finished in self._executor.results():
-                self._keep(finished)
+            self._executor.finish()
 
-    def _keep(self, finished: Attacked) -> None:
-        key = finished.observation.key
-        if key not in self._observations:  # the history of another answer
-            return
-        self._folder.save_reconstruction(finished.attack, key, finished.reconstruction, finished.seconds)
-        self._done[finished.attack][key] = (finished.reconstruction, finished.seconds)
-        self._folder.log(
-            f"{finished.attack}: {key} done in {finished.seconds:.1f} s by {finished.reconstruction.method}"
-        )
-        self._progress(
-            finished.attack, 0.0, f"{len(self._done[finished.attack])} of {len(self._observations)} victims"
-        )
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        if self._executor is not None:
+            self._executor.close()
+
+    def _keep(self, job: Job, found: list[Attacked]) -> None:
+        """Store what became of a group, at once."""
+        name = job.name
+        for one in found:
+            key = one.key
+            if key not in self._observations:  # the history of another answer
+                continue
+            if isinstance(one.answer, str):
+                self._failed[name][key] = one.answer
+                self._folder.save_failure(name, key, one.answer)
+                self._shown.say(f"{name}: {key} failed: {one.answer}", self._folder)
+            else:
+                self._folder.save_reconstruction(name, key, one.answer, one.seconds)
+                self._done[name][key] = (one.answer, one.seconds)
+                self._folder.log(f"{name}: {key} done in {one.seconds:.1f} s by {one.answer.method}")
+        shutil.rmtree(job.checkpoints, ignore_errors=True)
+        finished = len(self._done[name]) + len(self._failed[name])
+        self._progress(name, 0.0, f"{finished} of {len(self._observations)} victims")
 
     def _progress(self, name: str, share: float, text: str) -> None:
-        finished, total = len(self._done[name]), max(1, len(self._observations))
+        finished = len(self._done[name]) + len(self._failed[name])
+        total = max(1, len(self._observations))
         group = min(self._config.attack.victims_per_task, total - finished)
         self._shown(name, (finished + share * group) / total, text)
 
     def audit(self, name: str, truths: Sequence[GroundTruth]) -> AuditResult:
         """Score one attack's answers."""
-        answers = self._done[name]
+        answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
+        found = [answers.get(o.key, (None, 0.0)) for o in observations]
+        # Until the auditor takes reasons they stand on the terminal and in log.txt alone.
+        takes = "reasons" in inspect.signature(audit_reconstruction).parameters
+        more: dict[str, Any] = {"reasons": self._failed[name]} if takes else {}
         return audit_reconstruction(
             name,
             observations,
-            [answers[o.key][0] for o in observations],
+            [answer for answer, _ in found],
             truths,
-            [answers[o.key][1] for o in observations],
+            [seconds for _, seconds in found],
             seed=self._config.seed,
+            **more,
         )
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
@@ -123,6 +156,7 @@ class Answers:
 class ReconstructionExperiment(Experiment):
     """Attacks the victims of the attacked rounds while the federation goes on, and scores the images."""
 
+    from_saved = Answers
     attacks: dict[str, ReconstructionAttack]
 
     def __init__(self, plan: Plan, attacks: Mapping[str, ReconstructionAttack]) -> None:
@@ -154,6 +188,22 @@ class ReconstructionExperiment(Experiment):
                 self.plan.folder.save_observation(observation)
                 self.plan.folder.save_truth(truth)
         self.work.submit(victims, asked)
+        if asked and not hides_clients(self.plan.config.defense):
+            for client, reason in (*record.rejected, *record.failed):
+                if client < self.plan.config.victims and len(self.plan.world.partitions[client]):
+                    self._refuse(record.round, client, reason)
+
+    def _refuse(self, round: int, client: int, reason: str) -> None:
+        """Note a victim whose reply the server could not use: an update of nothing, and the truth."""
+        world = self.plan.world
+        named = [(n, tuple(p.shape)) for n, p in build_model(world.scenario.model).named_parameters()]
+        names, shapes = zip(*named, strict=True)
+        kind: UpdateKind = "gradient" if world.scenario.training.protocol == "fedsgd" else "delta"
+        nothing = Update(names, shapes, torch.zeros(0, dtype=torch.int64), torch.zeros(0), kind)
+        observation = Observation(round, client, world.scenario, {}, nothing, 0, auxiliary=world.auxiliary)
+        self.truths.append(self._truth(observation, ()))
+        last = next((line.strip() for line in reversed(reason.splitlines()) if line.strip()), reason)
+        self.work.refuse(observation, f"its reply was not used: {last}")
 
     def _truth(self, observation: Observation, answered: Sequence[int]) -> GroundTruth:
         clients = answered if observation.client == EVERYONE else (observation.client,)
@@ -190,6 +240,10 @@ class ReconstructionExperiment(Experiment):
                 f"no update of a victim was seen in rounds {list(self.plan.config.attack.rounds)}: all dropped out, "
                 "were not drawn, or were rejected (log.txt); raise attack.victims or attack.rounds"
             )
+
+    def close(self) -> None:
+        """Wait for no answer any more."""
+        self.work.close()
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Score every attack's images."""

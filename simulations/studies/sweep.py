@@ -101,7 +101,7 @@ class Sweep:
             If it is missing, malformed, asks for no cell or for too many, or for two cells of the same settings.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
             document = tomllib.loads(text)
         except FileNotFoundError:
             raise ConfigError(f"sweep file {str(path)!r} does not exist") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -457,6 +458,7 @@ KINDS = {
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeping, "SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "SHARE", math.inf)
 
 
 @pytest.mark.usefixtures("at_once")

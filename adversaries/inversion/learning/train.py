@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.learning import files, train
+from adversaries.inversion.matching.checkpoint import checkpoints_in
 from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import numpy_rng
@@ -124,7 +125,8 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     if key not in _KEPT:
         while len(_KEPT) >= _ROOM:
             del _KEPT[next(iter(_KEPT))]
-        _KEPT[key] = make()
+        with checkpoints_in(None):  # whether it is asked depends on what ran before
+            _KEPT[key] = make()
     return _KEPT[key]
 
 

@@ -4,21 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedattack.errors import ConfigError, DataError
+from fedattack.errors import ConfigError, DataError, RunFailed
 from fedattack.files import write_tensors
+
+log = logging.getLogger("fedattack.checkpoint")
 
 FORMAT = "fedattack matching 1"
 
-SECONDS = 30.0
+SECONDS = 10.0
 """Least time between two states: writing one costs more than many iterations of a small network."""
+
+SHARE = 0.01
+"""Of the time that passes, at most so much is spent on writing states."""
+
+
+@dataclass
+class _Folder:
+    """Where the optimisations of one attack keep their states, and how many there were so far."""
+
+    path: Path
+    opened: int = 0
+
+
+_FOLDER: ContextVar[_Folder | None] = ContextVar("checkpoints", default=None)
+
+
+@contextmanager
+def checkpoints_in(folder: Path | None) -> Iterator[None]:
+    """Let every optimisation in the block keep its state below `folder`, and go on from what it finds there.
+
+    What is kept leads to the same bits as an unbroken block only if the block asks the same again, in the same order.
+    None: nothing is kept.
+    """
+    token = _FOLDER.set(None if folder is None else _Folder(folder))
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
+def open_checkpoint(path: str | Path | None, problem: Callable[[], str]) -> Checkpoint | None:
+    """The checkpoint at `path`, else the next one in the folder of :func:`checkpoints_in`, else None."""
+    if path is not None:
+        return Checkpoint(path, problem)
+    folder = _FOLDER.get()
+    if folder is None:
+        return None
+    folder.opened += 1
+    return Checkpoint(folder.path / f"{folder.opened:04d}.safetensors", problem, given=False)
 
 
 def digest(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
@@ -38,21 +84,23 @@ class Checkpoint:
     Parameters
     ----------
     path : str or Path
-    problem : str
-        :func:`digest` of what is solved.
+    problem : callable
+        Gives the :func:`digest` of what is solved; asked at the first state, for it costs a while.
+    given : bool
+        Whether somebody asked for this very file: then one that cannot be used is an error. Else it is passed over.
     """
 
-    def __init__(self, path: str | Path, problem: str) -> None:
+    def __init__(self, path: str | Path, problem: Callable[[], str], given: bool = True) -> None:
         self.path = Path(path)
-        self._problem = problem
-        self._last = time.monotonic()
+        self._problem, self._given = cache(problem), given
+        self._last, self._pause = time.monotonic(), SECONDS
 
     def due(self) -> bool:
         """Whether it is time for another state."""
-        return time.monotonic() - self._last >= SECONDS
+        return time.monotonic() - self._last >= self._pause
 
     def load(self, device: torch.device) -> dict[str, Tensor] | None:
-        """The state that was kept, on `device`; None where there is no file.
+        """The state that was kept, on `device`; None where there is no file, or none of use that was not asked for.
 
         Raises
         ------
@@ -64,6 +112,15 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
+            return self._read(device)
+        except (ConfigError, DataError) as error:
+            if self._given:
+                raise
+            log.warning("an attack begins afresh: %s", error)
+            return None
+
+    def _read(self, device: torch.device) -> dict[str, Tensor]:
+        try:
             with safe_open(self.path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("fedattack", "{}"))
                 # Cloned, because kernels may round differently where memory is not aligned as they like it.
@@ -72,7 +129,7 @@ class Checkpoint:
             raise DataError(
                 f"checkpoint {str(self.path)!r} cannot be read ({error}): delete it to begin afresh"
             ) from None
-        if header.get("format") != FORMAT or header.get("problem") != self._problem:
+        if header.get("format") != FORMAT or header.get("problem") != self._problem():
             raise ConfigError(
                 f"checkpoint {str(self.path)!r} belongs to other updates, settings, starts or another device: delete "
                 "it to begin afresh, or name another file"
@@ -85,8 +142,16 @@ class Checkpoint:
         Raises
         ------
         RunFailed
-            If it cannot be written; the previous one is kept.
+            If it cannot be written and must be; the previous one is kept.
         """
-        header = {"fedattack": json.dumps({"format": FORMAT, "problem": self._problem})}
-        write_tensors(self.path, tensors, header)
+        header = {"fedattack": json.dumps({"format": FORMAT, "problem": self._problem()})}
+        started = time.monotonic()
+        try:
+            write_tensors(self.path, tensors, header)
+        except RunFailed as error:
+            if self._given:
+                raise
+            log.warning("no state of an attack is kept from here on: %s", error)
+            self._pause = float("inf")
         self._last = time.monotonic()
+        self._pause = max(self._pause, (self._last - started) / SHARE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from adversaries.inversion.matching.settings import Matching
 from adversaries.inversion.solvers.first_order import Adam, Sgd
 from adversaries.inversion.solvers.lbfgs import Lbfgs
 from adversaries.inversion.solvers.minimiser import Evaluate, Minimiser, Outcome, Rules
+
+log = logging.getLogger("fedattack.checkpoint")
 
 Transform = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> images."""
@@ -81,6 +84,8 @@ def descend(
     """
     ends = _ends(settings, transform is not None)
     kept = checkpoint.load(start.device) if checkpoint is not None else None
+    if kept is not None:
+        log.info("an attack goes on from its state after %d iterations", int(kept["iteration"]))
     past = _Past(start) if kept is None else _Past(start, kept)
     outcome: Outcome | None = None
     for stretch in range(past.stretch, len(ends)):
@@ -104,7 +109,7 @@ def descend(
                 checkpoint.save(runner.state() | past.state())
 
         outcome = runner.run(part.iterations, notify)
-        if checkpoint is not None and stretch == len(ends) - 1:
+        if checkpoint is not None and checkpoint.due() and stretch == len(ends) - 1:
             checkpoint.save(runner.state() | past.state())
     assert outcome is not None
     return past.complete(outcome)

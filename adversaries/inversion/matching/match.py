@@ -22,7 +22,7 @@ from torch import Tensor
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.gradients import Schedule, Statistics, gradient_model
 from adversaries.inversion.matching import pixels
-from adversaries.inversion.matching.checkpoint import Checkpoint, digest
+from adversaries.inversion.matching.checkpoint import digest, open_checkpoint
 from adversaries.inversion.matching.descent import Noise, Transform, descend
 from adversaries.inversion.matching.pixels import Chart
 from adversaries.inversion.matching.problem import Penalty, Problem
@@ -119,7 +119,8 @@ def match(
     checkpoint : str or Path, optional
         File in which the optimiser's state is kept from time to time, and from which it goes on where it exists; the
         answer is that of an unbroken run, bit for bit. The caller removes it, and sees to it that `transform` and
-        `penalty` are the same again.
+        `penalty` are the same again. None: one in the folder of
+        :func:`~adversaries.inversion.matching.checkpoint.checkpoints_in`, if there is one.
 
     Returns
     -------
@@ -141,13 +142,13 @@ def match(
     first = starts.flatten(0, 1).float().to(device)
     begin = problem.variables(first, None if logits is None else logits.flatten(0, 1).float().to(device))
     noise = _noise(rows, len(observations), problem.width(begin), seed, begin) if settings.noise else None
-    kept = None
-    if checkpoint is not None:
+
+    def identity() -> str:
         words = [repr(settings), repr(unroll), type(chart).__name__, str(device), str(seed)]
         tensors = [*_tensors(observations, labels, starts, logits)]
-        if isinstance(chart, pixels.Drawn):
-            tensors += chart.tensors()
-        kept = Checkpoint(checkpoint, digest(words, tensors))
+        return digest(words, tensors + (chart.tensors() if isinstance(chart, pixels.Drawn) else []))
+
+    kept = open_checkpoint(checkpoint, identity)
     outcome = descend(problem, begin, settings, progress, transform=transform, noise=noise, checkpoint=kept)
     return _answers(problem, outcome, restarts, None if logits is not None else labels)
 

@@ -478,6 +478,11 @@ class _Run:
     def _answer(self, position: int, found: Match) -> Reconstruction:
         victim = self._victims[position]
         recipe, update = self._recipe, victim.observation.update
+        if not math.isfinite(found.loss):
+            raise PayloadError(
+                f"client {victim.observation.client}: no image has a finite loss; the weights that were sent, or the "
+                "update, lead to NaN or infinite values"
+            )
         joint = recipe.labels == "joint"
         values = found.labels if joint else victim.labels.values
         pixels = len(values) * math.prod(victim.observation.scenario.image_shape)

@@ -164,6 +164,7 @@ def als(stack: Tensor, tensor: Tensor, generator: torch.Generator) -> Tensor:
 
     Slow near the end on tensors without noise, steady on noisy ones.
     """
+    from tensorly import backend_context
     from tensorly.cp_tensor import CPTensor
     from tensorly.decomposition import parafac
 
@@ -171,7 +172,7 @@ def als(stack: Tensor, tensor: Tensor, generator: torch.Generator) -> Tensor:
     array = tensor.cpu().numpy()
     size = array.shape[0]
     initial = CPTensor((np.ones(size), [start.copy() for _ in range(array.ndim)]))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), backend_context("numpy"):  # whatever the environment asks for
         warnings.simplefilter("ignore")
         found = parafac(array, size, n_iter_max=500, tol=1e-12, init=initial, normalize_factors=True)
     factors = torch.from_numpy(np.array(found.factors[0])).to(stack)
@@ -190,6 +191,7 @@ def tensorly_power(tensor: Tensor, whitener: Tensor, seed: int) -> Tensor:
     seed : int
         tensorly draws from NumPy's global generator, which is seeded for the call and restored.
     """
+    from tensorly import backend_context
     from tensorly.decomposition import symmetric_parafac_power_iteration
 
     white = torch.einsum("abc,ai,bj,ck->ijk", tensor, whitener, whitener, whitener)
@@ -197,9 +199,10 @@ def tensorly_power(tensor: Tensor, whitener: Tensor, seed: int) -> Tensor:
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed % 2**32)  # noqa: NPY002
     try:
-        _, factor = symmetric_parafac_power_iteration(
-            white.cpu().numpy(), size, n_repeat=20, n_iteration=50, verbose=False
-        )
+        with backend_context("numpy"):
+            _, factor = symmetric_parafac_power_iteration(
+                white.cpu().numpy(), size, n_repeat=20, n_iteration=50, verbose=False
+            )
     finally:
         np.random.set_state(state)  # noqa: NPY002
     factor = torch.from_numpy(np.array(factor)).to(tensor)
