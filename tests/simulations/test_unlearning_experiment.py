@@ -16,7 +16,7 @@ from adversaries.base import no_progress
 from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.config import Config
 from fedattack.data import build_world
-from fedattack.errors import DataError, NotApplicable, PayloadError
+from fedattack.errors import NotApplicable, PayloadError
 from fedattack.models import build_model
 from fedattack.storage import RunFolder
 from fedattack.training import evaluate
@@ -280,5 +280,5 @@ def test_refuses_before_the_first_round() -> None:
     with pytest.raises(NotApplicable, match="'fedmia' needs 3 clients that answer in one round, and 2 of 6"):
         check("fedmia", participation=0.34)
     for name in ("fedmia", "unlearn-max-loss"):
-        with pytest.raises(DataError, match=f"{name}.*'data.nonmembers' = 0; accepted: 1 or more"):
+        with pytest.raises(NotApplicable, match=f"{name}.*'data.nonmembers' = 0; accepted: 1 or more"):
             check(name, **{"data.nonmembers": 0})
