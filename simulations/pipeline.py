@@ -21,7 +21,7 @@ from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
 from fedattack.defenses import check_defenses
-from fedattack.errors import ConfigError, RunFailed
+from fedattack.errors import ConfigError, FedattackError, RunFailed
 from fedattack.files import cannot_write
 from fedattack.observation import Observation
 from fedattack.reporting.report import write_answers, write_results
@@ -166,12 +166,14 @@ def simulate(
             try:
                 experiment.collect()
                 scored |= experiment.audit(federation)
+                failed |= experiment.failed
             except Exception as error:
                 failed |= dict.fromkeys(experiment.attacks, error)
-        if not scored and (ended or failed):
-            raise ended or next(iter(failed.values()))
         late = [f"{name} failed: {reason(error)}" for name, error in failed.items()]
         late += [f"the federation ended after round {len(rounds)}: {ended}"] if ended else []
+        if not scored and (ended or failed):
+            first = next(iter(failed.values()), None)
+            raise ended or (first if isinstance(first, FedattackError) else RunFailed(late[0])) from first
         for note in late:
             shown.say(note, folder)
     results = [scored[name] for name in attacks if name in scored]

@@ -137,15 +137,6 @@ class Eavesdropper(Strategy):
     average_buffers : bool
         Average BatchNorm buffers here, by examples, instead of giving them to the wrapped strategy. For server
         optimisers (FedAdam, ...), whose steps would make variances negative.
-
-    Examples
-    --------
-    >>> from flwr.serverapp.strategy import FedAvg
-    >>> from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
-    >>> model = ModelConfig(name="mlp", classes=10, channels=1, image_size=8, activation="relu")
-    >>> scenario = Scenario(model, TrainingConfig(), CompressionConfig())
-    >>> seen = []
-    >>> strategy = Eavesdropper(FedAvg(fraction_evaluate=0.0), scenario, on_observation=seen.append)
     """
 
     def __init__(
@@ -242,16 +233,7 @@ class Eavesdropper(Strategy):
         return None
 
     def tailored(self, weights: dict[str, Tensor], place: int, node: int) -> dict[str, Tensor]:
-        """Tensors that one client is sent instead of those in `weights`, from :meth:`outgoing`; as that, overridden.
-
-        Parameters
-        ----------
-        weights : dict of str to Tensor
-        place : int
-            Of the client among those drawn, in ascending order of their numbers.
-        node : int
-            Its node.
-        """
+        """Tensors that the client at `node`, the `place`-th of those drawn by number, is sent instead; overridden."""
         del weights, place, node
         return {}
 

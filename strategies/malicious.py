@@ -30,31 +30,17 @@ class MaliciousServer(Eavesdropper):
 
     Parameters
     ----------
-    strategy : Strategy
-    scenario : Scenario
-    attack : adversaries.seats.MaliciousServer
-    rounds : collection of int
-        The armed rounds.
-    candidates : Candidates, optional
+    attack, rounds
+        Whose weights are sent, and in which rounds.
+    candidates
         The samples that the attack will be asked about.
-    **options
+    strategy, scenario, **options
         As for :class:`~strategies.Eavesdropper`.
 
     Raises
     ------
     ConfigError
         If the attack takes another seat, or (in the round) its weights do not fit the model.
-
-    Examples
-    --------
-    >>> from flwr.serverapp.strategy import FedAvg
-    >>> from adversaries.reconstruction.tensor import TensorAttack
-    >>> from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
-    >>> model = ModelConfig(
-    ...     name="two-layer", classes=10, channels=1, image_size=8, activation="poly3", width=64
-    ... )
-    >>> scenario = Scenario(model, TrainingConfig(), CompressionConfig(name="none"))
-    >>> server = MaliciousServer(FedAvg(), scenario, attack=TensorAttack(), rounds=(1,))
     """
 
     def __init__(

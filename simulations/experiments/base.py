@@ -92,6 +92,8 @@ class Experiment(ABC):
     ----------
     from_saved : type of SavedWork or None
         What attacks saved observations, where this can be done without a federation.
+    failed : dict of str to BaseException
+        Attacks that failed on their own; :meth:`audit` leaves them out.
     """
 
     from_saved: ClassVar[type[SavedWork] | None] = None
@@ -99,6 +101,7 @@ class Experiment(ABC):
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan
         self.attacks = dict(attacks)
+        self.failed: dict[str, BaseException] = {}
 
     @classmethod
     def check(cls, config: Config, world: World, attacks: Mapping[str, Any]) -> None:

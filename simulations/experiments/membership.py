@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.defenses import hides_clients
-from fedattack.errors import DataError, NotApplicable
+from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.rng import adversary_seed, numpy_rng
@@ -45,21 +46,11 @@ Rounds = Mapping[int, Sequence[int]]
 """Client -> the rounds that it answers in."""
 
 
-class _Nodes:
-    """As much of a grid as a strategy needs to draw clients."""
-
-    def __init__(self, clients: int) -> None:
-        self._clients = clients
-
-    def get_node_ids(self) -> range:
-        return range(1, 1 + self._clients)
-
-
 def expected_rounds(config: Config, world: World) -> dict[int, list[int]]:
     """Who will answer when: the strategy's own draw under the run's seed, less those that drop out."""
     strategy = build_strategy(config.federation, config.training.learning_rate)
     arrays = to_record(initial_weights(world.scenario.model, config.seed))
-    nodes: Any = _Nodes(config.federation.clients)
+    nodes: Any = SimpleNamespace(get_node_ids=lambda: range(1, 1 + config.federation.clients))  # of a grid
     answering: dict[int, list[int]] = defaultdict(list)
     for number in range(1, config.federation.rounds + 1):
         with server_identity(0), seeded_sampling(config.seed, number):
@@ -297,10 +288,15 @@ class MembershipExperiment(Experiment):
         device = choose_device(config.engine.device)
         for name in self._serving():
             attack, asked = self.attacks[name], self._asked[name]
-            if seen and number not in self._figures[name] and number in self._rounds(attack):
+            wanted = number not in self._figures[name] and number in self._rounds(attack)
+            if seen and wanted and name not in self.failed:
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
                 seed, started = adversary_seed(config.seed, "membership", number), time.perf_counter()
-                figures = attack.watch(seen, asked.target, candidates, seed, device)
+                try:
+                    figures = attack.watch(seen, asked.target, candidates, seed, device)
+                except Exception as error:  # its own; the federation and the other attacks go on
+                    self.failed[name] = error
+                    continue
                 self.plan.folder.save_round(name, number, figures)
                 self._figures[name][number] = figures
                 self._seconds[name] += time.perf_counter() - started
@@ -308,7 +304,14 @@ class MembershipExperiment(Experiment):
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Have every attack conclude, and score its answer."""
-        return {name: self._audit(name, attack, federation) for name, attack in self.attacks.items()}
+        audits: dict[str, AuditResult] = {}
+        for name, attack in self.attacks.items():
+            if name not in self.failed:
+                try:
+                    audits[name] = self._audit(name, attack, federation)
+                except Exception as error:
+                    self.failed[name] = error
+        return audits
 
     def _audit(self, name: str, attack: MembershipAttack, federation: FederationResult) -> AuditResult:
         plan, started, asked = self.plan, time.perf_counter(), self._asked[name]
@@ -323,7 +326,9 @@ class MembershipExperiment(Experiment):
             raise NotApplicable(f"{name}: no update of a client that it is asked about was observed")
         counts, is_member, details = asked.settle(plan.config, plan.world, rounds)
         if isinstance(attack, MaliciousClient):
-            answers = federation.answers[name]
+            answers = federation.answers.get(name, {})
+            if not answers:
+                raise RunFailed(f"{name}: no malicious client gave an answer (log.txt)")
             together = torch.stack([answers[client]["scores"].double() for client in sorted(answers)]).mean(0)
             scores = MembershipScores(together, name, {"asked_clients": sorted(answers)})
         else:

@@ -18,7 +18,7 @@ from adversaries.membership.fedmia import FedMIA, one_tailed, statistics
 from fedattack.audit.membership import audit_membership
 from fedattack.config import Config
 from fedattack.data import World, build_world
-from fedattack.errors import DataError, NotApplicable
+from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.metrics.membership import auc_interval
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
@@ -271,6 +271,19 @@ def test_a_client_is_asked_about_all_others(tmp_path: Path) -> None:
     assert not set(ids) & set(world.partitions[0])
 
 
+def test_an_attack_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
+    names = ("rigged_seats:Failing", "rigged_seats:Silent", "fedmia")
+    config = settings(rounds=2, attack=names, **{"run-dir": str(tmp_path / "run")})
+    result = simulate(config)
+    assert list(result.audits) == ["fedmia"]
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "rigged_seats:Failing failed: ValueError: too odd to read" in log
+    assert "attack 'rigged_seats:Silent': client 0 could not answer 'query.answer': KeyError" in log
+    alone = settings(rounds=1, attack=names[:1], **{"run-dir": str(tmp_path / "alone")})
+    with pytest.raises(RunFailed, match="too odd to read"):
+        simulate(alone)
+
+
 def test_refusals(federation: Run, tmp_path: Path) -> None:
     config, world, observations, result = federation
     with pytest.raises(NotApplicable, match="client 9, the target"):
@@ -279,8 +292,9 @@ def test_refusals(federation: Run, tmp_path: Path) -> None:
     with pytest.raises(NotApplicable, match="at least 3 are needed"):
         FedMIA().run(two, 0, Candidates(*world.dataset.tensors(np.arange(3))), 0, CPU)
     nobody = replace(result, rounds=[replace(record, clients=()) for record in result.rounds])
-    with pytest.raises(NotApplicable, match="no update of a client that it is asked about was observed"):
-        experiment(tmp_path / "run", (config, world, [], nobody), fedmia=FedMIA()).audit(nobody)
+    found = experiment(tmp_path / "run", (config, world, [], nobody), fedmia=FedMIA())
+    assert found.audit(nobody) == {}
+    assert "no update of a client that it is asked about was observed" in str(found.failed["fedmia"])
     bare = settings(data__nonmembers=0, rounds=1)
     bare_world = build_world(bare)
     with pytest.raises(DataError, match=r"data\.nonmembers"):

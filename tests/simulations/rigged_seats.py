@@ -1,4 +1,4 @@
-"""Attacks of the tests, named as ``rigged_attacks:Class``."""
+"""Attacks of the tests, named as ``rigged_seats:Class``."""
 
 from __future__ import annotations
 
@@ -40,6 +40,22 @@ class Diary(MaliciousClient, MembershipAttack):
     def answer(self, view, question):
         """The diary, and nothing about the question."""
         return {"scores": torch.zeros(len(question.labels), dtype=torch.float64), "seen": view.memory["seen"]}
+
+
+class Failing(MembershipAttack):
+    """Cannot read what it sees."""
+
+    def watch(self, observations, target, candidates, seed, device):
+        """Nothing."""
+        raise ValueError("too odd to read")
+
+
+class Silent(Diary):
+    """Has no answer."""
+
+    def answer(self, view, question):
+        """None."""
+        raise KeyError("nothing to say")
 
 
 class Undeclared(Diary):
