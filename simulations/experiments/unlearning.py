@@ -210,7 +210,13 @@ class UnlearningExperiment(Experiment):
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Carry out each attack's requests, and score the damage."""
-        return {name: self._audit(name, federation.weights) for name in self.attacks}
+        audits: dict[str, AuditResult] = {}
+        for name in self.attacks:
+            try:
+                audits[name] = self._audit(name, federation.weights)
+            except Exception as error:  # costs the others nothing
+                self.failed[name] = error
+        return audits
 
     def _audit(self, name: str, final: Weights) -> AuditResult:
         plan, started = self.plan, time.perf_counter()

@@ -213,6 +213,8 @@ def test_a_request_that_the_server_rejects(
     run = ran(tmp_path, attack=f"rigged_requests:{attack}", rounds=1, **settings)
     with pytest.raises(PayloadError, match=f"from client 0: {reason}"):
         run.outcome()
+    assert run.experiment.audit(run.result) == {}
+    assert reason in str(run.experiment.failed[f"rigged_requests:{attack}"])
 
 
 def test_pixels_that_are_no_numbers_do_not_reach_the_server(
