@@ -283,7 +283,7 @@ def _report(
 ) -> None:
     """Write the report, and show the table and where the report is."""
     write_results(folder, results, figures, command=command, left_out=left_out, **more)
-    print_summary(console, results)
+    print_summary(console, results, figures)
     console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
 
 

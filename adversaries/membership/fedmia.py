@@ -146,7 +146,7 @@ def statistics(
         for row, k in enumerate(group):
             length = norms * updates[row].values.double().norm().cpu()
             sign = 1.0 if updates[row].kind == "gradient" else -1.0
-            result[k] = torch.where(length > 0, sign * products[row] / length.clamp_min(1e-300), 0.0)
+            result[k] = sign * products[row] / length.clamp_min(1e-300)
     return result
 
 
@@ -183,7 +183,10 @@ def one_tailed(own: Tensor, others: Tensor, keep: Tensor) -> Tensor:
 
 def _not_outlying(others: Tensor) -> Tensor:
     """Which shadows are not above mean + 3 standard deviations of their candidate, bool (K, N)."""
-    return others <= others.mean(0) + 3 * others.std(0, correction=0)
+    apart = others - others.mean(0)
+    return (
+        apart <= 3 * apart.square().mean(0).sqrt()
+    )  # of equal ones none is out, however the mean is rounded
 
 
 def _same_weights(answers: Sequence[Observation]) -> list[list[int]]:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from fedattack.audit.family import AuditResult
+from fedattack.audit.family import FAMILIES, AuditResult, Family, headline
 from fedattack.audit.membership import audit_membership
 from fedattack.audit.reconstruction import audit_reconstruction
 from fedattack.audit.unlearning import audit_unlearning
 
-__all__ = ["AuditResult", "audit_membership", "audit_reconstruction", "audit_unlearning"]
+__all__ = [
+    "FAMILIES",
+    "AuditResult",
+    "Family",
+    "audit_membership",
+    "audit_reconstruction",
+    "audit_unlearning",
+    "headline",
+]

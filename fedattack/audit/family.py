@@ -1,54 +1,241 @@
-"""What an audit hands on to tables, figures and the report."""
+"""A family of attacks as data, and what the audits of all families have in common.
+
+Tables, figures, report, records and sweeps read a :class:`Family` and know none by name. A new family is one file
+that defines one, and one line in :data:`FAMILIES`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from fedattack.metrics import (
-    Interval,
-    bootstrap_mean,
-)
+from fedattack.errors import ConfigError
+from fedattack.metrics import Interval, bootstrap_mean, units_needed, wilson
+from fedattack.registry import Registry
+from fedattack.reporting import formats
 
-
-def _ends(values: Sequence[float]) -> dict[str, float]:
-    return {"worst": float(min(values)), "best": float(max(values))}
-
-
-Family = Literal["reconstruction", "membership", "unlearning"]
 Level = Literal["leak", "partial", "none", "undecided", "failed"]
 
-SHOWN = "shown to the model"
-"""Panel of what a defence made of the private images."""
+SEVERITY: tuple[Level, ...] = ("leak", "partial", "undecided", "none", "failed")
+"""Levels, the worst for whoever defends first."""
 
-HEADLINES: dict[Family, dict[Level, str]] = {
-    "reconstruction": {
-        "leak": "private images recovered",
-        "partial": "partial leakage",
-        "none": "no leakage beyond the prior",
-        "undecided": "undecided",
-        "failed": "the attack failed",
+_SHARED_WORDS: dict[Level, str] = {"undecided": "undecided", "failed": "the attack failed"}
+
+Figures = Mapping[str, Any]
+"""A described metric ("mean", "worst", "best", "low", "high"), or a summary."""
+Column = tuple[str, Callable[[Figures], str]]
+"""Heading of a column, and its cell from a summary or a record."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a family, shown as ``scale * value`` with `digits` decimals.
+
+    Parameters
+    ----------
+    key, floor : str
+        In the summary's "metrics" and in each floor; `floor` where the key differs there.
+    title, unit : str
+        Heading of its column in the report; no title: no column.
+    worst : {"min", "max"}
+        Which end is the attacker's worst: "min" where more means more leakage.
+    note : callable
+        Further words from the described metric.
+    """
+
+    key: str
+    title: str = ""
+    unit: str = ""
+    scale: float = 1.0
+    digits: int = 1
+    worst: Literal["min", "max"] = "min"
+    floor: str = ""
+    note: Callable[[Figures], str] = lambda _: ""
+
+    @property
+    def heading(self) -> str:
+        """Title with its unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    def shown(self, value: Any) -> str:
+        """A value as a person reads it."""
+        return formats.decimal(None if value is None else value * self.scale, self.digits)
+
+    def of(self, figures: Figures) -> Figures | None:
+        """The described metric among those of the attack or of a floor."""
+        found: Figures | None = figures.get(self.key) or figures.get(self.floor)
+        return found
+
+    def two_lines(self, figures: Figures) -> str:
+        """Mean above interval, for narrow columns."""
+        described = self.of(figures) or {"mean": None}
+        return f"{self.shown(described['mean'])}\n{formats.span(described, self.digits, self.scale)}"
+
+    def cells(self, figures: Figures, ends: bool) -> list[str]:
+        """Mean, interval, and where `ends` worst and best, of the attack or of a floor."""
+        described = self.of(figures)
+        if not described:
+            return [""] * (4 if ends else 2)
+        interval = formats.interval(described, self.digits, self.scale)
+        note = self.note(described)
+        cells = [f"{self.shown(described['mean'])}{f' ({note})' if note else ''}", interval]
+        return cells + [self.shown(described.get(end)) for end in ("worst", "best")] if ends else cells
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """The one figure that says how much leaked, as a sweep compares it.
+
+    Parameters
+    ----------
+    column, label, title : str
+        Of the sweep's table, its name with the unit for a person, and the title of the figure that compares runs.
+    read : callable
+        Summary -> described figure; None where there is none.
+    nothing, span : float
+        The value where nothing leaks, and how much the colours span at least, so that noise does not look like a
+        result; in the unit of the label, which is `scale` times the summary's.
+    """
+
+    column: str
+    label: str
+    read: Callable[[Figures], Figures | None]
+    nothing: float
+    span: float
+    title: str
+    scale: float = 1.0
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the report.
+
+    Parameters
+    ----------
+    name, alt, caption : str
+        Of its file and on the page; where there is one for `each` attack, its name stands before them.
+    target : str
+        ``"package.module:function"``: a result (`each`) or all of the family -> a figure or None.
+    """
+
+    name: str
+    target: str
+    alt: str
+    caption: str
+    each: bool = True
+
+
+Row = tuple[str, bool, Figures]
+"""Of a table of scores: name, whether it is the attack's own, described metrics by key."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is asked, how it is measured, and how it is told.
+
+    Parameters
+    ----------
+    name, question, title : str
+        The title is that of its table.
+    metrics : tuple of Metric
+        The leading one first.
+    floors : mapping of str to str
+        Floors every audit of the family has -> what they are.
+    headlines : mapping
+        Level -> the words of a verdict; "undecided" and "failed" have words already.
+    columns : tuple of Column
+        Of the terminal's table, from a summary; None: made from the metrics.
+    rows, remarks, details : callable
+        For the report, from a result: rows of scores, sentences below them, columns of a table of its records.
+    sweep : callable
+        Further columns of a sweep's table, from a summary.
+    types : mapping of str to str
+        Column of the records -> pandas type; others are floats, or texts.
+    glossary : str
+        How to read its figures: "term: text" in each paragraph.
+    """
+
+    name: str
+    question: str
+    title: str
+    metrics: tuple[Metric, ...]
+    floors: Mapping[str, str]
+    headlines: Mapping[Level, str]
+    leakage: Leakage
+    columns: tuple[Column, ...] | None = None
+    rows: Callable[[AuditResult], list[Row]] = lambda result: score_rows(result)
+    remarks: Callable[[AuditResult], Sequence[str]] = lambda _: ()
+    details: Callable[[AuditResult], Sequence[Column]] = lambda _: ()
+    sweep: Callable[[Figures], dict[str, Any]] = lambda _: {}
+    drawings: tuple[Drawing, ...] = ()
+    types: Mapping[str, str] = field(default_factory=dict)
+    glossary: str = ""
+
+    def words(self, level: Level) -> str:
+        """How a verdict of this level begins."""
+        return self.headlines.get(level) or _SHARED_WORDS[level]
+
+    @property
+    def titled(self) -> list[Metric]:
+        """The metrics that tables show."""
+        return [metric for metric in self.metrics if metric.title]
+
+    def terms(self) -> list[tuple[str, str]]:
+        """The glossary, entry by entry."""
+        entries = [" ".join(entry.split()).partition(": ") for entry in self.glossary.strip().split("\n\n")]
+        return [(term, text) for term, _, text in entries if text]
+
+    def table_columns(self) -> tuple[Column, ...]:
+        """The terminal's columns after the attack's name."""
+        if self.columns is not None:
+            return self.columns
+        lead = self.metrics[0]
+        made: list[Column] = []
+        for metric in self.titled:
+            made.append((metric.heading, lambda s, m=metric: m.two_lines(s["metrics"])))  # type: ignore[misc]
+        made.append(("best\nfloor", lambda s: lead.cells(s["floors"][s["best_floor"]], False)[0]))
+        return (*made, ("time", lambda s: formats.seconds(s["seconds"])))
+
+
+def score_rows(result: AuditResult) -> list[Row]:
+    """The attack's figures, then its floors, the highest first."""
+    lead, floors = get_family(result.family).metrics[0], result.summary["floors"]
+    order = sorted(floors, key=lambda name: -((lead.of(floors[name]) or {}).get("mean") or 0.0))
+    return [
+        (result.attack, True, result.summary["metrics"]),
+        *((f"floor: {name}", False, floors[name]) for name in order),
+    ]
+
+
+FAMILIES: Registry[Family] = Registry(
+    "family",
+    {
+        "reconstruction": "fedattack.audit.reconstruction:RECONSTRUCTION",
+        "membership": "fedattack.audit.membership:MEMBERSHIP",
+        "unlearning": "fedattack.audit.unlearning:UNLEARNING",
     },
-    "membership": {
-        "leak": "members identified",
-        "partial": "membership leaks",
-        "none": "no leakage beyond chance",
-        "undecided": "undecided",
-        "failed": "the attack failed",
-    },
-    "unlearning": {
-        "leak": "the request damages the model",
-        "partial": "slight damage",
-        "none": "no damage beyond random deletion",
-        "undecided": "undecided",
-        "failed": "the attack failed",
-    },
-}
-"""Level of a verdict -> the words it starts with."""
+    "fedattack.families",
+)
+"""What can be asked of a federation, by name."""
+
+
+def get_family(name: str) -> Family:
+    """The family of that name.
+
+    Raises
+    ------
+    ConfigError
+        If nobody registered it, or what is registered is no family.
+    """
+    found = FAMILIES.get(name)
+    if not isinstance(found, Family):
+        raise ConfigError(f"family {name!r} is a {type(found).__name__}: fedattack.audit.Family is accepted")
+    return found
 
 
 @dataclass(frozen=True)
@@ -57,32 +244,71 @@ class AuditResult:
 
     Parameters
     ----------
-    attack : str
-        Its name in this run.
-    family : {"reconstruction", "membership", "unlearning"}
+    attack, family : str
+        Its name in this run, and one of :data:`FAMILIES`.
     records : list of dict
         One flat row per private image, candidate or seed.
     summary : dict
         Means, worst cases, floors and intervals by name; see :func:`fedattack.storage.records.summary_document`.
     verdict : str
-        What the figures say, in words.
-    level : {"leak", "partial", "none", "undecided", "failed"}
-        The verdict's class; the thresholds are those of :mod:`fedattack.audit.reconstruction_verdict`.
+        What the figures say: the words of its level, a colon, the reasons.
     images : dict of str to Tensor
-        "original", "reconstruction" and one entry per floor, float32 (N, C, H, W), in the order of `records`; a
-        row of NaN where there is no reconstruction.
-    curves : dict
-        Series for figures: "histories" (label -> losses), "roc" (label -> rates).
+        Panels for figures, float32 (N, C, H, W), in the order of `records`; a row of NaN where there is no image.
+    threat : dict
+        "seat" (str), "needs", "letters", "assumptions" (lists of str), where the run says so.
     """
 
     attack: str
-    family: Family
+    family: str
     records: list[dict[str, Any]]
     summary: dict[str, Any]
     verdict: str
     level: Level
     images: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
+    threat: dict[str, Any] = field(default_factory=dict)
+
+
+def by_family(results: Sequence[AuditResult]) -> list[tuple[Family, list[AuditResult]]]:
+    """The families that were asked, in the order of the results, and the results of each."""
+    names = dict.fromkeys(result.family for result in results)
+    return [(get_family(name), [result for result in results if result.family == name]) for name in names]
+
+
+def gain_level(gain: Interval, margin: float) -> Level:
+    """What an interval of the gain over the best floor says, as equivalence within a margin.
+
+    "partial": it lies above 0. "failed": below 0, or its mean a margin or more below. "none": its upper end is below
+    the margin. "undecided": anything else, an unknown interval included.
+
+    References
+    ----------
+    Schuirmann, A comparison of the two one-sided tests procedure and the power approach, 1987.
+    """
+    if gain.mean <= -margin or gain.high < 0:
+        return "failed"
+    if gain.low > 0:
+        return "partial"
+    return "none" if gain.high < margin else "undecided"
+
+
+def further_units(gain: Interval, margin: float) -> int:
+    """How many more units would tell "partial" or "none", if mean and spread stay as they were observed."""
+    return max(1, units_needed(gain.spread, max(gain.mean, margin - gain.mean)) - gain.count)
+
+
+def at_chance(accuracy: float | None, chance: float | None, samples: int | None) -> str:
+    """Words where a model's accuracy cannot be told from the share of the commonest class; else empty.
+
+    Both in [0, 1]; None: unknown, nothing is said. Wilson's interval over the samples decides, where there are any.
+    """
+    if accuracy is None or chance is None:
+        return ""
+    low = wilson(round(accuracy * samples), samples).low if samples else accuracy
+    if low > chance:
+        return ""
+    shown, most = formats.percent(accuracy), formats.percent(chance)
+    return f"the model is at chance (accuracy {shown}, commonest class {most}), and says nothing either way"
 
 
 def describe(
@@ -91,25 +317,10 @@ def describe(
     groups: Sequence[int] | None = None,
     worst: Literal["min", "max"] = "min",
 ) -> dict[str, float | int | None]:
-    """Mean, worst, best and bootstrap interval of one metric.
+    """Mean, worst (for the attacker), best, count and bootstrap interval of a metric, None where unknown.
 
-    Parameters
-    ----------
-    values : sequence of float
-        One per image; NaN (nothing to score) is left out, infinity (identical images) is left out of the mean
-        and counted, unless every value is infinite.
-    seed : int
-        Seeds the bootstrap.
-    groups : sequence of int, optional
-        The victim of each value.
-    worst : {"min", "max"}
-        Which end is the attacker's worst.
-
-    Returns
-    -------
-    dict
-        "mean", "worst", "best", "low", "high" (None where unknown), "count", and "identical" where any value was
-        infinite.
+    NaN (nothing to score) is left out, infinity (identical images) is left out of the mean and counted as
+    "identical", unless every value is infinite. `groups` are the victims of the values.
     """
     array = np.asarray(values, dtype=np.float64)
     place = np.arange(len(array)) if groups is None else np.asarray(groups)
@@ -117,20 +328,80 @@ def describe(
     if not len(array):
         return {"mean": None, "worst": None, "best": None, "low": None, "high": None, "count": 0}
     finite = np.isfinite(array)
-    ends = (float(array.min()), float(array.max()))
-    if worst == "max":
-        ends = (ends[1], ends[0])
-    described: dict[str, float | int | None] = {"mean": float(array[0]), "worst": ends[0], "best": ends[1]}
+    ends = extremes(array.tolist(), worst)
+    described: dict[str, float | int | None] = {"mean": float(array[0]), **ends}
     described |= {"low": None, "high": None, "count": len(array)}
     if finite.any():
-        interval = bootstrap_mean(array[finite], seed, place[finite])
-        described |= interval_fields(interval)
+        described |= interval_fields(bootstrap_mean(array[finite], seed, place[finite]))
     if not finite.all():
         described["identical"] = int((~finite).sum())
     return described
+
+
+def extremes(values: Sequence[float], worst: Literal["min", "max"] = "min") -> dict[str, float]:
+    """ "worst" and "best" of some values, for the attacker."""
+    ends = (float(min(values)), float(max(values)))
+    return dict(zip(("worst", "best"), ends if worst == "min" else ends[::-1], strict=True))
 
 
 def interval_fields(interval: Interval) -> dict[str, float | None]:
     """An interval as plain fields: "mean", "low", "high" (None where unknown)."""
     ends = {"low": interval.low, "high": interval.high} if interval.known else {"low": None, "high": None}
     return {"mean": interval.mean, **ends}
+
+
+def headline(results: Sequence[AuditResult], federation: Figures | None = None) -> dict[str, Any] | None:
+    """The worst that was found by any attack, from which seat, and under which assumptions.
+
+    `federation` is as :func:`fedattack.reporting.report.write_results` is given it. None without results; else
+    "level",
+    "attack", "seat" (empty where unknown), "assumptions" (list of str) and "text".
+    """
+    if not results:
+        return None
+    worst = min(results, key=lambda result: SEVERITY.index(result.level))
+    seat, assumptions = str(worst.threat.get("seat", "")), _assumptions(worst, federation or {})
+    words = get_family(worst.family).words(worst.level)
+    by = f"by {worst.attack}{f', seat: {seat}' if seat else ''}"
+    if worst.level in ("leak", "partial"):
+        text = f"worst found: {words}, {by}"
+    elif worst.level == "failed":
+        text = "every attack failed, which says nothing about the model"
+    else:
+        text = f"nothing found: {words}, {by}"
+        unsure = [r.attack for r in results if r.level in ("undecided", "failed") and r is not worst]
+        text += f"; {', '.join(unsure)} cannot tell either" if unsure else ""
+    text += f" ({'; '.join(assumptions)})" if assumptions else ""
+    return {
+        "level": worst.level,
+        "attack": worst.attack,
+        "seat": seat,
+        "assumptions": assumptions,
+        "text": text,
+    }
+
+
+def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
+    """What held when the attack was run: model and its training, batch, steps, what was granted."""
+    s, told = result.summary, []
+    scenario = s.get("scenario")
+    accuracies = {row["round"]: row.get("accuracy") for row in federation.get("rounds", [])}
+    sent = sorted({row["round"] - 1 for row in result.records if "round" in row})
+    name = scenario["model"]["name"] if scenario else "model"
+    known = [accuracies[r] for r in sent or [max(accuracies, default=0)] if accuracies.get(r) is not None]
+    states = ["its initial weights"] if sent[:1] == [0] else []
+    if known:
+        ends = dict.fromkeys(map(formats.percent, (min(known), max(known))))
+        states.append(f"{' to '.join(ends)} accuracy")
+    told += [f"{name} at {' and '.join(states)}"] if states else []
+    if scenario:
+        training = scenario["training"]
+        batch = " or ".join(map(str, s["batch"]))
+        steps = training["local_steps"] if training["protocol"] == "fedavg" else 1
+        told.append(f"batch {batch}, {steps} local step{'s' if steps != 1 else ''}")
+        told += (
+            [f"defences: {', '.join(scenario['defense']['names'])}"] if scenario["defense"]["names"] else []
+        )
+        granted = s["auxiliary"]
+        told.append(f"{granted['count']:,} public images granted" if granted else "no public images granted")
+    return told + [str(one) for one in result.threat.get("assumptions", ())]

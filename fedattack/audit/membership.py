@@ -1,4 +1,10 @@
-"""The auditor of membership inference: scores against who really was in the data, beside chance."""
+"""Membership inference: scores against who really was in the data, beside chance.
+
+"Membership leaks" when the AUC's interval lies above 0.5 and the AUC above what chance scores with so many
+candidates, or when so many members stand out at 1 % false positives that chance does it less than once in 200;
+"members identified" from an AUC of 0.9. "No leakage" needs the AUC's upper end below 0.55, or below 0.6 with 80 %
+power to have seen 0.6, and a model that is better than chance. The rest is undecided.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +15,25 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fedattack.audit import membership_verdict
-from fedattack.audit.family import AuditResult, _ends, interval_fields
+from fedattack.audit.family import (
+    AuditResult,
+    Drawing,
+    Family,
+    Figures,
+    Leakage,
+    Level,
+    Metric,
+    at_chance,
+    extremes,
+    interval_fields,
+)
 from fedattack.errors import DataError
 from fedattack.metrics import (
     Interval,
     OperatingPoint,
     auc_interval,
+    auc_power,
+    auc_reach,
     balanced_accuracy,
     chance_auc,
     chance_balanced_accuracy,
@@ -23,6 +41,14 @@ from fedattack.metrics import (
     tpr_at_fpr,
 )
 from fedattack.observation import MembershipScores
+from fedattack.reporting import formats
+
+IDENTIFIED_AUC = 0.9
+TAIL_P_VALUE = 0.005
+MARGIN_AUC = 0.55
+"""An AUC surely below this is no leakage."""
+SEEN_AUC, POWER = 0.6, 0.8
+"""What candidates must be enough to see, and how surely, before not having seen it means anything."""
 
 
 def audit_membership(
@@ -32,6 +58,9 @@ def audit_membership(
     *,
     clients: Sequence[int] | None = None,
     seconds: float = 0.0,
+    accuracy: float | None = None,
+    chance_accuracy: float | None = None,
+    test_samples: int | None = None,
     seed: int = 0,
 ) -> AuditResult:
     """Score membership inference against who really was in the clients' data.
@@ -41,18 +70,13 @@ def audit_membership(
 
     Parameters
     ----------
-    attack_name : str
-        Its name in this run.
-    scores : MembershipScores or Tensor, or one per target client
-        Shape (N,); higher means "more likely a member".
-    is_member : array-like of bool, or one per target client
-        Shape (N,).
-    clients : sequence of int, optional
+    scores, is_member
+        Shape (N,), or one of each per target client; a higher score means "more likely a member".
+    clients
         The target clients; numbered from 0 where absent.
-    seconds : float
-        Time in all.
-    seed : int
-        Seeds the bootstrap.
+    accuracy, chance_accuracy
+        In [0, 1]: of the model on `test_samples` held-out samples, and the share of the commonest class there. A
+        model that cannot be told from chance says nothing about membership.
 
     Returns
     -------
@@ -81,11 +105,13 @@ def audit_membership(
     areas = [auc_interval(v, m, seed) for v, m in pairs]
     chances = [chance_auc(int(m.sum()), int((~m).sum())) for m in members]
     points = {share: [tpr_at_fpr(v, m, share) for v, m in pairs] for share in (0.01, 0.001)}
-    accuracy = [balanced_accuracy(v, m) for v, m in pairs]
-    accuracy_chance = [chance_balanced_accuracy(v, m, seed) for v, m in pairs]
+    shares = [balanced_accuracy(v, m) for v, m in pairs]
+    share_chance = [chance_balanced_accuracy(v, m, seed) for v, m in pairs]
     area, chance = _average(areas), _average(chances)
     tail = min(points[0.01], key=lambda point: point.p_value)
-    level, verdict = membership_verdict.membership(area, chance, tail, len(targets))
+    candidates = min(int(m.sum()) for m in members), min(int((~m).sum()) for m in members)
+    idle = at_chance(accuracy, chance_accuracy, test_samples)
+    level, verdict = verdict_of(area, chance, tail, candidates, len(targets), idle)
     summary = {
         "family": "membership",
         "count": sum(len(v) for v in values),
@@ -93,25 +119,26 @@ def audit_membership(
         "members": sum(int(m.sum()) for m in members),
         "nonmembers": sum(int((~m).sum()) for m in members),
         "statistic": statistic,
+        "accuracy": accuracy,
         "metrics": {
-            "auc": {**interval_fields(area), **_ends([a.mean for a in areas])},
+            "auc": {**interval_fields(area), **extremes([a.mean for a in areas])},
             "tpr_at_1_percent_fpr": _point_fields(points[0.01]),
             "tpr_at_0.1_percent_fpr": _point_fields(points[0.001]),
             "balanced_accuracy": {
-                "mean": float(np.mean(accuracy)),
-                **_ends(accuracy),
+                "mean": float(np.mean(shares)),
+                **extremes(shares),
                 "low": None,
                 "high": None,
             },
         },
         "floors": {
             "chance": {
-                "auc": {**interval_fields(chance), **_ends([0.5])},
+                "auc": {**interval_fields(chance), **extremes([0.5])},
                 "tpr_at_1_percent_fpr": _chance_fields(points[0.01]),
                 "tpr_at_0.1_percent_fpr": _chance_fields(points[0.001]),
                 "balanced_accuracy": {
-                    "mean": float(np.mean([m for m, _ in accuracy_chance])),
-                    "high": float(np.mean([h for _, h in accuracy_chance])),
+                    "mean": float(np.mean([m for m, _ in share_chance])),
+                    "high": float(np.mean([h for _, h in share_chance])),
                 },
             }
         },
@@ -160,7 +187,7 @@ def _point_fields(points: Sequence[OperatingPoint]) -> dict[str, Any]:
     rates = [point.tpr.mean for point in points]
     return {
         **interval_fields(_average([point.tpr for point in points])),
-        **_ends(rates),
+        **extremes(rates),
         "true_positives": sum(point.true_positives for point in points),
         "members": sum(point.members for point in points),
         "false_positives": sum(point.false_positives for point in points),
@@ -176,4 +203,143 @@ def _chance_fields(points: Sequence[OperatingPoint]) -> dict[str, float]:
     }
 
 
-__all__ = ["audit_membership"]
+def verdict_of(
+    auc: Interval,
+    chance: Interval,
+    tail: OperatingPoint,
+    candidates: tuple[int, int],
+    targets: int = 1,
+    idle: str = "",
+) -> tuple[Level, str]:
+    """Level and sentence; `candidates`: members and non-members of the smallest target, `idle`: no news, and why."""
+    ranked = auc.low > 0.5 and auc.mean > chance.high
+    stands_out = tail.p_value * targets < TAIL_P_VALUE
+    backwards = auc.high < 0.5 and auc.mean < chance.low
+    why = ""
+    level: Level = "undecided"
+    if ranked or stands_out:
+        level = "leak" if ranked and auc.mean >= IDENTIFIED_AUC else "partial"
+    elif backwards:
+        why = "; the scores run backwards: the statistic's sign is to be questioned"
+    elif not _unseen(auc.high, candidates):
+        more = max(1, _candidates_needed(auc.mean) - min(candidates))
+        why = f"; about {more:,} more member{'s' if more != 1 else ''} and as many non-members would tell"
+    elif not idle:
+        level = "none"
+    if level == "undecided" and idle:
+        why += f"; {idle}"
+    figures = f"AUC {auc.mean:.3f} [{auc.low:.3f}, {auc.high:.3f}]"
+    figures += f", chance 0.500 [{chance.low:.3f}, {chance.high:.3f}]"
+    found = (
+        f"at {formats.rate(tail.max_fpr)} false positives {tail.true_positives} of {tail.members} members found "
+        f"(chance: {tail.chance_mean * tail.members:.1f})"
+    )
+    return level, f"{MEMBERSHIP.words(level)}: {figures}{why}; {found}"
+
+
+def _unseen(high: float, candidates: tuple[int, int]) -> bool:
+    """Whether an AUC with this upper end is no leakage."""
+    powerful = high < SEEN_AUC and auc_power(*candidates, SEEN_AUC) >= POWER
+    return high < MARGIN_AUC or powerful
+
+
+def _candidates_needed(area: float) -> int:
+    """Fewest members, with as many non-members, that would tell if the AUC stays as it was observed."""
+
+    def tells(count: int) -> bool:
+        low, high = auc_reach(area, count, count)
+        return (low > 0.5 and area > chance_auc(count, count).high) or _unseen(high, (count, count))
+
+    low, high = 1, 2
+    while not tells(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if tells(middle) else (middle, high)
+    return high
+
+
+def _tail_note(point: Figures) -> str:
+    if "members" in point:
+        return f"{point['true_positives']} of {point['members']}"
+    return f"up to {formats.decimal(point['high'] * 100)}"
+
+
+def _remarks(result: AuditResult) -> list[str]:
+    s = result.summary
+    targets = f"{s['targets']} target client{'s' if s['targets'] != 1 else ''}"
+    parts = [f"{result.attack}: {s['members']} members and {s['nonmembers']} non-members, {targets}"]
+    parts += [f"statistic: {s['statistic']}"] if s["statistic"] else []
+    tail = s["metrics"]["tpr_at_1_percent_fpr"]
+    parts.append(f"chance of finding so many at 1 % false positives: {formats.p_value(tail['p_value'])}")
+    if s["nonmembers"] < 1000:
+        parts.append("with so few non-members, 0.1 % means no false positive at all")
+    return [*parts, f"time: {formats.seconds(s['seconds'])}"]
+
+
+def _tail_cell(key: str) -> Any:
+    def cell(s: Figures) -> str:
+        point = s["metrics"][key]
+        return f"{formats.percent(point['mean'])}\n({_tail_note(point)})"
+
+    return cell
+
+
+MEMBERSHIP: Family = Family(
+    name="membership",
+    question="Can it be told which samples a client trained on?",
+    title="Membership inference (with 95 % intervals)",
+    metrics=(
+        Metric("auc", "AUC", digits=3),
+        Metric("tpr_at_1_percent_fpr", "members found at 1 % false positives", "%", 100.0, note=_tail_note),
+        Metric("tpr_at_0.1_percent_fpr", "members found at 0.1 %", "%", 100.0, note=_tail_note),
+        Metric("balanced_accuracy", "balanced accuracy", "%", 100.0),
+    ),
+    floors={"chance": "chance"},
+    headlines={
+        "leak": "members identified",
+        "partial": "membership leaks",
+        "none": "no leakage beyond chance",
+    },
+    leakage=Leakage(
+        "auc",
+        "AUC",
+        lambda s: s["metrics"]["auc"],
+        nothing=0.5,
+        span=0.1,
+        title="How well members are told from non-members (chance: 0.5)",
+        digits=3,
+    ),
+    columns=(
+        ("asked\nabout", lambda s: formats.count(s["count"])),
+        ("AUC", lambda s: MEMBERSHIP.metrics[0].two_lines(s["metrics"])),
+        ("chance\nAUC", lambda s: f"0.500\n{formats.span(s['floors']['chance']['auc'], 3)}"),
+        ("TPR at\n1 % FPR", _tail_cell("tpr_at_1_percent_fpr")),
+        ("chance", lambda s: formats.percent(s["floors"]["chance"]["tpr_at_1_percent_fpr"]["mean"])),
+        ("TPR at\n0.1 % FPR", _tail_cell("tpr_at_0.1_percent_fpr")),
+        ("time", lambda s: formats.seconds(s["seconds"])),
+    ),
+    remarks=_remarks,
+    drawings=(
+        Drawing(
+            "roc",
+            "fedattack.reporting.figures:roc",
+            "ROC curves of the membership attacks, linear and log-log",
+            "Bands: exact pointwise 95 % intervals over the members. An attack is worth fearing at the left "
+            "edge of the "
+            "right panel.",
+            each=False,
+        ),
+    ),
+    types={"client": "Int64", "candidate": "Int64", "is_member": "boolean"},
+    glossary="""
+AUC: The chance that a member outscores a non-member.
+
+Found at 1 %: Share of members found while at most 1 % of the non-members are called members: what an attacker who
+must not be wrong gets.
+
+Balanced accuracy: With the best threshold for these very candidates, so chance lies above 50 %.
+""",
+)
+
+__all__ = ["MEMBERSHIP", "audit_membership"]

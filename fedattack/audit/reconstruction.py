@@ -1,10 +1,11 @@
-"""The auditor: the only reader of the truth. Scores what attacks answered, beside what they could have guessed."""
+"""Reconstruction: the auditor scores what attacks answered, beside what they could have guessed."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,28 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fedattack.audit import reconstruction_verdict
-from fedattack.audit.family import SHOWN, AuditResult, describe, interval_fields
-from fedattack.errors import DataError, RunFailed
+from fedattack.audit import reconstruction_verdict as rule
+from fedattack.audit.family import (
+    SEVERITY,
+    AuditResult,
+    Column,
+    Drawing,
+    Family,
+    Figures,
+    Leakage,
+    Level,
+    Metric,
+    Row,
+    describe,
+    interval_fields,
+    score_rows,
+)
+from fedattack.errors import DataError
 from fedattack.groundtruth import GroundTruth
 from fedattack.metrics import (
     INFLATION_DB,
+    Interval,
+    constant_hits,
     labels_right,
     match,
     mse,
@@ -29,13 +46,30 @@ from fedattack.metrics import (
     ssim_window,
 )
 from fedattack.observation import Observation, Reconstruction
+from fedattack.reporting import formats
 from fedattack.reporting.formats import seat
+from fedattack.storage.plain import number
 
 GREY_FLOOR = "flat grey"
 AUXILIARY_FLOOR = "auxiliary mean"
 
+ORIGINAL, REBUILT = "original", "reconstruction"
+SHOWN = "shown to the model"
+"""Panels of an audit: the private images, the answers, and what a defence made of the private images."""
+
 _CONTROLS = 32
 """Other victims that each reconstruction is scored against, at most."""
+
+METRICS = (
+    Metric("psnr", "PSNR", "dB"),
+    Metric("ssim", "SSIM", digits=3),
+    Metric("mse", worst="max"),
+    Metric("label_right"),
+    Metric("label_confidence"),
+    Metric("loss", worst="max"),
+    Metric("certificate", worst="max"),
+    Metric("out_of_range_share", worst="max"),
+)
 
 
 def audit_reconstruction(
@@ -45,31 +79,28 @@ def audit_reconstruction(
     truths: Sequence[GroundTruth],
     seconds: Sequence[float] | float,
     *,
+    reasons: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> AuditResult:
     """Score reconstructions against the private images, every floor and another victim's images.
 
     Floors are what the same attacker answers without the update: flat grey, the mean of the auxiliary images it was
-    granted, and whatever the attack itself calls its prior. The shuffled control scores each reconstruction against
-    the other victims' private images. Where a defence transforms the images, reconstructions are scored against what
-    the model was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that
-    matching cannot favour the attack.
+    granted, and whatever the attack itself calls its prior. The control scores each reconstruction against the other
+    victims' private images. Where a defence transforms the images, reconstructions are scored against what the model
+    was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that matching
+    cannot favour the attack.
 
     Parameters
     ----------
-    attack_name : str
-        Its name in this run.
-    observations : sequence of Observation
-        What the attack saw.
-    reconstructions : sequence of Reconstruction or None
-        Its answers, in the same order; None, or images that are not finite, count as failed and are left out of the
-        means (the summary says how many).
-    truths : sequence of GroundTruth
+    reconstructions
+        In the order of the observations. None, and images or floors of the wrong size or not finite, are victims that
+        failed: rows with the status "failed: reason", left out of every mean.
+    truths
         In any order; found by their key.
-    seconds : sequence of float, or float
-        Time per observation, or in all.
-    seed : int
-        Seeds the bootstrap.
+    seconds
+        Per observation, or in all.
+    reasons
+        Key of an observation -> why it has no answer.
 
     Returns
     -------
@@ -80,8 +111,6 @@ def audit_reconstruction(
     ------
     DataError
         If there is nothing to score, the lengths differ, or an observation has no truth.
-    RunFailed
-        If an attack answered images of the wrong size.
     """
     if not observations or len(observations) != len(reconstructions):
         raise DataError(
@@ -96,88 +125,120 @@ def audit_reconstruction(
     times = _times(seconds, len(observations))
 
     records: list[dict[str, Any]] = []
-    shown: dict[str, list[Tensor]] = {}
+    panels: list[dict[str, Tensor]] = []
+    failed: list[dict[str, str]] = []
+    answers: list[Reconstruction | None] = []
     histories: dict[str, list[float]] = {}
     for victim, (observation, answer, truth) in enumerate(
         zip(observations, reconstructions, batches, strict=True)
     ):
-        scored, panels = _score_victim(attack_name, observation, answer, truth)
-        control = _control(answer, victim, batches) if _usable(answer) else None
-        for row in scored:
+        why = _fault(answer, truth.images, (reasons or {}).get(observation.key))
+        if why or answer is None:
+            failed.append({"key": observation.key, "reason": why})
+            answer = None
+        rows, shown = _score_victim(attack_name, observation, answer, truth, f"failed: {why}")
+        control = None if answer is None else _control(answer, victim, batches)
+        for row in rows:
             row |= {"victim": victim, "control_psnr": control, "seconds": times[victim]}
-            records.append(row)
-        for name, panel in panels.items():
-            shown.setdefault(name, []).append(panel)
+        records += rows
+        panels.append(shown)
+        answers.append(answer)
         if answer is not None and answer.history:
             histories[f"round {observation.round}, {seat(observation.client)}"] = list(answer.history)
-    images = {name: torch.cat(parts) for name, parts in shown.items() if sum(map(len, parts)) == len(records)}
-    summary, level, verdict = _summarise(observations, reconstructions, records, seed)
+    names = dict.fromkeys(name for shown in panels for name in shown)
+    nothing = [torch.full_like(truth.images, math.nan) for truth in batches]
+    images = {
+        name: torch.cat([shown.get(name, none) for shown, none in zip(panels, nothing, strict=True)])
+        for name in names
+    }
+    summary = _summarise(observations, answers, records, failed, seed)
     return AuditResult(
-        attack_name, "reconstruction", records, summary, verdict, level, images, {"histories": histories}
+        attack_name,
+        "reconstruction",
+        records,
+        summary,
+        summary["verdict"],
+        summary["level"],
+        images,
+        {"histories": histories},
     )
 
 
+def _fault(answer: Reconstruction | None, private: Tensor, reason: str | None) -> str:
+    """Why an answer cannot be scored; empty where it can."""
+    if answer is None:
+        return reason or "no answer"
+    size = tuple(private.shape[1:])
+    for name, images in (("", answer.images), *answer.floors.items()):
+        what = f"its floor {name!r}" if name else "it"
+        if tuple(images.shape[1:]) != size:
+            shapes = f"{tuple(images.shape)}, and the private batch is {tuple(private.shape)}"
+            return f"{what} answered images of shape {shapes}"
+        if not len(images):
+            return f"{what} answered no image"
+        if not torch.isfinite(images).all():
+            return f"{what} answered pixels that are not finite"
+    return reason or ""
+
+
 def _score_victim(
-    attack: str, observation: Observation, answer: Reconstruction | None, truth: GroundTruth
+    attack: str, observation: Observation, answer: Reconstruction | None, truth: GroundTruth, status: str
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Rows and panels of one private batch."""
-    private = truth.images
-    size = private.shape[1:]
-    if answer is not None and answer.images.shape[1:] != size:
-        raise RunFailed(
-            f"attack {attack!r} answered images of shape {tuple(answer.images.shape)} for {observation.key}, whose "
-            f"private batch is {tuple(private.shape)}"
-        )
-    update = observation.update
+    private, update = truth.images, observation.update
     common = {
         "attack": attack,
         "family": "reconstruction",
         "round": observation.round,
         "client": observation.client,
         "k": update.kept,
+        "k_measuring": _measuring(observation),
         "k_per_pixel": update.kept / private.numel(),
         "rate": update.kept / update.numel,
         "kept_per_layer": json.dumps(update.kept_per_layer()),
         "wire_bytes": observation.wire_bytes,
     }
-    if answer is not None:
-        common |= {
-            "label_confidence": answer.label_confidence,
-            "loss": answer.loss,
-            "certificate": answer.certificate,
-            "method": answer.method,
-        }
-    panels = {"original": private, "reconstruction": torch.full_like(private, math.nan)}
+    panels = {ORIGINAL: private, REBUILT: torch.full_like(private, math.nan)}
     if truth.shown is not None:
         panels[SHOWN] = truth.shown
     rows = [
-        common | {"image": index, "sample": sample, "label": label, "status": "no reconstruction"}
+        common | {"image": index, "sample": sample, "label": label, "status": status}
         for index, (sample, label) in enumerate(zip(truth.sample_ids, truth.labels.tolist(), strict=True))
     ]
-    for name, images in _floors(observation, answer, private).items():
-        panels[name] = _align(images, private)
-        for field, values in _scores(panels[name], private).items():
+
+    def add(prefix: str, scores: Mapping[str, Sequence[float]]) -> None:
+        for field, values in scores.items():
             for row, value in zip(rows, values, strict=True):
-                row[f"floor.{name}.{field}"] = value
-    if not _usable(answer):
+                row[f"{prefix}{field}"] = value
+
+    floors = _floors(observation, answer, private)
+    for name, images in floors.items():
+        panels[name] = _align(images, private)
+        add(f"floor.{name}.", _scores(panels[name], private))
+    if answer is None:
         return rows, panels
-    assert answer is not None
     pairing = match(answer.images, private, answer.labels, truth.labels)
     named = labels_right(answer.labels, truth.labels)
     chosen = [index for index, place in enumerate(pairing.order) if place >= 0]
     found_images = answer.images[[pairing.order[index] for index in chosen]].to(private.dtype).cpu()
-    panels["reconstruction"][chosen] = found_images.clamp(0, 1)
+    panels[REBUILT][chosen] = found_images.clamp(0, 1)
     scores = _scores(found_images, private[chosen])
     inflated, wide_ssim = paper_scale(found_images, private[chosen])
     outside = out_of_range_share(found_images)
     if truth.shown is not None:
-        for field, values in _scores(
-            _align(answer.images.to(private).clamp(0, 1), truth.shown), truth.shown
-        ).items():
-            for row, value in zip(rows, values, strict=True):
-                row[f"shown.{field}"] = value
+        shown = truth.shown
+        add("shown.", _scores(_align(answer.images.to(private).clamp(0, 1), shown), shown))
+        guesses = [_scores(_align(images, shown), shown)["psnr"] for images in floors.values()]
+        add("shown.", {"floor": np.max(guesses, axis=0).tolist()})
     for row, right in zip(rows, named, strict=True):
-        row["label_right"] = right
+        row |= {
+            "label_right": right,
+            "label_confidence": answer.label_confidence,
+            "loss": answer.loss,
+            "certificate": answer.certificate,
+            "method": answer.method,
+            "notes": _why(answer),
+        }
     for position, index in enumerate(chosen):
         rows[index] |= {field: values[position] for field, values in scores.items()}
         rows[index] |= {
@@ -187,7 +248,27 @@ def _score_victim(
             "psnr_paper_scale": float(inflated[position]),
             "ssim_paper_scale": float(wide_ssim[position]),
         }
+    for row in rows:
+        if row["status"] != "scored":
+            row["status"] = f"failed: {len(answer.images)} images for a batch of {len(private)}"
     return rows, panels
+
+
+def _why(answer: Reconstruction) -> str:
+    """What an attack says about how it came to its answer."""
+    told: list[str] = []
+    for key in ("why", "reason", "notes"):
+        said = answer.details.get(key) or []
+        told += [said] if isinstance(said, str) else map(str, said)
+    return "; ".join(told)
+
+
+def _measuring(observation: Observation) -> int:
+    """Sent entries that depend on the image: not zero, and no bias of the last layer."""
+    layers = list(observation.update.layers())
+    if len(layers[-1][1]) == 1:
+        layers.pop()
+    return sum(int(values.count_nonzero()) for _, _, _, values in layers)
 
 
 def _floors(observation: Observation, answer: Reconstruction | None, private: Tensor) -> dict[str, Tensor]:
@@ -196,10 +277,6 @@ def _floors(observation: Observation, answer: Reconstruction | None, private: Te
         mean = observation.auxiliary.images.double().mean(dim=0, keepdim=True).to(private)
         floors[AUXILIARY_FLOOR] = mean.expand_as(private).clone()
     for name, images in (answer.floors if answer is not None else {}).items():
-        if images.shape[1:] != private.shape[1:] or not torch.isfinite(images).all() or not len(images):
-            raise RunFailed(
-                f"floor {name!r} of {observation.key} is no finite batch of {tuple(private.shape[1:])} images"
-            )
         floors[name] = images.to(private)
     return floors
 
@@ -222,13 +299,8 @@ def _scores(images: Tensor, private: Tensor) -> dict[str, list[float]]:
     }
 
 
-def _usable(answer: Reconstruction | None) -> bool:
-    return answer is not None and len(answer.images) > 0 and bool(torch.isfinite(answer.images).all())
-
-
-def _control(answer: Reconstruction | None, victim: int, batches: Sequence[GroundTruth]) -> float | None:
+def _control(answer: Reconstruction, victim: int, batches: Sequence[GroundTruth]) -> float | None:
     """Mean PSNR of one answer against the other victims' private images; None where there is no other image."""
-    assert answer is not None
     own = batches[victim].images
     values = []
     for step in range(1, min(len(batches), _CONTROLS + 1)):
@@ -238,7 +310,7 @@ def _control(answer: Reconstruction | None, victim: int, batches: Sequence[Groun
         order = match(answer.images, other).order
         pairs = [(place, index) for index, place in enumerate(order) if place >= 0]
         scored = psnr(answer.images[[a for a, _ in pairs]].cpu(), other[[b for _, b in pairs]])
-        values.append(float(scored.clamp(max=reconstruction_verdict.COUNTED_DB).mean()))
+        values.append(float(scored.clamp(max=rule.COUNTED_DB).mean()))
     return float(np.mean(values)) if values else None
 
 
@@ -246,49 +318,31 @@ def _summarise(
     observations: Sequence[Observation],
     answers: Sequence[Reconstruction | None],
     records: list[dict[str, Any]],
+    failed: list[dict[str, str]],
     seed: int,
-) -> tuple[dict[str, Any], Any, str]:
+) -> dict[str, Any]:
     scored = [row for row in records if row["status"] == "scored"]
-    missing = len(records) - len(scored)
     victims = [row["victim"] for row in scored]
     times = {row["victim"]: row["seconds"] for row in records}
     floors = sorted({key.split(".")[1] for row in records for key in row if key.startswith("floor.")})
 
-    def column(key: str) -> list[float]:
-        return [math.nan if row.get(key) is None else float(row[key]) for row in scored]
+    def described(key: str, worst: Any = "min") -> dict[str, Any]:
+        return describe(_column(scored, key), seed, victims, worst)
+
+    def images(prefix: str, suffix: str = "") -> dict[str, Any]:
+        return {name: described(f"{prefix}{name}{suffix}") for name in ("psnr", "ssim")}
 
     summary: dict[str, Any] = {
         "family": "reconstruction",
         "count": len(observations),
         "images": len(records),
-        "missing": missing,
-        "metrics": {
-            "psnr": describe(column("psnr"), seed, victims),
-            "ssim": describe(column("ssim"), seed, victims),
-            "mse": describe(column("mse"), seed, victims, worst="max"),
-            "label_right": describe(column("label_right"), seed, victims),
-            "label_confidence": describe(column("label_confidence"), seed, victims),
-            "loss": describe(column("loss"), seed, victims, worst="max"),
-            "certificate": describe(column("certificate"), seed, victims, worst="max"),
-            "out_of_range_share": describe(column("out_of_range_share"), seed, victims, worst="max"),
-        },
-        "floors": {
-            name: {
-                "psnr": describe(column(f"floor.{name}.psnr"), seed, victims),
-                "ssim": describe(column(f"floor.{name}.ssim"), seed, victims),
-            }
-            for name in floors
-        },
-        "control": {"psnr": describe(column("control_psnr"), seed, victims)},
-        "paper_scale": {
-            "psnr": describe(column("psnr_paper_scale"), seed, victims),
-            "ssim": describe(column("ssim_paper_scale"), seed, victims),
-            "inflation_db": INFLATION_DB,
-        },
-        "shown": {
-            "psnr": describe(column("shown.psnr"), seed, victims),
-            "ssim": describe(column("shown.ssim"), seed, victims),
-        },
+        "missing": len(records) - len(scored),
+        "failed": failed,
+        "metrics": {metric.key: described(metric.key, metric.worst) for metric in METRICS},
+        "floors": {name: images(f"floor.{name}.") for name in floors},
+        "control": {"psnr": described("control_psnr")},
+        "paper_scale": {**images("", "_paper_scale"), "inflation_db": INFLATION_DB},
+        "shown": images("shown."),
         "ssim_window": ssim_window(*observations[0].scenario.image_shape[1:]),
         "matched_by": sorted({row["matched_by"] for row in scored}),
         "methods": sorted({answer.method for answer in answers if answer is not None and answer.method}),
@@ -296,74 +350,167 @@ def _summarise(
         **_seen(observations, records),
     }
     if not scored:
-        level, verdict = "failed", f"the attack failed: none of {len(records)} images was reconstructed"
-        return summary | {"level": level, "verdict": verdict}, level, verdict
+        why = f" ({failed[0]['key']}: {failed[0]['reason']})" if failed else ""
+        text = f"the attack failed: none of {len(records)} images was reconstructed{why}"
+        return summary | {"level": "failed", "verdict": text}
+    summary |= _judge(observations, records, seed)[1]
+    level, verdict = summary["level"], f"{RECONSTRUCTION.words(summary['level'])}: {summary['verdict']}"
+    rounds = sorted({row["round"] for row in scored})
+    if len(rounds) > 1:
+        # Each round's interval is as much wider as there are rounds that could stand out by luck (Bonferroni).
+        parts = {r: [row for row in records if row["round"] == r] for r in rounds}
+        each = {r: _judge(observations, part, seed, len(rounds)) for r, part in parts.items()}
+        gains = [gain.mean for gain, _ in each.values()]
+        told = {r: figures for r, (_, figures) in each.items()}
+        if max(gains) - min(gains) > rule.MARGIN or len({f["level"] for f in told.values()}) > 1:
+            level, verdict = _by_round(told)
+            summary["rounds"] = {str(r): figures for r, figures in told.items()}
+            for part in (summary["above_best_floor"], summary["above_control"], *summary["metrics"].values()):
+                if part is not None:
+                    part |= {"low": None, "high": None}
+    return summary | {"level": level, "verdict": verdict}
 
+
+def _by_round(told: Mapping[int, dict[str, Any]]) -> tuple[Level, str]:
+    """The worst round for whoever defends in full, the others in short."""
+    order = sorted(
+        told, key=lambda r: (SEVERITY.index(told[r]["level"]), -told[r]["above_best_floor"]["mean"])
+    )
+    worst = told[order[0]]
+    text = f"{RECONSTRUCTION.words(worst['level'])} in round {order[0]}: {worst['verdict']}"
+    for r in order[1:]:
+        gap = rule.signed_gap(told[r]["above_best_floor"]["mean"])
+        score = f"mean {rule.decibel(told[r]['psnr'])}, {gap} the floor"
+        text += f"; in round {r} {RECONSTRUCTION.words(told[r]['level'])}: {score}"
+    return worst["level"], text
+
+
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [math.nan if row.get(key) is None else float(row[key]) for row in rows]
+
+
+def _judge(
+    observations: Sequence[Observation], records: list[dict[str, Any]], seed: int, looks: int = 1
+) -> tuple[Interval, dict[str, Any]]:
+    """The gain over the best floor and the verdict on some of the records, of which there are `looks` sets."""
+    scored = [row for row in records if row["status"] == "scored"]
+    victims = [row["victim"] for row in scored]
+    confidence = 1 - 0.05 / looks
+    names = {key.split(".")[1] for row in scored for key in row if key.startswith("floor.")}
     # A floor of an attack's own may be missing for some victims: then it is no floor of the whole.
-    whole = [name for name in floors if not np.isnan(column(f"floor.{name}.psnr")).any()]
-    ours = np.minimum(column("psnr"), reconstruction_verdict.COUNTED_DB)
     capped = {
-        name: np.minimum(column(f"floor.{name}.psnr"), reconstruction_verdict.COUNTED_DB) for name in whole
+        name: np.minimum(values, rule.COUNTED_DB)
+        for name in sorted(names)
+        if not np.isnan(values := _column(scored, f"floor.{name}.psnr")).any()
     }
-    best = max(whole, key=lambda name: float(capped[name].mean()))
-    over_floor = paired_difference(ours, capped[best], seed, victims)
-    control = np.asarray(column("control_psnr"))
-    over_control = None if np.isnan(control).any() else paired_difference(ours, control, seed, victims)
-    best_floor_each = np.max([capped[name] for name in whole], axis=0)
-    recovered = sum(
-        reconstruction_verdict.image_recovered(row["psnr"], row["ssim"], float(floor), row["control_psnr"])
-        for row, floor in zip(scored, best_floor_each, strict=True)
+    ours = np.minimum(_column(scored, "psnr"), rule.COUNTED_DB)
+    best = max(capped, key=lambda name: float(capped[name].mean()))
+    over_floor = paired_difference(ours, capped[best], seed, victims, confidence)
+    control = np.asarray(_column(scored, "control_psnr"))
+    over_control = (
+        None if np.isnan(control).any() else paired_difference(ours, control, seed, victims, confidence)
     )
-    labels = _label_evidence(observations, records)
-    level, verdict = reconstruction_verdict.reconstruction(
-        len(records),
-        recovered,
-        _mean(summary["metrics"]["psnr"]),
-        _mean(summary["metrics"]["ssim"]),
-        best,
-        float(capped[best].mean()),
-        over_floor,
-        over_control,
-        labels,
-        missing,
+    shown = None
+    if not np.isnan(against := np.asarray(_column(scored, "shown.psnr"))).any():
+        rows = zip(against, _column(scored, "shown.ssim"), _column(scored, "shown.floor"), strict=True)
+        shown = (_mean(against), sum(rule.image_recovered(p, s, f, None) for p, s, f in rows))
+    guesses = np.max(list(capped.values()), axis=0)
+    lost = {
+        row["victim"]: row["status"].removeprefix("failed: ") for row in records if "label_right" not in row
+    }
+    found = rule.Findings(
+        images=len(records),
+        recovered=sum(
+            rule.image_recovered(row["psnr"], row["ssim"], float(guess), row["control_psnr"])
+            for row, guess in zip(scored, guesses, strict=True)
+        ),
+        psnr=_mean(_column(scored, "psnr")),
+        ssim=_mean(_column(scored, "ssim")),
+        floor_name=best,
+        floor_psnr=_mean(capped[best]),
+        over_floor=over_floor,
+        over_control=over_control,
+        labels=_labels(observations, records, looks),
+        failed=[{"key": observations[victim].key, "reason": why} for victim, why in lost.items()],
+        shown=shown,
+        methods=_methods(scored),
     )
-    summary |= {
-        "recovered": recovered,
+    level, text = rule.reconstruction(found)
+    return over_floor, {
+        "recovered": found.recovered,
+        "psnr": found.psnr,
         "best_floor": best,
         "above_best_floor": interval_fields(over_floor),
         "above_control": None if over_control is None else interval_fields(over_control),
-        "labels": {"right": labels[0], "of": labels[1], "beyond_guessing": labels[2]},
+        "labels": {
+            "right": found.labels.right,
+            "of": found.labels.of,
+            "floor": found.labels.floor,
+            "beyond_guessing": found.labels.beyond,
+        },
         "level": level,
-        "verdict": verdict,
+        "verdict": text,
     }
-    return summary, level, verdict
 
 
-def _mean(described: dict[str, Any]) -> float:
-    return float(described["mean"])
+def _mean(values: Any) -> float:
+    """Over the finite ones; infinite where all are."""
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.inf
 
 
-def _label_evidence(
-    observations: Sequence[Observation], records: list[dict[str, Any]]
-) -> tuple[int, int, bool]:
-    """Labels right, labels asked for, and whether naming the commonest label every time would not explain it."""
+def _methods(scored: Sequence[Mapping[str, Any]]) -> str:
+    """Which methods answered, for how many victims, and why, where there is something to say."""
+    of_victim = {row["victim"]: (row["method"], row["notes"]) for row in scored if row["method"]}
+    counts = Counter(method for method, _ in of_victim.values())
+    told = []
+    for method, count in counts.items():
+        why = next((note for other, note in of_victim.values() if other == method and note), "")
+        if len(counts) > 1 or why:
+            told.append(f"{method} ({count} of {len(of_victim)}{f': {why}' if why else ''})")
+    return f"method {', '.join(told)}" if told else ""
+
+
+def _labels(
+    observations: Sequence[Observation], records: list[dict[str, Any]], looks: int = 1
+) -> rule.Labels:
+    """Labels right beside the best answer that ignores the update, told apart over the clients.
+
+    That answer is the best fixed multiset for labels that are all equally common, as common as in the public
+    data, or as common as among the other clients. Beyond it lies what beats it in a one-sided paired t test over
+    the clients and is more than so likely a guess would get right by luck, which a t test of a few clients in
+    full agreement cannot know.
+    """
     asked = [row for row in records if "label_right" in row]
-    right = sum(bool(row["label_right"]) for row in asked)
     if not asked:
-        return 0, 0, False
-    truly = [row["label"] for row in asked]
-    # A head may be far wider than the label space: labels count from 0, so the largest one bounds it from below.
-    shares = [1.0 / max(2, *(label + 1 for label in truly))]
-    if len(truly) > 1:
-        commonest = int(np.unique(truly, return_counts=True)[1].max())
-        shares.append(
-            (commonest - 1) / (len(truly) - 1)
-        )  # of the other victims, as a guesser would know them
+        return rule.Labels()
     auxiliary = observations[0].auxiliary
-    if auxiliary is not None and auxiliary.labels is not None and len(auxiliary):
-        shares.append(float(auxiliary.labels.unique(return_counts=True)[1].max()) / len(auxiliary))
-    by_luck = stats.binomtest(right, len(asked), max(shares), alternative="greater").pvalue
-    return right, len(asked), bool(by_luck < reconstruction_verdict.LABEL_P_VALUE)
+    public = [] if auxiliary is None or auxiliary.labels is None else auxiliary.labels.tolist()
+    # A head may be far wider than the label space: labels count from 0, so the largest one bounds it from below.
+    classes = max(1, *public, *(row["label"] for row in asked)) + 1
+    totals = np.bincount([row["label"] for row in asked], minlength=classes)
+    guesses: dict[str, dict[int, float]] = {}
+    right: dict[int, int] = {}
+    for client in sorted({row["client"] for row in asked}):
+        own = [row for row in asked if row["client"] == client]
+        beliefs = {"equally common": np.ones(classes), "public": np.bincount(public, minlength=classes)}
+        beliefs["of the other clients"] = totals - np.bincount([r["label"] for r in own], minlength=classes)
+        batches = [[r["label"] for r in own if r["victim"] == v] for v in {r["victim"] for r in own}]
+        right[client] = sum(bool(row["label_right"]) for row in own)
+        for name, weights in beliefs.items():
+            if weights.sum():
+                shares = weights / weights.sum()
+                guesses.setdefault(name, {})[client] = sum(constant_hits(shares, batch) for batch in batches)
+    best = max(guesses.values(), key=lambda hits: sum(hits.values()))
+    floor, hits = sum(best.values()), sum(right.values())
+    beyond: bool | None = None
+    if len(right) >= 3:
+        gains = np.array([right[client] - best[client] for client in right])
+        error = max(float(gains.std(ddof=1)), 1e-9) / math.sqrt(len(gains))
+        paired = float(stats.t.sf(gains.mean() / error, len(gains) - 1))
+        luck = float(stats.binom.sf(hits - 1, len(asked), min(1.0, floor / len(asked))))
+        beyond = max(paired, luck) * looks < rule.LABEL_P_VALUE
+    return rule.Labels(hits, len(asked), floor, beyond)
 
 
 def _seen(observations: Sequence[Observation], records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -374,6 +521,7 @@ def _seen(observations: Sequence[Observation], records: list[dict[str, Any]]) ->
     granted = first.auxiliary
     return {
         "k": float(np.mean([observation.update.kept for observation in observations])),
+        "k_measuring": float(np.mean([_measuring(observation) for observation in observations])),
         "k_per_pixel": float(np.mean([row["k_per_pixel"] for row in records])),
         "rate": float(np.mean([row["rate"] for row in records])),
         "parameters": first.update.numel,
@@ -401,4 +549,156 @@ def _times(seconds: Sequence[float] | float, count: int) -> list[float]:
     return [float(value) for value in seconds]
 
 
-__all__ = ["AUXILIARY_FLOOR", "GREY_FLOOR", "audit_reconstruction"]
+def _score_rows(result: AuditResult) -> list[Row]:
+    s = result.summary
+    rows = score_rows(result)
+    if s["shown"]["psnr"]["count"]:
+        rows.insert(1, ("the same, against what the model was shown", False, s["shown"]))
+    if s["control"]["psnr"]["count"]:
+        rows.append(("control: scored against other victims", False, s["control"]))
+    return rows
+
+
+def _remarks(result: AuditResult) -> list[str]:
+    s, parts = result.summary, []
+    metrics, scale, each = s["metrics"], s["paper_scale"], s["seconds"] / s["count"]
+    if over := s.get("above_control"):
+        parts.append(f"above the control: {formats.decimal(over['mean'])} dB")
+    if (sure := metrics["label_confidence"]["mean"]) is not None:
+        parts.append(f"own confidence in the labels {formats.compact(sure)}")
+    if s["methods"]:
+        parts.append(f"method: {', '.join(s['methods'])}")
+    if (certificate := metrics["certificate"]["mean"]) is not None:
+        parts.append(f"objective per kept number: {formats.compact(certificate)}")
+    if s["matched_by"] and s["matched_by"] != ["single"]:
+        parts.append(f"images of a batch were matched by {' / '.join(s['matched_by'])}")
+    parts.append(f"time: {formats.seconds(s['seconds'])} in all, {formats.seconds(each)} a victim")
+    if scale["psnr"]["mean"] is not None:
+        shown = f"{formats.decimal(scale['psnr']['mean'])} dB and {formats.decimal(scale['ssim']['mean'], 3)}"
+        units = f"PSNR {INFLATION_DB:.2f} dB higher, SSIM with data range 2"
+        parts.append(f"in the units of the code released with HCGLA ({units}) the means would read {shown}")
+    return parts
+
+
+def _details(result: AuditResult) -> list[Column]:
+    def psnr_of(key: str) -> Any:
+        return lambda row: formats.decimal(row.get(key))
+
+    right = {None: formats.NONE, True: "right", False: "wrong"}
+    return [
+        ("round", lambda row: str(row["round"])),
+        ("client", lambda row: seat(row["client"]).removeprefix("client ")),
+        ("image", lambda row: str(row["image"])),
+        ("sample", lambda row: str(row["sample"])),
+        ("PSNR, dB", psnr_of("psnr")),
+        ("SSIM", lambda row: formats.decimal(row.get("ssim"), 3)),
+        *((name, psnr_of(f"floor.{name}.psnr")) for name in result.summary["floors"]),
+        ("control", psnr_of("control_psnr")),
+        ("label", lambda row: right[row.get("label_right")]),
+        ("objective", lambda row: formats.compact(row.get("loss"))),
+        ("time", lambda row: formats.seconds(row["seconds"])),
+        ("status", lambda row: row["status"]),
+        ("method", lambda row: row.get("method") or formats.NONE),
+    ]
+
+
+def _best(s: Figures) -> Figures:
+    """PSNR of the best floor."""
+    return s["floors"][s["best_floor"]]["psnr"] if "best_floor" in s else {"mean": None}
+
+
+def _label_cell(s: Figures) -> str:
+    labels = s.get("labels")
+    return f"{labels['right']}/{labels['of']}\n({labels['floor']:.1f})" if labels else formats.NONE
+
+
+def _sweep(s: Figures) -> dict[str, Any]:
+    row = {"images": s["images"], "k": number(s["k"])}
+    if "best_floor" not in s:
+        return row
+    psnr, ssim, labels = s["metrics"]["psnr"], s["metrics"]["ssim"], s["labels"]
+    row |= {"psnr": number(psnr["mean"]), "psnr_worst": number(psnr["worst"]), "ssim": number(ssim["mean"])}
+    row |= {"floor": s["best_floor"], "floor_psnr": number(_best(s)["mean"]), "recovered": s["recovered"]}
+    return row | {"labels_right": labels["right"], "labels_of": labels["of"]}
+
+
+_INTEGERS = ("round", "client", "victim", "image", "sample", "label", "k", "k_measuring", "wire_bytes")
+_TEXTS = ("method", "notes", "matched_by", "kept_per_layer")
+
+RECONSTRUCTION: Family = Family(
+    name="reconstruction",
+    question="Can private images be rebuilt from what clients send?",
+    title="Reconstruction of private images (mean with 95 % interval)",
+    metrics=METRICS,
+    floors={
+        GREY_FLOOR: "a flat grey image",
+        AUXILIARY_FLOOR: "the mean of the public images it was granted",
+        "prior": "the attack's own prior",
+    },
+    headlines=rule.HEADLINES,
+    leakage=Leakage(
+        "gain",
+        "PSNR above the best floor, dB",
+        lambda s: s.get("above_best_floor"),
+        nothing=0.0,
+        span=6.0,
+        title="How far reconstructions lie above what could be guessed",
+    ),
+    columns=(
+        ("images", lambda s: formats.count(s["images"])),
+        ("PSNR, dB", lambda s: METRICS[0].two_lines(s["metrics"])),
+        ("worst", lambda s: formats.decimal(s["metrics"]["psnr"]["worst"])),
+        ("SSIM", lambda s: formats.decimal(s["metrics"]["ssim"]["mean"], 3)),
+        ("best\nfloor", lambda s: formats.decimal(_best(s)["mean"])),
+        ("k\n(image)", lambda s: f"{formats.count(s['k'])}\n({formats.count(s['k_measuring'])})"),
+        ("k per\npixel", lambda s: formats.compact(s["k_per_pixel"])),
+        ("labels\n(floor)", _label_cell),
+        ("time", lambda s: formats.seconds(s["seconds"])),
+    ),
+    rows=_score_rows,
+    remarks=_remarks,
+    details=_details,
+    sweep=_sweep,
+    drawings=(
+        Drawing(
+            "sheet",
+            "fedattack.reporting.figures:reconstruction_sheet",
+            "originals above, reconstructions and the best floor below",
+            "Originals, what the attack made of the update, and what the same attacker would have answered without "
+            "it. PSNR under each image; pixels enlarged, not smoothed.",
+        ),
+        Drawing(
+            "psnr",
+            "fedattack.reporting.figures:psnr_dots",
+            "PSNR of each image beside its floors",
+            "The grey line spans what the update added over the best guess for that image.",
+        ),
+        Drawing(
+            "objective",
+            "fedattack.reporting.figures:loss_history",
+            "objective over iterations",
+            "Restarts and stopping are decided by this objective alone, never by the private images.",
+        ),
+    ),
+    types=dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_TEXTS, "string") | {"label_right": "boolean"},
+    glossary=f"""
+PSNR, SSIM: Images in [0, 1], clamped, data range 1; SSIM with scikit-image's uniform 7 \u00d7 7 window. At 30 dB
+a small image is hard to tell from the original; infinite means identical. Worst and best are the attacker's.
+
+Recovered: An image at {rule.RECOVERED_PSNR:.0f} dB and SSIM {rule.RECOVERED_SSIM} or more, at least
+{rule.RECOVERED_MARGIN:.0f} dB above every floor and the control. Half of the images: \u201cprivate images
+recovered\u201d. One such image, a mean significantly above both the best floor and the control, or labels beyond
+what can be guessed: \u201cpartial leakage\u201d.
+
+No leakage: The upper end of the gain's interval lies below {rule.MARGIN:.0f} dB. Below its floor an attack
+failed, which says nothing about the model.
+
+Control: The same reconstruction scored against other victims' images. What scores as well there is a good prior,
+not a leak.
+
+k: Numbers that were really sent. A rate alone says nothing: 0.1 % of a model with a wide head is thousands of
+numbers, of a small one a handful. Only those that are not zero and no bias of the last layer measure the image.
+""",
+)
+
+__all__ = ["AUXILIARY_FLOOR", "GREY_FLOOR", "RECONSTRUCTION", "audit_reconstruction"]

@@ -1,24 +1,21 @@
-"""From figures to words. Every threshold of a verdict stands here.
+"""From scores of images to words. Every threshold of the verdict stands here.
 
-Reconstruction
-    An image counts as *recovered* at 30 dB and SSIM 0.9 or more, at least 6 dB (a quarter of the squared error) above
-    every floor and above the shuffled control. Half of the images or more: "private images recovered".
-    "Partial leakage" needs one recovered image, or a mean PSNR significantly above the best floor *and* above the
-    shuffled control (95 % paired interval over the victims above 0). Anything else is "no leakage beyond the
-    prior", or "undecided" where there are too few victims to have an interval.
-Membership
-    "Membership leaks" when the AUC's interval lies above 0.5 and the AUC above what chance scores with so many
-    candidates, or when so many members stand out at 1 % false positives that chance does it less than
-    once in 200; "members identified" from an AUC of 0.9.
-Unlearning
-    Damage is measured against the deletion of as many random samples; it counts when its 95 % interval lies
-    above 0, and as slight below 5 points of accuracy.
+An image counts as *recovered* at 30 dB and SSIM 0.9 or more, at least 6 dB (a quarter of the squared error) above
+every floor and above the control. Half of the images or more: "private images recovered". "Partial leakage" needs
+one recovered image, or a gain whose interval lies above 0 both over the best floor and over the control, or labels
+beyond their floor, or a recovered image of what a defence showed the model. "No leakage" needs the gain's upper
+end below 3 dB; the control counts as a floor there. An interval below 0, or a mean 3 dB or more below the best
+floor, is an attack that failed. The rest is undecided.
 """
 
 from __future__ import annotations
 
-from fedattack.audit.family import HEADLINES, Level
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedattack.audit.family import Level, further_units, gain_level
 from fedattack.metrics import Interval
+from fedattack.metrics.statistics import FEWEST
 from fedattack.reporting import formats
 
 RECOVERED_PSNR = 30.0
@@ -26,106 +23,128 @@ RECOVERED_SSIM = 0.9
 RECOVERED_MARGIN = 6.0
 RECOVERED_SHARE = 0.5
 
+MARGIN = 3.0
+"""A gain of less is no leakage, in dB: half of the squared error."""
+
 COUNTED_DB = 100.0
 """Identical images count as this much where PSNRs are subtracted (float32 pixels end near 140 dB, 8 bit at 59)."""
+
 LABEL_P_VALUE = 0.01
+
+HEADLINES: dict[Level, str] = {
+    "leak": "private images recovered",
+    "partial": "partial leakage",
+    "none": "no leakage beyond the prior",
+}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels right of those asked for, those that the best answer without the update names, and what that says.
+
+    `beyond` is None where there are too few clients to tell.
+    """
+
+    right: int = 0
+    of: int = 0
+    floor: float = 0.0
+    beyond: bool | None = False
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a verdict is given: images asked for and recovered, means over the scored ones, and the best floor.
+
+    Parameters
+    ----------
+    over_floor, over_control : Interval
+        PSNR above that floor and above the control, over the victims; no control where there is no other victim.
+    failed : sequence of mapping
+        "key" and "reason" of the victims without a usable answer.
+    shown : tuple of float and int, optional
+        Mean PSNR against what a defence showed the model, and the images of that which were recovered.
+    methods : str
+        What answered, and why.
+    """
+
+    images: int
+    recovered: int
+    psnr: float
+    ssim: float
+    floor_name: str
+    floor_psnr: float
+    over_floor: Interval
+    over_control: Interval | None
+    labels: Labels = Labels()
+    failed: Sequence[Mapping[str, str]] = ()
+    shown: tuple[float, int] | None = None
+    methods: str = ""
 
 
 def image_recovered(psnr: float, ssim: float, best_floor: float, control: float | None) -> bool:
     """Whether one image is recovered beyond doubt.
 
-    Parameters
-    ----------
-    psnr, ssim : float
-        Of the reconstruction.
-    best_floor : float
-        The highest PSNR of any floor on the same image, in dB.
-    control : float or None
-        PSNR of the same reconstruction against other victims' images; None where there is no other victim.
+    `best_floor` is the highest PSNR of any floor on the same image, `control` that of the reconstruction against
+    other victims' images (None where there is none), all in dB.
     """
     above = psnr - best_floor >= RECOVERED_MARGIN and (control is None or psnr - control >= RECOVERED_MARGIN)
     return psnr >= RECOVERED_PSNR and ssim >= RECOVERED_SSIM and above
 
 
-def reconstruction(
-    images: int,
-    recovered: int,
-    psnr: float,
-    ssim: float,
-    floor_name: str,
-    floor_psnr: float,
-    over_floor: Interval,
-    over_control: Interval | None,
-    labels: tuple[int, int, bool],
-    missing: int,
-) -> tuple[Level, str]:
-    """Verdict on a reconstruction attack.
-
-    Parameters
-    ----------
-    images, recovered, missing : int
-        Private images scored, those recovered, and those without a usable reconstruction.
-    psnr, ssim : float
-        Means over the scored images.
-    floor_name, floor_psnr
-        The floor with the highest mean PSNR.
-    over_floor, over_control : Interval
-        PSNR above that floor and above the shuffled control; over the victims.
-    labels : tuple of int, int, bool
-        Labels right, labels asked for, and whether that is more than guessing explains.
-
-    Returns
-    -------
-    tuple of str
-        Level and sentence.
-    """
-    level = _reconstruction_level(images, recovered, over_floor, over_control)
-    floor = f"the best floor ({floor_name} {decibel(floor_psnr)})"
-    score = f"mean {decibel(psnr)}, SSIM {ssim:.3f}"
-    gap = f"{signed_gap(over_floor.mean)} {floor}"
-    if psnr - floor_psnr > over_floor.mean + 0.05:
-        gap += f", counting no image for more than {COUNTED_DB:.0f} dB"
-    text = f"{HEADLINES['reconstruction'][level]}: {score}, {gap}"
-    if over_floor.known:
-        ends = f"{formats.signed(over_floor.low)} to {formats.signed(over_floor.high)}"
-        text += f"; 95 % interval of the gain {ends} dB"
-    if recovered and level in ("leak", "partial"):
-        text += (
-            f"; {recovered} of {images} images at {RECOVERED_PSNR:.0f} dB and SSIM {RECOVERED_SSIM} or more"
-        )
-    if not over_floor.known:
-        text += "; one victim only, so no interval"
-    elif level == "none" and over_floor.low > 0:
+def reconstruction(found: Findings) -> tuple[Level, str]:
+    """Level and reasons of the verdict."""
+    level, gain, control = _level(found), found.over_floor, found.over_control
+    floor = f"the best floor ({found.floor_name} {decibel(found.floor_psnr)})"
+    text = f"mean {decibel(found.psnr)}, SSIM {found.ssim:.3f}, {signed_gap(gain.mean)} {floor}"
+    if found.psnr - found.floor_psnr > gain.mean + 0.05:
+        text += f", counting no image for more than {COUNTED_DB:.0f} dB"
+    if gain.known:
+        ends = f"{formats.signed(gain.low)} to {formats.signed(gain.high)}"
+        text += f"; {gain.confidence * 100:.3g} % interval of the gain {ends} dB"
+    else:
+        text += f"; {gain.count} victim{'s' if gain.count != 1 else ''} only, so no interval"
+    if found.recovered:
+        text += f"; {found.recovered} of {found.images} images at {RECOVERED_PSNR:.0f} dB and SSIM {RECOVERED_SSIM}"
+        text += " or more"
+    if found.shown is not None:
+        text += f"; against what the model was shown {decibel(found.shown[0])}"
+        text += f", {found.shown[1]} of {found.images} images of it recovered" if found.shown[1] else ""
+    if level in ("none", "undecided") and gain.known and gain.low > 0:
         text += "; but no better on its own victim than on another's image"
-    elif level == "undecided":
-        text += (
-            "; too few victims to tell a likeness of its own victim from one of anybody: attack more of them"
-        )
-    right, asked, beyond = labels
-    if asked:
-        leaking = "the labels do leak" if level == "none" and beyond else "labels"
-        text += f"; {leaking}: {right} of {asked} right"
-        text += "" if beyond else ", no more than guessing explains"
-    if missing:
-        text += f"; {missing} without a usable reconstruction, left out of every mean"
-    return level, text
+    if level == "undecided" and gain_level(gain, MARGIN) != "none":
+        more = max(further_units(one, MARGIN) for one in (gain, control) if one is not None)
+        least = "at least " if gain.count < FEWEST else "about "
+        text += f"; {least}{more:,} more victim{'s' if more != 1 else ''} would tell"
+    text += _label_words(found.labels)
+    if found.failed:
+        who = f"{len(found.failed)} victim{'s' if len(found.failed) != 1 else ''} failed"
+        text += f"; {who} ({found.failed[0]['key']}: {found.failed[0]['reason']}), left out of every mean"
+    return level, text + (f"; {found.methods}" if found.methods else "")
 
 
-def _reconstruction_level(
-    images: int, recovered: int, over_floor: Interval, over_control: Interval | None
-) -> Level:
-    if recovered >= RECOVERED_SHARE * images:
+def _label_words(labels: Labels) -> str:
+    if not labels.of:
+        return ""
+    known = "the labels do leak" if labels.beyond else "labels"
+    verdict = {True: "", False: ", no more than that", None: ", too few clients to tell"}[labels.beyond]
+    floor = f"best answer without the update: {labels.floor:.1f}{verdict}"
+    return f"; {known}: {labels.right} of {labels.of} right ({floor})"
+
+
+def _level(found: Findings) -> Level:
+    if found.recovered >= RECOVERED_SHARE * found.images:
         return "leak"
-    if recovered:
+    if found.recovered or found.labels.beyond or (found.shown is not None and found.shown[1]):
         return "partial"
-    if not over_floor.known or over_control is None or not over_control.known:
-        # One victim at or below its floor is no news either way; above it may be luck.
-        return "none" if over_floor.mean <= 0 else "undecided"
-    if over_floor.low > 0 and over_control.low > 0:
-        return "partial"
-    # Above the floor, and likelier its own victim than another by as much, but with too few victims to be sure.
-    unsure = over_floor.low > 0 and over_control.mean >= over_floor.mean
-    return "undecided" if unsure else "none"
+    level, control = gain_level(found.over_floor, MARGIN), found.over_control
+    if level in ("partial", "undecided"):
+        beside = control is not None and control.mean < found.over_floor.mean
+        if control is not None and beside and control.high < MARGIN:
+            level = "none"
+        elif control is None or not control.low > 0:
+            level = "undecided"
+    # A defence that changes the images lowers the score against the private ones, recognisable as they may be.
+    return "undecided" if level == "none" and found.shown is not None else level
 
 
 def decibel(value: float) -> str:
@@ -135,4 +154,4 @@ def decibel(value: float) -> str:
 
 def signed_gap(value: float) -> str:
     """ "48.2 dB above" or "0.3 dB below"."""
-    return f"{abs(value):.1f} dB {'above' if value >= 0 else 'below'}"
+    return f"{abs(value):.1f} dB {'above' if round(value, 1) >= 0 else 'below'}"

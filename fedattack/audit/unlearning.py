@@ -1,4 +1,8 @@
-"""The auditor of unlearning: what a deletion request cost beyond as many random deletions."""
+"""Unlearning: what a deletion request cost beyond as many random deletions.
+
+Damage counts when its 95 % interval lies above 0, and as slight below 5 points of accuracy. "No damage" needs an
+upper end below 2 points. A model at chance has no accuracy to lose, so that its damage is undecided.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,30 @@ from typing import Any
 
 import numpy as np
 
-from fedattack.audit import unlearning_verdict
-from fedattack.audit.family import AuditResult, _ends, describe, interval_fields
-from fedattack.errors import DataError
-from fedattack.metrics import (
-    paired_difference,
-    share_difference,
+from fedattack.audit.family import (
+    AuditResult,
+    Drawing,
+    Family,
+    Leakage,
+    Level,
+    Metric,
+    Row,
+    at_chance,
+    describe,
+    extremes,
+    further_units,
+    gain_level,
+    interval_fields,
+    score_rows,
 )
+from fedattack.errors import DataError
+from fedattack.metrics import Interval, paired_difference, share_difference
+from fedattack.metrics.statistics import FEWEST
+from fedattack.reporting import formats
+
+SLIGHT_DAMAGE = 0.05
+MARGIN = 0.02
+"""Less is no damage."""
 
 
 def audit_unlearning(
@@ -25,6 +46,7 @@ def audit_unlearning(
     requests: int,
     mechanism: str,
     test_samples: int | None = None,
+    chance_accuracy: float | None = None,
     seconds: float = 0.0,
     seed: int = 0,
 ) -> AuditResult:
@@ -32,21 +54,16 @@ def audit_unlearning(
 
     Parameters
     ----------
-    attack_name : str
-        Its name in this run.
-    before, after, random : float, or one per seed
-        Test accuracies in [0, 1]: before the request, after it was carried out, and after the deletion of as many
-        random samples instead (the floor).
-    requests : int
+    before, after, random
+        Test accuracies in [0, 1], one per seed: before the request, after it was carried out, and after the deletion
+        of as many random samples instead (the floor).
+    requests
         Samples whose deletion was requested.
-    mechanism : str
-        How the server forgets.
-    test_samples : int, optional
+    test_samples
         Size of the test set: with a single seed the interval then covers the test samples.
-    seconds : float
-        Time in all.
-    seed : int
-        Seeds the bootstrap.
+    chance_accuracy
+        In [0, 1]: the share of the commonest class among them. A model that cannot be told from it has no accuracy to
+        lose.
 
     Returns
     -------
@@ -73,12 +90,13 @@ def audit_unlearning(
     else:
         damage = paired_difference(floor, changed, seed)
         covers = "seeds"
-    level, verdict = unlearning_verdict.unlearning(
-        float(first.mean()), float(changed.mean()), float(floor.mean()), damage
+    idle = at_chance(float(first.mean()), chance_accuracy, test_samples)
+    level, verdict = verdict_of(
+        float(first.mean()), float(changed.mean()), float(floor.mean()), damage, runs, idle
     )
 
     def accuracy(values: np.ndarray) -> dict[str, Any]:
-        return {"accuracy": describe(values.tolist(), seed, worst="max")}
+        return describe(values.tolist(), seed, worst="max")
 
     summary = {
         "family": "unlearning",
@@ -87,15 +105,15 @@ def audit_unlearning(
         "mechanism": mechanism,
         "test_samples": test_samples,
         "metrics": {
-            "accuracy_before": accuracy(first)["accuracy"],
-            "accuracy_after": accuracy(changed)["accuracy"],
+            "accuracy_before": accuracy(first),
+            "accuracy_after": accuracy(changed),
             "damage": {
                 **interval_fields(damage),
-                **_ends((floor - changed).tolist()),
+                **extremes((floor - changed).tolist()),
                 "interval_over": covers,
             },
         },
-        "floors": {"random deletion": accuracy(floor)},
+        "floors": {"random deletion": {"accuracy": accuracy(floor)}},
         "best_floor": "random deletion",
         "seconds": float(seconds),
         "level": level,
@@ -118,4 +136,92 @@ def audit_unlearning(
     return AuditResult(attack_name, "unlearning", records, summary, verdict, level)
 
 
-__all__ = ["audit_unlearning"]
+def verdict_of(
+    before: float, after: float, random: float, damage: Interval, runs: int, idle: str = ""
+) -> tuple[Level, str]:
+    """Level and sentence; `damage` is ``random - after`` over so many seeds, `idle` why nothing is said."""
+    level = gain_level(damage, MARGIN)
+    if level == "partial" and damage.mean >= SLIGHT_DAMAGE:
+        level = "leak"
+    side = "below" if damage.mean >= 0 else "above"
+    gap = f"{abs(damage.mean) * 100:.1f} points {side} the deletion of as many random samples"
+    text = f"accuracy {formats.percent(before)} before, {formats.percent(after)} after the request, {gap}"
+    text += f" ({formats.percent(random)})"
+    if damage.known:
+        ends = f"{formats.signed(damage.low * 100)} to {formats.signed(damage.high * 100)}"
+        text += f"; 95 % interval of the damage {ends} points"
+    else:
+        text += f"; {runs} seed{'s' if runs != 1 else ''} and no interval"
+    if idle:
+        return "undecided", f"undecided: {text}; {idle}"
+    if level == "undecided":
+        more = further_units(damage, MARGIN) if runs > 1 else FEWEST - 1
+        least = "about" if runs >= FEWEST else "at least"
+        text += f"; {least} {more:,} more seed{'s' if more != 1 else ''} would tell"
+    return level, f"{UNLEARNING.words(level)}: {text}"
+
+
+def _score_rows(result: AuditResult) -> list[Row]:
+    return [
+        ("before any request", False, {"accuracy": result.summary["metrics"]["accuracy_before"]}),
+        *score_rows(result),
+    ]
+
+
+def _remarks(result: AuditResult) -> list[str]:
+    s = result.summary
+    parts = [f"{result.attack}: {s['seeds']} seed{'s' if s['seeds'] != 1 else ''}"]
+    parts.append(f"{formats.count(s['count'])} samples to forget, mechanism: {s['mechanism']}")
+    if s["metrics"]["damage"]["low"] is not None:
+        parts.append(f"the damage's interval covers {s['metrics']['damage']['interval_over']}")
+    return [*parts, f"time: {formats.seconds(s['seconds'])}"]
+
+
+UNLEARNING: Family = Family(
+    name="unlearning",
+    question="Can a client harm the model by what it asks to be forgotten?",
+    title="Unlearning requests (with 95 % interval)",
+    metrics=(
+        Metric("accuracy_after", "test accuracy", "%", 100.0, worst="max", floor="accuracy"),
+        Metric("damage", "damage", "points", 100.0),
+    ),
+    floors={"random deletion": "the deletion of as many random samples"},
+    headlines={
+        "leak": "the request damages the model",
+        "partial": "slight damage",
+        "none": "no damage beyond random deletion",
+    },
+    leakage=Leakage(
+        "damage",
+        "accuracy lost beyond random deletion, points",
+        lambda s: s["metrics"]["damage"],
+        nothing=0.0,
+        span=5.0,
+        title="What deletion requests cost beyond random deletion",
+        scale=100.0,
+    ),
+    columns=(
+        ("re-\nquests", lambda s: formats.count(s["count"])),
+        ("mecha-\nnism", lambda s: str(s["mechanism"])),
+        ("before", lambda s: formats.percent(s["metrics"]["accuracy_before"]["mean"])),
+        ("after", lambda s: formats.percent(s["metrics"]["accuracy_after"]["mean"])),
+        ("random\ndeletion", lambda s: formats.percent(s["floors"]["random deletion"]["accuracy"]["mean"])),
+        ("damage,\npoints", lambda s: UNLEARNING.metrics[1].two_lines(s["metrics"])),
+        ("time", lambda s: formats.seconds(s["seconds"])),
+    ),
+    rows=_score_rows,
+    remarks=_remarks,
+    drawings=(
+        Drawing(
+            "unlearning",
+            "fedattack.reporting.figures:unlearning_bars",
+            "Accuracy before and after the deletion request, and after random deletion",
+            "Only what the request costs beyond the hatched bar is the attack's doing.",
+            each=False,
+        ),
+    ),
+    types={"run": "Int64", "requests": "Int64", "mechanism": "string"},
+    glossary="Damage: Accuracy after deleting as many random samples, minus accuracy after the request.",
+)
+
+__all__ = ["UNLEARNING", "audit_unlearning"]

@@ -7,7 +7,6 @@ from fedattack.metrics.images import (
     Match,
     labels_right,
     match,
-    mean_psnr,
     mse,
     out_of_range_share,
     paper_scale,
@@ -15,10 +14,13 @@ from fedattack.metrics.images import (
     ssim,
     ssim_window,
 )
+from fedattack.metrics.labels import constant_hits
 from fedattack.metrics.membership import (
     OperatingPoint,
     auc,
     auc_interval,
+    auc_power,
+    auc_reach,
     balanced_accuracy,
     chance_auc,
     chance_balanced_accuracy,
@@ -31,6 +33,7 @@ from fedattack.metrics.statistics import (
     clopper_pearson,
     paired_difference,
     share_difference,
+    units_needed,
     wilson,
 )
 
@@ -41,14 +44,16 @@ __all__ = [
     "OperatingPoint",
     "auc",
     "auc_interval",
+    "auc_power",
+    "auc_reach",
     "balanced_accuracy",
     "bootstrap_mean",
     "chance_auc",
     "chance_balanced_accuracy",
     "clopper_pearson",
+    "constant_hits",
     "labels_right",
     "match",
-    "mean_psnr",
     "mse",
     "out_of_range_share",
     "paired_difference",
@@ -59,5 +64,6 @@ __all__ = [
     "ssim",
     "ssim_window",
     "tpr_at_fpr",
+    "units_needed",
     "wilson",
 ]

@@ -61,17 +61,6 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
     return -10 * torch.log10(mse(images, truth))
 
 
-def mean_psnr(values: Tensor) -> tuple[float, int]:
-    """Mean over the finite PSNRs and the number of infinite ones (identical pairs).
-
-    The mean is infinite when every pair is identical, and NaN when there is none.
-    """
-    identical = int(torch.isposinf(values).sum())
-    if identical and identical == values.numel():
-        return math.inf, identical
-    return float(values[~torch.isposinf(values)].mean()), identical
-
-
 def ssim(images: Tensor, truth: Tensor, data_range: float = 1.0, window: int = SSIM_WINDOW) -> Tensor:
     """Structural similarity of each pair, as scikit-image's ``structural_similarity`` computes it by default.
 

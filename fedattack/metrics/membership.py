@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from scipy.optimize import brentq
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from fedattack.errors import DataError
@@ -70,12 +71,20 @@ def auc(scores: ArrayLike, is_member: ArrayLike) -> float:
 def auc_interval(
     scores: ArrayLike, is_member: ArrayLike, seed: int, confidence: float = 0.95, replicates: int = 1000
 ) -> Interval:
-    """AUC with its percentile bootstrap interval; members and non-members are resampled separately.
+    """AUC with the wider, at either end, of two intervals.
+
+    One is the percentile bootstrap (members and non-members resampled separately), which shrinks to a point where few
+    candidates are told apart perfectly or not at all. The other is the score interval: every area from which the
+    one that was found is no further than Hanley and McNeil's standard error allows (Newcombe, 2006, method 5).
 
     Raises
     ------
     DataError
         As in :func:`auc`.
+
+    References
+    ----------
+    Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2, 2006.
     """
     values, member = _checked(scores, is_member)
     _, place = np.unique(values, return_inverse=True)
@@ -91,7 +100,43 @@ def auc_interval(
         below = np.cumsum(n, axis=1) - 0.5 * n  # ties count half
         areas.append((m * below).sum(axis=1) / (member.sum() * float((~member).sum())))
     low, high = np.quantile(np.concatenate(areas), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(roc_auc_score(member, values)), float(low), float(high), len(values), confidence)
+    area = float(roc_auc_score(member, values))
+    score_low, score_high = auc_reach(area, int(member.sum()), int((~member).sum()), confidence)
+    return Interval(area, min(float(low), score_low), max(float(high), score_high), len(values), confidence)
+
+
+def auc_deviation(area: float, members: int, nonmembers: int) -> float:
+    """Standard error of an AUC under exponential scores.
+
+    References
+    ----------
+    Hanley and McNeil, The meaning and use of the area under a receiver operating characteristic (ROC) curve, 1982.
+    """
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = area * (1 - area) + (members - 1) * (q1 - area**2) + (nonmembers - 1) * (q2 - area**2)
+    return float(np.sqrt(max(0.0, spread) / (members * nonmembers)))
+
+
+def auc_reach(area: float, members: int, nonmembers: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Ends of the score interval of an AUC; see :func:`auc_interval`."""
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+
+    def beyond(true: float) -> float:
+        return abs(area - true) - z * auc_deviation(true, members, nonmembers)
+
+    tiny = 1e-9  # at 0 and 1 the standard error is 0
+    low = float(brentq(beyond, 0.0, area - tiny)) if area > tiny and beyond(area - tiny) < 0 else area
+    high = float(brentq(beyond, area + tiny, 1.0)) if area < 1 - tiny and beyond(area + tiny) < 0 else area
+    return low, high
+
+
+def auc_power(members: int, nonmembers: int, area: float, confidence: float = 0.95) -> float:
+    """Probability that scores whose true AUC is `area` (above 0.5) score above what chance does.
+
+    Normal approximation with :func:`auc_deviation` under the alternative (Hanley and McNeil, 1982).
+    """
+    threshold = chance_auc(members, nonmembers, confidence).high
+    return float(stats.norm.sf((threshold - area) / auc_deviation(area, members, nonmembers)))
 
 
 def chance_auc(members: int, nonmembers: int, confidence: float = 0.95) -> Interval:

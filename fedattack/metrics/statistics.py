@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from fedattack.rng import numpy_rng
 
 REPLICATES = 2000
 
+FEWEST = 3
+"""Independent units below which no interval is given: two victims say next to nothing about the spread."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -24,11 +28,13 @@ class Interval:
     mean : float
         The estimate.
     low, high : float
-        Ends of the interval; NaN where there are too few independent units (fewer than two) to have one.
+        Ends of the interval; NaN where there are fewer than :data:`FEWEST` independent units.
     count : int
         Independent units behind the estimate (victims, members, seeds).
     confidence : float
         In (0, 1).
+    spread : float
+        Standard deviation between the units; NaN where unknown.
     """
 
     mean: float
@@ -36,6 +42,7 @@ class Interval:
     high: float
     count: int
     confidence: float = 0.95
+    spread: float = float("nan")
 
     @property
     def known(self) -> bool:
@@ -50,26 +57,11 @@ def bootstrap_mean(
     confidence: float = 0.95,
     replicates: int = REPLICATES,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean.
+    """Percentile bootstrap interval of a mean of finite figures, one per image, candidate or seed.
 
-    Parameters
-    ----------
-    values : array-like of float, shape (N,)
-        Finite figures, one per image, candidate or seed.
-    seed : int
-        Seeds the resampling.
-    groups : array-like of int, shape (N,), optional
-        Independent unit of each value (the victim of each image). Whole groups are resampled: images of one
-        batch share an update, so counting them as independent would make the interval too narrow.
-    confidence : float
-        In (0, 1).
-    replicates : int
-        Resamples.
-
-    Returns
-    -------
-    Interval
-        Without ends when there are fewer than two groups.
+    `groups`, shape (N,), names the independent unit of each value (the victim of each image). Whole groups are
+    resampled: images of one batch share an update, so counting them as independent would make the interval too
+    narrow. There are no ends when there are fewer than :data:`FEWEST` groups.
 
     Raises
     ------
@@ -83,12 +75,13 @@ def bootstrap_mean(
     sums, counts = _group_sums(values, groups)
     _check_confidence(confidence)
     mean = float(sums.sum() / counts.sum())
-    if len(sums) < 2:
-        return Interval(mean, float("nan"), float("nan"), len(sums), confidence)
+    spread = float((sums / counts).std(ddof=1)) if len(sums) > 1 else float("nan")
+    if len(sums) < FEWEST:
+        return Interval(mean, float("nan"), float("nan"), len(sums), confidence, spread)
     drawn = numpy_rng(seed, "bootstrap").integers(len(sums), size=(replicates, len(sums)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(mean, float(low), float(high), len(sums), confidence)
+    return Interval(mean, float(low), float(high), len(sums), confidence, spread)
 
 
 def paired_difference(
@@ -99,23 +92,11 @@ def paired_difference(
     confidence: float = 0.95,
     replicates: int = REPLICATES,
 ) -> Interval:
-    """Interval of the mean of ``first - second``, both measured on the same units.
+    """Interval of the mean of ``first - second``, both measured on the same units; arguments of
+    :func:`bootstrap_mean`.
 
     The wider, at either end, of the paired percentile bootstrap and Student's t interval over the groups. With the
-    handful of victims that one run attacks the percentile bootstrap alone is too narrow: with two victims it
-    would call one pair of chance wins in four significant.
-
-    Parameters
-    ----------
-    first, second : array-like of float, shape (N,)
-        Finite figures of the same N images.
-    seed, groups, confidence, replicates
-        As in :func:`bootstrap_mean`.
-
-    Returns
-    -------
-    Interval
-        Without ends when there are fewer than two groups.
+    handful of victims that one run attacks the percentile bootstrap alone is too narrow.
 
     Raises
     ------
@@ -130,11 +111,29 @@ def paired_difference(
     bootstrap = bootstrap_mean(a - b, seed, groups, confidence, replicates)
     if not bootstrap.known:
         return bootstrap
-    sums, counts = _group_sums(a - b, groups)
-    means = sums / counts
-    reach = float(stats.t.ppf((1 + confidence) / 2, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
+    reach = _student_reach(bootstrap.spread, bootstrap.count, confidence)
     low, high = min(bootstrap.low, bootstrap.mean - reach), max(bootstrap.high, bootstrap.mean + reach)
-    return Interval(bootstrap.mean, low, high, bootstrap.count, confidence)
+    return dataclasses.replace(bootstrap, low=low, high=high)
+
+
+def _student_reach(spread: float, units: int, confidence: float) -> float:
+    """Half the width of Student's t interval of a mean."""
+    return float(stats.t.ppf((1 + confidence) / 2, units - 1) * spread / np.sqrt(units))
+
+
+def units_needed(spread: float, distance: float, confidence: float = 0.95, most: int = 100_000) -> int:
+    """Fewest units whose Student's t interval reaches no further than `distance` (above 0) from its mean.
+
+    A `spread` of NaN (unknown) asks for :data:`FEWEST`; `most` is the answer where not even so many are enough.
+    """
+    low, high = FEWEST, most
+    while low < high:  # the reach falls with every unit
+        middle = (low + high) // 2
+        if _student_reach(spread, middle, confidence) > distance:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> Interval:

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from fedattack.audit import reconstruction_verdict
-from fedattack.audit.family import SHOWN, AuditResult
+from fedattack.audit.family import AuditResult
+from fedattack.audit.reconstruction import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
+from fedattack.audit.reconstruction_verdict import COUNTED_DB, RECOVERED_PSNR
 from fedattack.metrics import clopper_pearson
 from fedattack.reporting import formats
 
@@ -32,7 +33,6 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = (
 _SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _FLOOR_MARKS = (("s", ORANGE), ("D", GREEN), ("^", PURPLE), ("v", SKY), ("P", VERMILLION))
 _DPI = 130
-_IDENTICAL_DB = 100.0
 
 
 def png(figure: Figure) -> bytes:
@@ -46,23 +46,16 @@ def png(figure: Figure) -> bytes:
 def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
     """Originals, reconstructions and floors one below the other, the PSNR under each, pixels enlarged unsmoothed.
 
-    Parameters
-    ----------
-    result : AuditResult
-        Of a reconstruction attack.
-    limit : int
-        Images shown: the first ones in the order of clients, never chosen by quality.
+    The first `limit` images in the order of clients are shown, never chosen by quality.
     """
     total = len(result.records)
     shown = min(limit, total)
     best = result.summary.get("best_floor")
     others = [
-        n
-        for n in result.images
-        if n not in ("original", "reconstruction", "flat grey", "auxiliary mean", SHOWN, best)
+        n for n in result.images if n not in (ORIGINAL, REBUILT, GREY_FLOOR, AUXILIARY_FLOOR, SHOWN, best)
     ]
     seen_row = [SHOWN] if SHOWN in result.images else []
-    names = ["original", *seen_row, "reconstruction", *([best] if best in result.images else [])]
+    names = [ORIGINAL, *seen_row, REBUILT, *([best] if best in result.images else [])]
     for name in others:  # a prior that is flat grey, say, need not be shown twice
         if not any(torch.equal(result.images[name], result.images[seen]) for seen in names):
             names.append(name)
@@ -79,9 +72,9 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
                     f"{formats.seat(record['client'])}{place}\nround {record['round']}", fontsize=8
                 )
             elif name != SHOWN:
-                key = "psnr" if name == "reconstruction" else f"floor.{name}.psnr"
+                key = "psnr" if name == REBUILT else f"floor.{name}.psnr"
                 axes.set_xlabel(f"{formats.decimal(record.get(key))} dB", fontsize=9, labelpad=2)
-        label = name if name in ("original", SHOWN, "reconstruction") else f"floor:\n{name}"
+        label = name if name in (ORIGINAL, SHOWN, REBUILT) else f"floor:\n{name}"
         label = label.replace(SHOWN, SHOWN.replace(" to", "\nto"))
         grid[row, 0].set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     s = result.summary
@@ -106,7 +99,7 @@ def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
         axes.vlines(
             x,
             top,
-            [min(row.get("psnr", math.nan), _IDENTICAL_DB) for row in records],
+            [min(row.get("psnr", math.nan), COUNTED_DB) for row in records],
             color="#c4c4c4",
             linewidth=1.5,
             zorder=1,
@@ -117,14 +110,14 @@ def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
     control = [_finite(row.get("control_psnr")) for row in records]
     if not np.isnan(control).all():
         axes.plot(x, control, "x", color=GREY, ms=6, label="control: against other victims")
-    ours = [min(row.get("psnr", math.nan), _IDENTICAL_DB) for row in records]
-    exact = any(value == _IDENTICAL_DB for value in ours)
-    name = f"reconstruction{' (identical: drawn at 100)' if exact else ''}"
+    ours = [min(row.get("psnr", math.nan), COUNTED_DB) for row in records]
+    exact = any(value == COUNTED_DB for value in ours)
+    name = f"{REBUILT}{' (identical: drawn at 100)' if exact else ''}"
     axes.plot(x, ours, "o", color=BLUE, ms=7, label=name)
-    axes.axhline(reconstruction_verdict.RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
+    axes.axhline(RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
     axes.annotate(
-        f"recovered from {reconstruction_verdict.RECOVERED_PSNR:.0f} dB",
-        (0.995, reconstruction_verdict.RECOVERED_PSNR),
+        f"recovered from {RECOVERED_PSNR:.0f} dB",
+        (0.995, RECOVERED_PSNR),
         xycoords=("axes fraction", "data"),
         ha="right",
         va="bottom",
@@ -149,13 +142,15 @@ def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
     axes.set_axisbelow(True)
     axes.set_xlim(-0.7, len(records) - 0.3)
     drawn = [value for value in [*ours, *control] if np.isfinite(value)]
-    axes.set_ylim(min(0.0, *drawn, 0.0), 1.08 * max(reconstruction_verdict.RECOVERED_PSNR, *drawn, 0.0))
+    axes.set_ylim(min(0.0, *drawn, 0.0), 1.08 * max(RECOVERED_PSNR, *drawn, 0.0))
     _legend_right(axes)
     return figure
 
 
-def loss_history(result: AuditResult, limit: int = 16) -> Figure:
-    """The attack's own objective per iteration, one line per victim."""
+def loss_history(result: AuditResult, limit: int = 16) -> Figure | None:
+    """The attack's own objective per iteration, one line per victim; None where it kept none."""
+    if not result.curves.get("histories"):
+        return None
     figure = Figure(figsize=(6.6, 3.6), layout="constrained")
     axes = figure.subplots()
     histories = list(result.curves["histories"].items())
@@ -295,15 +290,7 @@ def accuracy_over_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def label_histogram(counts: Mapping[int, Mapping[int, int]], limit: int = 40) -> Figure:
-    """Samples of each label at each client.
-
-    Parameters
-    ----------
-    counts : mapping of int to mapping
-        Client -> label -> samples.
-    limit : int
-        The commonest labels, and the first clients, shown.
-    """
+    """Samples of each label at each client (client -> label -> samples); the first clients, the commonest labels."""
     clients = sorted(counts)[:limit]
     totals: dict[int, int] = {}
     for client in clients:

@@ -14,10 +14,10 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from fedattack.audit import reconstruction_verdict
-from fedattack.audit.family import AuditResult
+from fedattack.audit.family import AuditResult, by_family, headline
 from fedattack.files import write_bytes
 from fedattack.observation import Reconstruction, observation_name
+from fedattack.registry import Registry
 from fedattack.reporting import figures, formats, views
 from fedattack.reporting.template import REPORT
 from fedattack.storage.observations import safe_name
@@ -83,26 +83,26 @@ def write_results(
     write_summary(folder, results, federation, left_out)
     for result in results:
         _write_images(folder, result)
-    pictures = _attack_pictures(folder, results)
+    used = [family for family, _ in by_family(results)]
     page = (
         environment()
         .from_string(REPORT)
         .render(
             title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
             subtitle=views.subtitle(folder.config),
+            top=headline(results, federation),
             attacks=[views.attack_view(result) for result in results],
-            memberships=[views.attack_view(result) for result in results if result.family == "membership"],
-            unlearnings=[views.attack_view(result) for result in results if result.family == "unlearning"],
+            families=views.family_views(results),
             notes=notes,
-            pictures=pictures,
+            pictures=_attack_pictures(folder, results),
             seen=views.seen_views(results),
             federation=_federation(folder, federation, label_counts) if federation or label_counts else None,
             command=command or f"fedattack --config {folder.path / 'config.toml'}",
             versions=views.versions(folder.config),
             config=folder.config.to_toml(),
-            tables=[table for result in results if (table := views.images_table(result))],
-            families={result.family for result in results},
-            thresholds=reconstruction_verdict,
+            tables=[table for result in results if (table := views.records_table(result))],
+            floors=", ".join(dict.fromkeys(text for family in used for text in family.floors.values())),
+            glossary=[entry for family in used for entry in family.terms()],
         )
     )
     path = folder.path / "report.html"
@@ -111,13 +111,7 @@ def write_results(
 
 
 def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstruction]]) -> None:
-    """Write unscored reconstructions as PNG, one picture per attack and observation, batches side by side.
-
-    Parameters
-    ----------
-    folder : RunFolder
-    answers : mapping of str to mapping of str to Reconstruction
-        Attack -> observation key -> answer.
+    """Write unscored reconstructions (attack -> observation key -> answer) as PNG, batches side by side.
 
     Raises
     ------
@@ -144,63 +138,22 @@ def environment() -> Environment:
 
 
 def _attack_pictures(folder: RunFolder, results: Sequence[AuditResult]) -> list[_Picture]:
+    """The figures that the families ask for: of each attack, or of all of a family together."""
+    functions: Registry[Any] = Registry("figure", {})
     shown = []
-    for result in results:
-        name = safe_name(result.attack)
-        if result.family != "reconstruction":
-            continue
-        shown.append(
-            _figure(
-                folder,
-                f"{name}-sheet",
-                figures.reconstruction_sheet(result),
-                f"{result.attack}: originals above, reconstructions and the best floor below",
-                "Originals, what the attack made of the update, and what the same attacker would have answered "
-                "without it. PSNR under each image; pixels enlarged, not smoothed.",
-            )
-        )
-        shown.append(
-            _figure(
-                folder,
-                f"{name}-psnr",
-                figures.psnr_dots(result),
-                f"{result.attack}: PSNR of each image beside its floors",
-                "The grey line spans what the update added over the best guess for that image.",
-            )
-        )
-        if result.curves.get("histories"):
-            shown.append(
-                _figure(
-                    folder,
-                    f"{name}-objective",
-                    figures.loss_history(result),
-                    f"{result.attack}: objective over iterations",
-                    "Restarts and stopping are decided by this objective alone, never by the private images.",
-                )
-            )
-    memberships = [result for result in results if result.family == "membership"]
-    if memberships:
-        shown.append(
-            _figure(
-                folder,
-                "roc",
-                figures.roc(memberships),
-                "ROC curves of the membership attacks, linear and log-log",
-                "Bands: exact pointwise 95 % intervals over the members. An attack is worth fearing at the "
-                "left edge of the right panel.",
-            )
-        )
-    unlearnings = [result for result in results if result.family == "unlearning"]
-    if unlearnings:
-        shown.append(
-            _figure(
-                folder,
-                "unlearning",
-                figures.unlearning_bars(unlearnings),
-                "Accuracy before and after the deletion request, and after random deletion",
-                "Only what the request costs beyond the hatched bar is the attack's doing.",
-            )
-        )
+    for family, chosen in by_family(results):
+        for drawing in family.drawings:
+            draw = functions.get(drawing.target)
+            if not drawing.each:
+                shown.append(_figure(folder, drawing.name, draw(chosen), drawing.alt, drawing.caption))
+                continue
+            for result in chosen:
+                if (figure := draw(result)) is not None:
+                    file, alt = (
+                        f"{safe_name(result.attack)}-{drawing.name}",
+                        f"{result.attack}: {drawing.alt}",
+                    )
+                    shown.append(_figure(folder, file, figure, alt, drawing.caption))
     return shown
 
 

@@ -26,6 +26,9 @@ p { margin: .4rem 0 .8rem; max-width: 48rem; }
 .verdict .head::first-letter, .verdict .why::first-letter { text-transform: uppercase; }
 .leak { --c: var(--leak); } .partial { --c: var(--partial); } .none { --c: var(--none); }
 .undecided { --c: var(--undecided); } .failed { --c: var(--failed); }
+.top { font-size: 1.15rem; font-weight: 600; color: var(--c); max-width: none; }
+.top::first-letter { text-transform: uppercase; }
+.badge { border: 1px solid var(--line); border-radius: .3rem; padding: 0 .4rem; font-size: .85rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .4rem 0 1rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -67,9 +70,11 @@ REPORT = (
 <h1>How much does this federation leak?</h1>
 <p class="soft">{{ subtitle }}</p>
 
+{% if top %}<p class="top {{ top.level }}">{{ top.text }}</p>{% endif %}
+
 {% for a in attacks %}
 <div class="verdict {{ a.level }}">
-  <p class="soft">{{ a.question }} <strong>{{ a.name }}</strong></p>
+  <p class="soft">{{ a.question }} <strong>{{ a.name }}</strong>{% if a.badge %} <span class="badge">{{ a.badge }}</span>{% endif %}</p>
   <p class="head">{{ a.headline }}</p>
   <p class="why">{{ a.explanation }}</p>
 </div>
@@ -80,42 +85,16 @@ REPORT = (
 
 {% if attacks %}
 <h2>Results, beside what could have been guessed</h2>
-{% for a in attacks if a.family == "reconstruction" %}
-<h3>{{ a.name }}: {{ a.s.images|count }} private image{{ "s" if a.s.images != 1 }} of {{ a.s.count|count }} victim{{ "s" if a.s.count != 1 }}</h3>
+{% for f in families %}
+<h3>{{ f.title }}</h3>
 <div class="scroll"><table>
-<tr><th></th><th>PSNR, dB</th><th>95 % interval</th><th>worst</th><th>best</th><th>SSIM</th><th>95 % interval</th></tr>
-{% for row in a.rows %}
-<tr{% if row.main %} class="main"{% endif %}><td>{{ row.name }}</td><td>{{ row.psnr.mean|decimal }}</td><td>{{ row.psnr|interval }}</td><td>{{ row.psnr.worst|decimal }}</td><td>{{ row.psnr.best|decimal }}</td><td>{{ row.ssim.mean|decimal(3) if row.ssim }}</td><td>{{ row.ssim|interval(3) if row.ssim }}</td></tr>
+<tr><th></th>{% for name in f.columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in f.rows %}
+<tr{% if row.main %} class="main"{% endif %}><td>{{ row.name }}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
-<p class="soft">{{ a.remarks }}</p>
+{% for remark in f.remarks if remark %}<p class="soft">{{ remark }}</p>{% endfor %}
 {% endfor %}
-{% if memberships %}
-<h3>Membership inference</h3>
-<div class="scroll"><table>
-<tr><th></th><th>AUC</th><th>95 % interval</th><th>members found at 1 % false positives</th><th>95 % interval</th><th>members found at 0.1 %</th><th>balanced accuracy</th></tr>
-{% for a in memberships %}
-{% set m = a.s.metrics %}{% set f = a.s.floors.chance %}
-{% set t = m["tpr_at_1_percent_fpr"] %}{% set u = m["tpr_at_0.1_percent_fpr"] %}
-<tr class="main"><td>{{ a.name }}</td><td>{{ m.auc.mean|decimal(3) }}</td><td>{{ m.auc|interval(3) }}</td><td>{{ t.mean|percent }} ({{ t.true_positives }} of {{ t.members }})</td><td>{{ t|interval(1, 100) }} %</td><td>{{ u.mean|percent }} ({{ u.true_positives }} of {{ u.members }})</td><td>{{ m.balanced_accuracy.mean|percent }}</td></tr>
-<tr><td>floor: chance</td><td>0.500</td><td>{{ f.auc|interval(3) }}</td><td>{{ f["tpr_at_1_percent_fpr"].mean|percent }}</td><td>up to {{ f["tpr_at_1_percent_fpr"].high|percent }}</td><td>{{ f["tpr_at_0.1_percent_fpr"].mean|percent }}</td><td>{{ f.balanced_accuracy.mean|percent }}</td></tr>
-{% endfor %}
-</table></div>
-{% for a in memberships %}<p class="soft">{{ a.remarks }}</p>{% endfor %}
-{% endif %}
-{% if unlearnings %}
-<h3>Unlearning requests</h3>
-<div class="scroll"><table>
-<tr><th></th><th>mechanism</th><th>requests</th><th>test accuracy</th><th>95 % interval</th><th>damage, points</th><th>95 % interval</th></tr>
-{% for a in unlearnings %}
-{% set m = a.s.metrics %}{% set f = a.s.floors["random deletion"].accuracy %}
-<tr><td>before any request</td><td></td><td></td><td>{{ m.accuracy_before.mean|percent }}</td><td>{{ m.accuracy_before|interval(1, 100) }}</td><td></td><td></td></tr>
-<tr class="main"><td>{{ a.name }}</td><td>{{ a.s.mechanism }}</td><td>{{ a.s.count|count }}</td><td>{{ m.accuracy_after.mean|percent }}</td><td>{{ m.accuracy_after|interval(1, 100) }}</td><td>{{ (m.damage.mean * 100)|decimal }}</td><td>{{ m.damage|interval(1, 100) }}</td></tr>
-<tr><td>floor: random deletion</td><td>{{ a.s.mechanism }}</td><td>{{ a.s.count|count }}</td><td>{{ f.mean|percent }}</td><td>{{ f|interval(1, 100) }}</td><td>0.0</td><td></td></tr>
-{% endfor %}
-</table></div>
-{% for a in unlearnings %}<p class="soft">{{ a.remarks }}</p>{% endfor %}
-{% endif %}
 {% endif %}
 
 {% if pictures %}
@@ -185,22 +164,11 @@ REPORT = (
 
 <h2>How to read this page</h2>
 <dl>
-<dt>Floor</dt><dd>What the same attacker scores without the update: a flat grey image, the mean of the public images it was granted, the attack's own prior, chance, or the deletion of random samples. Only what lies above the best floor is leakage.</dd>
-<dt>Interval</dt><dd>95 %, over the victims, members or seeds of this run. It does not cover other models, data or settings.</dd>
-{% if "reconstruction" in families %}
-<dt>PSNR, SSIM</dt><dd>Images in [0, 1], clamped, data range 1; SSIM with scikit-image's uniform 7 × 7 window. At 30 dB a small image is hard to tell from the original; infinite means identical. Worst and best are the attacker's.</dd>
-<dt>Recovered</dt><dd>An image at {{ "%.0f"|format(thresholds.RECOVERED_PSNR) }} dB and SSIM {{ thresholds.RECOVERED_SSIM }} or more, at least {{ "%.0f"|format(thresholds.RECOVERED_MARGIN) }} dB above every floor and the control. Half of the images: “private images recovered”. One such image, or a mean significantly above both the best floor and the control: “partial leakage”.</dd>
-<dt>Control</dt><dd>The same reconstruction scored against other victims' images. What scores as well there is a good prior, not a leak.</dd>
-<dt>k</dt><dd>Numbers that were really sent. A rate alone says nothing: 0.1 % of a model with a wide head is thousands of numbers, of a small one a handful.</dd>
-{% endif %}
-{% if "membership" in families %}
-<dt>AUC</dt><dd>The chance that a member outscores a non-member.</dd>
-<dt>Found at 1 %</dt><dd>Share of members found while at most 1 % of the non-members are called members: what an attacker who must not be wrong gets.</dd>
-<dt>Balanced accuracy</dt><dd>With the best threshold for these very candidates, so chance lies above 50 %.</dd>
-{% endif %}
-{% if "unlearning" in families %}
-<dt>Damage</dt><dd>Accuracy after deleting as many random samples, minus accuracy after the request.</dd>
-{% endif %}
+<dt>Floor</dt><dd>What the same attacker scores without the update{% if floors %}: {{ floors }}{% endif %}. Only what lies above the best floor is leakage.</dd>
+<dt>Interval</dt><dd>95 %, over the victims, members or seeds of this run, where there are three or more. It does not cover other models, data or settings.</dd>
+<dt>Undecided</dt><dd>The run could not have told leakage from none; the verdict says what would.</dd>
+{% for term, text in glossary %}<dt>{{ term }}</dt><dd>{{ text }}</dd>
+{% endfor %}
 </dl>
 </body>
 </html>

@@ -7,17 +7,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fedattack.audit.family import HEADLINES, AuditResult
+from fedattack.audit.family import AuditResult, by_family, get_family
 from fedattack.config import Config
-from fedattack.metrics import INFLATION_DB
 from fedattack.reporting import formats
 from fedattack.storage.plain import fedattack_version
 
-_QUESTIONS = {
-    "reconstruction": "Can private images be rebuilt from what clients send?",
-    "membership": "Can it be told which samples a client trained on?",
-    "unlearning": "Can a client harm the model by what it asks to be forgotten?",
-}
 _ROWS = 200
 _LIBRARIES = ("torch", "flwr", "ray", "numpy", "scipy", "scikit-learn")
 
@@ -37,49 +31,59 @@ def subtitle(config: Config) -> str:
 
 
 def attack_view(result: AuditResult) -> dict[str, Any]:
-    headline, _, explanation = result.verdict.partition(": ")
-    shown: dict[str, Any] = {
+    words, _, explanation = result.verdict.partition(": ")
+    return {
         "name": result.attack,
-        "family": result.family,
         "level": result.level,
-        "question": _QUESTIONS[result.family],
-        "headline": headline if headline in HEADLINES[result.family].values() else result.verdict,
+        "question": get_family(result.family).question,
+        "headline": words,
         "explanation": explanation,
-        "s": result.summary,
-        "remarks": _remarks(result),
+        "badge": _badge(result.threat),
     }
-    if result.family == "reconstruction":
-        s = result.summary
+
+
+def _badge(threat: Mapping[str, Any]) -> str:
+    """The threat model in a line: seat, letters, what it needs."""
+    parts = [str(threat["seat"])] if threat.get("seat") else []
+    parts += [" ".join(threat["letters"])] if threat.get("letters") else []
+    return "; ".join([*parts, *(str(need) for need in threat.get("needs", ()))])
+
+
+def family_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
+    """A table of scores per family, attacks and floors below one another, and remarks on each attack."""
+    views = []
+    for family, chosen in by_family(results):
+        columns: list[str] = []
+        for metric in family.titled:
+            columns += [metric.heading, "95 % interval"]
+            columns += ["worst", "best"] if metric is family.titled[0] else []
         rows = [
             {
-                "name": "reconstruction",
-                "main": True,
-                "psnr": s["metrics"]["psnr"],
-                "ssim": s["metrics"]["ssim"],
+                "name": title,
+                "main": main,
+                "cells": [
+                    cell for m in family.titled for cell in m.cells(figures, ends=m is family.titled[0])
+                ],
             }
+            for result in chosen
+            for title, main, figures in family.rows(result)
         ]
-        if s["shown"]["psnr"]["count"]:
-            rows.append({"name": "the same, against what the model was shown", "main": False, **s["shown"]})
-        order = sorted(s["floors"], key=lambda name: -(s["floors"][name]["psnr"]["mean"] or 0.0))
-        rows += [{"name": f"floor: {name}", "main": False, **s["floors"][name]} for name in order]
-        if s["control"]["psnr"]["count"]:
-            control = {
-                "name": "control: scored against other victims",
-                "main": False,
-                "psnr": s["control"]["psnr"],
-            }
-            rows.append({**control, "ssim": None})
-        shown["rows"] = rows
-    return shown
+        remarks = [_sentence(result.attack, family.remarks(result)) for result in chosen]
+        views.append({"title": family.title, "columns": columns, "rows": rows, "remarks": remarks})
+    return views
+
+
+def _sentence(attack: str, parts: Sequence[str]) -> str:
+    return f"{attack}: {'; '.join(part.removeprefix(f'{attack}: ') for part in parts)}." if parts else ""
 
 
 def seen_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
     """One entry per distinct view; attacks that saw the same share it."""
     views: list[dict[str, Any]] = []
     for result in results:
-        if result.family != "reconstruction":
-            continue
         s = result.summary
+        if "scenario" not in s or "kept_per_layer" not in s:
+            continue
         scenario = s["scenario"]
         model, training, compression = scenario["model"], scenario["training"], scenario["compression"]
         granted = s["auxiliary"]
@@ -107,6 +111,11 @@ def seen_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
                 f"{formats.count(s['k'])} of {s['parameters']:,} numbers, {formats.rate(s['rate'])}",
             ),
             ("k per pixel", f"{formats.compact(s['k_per_pixel'])} numbers sent for each private pixel value"),
+            (
+                "of the image",
+                f"{formats.count(s['k_measuring'])} of those numbers measure the image: not zero, and no bias "
+                f"of the last layer",
+            ),
             ("On the wire", f"{formats.size(s['wire_bytes'])} per update"),
             ("Auxiliary data", images),
         ]
@@ -126,47 +135,16 @@ def seen_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
     return views
 
 
-def images_table(result: AuditResult) -> dict[str, Any] | None:
-    if result.family != "reconstruction":
+def records_table(result: AuditResult) -> dict[str, Any] | None:
+    """Every record of an attack whose family shows them."""
+    columns = get_family(result.family).details(result)
+    if not columns:
         return None
-    s = result.summary
-    floors = list(s["floors"])
-    columns = [
-        "round",
-        "client",
-        "image",
-        "sample",
-        "PSNR",
-        "SSIM",
-        *floors,
-        "control",
-        "label",
-        "objective",
-        "time",
-    ]
-    rows = []
-    for row in result.records[:_ROWS]:
-        right = row.get("label_right")
-        rows.append(
-            [
-                row["round"],
-                formats.seat(row["client"]).removeprefix("client "),
-                row["image"],
-                row["sample"],
-                formats.decimal(row.get("psnr")),
-                formats.decimal(row.get("ssim"), 3),
-                *(formats.decimal(row.get(f"floor.{name}.psnr")) for name in floors),
-                formats.decimal(row.get("control_psnr")),
-                formats.NONE if right is None else "right" if right else "wrong",
-                formats.compact(row.get("loss")),
-                formats.seconds(row["seconds"]),
-            ]
-        )
-    more = f", the first {_ROWS} of {len(result.records)} images" if len(result.records) > _ROWS else ""
+    more = f", the first {_ROWS} of {len(result.records)}" if len(result.records) > _ROWS else ""
     return {
-        "title": f"{result.attack}: every private image{more} (PSNR in dB)",
-        "columns": columns,
-        "rows": rows,
+        "title": f"{result.attack}: every record{more}",
+        "columns": [name for name, _ in columns],
+        "rows": [[cell(row) for _, cell in columns] for row in result.records[:_ROWS]],
     }
 
 
@@ -182,61 +160,6 @@ def versions(config: Config) -> list[tuple[str, str]]:
         ("Python", platform.python_version()),
         ("System", f"{platform.system()} {platform.machine()}"),
     ]
-
-
-def _remarks(result: AuditResult) -> str:
-    s = result.summary
-    parts = []
-    if result.family == "reconstruction":
-        if s.get("above_best_floor"):
-            over = s["above_best_floor"]
-            text = f"Above the best floor ({s['best_floor']}): {formats.decimal(over['mean'])} dB"
-            parts.append(
-                text + (f", 95 % interval {formats.interval(over)}" if over["low"] is not None else "")
-            )
-        if s.get("above_control"):
-            parts.append(f"above the control: {formats.decimal(s['above_control']['mean'])} dB")
-        if s.get("labels"):
-            labels, sure = s["labels"], s["metrics"]["label_confidence"]["mean"]
-            parts.append(
-                f"labels right: {labels['right']} of {labels['of']} (own confidence {formats.compact(sure)})"
-            )
-        if s["methods"]:
-            parts.append(f"method: {', '.join(s['methods'])}")
-        if s["metrics"]["certificate"]["mean"] is not None:
-            parts.append(f"objective per kept number: {formats.compact(s['metrics']['certificate']['mean'])}")
-        if s["matched_by"] and s["matched_by"] != ["single"]:
-            parts.append(f"images of a batch were matched by {' / '.join(s['matched_by'])}")
-        if s["missing"]:
-            parts.append(f"{s['missing']} images without a usable reconstruction are left out of the means")
-        each = s["seconds"] / s["count"]
-        parts.append(f"time: {formats.seconds(s['seconds'])} in all, {formats.seconds(each)} a victim")
-        scale = s["paper_scale"]
-        if scale["psnr"]["mean"] is not None:
-            parts.append(
-                f"in the units of the code released with HCGLA (PSNR {INFLATION_DB:.2f} dB higher, SSIM with data "
-                f"range 2) the means would read {formats.decimal(scale['psnr']['mean'])} dB and "
-                f"{formats.decimal(scale['ssim']['mean'], 3)}"
-            )
-    elif result.family == "membership":
-        asked = f"{s['members']} members and {s['nonmembers']} non-members"
-        parts.append(
-            f"{result.attack}: {asked}, {s['targets']} target client{'s' if s['targets'] != 1 else ''}"
-        )
-        if s["statistic"]:
-            parts.append(f"statistic: {s['statistic']}")
-        tail = s["metrics"]["tpr_at_1_percent_fpr"]
-        parts.append(f"chance of finding so many at 1 % false positives: {formats.p_value(tail['p_value'])}")
-        if s["nonmembers"] < 1000:
-            parts.append("with so few non-members, 0.1 % means no false positive at all")
-        parts.append(f"time: {formats.seconds(s['seconds'])}")
-    else:
-        parts.append(f"{result.attack}: {s['seeds']} seed{'s' if s['seeds'] != 1 else ''}")
-        if s["metrics"]["damage"]["low"] is not None:
-            parts.append(f"the damage's interval covers {s['metrics']['damage']['interval_over']}")
-        parts.append(f"time: {formats.seconds(s['seconds'])}")
-    text = "; ".join(parts)
-    return text[0].upper() + text[1:] + "." if not text.startswith(result.attack) else text + "."
 
 
 def _defenses(settings: Mapping[str, Any]) -> str:

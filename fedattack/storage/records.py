@@ -8,27 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from fedattack.audit.family import AuditResult
+from fedattack.audit.family import AuditResult, by_family, headline
 from fedattack.config import Config
 from fedattack.files import write_bytes
 from fedattack.storage.plain import fedattack_version, plain, write_json
 from fedattack.storage.run_folder import RunFolder
-
-_INTEGERS = {
-    "round",
-    "client",
-    "victim",
-    "image",
-    "sample",
-    "label",
-    "k",
-    "wire_bytes",
-    "candidate",
-    "run",
-    "requests",
-}
-_BOOLEANS = {"label_right", "is_member"}
-_TEXTS = {"attack", "family", "status", "method", "matched_by", "kept_per_layer", "mechanism"}
 
 
 def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
@@ -36,17 +20,15 @@ def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
 
     Column types do not depend on what a run happens to hold, so that tables of several runs concatenate.
     """
+    types = dict.fromkeys(("attack", "family", "status"), "string")
+    for family, _ in by_family(results):
+        types |= family.types
     frame = pd.DataFrame([row for result in results for row in result.records])
-    for name in frame.columns:
-        if name in _INTEGERS:
-            frame[name] = frame[name].astype("Int64")
-        elif name in _BOOLEANS:
-            frame[name] = frame[name].astype("boolean")
-        elif name in _TEXTS:
-            frame[name] = frame[name].astype("string")
-        else:
-            frame[name] = frame[name].astype("float64")
-    return frame
+    texts = {
+        name for result in results for row in result.records for name in row if isinstance(row[name], str)
+    }
+    chosen = {name: types.get(name, "string" if name in texts else "float64") for name in frame.columns}
+    return frame.astype(chosen)
 
 
 def summary_document(
@@ -60,17 +42,19 @@ def summary_document(
     Returns
     -------
     dict
-        "version", "config", "federation" (as given), "left_out" (attack -> why it does not apply) and "attacks": name
-        -> the audit's summary with "family", "count", "metrics" (metric -> "mean", "worst", "best", "low", "high"),
-        "floors" (floor -> metric -> the same), "k", "k_per_pixel", "seconds", "level", "verdict" and more. "worst" is
-        the attacker's worst. NaN is null, infinities are "inf" and "-inf".
+        "version", "config", "federation" (as given), "headline" (:func:`fedattack.audit.family.headline`),
+        "left_out" (attack -> why it does not apply) and "attacks": name -> the audit's summary with "family",
+        "count", "metrics" (metric -> "mean", "worst", "best", "low", "high"), "floors" (floor -> metric -> the
+        same), "k", "k_per_pixel", "seconds", "level", "verdict" and more. "worst" is the attacker's worst. NaN
+        is null, infinities "inf", "-inf".
     """
     document = {
         "version": fedattack_version(),
         "config": config.model_dump(mode="json"),
         "federation": dict(federation or {}),
+        "headline": headline(results, federation),
         "left_out": dict(left_out or {}),
-        "attacks": {result.attack: result.summary for result in results},
+        "attacks": {r.attack: r.summary | ({"threat": r.threat} if r.threat else {}) for r in results},
     }
     return dict(plain(document))
 

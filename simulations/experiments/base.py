@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from adversaries import Attack
@@ -39,6 +40,12 @@ class Plan:
     world: World
     folder: RunFolder
     shown: Stages
+
+    @property
+    def commonest_share(self) -> float:
+        """Share of the commonest class among the held-out samples: what a model that knows nothing gets right."""
+        labels = self.world.dataset.labels[self.world.pools.nonmembers]
+        return float(np.bincount(labels).max()) / len(labels)
 
 
 class SavedWork(ABC):

@@ -291,7 +291,7 @@ class MembershipExperiment(Experiment):
             wanted = number not in self._figures[name] and number in self._rounds(attack)
             if seen and wanted and name not in self.failed:
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
-                seed, started = adversary_seed(config.seed, "membership", number), time.perf_counter()
+                seed, started = adversary_seed(config.seed, "watch", number), time.perf_counter()
                 try:
                     figures = attack.watch(seen, asked.target, candidates, seed, device)
                 except Exception as error:  # its own; the federation and the other attacks go on
@@ -339,5 +339,13 @@ class MembershipExperiment(Experiment):
         plan.folder.save_scores(name, asked.target, scores, seconds)
         plan.folder.save_part(f"{name}-candidates", details)
         return audit_membership(
-            name, scores, is_member[counts], clients=[asked.target], seconds=seconds, seed=plan.config.seed
+            name,
+            scores,
+            is_member[counts],
+            clients=[asked.target],
+            seconds=seconds,
+            accuracy=next((r.accuracy for r in reversed(federation.rounds) if r.accuracy is not None), None),
+            chance_accuracy=plan.commonest_share,
+            test_samples=len(plan.world.pools.nonmembers),
+            seed=plan.config.seed,
         )

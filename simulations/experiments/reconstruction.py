@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -135,9 +133,6 @@ class Answers(SavedWork):
         answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
         found = [answers.get(o.key, (None, 0.0)) for o in observations]
-        # Until the auditor takes reasons they stand on the terminal and in log.txt alone.
-        takes = "reasons" in inspect.signature(audit_reconstruction).parameters
-        more: dict[str, Any] = {"reasons": self._failed[name]} if takes else {}
         return audit_reconstruction(
             name,
             observations,
@@ -145,7 +140,7 @@ class Answers(SavedWork):
             truths,
             [seconds for _, seconds in found],
             seed=self._config.seed,
-            **more,
+            reasons=self._failed[name],
         )
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:

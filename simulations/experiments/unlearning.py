@@ -230,6 +230,7 @@ class UnlearningExperiment(Experiment):
             requests=sum(len(r.positions) or len(r.labels or ()) for r in outcome.requests),
             mechanism=outcome.mechanism,
             test_samples=outcome.test_samples,
+            chance_accuracy=plan.commonest_share,
             seconds=time.perf_counter() - started,
             seed=plan.config.seed,
         )

@@ -338,7 +338,13 @@ def run_cell(cell: Cell, place: str, engine: EngineConfig) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = Path(place) / cell.name
     try:
-        simulate(cell.config(folder, engine.threads), command=f"fedattack --config {folder / 'config.toml'}")
+        config = cell.config(folder, engine.threads)
+        result = simulate(config, command=f"fedattack --config {folder / 'config.toml'}")
+        faults = [one.summary.get("failed", []) for one in result.audits.values()]
+        if faults and all(
+            len(f) == one.summary["count"] for f, one in zip(faults, result.audits.values(), strict=True)
+        ):
+            status, reason = FAILED, faults[0][0]["reason"]
     except BadRequest as error:
         status, reason = REFUSED, str(error)
     except RunFailed as error:

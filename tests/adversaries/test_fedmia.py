@@ -16,7 +16,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adversaries.membership import per_sample
-from adversaries.membership.fedmia import FedMIA, client_model, one_tailed, statistics
+from adversaries.membership.fedmia import (
+    FedMIA,
+    _not_outlying,
+    _same_weights,
+    client_model,
+    one_tailed,
+    statistics,
+)
 from adversaries.membership.per_sample import gradient_products
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import NotApplicable, PayloadError
@@ -236,14 +243,19 @@ def resnet() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("build", "count"), [(perceptron, 20), (tiny_cnn, 20), (resnet, 3)])
-def test_gradient_products_equal_autograd(
-    federation: Federation, build, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def foreign() -> nn.Module:
+    """None of the house's: normalised by statistics that its state holds."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 10))
+
+
+@pytest.mark.parametrize(("build", "count"), [(perceptron, 20), (tiny_cnn, 20), (resnet, 3), (foreign, 5)])
+def test_gradient_products_equal_autograd(build, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = build().eval()
     state = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    candidates = Candidates(federation.held_out.images[:count], federation.held_out.labels[:count])
+    for tensor in model.state_dict().values():
+        tensor.zero_()  # only its architecture is used
+    candidates = Candidates(torch.rand(count, 1, 8, 8), torch.arange(count) % 10)
     tensors = {n: torch.randn_like(p) for n, p in model.named_parameters()}
     dense = as_update(tensors, "gradient")
     only_head = as_update(
@@ -426,12 +438,154 @@ def test_outlying_shadows_can_be_dropped(federation: Federation) -> None:
     )
 
 
-def test_one_tailed_is_the_normal_distribution_function() -> None:
-    own, others = (
-        torch.tensor([0.3, -0.2]).double(),
-        torch.tensor([[0.1, 0.2], [0.3, -0.4], [0.5, 0.0]]).double(),
-    )
-    wanted = norm.cdf(own, others.mean(0), np.sqrt(others.numpy().var(0) + 1e-8))
-    np.testing.assert_allclose(
-        one_tailed(own, others, torch.ones(3, 2, dtype=torch.bool)), wanted, atol=1e-14
-    )
+# ---------------------------------------------------------------------- the rules, on numbers small enough to check
+
+
+def small_answers(
+    *rounds: tuple[int, ...], kind: str = "delta", server_rate: float | None = None
+) -> list[Observation]:
+    """Answers of the named clients in rounds 1, 2, ...: random updates of norm about .02 to a model of 3 classes."""
+    config = ModelConfig(name="mlp", classes=3, channels=1, image_size=2, activation="relu")
+    training = TrainingConfig(learning_rate=0.3, server_learning_rate=server_rate)
+    scenario = Scenario(config, training, CompressionConfig(name="none"))
+    weights = initial_weights(config, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    size = 0.02 / sum(t.numel() for t in weights.values()) ** 0.5
+    return [
+        Observation(
+            number,
+            client,
+            scenario,
+            weights,
+            as_update(
+                {n: size * torch.randn(t.shape, generator=generator) for n, t in weights.items()}, kind
+            ),
+            8,
+        )
+        for number, clients in enumerate(rounds, 1)
+        for client in clients
+    ]
+
+
+def small_candidates(count: int = 6) -> Candidates:
+    generator = torch.Generator().manual_seed(2)
+    return Candidates(torch.rand(count, 1, 2, 2, generator=generator), torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize("server_rate", [None, 0.7])
+@pytest.mark.parametrize("kind", ["delta", "gradient"])
+@pytest.mark.parametrize("statistic", ["cosine", "loss"])
+def test_scores_and_their_details(statistic: str, kind: str, server_rate: float | None) -> None:
+    """The target stands first, in the middle and last among those that answered; round 4 is without it."""
+    seen = small_answers((3, 5, 8), (1, 2, 3, 9), (3, 0, 2), (1, 2, 8), kind=kind, server_rate=server_rate)
+    told: list[tuple[float, str]] = []
+    candidates = small_candidates()
+    answer = FedMIA(statistic).run(seen, 3, candidates, 0, CPU, lambda *args: told.append(args))
+    wanted = literal([o for o in seen if o.round < 4], 3, candidates, statistic)
+    np.testing.assert_allclose(answer.scores, wanted, atol=2e-4, rtol=0)
+    assert answer.statistic == {"cosine": "fedmia-ii (cosine)", "loss": "fedmia-i (loss)"}[statistic]
+    assert {key: value for key, value in answer.details.items() if key != "saturated"} == {
+        "rounds": [1, 2, 3],
+        "rounds_passed_over": [4],
+        "shadows": [2, 3, 2],
+        "dropped": 0.0,
+    }
+    assert told == [
+        (0, "fedmia: round 1"),
+        (pytest.approx(1 / 3), "fedmia: round 2"),
+        (pytest.approx(2 / 3), "fedmia: round 3"),
+        (1, "fedmia: done"),
+    ]
+
+
+def test_values_that_cannot_be_ranked_are_counted() -> None:
+    """All shadows alike: where the target differs a value is 0 or 1 exactly, where it is one of them 1/2."""
+    seen = small_answers(*4 * [(0, 1, 2)])
+    common = seen[1].update
+    turned = replace(common, values=-common.values)
+    seen = [replace(o, update=turned if o.client == 0 and o.round < 3 else common) for o in seen]
+    answer = FedMIA().run(seen, 0, small_candidates(), 0, CPU)
+    assert sorted({round(4 * value, 5) for value in answer.scores.tolist()}) == [1, 3]
+    assert answer.details["saturated"] == 0.5
+
+
+def test_the_share_dropped_is_a_mean_over_rounds_and_nothing_is_unless_asked_for() -> None:
+    """The last of 11 shadows points the other way in round 1: above, for some candidates. In round 2 none does."""
+    seen = small_answers(tuple(range(12)), tuple(range(12)))
+    common = seen[0].update
+    turned = replace(common, values=-common.values)
+    seen = [replace(o, update=turned if (o.round, o.client) == (1, 11) else common) for o in seen]
+    model = build_model(seen[0].scenario.model).eval()
+    table = statistics("cosine", model, seen[:12], small_candidates())
+    above = (table[11] > table[0]).double().mean()
+    assert 0 < above < 1
+    strict = FedMIA(drop_members=True).run(seen, 0, small_candidates(), 0, CPU)
+    assert strict.details["dropped"] == pytest.approx(above / 11 / 2)
+    assert FedMIA().run(seen, 0, small_candidates(), 0, CPU).details["dropped"] == 0
+
+
+def test_two_others_are_enough_and_the_same_client_twice_is_one() -> None:
+    candidates = small_candidates(1)
+    assert FedMIA.clients_needed == 3
+    assert FedMIA().run(small_answers((4, 6, 7)), 6, candidates, 0, CPU).details["shadows"] == [2]
+    for clients in ((4, 6), (4, 4, 6)):
+        with pytest.raises(NotApplicable, match=f"at most {len(clients)} clients .* at least 3 are needed"):
+            FedMIA().run(small_answers(clients), 6, candidates, 0, CPU)
+    with pytest.raises(NotApplicable, match="client 5, the target, answered in none of 2 observed rounds"):
+        FedMIA().run(small_answers((4, 6, 7), (4, 6, 7)), 5, candidates, 0, CPU)
+
+
+def test_nothing_sent_has_no_direction_and_length_does_not_matter() -> None:
+    seen = small_answers((0, 1, 2))
+    model = build_model(seen[0].scenario.model).eval()
+    plain = statistics("cosine", model, seen, small_candidates())
+    own = gradients(build_as(model, torch.float64), seen[1].weights, small_candidates())
+    torch.testing.assert_close(plain[1], -functional.cosine_similarity(own, plain_values(1)[None].double()))
+    for factor, row in ((1e-6, plain[1]), (1e6, plain[1]), (0.0, torch.zeros(6).double())):
+        seen[1] = replace(seen[1], update=replace(seen[1].update, values=factor * plain_values(1)))
+        table = statistics("cosine", model, seen, small_candidates())
+        torch.testing.assert_close(table[1], row, atol=1e-6, rtol=0)
+        assert torch.equal(table[[0, 2]], plain[[0, 2]])
+
+
+def plain_values(client: int) -> Tensor:
+    return small_answers((0, 1, 2))[client].update.values
+
+
+def test_models_are_told_apart_by_what_is_in_them() -> None:
+    """The same object, an equal copy, and a model that differs in one number."""
+    seen = small_answers((0, 1, 2, 3))
+    copied = {name: tensor.clone() for name, tensor in seen[0].weights.items()}
+    other = {**copied, "1.bias": copied["1.bias"] + torch.eye(len(copied["1.bias"]))[0]}
+    seen[1], seen[2] = replace(seen[1], weights=other), replace(seen[2], weights=copied)
+    assert _same_weights(seen) == [[0, 2, 3], [1]]
+
+
+def test_the_client_s_model_has_the_buffers_that_it_sent() -> None:
+    o = replace(small_answers((0,))[0], buffers={"bn.running_mean": torch.ones(2)})
+    state = client_model(replace(o, weights={**o.weights, "bn.running_mean": torch.zeros(2)}))
+    assert torch.equal(state["bn.running_mean"], torch.ones(2))
+    for name, change in o.update.dense().items():
+        assert torch.equal(state[name], o.weights[name] + change)
+
+
+@pytest.mark.parametrize(("shadows", "kept"), [(9, 9), (10, 10), (11, 10), (16, 15)])
+def test_a_shadow_is_dropped_beyond_three_deviations(shadows: int, kept: int) -> None:
+    """One of n far above the others lies sqrt(n - 1) deviations out; exactly three, of ten, still counts."""
+    others = torch.zeros(shadows, 3, dtype=torch.float64)
+    others[4] = torch.tensor([10.0, 0.0, -10.0])
+    others[:, 1] = torch.arange(shadows)
+    assert _not_outlying(others).sum(0).tolist() == [kept, shadows, shadows]
+    assert bool(_not_outlying(others)[4, 0]) == (kept == shadows)
+
+
+@pytest.mark.parametrize("keep", [[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1]])
+def test_one_tailed_is_the_normal_distribution_function(keep: list[int]) -> None:
+    own = torch.tensor([0.3, -0.2, 1e-4]).double()
+    others = torch.tensor([[0.1, 0.2, 0], [0.3, -0.4, 0], [0.5, 0.0, 0], [0.2, 0.3, 0]]).double()
+    chosen = np.array(keep, dtype=bool)
+    counted = others.numpy()[chosen]
+    wanted = norm.cdf(own, counted.mean(0), np.sqrt(counted.var(0) + 1e-8))
+    assert wanted[2] == pytest.approx(norm.cdf(1))
+    values = one_tailed(own, others, torch.tensor(chosen)[:, None].expand(4, 3))
+    np.testing.assert_allclose(values, wanted, atol=1e-14)

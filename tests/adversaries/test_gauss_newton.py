@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import hcgla_scenes
 import numpy as np
 import pytest
 import torch
@@ -178,6 +179,40 @@ def test_certificate_stops_annealing_where_values_are_noised() -> None:
     assert solve(clean, labels, prior).explained
 
 
+def smooth_victim(rate: float, contrast: float = 1.0) -> tuple[Observation, Tensor, GaussianPrior]:
+    """One image of a family of pictures, and a prior from others with so much of its contrast."""
+    truth = hcgla_scenes.smooth_images(1, 16, seed=1)
+    public = 0.5 + contrast * (hcgla_scenes.smooth_images(200, 16, seed=11) - 0.5)
+    observation = hcgla_scenes.observe(hcgla_scenes.scenario(100, rate, size=16), truth, torch.tensor([3]))
+    return observation, truth, gaussian_prior(Auxiliary(public), (3, 16, 16))
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.2])
+def test_the_answer_predicts_its_own_quality(rate: float) -> None:
+    observation, truth, prior = smooth_victim(rate)
+    result = solve(observation, torch.tensor([3]), prior)
+    kept = {name: len(values) for name, _, _, values in observation.update.layers()}
+    assert result.explained
+    found, predicted = psnr(result.images, truth), float(str(result.details["predicted_psnr"]))
+    assert min(115, predicted) == pytest.approx(min(115, found), abs=3)
+    assert (found > 100) == (rate == 0.2)
+    measurements, measuring = result.details["measurements"], result.details["measuring"]
+    assert measurements - measuring == kept["head.bias"]  # type: ignore[operator]
+
+
+def test_a_level_refused_for_the_images_length_is_tried_again() -> None:
+    observation, truth, prior = smooth_victim(0.05, contrast=0.3)
+    labels = torch.tensor([3])
+    once = solve(observation, labels, prior, GaussNewtonSettings(retries=0))
+    again = solve(observation, labels, prior)
+    assert once.details["reached"] == [1.0, 0.1, 0.01]
+    assert again.details["retried"]
+    assert again.details["reached"][-1] == again.details["schedule"][-1]  # type: ignore[index]
+    assert again.explained
+    assert psnr(again.images, truth) > psnr(once.images, truth) + 5
+    assert again.details["predicted_psnr"] > once.details["predicted_psnr"] + 5  # type: ignore[operator]
+
+
 def test_a_wrong_update_is_not_explained() -> None:
     prior = smooth_prior((1, 8, 8))
     labels = torch.tensor([3])
@@ -216,8 +251,9 @@ def test_both_ways_to_solve_a_step_agree_with_dense_least_squares(images: int, m
     stacked = torch.cat([*rows, torch.eye(images * modes)]).double()
     residual = torch.cat([others, *features, z.flatten()])
     expected = torch.linalg.lstsq(stacked, -residual[:, None]).solution.reshape(z.shape)
-    for way in (annealed_gauss_newton._solve_unknowns, annealed_gauss_newton._solve_measurements):
-        found = way(z, blocks, features, joint, others, torch.float64)
+    for way in (annealed_gauss_newton.OnUnknowns, annealed_gauss_newton.OnMeasurements):
+        equations = way(blocks, joint, torch.float64)
+        found = equations.step(z[..., None], [f[:, None] for f in features], others[:, None])[..., 0]
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 

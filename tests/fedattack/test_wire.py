@@ -112,6 +112,15 @@ def test_positions_of_a_universe_beyond_32_bits():
     np.testing.assert_array_equal(unpack_positions(memoryview(data), numel, 4), positions)
 
 
+@pytest.mark.parametrize(
+    ("numel", "count", "size"), [(16, 4, 1 + 2), (17, 4, 2 + 2), (1, 1, 1), (256 * 9, 9, 9 + 3)]
+)
+def test_bytes_of_positions(numel, count, size):
+    """A bitmap of count + ((numel - 1) >> l) + 1 bits, and l bits a position in groups of eight."""
+    assert positions_size(numel, count) == size
+    assert len(pack_positions(np.arange(count), numel)) == size
+
+
 @pytest.mark.parametrize("width", range(9))
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1001])
 def test_fields_round_trip(width, count):
@@ -168,6 +177,8 @@ def test_the_header_helper_is_the_honest_header():
     [
         (b"", "0 bytes, fewer than the header"),
         (b"FAUP", "4 bytes, fewer"),
+        (header()[:27], "27 bytes, fewer than the header's 28"),
+        (header()[:28], r"28 bytes, \d+ expected"),
         ("text", "payload is str, expected bytes"),
         (None, "payload is NoneType"),
         (header(magic=b"PK\x03\x04"), "not with b'FAUP' version 1"),

@@ -122,19 +122,19 @@ def peel(
     Rows
         What is left in the rows.
     """
-    scalars, vectors = rows.scalars.clone(), rows.vectors.clone()
+    scalars, vectors = rows.scalars, rows.vectors
     found: list[Sample] = []
     fresh = torch.ones(len(scalars), dtype=torch.bool, device=scalars.device)
     sweep = 0
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, classes * len(scalars)))
     while len(found) < limit and sweep != sweeps:
         left = Rows(scalars, vectors, rows.noise, rows.scale)
+        scalars, vectors = scalars.clone(), vectors.clone()
         tried = _single(left, fresh)
         changed = torch.zeros_like(fresh)
         first = len(found)
         for some in tried.split(at_once):
-            for candidate in _accepted(left, some, replay, tolerance, times, sweep):
-                row, sample = candidate
+            for row, sample in _accepted(left, some, replay, tolerance, times, sweep):
                 if changed[row]:
                     _support(found[first:], sample)
                     continue
@@ -144,7 +144,6 @@ def peel(
                 scalars -= sample.shares
                 vectors -= torch.outer(sample.shares, sample.input)
                 changed |= sample.shares.abs() > rows.noise
-                changed[row] = True
             progress(len(found))
         if len(found) == first:
             break
@@ -168,15 +167,14 @@ def agreeing(
     tried = _single(rows, torch.ones(len(rows.scalars), dtype=torch.bool, device=rows.scalars.device))
     scalars = rows.scalars[tried]
     inputs = rows.vectors[tried] / scalars[:, None]
-    distances = torch.cdist(inputs, inputs) / inputs.shape[1] ** 0.5
+    same = torch.cdist(inputs, inputs) / inputs.shape[1] ** 0.5 < _ALIKE
     free = torch.ones(len(tried), dtype=torch.bool, device=tried.device)
     vectors = rows.vectors.clone()
     found: list[Sample] = []
-    alike_first = (distances < _ALIKE).sum(1).argsort(descending=True, stable=True)
-    for n in alike_first.tolist():
+    for n in same.sum(1).argsort(descending=True, stable=True).tolist():
         if not free[n] or len(found) == limit:
             continue
-        alike = torch.nonzero(free & (distances[n] < _ALIKE))[:, 0]
+        alike = torch.nonzero(free & same[n])[:, 0]
         if len(alike) < 2:
             continue
         weights = scalars[alike].square() / scalars[alike].square().sum()
@@ -198,7 +196,7 @@ def agreeing(
 
 def _single(rows: Rows, fresh: Tensor) -> Tensor:
     """Rows whose ratio is an image, the most precise first."""
-    error = rows.noise / rows.scalars.abs().clamp_min(1e-300)
+    error = rows.noise / rows.scalars.abs()
     kept = torch.nonzero(fresh & (error < 1 / PRECISION))[:, 0]
     ratio = rows.vectors[kept] / rows.scalars[kept, None]
     slack = _SURE * error[kept] + 1e-4
@@ -223,7 +221,7 @@ def _accepted(
     # Small scalars are small differences of larger numbers.
     allowed = tolerance * (1 + _CANCELLED * rows.scale / scalars.abs()) + (_SURE * error).clamp(max=_MOST)
     good = (best <= allowed).tolist()
-    empty = rows.vectors.abs().amax(1) <= _SURE * rows.noise
+    empty = torch.maximum(rows.vectors.abs().amax(1), rows.scalars.abs()) <= _SURE * rows.noise
     accepted = []
     for n, row in enumerate(tried.tolist()):
         if not good[n]:

@@ -13,8 +13,10 @@ treats the update as what it is, a few thousand noiseless measurements of a few 
    equations by a dense Cholesky factorisation and is halved until the objective falls.
 3. *Anneal.* s starts large, where the prior smooths the problem, and falls while the *certificate*, the objective
    per measured number, says that the measurements can be explained to the precision claimed (about 1 or less).
-   Where it cannot (noise that was not declared, steps too long), annealing ends and the last reconstruction that was
-   explained is returned.
+   Where it cannot, the level is tried again by way of one half between, under a prior as wide as the image is long;
+   if that fails (noise that was not declared), the last reconstruction that was explained is returned.
+4. *Predict.* The certificate says that an answer explains the update, not that no other would: where few numbers
+   measure the image, many do. The last normal equations say how far pixels are left open, and so the answer's PSNR.
 
 For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions' gradients
 are the mean over the batch, and each image is spanned by the largest modes of the prior.
@@ -37,6 +39,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,12 +54,17 @@ from adversaries.reconstruction.hcgla.measurements import PLAIN, ROUNDING, Measu
 from adversaries.reconstruction.hcgla.memory import LocalSteps, remembers
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Scenario, Update
+from fedattack.rng import torch_rng
 
 MAX_BATCH = 16
 MAX_PIXELS = 3 * 64 * 64
 """Numbers in one image: the prior's covariance is dense and takes their square, 1.2 GB at the limit."""
 DOUBLE_BELOW = 0.3
 """Below this s the normal equations are too ill-conditioned for float32."""
+MAX_WIDENING = 3.0
+"""How many times as wide the prior becomes at most, at one retry, where an image turns out longer."""
+DRAWS = 32
+"""Errors drawn to predict the answer's."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class GaussNewtonSettings:
         Steps at the last value of s at most, ended once one gains less than a percent.
     halvings : int
         Times a step is halved before it is given up.
+    retries : int
+        Times a level that the certificate refuses is tried again, half way between it and the last.
     feature_noise : float
         Standard deviation of a known feature before the sigmoid, as a share of s.
     weight_floor : float
@@ -99,6 +109,7 @@ class GaussNewtonSettings:
     steps: int = 6
     last_steps: int = 1
     halvings: int = 5
+    retries: int = 4
     feature_noise: float = 0.03
     weight_floor: float = 0.1
     head_entries: int = 3000
@@ -118,7 +129,7 @@ class GaussNewtonSettings:
         for name in ("max_objective", "steps", "last_steps", "feature_noise", "weight_floor", "chunk"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give a positive value")
-        for name in ("halvings", "head_entries"):
+        for name in ("halvings", "retries", "head_entries"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give 0 or more")
         if self.modes is not None and self.modes < 1:
@@ -144,7 +155,8 @@ class GaussNewtonResult:
     history : list of float
         Certificate after each step.
     details : dict
-        JSON-able: schedule, values of s reached, modes, unknowns, measurements of each kind, the prior's source.
+        JSON-able: schedule, values of s reached, levels tried again, modes, unknowns, measurements of each kind, how
+        many measure the images, the PSNR in dB that the answer should have, the prior's source.
     """
 
     images: Tensor
@@ -349,14 +361,17 @@ def solve(
     details: dict[str, object] = {
         "schedule": list(schedule),
         "reached": path.reached,
-        "modes": path.answer.shape[1],
-        "unknowns": path.answer.numel(),
+        "retried": path.retried,
+        "modes": path.modes,
+        "unknowns": batch * path.modes,
         "measurements": measured.count,
+        "measuring": measured.measuring,
+        "predicted_psnr": path.predicted,
         "conv_entries": len(measured.conv_values),
         "features_known": int(measured.row_known.sum()),
         "prior": prior.source,
     }
-    images = problem.images(path.answer).clamp(0, 1).float().cpu()
+    images = path.answer.clamp(0, 1).float().cpu()
     return GaussNewtonResult(
         images, path.certificate, path.explained, len(path.history), path.history, details
     )
@@ -372,30 +387,43 @@ def _kind(problem: Problem, steps: LocalSteps | None) -> Kind:
 
 @dataclass
 class _Path:
-    """Where annealing has got to: the last accepted z, its certificate, and the values of s that were accepted."""
+    """Where annealing has got to: the last accepted images, their certificate, the values of s that were accepted."""
 
     answer: Tensor
+    modes: int
     certificate: float = math.inf
     explained: bool = False
+    predicted: float = math.nan
+    prior_variance: float = 1.0
     history: list[float] = field(default_factory=list)
     reached: list[float] = field(default_factory=list)
+    retried: int = 0
 
 
 def _anneal(
     problem: Problem, levels: list[tuple[float, int]], settings: GaussNewtonSettings, progress: Progress
 ) -> _Path:
-    """Lower s (and raise the number of modes) along `levels` while the certificate holds."""
+    """Lower s (and raise the number of modes) along `levels` while the certificate holds.
+
+    Where it breaks, the step was too long or the image is longer than the prior's are: the level is tried again from
+    the last answer that held, by way of one half between, under a prior as wide as that answer is long. A level that
+    is refused for as much again is beyond what noise allows.
+    """
     z = torch.zeros(problem.batch, levels[0][1], dtype=torch.float64, device=problem.device)
     anchor = problem.anchor(problem.evaluate(z, levels[0][0], problem.anchor()))
     last_steps = settings.steps if problem.rereads else settings.last_steps
-    path = _Path(z)
-    for level, (s, modes) in enumerate(levels):
-        progress(level / len(levels), f"s = {s:g}")
-        last = level == len(levels) - 1
+    path = _Path(problem.images(z), z.shape[1])
+    queue, retries = deque(levels), 0 if problem.rereads else settings.retries
+    refused: dict[float, float] = {}
+    while queue:
+        s, modes = queue.popleft()
+        reached = path.reached[-1] if path.reached else math.inf
+        progress(sum(level >= reached for level, _ in levels) / len(levels), f"s = {s:g}")
+        last = not queue
         z = torch.nn.functional.pad(z, (0, modes - z.shape[1]))
         for _ in range(last_steps if last else settings.steps):
             before = problem.evaluate(z, s, anchor)
-            after = _descend(problem, before, s, anchor, settings.halvings)
+            after, equations = _descend(problem, before, s, anchor, settings.halvings)
             z, anchor = after.z, problem.anchor(after)
             # Noise may leave nothing to measure.
             certificate = after.objective / max(1, problem.measured.count)
@@ -405,30 +433,37 @@ def _anneal(
             if stalled or (good and not last):
                 break
         # Where not even the loosest level explains the update, its answer is still the best there is.
-        if good or level == 0:
-            path.answer, path.certificate, path.explained = z, certificate, good
-        if not good:
+        if good or not path.reached:
+            path.answer, path.modes = problem.images(z), modes
+            path.certificate, path.explained = certificate, good
+            if equations is not None:
+                path.predicted, path.prior_variance = _spread(problem, after, equations)
+            accepted = after
+        if good:
+            path.reached.append(s)
+        elif path.reached and path.retried < retries and certificate < 0.9 * refused.get(s, math.inf):
+            path.retried += 1
+            refused[s] = certificate
+            z, anchor = accepted.z, problem.anchor(accepted)
+            z = z / problem.widen(min(max(1.0, math.sqrt(path.prior_variance)), MAX_WIDENING))
+            queue.extendleft([(s, modes), (math.sqrt(s * reached), modes)])
+        else:
             break
-        path.reached.append(s)
     progress(1.0, "done")
     return path
 
 
-def _step(state: State, per_image: list[Tensor], joint: Tensor, double: bool) -> Tensor:
-    """The step in float32 where that suffices; zero where even float64 has no answer (absurd values were sent)."""
-    for wide in (False, True):
-        if double and not wide:
-            continue
-        try:
-            return gauss_newton_step(state, per_image, joint, wide)
-        except torch.linalg.LinAlgError:
-            continue
-    return torch.zeros_like(state.z)
-
-
-def _descend(problem: Problem, state: State, s: float, anchor: Anchor, halvings: int) -> State:
+def _descend(
+    problem: Problem, state: State, s: float, anchor: Anchor, halvings: int
+) -> tuple[State, Equations | None]:
     """One Gauss-Newton step, halved until the objective falls; the old state where it never does."""
-    step = _step(state, *problem.jacobian(state), double=s < DOUBLE_BELOW)
+    equations = _equations(*problem.jacobian(state), double=s < DOUBLE_BELOW)
+    if equations is None:
+        return state, None
+    scaled = state.feature_residual / state.feature_noise
+    features = [row[active, None] for row, active in zip(scaled, state.active, strict=True)]
+    others = (state.joint_residual / state.joint_noise)[:, None]
+    step = equations.step(state.z[..., None], features, others)[..., 0]
     measured = problem.measured
     for halving in range(halvings + 1):
         z = state.z + step / 2**halving
@@ -437,100 +472,140 @@ def _descend(problem: Problem, state: State, s: float, anchor: Anchor, halvings:
             anchor = problem.anchor(state)
         candidate = problem.evaluate(z, s, anchor)
         if candidate.objective < state.objective:
-            return candidate
+            return candidate, equations
     problem.measured = measured
-    return state
+    return state, equations
 
 
-def gauss_newton_step(state: State, per_image: list[Tensor], joint: Tensor, double: bool) -> Tensor:
-    """Solve (J^T J + I) dz = -(J^T residual + z), on the unknowns or on the joint measurements: the cheaper.
+def _equations(per_image: list[Tensor], joint: Tensor, double: bool) -> Equations | None:
+    """Factorised where it is cheaper, in float32 where that suffices; None where even float64 has no answer.
+
+    Absurd values that were sent can do that.
+    """
+    unknowns, rows = joint.shape
+    on_unknowns = unknowns**2 * (rows + unknowns / 3)
+    on_measurements = rows**2 * (unknowns + rows / 3)
+    way = OnUnknowns if on_unknowns <= on_measurements else OnMeasurements
+    for dtype in (torch.float64,) if double else (torch.float32, torch.float64):
+        try:
+            return way(per_image, joint, dtype)
+        except torch.linalg.LinAlgError:
+            continue
+    return None
+
+
+class OnUnknowns:
+    """The normal equations (J^T J + I) dz = -(J^T residual + z), factorised: (B modes, B modes).
 
     Parameters
     ----------
-    state : State
     per_image, joint : list of Tensor, Tensor
         From :meth:`Problem.jacobian`.
-    double : bool
-        Accumulate and factorise in float64; else float32.
-
-    Returns
-    -------
-    Tensor
-        float64, the shape of z.
+    dtype : torch.dtype
+        Of the sums and the factor.
 
     Raises
     ------
     torch.linalg.LinAlgError
         If the system is not positive definite in that precision.
     """
-    dtype = torch.float64 if double else torch.float32
-    scaled = state.feature_residual / state.feature_noise
-    features = [scaled[b, state.active[b]] for b in range(len(per_image))]
-    others = state.joint_residual / state.joint_noise
-    unknowns, rows = joint.shape
-    on_unknowns = unknowns**2 * (rows + unknowns / 3)
-    on_measurements = rows**2 * (unknowns + rows / 3)
-    if on_unknowns <= on_measurements:
-        return _solve_unknowns(state.z, per_image, features, joint, others, dtype)
-    return _solve_measurements(state.z, per_image, features, joint, others, dtype)
+
+    def __init__(self, per_image: list[Tensor], joint: Tensor, dtype: torch.dtype) -> None:
+        self.per_image, self.joint = per_image, joint
+        system = torch.zeros(len(joint), len(joint), dtype=dtype, device=joint.device)
+        _gram(joint, system)
+        modes = len(joint) // len(per_image)
+        for b, block in enumerate(per_image):
+            own = slice(b * modes, (b + 1) * modes)
+            _gram(block, system[own, own])
+        self._system = _factor(system)
+
+    def step(self, z: Tensor, features: list[Tensor], others: Tensor) -> Tensor:
+        """dz (B, modes, k), from as many z and residuals of the features (active, k) and joint ones (m, k).
+
+        Residuals are divided by their noise. Products with J are in the precision of `z`.
+        """
+        right = z + (self.joint.to(z.dtype) @ others).reshape(z.shape)
+        for row, block, residual in zip(right, self.per_image, features, strict=True):
+            row += block.to(z.dtype) @ residual
+        return -_solve(self._system, right.flatten(0, 1)).reshape(z.shape)
 
 
-def _solve_unknowns(
-    z: Tensor,
-    per_image: list[Tensor],
-    features: list[Tensor],
-    joint: Tensor,
-    others: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The normal equations, (B modes, B modes)."""
-    modes = z.shape[1]
-    system = torch.zeros(len(joint), len(joint), dtype=dtype, device=joint.device)
-    _gram(joint, system)
-    right = z.flatten() + joint.double() @ others
-    for b, (block, residual) in enumerate(zip(per_image, features, strict=True)):
-        own = slice(b * modes, (b + 1) * modes)
-        _gram(block, system[own, own])
-        right[own] += block.double() @ residual
-    return -_solve(_factor(system), right).reshape(z.shape)
-
-
-def _solve_measurements(
-    z: Tensor,
-    per_image: list[Tensor],
-    features: list[Tensor],
-    joint: Tensor,
-    others: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The same step by the matrix inversion lemma, applied twice.
+class OnMeasurements:
+    """The same, factorised on the joint measurements by the matrix inversion lemma, applied twice.
 
     With F_b an image's feature rows, C_b its part of the joint rows and P_b = I + F_b^T F_b, the new z is
     z0 + P^-1 C^T (I + sum_b C_b P_b^-1 C_b^T)^-1 (target - C z0), where z0 answers the features alone and
     P_b^-1 = I - F_b^T (I + F_b F_b^T)^-1 F_b needs a system of the features' number only.
     """
-    modes = z.shape[1]
-    system = torch.zeros(joint.shape[1], joint.shape[1], dtype=dtype, device=joint.device)
-    _gram(joint.T, system)
-    target, starts, factors, crossed = -others, [], [], []
-    for b, (block, residual) in enumerate(zip(per_image, features, strict=True)):
-        part, wide = joint[b * modes : (b + 1) * modes].to(dtype), block.to(dtype)
-        factors.append(_factor(wide.T @ wide))
-        cross = torch.linalg.solve_triangular(factors[b], wide.T @ part, upper=False)
-        system.addmm_(cross.T, cross, alpha=-1)
-        crossed.append(cross)
-        block64 = block.double()
-        starts.append(block64 @ _solve(factors[b], z[b] @ block64 - residual))
-        target = target + (z[b] - starts[b]) @ part.double()
-    pull = _solve(_factor(system), target)
-    moved = []
-    for b, block in enumerate(per_image):
-        part = joint[b * modes : (b + 1) * modes]
-        back = torch.linalg.solve_triangular(
-            factors[b].T, (crossed[b] @ pull.to(dtype))[:, None], upper=True
-        )[:, 0]
-        moved.append(starts[b] + part.double() @ pull - block.double() @ back.double())
-    return torch.stack(moved) - z
+
+    def __init__(self, per_image: list[Tensor], joint: Tensor, dtype: torch.dtype) -> None:
+        self.per_image, self.joint = per_image, joint
+        self._parts = joint.chunk(len(per_image))
+        system = torch.zeros(joint.shape[1], joint.shape[1], dtype=dtype, device=joint.device)
+        _gram(joint.T, system)
+        self._factors, self._crossed = [], []
+        for block, part in zip(per_image, self._parts, strict=True):
+            wide = block.to(dtype)
+            factor = _factor(wide.T @ wide)
+            cross = torch.linalg.solve_triangular(factor, wide.T @ part.to(dtype), upper=False)
+            system.addmm_(cross.T, cross, alpha=-1)
+            self._factors.append(factor)
+            self._crossed.append(cross)
+        self._system = _factor(system)
+
+    def step(self, z: Tensor, features: list[Tensor], others: Tensor) -> Tensor:
+        """See :meth:`OnUnknowns.step`."""
+        target, starts = -others, []
+        for b, (block, part) in enumerate(zip(self.per_image, self._parts, strict=True)):
+            wide = block.to(z.dtype)
+            starts.append(wide @ _solve(self._factors[b], wide.T @ z[b] - features[b]))
+            target = target + part.T.to(z.dtype) @ (z[b] - starts[b])
+        pull = _solve(self._system, target)
+        moved = []
+        for b, (block, part) in enumerate(zip(self.per_image, self._parts, strict=True)):
+            crossed = self._crossed[b] @ pull.to(self._system.dtype)
+            back = torch.linalg.solve_triangular(self._factors[b].T, crossed, upper=True)
+            moved.append(starts[b] + part.to(z.dtype) @ pull - block.to(z.dtype) @ back.to(z.dtype))
+        return torch.stack(moved) - z
+
+
+Equations = OnUnknowns | OnMeasurements
+
+
+def _spread(problem: Problem, state: State, equations: Equations) -> tuple[float, float]:
+    """The PSNR in dB that the answer should have, and how many times the prior's variance its images show.
+
+    The error of the linearised estimate, H^-1 (J^T e + z) with H = J^T J + I, is drawn. The fit shows the variance
+    of e, by the residuals' squares over the numbers it leaves free, and of z, by |z|^2 over those it determines.
+    """
+    generator = torch_rng(0, "hcgla-spread")
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(problem.device)
+
+    images, modes = state.z.shape
+    active = [block.shape[1] for block in equations.per_image]
+    joint = equations.joint.shape[1]
+    none = [torch.zeros(count, DRAWS, device=problem.device) for count in active]
+    prior = equations.step(draw(images, modes, DRAWS), none, torch.zeros(joint, DRAWS, device=problem.device))
+    noise = equations.step(
+        torch.zeros(images, modes, DRAWS, device=problem.device),
+        [draw(count, DRAWS) for count in active],
+        draw(joint, DRAWS),
+    )
+    left = float((prior.square() + noise.square()).sum()) / DRAWS  # the trace of H^-1
+    told = images * modes - left
+    length = float(state.z.square().sum())
+    of_noise = (state.objective - length) / max(1.0, sum(active) + joint - told)
+    of_prior = length / max(1.0, told)
+    factor = problem.factor32[:, :modes]
+
+    def pixels(z: Tensor) -> Tensor:
+        return (factor @ z).square().mean(2).sum(1)
+
+    errors = (of_prior * pixels(prior) + of_noise * pixels(noise)) / len(factor) + problem.left_out(modes)
+    return float((-10 * errors.log10()).mean()), of_prior
 
 
 def _gram(rows: Tensor, into: Tensor) -> None:
@@ -550,5 +625,5 @@ def _factor(system: Tensor) -> Tensor:
 
 
 def _solve(factor: Tensor, right: Tensor) -> Tensor:
-    """Solve with a Cholesky factor, in its precision; float64 (n,)."""
-    return torch.cholesky_solve(right.to(factor.dtype)[:, None], factor)[:, 0].double()
+    """Solve (n, k) with a Cholesky factor, in its precision."""
+    return torch.cholesky_solve(right.to(factor.dtype), factor).to(right.dtype)

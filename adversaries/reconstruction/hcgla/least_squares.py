@@ -178,6 +178,15 @@ class Problem:
         rounding = (1.5 * m.precision + noise / h) / (1 - h)
         return Anchor(m.row_known, torch.logit(h), caps, rounding)
 
+    def widen(self, share: float) -> float:
+        """Make the prior's deviations that many times as large; returns `share`, by which z shrinks."""
+        self.factor, self.factor32 = self.factor * share, self.factor32 * share
+        return share
+
+    def left_out(self, modes: int) -> float:
+        """Variance a priori, averaged over the pixels, that so few modes cannot express."""
+        return float(self.factor[:, modes:].square().sum()) / len(self.factor)
+
     def images(self, z: Tensor) -> Tensor:
         """(B, C, H, W) of z (B, modes)."""
         return (self.mean + z @ self.factor[:, : z.shape[1]].T).unflatten(1, self.chain.image_shape)

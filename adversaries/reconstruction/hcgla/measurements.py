@@ -106,8 +106,12 @@ class Measurements:
     @property
     def count(self) -> int:
         """How many numbers of the update are used."""
-        single = len(self.conv_values) + len(self.bias_values) + len(self.head_values)
-        return single + int(self.row_known.sum())
+        return self.measuring + len(self.bias_values)
+
+    @property
+    def measuring(self) -> int:
+        """How many of them measure the images: the head's bias gradient tells little more than the labels."""
+        return len(self.conv_values) + len(self.head_values) + int(self.row_known.sum())
 
     def to(self, device: torch.device) -> Measurements:
         """The same measurements with their tensors on `device`."""

@@ -16,20 +16,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from fedattack.audit.family import Family
+from fedattack.audit.family import Leakage, get_family
 from fedattack.reporting import formats
 from fedattack.reporting.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
-from fedattack.reporting.sweep.table import DONE, FAILED, LEAKAGE, SweepTable
+from fedattack.reporting.sweep.table import DONE, FAILED, SweepTable
 
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _PANELS = 12
 _AVERAGED = "seed"
 _NOTHING = "#d8e8f5"
-_SMALLEST_SPAN = {"reconstruction": 6.0, "membership": 0.1, "unlearning": 5.0}
-"""Colours span at least so much, so that noise does not look like a result."""
-
-
 _NARROWEST = 12.0
 """Points of accuracy that the picture spans at least, so that chance does not look like a price."""
 
@@ -37,13 +33,14 @@ _FITS = 12
 """Letters that a column has room for."""
 
 
-def heat_map(table: SweepTable, family: Family) -> Figure:
+def heat_map(table: SweepTable, family: str) -> Figure:
     """How much leaks in each cell; defences from left to right, attacks from top to bottom, other axes as panels.
 
     Seeds are averaged. Pale blue is at or below the floor, whatever the distance: no leakage. The redder, the more
     lies above it. Cells without a figure say why.
     """
-    column, label, nothing = LEAKAGE[family]
+    leakage = get_family(family).leakage
+    nothing = leakage.nothing
     frame = table.family(family)
     across, down, others = _layout(table, family)
     panels = list(itertools.product(*(_values(table, frame, axis) for axis in others)))
@@ -54,8 +51,8 @@ def heat_map(table: SweepTable, family: Family) -> Figure:
     size = (1.15 * len(columns) * wide + 2.9, (0.62 * len(rows) + 1.15) * high + 0.9)
     figure = Figure(figsize=(max(5.4, size[0]), max(2.6, size[1])), layout="constrained")
     grid = figure.subplots(high, wide, squeeze=False)
-    found = frame[column].to_numpy(dtype=float)
-    reach = max([_SMALLEST_SPAN[family], *(found[np.isfinite(found)] - nothing)])
+    found = frame[leakage.column].to_numpy(dtype=float)
+    reach = max([leakage.span, *(found[np.isfinite(found)] - nothing)])
     norm = Normalize(nothing, nothing + reach)
     drawn: Any = None
     for axes in grid.flat[len(shown) :]:
@@ -64,7 +61,7 @@ def heat_map(table: SweepTable, family: Family) -> Figure:
         part = frame
         for axis, value in zip(others, values, strict=True):
             part = part[part[f"axis.{axis}"] == value]
-        drawn = _heat_panel(axes, part, (across, columns), (down, rows), column, norm, family)
+        drawn = _heat_panel(axes, part, (across, columns), (down, rows), leakage, norm)
         axes.set_title(", ".join(f"{a} {v}" for a, v in zip(others, values, strict=True)), fontsize=9)
         if place % wide:
             axes.set_yticklabels([])
@@ -72,19 +69,12 @@ def heat_map(table: SweepTable, family: Family) -> Figure:
             axes.set_ylabel(down, fontsize=9)
         if place + wide >= len(shown):
             axes.set_xlabel(across, fontsize=9)
-    figure.colorbar(drawn, ax=grid, label=label, shrink=0.9, extend="min")
+    figure.colorbar(drawn, ax=grid, label=leakage.label, shrink=0.9, extend="min")
     more = f"; first {len(shown)} of {len(panels)} panels" if len(shown) < len(panels) else ""
     seeds = table.axes.get(_AVERAGED, [])
     mean = f"; mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
-    figure.suptitle(f"{_TITLES[family]}{mean}{more}", fontsize=10)
+    figure.suptitle(f"{leakage.title}{mean}{more}", fontsize=10)
     return figure
-
-
-_TITLES: dict[Family, str] = {
-    "reconstruction": "How far reconstructions lie above what could be guessed",
-    "membership": "How well members are told from non-members (chance: 0.5)",
-    "unlearning": "What deletion requests cost beyond random deletion",
-}
 
 
 def _heat_panel(
@@ -92,20 +82,19 @@ def _heat_panel(
     frame: pd.DataFrame,
     across: tuple[str, Sequence[str]],
     down: tuple[str, Sequence[str]],
-    column: str,
+    leakage: Leakage,
     norm: Normalize,
-    family: Family,
 ) -> Any:
     (x_axis, columns), (y_axis, rows) = across, down
     means = np.full((len(rows), len(columns)), np.nan)
     for (y, row), (x, value) in itertools.product(enumerate(rows), enumerate(columns)):
         chosen = frame[(frame[f"axis.{x_axis}"] == value) & (frame[f"axis.{y_axis}"] == row)]
-        figures = chosen[column].to_numpy(dtype=float)
+        figures = chosen[leakage.column].to_numpy(dtype=float)
         figures = figures[np.isfinite(figures)]
         if len(figures):
             means[y, x] = figures.mean()
             dark = norm(means[y, x]) > 0.6
-            axes.text(x, y, _figure(means[y, x], family), ha="center", va="center", fontsize=9,
+            axes.text(x, y, _figure(means[y, x], leakage), ha="center", va="center", fontsize=9,
                       color="white" if dark else "#222222")  # fmt: skip
             continue
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc="#f0f0f0", ec="#c4c4c4", hatch="///", lw=0))
@@ -122,12 +111,13 @@ def _heat_panel(
     return drawn
 
 
-def utility_leakage(table: SweepTable, family: Family) -> Figure:
+def utility_leakage(table: SweepTable, family: str) -> Figure:
     """What protection costs: accuracy of the federation against leakage, a point per cell with 95 % intervals.
 
     Colours tell the defences apart (or the axis with the most values), markers the attacks.
     """
-    column, label, nothing = LEAKAGE[family]
+    leakage = get_family(family).leakage
+    column, nothing = leakage.column, leakage.nothing
     frame = table.family(family)
     frame = frame[(frame["status"] == DONE) & frame[column].notna() & frame["accuracy"].notna()]
     coloured, marked, _ = _layout(table, family)
@@ -155,7 +145,7 @@ def utility_leakage(table: SweepTable, family: Family) -> Figure:
     axes.annotate("no leakage beyond the floor", (1.0, nothing), xycoords=("axes fraction", "data"), ha="right",
                   va="bottom", fontsize=8, color="#555555", xytext=(-3, 2), textcoords="offset points")  # fmt: skip
     axes.set_xlabel("test accuracy of the federation, %  (right: more useful)")
-    axes.set_ylabel(f"{label}\n(down: more private)")
+    axes.set_ylabel(f"{leakage.label}\n(down: more private)")
     left, right = axes.get_xlim()
     spare = max(0.0, _NARROWEST - (right - left)) / 2
     axes.set_xlim(left - spare, right + spare)
@@ -171,7 +161,7 @@ def utility_leakage(table: SweepTable, family: Family) -> Figure:
     return figure
 
 
-def _layout(table: SweepTable, family: Family) -> tuple[str, str, list[str]]:
+def _layout(table: SweepTable, family: str) -> tuple[str, str, list[str]]:
     """Axis across, axis down, and the rest; the attack counts as an axis."""
     frame = table.family(family)
     names = [name.removeprefix("axis.") for name in frame.columns if name.startswith("axis.")]
@@ -190,8 +180,11 @@ def _values(table: SweepTable, frame: pd.DataFrame, axis: str) -> list[str]:
     return sorted(present, key=lambda value: order.index(value) if value in order else len(order))
 
 
-def _figure(value: float, family: Family) -> str:
-    return formats.decimal(value, 2) if family == "membership" else formats.signed(value)
+def _figure(value: float, leakage: Leakage) -> str:
+    """Signed where nothing is 0; otherwise a figure of its own."""
+    if leakage.nothing:
+        return formats.decimal(value, max(1, leakage.digits - 1))
+    return formats.signed(value, leakage.digits)
 
 
 def _why(rows: pd.DataFrame) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from fedattack.audit.family import HEADLINES
+from fedattack.audit.family import get_family
 from fedattack.files import write_bytes
 from fedattack.reporting import figures, formats
 from fedattack.reporting.report import environment
 from fedattack.reporting.sweep.figures import heat_map, utility_leakage
-from fedattack.reporting.sweep.table import DONE, LEAKAGE, SweepTable
+from fedattack.reporting.sweep.table import DONE, SweepTable
 from fedattack.reporting.template import SWEEP
 from fedattack.storage.plain import fedattack_version
 
@@ -84,17 +84,17 @@ def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
     labels = ["" if pd.isna(row[f"axis.{axis}"]) else row[f"axis.{axis}"] for axis in _labels(table)]
     done = row["status"] == DONE
     attacked = done and not pd.isna(row["family"])
-    figures_shown = [formats.NONE] * 4
+    leaked = [formats.NONE] * 4
     outcome = row["status"]
     if attacked:
-        column, digits = LEAKAGE[row["family"]][0], 3 if row["family"] == "membership" else 1
-        outcome = HEADLINES[row["family"]][row["level"]]
-        ends = {"low": _known(row[f"{column}_low"]), "high": _known(row[f"{column}_high"])}
-        figures_shown = [
-            formats.decimal(row[column], digits),
-            formats.interval(ends, digits),
-            formats.decimal(row["psnr"]),
-            formats.decimal(row.get("floor_psnr", float("nan"))),
+        family = get_family(row["family"])
+        leakage = family.leakage
+        outcome = family.words(row["level"])
+        ends = {end: _known(row[f"{leakage.column}_{end}"]) for end in ("low", "high")}
+        leaked = [
+            formats.decimal(row[leakage.column], leakage.digits),
+            formats.interval(ends, leakage.digits),
+            *(formats.decimal(row.get(name, float("nan"))) for name in ("psnr", "floor_psnr")),
         ]
     return {
         "labels": labels,
@@ -102,7 +102,7 @@ def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
         "level": row["level"] if attacked else "",
         "link": f"cells/{row['cell']}/report.html" if done else "",
         "figures": [
-            *figures_shown,
+            *leaked,
             formats.percent(row["accuracy"]),
             formats.decimal(row["epsilon"], 2),
             formats.seconds(row["seconds"]),

@@ -9,37 +9,16 @@ from typing import Any
 
 import pandas as pd
 
-from fedattack.audit.family import Family
+from fedattack.audit.family import Leakage, get_family
 from fedattack.metrics import wilson
 from fedattack.storage.plain import number
 
 DONE, FAILED, REFUSED = "done", "failed", "not applicable"
 
-LEAKAGE: dict[Family, tuple[str, str, float]] = {
-    "reconstruction": ("gain", "PSNR above the best floor, dB", 0.0),
-    "membership": ("auc", "AUC", 0.5),
-    "unlearning": ("damage", "accuracy lost beyond random deletion, points", 0.0),
-}
-"""Family -> the column that says how much leaked, its name for a person, and its value where nothing does."""
-
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """What became of one run of a sweep.
-
-    Parameters
-    ----------
-    name : str
-        Of its folder below ``cells``.
-    labels : dict of str to str
-        Axis -> value.
-    status : {"done", "failed", "not applicable"}
-    reason : str
-        Why it is not done.
-    seconds : float
-    summary : dict or None
-        The content of its ``summary.json``.
-    """
+    """What became of one run of a sweep: its folder below ``cells``, labels by axis, why it is not done, summary."""
 
     name: str
     labels: dict[str, str]
@@ -51,28 +30,22 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class SweepTable:
-    """A sweep's rows.
+    """A sweep's rows: one per cell and attack; a cell without an attack, or that is not done, has one.
 
-    Parameters
-    ----------
-    axes : dict of str to list of str
-        Axis -> its values, in their order.
-    frame : DataFrame
-        One row per cell and attack; a cell without an attack, or that is not done, has one row. Axes are in columns
-        ``axis.<name>``.
+    `axes` holds the values of each axis in their order; in the frame they are in columns ``axis.<name>``.
     """
 
     axes: dict[str, list[str]]
     frame: pd.DataFrame
 
-    def family(self, family: Family) -> pd.DataFrame:
+    def family(self, family: str) -> pd.DataFrame:
         """The rows of one family of attacks, with those of cells that are not done."""
         return self.frame[(self.frame["family"] == family) | (self.frame["status"] != DONE)]
 
     @property
-    def families(self) -> list[Family]:
+    def families(self) -> list[str]:
         """The families that any cell attacked by."""
-        return [family for family in LEAKAGE if (self.frame["family"] == family).any()]
+        return list(dict.fromkeys(self.frame["family"].dropna()))
 
 
 def sweep_table(axes: Sequence[str], outcomes: Sequence[CellOutcome]) -> SweepTable:
@@ -82,10 +55,8 @@ def sweep_table(axes: Sequence[str], outcomes: Sequence[CellOutcome]) -> SweepTa
     ``seconds``; ``accuracy`` of the global model after the last round with ``accuracy_low`` and ``accuracy_high``
     (95 %, over the held-out samples; in [0, 1]), ``loss``, ``epsilon`` (worst client).
 
-    Reconstruction: ``psnr``, ``ssim`` (means), ``psnr_worst``, ``floor``, ``floor_psnr``, ``gain`` over that floor
-    with ``gain_low`` and ``gain_high`` (95 %, over victims; dB), ``recovered`` of ``images``, ``labels_right`` of
-    ``labels_of``, ``k``. Membership: ``auc``, ``auc_low``, ``auc_high``. Unlearning: ``damage``, ``damage_low``,
-    ``damage_high`` (points).
+    What leaked stands in the column that the family's :class:`fedattack.audit.family.Leakage` names (``gain``,
+    ``auc``, ``damage``), with ``_low`` and ``_high`` (95 %), beside the family's further columns.
     """
     values = {axis: list(dict.fromkeys(o.labels[axis] for o in outcomes)) for axis in axes}
     frame = pd.DataFrame([row for outcome in outcomes for row in _rows(outcome)])
@@ -94,11 +65,9 @@ def sweep_table(axes: Sequence[str], outcomes: Sequence[CellOutcome]) -> SweepTa
         frame["axis.attack"] = frame["attack"].fillna(labels)
     for name in ("attack", "family", "level", "verdict", "floor"):
         frame[name] = (frame[name] if name in frame else pd.Series(dtype="string")).astype("string")
-    for column, _, _ in LEAKAGE.values():
-        for end in ("", "_low", "_high"):
-            name = f"{column}{end}"
-            frame[name] = pd.to_numeric(frame[name]) if name in frame else math.nan
-    for name in ("accuracy", "accuracy_low", "accuracy_high", "epsilon", "psnr"):
+    columns = [get_family(name).leakage.column for name in frame["family"].dropna().unique()]
+    ends = [f"{column}{end}" for column in ["accuracy", *columns] for end in ("", "_low", "_high")]
+    for name in [*ends, "epsilon"]:
         frame[name] = pd.to_numeric(frame[name]) if name in frame else math.nan
     return SweepTable(values, frame)
 
@@ -138,34 +107,14 @@ def _leakage(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "verdict": found["verdict"],
         "seconds": number(found["seconds"]),
     }
-    metrics = found["metrics"]
-    if found["family"] == "membership":
-        return row | _ends("auc", metrics["auc"])
-    if found["family"] == "unlearning":
-        return row | _ends("damage", metrics["damage"], 100.0)
-    row |= {"images": found["images"], "k": number(found["k"])}
-    if found["level"] == "failed":
-        return row
-    best = found["best_floor"]
-    return row | {
-        "psnr": number(metrics["psnr"]["mean"]),
-        "psnr_worst": number(metrics["psnr"]["worst"]),
-        "ssim": number(metrics["ssim"]["mean"]),
-        "floor": best,
-        "floor_psnr": number(found["floors"][best]["psnr"]["mean"]),
-        **_ends("gain", found["above_best_floor"]),
-        "recovered": found["recovered"],
-        "labels_right": found["labels"]["right"],
-        "labels_of": found["labels"]["of"],
-    }
+    family = get_family(found["family"])
+    return row | family.sweep(found) | _ends(family.leakage, found)
 
 
-def _ends(name: str, described: dict[str, Any], scale: float = 1.0) -> dict[str, float]:
-    return {
-        name: number(described["mean"]) * scale,
-        f"{name}_low": number(described["low"]) * scale,
-        f"{name}_high": number(described["high"]) * scale,
-    }
+def _ends(leakage: Leakage, found: dict[str, Any]) -> dict[str, float]:
+    described = leakage.read(found) or {}
+    ends = {"": "mean", "_low": "low", "_high": "high"}
+    return {f"{leakage.column}{end}": number(described.get(key)) * leakage.scale for end, key in ends.items()}
 
 
-__all__ = ["DONE", "FAILED", "LEAKAGE", "REFUSED", "CellOutcome", "SweepTable", "sweep_table"]
+__all__ = ["DONE", "FAILED", "REFUSED", "CellOutcome", "SweepTable", "sweep_table"]
