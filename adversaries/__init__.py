@@ -5,7 +5,7 @@ An adversary reads :mod:`fedattack.observation` types and nothing that holds the
 
 from __future__ import annotations
 
-from adversaries.base import Attack, build_attack
+from adversaries.base import Attack
 from adversaries.membership.base import MembershipAttack
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.unlearning.base import UnlearningAttack
@@ -43,6 +43,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "unlearn-max-loss": "adversaries.unlearning.max_loss:MaxLoss",
     },
     group="fedattack.attacks",
+    base="adversaries.base:Attack",
 )
 
 __all__ = [
@@ -51,5 +52,4 @@ __all__ = [
     "MembershipAttack",
     "ReconstructionAttack",
     "UnlearningAttack",
-    "build_attack",
 ]

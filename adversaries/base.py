@@ -1,4 +1,4 @@
-"""What an attack is: a small object with its hyper-parameters as dataclass fields.
+"""What an attack is: a small object with its hyper-parameters as dataclass fields, its needs as data, and a `run`.
 
 A new attack is one file with a dataclass below a seat (:mod:`adversaries.seats`) and a family's base, one line in
 :data:`adversaries.ATTACKS`, and one test.
@@ -7,12 +7,13 @@ A new attack is one file with a dataclass below a seat (:mod:`adversaries.seats`
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from adversaries.needs import Facts, Needs
 from fedattack.observation import Scenario
-from fedattack.registry import build_plugin, plugin_options
+from fedattack.registry import check_values
 
 Progress = Callable[[float, str], None]
 """Called with (share done in [0, 1], short text); free to ignore."""
@@ -20,6 +21,11 @@ Progress = Callable[[float, str], None]
 
 def no_progress(share: float, text: str) -> None:
     """A :data:`Progress` that shows nothing."""
+
+
+def share_of(progress: Progress, low: float, high: float, prefix: str = "") -> Progress:
+    """A part's progress, as that of the whole from `low` to `high`."""
+    return lambda share, text: progress(low + (high - low) * share, prefix + text)
 
 
 @dataclass
@@ -32,23 +38,37 @@ class Attack(ABC):
         What is asked; set by the family's base.
     seat : str
         Who runs it; set by the seats of :mod:`adversaries.seats`.
-    needs : str
-        One line for a person: what it must see or be granted.
+    inverts : bool
+        Whether it rebuilds images.
+    needs : Needs
+        What it must see or be granted, with its default settings; see :meth:`needs_now`.
     """
 
     family: ClassVar[str]
     seat: ClassVar[str] = "curious server"
-    needs: ClassVar[str] = ""
+    inverts: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs()
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse a scenario this attack cannot apply to, before anything starts.
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that its annotations do not allow."""
+        check_values(self, getattr(self, "name", type(self).__name__.lower()))
+
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """What it needs with its own settings in one scenario (a width that grows with the batch, ...)."""
+        del scenario
+        return self.needs
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Try, where its needs are met, what only trying tells: read the files it names, trace the model.
 
         Raises
         ------
         NotApplicable
             In one sentence: what stands in the way and what would help.
+        ConfigError, DataError
+            If a setting names what is not there.
         """
-        del scenario
+        del scenario, facts
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether a client's later updates are read with its earlier ones.
@@ -57,22 +77,3 @@ class Attack(ABC):
         """
         del scenario
         return False
-
-
-def build_attack(
-    cls: type[Attack], name: str, options: Mapping[str, Any], shared: Mapping[str, Any]
-) -> Attack:
-    """Build an attack from its own options and from those shared by all selected attacks.
-
-    Raises
-    ------
-    ConfigError
-        If one of its own options is unknown or malformed. Shared options that it lacks are passed over; the caller
-        sees to it that each is known to at least one attack.
-    """
-    return build_plugin(cls, name, options, shared)
-
-
-def attack_options(cls: type[Attack]) -> dict[str, Any]:
-    """Parameter -> default of an attack, for `fedattack list` and the docs."""
-    return plugin_options(cls)

@@ -19,18 +19,43 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from fedattack.errors import ConfigError, unknown_name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Strength = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+PluginOptions = dict[str, dict[str, Any]]
 
 
 class Section(BaseModel):
     """A group of settings; immutable, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PluginSection(Section):
+    """Names of plug-ins and their parameters; those of ``package.module:Class`` may be set as those of ``Class``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_names(cls, data: Any) -> Any:
+        names, options = data.get("names") or [data.get("mechanism") or ""], data.get("options") or {}
+        full: dict[str, Any] = {}
+        for asked, chosen in options.items():
+            meant = [name for name in names if asked == name.partition(":")[2] and asked not in names] or [
+                asked
+            ]
+            if len(meant) > 1:
+                raise ValueError(
+                    f"parameters of {asked!r} may be those of {' or '.join(meant)}; name one in full"
+                )
+            full[meant[0]] = full.get(meant[0], {}) | chosen
+        return data | {"options": full} if full else data
 
 
 class DataConfig(Section):
@@ -131,14 +156,14 @@ class CompressionConfig(Section):
     warmup_rounds: Count = Field(0, description="DGC: rounds over which the rate falls from 25 % to `rate`")
 
 
-class DefenseConfig(Section):
+class DefenseConfig(PluginSection):
     """What clients do against leakage, in the agreed order. Names and parameters are public."""
 
     names: tuple[str, ...] = Field(
         (),
         description="clip-noise, prune, soteria, precode, transform, secure-aggregation; several with commas",
     )
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="defence name -> parameters")
+    options: PluginOptions = Field(default_factory=dict, description="defence name -> parameters")
     shared_options: dict[str, Any] = Field(
         default_factory=dict, description="parameters for every selected defence that has them"
     )
@@ -162,7 +187,7 @@ class FederationConfig(Section):
     evaluate: bool = True
 
 
-class AttackConfig(Section):
+class AttackConfig(PluginSection):
     """Which adversaries sit in the run."""
 
     names: tuple[str, ...] = ()
@@ -176,13 +201,13 @@ class AttackConfig(Section):
     malicious_clients: tuple[Count, ...] = Field(
         (0,), description="clients that carry out the attacks of a client's seat"
     )
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="attack name -> parameters")
+    options: PluginOptions = Field(default_factory=dict, description="attack name -> parameters")
     shared_options: dict[str, Any] = Field(
         default_factory=dict, description="parameters for every selected attack that has them"
     )
 
 
-class UnlearningConfig(Section):
+class UnlearningConfig(PluginSection):
     """What the honest server does when it is asked to forget."""
 
     mechanism: str = "retrain"
@@ -190,9 +215,7 @@ class UnlearningConfig(Section):
         None, description="round after which clients ask for deletions; None: the last"
     )
     checkpoint_every: Positive = Field(1, description="rounds between what the server keeps to forget later")
-    options: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="mechanism name -> parameters"
-    )
+    options: PluginOptions = Field(default_factory=dict, description="mechanism name -> parameters")
     shared_options: dict[str, Any] = Field(default_factory=dict, description="parameters of the mechanism")
 
 
@@ -375,23 +398,26 @@ def _resolve(key: str) -> list[str]:
     if key in SHORT_NAMES:
         return SHORT_NAMES[key].split(".")
     parts = key.replace("-", "_").split(".")
+    section, rest = ("attack", key)
+    fields: Mapping[str, FieldInfo] = {}
     if parts[0] in Config.model_fields:
-        section = Config.model_fields[parts[0]].annotation
+        kind = Config.model_fields[parts[0]].annotation
         if len(parts) == 1:
             return parts
-        fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
         if parts[1] in fields:
             return parts
-        if parts[0] == "attack":
-            return ["attack", "shared_options", ".".join(parts[1:])]
-        if "shared_options" in fields and len(parts) == 2:
-            return [parts[0], "shared_options", parts[1]]
-        if "options" in fields and len(parts) == 3 and parts[0] != "partition":
-            return [parts[0], "options", key.split(".")[1], parts[2]]
-        raise unknown_name("setting", key, [f"{parts[0]}.{name}" for name in fields])
-    if len(parts) == 2:  # hcgla.iterations; the attack itself is looked up when it is built
-        return ["attack", "options", key.split(".")[0], parts[1]]
-    raise unknown_name("setting", key, [*SHORT_NAMES, *Config.model_fields])
+        section, rest = parts[0], key.partition(".")[2]
+        if len(parts) == 2 and "shared_options" in fields:
+            return [section, "shared_options", parts[1]]
+    # hcgla.iterations, defense.prune.share, package.module:Class.setting: the plug-in is looked up when it is built.
+    name, _, option = rest.rpartition(".")
+    plugins = section == "attack" or ("options" in fields and fields["options"].annotation == PluginOptions)
+    if plugins and name and (":" in name or "." not in name):
+        return [section, "options", name, option.replace("-", "_")]
+    raise unknown_name(
+        "setting", key, [f"{section}.{one}" for one in fields] or [*SHORT_NAMES, *Config.model_fields]
+    )
 
 
 _LISTS = (["attack", "names"], ["attack", "rounds"], ["attack", "malicious_clients"], ["defense", "names"])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 
@@ -27,10 +28,13 @@ class Registry(Generic[T]):
     ----------
     kind : str
         What a person calls it, used in messages: "attack", "data set", ...
-    builtins : mapping of str to str
-        Name -> ``"package.module:Object"``.
+    builtins : mapping of str to str or object
+        Name -> ``"package.module:Object"``, or the object itself.
     group : str, optional
         Packaging entry-point group searched after the built-ins, e.g. ``"fedattack.attacks"``.
+    base : str, optional
+        ``"package.module:Class"`` that a plug-in from outside must be a subclass of, where it is a class, or else an
+        instance.
 
     Examples
     --------
@@ -39,14 +43,20 @@ class Registry(Generic[T]):
     'JSONDecoder'
     """
 
-    def __init__(self, kind: str, builtins: Mapping[str, str], group: str | None = None) -> None:
+    def __init__(
+        self, kind: str, builtins: Mapping[str, str | T], group: str | None = None, base: str | None = None
+    ) -> None:
         self.kind = kind
-        self._targets: dict[str, str] = dict(builtins)
+        self._targets: dict[str, str | T] = dict(builtins)
         self._group = group
+        self._base = base
 
     def names(self) -> list[str]:
         """All known names, built-ins and entry points, sorted."""
         return sorted({*self._targets, *self._entry_points()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
 
     def __contains__(self, name: str) -> bool:
         return name in self._targets or name in self._entry_points()
@@ -61,20 +71,34 @@ class Registry(Generic[T]):
         Raises
         ------
         ConfigError
-            If the name is unknown (with the nearest known one) or the target cannot be imported.
+            If the name is unknown (with the nearest known one), or the target cannot be imported or is of another
+            kind.
         """
         if name in self._targets:
-            return self._load(self._targets[name])
+            target = self._targets[name]
+            return self._load(target) if isinstance(target, str) else target
         points = self._entry_points()
         if name in points:
-            return cast(T, points[name].load())
+            return self._of_kind(name, points[name].load())
         if ":" in name:
-            return self._load(name)
+            return self._of_kind(name, self._load(name))
         raise unknown_name(self.kind, name, self.names())
 
     def summary(self, name: str) -> str:
         """First line of the plug-in's docstring."""
         return (inspect.getdoc(self.get(name)) or "").partition("\n")[0]
+
+    def _of_kind(self, name: str, found: Any) -> T:
+        """Refuse what the registry is not of."""
+        if self._base is not None:
+            module, _, attribute = self._base.partition(":")
+            base = getattr(importlib.import_module(module), attribute)
+            if not (issubclass(found, base) if isinstance(found, type) else isinstance(found, base)):
+                what = f"class {found.__name__!r}" if isinstance(found, type) else type(found).__name__
+                raise ConfigError(
+                    f"{self.kind} {name!r} is a {what}; a plug-in of this kind is below {attribute} of {module}"
+                )
+        return cast(T, found)
 
     def _load(self, target: str) -> T:
         module_name, _, attribute = target.partition(":")
@@ -125,9 +149,74 @@ def build_plugin(
     try:
         return TypeAdapter(cls).validate_python(chosen)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join([prefix + name, *(str(part) for part in first["loc"])])
-        raise ConfigError(f"setting {place!r} = {first['input']!r}: {first['msg']}") from None
+        raise _refusal(error, prefix + name) from None
+
+
+@cache
+def _adapters(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {name: TypeAdapter(hints[name]) for name in plugin_options(cls)}
+
+
+def check_values(plugin: Any, name: str) -> None:
+    """Refuse a dataclass plug-in, built by whomever, of which a field's value is not what its annotation allows.
+
+    Raises
+    ------
+    ConfigError
+    """
+    kind: Any = type(plugin)
+    for field, adapter in _adapters(kind).items():
+        try:
+            adapter.validate_python(getattr(plugin, field))
+        except ValidationError as error:
+            raise _refusal(error, f"{name}.{field}") from None
+
+
+def _refusal(error: ValidationError, place: str) -> ConfigError:
+    first = error.errors()[0]
+    place = ".".join([place, *(str(part) for part in first["loc"])])
+    return ConfigError(f"setting {place!r} = {first['input']!r}: {first['msg']}")
+
+
+def build_plugins(
+    registry: Registry[type[T]],
+    names: Iterable[str],
+    options: Mapping[str, Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    section: str,
+) -> dict[str, T]:
+    """Build the plug-ins that a run names, each from its own options and from those shared by all.
+
+    Parameters
+    ----------
+    registry : Registry
+    names : iterable of str
+    options : mapping
+        Name -> its own options.
+    shared : mapping
+        As for :func:`build_plugin`.
+    section : str
+        Of the settings: "attack", "defense".
+
+    Raises
+    ------
+    ConfigError
+        If a name or an option is unknown or malformed, or options are given without their plug-in.
+    """
+    classes = {name: registry.get(name) for name in names}
+    for name in options.keys() - classes:
+        if name not in registry:
+            raise unknown_name(f"section or {registry.kind}", name, [*registry, *classes])
+        raise ConfigError(f"parameters of {name!r} are set, but it is not in setting '{section}.names'")
+    known = {option for cls in classes.values() for option in plugin_options(cls)}
+    for option in shared:
+        if option not in known:
+            raise unknown_name("setting", f"{section}.{option}", [f"{section}.{one}" for one in known])
+    prefix = "" if section == "attack" else f"{section}."
+    return {
+        name: build_plugin(cls, name, options.get(name, {}), shared, prefix) for name, cls in classes.items()
+    }
 
 
 def plugin_options(cls: type[Any]) -> dict[str, Any]:

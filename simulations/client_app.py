@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adversaries import ATTACKS, build_attack
+from adversaries import ATTACKS
 from adversaries.seats import ClientView, MaliciousClient
 from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
@@ -23,6 +23,7 @@ from fedattack.defenses import ClientDefenses, Defense, build_defenses
 from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
 from fedattack.observation import Candidates, Scenario
+from fedattack.registry import build_plugin
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.task import TASKS, GradientStep, Task, trained_parameters
 from fedattack.training import LocalResult, batch_positions, evaluate, load_weights, local_update
@@ -125,7 +126,7 @@ class Workplace:
             name: attack
             for name in options.names
             if isinstance(
-                attack := build_attack(
+                attack := build_plugin(
                     ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options
                 ),
                 MaliciousClient,

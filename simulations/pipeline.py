@@ -16,6 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from adversaries import Attack
+from adversaries.needs import Facts
+from adversaries.refusals import applicable
 from adversaries.seats import MaliciousClient
 from fedattack.audit import AuditResult
 from fedattack.config import Config
@@ -34,7 +36,13 @@ from fedattack.storage.records import summary_document
 from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
 from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, by_family, open_experiments
-from simulations.experiments.choose import applicable, arming_attack, check_model, check_names, choose_attacks
+from simulations.experiments.choose import (
+    arming_attack,
+    check_model,
+    check_names,
+    choose_attacks,
+    known_facts,
+)
 from simulations.experiments.executor import choose_device, reason
 from simulations.experiments.privacy import privacy_accounts, privacy_record
 from simulations.progress import Stages, stages
@@ -133,17 +141,18 @@ def simulate(
     """
     console = console or Console(quiet=True)
     named = choose_attacks(config)
+    arming_attack(named)
     check_names(config)
     world = build_world(config)
     check_defenses(world.scenario)
 
     def check(name: str, attack: Attack) -> None:
-        attack.check(world.scenario)
-        EXPERIMENTS.get(attack.family).check(config, world, {name: attack})
+        del name
+        EXPERIMENTS.get(attack.family).check(config, world)
 
-    attacks, left_out = applicable(named, [check])
-    arming_attack(attacks)
+    attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
     notes = [*check_model(config, world), *(f"{name} is left out: {text}" for name, text in left_out.items())]
+    sitting = config.attack.model_copy(update={"names": tuple(attacks)})
     rounds: list[RoundRecord] = []
     scored: dict[str, AuditResult] = {}
     failed: dict[str, BaseException] = {}
@@ -152,7 +161,7 @@ def simulate(
         folder.save_part("world", world_record(world))
         for note in notes:
             shown.say(note, folder)
-        plan = Plan(config, world, folder, shown)
+        plan = Plan(config.model_copy(update={"attack": sitting}), world, folder, shown)
         experiments = open_experiments(plan, attacks)
         for experiment in experiments:
             stack.callback(experiment.close)
@@ -230,13 +239,11 @@ def attack_folder(
     for observation in read_observations(inner if inner.is_dir() else directory):
         by_round[observation.round].append(observation)
     truths = read_truths(truth) if truth is not None else None
-
-    def check(name: str, attack: Attack) -> None:
-        del name
-        for batch in by_round.values():
-            attack.check(batch[0].scenario)
-
-    attacks, left_out = applicable(named, [check])
+    attacks: dict[str, Attack] = named
+    left_out: dict[str, str] = {}
+    for batch in by_round.values():
+        attacks, more = applicable(attacks, batch[0].scenario, Facts(rounds=(batch[0].round,)))
+        left_out |= more
     notes = [f"{name} is left out: {text}" for name, text in left_out.items()]
     results: list[AuditResult] = []
     answers: dict[str, dict[str, Any]] = {}

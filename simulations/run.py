@@ -11,15 +11,16 @@ if __package__ in (None, ""):  # run as a file: import the checkout, not this fo
 import inspect
 import io
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedattack.config import SHORT_NAMES, Config, field_type
-from fedattack.errors import ConfigError, FedattackError
+from fedattack.errors import ConfigError, FedattackError, unknown_name
 
 EXAMPLE = "Example: fedattack --attack hcgla --compression 0.001"
 
@@ -151,34 +152,83 @@ def run(
     simulate(chosen, console=console, command=shlex.join(["fedattack", *sys.argv[1:]]))
 
 
-@app.command("list")
-def list_plugins() -> None:
-    """Everything that can be named: attacks, data sets, models, ..."""
-    from simulations.cli.catalogue import catalogue
+Kind = Annotated[
+    str | None, typer.Argument(help="attacks, defences, data-sets, models, ...", show_default=False)
+]
+Name = Annotated[str | None, typer.Argument(help="an attack or a defence", show_default=False)]
 
-    for title, rows in catalogue().items():
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-        table.add_column("name", style="cyan", no_wrap=True)
-        table.add_column("what it is")
-        for name, summary in rows:
-            table.add_row(name, summary)
-        console.print(table, "")
+
+def show_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Print a table without lines; its first column is not cut."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(
+            column,
+            style=None if number else "cyan",
+            no_wrap=not number,
+            overflow="fold",
+            max_width=16 if column == "default" else None,
+        )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, "")
+
+
+@app.command("list")
+def list_plugins(
+    kind: Kind = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="README's table of attacks")] = False,
+) -> None:
+    """Everything that can be named: attacks, data sets, models, ..."""
+    from simulations.cli.catalogue import attacks_markdown, catalogue
+
+    if markdown:
+        typer.echo(attacks_markdown(), nl=False)
+        return
+    found = {title.lower().replace(" ", "-"): (title, rows) for title, rows in catalogue().items()}
+    if kind is not None and kind not in found:
+        raise unknown_name("kind", kind, found)
+    for title, rows in [found[kind]] if kind else found.values():
+        show_table(title, ("name", "what it is"), rows)
+
+
+@app.command("show")
+def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `fedattack list` names")]) -> None:
+    """What one attack, defence, model, ... does, who runs it and what it needs."""
+    from simulations.cli.catalogue import described, settings_tables
+
+    table = Table(
+        title=name,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+        show_header=False,
+    )
+    for title, text in described(name):
+        table.add_row(f"[cyan]{title}[/]", Text(text))
+    console.print(table, "")
+    for title, rows in settings_tables(name, strict=False).items():
+        show_table(
+            title, ("setting", "default", "meaning"), [(one, default, text) for one, _, default, text in rows]
+        )
 
 
 @app.command("settings")
-def list_settings() -> None:
-    """Every setting, its default, its own option and its meaning; an empty value (NAME=) is None."""
+def list_settings(name: Name = None) -> None:
+    """Every setting, or one attack's: its default, its own option and its meaning; an empty value (NAME=) is None."""
     from simulations.cli.catalogue import settings_tables
 
-    texts = {f"--{name}": text for group in PROMINENT.values() for name, text in group.items()}
-    for title, rows in settings_tables().items():
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-        table.add_column("setting", style="cyan", no_wrap=True)
-        table.add_column("default", overflow="fold", max_width=16)
-        table.add_column("meaning", overflow="fold")
-        for name, option, default, meaning in rows:
-            table.add_row(name, default, f"{option}  {meaning or texts.get(option, '')}".strip())
-        console.print(table, "")
+    texts = {f"--{option}": text for group in PROMINENT.values() for option, text in group.items()}
+    for title, rows in settings_tables(name).items():
+        show_table(
+            title,
+            ("setting", "default", "meaning"),
+            [
+                (setting, default, f"{option}  {meaning or texts.get(option, '')}".strip())
+                for setting, option, default, meaning in rows
+            ],
+        )
 
 
 @app.command("attack")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Attack, Progress, no_progress
+from adversaries.needs import Needs
 from fedattack.observation import Candidates, MembershipScores, Observation
 
 Figures = Mapping[str, Tensor]
@@ -24,15 +25,10 @@ class MembershipAttack(Attack):
     A server's attack is shown one round after the other (:meth:`watch`), keeps figures, and concludes from them
     (:meth:`scores`). A client's answers "scores", float64 (N,), to
     :meth:`adversaries.seats.MaliciousClient.answer`, about the data of all other clients.
-
-    Attributes
-    ----------
-    clients_needed : int
-        Clients that must answer in one round, the target included.
     """
 
     family = "membership"
-    clients_needed: ClassVar[int] = 1
+    needs: ClassVar[Needs] = Needs(sums="single", held_out=True)
 
     def watch(
         self,

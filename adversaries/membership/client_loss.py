@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.per_sample import losses
+from adversaries.needs import Needs
 from adversaries.seats import ClientView, MaliciousClient
 from fedattack.models import build_model
 from fedattack.observation import Candidates
@@ -32,7 +34,7 @@ class ClientLoss(MaliciousClient, MembershipAttack):
     calibrate: bool = True
 
     keeps_memory = True
-    needs = "a client's seat: the first and the last global model that it is sent"
+    needs: ClassVar[Needs] = Needs(held_out=True, others=True)
 
     def see(self, view: ClientView) -> None:
         """Keep the first model."""

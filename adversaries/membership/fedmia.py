@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adversaries.membership.base import Figures, MembershipAttack
 from adversaries.membership.per_sample import gradient_products, losses
+from adversaries.needs import Needs
 from adversaries.seats import CuriousServer
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -60,8 +61,7 @@ class FedMIA(CuriousServer, MembershipAttack):
     statistic: Literal["cosine", "loss"] = "cosine"
     drop_members: bool = False
 
-    clients_needed = MIN_SHADOWS + 1
-    needs = "every client's update in at least one round that the target and two others answered"
+    needs: ClassVar[Needs] = Needs(sums="single", held_out=True, clients=MIN_SHADOWS + 1)
 
     def watch(
         self,

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
 from adversaries.base import Attack, Progress, no_progress
-from fedattack.observation import Observation, Reconstruction
+from adversaries.needs import Needs
+from adversaries.refusals import attack_refusals
+from fedattack.errors import NotApplicable
+from fedattack.observation import Observation, Reconstruction, Scenario
+
+Status = Literal["certified", "approximate", "failed"]
+
+CERTIFIED = 1e-5
+"""Relative residual below which an answer explains the update to float32's rounding."""
+
+APPROXIMATE = 0.25
+"""Relative residual above which it explains too little of the update to be an answer."""
+
+
+def status_of(residual: float, *, vouched: bool = True) -> Status:
+    """What a relative residual says of an answer; `vouched`: whether nothing else speaks against a certificate."""
+    if residual <= CERTIFIED and vouched:
+        return "certified"
+    return "approximate" if residual <= APPROXIMATE else "failed"
+
+
+def failed(method: str, observation: Observation, reason: str, **details: object) -> Reconstruction:
+    """The answer where nothing could be read, and why."""
+    return Reconstruction(
+        images=torch.zeros(0, *observation.scenario.image_shape),
+        labels=torch.zeros(0, dtype=torch.int64),
+        loss=math.inf,
+        label_confidence=0.0,
+        method=method,
+        details={"status": "failed", "reason": reason, **details, "notes": []},
+    )
 
 
 @dataclass
@@ -17,6 +49,18 @@ class ReconstructionAttack(Attack):
     """Rebuilds a client's private images from its update."""
 
     family = "reconstruction"
+    inverts = True
+    needs: ClassVar[Needs] = Needs(sums="dense", fresh=True)
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuse a scenario this attack cannot apply to; see :func:`adversaries.refusals.attack_refusals`.
+
+        Raises
+        ------
+        NotApplicable
+        """
+        if refused := attack_refusals(self, scenario):
+            raise NotApplicable(refused[0])
 
     @abstractmethod
     def run(

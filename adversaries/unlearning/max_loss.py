@@ -23,8 +23,6 @@ class MaxLoss(UnlearningAttack):
     the largest gradients, so a mechanism that undoes their influence moves the model furthest.
     """
 
-    needs = "a client's seat: its own samples and the current global model"
-
     def request(
         self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
     ) -> UnlearningRequest:

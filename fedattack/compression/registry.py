@@ -20,6 +20,7 @@ COMPRESSORS: Registry[type[Compressor]] = Registry(
         "dgc": "fedattack.compression.compressors:DGC",
     },
     group="fedattack.compressors",
+    base="fedattack.compression.base:Compressor",
 )
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedattack.config import DefenseConfig, ModelConfig
 from fedattack.defenses.base import Defense
-from fedattack.errors import ConfigError, unknown_name
+from fedattack.errors import ConfigError
 from fedattack.observation import Scenario
-from fedattack.registry import Registry, build_plugin, plugin_options
+from fedattack.registry import Registry, build_plugins
 from fedattack.rng import torch_rng
 from fedattack.task import GradientStep
 from fedattack.training import batch_gradient
@@ -28,6 +28,7 @@ DEFENSES: Registry[type[Defense]] = Registry(
         "secure-aggregation": "fedattack.defenses.secure_aggregation:SecureAggregation",
     },
     group="fedattack.defenses",
+    base="fedattack.defenses.base:Defense",
 )
 
 _UNUSED = torch.Generator()
@@ -42,20 +43,7 @@ def build_defenses(config: DefenseConfig) -> dict[str, Defense]:
         If a name or a parameter is unknown or malformed, parameters are given without the defence, or a defence
         would undo what an earlier one did.
     """
-    classes = {name: DEFENSES.get(name) for name in config.names}
-    for name in config.options:
-        if name not in classes:
-            if name not in DEFENSES:
-                raise unknown_name("defence", name, DEFENSES.names())
-            raise ConfigError(f"parameters of defence {name!r} are set, but it is not in 'defense.names'")
-    known = {option for cls in classes.values() for option in plugin_options(cls)}
-    for option in config.shared_options:
-        if option not in known:
-            raise unknown_name("setting", f"defense.{option}", [f"defense.{one}" for one in known])
-    built = {
-        name: build_plugin(cls, name, config.options.get(name, {}), config.shared_options, "defense.")
-        for name, cls in classes.items()
-    }
+    built = build_plugins(DEFENSES, config.names, config.options, config.shared_options, "defense")
     _check_order(built)
     return built
 

@@ -16,6 +16,7 @@ MECHANISMS: Registry[type[Mechanism]] = Registry(
         "federaser": "fedattack.unlearning.federaser:FedEraser",
     },
     group="fedattack.mechanisms",
+    base="fedattack.unlearning.mechanism:Mechanism",
 )
 
 

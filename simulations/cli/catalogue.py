@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
 from adversaries import ATTACKS
+from adversaries.refusals import threat_model, words
 from fedattack.compression import COMPRESSORS
 from fedattack.config import SHORT_NAMES, Config
 from fedattack.data import DATASETS, PARTITIONERS
 from fedattack.defenses import DEFENSES
+from fedattack.errors import unknown_name
 from fedattack.models import MODELS
 from fedattack.registry import Registry, plugin_options
 from fedattack.unlearning import MECHANISMS
@@ -33,31 +36,110 @@ KINDS: dict[str, Registry[Any]] = {
 _PARAMETERS = re.compile(r"^Parameters\n-+\n(.*?)(?=^[^\n]+\n-+$|\Z)", re.M | re.S)
 _PARAMETER = re.compile(r"^(\w[\w, ]*?)(?: : ([^\n]*))?(?:\n|\Z)((?: [^\n]*(?:\n|\Z)|\n)*)", re.M)
 _SENTENCE = re.compile(r"""(?<=[a-z0-9)"])\. """)
+_SOURCE = re.compile(r"((?:[A-Z][\w-]+(?:, | and | et al\.)?)+),? \".*?\b((?:19|20)\d\d)\b(?!\.\d)")
+_CITED = re.compile(r" \(((?:[A-Z][\w-]+)(?: et al\.)?)[^()]*?((?:19|20)\d\d)\)")
 _ROLE = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`")
 
 
 def catalogue() -> dict[str, list[tuple[str, str]]]:
-    """Kind -> (name, first line of its docstring) of everything that can be named; for attacks, what they need."""
-    rows = {title: [(n, registry.summary(n)) for n in registry.names()] for title, registry in KINDS.items()}
+    """Kind -> (name, first line of its docstring) of everything that can be named; for attacks, who and what for."""
+    rows = {title: [(n, registry.summary(n)) for n in registry] for title, registry in KINDS.items()}
     rows["Attacks"] = [
-        (name, f"{summary} Needs: {ATTACKS.get(name).needs}.") for name, summary in rows["Attacks"]
+        (one.name, f"{one.summary} {one.seat.capitalize()}; needs: {one.needs}.") for one in attacks()
     ]
     return rows
 
 
-def settings_tables() -> dict[str, list[tuple[str, str, str, str]]]:
-    """Title -> (dotted setting, option, default, meaning) of every setting, then of each attack's and defence's."""
-    tables = {"Settings of a run": _run_settings()}
-    for kind, registry, prefix in (("Attack", ATTACKS, ""), ("Defence", DEFENSES, "defense.")):
-        for name in registry.names():
-            cls = registry.get(name)
+@dataclass(frozen=True)
+class AttackRow:
+    """An attack as lists show it: its name, what it does, who runs it, what it needs, and whose it is."""
+
+    name: str
+    summary: str
+    seat: str
+    needs: str
+    source: str
+
+
+def attacks() -> list[AttackRow]:
+    """Every registered attack: those on images first, then by seat and name."""
+    rows = []
+    for name in sorted(
+        ATTACKS, key=lambda name: (not ATTACKS.get(name).inverts, ATTACKS.get(name).seat, name)
+    ):
+        cls, summary = ATTACKS.get(name), ATTACKS.summary(name)
+        needs = ", ".join(words(cls.needs)) or "its own samples and the global model"
+        references = (inspect.getdoc(cls) or "").partition("References\n----------\n")[2]
+        found = _SOURCE.match(" ".join(references.split())) or _CITED.search(summary)
+        authors = re.split(", | and ", found[1]) if found else []
+        source = f"{authors[0]}{' et al.' if len(authors) > 1 else ''} {found[2]}" if found else "ours"
+        plain = re.sub(rf"^{name}: ", "", _CITED.sub("", summary), flags=re.I)
+        rows.append(AttackRow(name, plain[:1].upper() + plain[1:], cls.seat, needs, source))
+    return rows
+
+
+def attacks_markdown() -> str:
+    """README's table of attacks."""
+    lines = ["| attack | who | needs | what it does | source |", "|---|---|---|---|---|"]
+    for one in attacks():
+        cells = [f"`{one.name}`", one.seat, one.needs, one.summary.rstrip("."), one.source]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def described(name: str) -> list[tuple[str, str]]:
+    """(title, text) of the parts of what can be said about the plug-in of that name.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    registries = [registry for registry in KINDS.values() if name in registry or ":" in name]
+    if not registries:
+        raise unknown_name("name", name, [one for registry in KINDS.values() for one in registry])
+    registry = registries[0]
+    cls = registry.get(name)
+    text, _, references = (inspect.getdoc(cls) or "").partition("References\n----------\n")
+    text = _ROLE.sub(r"\1", _PARAMETERS.sub("", text)).replace("``", "")
+    paragraphs = [" ".join(one.split()) for one in text.strip().split("\n\n")]
+    parts = [(registry.kind, "\n\n".join(one for one in paragraphs if not one.endswith(":")))]
+    if registry is ATTACKS:
+        threat = threat_model(cls)
+        letters = f" ({', '.join(threat['letters'])} of Carletti et al. 2025)" if threat["letters"] else ""
+        parts.append(("who", threat["seat"] + letters))
+        parts.append(("needs", "; ".join(threat["needs"]) or "its own samples and the global model"))
+        parts.append(("assumes", "; ".join(threat["assumptions"])))
+    return [*parts, ("source", " ".join(references.split()))] if references else parts
+
+
+def settings_tables(
+    name: str | None = None, *, strict: bool = True
+) -> dict[str, list[tuple[str, str, str, str]]]:
+    """Title -> (dotted setting, option, default, meaning) of every setting, then of each attack's and defence's.
+
+    With `name` those of that attack or defence alone.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name, where `strict`.
+    """
+    tables = {} if name else {"Settings of a run": _run_settings()}
+    kinds = (("Attack", ATTACKS, ""), ("Defence", DEFENSES, "defense."))
+    if strict and name and ":" not in name and not any(name in registry for _, registry, _ in kinds):
+        raise unknown_name("attack or defence", name, [*ATTACKS, *DEFENSES])
+    for kind, registry, prefix in kinds:
+        wanted = registry.names() if name is None else [name] if name in registry else []
+        for one in wanted or ([name] if name and ":" in name and kind == "Attack" else []):
+            cls = registry.get(one)
             meanings = _meanings(cls)
             rows = [
-                (f"{prefix}{name}.{option}", "", _show(default), meanings.get(option, ""))
+                (f"{prefix}{one}.{option}", "", _show(default), meanings.get(option, ""))
                 for option, default in plugin_options(cls).items()
             ]
             if rows:
-                tables[f"{kind} {name}"] = rows
+                tables[f"{kind} {one}"] = rows
     return tables
 
 

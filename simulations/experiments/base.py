@@ -111,14 +111,14 @@ class Experiment(ABC):
         self.failed: dict[str, BaseException] = {}
 
     @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, Any]) -> None:
-        """Refuse, before the first round, what these attacks cannot do with this federation.
+    def check(cls, config: Config, world: World) -> None:
+        """Refuse, before the first round, what the experiment itself cannot do with this federation.
 
         Raises
         ------
-        BadRequest
+        NotApplicable
         """
-        del config, world, attacks
+        del config, world
 
     def questions(self) -> Mapping[str, Candidates]:
         """Attack -> the samples that it is asked about, where its question has some; known before the first round."""

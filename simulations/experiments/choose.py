@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-from adversaries import ATTACKS, Attack, build_attack
-from adversaries.base import attack_options
+from adversaries import ATTACKS, Attack
+from adversaries.needs import Facts
+from adversaries.refusals import check_class
 from adversaries.seats import MaliciousServer
 from fedattack.compression import COMPRESSORS
-from fedattack.config import Config
+from fedattack.config import AttackConfig, Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, NotApplicable, unknown_name
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import dry_run
+from fedattack.registry import build_plugins
 from fedattack.task import TASKS
 from fedattack.training import batch_positions
 from fedattack.unlearning import build_mechanism
+from simulations.experiments.base import EXPERIMENTS
 from simulations.experiments.executor import choose_device
-from strategies import NEED_SINGLE_UPDATES, build_strategy
+from strategies import NEED_SINGLE_UPDATES, build_strategy, drawn
 
 _DRY_IMAGES = 16
 """Of larger batches so many images tell enough."""
@@ -31,46 +34,10 @@ def choose_attacks(config: Config) -> dict[str, Attack]:
     ConfigError
         If a name or a parameter is unknown, or an attack's parameters are given without the attack.
     """
-    classes = {name: ATTACKS.get(name) for name in config.attack.names}
-    for name in config.attack.options:
-        if name not in classes:
-            if name not in ATTACKS:
-                raise unknown_name("section or attack", name, [*ATTACKS.names(), *Config.model_fields])
-            raise ConfigError(f"parameters of {name!r} are set, but it is not in setting 'attack.names'")
-    known = {option for cls in classes.values() for option in attack_options(cls)}
-    for option in config.attack.shared_options:
-        if option not in known:
-            raise unknown_name("setting", f"attack.{option}", [f"attack.{one}" for one in known])
-    return {
-        name: build_attack(cls, name, config.attack.options.get(name, {}), config.attack.shared_options)
-        for name, cls in classes.items()
-    }
-
-
-def applicable(
-    attacks: Mapping[str, Attack], checks: Sequence[Callable[[str, Attack], None]]
-) -> tuple[dict[str, Attack], dict[str, str]]:
-    """The attacks that pass all `checks`, and of the others why not.
-
-    Raises
-    ------
-    NotApplicable
-        If there are attacks and none applies.
-    """
-    kept: dict[str, Attack] = {}
-    left_out: dict[str, str] = {}
-    for name, attack in attacks.items():
-        try:
-            for check in checks:
-                check(name, attack)
-        except NotApplicable as error:
-            left_out[name] = str(error)
-        else:
-            kept[name] = attack
-    if left_out and not kept:
-        sentences = [text if name in text else f"attack {name!r}: {text}" for name, text in left_out.items()]
-        raise NotApplicable("; ".join(sentences))
-    return kept, left_out
+    chosen = config.attack
+    for name in chosen.names:
+        check_class(name, ATTACKS.get(name), AttackConfig.model_fields, EXPERIMENTS.names())
+    return build_plugins(ATTACKS, chosen.names, chosen.options, chosen.shared_options, "attack")
 
 
 def arming_attack(attacks: Mapping[str, Attack]) -> MaliciousServer | None:
@@ -132,15 +99,16 @@ def check_model(config: Config, world: World) -> list[str]:
     return notes
 
 
-def check_held_out(config: Config, world: World, name: str) -> None:
-    """Refuse an attack that is measured on held-out samples where there are none.
-
-    Raises
-    ------
-    NotApplicable
-    """
-    if not len(world.pools.nonmembers):
-        raise NotApplicable(
-            f"attack {name!r} needs held-out samples: setting 'data.nonmembers' = {config.data.nonmembers}; "
-            "accepted: 1 or more"
-        )
+def known_facts(config: Config, world: World) -> Facts:
+    """What attacks may ask of the federation before it trains."""
+    granted = world.auxiliary
+    return Facts(
+        rounds=config.attack.rounds,
+        clients=config.federation.clients,
+        drawn=drawn(config.federation),
+        samples=tuple(len(ids) for ids in world.partitions[: config.victims]),
+        honest=config.federation.clients - len(set(config.attack.malicious_clients)),
+        held_out=len(world.pools.nonmembers),
+        auxiliary=0 if granted is None else len(granted),
+        labelled=None if granted is None else granted.labels is not None,
+    )

@@ -22,7 +22,6 @@ from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.config import Config
 from fedattack.data import ImageDataset, World
-from fedattack.defenses import hides_clients
 from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
@@ -31,9 +30,8 @@ from simulations.client_app import drops_out, round_batches
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.engine.flower_internals import server_identity
 from simulations.experiments.base import Experiment, Plan
-from simulations.experiments.choose import check_held_out
 from simulations.experiments.executor import choose_device
-from strategies import build_strategy, drawn
+from strategies import build_strategy
 from strategies.eavesdropper import seeded_sampling
 from strategies.messages import to_record
 
@@ -208,30 +206,6 @@ class MembershipExperiment(Experiment):
             name: dict(plan.folder.load_rounds(name)) for name in self._serving()
         }
         self._asked = {name: self._question(attack) for name, attack in attacks.items()}
-
-    @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, MembershipAttack]) -> None:
-        """Refuse sums, too few clients, and data of which nothing is held out."""
-        for name, attack in attacks.items():
-            check_held_out(config, world, name)
-            if isinstance(attack, MaliciousClient):
-                if len(set(config.attack.malicious_clients)) >= config.federation.clients:
-                    raise NotApplicable(
-                        f"attack {name!r} asks about the other clients' data, and all are malicious: setting "
-                        f"'attack.malicious_clients' = {list(config.attack.malicious_clients)}"
-                    )
-                continue
-            if hides_clients(config.defense):
-                raise NotApplicable(
-                    f"attack {name!r} asks about one client, and 'secure-aggregation' shows the server none alone: "
-                    "leave it out of 'defense.names'"
-                )
-            if drawn(config.federation) < attack.clients_needed:
-                raise NotApplicable(
-                    f"attack {name!r} needs {attack.clients_needed} clients that answer in one round, and "
-                    f"{drawn(config.federation)} of {config.federation.clients} are drawn: raise "
-                    "'federation.clients' or 'federation.participation'"
-                )
 
     def _serving(self) -> list[str]:
         """The attacks of a server's seat."""

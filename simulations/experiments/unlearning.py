@@ -41,7 +41,6 @@ from simulations.engine.federation import (
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
-from simulations.experiments.choose import check_held_out
 from strategies.messages import METRICS
 
 Excluded = Mapping[int, Collection[int]]
@@ -178,10 +177,8 @@ class UnlearningExperiment(Experiment):
         return History(folder, self.plan.world.scenario, self.mechanism.keeps, every)
 
     @classmethod
-    def check(cls, config: Config, world: World, attacks: Mapping[str, UnlearningAttack]) -> None:
-        """Refuse data of which nothing is held out, and a mechanism that lacks what it needs."""
-        for name in attacks:
-            check_held_out(config, world, name)
+    def check(cls, config: Config, world: World) -> None:
+        """Refuse a mechanism that lacks what it needs."""
         build_mechanism(config.unlearning).check(config.unlearning.mechanism, world.scenario)
 
     def wants(self, round: int, client: int) -> bool:

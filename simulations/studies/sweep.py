@@ -27,7 +27,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 import time
 import tomllib
 import traceback
@@ -389,15 +388,4 @@ def _on_ray(cells: Sequence[Cell], place: Path, engine: EngineConfig) -> Outcome
                 yield cell, outcome
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m simulations.studies.sweep FILE``: the same as ``fedattack sweep FILE``."""
-    from simulations.run import main as command
-
-    sys.argv = [sys.argv[0], "sweep", *(sys.argv[1:] if arguments is None else arguments)]
-    command()
-
-
 __all__ = ["Cell", "Sweep", "run_cell", "run_sweep"]
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adversaries.inversion.evidence.client import Client
+from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.reconstruction.hcgla import HCGLA
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.models import initial_weights
@@ -53,7 +53,7 @@ def observe(
     training = scene.training.model_copy(update={"batch_size": len(images)})
     scene = dataclasses.replace(scene, training=training)
     weights = initial_weights(scene.model, seed)
-    seen = Client(scene, weights, seed).observe(images, labels, client)
+    seen = ImitatedClient(scene, weights, seed).observe(images, labels, client)
     public = None if auxiliary is None else Auxiliary(auxiliary, source="test")
     return dataclasses.replace(seen, auxiliary=public)
 

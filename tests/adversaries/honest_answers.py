@@ -16,8 +16,11 @@ import torch
 from malicious_scenes import PUBLIC, batch_of, observe, scenario
 
 from adversaries import ATTACKS, ReconstructionAttack
+from adversaries.needs import Facts
+from adversaries.refusals import attack_refusals
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import Reconstruction
+from fedattack.observation import Reconstruction, Scenario
+from fedattack.registry import plugin_options
 from fedattack.storage.observations import load_observations, save_observation
 
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -34,7 +37,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "imprint": ({"model": "imprint", "batch": 4, "width": 32}, {}),
     "loki": ({"model": "loki", "batch": 4, "width": 32}, {}),
     "cah": ({"model": "mlp", "batch": 2}, {}),
-    "fishing": ({"model": "lenet-zhu", "batch": 3}, {"options": {"products": 100}}),
+    "fishing": ({"model": "lenet-zhu", "batch": 3}, {"settings": {"products": 100}}),
     "spear": ({"model": "mlp", "batch": 2}, {}),
     "analytic": ({"model": "mlp", "batch": 1}, {}),
     "rgap": ({"model": "lenet-zhu", "batch": 1}, {}),
@@ -45,7 +48,22 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fgla": ({"model": "lenet-zhu", "batch": 1}, {"epochs": 1}),
     "rog": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 3}),
 }
-"""Attack -> (scene of a client it applies to, settings that keep it short)."""
+"""Attack -> (scene of a client, settings that keep it short), where they are not to be the drawn ones."""
+
+SCENES: tuple[dict[str, Any], ...] = (
+    {"model": "lenet-zhu", "batch": 1},
+    {"model": "lenet-zhu", "batch": 3},
+    {"model": "mlp", "batch": 1},
+    {"model": "mlp", "batch": 2},
+    {"model": "resnet20", "batch": 2},
+    {"model": "two-layer", "batch": 2, "width": 128},
+    {"model": "imprint", "batch": 4, "width": 32},
+    {"model": "loki", "batch": 4, "width": 32},
+)
+"""Small scenes, of which an attack gets the first that meets its needs."""
+
+SHORT = {"iterations": 4, "epochs": 1, "products": 100}
+"""Settings that keep an attack short, where it has them."""
 
 
 def reconstruction_attacks() -> list[str]:
@@ -55,15 +73,35 @@ def reconstruction_attacks() -> list[str]:
 
 def build(name: str) -> ReconstructionAttack:
     """The attack with its short settings."""
-    attack = ATTACKS.get(name)(**RECIPES[name][1])
+    cls = ATTACKS.get(name)
+    settings = {key: value for key, value in SHORT.items() if key in plugin_options(cls)}
+    attack = cls(**RECIPES[name][1] if name in RECIPES else settings)
     assert isinstance(attack, ReconstructionAttack)
     return attack
 
 
+def made(settings: dict[str, Any]) -> Scenario:
+    """The scenario of a scene."""
+    others = {key: value for key, value in settings.items() if key not in ("model", "batch", "width")}
+    return scenario(settings["model"], settings["batch"], settings.get("width"), **others)
+
+
+def scene_of(name: str) -> dict[str, Any]:
+    """The scene of an attack: its own, or the first small one that meets its needs."""
+    if name in RECIPES:
+        return RECIPES[name][0]
+    return drawn_scene(build(name))
+
+
+def drawn_scene(attack: ReconstructionAttack) -> dict[str, Any]:
+    """The first small scene that meets an attack's needs."""
+    facts = Facts(rounds=(1,), auxiliary=len(PUBLIC), labelled=True)
+    return next(scene for scene in SCENES if not attack_refusals(attack, made(scene), facts))
+
+
 def save_scene(folder: Path, name: str, seed: int) -> GroundTruth:
     """Write what the server sees of one client, and give back what it must not."""
-    settings = dict(RECIPES[name][0])
-    scene = scenario(settings.pop("model"), settings.pop("batch"), settings.pop("width", None), **settings)
+    scene = made(scene_of(name))
     images, labels = batch_of(scene.training.batch_size, seed)
     labels = (labels[0] + torch.arange(len(labels))) % 10  # distinct, which some attacks need
     save_observation(folder, observe(build(name), scene, images, labels, public=PUBLIC))

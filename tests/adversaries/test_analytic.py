@@ -59,8 +59,8 @@ def test_division_of_what_was_sent() -> None:
     [
         ({"model": "lenet-zhu"}, "linear layer on the pixels"),
         ({"model": "two-layer"}, "no bias"),
-        ({"training": TrainingConfig(batch_size=4)}, "--attack spear"),
-        ({"name": "sign"}, "quotient of signs"),
+        ({"training": TrainingConfig(batch_size=4)}, "an attack on batches"),
+        ({"name": "sign"}, "as signs, and quotients"),
         ({"training": TrainingConfig(protocol="fedavg", local_steps=2, weight_decay=0.1)}, "weight_decay"),
     ],
 )
@@ -101,9 +101,9 @@ def test_recursion_gives_the_image_of_a_smooth_network() -> None:
     ("options", "part"),
     [
         ({"model": "mlp"}, "chain of convolutions"),
-        ({"model": "lenet-zhu", "activation": "gelu"}, "cannot be undone"),
-        ({"model": "lenet-zhu", "training": TrainingConfig(batch_size=2)}, "one image"),
-        ({"model": "lenet-zhu", "name": "topk"}, "whole"),
+        ({"model": "lenet-zhu", "activation": "gelu"}, "works behind sigmoid or tanh or relu or softplus"),
+        ({"model": "lenet-zhu", "training": TrainingConfig(batch_size=2)}, "tells one image"),
+        ({"model": "lenet-zhu", "name": "topk"}, "leaves entries out"),
     ],
 )
 def test_recursion_refuses(options: dict, part: str) -> None:

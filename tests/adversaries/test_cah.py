@@ -76,7 +76,7 @@ def test_refusals() -> None:
     for scene, part in (
         (scenario("lenet-zhu", 4), "linear layer on the pixels"),
         (scenario("two-layer", 4), "no bias"),
-        (scenario("mlp", 4, activation="sigmoid"), "must sleep"),
+        (scenario("mlp", 4, activation="sigmoid"), "works behind relu"),
         (scenario("imprint-sparse", 4), "must sleep"),
     ):
         with pytest.raises(NotApplicable, match=part):

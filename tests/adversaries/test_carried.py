@@ -12,11 +12,13 @@ import torch
 from hcgla_scenes import psnr, scenario, smooth_images
 from torch import Tensor
 
+from adversaries.inversion.evidence.one_gradient import mean_gradient
 from adversaries.inversion.evidence.priors import gaussian_prior
+from adversaries.inversion.gradients.schedule import schedules_for
 from adversaries.reconstruction.hcgla import HCGLA
 from adversaries.reconstruction.hcgla.annealed_gauss_newton import solve
 from adversaries.reconstruction.hcgla.measurements import value_precision
-from adversaries.reconstruction.hcgla.memory import Remembered, mean_gradient, orders
+from adversaries.reconstruction.hcgla.memory import Remembered
 from fedattack.compression import Memory, build_compressor, decode, encode
 from fedattack.config import Config, TrainingConfig
 from fedattack.errors import NotApplicable
@@ -66,11 +68,14 @@ def flat_memory(kept: Memory, role: str) -> Tensor:
 
 
 def test_orders_of_the_local_batches() -> None:
-    assert [
-        len(orders(local(3, batch_size=size), samples)) for size, samples in ((0, 5), (4, 4), (4, 2))
-    ] == [1] * 3
-    assert [batch.tolist() for batch in orders(local(3, batch_size=0), 2)[0]] == [[0, 1]] * 3
-    found = [[batch.tolist() for batch in order] for order in orders(local(2, batch_size=2), 4)]
+    def orders(training: TrainingConfig, samples: int) -> list[list[list[int]]]:
+        found = schedules_for(small(training), samples)
+        return [[list(batch) for batch in schedule.orders] for schedule in found]
+
+    cases = ((0, 5), (4, 4), (4, 2))
+    assert [len(orders(local(3, batch_size=size), samples)) for size, samples in cases] == [1] * 3
+    assert orders(local(3, batch_size=0), 2)[0] == [[0, 1]] * 3
+    found = orders(local(2, batch_size=2), 4)
     assert len(found) == 6
     assert len({str(order) for order in found}) == 6
     assert all(sorted(order[0] + order[1]) == [0, 1, 2, 3] for order in found)
@@ -145,7 +150,7 @@ def test_a_memory_is_followed_from_the_images(
         image, label = smooth_images(1, 12, seed=round), torch.tensor([11 * round])
         seen, memory = answer_of(scene, image, label, memory, round)
         followed.follow(seen, image, label)
-    carry = followed.carry(scene.compression)
+    carry = followed.evidence(seen).carried
     expected = flat_memory(memory, "residual")
     if "momentum" in memory.tensors:
         expected = expected + 0.7 * flat_memory(memory, "momentum")
@@ -160,12 +165,12 @@ def test_a_rounded_entry_leaves_at_most_a_step() -> None:
     seen, memory = answer_of(scene, image, label)
     followed = Remembered()
     followed.follow(seen, image, label)
-    carry = followed.carry(scene.compression)
+    carry = followed.evidence(seen).carried
     assert carry is not None
     torch.testing.assert_close(carry, flat_memory(memory, "residual"), rtol=1e-3, atol=1e-6)
     followed = Remembered()
     followed.follow(seen, torch.rand(1, 3, 12, 12, generator=torch_rng(3, "test")), label)
-    carry = followed.carry(scene.compression)
+    carry = followed.evidence(seen).carried
     assert carry is not None
     assert (
         float(carry[seen.update.indices].abs().max()) <= float(seen.update.values.abs().max()) / 127 * 1.001

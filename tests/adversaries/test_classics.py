@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hcgla_scenes import observe, psnr, scenario, smooth_images
 from torch import Tensor
 
-from adversaries import ATTACKS, build_attack
+from adversaries import ATTACKS
 from adversaries.reconstruction.matching.base import OptimisationAttack
 from adversaries.reconstruction.matching.cpl import CPL
 from adversaries.reconstruction.matching.dlg import DLG
@@ -24,6 +24,7 @@ from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.models import build_model
 from fedattack.observation import Auxiliary, Observation, Reconstruction
+from fedattack.registry import build_plugin
 from fedattack.rng import torch_rng
 from fedattack.training import local_update
 
@@ -45,7 +46,7 @@ def victims(count: int, batch: int = 1, **how: object) -> tuple[list[Observation
 def attack_of(name: str, **settings: object) -> OptimisationAttack:
     cls = ATTACKS.get(name)
     assert issubclass(cls, OptimisationAttack)
-    made = build_attack(cls, name, settings, {})
+    made = build_plugin(cls, name, settings, {})
     assert isinstance(made, OptimisationAttack)
     return made
 
@@ -338,7 +339,7 @@ def test_more_examples_than_agreed_are_refused() -> None:
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"tv": -1.0}, "tv"),
         ({"start": "gray"}, "start"),
-        ({"labels": "idgl"}, "labels"),
+        ({"labels": "idgl"}, "label strategy"),
         ({"objective": "cosin"}, "did you mean 'cosine'"),
     ],
 )

@@ -36,8 +36,12 @@ def worst_error(config: ModelConfig, dtype: torch.dtype) -> float:
     images, labels = batch(config)
     images = images.to(dtype)
     chain = closed_form.describe(config)
-    found = closed_form.sample_gradients(chain, weights, images, labels)
-    torch.testing.assert_close(closed_form.features(chain, weights, images), module.features(images))
+    features = closed_form.features(chain, weights, images)
+    torch.testing.assert_close(features, module.features(images))
+    residual = closed_form.head_residual(weights, features, labels)
+    pulled = closed_form.feature_gradient(weights, residual)
+    found = closed_form.conv_gradients(chain, weights, images, pulled)
+    found |= {"head.weight": residual[:, :, None] * features[:, None], "head.bias": residual}
     errors = []
     for n in range(len(images)):
         module.zero_grad()

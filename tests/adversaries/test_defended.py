@@ -11,6 +11,7 @@ from hcgla_scenes import psnr, scenario, smooth_images
 from torch import Tensor
 
 from adversaries.inversion.evidence import defences
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.reconstruction.gauss_newton import GaussNewton
 from adversaries.reconstruction.hcgla import HCGLA
 from adversaries.reconstruction.hcgla.memory import LocalSteps, Remembered
@@ -95,7 +96,7 @@ def test_clipping_is_imitated(training: TrainingConfig | None, unit: str) -> Non
     seen, _ = observed(scene, PAIR, LABELS)
     plain, _ = observed(dataclasses.replace(scene, defense=DefenseConfig()), PAIR, LABELS)
     assert float(seen.update.values.norm()) < 0.9 * float(plain.update.values.norm())
-    imitated = LocalSteps(seen, LABELS).simulate(PAIR)
+    imitated = LocalSteps(Evidence(seen), LABELS).simulate(PAIR)
     unit_of = 1.0 if training is None else -training.learning_rate * training.local_steps
     torch.testing.assert_close((imitated * unit_of).float(), seen.update.values, rtol=1e-3, atol=1e-7)
 
@@ -163,7 +164,7 @@ def test_a_memory_follows_the_clipped_update() -> None:
     seen, memory = observed(scene, IMAGE, LABEL)
     followed = Remembered()
     followed.follow(seen, IMAGE, LABEL)
-    carry = followed.carry(scene.compression)
+    carry = followed.evidence(seen).carried
     assert carry is not None
     torch.testing.assert_close(carry.float(), memory.tensors["residual"], rtol=1e-3, atol=1e-7)
 

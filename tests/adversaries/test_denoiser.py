@@ -14,7 +14,6 @@ from adversaries.inversion.learning import denoiser as denoising
 from adversaries.inversion.learning import files
 from adversaries.inversion.learning.denoiser import (
     collect_pairs,
-    compare_denoiser,
     load_denoiser,
     load_pairs,
     train_denoiser,
@@ -98,14 +97,6 @@ def test_it_improves_images_of_people_it_has_not_seen(denoiser_file, pairs_file)
     assert result["psnr"]["denoised"] == pytest.approx(np.mean(reference), abs=1e-4)
 
 
-def test_it_helps_matching_of_the_same_length(denoiser_file, pairs_file, scenario, weights):
-    result = compare_denoiser(denoiser_file, pairs_file, scenario, weights, seed=0, stretches=2)
-    assert result["iterations"] == [ITERATIONS, 2 * ITERATIONS]
-    assert result["with"][0] == result["without"][0]
-    assert result["with"][1] > result["without"][1]
-    assert result["without"][1] > result["start"]
-
-
 def test_same_seed_same_file(pairs_file, tmp_path):
     for name in ("a", "b"):
         train_denoiser(pairs_file, tmp_path / name, seed=4, depth=3, width=4, epochs=2)
@@ -157,8 +148,6 @@ def test_bad_input_is_refused(denoiser_file, pairs_file, scenario, weights, auxi
         collect_pairs(scenario, weights, auxiliary, 500, 2, None, 0)
     with pytest.raises(ConfigError, match=r"denoiser\.depth"):
         train_denoiser(pairs_file, None, 0, depth=1)
-    with pytest.raises(NotApplicable, match="other broadcast weights"):
-        compare_denoiser(denoiser_file, pairs_file, scenario, initial_weights(scenario.model, 9), seed=0)
     other = dataclasses.replace(load_pairs(pairs_file), metadata={"made": "elsewhere"})
     with pytest.raises(DataError, match="not the pairs"):
         denoising.test_denoiser(denoiser_file, other)

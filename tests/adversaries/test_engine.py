@@ -447,7 +447,7 @@ def killed_after(share: float) -> Callable[[float, str], None]:
 
 KINDS = {
     "lbfgs": Matching(iterations=40),
-    "wolfe": Matching(iterations=40, line_search="wolfe", objective="cosine"),
+    "armijo": Matching(iterations=40, line_search="armijo", objective="cosine"),
     "torch": Matching(iterations=40, line_search="none", learning_rate=0.1, block=20),
     "signed-adam": dataclasses.replace(FIRST_ORDER, iterations=40, patience=40, clamp=True),
     "sgd": dataclasses.replace(FIRST_ORDER, iterations=40, optimiser="sgd", momentum=0.9, noise=0.1),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adversaries import ATTACKS
 from adversaries.reconstruction.malicious.fishing.attack import Fishing
-from adversaries.reconstruction.malicious.fishing.bisection import Cast, next_threshold
+from adversaries.reconstruction.malicious.fishing.bisection import ThresholdRound, next_threshold
 from fedattack.config import CompressionConfig, Config, TrainingConfig
 from fedattack.data import build_world
 from fedattack.errors import ConfigError, NotApplicable
@@ -83,7 +83,7 @@ def test_samples_of_the_class_and_of_others_do_not_pass_for_one() -> None:
 def test_a_convolutional_network_is_handed_to_another_attack() -> None:
     images = pictures(8, seed=3)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
-    attack = Fishing(mode="class", target=4, attack="gauss-newton", options={"products": 300, "starts": 1})
+    attack = Fishing(mode="class", target=4, attack="gauss-newton", settings={"products": 300, "starts": 1})
     scene = scenario("tiny-cnn", 8, activation="sigmoid")
     attack.check(scene)
     (answer,) = attack.run([observe(attack, scene, images, labels)], 0, CPU)
@@ -195,15 +195,22 @@ def test_rounds_with_another_body_begin_anew() -> None:
 
 def test_thresholds_are_chosen_where_samples_lie_together() -> None:
     scores = torch.linspace(-3, 3, 601)
-    top, bottom = Cast(math.inf, 0, None), Cast(-math.inf, 10, None)
+    top, bottom = ThresholdRound(math.inf, 0, None), ThresholdRound(-math.inf, 10, None)
     first = next_threshold([bottom, top], [], scores)
     assert first == pytest.approx(2.4, abs=0.05)  # one of ten is expected above
-    pair = next_threshold([bottom, Cast(0.0, 2, None), top], [0.0], scores)
+    pair = next_threshold([bottom, ThresholdRound(0.0, 2, None), top], [0.0], scores)
     assert pair == pytest.approx(1.5, abs=0.05)
     seen = observe(Fishing(), scenario("mlp", 2), *batch_of(2))
-    below = Cast(-60.0, 2, seen)
-    assert next_threshold([Cast(-math.inf, 2, None), below, Cast(0.0, 1, seen), top], [0.0], scores) is None
-    last = next_threshold([Cast(-math.inf, 2, None), Cast(0.0, 1, seen), top], [0.0], scores)
+    below = ThresholdRound(-60.0, 2, seen)
+    assert (
+        next_threshold(
+            [ThresholdRound(-math.inf, 2, None), below, ThresholdRound(0.0, 1, seen), top], [0.0], scores
+        )
+        is None
+    )
+    last = next_threshold(
+        [ThresholdRound(-math.inf, 2, None), ThresholdRound(0.0, 1, seen), top], [0.0], scores
+    )
     assert last is not None
     assert last < -50
 
@@ -212,14 +219,14 @@ def test_refusals() -> None:
     attack = Fishing()
     for scene, part in (
         (scenario("mlp", 4), "training.batch_size = 4"),
-        (scenario("mlp", 0, training=FIXED, compression=CompressionConfig(name="qsgd")), "rounds at random"),
+        (scenario("mlp", 0, training=FIXED, compression=CompressionConfig(name="qsgd")), "sent rounded"),
     ):
         with pytest.raises(NotApplicable, match=part):
             Fishing(mode="rounds").check(scene)
     for scene, part in (
         (scenario("resnet20", 4), "BatchNorm"),
         (scenario("two-layer", 4), "no bias"),
-        (scenario("mlp", 4, compression=CompressionConfig(name="topk", rate=0.1)), "drops entries"),
+        (scenario("mlp", 4, compression=CompressionConfig(name="topk", rate=0.1)), "leaves entries out"),
     ):
         with pytest.raises(NotApplicable, match=part):
             attack.check(scene)

@@ -11,9 +11,9 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from adversaries.inversion.evidence import client as client_module
-from adversaries.inversion.evidence import head_rows
-from adversaries.inversion.evidence.client import Client, SignalPairs
-from adversaries.inversion.evidence.head_rows import RowSignals
+from adversaries.inversion.evidence.client import ImitatedClient, SignalPairs
+from adversaries.inversion.evidence.evidence import Evidence
+from adversaries.inversion.evidence.head import RowSignals, find_head
 from adversaries.inversion.learning import files, train
 from adversaries.inversion.learning import generator as init_generation
 from adversaries.inversion.learning.generator import fit_linear, load_generator, train_generator
@@ -54,7 +54,7 @@ def make(
 )
 def test_fast_signals_are_those_of_the_compressed_update(digits, scope, classes, batch_size, rate):
     scenario, weights = make(classes, batch_size, scope=scope, rate=rate)
-    client = Client(scenario, weights, 0)
+    client = ImitatedClient(scenario, weights, 0)
     images = digits[:12]
     fast = client_module.simulate_rows(client, images, torch.arange(12), batch_size, seed=5)
     rng = client_module.numpy_rng(5, "learned.batches", 0)
@@ -62,7 +62,7 @@ def test_fast_signals_are_those_of_the_compressed_update(digits, scope, classes,
     assert torch.equal(fast.positions, order)
     for number, chosen in enumerate(order.split(batch_size)):
         labels = client_module.draw_labels(batch_size, classes, rng)
-        slow = head_rows.observed_rows(client.observe(images[chosen], labels, number), labels)
+        slow = Evidence(client.observe(images[chosen], labels, number)).rows(labels)
         rows = slice(number * batch_size, (number + 1) * batch_size)
         assert torch.equal(fast.signals.sent[rows], slow.sent)
         torch.testing.assert_close(fast.signals.values[rows], slow.values, rtol=1e-4, atol=1e-5)
@@ -71,9 +71,9 @@ def test_fast_signals_are_those_of_the_compressed_update(digits, scope, classes,
 
 def test_signals_are_the_features_where_they_were_sent(digits):
     scenario, weights = make(1000, rate=0.001)
-    client = Client(scenario, weights, 0)
+    client = ImitatedClient(scenario, weights, 0)
     label = torch.tensor([7])
-    rows = head_rows.observed_rows(client.observe(digits[:1], label, 0), label)
+    rows = Evidence(client.observe(digits[:1], label, 0)).rows(label)
     module = build_model(scenario.model)
     module.load_state_dict(weights)
     features = module.features(digits[:1]).detach()
@@ -88,7 +88,7 @@ def test_a_delta_gives_the_same_signal_as_its_gradient(digits):
     gradient, weights = make()
     delta, _ = make(training={"protocol": "fedavg", "learning_rate": 0.25})
     rows = [
-        head_rows.observed_rows(Client(scenario, weights, 0).observe(digits[:1], label, 0), label)
+        Evidence(ImitatedClient(scenario, weights, 0).observe(digits[:1], label, 0)).rows(label)
         for scenario in (gradient, delta)
     ]
     assert torch.equal(rows[0].sent, rows[1].sent)
@@ -143,7 +143,7 @@ def test_generator_beats_the_mean_on_held_out_images_and_repeats(digits, tmp_pat
 def test_start_reads_the_update_and_nothing_else(digits):
     scenario, weights = make()
     generator, _ = train_generator(scenario, weights, Auxiliary(digits[:200]), None, 0, epochs=0, passes=1)
-    client = Client(scenario, weights, 9)
+    client = ImitatedClient(scenario, weights, 9)
     label = torch.tensor([42])
     seen = client.observe(digits[300:301], label, 0)
     made = generator.start(seen, label)
@@ -165,7 +165,7 @@ def test_each_image_of_a_batch_gets_its_own_row(digits):
     )
     assert result["psnr"]["generator"] > result["psnr"]["mean"] + 5
     labels = torch.tensor([5, 900, 17, 300])
-    seen = Client(scenario, weights, 9).observe(digits[300:304], labels, 0)
+    seen = ImitatedClient(scenario, weights, 9).observe(digits[300:304], labels, 0)
     made, turned = generator.start(seen, labels), generator.start(seen, labels.flip(0))
     torch.testing.assert_close(made.flip(0), turned, atol=1e-5, rtol=0)
     scores = torch.stack([psnr(made, digits[300 + i : 301 + i].expand(4, -1, -1, -1)) for i in range(4)])
@@ -175,7 +175,7 @@ def test_each_image_of_a_batch_gets_its_own_row(digits):
 def test_a_generator_is_trained_on_the_spot_where_images_were_granted(digits):
     scenario, weights = make()
     label = torch.tensor([42])
-    seen = Client(scenario, weights, 9).observe(digits[300:301], label, 0)
+    seen = ImitatedClient(scenario, weights, 9).observe(digits[300:301], label, 0)
     with pytest.raises(NotApplicable, match="needs auxiliary images"):
         init_generation.obtain_generator("train", seen, 0)
     granted = dataclasses.replace(seen, auxiliary=Auxiliary(digits[:80]))
@@ -245,13 +245,17 @@ def test_other_scenarios_and_weights_are_refused(digits, tmp_path):
         load_generator(path, make(classes=50)[0])
     other = initial_weights(scenario.model, 4)
     with pytest.raises(NotApplicable, match="other broadcast weights"):
-        generator.start(Client(scenario, other, 0).observe(digits[:1], label, 0), label)
+        generator.start(ImitatedClient(scenario, other, 0).observe(digits[:1], label, 0), label)
     with pytest.raises(NotApplicable, match="batch_size = 1, now 2"):
-        generator.start(Client(scenario, weights, 0).observe(digits[:2], torch.tensor([1, 2]), 0), label)
+        generator.start(
+            ImitatedClient(scenario, weights, 0).observe(digits[:2], torch.tensor([1, 2]), 0), label
+        )
     with pytest.raises(NotApplicable, match="round 2 with error feedback"):
-        Client(make(error_feedback=True)[0], weights, 0, round=2)
+        ImitatedClient(make(error_feedback=True)[0], weights, 0, round=2)
     with pytest.raises(DataError, match="outside the head"):
-        generator.start(Client(scenario, weights, 0).observe(digits[:1], label, 0), torch.tensor([100]))
+        generator.start(
+            ImitatedClient(scenario, weights, 0).observe(digits[:1], label, 0), torch.tensor([100])
+        )
 
 
 def test_bad_files_and_data_are_refused(digits, tmp_path):
@@ -287,7 +291,7 @@ def test_bad_files_and_data_are_refused(digits, tmp_path):
     with pytest.raises(DataError, match="cannot be cut"):
         train_generator(scenario, weights, Auxiliary(digits[:2]), None, 0)
     with pytest.raises(NotApplicable, match="no linear layer"):
-        head_rows.find_head(torch.nn.Conv2d(1, 1, 1))
+        find_head(torch.nn.Conv2d(1, 1, 1))
 
 
 def test_people_are_held_out_whole():

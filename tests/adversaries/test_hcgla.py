@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from adversaries import ATTACKS
-from adversaries.base import build_attack
 from adversaries.reconstruction.hcgla import HCGLA
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.observation import Observation, Reconstruction
+from fedattack.registry import build_plugin
 
 CPU = torch.device("cpu")
 
@@ -41,12 +41,12 @@ def run(attack: HCGLA, victims: list[Observation], seed: int = 0) -> list[Recons
 
 
 def test_registered_and_configurable() -> None:
-    attack = build_attack(
+    attack = build_plugin(
         ATTACKS.get("hcgla"), "hcgla", {"method": "matching", "iterations": "7"}, {"tv": 0.1, "x": 1}
     )
     assert attack == HCGLA(method="matching", iterations=7, tv=0.1)
     with pytest.raises(ConfigError, match="gauss-newton"):
-        build_attack(ATTACKS.get("hcgla"), "hcgla", {"method": "newton"}, {})
+        build_plugin(ATTACKS.get("hcgla"), "hcgla", {"method": "newton"}, {})
 
 
 def test_auto_solves_by_gauss_newton_where_it_applies() -> None:

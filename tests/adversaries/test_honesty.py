@@ -131,7 +131,6 @@ def test_private_data_cannot_change_an_answer_by_one_bit(tmp_path: Path) -> None
 def test_no_attack_answers_by_anything_but_its_observation(tmp_path: Path) -> None:
     """All reconstruction attacks; the second process has other private data and other global random states."""
     names = honest_answers.reconstruction_attacks()
-    assert sorted(names) == sorted(honest_answers.RECIPES), "a new attack gets a line in RECIPES"
     for name in names:
         honest_answers.save_scene(tmp_path / "seen" / name, name, seed=1)
         honest_answers.save_scene(tmp_path / "other" / name, name, seed=2)

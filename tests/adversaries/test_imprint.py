@@ -11,7 +11,8 @@ from malicious_scenes import PUBLIC, batch_of, observe, pictures, scenario, scor
 
 from adversaries import ATTACKS
 from adversaries.inversion.solvers.peeling import Rows, peel
-from adversaries.reconstruction.malicious.imprint import Imprint, alone_share, thresholds
+from adversaries.reconstruction.malicious.bins import alone_share, thresholds
+from adversaries.reconstruction.malicious.imprint import Imprint
 from fedattack.config import CompressionConfig, Config, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
@@ -156,8 +157,8 @@ def test_refusals() -> None:
     attack = Imprint()
     several = TrainingConfig(protocol="fedavg", local_steps=2)
     for scene, part in (
-        (scenario("mlp", 4), "no block for bins"),
-        (scenario("imprint", 4, 7), "less than two bins"),
+        (scenario("mlp", 4), "lacks a block for bins"),
+        (scenario("imprint", 4, 7), "width = 7 < 8"),
         (scenario("imprint", 4, training=several), "drift apart"),
         (scenario("imprint", 4, compression=CompressionConfig(name="sign")), "only signs"),
         (

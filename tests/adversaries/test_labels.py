@@ -8,15 +8,15 @@ import pytest
 import torch
 from hcgla_scenes import observe, scenario, smooth_images
 
+from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.head import head_entries, head_name
-from adversaries.inversion.evidence.labels import Expectation, expectation, infer_labels, public_images
+from adversaries.inversion.evidence.labels import infer_labels
 from fedattack.models import build_model
 from fedattack.observation import Observation, Update
 
 
-def expected(seen: Observation) -> Expectation:
-    images = public_images(seen.auxiliary, seen.scenario.image_shape)
-    return expectation(seen.scenario.model, seen.weights, images)
+def labels_of(seen: Observation, update: Update | None = None) -> Labels:
+    return infer_labels(Evidence(seen if update is None else dataclasses.replace(seen, update=update)))
 
 
 def without(update: Update, *tensors: str) -> Update:
@@ -39,14 +39,14 @@ def test_one_image_with_and_without_the_bias(classes: int, scope: str) -> None:
     for image, label in zip(images, labels, strict=True):
         seen = observe(scene, image[None], label[None])
         for update in (seen.update, without(seen.update, "head.bias")):
-            found = infer_labels(seen, update, expected(seen))
+            found = labels_of(seen, update)
             assert found.values.tolist() == [int(label)]
             assert found.confidence == 1.0
 
 
 def test_the_published_head() -> None:
     seen = observe(scenario(10_177), smooth_images(1), torch.tensor([9_876]))
-    found = infer_labels(seen, seen.update, expected(seen))
+    found = labels_of(seen)
     assert found.values.tolist() == [9_876]
     assert found.confidence == 1.0
 
@@ -57,7 +57,7 @@ def test_batches_with_repeated_labels_are_counted() -> None:
     for labels in ([5, 5, 5, 17, 200, 999], [1, 1, 2, 2, 3, 3], [10, 20, 30, 40, 50, 60]):
         seen = observe(scene, images, torch.tensor(labels), auxiliary=smooth_images(64, seed=9))
         for update in (seen.update, without(seen.update, "head.bias")):
-            found = infer_labels(seen, update, expected(seen))
+            found = labels_of(seen, update)
             assert found.values.tolist() == labels
             assert found.confidence > 0.5
 
@@ -68,7 +68,7 @@ def test_convolutions_vote_where_nothing_of_the_head_was_sent() -> None:
     for label, image in zip((0, 7, 33, 49), smooth_images(4, seed=2), strict=True):
         seen = observe(scene, image[None], torch.tensor([label]), auxiliary=public)
         blind = without(seen.update, "head.weight", "head.bias")
-        found = infer_labels(seen, blind, expected(seen))
+        found = labels_of(seen, blind)
         assert found.values.tolist() == [label]
         assert "votes" in found.note
 
@@ -77,9 +77,9 @@ def test_no_evidence_is_no_confidence() -> None:
     scene = scenario(50, rate=0.2)
     seen = observe(scene, smooth_images(1), torch.tensor([7]))
     nothing = without(seen.update, *seen.update.names)
-    assert infer_labels(seen, nothing, expected(seen)).confidence == pytest.approx(1 / 50)
+    assert labels_of(seen, nothing).confidence == pytest.approx(1 / 50)
     batch = observe(scene, smooth_images(3), torch.tensor([7, 8, 9]))
-    found = infer_labels(batch, without(batch.update, *batch.update.names), expected(batch))
+    found = labels_of(batch, without(batch.update, *batch.update.names))
     assert len(found.values) == 3
     assert found.confidence < 0.05
 
@@ -88,10 +88,10 @@ def test_features_of_either_sign_need_the_bias_or_the_size() -> None:
     scene = scenario(60, rate=0.3, activation="tanh")
     for label, image in zip((4, 59), smooth_images(2, seed=6), strict=True):
         seen = observe(scene, image[None], torch.tensor([label]))
-        sure = infer_labels(seen, seen.update, expected(seen))
+        sure = labels_of(seen)
         assert sure.values.tolist() == [label]
         assert sure.confidence == 1.0
-        less = infer_labels(seen, without(seen.update, "head.bias"), expected(seen))
+        less = labels_of(seen, without(seen.update, "head.bias"))
         assert less.values.tolist() == [label]
         assert less.confidence < 1.0
 
@@ -107,14 +107,14 @@ def test_the_last_linear_layer_is_found(name: str, head: str) -> None:
 def test_other_heads(name: str) -> None:
     scene = scenario(20, rate=0.05, model=name, activation="relu", size=16)
     seen = observe(scene, smooth_images(1, size=16), torch.tensor([13]))
-    assert infer_labels(seen, seen.update, expected(seen)).values.tolist() == [13]
+    assert labels_of(seen).values.tolist() == [13]
 
 
 def test_batchnorm_statistics_do_not_enter_the_observed_weights() -> None:
     scene = scenario(10, rate=0.5, model="resnet18", activation="relu", size=16)
     seen = observe(scene, smooth_images(2, size=16), torch.tensor([3, 8]))
     before = {name: tensor.clone() for name, tensor in seen.weights.items()}
-    found = infer_labels(seen, seen.update, expected(seen))
+    found = labels_of(seen)
     assert found.values.tolist() == [3, 8]
     assert all(torch.equal(before[name], seen.weights[name]) for name in before)
 

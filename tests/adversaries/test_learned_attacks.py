@@ -146,7 +146,7 @@ def test_mending_can_be_left_out() -> None:
         (LTI, {"training": TrainingConfig(batch_size=0)}, "trained for one size"),
         (DECODER, {"training": TrainingConfig(batch_size=0)}, "trained for one size"),
         (DECODER, {"training": TrainingConfig(batch_size=11)}, "11 > 10 classes"),
-        (DECODER, {"name": "sign"}, "quotient of signs"),
+        (DECODER, {"name": "sign"}, "as signs, and quotients"),
         (SMALL, {"training": TrainingConfig(protocol="fedavg", local_steps=2)}, "mend 'off'"),
     ],
 )

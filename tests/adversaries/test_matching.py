@@ -55,7 +55,7 @@ def candidates(scene: Scenario, count: int, batch: int) -> Tensor:
 
 
 def measure(objective: str, prediction: Prediction, sent: Sent) -> Tensor:
-    return OBJECTIVES[objective].build(Layout(sent))(prediction, slice(0, len(sent.values)))
+    return OBJECTIVES.get(objective).build(Layout(sent))(prediction, slice(0, len(sent.values)))
 
 
 # Back-ends
@@ -167,16 +167,15 @@ def starts(rows: int) -> Tensor:
     return torch.randn(rows, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("line_search", ["armijo", "wolfe"])
-def test_lbfgs_finds_the_minimum_of_every_row(line_search: LineSearch) -> None:
-    found = Lbfgs(rosenbrock, starts(5), Rules(), line_search).run(400)
+def test_lbfgs_finds_the_minimum_of_every_row() -> None:
+    found = Lbfgs(rosenbrock, starts(5), Rules(), "armijo").run(400)
     assert float(found.losses[found.variables[:, 0] > 0].max()) < 1e-12
     assert float(found.losses.max()) < 4.0  # the other local minimum, at (-1, 1, ..., 1), is 3.97
     falling = torch.stack(found.history)
     assert bool((falling.diff(dim=0) <= 0).all())
 
 
-@pytest.mark.parametrize("line_search", ["none", "armijo", "wolfe"])
+@pytest.mark.parametrize("line_search", ["none", "armijo"])
 def test_rows_do_not_depend_on_their_companions(line_search: LineSearch) -> None:
     rules = Rules(learning_rate=0.1 if line_search == "none" else 1.0)
     together = Lbfgs(rosenbrock, starts(4), rules, line_search, 5).run(40)
@@ -229,7 +228,7 @@ def treacherous(x: Tensor) -> tuple[Tensor, Tensor]:
     return f, 2 * x
 
 
-@pytest.mark.parametrize("method", ["armijo", "wolfe", "none", "adam"])
+@pytest.mark.parametrize("method", ["armijo", "none", "adam"])
 def test_recovers_from_not_a_number(method: str) -> None:
     start = torch.full((2, 3), 9.0)
     start[1] = 1.0
@@ -240,7 +239,7 @@ def test_recovers_from_not_a_number(method: str) -> None:
         found = Lbfgs(treacherous, start, Rules(learning_rate=1e3), method).run(60)  # type: ignore[arg-type]
     assert bool(found.losses.isfinite().all())
     assert float(found.losses[0]) < 243.0
-    if method in ("armijo", "wolfe"):
+    if method == "armijo":
         assert float(found.losses.max()) < 1e-6
     else:
         assert int(found.recoveries.max()) > 0

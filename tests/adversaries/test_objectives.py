@@ -15,6 +15,7 @@ from torch import Tensor
 from adversaries.inversion.gradients import Prediction, Segment, Sent, gradient_model
 from adversaries.inversion.matching import regularisers
 from adversaries.inversion.matching.objectives import LAYER_WEIGHTS, OBJECTIVES, LayerWeights, Layout, scale
+from adversaries.inversion.matching.settings import Matching
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
@@ -123,7 +124,7 @@ PLAIN: dict[str, Callable[[Sequence[Piece]], float]] = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_objectives_are_the_plain_loops(name: str, kept: float) -> None:
     sent, entries, plain = sent_sparsely(kept)
-    distance = OBJECTIVES[name].build(Layout(sent))
+    distance = OBJECTIVES.get(name).build(Layout(sent))
     entries.requires_grad_()
     found = distance(Prediction(entries), slice(0, VICTIMS))
     assert found.tolist() == pytest.approx([PLAIN[name](pieces) for pieces in plain], rel=1e-5)  # type: ignore[arg-type]
@@ -138,18 +139,18 @@ def test_objectives_are_the_plain_loops(name: str, kept: float) -> None:
 def test_the_whole_norm_counts_what_was_not_sent() -> None:
     sent, entries, _ = sent_sparsely(0.4)
     kept = (entries * sent.valid).square().sum(1)
-    found = OBJECTIVES["l2"].build(Layout(sent))(Prediction(entries, kept + 7.0), slice(0, VICTIMS))
-    expected = OBJECTIVES["masked-l2"].build(Layout(sent))(Prediction(entries), slice(0, VICTIMS)) + 7.0
+    found = OBJECTIVES.get("l2").build(Layout(sent))(Prediction(entries, kept + 7.0), slice(0, VICTIMS))
+    expected = OBJECTIVES.get("masked-l2").build(Layout(sent))(Prediction(entries), slice(0, VICTIMS)) + 7.0
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("l2", "sign")])
 def test_the_truth_costs_nothing_and_zeros_cost_one_unit(name: str) -> None:
     sent, _, _ = sent_sparsely(0.4)
-    distance = OBJECTIVES[name].build(Layout(sent))
+    distance = OBJECTIVES.get(name).build(Layout(sent))
     at_truth = distance(Prediction(sent.values), slice(0, VICTIMS))
     assert float(at_truth.abs().max()) < 1e-6
-    unit = scale(OBJECTIVES[name], distance, sent)
+    unit = scale(OBJECTIVES.get(name), distance, sent)
     at_zero = distance(Prediction(torch.zeros_like(sent.values)), slice(0, VICTIMS))
     if name != "gaussian-kernel":
         torch.testing.assert_close(at_zero, unit)
@@ -159,7 +160,7 @@ def test_the_truth_costs_nothing_and_zeros_cost_one_unit(name: str) -> None:
 def test_the_signs_objective_cares_for_signs_alone() -> None:
     sent, _, _ = sent_sparsely(1.0)
     signs = dataclasses.replace(sent, values=sent.values.sign())
-    distance = OBJECTIVES["sign"].build(Layout(signs))
+    distance = OBJECTIVES.get("sign").build(Layout(signs))
     assert float(distance(Prediction(3 * sent.values), slice(0, VICTIMS)).max()) == 0.0
     wrong = distance(Prediction(-sent.values), slice(0, VICTIMS))
     torch.testing.assert_close(wrong, distance(Prediction(-5 * sent.values), slice(0, VICTIMS)))
@@ -170,23 +171,20 @@ def test_the_signs_objective_cares_for_signs_alone() -> None:
     ("kind", "weights"),
     [
         ("equal", [1, 1, 1]),
-        ("rising", [1 / 3, 2 / 3, 1]),
         ("falling", [1, 2 / 3, 1 / 3]),
-        ("exponential", [1, math.exp(-1), math.exp(-2)]),
-        ("size", [1 / 12, 1 / 3, 1 / 24]),
     ],
 )
 def test_layer_weights(kind: LayerWeights, weights: list[float]) -> None:
     sent, entries, plain = sent_sparsely(1.0)
     assert kind in LAYER_WEIGHTS
     for name, term in (("masked-l2", torch.square), ("l1", torch.abs)):
-        found = OBJECTIVES[name].build(Layout(sent, kind))(Prediction(entries), slice(0, VICTIMS))
+        found = OBJECTIVES.get(name).build(Layout(sent, kind))(Prediction(entries), slice(0, VICTIMS))
         expected = [
             sum(w * float(term(p[2] - p[1]).sum()) for w, p in zip(weights, pieces, strict=True))
             for pieces in plain
         ]
         assert found.tolist() == pytest.approx(expected, rel=1e-5)
-    found = OBJECTIVES["layer-cosine"].build(Layout(sent, kind))(Prediction(entries), slice(0, VICTIMS))
+    found = OBJECTIVES.get("layer-cosine").build(Layout(sent, kind))(Prediction(entries), slice(0, VICTIMS))
     cosines = [[1 - cosine(p[1], p[2]) for p in pieces] for pieces in plain]
     expected = [sum(w * c for w, c in zip(weights, row, strict=True)) / sum(weights) for row in cosines]
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
@@ -194,14 +192,14 @@ def test_layer_weights(kind: LayerWeights, weights: list[float]) -> None:
 
 @pytest.mark.parametrize("name", ["l2", "cosine"])
 def test_objectives_over_everything_know_no_layers(name: str) -> None:
-    sent, _, _ = sent_sparsely(1.0)
-    with pytest.raises(ConfigError, match="layer_weights"):
-        OBJECTIVES[name].build(Layout(sent, "rising"))
+    with pytest.raises(ConfigError, match=f"{name!r} is over all layers at once"):
+        Matching(objective=name, layer_weights="falling")
 
 
 def test_a_prediction_of_zeros_has_a_slope() -> None:
     sent, _, _ = sent_sparsely(1.0)
-    for name, objective in OBJECTIVES.items():
+    for name in OBJECTIVES:
+        objective = OBJECTIVES.get(name)
         zeros = torch.zeros_like(sent.values).requires_grad_()
         loss = objective.build(Layout(sent))(Prediction(zeros, zeros.square().sum(1)), slice(0, VICTIMS))
         (slope,) = torch.autograd.grad(loss.sum(), zeros)
@@ -281,7 +279,7 @@ PLAIN_TERMS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", regularisers.PIXEL_TERMS)
 def test_pixel_terms_and_their_slopes_are_autograds(name: str) -> None:
     images = torch.randn(3, 2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
-    values, slopes = regularisers.PIXEL_TERMS[name](images, 1.0)
+    values, slopes = regularisers.PIXEL_TERMS.get(name)(images, 1.0)
     for victim, value, slope in zip(images, values, slopes, strict=True):
         x = victim.clone().requires_grad_()
         expected = PLAIN_TERMS[name](x)
@@ -291,11 +289,11 @@ def test_pixel_terms_and_their_slopes_are_autograds(name: str) -> None:
 
 @pytest.mark.parametrize("kept", [1.0, 0.4])
 @pytest.mark.parametrize(
-    ("name", "weights"), [("masked-l2", "equal"), ("masked-l2", "rising"), ("cosine", "equal")]
+    ("name", "weights"), [("masked-l2", "equal"), ("masked-l2", "falling"), ("cosine", "equal")]
 )
 def test_slopes_that_are_written_out_are_autograds(name: str, kept: float, weights: LayerWeights) -> None:
     sent, entries, _ = sent_sparsely(kept)
-    layout, objective = Layout(sent, weights), OBJECTIVES[name]
+    layout, objective = Layout(sent, weights), OBJECTIVES.get(name)
     assert objective.slope is not None
     entries.requires_grad_()
     expected = objective.build(layout)(Prediction(entries), slice(0, VICTIMS))

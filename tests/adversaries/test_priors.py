@@ -99,7 +99,7 @@ def test_factors_span_the_covariance() -> None:
 def test_without_auxiliary_images_it_is_grey_and_smooth() -> None:
     prior = priors.gaussian_prior(None, SHAPE)
     assert "no auxiliary" in prior.source
-    assert torch.all(prior.mean_image() == 0.5)
+    assert torch.all(prior.mean.reshape(prior.image_shape).float() == 0.5)
     deviations = prior.covariance.diagonal().sqrt()
     assert 0.15 < float(deviations.mean()) < 0.3
     row = prior.covariance[0, :6] / prior.covariance[0, 0]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adversaries.membership.active.relu_trap import ReLUTrap
+from adversaries.refusals import applicable
 from fedattack.config import Config
 from fedattack.data import build_world
 from fedattack.errors import NotApplicable
@@ -71,5 +72,5 @@ def test_honest_weights_are_no_trap(tmp_path: Path) -> None:
         )
     scene = build_world(config).scenario
     smooth = replace(scene, model=scene.model.model_copy(update={"activation": "sigmoid"}))
-    with pytest.raises(NotApplicable, match="needs a first linear layer with bias, and ReLU"):
-        ReLUTrap().check(smooth)
+    with pytest.raises(NotApplicable, match="works behind relu"):
+        applicable({"relu-trap": ReLUTrap()}, smooth)

@@ -11,7 +11,8 @@ import torch
 from adversaries import ATTACKS
 from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.solvers.sparse_directions import Factors, Search, expected_draws
-from adversaries.reconstruction.algebra.spear import CERTIFIED, Spear
+from adversaries.reconstruction.algebra.spear import Spear
+from adversaries.reconstruction.base import CERTIFIED
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import match, psnr
@@ -87,13 +88,13 @@ def test_guided_search_needs_few_draws_where_random_rows_need_many() -> None:
     images, labels = batch(4)
     observation = observe(images, labels, 256)
     guided = Spear().run([observation], 0, CPU)[0]
-    published = Spear(method="published", rounds=2).run([observation], 0, CPU)[0]
+    published = Spear(method="published", attempts=2).run([observation], 0, CPU)[0]
     for answer in (guided, published):
         assert scored(answer, images, labels)[0].min() >= 100
     assert guided.details["draws"] < 0.1 * published.details["draws"]
     big = observe(*batch(16), 256)
     with pytest.raises(NotApplicable, match=r"about 1\.1e\+05 draws.*'guided'"):
-        Spear(method="published", rounds=2).check(big.scenario)
+        Spear(method="published", attempts=2).check(big.scenario)
 
 
 def test_directions_are_those_of_the_samples() -> None:
@@ -123,7 +124,7 @@ def test_one_local_step_is_solved_up_to_the_rounding_of_the_weights() -> None:
 
 def test_noise_is_never_certified() -> None:
     images, labels = batch(4)
-    answer = Spear(rounds=2).run([observe(images, labels, 256, noise=0.05)], 0, CPU)[0]
+    answer = Spear(attempts=2).run([observe(images, labels, 256, noise=0.05)], 0, CPU)[0]
     assert answer.details["status"] != "certified"
     assert answer.details["residual"] is None or answer.details["residual"] > 0.01
 
@@ -141,9 +142,9 @@ def test_repeated_images_are_not_certified() -> None:
     ("count", "options", "part"),
     [
         (2, {"model": "lenet-zhu", "width": None}, "begins with 'body.0', Conv2d"),
-        (2, {"activation": "sigmoid"}, "lives on ReLU's zeros"),
+        (2, {"activation": "sigmoid"}, "works behind relu"),
         (2, {"model": "two-layer"}, "no bias"),
-        (2, {"compression": CompressionConfig(name="topk", rate=0.1)}, "every entry"),
+        (2, {"compression": CompressionConfig(name="topk", rate=0.1)}, "every one is needed"),
         (2, {"compression": CompressionConfig(name="sign")}, "only signs"),
         (40, {}, "64 < 80"),
     ],
@@ -157,12 +158,12 @@ def test_refusals_before_anything_starts(count: int, options: dict, part: str) -
 def test_a_batch_that_the_layer_cannot_hold_fails_in_words() -> None:
     images, labels = batch(20)
     training = TrainingConfig(batch_size=0)
-    answer = Spear(rounds=1).run([observe(images, labels, 32, training)], 0, CPU)[0]
+    answer = Spear(attempts=1).run([observe(images, labels, 32, training)], 0, CPU)[0]
     assert answer.details["status"] == "failed"
-    assert "too few neurons to tell 20 samples apart" in answer.details["reason"]
+    assert "32 < 40: too few neurons" in answer.details["reason"]
     assert math.isinf(answer.loss)
-    with pytest.raises(ConfigError, match=r"spear\.rounds"):
-        Spear(rounds=0)
+    with pytest.raises(ConfigError, match=r"spear\.attempts"):
+        Spear(attempts=0)
 
 
 def test_the_first_layer_is_found_and_the_answer_repeats() -> None:

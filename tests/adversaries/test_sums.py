@@ -22,10 +22,8 @@ CPU = torch.device("cpu")
 
 def summed(attack: str, **compression: object) -> Scenario:
     """The scene that an attack applies to, as the server sees a sum over clients of it."""
-    settings = dict(honest_answers.RECIPES[attack][0])
-    scene = scenario(settings.pop("model"), settings.pop("batch"), settings.pop("width", None), **settings)
     return dataclasses.replace(
-        scene,
+        honest_answers.made(honest_answers.scene_of(attack)),
         training=TrainingConfig(batch_size=0),
         compression=CompressionConfig.model_validate(compression),
         defense=HIDDEN,
@@ -43,7 +41,7 @@ def test_sums_of_sparse_updates_are_refused(name: str, compressor: str) -> None:
 @pytest.mark.parametrize("name", honest_answers.reconstruction_attacks())
 def test_dense_sums_are_not_refused_for_being_sums(name: str) -> None:
     attack, scene = honest_answers.build(name), summed(name, name="none")
-    if name in ("fgla", "lti"):  # trained for one client's batch
+    if attack.needs.sums == "single":  # trained for one client's batch
         with pytest.raises(NotApplicable, match="one large batch of all clients"):
             attack.check(scene)
     else:

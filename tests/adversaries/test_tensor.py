@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from adversaries import ATTACKS
+from adversaries.inversion.gradients.activations import ACTIVATIONS, hermite_coefficients, stein_order
 from adversaries.inversion.gradients.closed_form import Activation
 from adversaries.inversion.solvers.span import Span, row_space
+from adversaries.reconstruction.base import CERTIFIED
 from adversaries.reconstruction.tensor import (
     TensorAttack,
     certificate,
@@ -21,9 +23,7 @@ from adversaries.reconstruction.tensor import (
     from_steps,
     moments,
 )
-from adversaries.reconstruction.tensor.activations import ACTIVATIONS, hermite_coefficients, stein_order
-from adversaries.reconstruction.tensor.attack import CERTIFIED
-from adversaries.reconstruction.tensor.head import Head
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import match, psnr
@@ -227,7 +227,7 @@ def test_entry_model_matches_autograd(activation) -> None:
     generator = torch.Generator().manual_seed(0)
     wide, last = torch.randn(30, 7, generator=generator), torch.zeros(4, 30)
     last[1] = 0.1
-    head = Head.of(wide, last, activation)
+    head = TwoLayerHead.of(wide, last, activation)
     labels, x = torch.tensor([1, 0, 2]), torch.randn(3, 7, generator=generator, dtype=torch.float64)
     module = torch.nn.Sequential(
         torch.nn.Linear(7, 30, bias=False), torch.nn.Linear(30, 4, bias=False)
@@ -488,7 +488,7 @@ def test_predicted_errors_are_those_that_noise_makes() -> None:
     images = 0.8 + 0.2 * pictures(2)
     observation, images, labels = observe(2, 1024, attack, images=images, labels=torch.tensor([3, 7]))
     weights = {name: tensor.double() for name, tensor in observation.weights.items()}
-    head = Head.of(weights["wide.weight"], weights["head.weight"], "poly3")
+    head = TwoLayerHead.of(weights["wide.weight"], weights["head.weight"], "poly3")
     wide, last = head.gradient(images.flatten(1).double(), labels)
     rows, columns = (
         last.abs().flatten().topk(400).indices // 1024,
@@ -499,7 +499,7 @@ def test_predicted_errors_are_those_that_noise_makes() -> None:
     function, wanted = from_entries.Model(head, entries, labels), from_entries.targets(entries)
     noise = 1e-8 * torch.randn(400, generator=generator).double()
     truth = images.flatten(1).double()
-    found, _ = from_entries.levenberg_marquardt(function, wanted + noise, truth, 30, settled=0)
+    found, _ = from_entries.fit(function, wanted + noise, truth, 30, settled=0)
     made = (found - truth).square().mean(1).sqrt()
     unseen, foretold = from_entries.foundation(
         function, truth, torch.zeros(400).double(), 5 * torch.full((400,), 1e-8).double(), generator
@@ -606,7 +606,7 @@ def test_play_is_the_clients_training() -> None:
         protocol="fedavg", batch_size=0, local_steps=4, learning_rate=0.05, momentum=0.5
     )
     observation, images, labels = observe(3, 32, TensorAttack(), training=training)
-    head = Head.of(observation.weights["wide.weight"], observation.weights["head.weight"], "poly3")
+    head = TwoLayerHead.of(observation.weights["wide.weight"], observation.weights["head.weight"], "poly3")
     wide, last = from_steps.play(head, head.wide, images.flatten(1).double(), labels, training)
     sent = observation.update.dense()
     assert float((wide - sent["wide.weight"]).norm() / wide.norm()) < 1e-3

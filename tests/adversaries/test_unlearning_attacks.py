@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from adversaries import ATTACKS, build_attack
+from adversaries import ATTACKS
 from adversaries.seats import ClientView
 from adversaries.unlearning.max_loss import MaxLoss
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.models import build_model, initial_weights
 from fedattack.models.classifiers.resnet import ResNet
 from fedattack.observation import Scenario
+from fedattack.registry import build_plugin
 
 
 def samples(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +88,6 @@ def test_asks_for_no_more_than_there_are() -> None:
 
 
 def test_is_registered() -> None:
-    attack = build_attack(ATTACKS.get("unlearn-max-loss"), "unlearn-max-loss", {}, {})
+    attack = build_plugin(ATTACKS.get("unlearn-max-loss"), "unlearn-max-loss", {}, {})
     assert isinstance(attack, MaxLoss)
     assert (attack.family, attack.seat) == ("unlearning", "malicious client")

@@ -368,7 +368,7 @@ def test_crops_flip_and_stay_in_range() -> None:
         ({"defense": "clip-nois"}, "did you mean 'clip-noise'"),
         ({"defense": "prune", "defense.shar": 0.5}, "did you mean 'defense.share'"),
         ({"defense": "prune", "defense.prune.shar": 0.5}, "did you mean 'defense.prune.share'"),
-        ({"defense": "prune", "defense.soteria.share": 0.5}, "not in 'defense.names'"),
+        ({"defense": "prune", "defense.soteria.share": 0.5}, "not in setting 'defense.names'"),
         ({"defense": "prune", "defense.share": 1.5}, "'defense.prune.share' = 1.5"),
         ({"defense": "prune,prune"}, "each defence once"),
         ({"defense": "precode,soteria"}, "name it first"),
@@ -515,7 +515,7 @@ def test_epsilon_is_printed_and_recorded(tmp_path: Path) -> None:
     ("settings", "part"),
     [
         ({"strategy": "krum", "strategy_options": {}}, "single updates"),
-        ({"attack": "fedmia", "clients": 4}, "asks about one client"),
+        ({"attack": "fedmia", "clients": 4}, "no update of one alone"),
     ],
 )
 def test_what_needs_single_updates_is_refused_under_secure_aggregation(

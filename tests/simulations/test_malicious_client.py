@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adversaries.inversion.evidence.client import Client
+from adversaries.inversion.evidence.client import ImitatedClient
 from fedattack.config import Config
 from fedattack.data import World, build_world
 from fedattack.errors import ConfigError, RunFailed
@@ -164,5 +164,5 @@ def test_an_imitated_client_never_draws_what_a_real_one_does() -> None:
     real = Workplace.of(config, there)
     batches = batch_positions(len(labels), there.scenario.training, 0, 1, 0)
     update = local_update(real.model, weights, images, labels, batches, there.scenario.training).update
-    imitated = Client(there.scenario, weights, 0, 1).compute(images, labels, 0)
+    imitated = ImitatedClient(there.scenario, weights, 0, 1).compute(images, labels, 0)
     assert not torch.allclose(imitated["1.weight"], update["1.weight"], rtol=1e-3)

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from adversaries.base import Progress, no_progress
+from adversaries.needs import Facts
 from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
@@ -37,7 +38,7 @@ class Guess(ReconstructionAttack):
     shade: float = 0.5
     broken: bool = False
 
-    def check(self, scenario: Scenario) -> None:
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Refuse pruned updates."""
         if "prune" in scenario.defense.names and self.shade == 0.0:
             raise NotApplicable("no black guesses about pruned updates")

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adversaries import ATTACKS, build_attack
+from adversaries import ATTACKS
 from adversaries.base import no_progress
 from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.refusals import applicable
 from fedattack.config import Config
 from fedattack.data import build_world
 from fedattack.errors import NotApplicable, PayloadError
 from fedattack.models import build_model
+from fedattack.registry import build_plugin
 from fedattack.storage import RunFolder
 from fedattack.training import evaluate
 from fedattack.unlearning import History
 from simulations.engine.federation import FederationResult, Judge, run_federation
 from simulations.engine.open_grid import open_grid
-from simulations.experiments.base import EXPERIMENTS, Plan
+from simulations.experiments.base import Plan
+from simulations.experiments.choose import known_facts
 from simulations.experiments.unlearning import (
     FederationTrainer,
     UnlearningExperiment,
@@ -70,7 +73,7 @@ def ran(folder: Path, **settings: object) -> Run:
     config = Config.from_mapping(BASE | {name.replace("__", "."): value for name, value in settings.items()})
     plan = Plan(config, build_world(config), RunFolder.create(folder / "run", config), lambda *_: None)
     (name,) = config.attack.names
-    experiment = UnlearningExperiment(plan, {name: build_attack(ATTACKS.get(name), name, {}, {})})
+    experiment = UnlearningExperiment(plan, {name: build_plugin(ATTACKS.get(name), name, {}, {})})
     result = run_federation(
         config,
         plan.world,
@@ -273,14 +276,15 @@ class Rebuilder(ReconstructionAttack):
 def test_refuses_before_the_first_round() -> None:
     def check(name: str, **settings: object) -> None:
         config = Config.from_mapping(BASE | settings)
-        attack = Rebuilder() if name == "rebuilder" else build_attack(ATTACKS.get(name), name, {}, {})
-        EXPERIMENTS.get(attack.family).check(config, build_world(config), {name: attack})
+        attack = Rebuilder() if name == "rebuilder" else build_plugin(ATTACKS.get(name), name, {}, {})
+        world = build_world(config)
+        applicable({name: attack}, world.scenario, known_facts(config, world))
 
     check("fedmia")
     check("unlearn-max-loss", clients=1)
     check("rebuilder", clients=1, **{"data.nonmembers": 0})
-    with pytest.raises(NotApplicable, match="'fedmia' needs 3 clients that answer in one round, and 2 of 6"):
+    with pytest.raises(NotApplicable, match="'fedmia': 3 clients must answer in one round, and 2 of 6"):
         check("fedmia", participation=0.34)
     for name in ("fedmia", "unlearn-max-loss"):
-        with pytest.raises(NotApplicable, match=f"{name}.*'data.nonmembers' = 0; accepted: 1 or more"):
+        with pytest.raises(NotApplicable, match=f"{name}.*'data.nonmembers': 0 held-out samples"):
             check(name, **{"data.nonmembers": 0})

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
-from adversaries.inversion.evidence.head_rows import RowSignals, find_head, observed_rows
+from adversaries.inversion.evidence.evidence import Evidence
+from adversaries.inversion.evidence.head import RowSignals, find_head
 from adversaries.inversion.evidence.one_gradient import accumulates
 from fedattack.compression import Compressor, Memory, build_compressor, decode, encode, kept_share
 from fedattack.compression.selection import largest, quotas
@@ -34,7 +35,6 @@ class SignalPairs:
 
     Attributes
     ----------
-    signals : RowSignals
     images : Tensor
         float32 (N, C, H, W), the targets.
     positions : Tensor
@@ -82,18 +82,15 @@ def check_memory(scenario: Scenario, round: int) -> None:
         )
 
 
-class Client:
+class ImitatedClient:
     """An imitation of the scenario's client, for auxiliary images.
 
     Parameters
     ----------
-    scenario : Scenario
     weights : mapping of str to Tensor
         The broadcast state dict.
-    seed : int
     round : int
         1-based round whose compression is imitated. Clients start with an empty memory.
-    device : torch.device
 
     Raises
     ------
@@ -143,7 +140,7 @@ class Client:
 
 
 def simulate_rows(
-    client: Client,
+    client: ImitatedClient,
     images: Tensor,
     positions: Tensor,
     batch_size: int,
@@ -156,23 +153,16 @@ def simulate_rows(
 
     Parameters
     ----------
-    client : Client
     images : Tensor
         float32 (N, C, H, W): all auxiliary images.
     positions : Tensor
         int64: which of them to use.
     batch_size : int
         Images per client. Each pass deals the images out anew, with new labels; what does not fill a batch sits out.
-    seed : int
     passes : int
         How often each image is used.
     mirror : bool
         Flip the images left to right in every second pass.
-    progress : Progress
-
-    Returns
-    -------
-    SignalPairs
 
     Raises
     ------
@@ -206,7 +196,7 @@ def simulate_rows(
             found += _rows_by_threshold(client, part)
             continue
         for number, (_, pixels, labels) in enumerate(part, start):
-            found.append(observed_rows(client.observe(pixels, labels, number), labels))
+            found.append(Evidence(client.observe(pixels, labels, number)).rows(labels))
     signals = RowSignals(torch.cat([f.values for f in found]), torch.cat([f.sent for f in found]))
     return SignalPairs(
         signals,
@@ -215,7 +205,7 @@ def simulate_rows(
     )
 
 
-def _is_exact(client: Client, images: Tensor) -> bool:
+def _is_exact(client: ImitatedClient, images: Tensor) -> bool:
     """Whether signals may be found without the dense gradient: plain top-k of one gradient of a linear head."""
     scenario, head = client.scenario, client.head
     if scenario.training.protocol != "fedsgd" or scenario.compression.name not in ("topk", "none"):
@@ -228,7 +218,9 @@ def _is_exact(client: Client, images: Tensor) -> bool:
         return bool(torch.allclose(client.module(images), logits, atol=1e-4))
 
 
-def _rows_by_threshold(client: Client, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[RowSignals]:
+def _rows_by_threshold(
+    client: ImitatedClient, batches: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> list[RowSignals]:
     """Signals of batches by :func:`topk_rows`; the residuals of all of them in one product."""
     weight, bias = client.weights[client.head.weight], client.weights[client.head.bias]
     body = dict(client.body.named_parameters())
@@ -252,7 +244,7 @@ def _rows_by_threshold(client: Client, batches: Sequence[tuple[Tensor, Tensor, T
 
 
 def topk_rows(
-    client: Client, rest: Mapping[str, Tensor], residual: Tensor, features: Tensor, labels: Tensor
+    client: ImitatedClient, rest: Mapping[str, Tensor], residual: Tensor, features: Tensor, labels: Tensor
 ) -> RowSignals:
     """What exact top-k lets through of the label rows, without forming the head's gradient.
 
@@ -262,7 +254,7 @@ def topk_rows(
 
     Parameters
     ----------
-    client : Client
+    client : ImitatedClient
         Compression "topk" (or "none").
     rest : mapping of str to Tensor
         Gradients of all tensors but the head's; only looked at when entries are chosen over all layers.

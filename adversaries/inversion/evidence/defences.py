@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from adversaries.inversion.gradients.schedule import step_weights
 from fedattack.defenses import ClientDefenses, build_defenses
 from fedattack.defenses.clip_noise import ClipNoise
 from fedattack.defenses.prune import Prune
@@ -43,22 +44,22 @@ def clipping(scenario: Scenario) -> ClientDefenses | None:
 
 
 def noise(received: Observation) -> float:
-    """Standard deviation of the Gaussian noise in each entry, in the units of the mean gradient; 0: none is declared.
+    """Standard deviation of the Gaussian noise in each entry, in units of the mean gradient; 0: none is declared.
 
     Parameters
     ----------
     received : Observation
-        As it came: a gradient, or the delta of local steps, whose mean gradient is -delta / (lr * steps).
+        As it came: a gradient, or the delta of local steps.
     """
     defense, training = _clip_noise(received.scenario), received.scenario.training
     if defense is None:
         return 0.0
-    deviation = defense.noise * (defense.clip_norm or 1.0)
-    if defense.unit == "sample":
+    deviation, weights = defense.noise * (defense.clip_norm or 1.0), step_weights(training)
+    if defense.unit == "sample":  # drawn anew in every step
         batch = min(training.batch_size or received.num_examples, received.num_examples)
-        return deviation / batch / math.sqrt(training.local_steps)
+        return deviation / batch * (math.hypot(*weights) / sum(weights))
     one = received.update.kind == "gradient"
-    return deviation if one else deviation / (training.learning_rate * training.local_steps)
+    return deviation if one else deviation / (training.learning_rate * sum(weights))
 
 
 def doubtful_below(noise: float, count: int) -> float:

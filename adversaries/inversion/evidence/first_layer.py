@@ -132,10 +132,8 @@ class Player:
 
     Parameters
     ----------
-    observation : Observation
     first : str
         Name of the module whose outputs are z.
-    device : torch.device
     """
 
     def __init__(self, observation: Observation, first: str, device: torch.device) -> None:

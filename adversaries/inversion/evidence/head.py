@@ -1,26 +1,28 @@
-"""The linear head in an update: where its rows and biases lie."""
+"""The last linear layer: where it lies in a model and in an update, and what its rows tell of the features."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
+from fedattack.models import build_model
 from fedattack.observation import Update
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadEntries:
     """What was sent of the last linear layer.
 
     Attributes
     ----------
     name : str
         Its name in the state dict, without ".weight".
-    classes, features : int
     rows, cols : Tensor
         int64 (E,): where the sent weight entries lie.
     values : Tensor
@@ -63,7 +65,7 @@ def head_name(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> st
     return matrices[-1].removesuffix(".weight")
 
 
-def head_entries(update: Update) -> Head:
+def head_entries(update: Update) -> HeadEntries:
     """What was sent of the last linear layer (tensors on the CPU)."""
     name = head_name(update.names, update.shapes)
     shapes = dict(zip(update.names, update.shapes, strict=True))
@@ -74,12 +76,12 @@ def head_entries(update: Update) -> Head:
     positions, values = found[f"{name}.weight"]
     nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     bias_rows, bias_values = found.get(f"{name}.bias", nothing)
-    return Head(
+    return HeadEntries(
         name, classes, features, positions // features, positions % features, values, bias_rows, bias_values
     )
 
 
-def _beyond(head: Head, size: float) -> Head:
+def larger_entries(head: HeadEntries, size: float) -> HeadEntries:
     """The head's entries that are larger than `size`."""
     if not size:
         return head
@@ -92,3 +94,99 @@ def _beyond(head: Head, size: float) -> Head:
         bias_rows=head.bias_rows[bias],
         bias_values=head.bias_values[bias],
     )
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A linear head with a bias: names of its tensors in the update and its size."""
+
+    weight: str
+    bias: str
+    classes: int
+    features: int
+
+
+@dataclass(frozen=True)
+class RowSignals:
+    """What updates give away of the head's input, one row per image.
+
+    Attributes
+    ----------
+    values : Tensor
+        float32 (N, F): features h_j where they were sent, zero elsewhere.
+    sent : Tensor
+        bool (N, F): which were sent (and are not zero).
+    """
+
+    values: Tensor
+    sent: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: Tensor | slice) -> RowSignals:
+        return RowSignals(self.values[rows], self.sent[rows])
+
+
+def find_head(module: nn.Module) -> LinearHead:
+    """The last linear layer of a classifier.
+
+    Raises
+    ------
+    NotApplicable
+        If it has none, or that has no bias (whose gradient turns a row into features).
+    """
+    linear = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    if not linear:
+        raise NotApplicable("the model has no linear layer, and the attack reads features off the last one")
+    name, part = linear[-1]
+    if part.bias is None:
+        raise NotApplicable(f"the last linear layer {name!r} has no bias, whose gradient the attack needs")
+    return LinearHead(f"{name}.weight", f"{name}.bias", part.out_features, part.in_features)
+
+
+def read_rows(update: Update, head: LinearHead, labels: Tensor, batch_size: int) -> RowSignals:
+    """The features that a gradient gives away for each label.
+
+    Row y of the head's gradient is ``r_y h`` and the bias gradient ``r_y``, so their quotient is h wherever both
+    were sent (Geiping et al. 2020, proposition 3.1; Zhao et al. 2020); in a batch with distinct labels, up to what
+    the softmax gives the other images there. Where the bias was not sent, ``r_y`` is taken for ``-1 / batch_size``,
+    its value when the model gives y no probability.
+
+    Parameters
+    ----------
+    update : Update
+        As a gradient.
+    labels : Tensor
+        int64 (B,).
+    batch_size : int
+        Images the gradient is the mean of.
+
+    Returns
+    -------
+    RowSignals
+        B rows, on the CPU.
+    """
+    width = head.features
+    values = torch.zeros(len(labels), width)
+    residual = torch.full((len(labels),), -1.0 / batch_size)
+    for name, _, positions, sent in update.layers():
+        positions, sent = positions.cpu(), sent.float().cpu()
+        if name not in (head.weight, head.bias):
+            continue
+        for i, label in enumerate(labels.tolist()):
+            stride = width if name == head.weight else 1
+            ends = torch.tensor([label * stride, (label + 1) * stride])
+            low, high = torch.searchsorted(positions, ends).tolist()
+            if name == head.weight:
+                values[i, positions[low:high] - label * width] = sent[low:high]
+            elif high > low and sent[low] != 0:
+                residual[i] = sent[low]
+    return RowSignals(values / residual[:, None], values != 0)
+
+
+@lru_cache(maxsize=8)
+def head_of(model: ModelConfig) -> LinearHead:
+    """:func:`find_head` of a resolved configuration, without drawing any weights."""
+    with torch.device("meta"):
+        return find_head(build_model(model))

@@ -8,32 +8,17 @@ negative), and by about 1/B for each sample. :func:`infer` runs a strategy by na
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from adversaries.inversion.evidence import defences
+from adversaries.inversion.evidence.evidence import Evidence, Expectation, Labels
 from adversaries.inversion.evidence.first_layer import is_complete
-from adversaries.inversion.evidence.head import Head, head_entries
-from adversaries.inversion.evidence.labels import (
-    NON_NEGATIVE,
-    Expectation,
-    Labels,
-    counted,
-    enough,
-    expectation,
-    infer_labels,
-    public_images,
-)
-from adversaries.inversion.evidence.one_gradient import mean_gradient
-from fedattack.errors import NotApplicable, unknown_name
-from fedattack.observation import Observation, Scenario, Update
+from adversaries.inversion.evidence.labels import NON_NEGATIVE, counted, infer_labels
+from fedattack.errors import NotApplicable
+from fedattack.observation import Scenario
+from fedattack.registry import Registry
 from fedattack.rng import torch_rng
-
-Strategy = Literal["auto", "idlg", "gradinversion", "llg", "llg-star", "llg-plus", "sparse-rows"]
 
 NEVER_MUCH_BELOW_ZERO = NON_NEGATIVE | {"gelu"}
 """Activations for which signs and minima of rows mean what the papers say, who assume ReLU."""
@@ -42,43 +27,13 @@ _NOISE_IMAGES = 64
 """Random images from which LLG* estimates what the model does."""
 
 
-def expect(observation: Observation, images: Tensor | None = None) -> Expectation:
-    """What the model does on public images, for the strategies that count.
-
-    Over several local steps the client's model learns its batch, so that its predictions are the mean of those with
-    the weights before and after the round; the server knows both.
-
-    Parameters
-    ----------
-    observation : Observation
-    images : Tensor, optional
-        float32 (N, C, H, W); None: the auxiliary images, or flat colours without any.
-    """
-    scenario, update = observation.scenario, observation.update
-    if images is None:
-        images = public_images(observation.auxiliary, scenario.image_shape, enough(scenario.model))
-    how = scenario.training.batch_norm
-    before = expectation(scenario.model, observation.weights, images, batch_norm=how)
-    if update.kind == "gradient" or scenario.training.local_steps == 1:
-        return before
-    moved = {name: observation.weights[name] + change.cpu() for name, change in update.dense().items()}
-    after = expectation(scenario.model, dict(observation.weights) | moved, images, batch_norm=how)
-    return Expectation(
-        (before.features + after.features) / 2,
-        (before.shares + after.shares) / 2,
-        images,
-        before.model,
-        before.weights,
-    )
-
-
 def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
     """Refuse a strategy that cannot work under a scenario, whatever is sent.
 
     Parameters
     ----------
     strategy : str
-        A key of :data:`STRATEGIES`; others are passed over.
+        A name of :data:`STRATEGIES`; others are passed over.
     scenario : Scenario
     batch : int
         Labels to name; 0: not known yet.
@@ -112,64 +67,22 @@ def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """One observation as the strategies see it.
+def whole_rows(evidence: Evidence, strategy: str) -> Tensor:
+    """The head's weight gradient, float64 (classes, features).
 
-    Attributes
-    ----------
-    observation : Observation
-    update : Update
-        From :func:`mean_gradient`, on the CPU.
-    given : Expectation or None
-        From :func:`expect`, where the caller has it already.
+    Raises
+    ------
+    NotApplicable
+        If entries of it were not sent.
     """
-
-    observation: Observation
-    update: Update
-    given: Expectation | None = None
-
-    @property
-    def batch(self) -> int:
-        """Labels to name: the declared number of examples."""
-        return self.observation.num_examples
-
-    @cached_property
-    def head(self) -> Head:
-        """What was sent of the last linear layer."""
-        return head_entries(self.update)
-
-    @property
-    def signs_only(self) -> bool:
-        """Whether only signs (times a scale per tensor) were sent."""
-        return self.observation.scenario.compression.name == "sign"
-
-    @cached_property
-    def expected(self) -> Expectation:
-        """What the model does on public images."""
-        return self.given or expect(self.observation)
-
-    @property
-    def activation(self) -> str:
-        """The activation before the head."""
-        return str(self.observation.scenario.model.activation)
-
-    def rows(self, strategy: str) -> Tensor:
-        """The head's weight gradient, float64 (classes, features).
-
-        Raises
-        ------
-        NotApplicable
-            If entries of it were not sent.
-        """
-        head = self.head
-        if head.values.numel() != head.classes * head.features:
-            raise NotApplicable(
-                f"labels = {strategy!r} needs every entry of the last linear layer's gradient, and compression "
-                f"{self.observation.scenario.compression.name!r} sent {head.values.numel()} of "
-                f"{head.classes * head.features}; use 'sparse-rows' or 'auto'"
-            )
-        return head.values.double().reshape(head.classes, head.features)
+    head = evidence.head
+    if head.values.numel() != head.classes * head.features:
+        raise NotApplicable(
+            f"labels = {strategy!r} needs every entry of the last linear layer's gradient, and compression "
+            f"{evidence.observation.scenario.compression.name!r} sent {head.values.numel()} of "
+            f"{head.classes * head.features}; use 'sparse-rows' or 'auto'"
+        )
+    return head.values.double().reshape(head.classes, head.features)
 
 
 def idlg(evidence: Evidence) -> Labels:
@@ -190,7 +103,7 @@ def idlg(evidence: Evidence) -> Labels:
         label, note = int(missing.argmax()), "the only negative entry of the head's bias"
         confidence = float(missing[label] / missing.sum()) if float(missing.sum()) > 0 else 1 / head.classes
         return Labels(torch.tensor([label]), confidence, note)
-    rows = evidence.rows("idlg")
+    rows = whole_rows(evidence, "idlg")
     largest = int(rows.square().sum(1).argmax())
     along = rows @ rows[largest]
     # Rows are multiples of one vector, so one reference tells all signs. The label's stands alone on its side.
@@ -218,7 +131,7 @@ def gradinversion(evidence: Evidence) -> Labels:
     NotApplicable
         If entries are missing.
     """
-    lowest = evidence.rows("gradinversion").amin(1)
+    lowest = whole_rows(evidence, "gradinversion").amin(1)
     chosen = lowest.argsort(stable=True)[: evidence.batch]
     sure = float((lowest[chosen] < 0).float().mean())
     return Labels(chosen.sort().values, sure, "lowest rows of the head, taken as distinct")
@@ -231,7 +144,7 @@ def llg(evidence: Evidence) -> Labels:
     g_i times (1 + 1/classes) / B; then the class with the most negative remainder gets the next sample. Batches that
     hold most classes leave few negative sums and a far too small estimate: use LLG* or LLG+ there.
     """
-    sums = evidence.rows("llg").sum(1)
+    sums = whole_rows(evidence, "llg").sum(1)
     per_batch = -sums.clamp(max=0).sum() * (1 + 1 / len(sums))
     if float(per_batch) <= 0:
         return _nothing_negative(evidence)
@@ -243,7 +156,7 @@ def llg_star(evidence: Evidence) -> Labels:
     """LLG with impact and offsets from the weights on random images (LLG*, Wainakh et al. 2022)."""
     shape = evidence.observation.scenario.image_shape
     noise = torch.rand(_NOISE_IMAGES, *shape, generator=torch_rng(0, "llg-noise", *shape))
-    return _llg_from(evidence, expect(evidence.observation, noise), "llg-star")
+    return _llg_from(evidence, evidence.expected_on(noise), "llg-star")
 
 
 def llg_plus(evidence: Evidence) -> Labels:
@@ -264,18 +177,9 @@ def llg_plus(evidence: Evidence) -> Labels:
 
 def _llg_from(evidence: Evidence, expected: Expectation, strategy: str) -> Labels:
     """Impact: minus the expected sum of features over B. Offset of a class: its probability times that sum."""
-    sums = evidence.rows(strategy).sum(1)
+    sums = whole_rows(evidence, strategy).sum(1)
     total = float(expected.features.double().sum())
     return _renamed(counted(-sums / total, expected.shares, evidence.batch), f"row sums ({strategy})")
-
-
-def sparse_rows(evidence: Evidence) -> Labels:
-    """Signs and counts from whatever entries of the head were sent, its bias first.
-
-    See :func:`adversaries.inversion.evidence.labels.infer_labels`.
-    """
-    noise = defences.noise(evidence.observation)
-    return infer_labels(evidence.observation, evidence.update, evidence.expected, noise)
 
 
 def auto(evidence: Evidence) -> Labels:
@@ -286,7 +190,7 @@ def auto(evidence: Evidence) -> Labels:
         return idlg(evidence)
     if evidence.signs_only:
         return _from_signs(evidence)
-    return sparse_rows(evidence)
+    return infer_labels(evidence)
 
 
 def _from_signs(evidence: Evidence) -> Labels:
@@ -300,7 +204,7 @@ def _from_signs(evidence: Evidence) -> Labels:
                 f"labels: without the head's bias, signs name classes only where features are never negative, and "
                 f"activation {evidence.activation!r} gives both signs"
             )
-        lowness = -evidence.rows("auto").sign().mean(1)
+        lowness = -whole_rows(evidence, "auto").sign().mean(1)
     present = torch.nonzero(lowness > 0)[:, 0]
     if len(present) == 0:
         return _nothing_negative(evidence)
@@ -323,28 +227,29 @@ def _renamed(labels: Labels, note: str) -> Labels:
     return Labels(labels.values, labels.confidence, note)
 
 
-STRATEGIES: dict[str, Callable[[Evidence], Labels]] = {
-    "auto": auto,
-    "idlg": idlg,
-    "gradinversion": gradinversion,
-    "llg": llg,
-    "llg-star": llg_star,
-    "llg-plus": llg_plus,
-    "sparse-rows": sparse_rows,
-}
+STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
+    "label strategy",
+    {
+        "auto": auto,
+        "idlg": idlg,
+        "gradinversion": gradinversion,
+        "llg": llg,
+        "llg-star": llg_star,
+        "llg-plus": llg_plus,
+        "sparse-rows": infer_labels,
+    },
+    group="fedattack.label_strategies",
+)
 
 
-def infer(strategy: str, observation: Observation, expected: Expectation | None = None) -> Labels:
-    """The labels of a client's batch by the strategy of that name.
+def infer(strategy: str, evidence: Evidence) -> Labels:
+    """The labels of a client's batch by the strategy of that name, inferred once.
 
     Parameters
     ----------
     strategy : str
-        A key of :data:`STRATEGIES`.
-    observation : Observation
-        As it came; a delta of several local steps is read as their mean gradient (:func:`mean_gradient`).
-    expected : Expectation, optional
-        From :func:`expect`, for callers with many victims of one round and one local step.
+        A name of :data:`STRATEGIES`, or ``package.module:function``.
+    evidence : Evidence
 
     Returns
     -------
@@ -364,8 +269,8 @@ def infer(strategy: str, observation: Observation, expected: Expectation | None 
     Image Batch Recovery via GradInversion", CVPR 2021; Wainakh et al., "User-Level Label Leakage from Gradients in
     Federated Learning", PoPETs 2022.
     """
-    if strategy not in STRATEGIES:
-        raise unknown_name("label strategy", strategy, STRATEGIES)
-    check_strategy(strategy, observation.scenario, observation.num_examples)
-    evidence = Evidence(observation, mean_gradient(observation).to("cpu"), expected)
-    return STRATEGIES[strategy](evidence)
+    chosen = STRATEGIES.get(strategy)
+    if strategy not in evidence.inferred:
+        check_strategy(strategy, evidence.observation.scenario, evidence.batch)
+        evidence.inferred[strategy] = chosen(evidence)
+    return evidence.inferred[strategy]

@@ -10,151 +10,37 @@ tell: they carry W^T r, in which the label's row of W enters. Each class is trie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from adversaries.inversion.evidence import defences
-from adversaries.inversion.evidence.head import Head, _beyond, head_entries, head_name
+from adversaries.inversion.evidence.evidence import VOTERS, Evidence, Expectation, Labels
+from adversaries.inversion.evidence.head import HeadEntries
 from adversaries.inversion.gradients import closed_form
-from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
-from fedattack.models import build_model
-from fedattack.observation import Auxiliary, Observation, Update
-from fedattack.rng import torch_rng
-from fedattack.training import training_mode
 
 NON_NEGATIVE = frozenset({"sigmoid", "relu", "softplus"})
 """Activations whose values are never negative."""
 
-VOTERS = 32
 _TRIALS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Inferred labels of one batch.
-
-    Attributes
-    ----------
-    values : Tensor
-        int64 (B,), sorted.
-    confidence : float
-        In [0, 1], from the update alone: 1 where the signs leave no other answer.
-    note : str
-        How they were found.
-    """
-
-    values: Tensor
-    confidence: float
-    note: str
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What the model does on images of this kind, before any update is seen.
-
-    Attributes
-    ----------
-    features : Tensor
-        float32 (F,): mean features.
-    shares : Tensor
-        float32 (classes,): mean predicted probabilities.
-    images : Tensor
-        float32 (N, C, H, W): the images.
-    model : ModelConfig
-    weights : mapping of str to Tensor
-        State dict that was sent out.
-    """
-
-    features: Tensor
-    shares: Tensor
-    images: Tensor
-    model: ModelConfig
-    weights: Mapping[str, Tensor]
-
-
-def public_images(auxiliary: Auxiliary | None, image_shape: tuple[int, int, int], count: int = 256) -> Tensor:
-    """Up to `count` images (N, C, H, W) spread over the auxiliary ones; without any, flat random colours."""
-    if auxiliary is not None and len(auxiliary):
-        picked = torch.linspace(0, len(auxiliary) - 1, min(count, len(auxiliary))).round().long()
-        return auxiliary.images[picked].float()
-    channels = image_shape[0]
-    colours = torch.rand(VOTERS, channels, 1, 1, generator=torch_rng(0, "flat-colours", channels))
-    return (0.2 + 0.6 * colours).expand(-1, *image_shape)
-
-
-def enough(model: ModelConfig) -> int:
-    """Public images worth a forward pass: a deep network costs seconds for each."""
-    return 16 if model.name.startswith("resnet") else 256
-
-
-@torch.no_grad()
-def expectation(
-    model: ModelConfig,
-    weights: Mapping[str, Tensor],
-    images: Tensor,
-    batch: int = 64,
-    batch_norm: Literal["train", "eval"] = "train",
-) -> Expectation:
-    """Mean features and predictions of public images (N, C, H, W).
-
-    BatchNorm takes its statistics from these images as it does from a client's batch, or uses the running ones.
-    """
-    module = training_mode(build_model(model), batch_norm)
-    module.load_state_dict(dict(weights))
-    last = module.get_submodule(head_name(*_parameters(module)))
-    seen: list[Tensor] = []
-    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    logits = [module(part) for part in images.float().split(batch)]
-    handle.remove()
-    return Expectation(torch.cat(seen).mean(0), torch.cat(logits).softmax(1).mean(0), images, model, weights)
-
-
-def _parameters(module: torch.nn.Module) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-    pairs = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
-    return tuple(n for n, _ in pairs), tuple(s for _, s in pairs)
-
-
-def infer_labels(
-    observation: Observation, update: Update, expected: Expectation, noise: float = 0.0
-) -> Labels:
-    """Labels of the batch, duplicates included.
-
-    Parameters
-    ----------
-    observation : Observation
-        For the declared number of examples (B) and the activation.
-    update : Update
-        The update as a gradient.
-    expected : Expectation
-        From :func:`expectation`: translates weight entries into residuals, and says what part of a residual is the
-        prediction.
-    noise : float
-        Standard deviation of noise in the update's entries; those that it explains are passed over.
-
-    Returns
-    -------
-    Labels
+def infer_labels(evidence: Evidence) -> Labels:
+    """Labels of the batch, duplicates included, by signs and counts; entries that noise explains are passed over.
 
     References
     ----------
     Zhao et al., "iDLG: Improved Deep Leakage from Gradients", 2020 (sign, batch 1); Wainakh et al., "User-Level Label
     Leakage from Gradients in Federated Learning", PoPETs 2022 (counts).
     """
-    head = _beyond(head_entries(update), defences.doubtful_below(noise, update.numel))
-    batch = observation.num_examples
+    head, expected = evidence.sure_head, evidence.expected
     mass = _missing_mass(head, expected)
-    if batch > 1:
-        if defences.clips(observation.scenario):
+    if evidence.batch > 1:
+        if evidence.clips:
             mass = _unclipped(mass, expected.shares)
-        return counted(mass, expected.shares, batch)
+        return counted(mass, expected.shares, evidence.batch)
     if not bool((mass > 0).any()):
-        return _vote(mass, update, expected)
-    return _one(head, mass, observation.scenario.model.activation not in NON_NEGATIVE)
+        return _vote(mass, evidence)
+    return _one(head, mass, evidence.activation not in NON_NEGATIVE)
 
 
 def _unclipped(mass: Tensor, shares: Tensor) -> Tensor:
@@ -165,7 +51,7 @@ def _unclipped(mass: Tensor, shares: Tensor) -> Tensor:
     return mass * (1 - shares.double()[missing].sum()).clamp(min=0.01) / mass[missing].sum().clamp(max=1.0)
 
 
-def _missing_mass(head: Head, expected: Expectation) -> Tensor:
+def _missing_mass(head: HeadEntries, expected: Expectation) -> Tensor:
     """Estimate of -mean_b r_b[i] per class, from the bias where it was sent, else from the weights.
 
     The weights' row i is a residual times features; projecting it on the expected features at the sent columns
@@ -186,7 +72,7 @@ def _missing_mass(head: Head, expected: Expectation) -> Tensor:
     return mass
 
 
-def _one(head: Head, mass: Tensor, signed: bool) -> Labels:
+def _one(head: HeadEntries, mass: Tensor, signed: bool) -> Labels:
     """Batch 1: the only class whose residual p_y - 1 is negative."""
     missing = mass.nan_to_num(nan=0.0).clamp(min=0)
     label = int(missing.argmax())
@@ -201,7 +87,7 @@ def _one(head: Head, mass: Tensor, signed: bool) -> Labels:
 
 
 @torch.no_grad()
-def _vote(mass: Tensor, update: Update, expected: Expectation) -> Labels:
+def _vote(mass: Tensor, evidence: Evidence) -> Labels:
     """Batch 1, no negative row: each public image names the class that would explain the convolutions' gradients.
 
     The score of a class is the cosine, over the sent entries, between what the image would have sent with that label
@@ -210,23 +96,21 @@ def _vote(mass: Tensor, update: Update, expected: Expectation) -> Labels:
     candidates = torch.nonzero(mass.isnan())[:, 0]
     if len(candidates) == 0:
         return Labels(mass.argmax()[None], 0.0, "no negative row was sent")
+    guess = Labels(candidates[:1], 1 / len(candidates), "no negative row was sent; one of the other classes")
+    update, images = evidence.gradient, evidence.expected.images
     try:
-        chain = closed_form.describe(expected.model)
+        chain = closed_form.describe(evidence.observation.scenario.model)
     except NotApplicable:
-        return Labels(
-            candidates[:1], 1 / len(candidates), "no negative row was sent; one of the other classes"
-        )
+        return guess
     sent = {
         name: (positions, values) for name, _, positions, values in update.layers() if name in chain.names
     }
     target = torch.cat([values for _, values in sent.values()])
     if len(target) == 0:
-        return Labels(
-            candidates[:1], 1 / len(candidates), "no negative row was sent; one of the other classes"
-        )
-    weights = {name: expected.weights[name].float() for name in update.names}
+        return guess
+    weights = {name: evidence.observation.weights[name].float() for name in update.names}
     votes = torch.zeros(len(mass), dtype=torch.int64)
-    voters = expected.images[:: max(1, len(expected.images) // VOTERS)][:VOTERS]
+    voters = images[:: max(1, len(images) // VOTERS)][:VOTERS]
     for image in voters:
         features = closed_form.features(chain, weights, image[None])
         scores = []

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from torch import Tensor
 
 from adversaries.inversion.evidence import defences
 from adversaries.inversion.evidence.first_layer import is_complete
+from adversaries.inversion.gradients.schedule import step_weights
 from fedattack.defenses import hides_clients
-from fedattack.errors import NotApplicable
+from fedattack.errors import NotApplicable, PayloadError
 from fedattack.observation import EVERYONE, Observation, Scenario, Update
-
-__all__ = ["accumulates", "as_gradient", "check_one_gradient", "check_sum"]
 
 
 def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
@@ -18,7 +20,6 @@ def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
 
     Parameters
     ----------
-    scenario : Scenario
     signs : bool
         Whether the attack can do with the gradient's signs (objective "sign", or a cosine).
 
@@ -80,14 +81,12 @@ def _partial_sums(compressor: str) -> NotApplicable:
 
 def accumulates(scenario: Scenario) -> bool:
     """Whether updates after the first carry what earlier rounds held back (error feedback, DGC)."""
-    return scenario.compression.error_feedback or scenario.compression.name == "dgc"
+    compression = scenario.compression
+    return compression.name == "dgc" or (compression.error_feedback and compression.name != "none")
 
 
-def as_gradient(observation: Observation, *, signs: bool = False) -> Update:
-    """The update as entries of one gradient, or of its signs where these are all that was sent and `signs` is set.
-
-    A weight delta of one plain SGD step is -lr * (gradient + weight decay * weights), whatever the momentum, whose
-    buffer starts empty. That is undone exactly, entry by entry.
+def check_received(observation: Observation, *, signs: bool = False) -> None:
+    """:func:`check_one_gradient`, and what only the update tells.
 
     Raises
     ------
@@ -98,27 +97,95 @@ def as_gradient(observation: Observation, *, signs: bool = False) -> Update:
     check_one_gradient(scenario, signs=signs)
     if observation.client == EVERYONE and update.kept < update.numel:
         raise _partial_sums(scenario.compression.name)
-    if accumulates(scenario) and observation.round > 1:
+    _check_first(observation)
+
+
+def check_declared(observation: Observation) -> None:
+    """Refuse a client that declares more examples than were agreed.
+
+    Raises
+    ------
+    PayloadError
+    """
+    training = observation.scenario.training
+    most = training.batch_size * training.local_steps
+    if observation.num_examples < 1 or (most and observation.num_examples > most):
+        raise PayloadError(
+            f"client {observation.client} declares {observation.num_examples} examples; 1 to "
+            f"{most or 'all of its own'} were agreed"
+        )
+
+
+def _check_first(observation: Observation) -> None:
+    if accumulates(observation.scenario) and observation.round > 1:
         raise NotApplicable(
             f"round {observation.round} with error feedback: the update holds residuals of earlier gradients, and "
             "this attack matches one gradient; attack round 1"
         )
+
+
+def as_gradient(observation: Observation, *, signs: bool = False) -> Update:
+    """The update as entries of one gradient, or of its signs where these are all that was sent and `signs` is set.
+
+    Raises
+    ------
+    NotApplicable
+        See :func:`check_received`.
+    """
+    check_received(observation, signs=signs)
+    return mean_gradient(observation)
+
+
+def gradient_unit(observation: Observation) -> float:
+    """What the update is of the mean gradient over the round's local steps: 1, or ``-lr * sum_t c_t`` for a delta.
+
+    T steps of SGD with momentum m move the weights by ``-lr * sum_t c_t (g_t + wd * w_t)`` with
+    ``c_t = 1 + m + ... + m^(T-t)``.
+    """
+    if observation.update.kind == "gradient":
+        return 1.0
+    training = observation.scenario.training
+    return -training.learning_rate * sum(step_weights(training))
+
+
+def rescaled(observation: Observation) -> Update:
+    """The update over :func:`gradient_unit`: the mean gradient, and whatever else the update holds."""
+    update = observation.update
     if update.kind == "gradient":
         return update
-    values = -update.values / scenario.training.learning_rate
-    if scenario.training.weight_decay:
-        flat = torch.cat([observation.weights[name].flatten() for name in update.names]).to(values)
-        sent = flat if update.indices is None else flat[update.indices]
-        values = values - scenario.training.weight_decay * sent
-    return Update(update.names, update.shapes, update.indices, values, "gradient")
+    return dataclasses.replace(update, values=update.values / gradient_unit(observation), kind="gradient")
 
 
-def mean_gradient(observation: Observation) -> Update:
-    """The update as (an approximation of) the mean gradient over the round's local steps.
+def beside_gradient(observation: Observation, carried: Tensor | None = None) -> Tensor | None:
+    """What :func:`rescaled` holds beside the mean gradient, float64 (numel,); None: nothing.
 
-    A weight delta of T steps of SGD with momentum m is ``-lr * sum_t c_t (g_t + wd * w_t)`` with
-    ``c_t = 1 + m + ... + m^(T-t)``. It is divided by ``-lr * sum_t c_t``, and w_t is taken for the mean of the
-    weights before and after; exact for one step.
+    Weight decay, where w_t is taken for the mean of the weights before and after the round (exact for one step, and
+    for entries that were sent), and `carried`, what earlier rounds held back, in the same units.
+    """
+    training, update = observation.scenario.training, observation.update
+    if update.kind == "gradient" or not training.weight_decay:
+        return carried
+    weights = torch.cat([observation.weights[name].double().flatten() for name in update.names]).to(
+        update.values.device
+    )
+    if training.local_steps > 1:
+        halfway = update.values.double() * ((training.local_steps - 1) / (2 * training.local_steps))
+        weights[slice(None) if update.indices is None else update.indices] += halfway
+    decay = training.weight_decay * weights
+    return decay if carried is None else decay + carried
+
+
+def mean_gradient(
+    observation: Observation, carried: Tensor | None = None, *, followed: bool = False
+) -> Update:
+    """The update as (an approximation of) the mean gradient over the round's local steps; exact for one step.
+
+    Parameters
+    ----------
+    carried : Tensor, optional
+        float64 (numel,), in units of the mean gradient: what earlier rounds held back.
+    followed : bool
+        Whether that, or nothing, is all that they did.
 
     Returns
     -------
@@ -128,22 +195,12 @@ def mean_gradient(observation: Observation) -> Update:
     Raises
     ------
     NotApplicable
-        If the update also holds what earlier rounds held back.
+        If the update also holds what earlier rounds held back, and these were not `followed`.
     """
-    scenario, update = observation.scenario, observation.update
-    if accumulates(scenario) and observation.round > 1:
-        raise NotApplicable(
-            f"round {observation.round} with error feedback: the update holds residuals of other batches, whose "
-            "labels cannot be told from this one's; attack round 1"
-        )
-    if update.kind == "gradient":
+    if not followed:
+        _check_first(observation)
+    update, beside = rescaled(observation), beside_gradient(observation, carried)
+    if beside is None:
         return update
-    training = scenario.training
-    steps, momentum = training.local_steps, training.momentum
-    visits = sum(momentum**age for step in range(steps) for age in range(steps - step))
-    values = -update.values / (training.learning_rate * visits)
-    if training.weight_decay:
-        flat = torch.cat([observation.weights[name].flatten() for name in update.names]).to(values)
-        before = flat if update.indices is None else flat[update.indices]
-        values = values - training.weight_decay * (before + update.values * (steps - 1) / (2 * steps))
-    return Update(update.names, update.shapes, update.indices, values, "gradient")
+    values = update.values.double() - (beside if update.indices is None else beside[update.indices])
+    return dataclasses.replace(update, values=values.float())

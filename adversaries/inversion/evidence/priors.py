@@ -84,10 +84,6 @@ class GaussianPrior:
         values, vectors = self._eigen
         return vectors[:, :modes] * values[:modes].sqrt()
 
-    def mean_image(self) -> Tensor:
-        """The mean as a float32 image (C, H, W) in [0, 1]."""
-        return self.mean.reshape(self.image_shape).float().clamp(0, 1)
-
 
 def gaussian_prior(
     auxiliary: Auxiliary | None, image_shape: tuple[int, int, int], shrinkage: float | None = None
@@ -110,10 +106,6 @@ def gaussian_prior(
         (C, H, W) of the federation's images.
     shrinkage : float, optional
         In (0, 1]; None: chosen by held-out likelihood.
-
-    Returns
-    -------
-    GaussianPrior
 
     Raises
     ------
@@ -161,10 +153,6 @@ def smooth_prior(
         Of the power spectrum; 2 is the average of natural images (Field 1987).
     colour : float
         Correlation between colour channels.
-
-    Returns
-    -------
-    GaussianPrior
     """
     channels = image_shape[0]
     variances = deviation**2 * _spectrum(image_shape, exponent, colour).flatten()

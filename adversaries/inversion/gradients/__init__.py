@@ -68,7 +68,6 @@ def gradient_model(
         Whether the clients' BatchNorm used their batch's statistics or the running ones.
     unroll : Schedule, optional
         Simulate these local steps (:func:`schedule_for`).
-    device : torch.device
 
     Raises
     ------

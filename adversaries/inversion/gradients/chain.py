@@ -32,7 +32,6 @@ class ChainGradients:
         int64 (V, B).
     layers : {"all", "last"}
         Which tensors take part; "last" is the head's weight alone.
-    device : torch.device
     """
 
     joint = True

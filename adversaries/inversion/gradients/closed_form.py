@@ -239,7 +239,6 @@ def features(chain: Chain, weights: Weights, images: Tensor) -> Tensor:
 
     Parameters
     ----------
-    chain : Chain
     weights : mapping of str to Tensor
         The state dict, of the images' dtype and device.
     images : Tensor
@@ -331,7 +330,6 @@ def conv_gradients(
 
     Parameters
     ----------
-    chain : Chain
     weights : mapping of str to Tensor
         The state dict, of the images' dtype and device.
     images : Tensor
@@ -356,29 +354,6 @@ def kernel_gradients(chain: Chain, forward: ForwardPass, delta: Sequence[Tensor]
     for layer, inputs, dl_du in zip(chain.convolutions, forward.inputs, delta, strict=True):
         gradients[layer.weight] = correlate(layer, dl_du, patches(layer, inputs))
         gradients[layer.bias] = dl_du.flatten(2).sum(2)
-    return gradients
-
-
-def sample_gradients(chain: Chain, weights: Weights, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """All per-sample gradients, the dense head included: for small heads, simulation and tests.
-
-    Parameters
-    ----------
-    images : Tensor
-        (N, C, H, W).
-    labels : Tensor
-        int64 (N,) or class probabilities (N, classes).
-
-    Returns
-    -------
-    dict of str to Tensor
-        State-dict name -> (N, *shape of the parameter).
-    """
-    h = features(chain, weights, images)
-    residual = head_residual(weights, h, labels)
-    gradients = conv_gradients(chain, weights, images, feature_gradient(weights, residual))
-    gradients["head.weight"] = residual[:, :, None] * h[:, None, :]
-    gradients["head.bias"] = residual
     return gradients
 
 

@@ -29,10 +29,6 @@ class CompiledSlope:
 
     A failure is logged with its reason, and costs nothing but the time.
 
-    Parameters
-    ----------
-    plain : DirectGradients
-
     Attributes
     ----------
     outcome : str

@@ -31,7 +31,6 @@ class Convolution(Layer):
 
     Parameters
     ----------
-    name : str
     layer : nn.Conv2d
     weights : dict of str to Tensor
         State dict.
@@ -292,7 +291,6 @@ class Adjoint:
         (O, C, kh, kw) of the kernel.
     geometry : Geometry
         Dilation must be 1 where it is used.
-    device : torch.device
     """
 
     def __init__(self, shape: Sequence[int], geometry: Geometry, device: torch.device) -> None:
@@ -401,8 +399,6 @@ class Fold:
     ----------
     name : str
         Of the BatchNorm.
-    layer : nn.Module
-    weights : dict of str to Tensor
     """
 
     def __init__(self, name: str, layer: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -31,7 +31,6 @@ class Passes:
 
     Parameters
     ----------
-    network : Network
     images : Tensor
         (V, B, C, H, W).
     targets : Tensor

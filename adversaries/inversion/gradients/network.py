@@ -82,7 +82,6 @@ def fold(steps: Sequence[Step], image_shape: Sequence[int], device: torch.device
 
     Parameters
     ----------
-    steps : sequence of Step
     image_shape : sequence of int
         (C, H, W).
     device : torch.device
@@ -207,7 +206,6 @@ class Network:
 
     Parameters
     ----------
-    steps : sequence of Step
     shapes : dict of str to tuple of int
         The wanted tensors, in order.
     """

@@ -102,8 +102,6 @@ class Network:
         int64 (B,).
     batch_norm : {"train", "eval"}
         Whether BatchNorm uses the batch's statistics, as a client does that trains, or the sent running ones.
-    device : torch.device
-    dtype : torch.dtype
 
     Attributes
     ----------

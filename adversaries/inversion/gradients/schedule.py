@@ -1,11 +1,18 @@
-"""Which of a victim's images are in the batch of each local step."""
+"""A client's local steps: which of its images are in the batch of each, and how much each counts."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fedattack.config import TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.observation import Scenario
+
+MOST_ORDERS = 24
+"""Orders of the local batches that are tried for one guess of the images; each costs a simulation of the client."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,8 @@ def schedule_for(scenario: Scenario, num_examples: int) -> Schedule:
 
     Parameters
     ----------
-    scenario : Scenario
     num_examples : int
         Distinct samples that the client says it used. Fewer than steps times batch size mean that it has no more.
-
-    Returns
-    -------
-    Schedule
 
     Raises
     ------
@@ -71,3 +73,51 @@ def schedule_for(scenario: Scenario, num_examples: int) -> Schedule:
         )
     epoch = [tuple(range(start, min(start + size, num_examples))) for start in range(0, num_examples, size)]
     return Schedule(tuple(epoch[step % len(epoch)] for step in range(steps)))
+
+
+def schedules_for(scenario: Scenario, num_examples: int) -> list[Schedule]:
+    """Every schedule under which `num_examples` known images may have been seen, that of :func:`schedule_for` first.
+
+    One where all images are in every step; else each assignment of images to steps.
+
+    Raises
+    ------
+    NotApplicable
+        If images are seen again in another batch (several epochs of several batches), or the orders are too many.
+    """
+    first, training = schedule_for(scenario, num_examples), scenario.training
+    size, steps = training.batch_size, training.local_steps
+    if size == 0 or num_examples <= size:
+        return [first]
+    if num_examples != steps * size:
+        raise NotApplicable(
+            f"training.local_steps = {steps} with training.batch_size = {size}: {num_examples} samples are drawn "
+            "anew in another epoch, and in which batches they meet is not known; use batch_size 0 or fewer "
+            "local_steps"
+        )
+    count = math.factorial(num_examples) // math.factorial(size) ** steps
+    if count > MOST_ORDERS:
+        raise NotApplicable(
+            f"training.local_steps = {steps} with training.batch_size = {size}: {count:,} orders of the samples are "
+            f"possible, and at most {MOST_ORDERS} are tried; use fewer local_steps or batch_size 0"
+        )
+    return [Schedule(tuple(order)) for order in _assignments(tuple(range(num_examples)), size)]
+
+
+def _assignments(samples: tuple[int, ...], size: int) -> Iterator[list[tuple[int, ...]]]:
+    """Ordered partitions of `samples` into batches of `size`."""
+    if not samples:
+        yield []
+        return
+    for batch in itertools.combinations(samples, size):
+        rest = tuple(sample for sample in samples if sample not in batch)
+        for later in _assignments(rest, size):
+            yield [batch, *later]
+
+
+def step_weights(training: TrainingConfig) -> list[float]:
+    """How often each step's gradient enters the weights: ``c_t = 1 + m + ... + m^(T-t)`` for momentum m."""
+    return [
+        sum(training.momentum**age for age in range(training.local_steps - step))
+        for step in range(training.local_steps)
+    ]

@@ -90,7 +90,6 @@ class GradientModel(Protocol):
 
     Attributes
     ----------
-    sent : Sent
     joint : bool
         Whether all victims are best predicted in one call; otherwise one call per victim keeps the memory down.
     """

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import client
-from adversaries.inversion.evidence.client import Client
+from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.one_gradient import as_gradient
 from adversaries.inversion.learning import files
 from adversaries.inversion.learning import train as train_module
@@ -159,19 +159,14 @@ def collect_pairs(
 
     Parameters
     ----------
-    scenario : Scenario
     weights : mapping of str to Tensor
         The broadcast state dict.
-    auxiliary : Auxiliary
     count : int
         Images to reconstruct, a seeded draw.
     iterations : int
         Of matching before each snapshot.
     out : str, Path or None
         File to write; None: keep them in memory.
-    seed : int
-    device : torch.device or str
-    progress : Progress
     batch_size : int, optional
         Images per client; None: the scenario's.
     stretches : int
@@ -184,10 +179,6 @@ def collect_pairs(
         How to match; its `iterations` are replaced.
     together : int
         Clients in one batched optimisation.
-
-    Returns
-    -------
-    Pairs
 
     Raises
     ------
@@ -223,7 +214,7 @@ def collect_pairs(
         else:
             begin = torch.randn(clean.shape, generator=torch_rng(seed, "denoiser.start", first))
         labels = torch.stack([client.draw_labels(size, runner.client.head.classes, rng) for _ in part])
-        told = train_module.share_of(progress, first / clients, min(1.0, (first + together) / clients))
+        told = share_of(progress, first / clients, min(1.0, (first + together) / clients))
         shots = runner.run(clean, labels, begin, stretches, denoiser, first, told)
         noisy.append(torch.stack(shots))
     stages = torch.cat(noisy, 1).flatten(1, 2)
@@ -265,7 +256,7 @@ class _Runner:
         settings: Matching,
         iterations: int,
     ) -> None:
-        self.client = Client(scenario, weights, seed)
+        self.client = ImitatedClient(scenario, weights, seed)
         self.settings = dataclasses.replace(settings, iterations=iterations, transform_every=0)
         self._device = device
 
@@ -289,7 +280,7 @@ class _Runner:
         for stretch in range(stretches):
             if stretch and denoiser is not None:
                 images = denoiser(images.flatten(0, 1)).reshape(images.shape)
-            told = train_module.share_of(progress, stretch / stretches, (stretch + 1) / stretches)
+            told = share_of(progress, stretch / stretches, (stretch + 1) / stretches)
             found = match(seen, labels, images[None], self.settings, self._device, told)
             images = torch.stack([one.images for one in found])
             shots.append(images)
@@ -313,10 +304,8 @@ def train_denoiser(
 
     Parameters
     ----------
-    pairs : Pairs, str or Path
     out : str, Path or None
         File to write (safetensors); None: keep it in memory.
-    seed : int
     architecture : str
         A name registered in :data:`fedattack.models.decoders.denoisers.DENOISERS`: "dncnn".
     depth, width : int
@@ -327,12 +316,9 @@ def train_denoiser(
         Of Adam, at the start.
     held_out : float
         Share of people kept for the figures.
-    device : torch.device or str
-    progress : Progress
 
     Returns
     -------
-    Denoiser
     dict
         JSON-able: "psnr" in dB on held-out pairs before and after denoising ("noisy", "denoised"), counts, seconds.
     """
@@ -423,7 +409,6 @@ def test_denoiser(
     ----------
     path : str or Path
         The denoiser.
-    pairs : Pairs, str or Path
     held_out_only : bool
         Only those that its training left out; right when `pairs` are those that it was trained on.
 
@@ -440,76 +425,6 @@ def test_denoiser(
 
 
 test_denoiser.__test__ = False  # type: ignore[attr-defined]
-
-
-def compare_denoiser(
-    path: str | Path,
-    pairs: Pairs | str | Path,
-    scenario: Scenario,
-    weights: Mapping[str, Tensor],
-    seed: int,
-    stretches: int = 3,
-    limit: int = 32,
-    device: torch.device | str = "cpu",
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Matching with and without the denoiser, for the same number of iterations, on people it has not seen.
-
-    Parameters
-    ----------
-    path : str or Path
-        The denoiser.
-    pairs : Pairs, str or Path
-        Those that it was trained on; the images that its training left out are attacked, from the auxiliary mean.
-    scenario : Scenario
-    weights : mapping of str to Tensor
-        The broadcast state dict.
-    seed : int
-        Of the labels.
-    stretches : int
-        Stretches of as many iterations as before each snapshot of the pairs, with denoising between them.
-    limit : int
-        At most this many images.
-    device : torch.device or str
-    progress : Progress
-
-    Returns
-    -------
-    dict
-        "iterations": after each stretch; "with", "without": mean PSNR in dB there; "start": that of the mean;
-        "images".
-    """
-    denoiser = load_denoiser(path)
-    held = load_pairs(pairs) if isinstance(pairs, str | Path) else pairs
-    made_for = held.metadata["made_for"]
-    size = int(made_for["batch_size"])
-    files.refuse_other(made_for, files.described(scenario, weights, size, 1), PAIRS)
-    unseen = held[_unseen(denoiser, held)]
-    unseen = unseen[unseen.stage == 1]
-    usable = min(limit, len(unseen.clean)) // size * size
-    if not usable:
-        raise DataError(f"{len(unseen.clean)} held-out images do not fill one batch of {size}")
-    clean = unseen.clean[:usable].unflatten(0, (-1, size))
-    iterations = int(held.metadata["iterations"])
-    settings = Matching(**held.metadata["matching"])
-    runner = _Runner(scenario, weights, seed, torch.device(device), settings, iterations)
-    rng = numpy_rng(seed, "denoiser.compare")
-    labels = torch.stack([client.draw_labels(size, runner.client.head.classes, rng) for _ in clean])
-    begin = held.mean.expand_as(clean).contiguous()
-    low, high = train_module.share_of(progress, 0, 0.5), train_module.share_of(progress, 0.5, 1)
-    plain = runner.run(clean, labels, begin, stretches, None, 0, low)
-    helped = runner.run(clean, labels, begin, stretches, denoiser, 0, high)
-
-    def score(images: Tensor) -> float:
-        return float(psnr(images.flatten(0, 1), clean.flatten(0, 1)).mean())
-
-    return {
-        "iterations": [iterations * (stretch + 1) for stretch in range(stretches)],
-        "with": [score(images) for images in helped],
-        "without": [score(images) for images in plain],
-        "start": score(begin),
-        "images": usable,
-    }
 
 
 def _split(pairs: Pairs, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,6 @@ def save_learned(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     ----------
     path : str or Path
         Its folder is made where it is missing.
-    tensors : mapping of str to Tensor
     metadata : mapping
         JSON-able; must say its "kind".
 
@@ -75,7 +74,6 @@ def load_learned(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
     Returns
     -------
-    dict of str to Tensor
     dict
         The metadata.
 
@@ -135,8 +133,6 @@ def refuse_other(
     ----------
     made_for, wanted : mapping
         From :func:`described`.
-    kind : str
-    path : str
     round_free : bool
         Leave the share that the round implies out of the comparison.
 

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import client as client_module
-from adversaries.inversion.evidence import head_rows
-from adversaries.inversion.evidence.client import Client, SignalPairs
-from adversaries.inversion.evidence.head_rows import RowSignals
+from adversaries.inversion.evidence.client import ImitatedClient, SignalPairs
+from adversaries.inversion.evidence.evidence import Evidence
+from adversaries.inversion.evidence.head import RowSignals
 from adversaries.inversion.learning import files, train
 from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
 from fedattack.metrics.images import psnr
@@ -70,7 +70,6 @@ class Generator:
 
         Parameters
         ----------
-        observation : Observation
         labels : Tensor
             int64 (B,): inferred labels. Equal labels get the same image: their row is shared.
 
@@ -85,7 +84,7 @@ class Generator:
             If it was trained for other weights, another scenario or another batch size.
         """
         self.check(observation)
-        signals = head_rows.observed_rows(observation, labels.cpu())
+        signals = Evidence(observation).rows(labels.cpu())
         return _apply(self.module, signals).clamp(0, 1)
 
     def check(self, observation: Observation) -> None:
@@ -124,13 +123,10 @@ def train_generator(
 
     Parameters
     ----------
-    scenario : Scenario
     weights : mapping of str to Tensor
         The broadcast state dict.
-    auxiliary : Auxiliary
     out : str, Path or None
         File to write (safetensors); None: keep it in memory.
-    seed : int
     architecture : str
         A name registered in :data:`fedattack.models.decoders.from_features.GENERATORS`: "ridge-conv", "deconv".
         Others than "ridge-conv" must answer in (0, 1).
@@ -150,12 +146,9 @@ def train_generator(
         Share of people (or images, where the auxiliary data names nobody) kept for the figures.
     round : int
         1-based round whose compression is imitated (matters under DGC's warm-up).
-    device : torch.device or str
-    progress : Progress
 
     Returns
     -------
-    Generator
     dict
         JSON-able: "psnr" in dB on held-out auxiliary images of the generator ("generator"), of its linear map alone
         ("linear", where it has one) and of the training images' mean ("mean", the floor); counts and seconds.
@@ -170,9 +163,9 @@ def train_generator(
     train.check_shapes(scenario, auxiliary)
     size = client_module.batch_size_of(scenario, batch_size)
     seen, unseen = train.hold_out(auxiliary, held_out, seed)
-    client = Client(scenario, weights, seed, round, device)
+    client = ImitatedClient(scenario, weights, seed, round, device)
     pairs = client_module.simulate_rows(
-        client, auxiliary.images, seen, size, seed, passes, mirror, train.share_of(progress, 0.0, 0.4)
+        client, auxiliary.images, seen, size, seed, passes, mirror, share_of(progress, 0.0, 0.4)
     )
     test = client_module.simulate_rows(client, auxiliary.images, unseen, size, seed + 1)
     activation = str(scenario.model.activation)
@@ -185,7 +178,7 @@ def train_generator(
             architecture, client.head.features, scenario.image_shape, activation, width, rank
         )
     figures: dict[str, float] = {}
-    fitting, told = train.share_of(progress, 0.4, 0.6), train.share_of(progress, 0.6, 1.0)
+    fitting, told = share_of(progress, 0.4, 0.6), share_of(progress, 0.6, 1.0)
     notes: dict[str, Any] = {}
     if isinstance(module, RidgeConv):
         groups = auxiliary.groups if auxiliary.groups is not None else torch.arange(len(auxiliary))
@@ -287,11 +280,8 @@ def obtain_generator(
 
     Parameters
     ----------
-    setting : str
     observation : Observation
         Any victim of the round: for the scenario, the weights, the batch size and the auxiliary images.
-    seed : int
-    device : torch.device or str
     progress : Progress
         Told how many clients are imitated and how far training has come: a minute or more for thousands of images.
 
@@ -332,7 +322,6 @@ def test_generator(
 
     Parameters
     ----------
-    path : str or Path
     scenario, weights, round, device
         As in :func:`train_generator`.
     images : Auxiliary
@@ -351,7 +340,7 @@ def test_generator(
     size = int(generator.metadata["made_for"]["batch_size"])
     wanted = files.described(scenario, weights, size, round)
     files.refuse_other(generator.metadata["made_for"], wanted, KIND, str(path))
-    client = Client(scenario, weights, seed, round, device)
+    client = ImitatedClient(scenario, weights, seed, round, device)
     pairs = client_module.simulate_rows(client, images.images, torch.arange(len(images)), size, seed)
     scores = psnr(_apply(generator.module, pairs.signals), pairs.images)
     return {
@@ -379,10 +368,8 @@ def fit_linear(
     ----------
     module : RidgeConv
         Its buffers and linear layer are filled.
-    pairs : SignalPairs
     groups : Tensor
         int64 (N,): whose image each is; no one is in two folds.
-    progress : Progress
 
     Returns
     -------

@@ -81,13 +81,8 @@ def train_image_generator(
 
     Parameters
     ----------
-    auxiliary : Auxiliary
-    seed : int
     latent, width : int
         Sizes of :class:`fedattack.models.decoders.from_latent.ImageGenerator`.
-    epochs : int
-    device : torch.device
-    progress : Progress
 
     Returns
     -------

@@ -66,17 +66,14 @@ def descend(
 
     Parameters
     ----------
-    parameters : sequence of Tensor
     loss : callable
         Positions (n,) -> scalar.
     count : int
         Training samples.
-    epochs : int
     learning_rate : float
         At the start.
     stream : torch.Generator
         Shuffles.
-    progress : Progress
     batch : int
         Samples per step.
 
@@ -104,11 +101,6 @@ def descend(
                     raise RunFailed(f"training diverged: the loss became {shown}; lower the learning rate")
                 done = epoch * (count // batch) + step
                 progress(done / steps, f"training, epoch {epoch + 1}/{epochs}, loss {shown:.4g}")
-
-
-def share_of(progress: Progress, low: float, high: float) -> Progress:
-    """Report a part's share as one of the whole, from `low` to `high`."""
-    return lambda share, text: progress(low + (high - low) * share, text)
 
 
 T = TypeVar("T")

@@ -27,7 +27,6 @@ class Latent:
         Shape of one image's input: a latent vector, or an intermediate feature map of a generator's tail (GIFD).
     batch : int
         Images per victim (B).
-    device : torch.device
     prior : float
         Weight of the inputs' mean square, which keeps them where a generator trained on N(0, 1) knows its way, in the
         units of the regularisers.
@@ -138,7 +137,6 @@ class NetworkWeights:
         (B, ...) -> images (B, C, H, W) in [0, 1], whose layers have ``reset_parameters`` and no running statistics.
     noise : Tensor
         (B, ...): its input, the same for all victims.
-    device : torch.device
 
     Raises
     ------

@@ -83,7 +83,6 @@ class Checkpoint:
 
     Parameters
     ----------
-    path : str or Path
     problem : callable
         Gives the :func:`digest` of what is solved; asked at the first state, for it costs a while.
     given : bool

@@ -68,11 +68,8 @@ def descend(
 
     Parameters
     ----------
-    problem : Problem
     start : Tensor
         Variables (rows, N).
-    settings : Matching
-    progress : Progress
     transform, noise, checkpoint
         See :func:`adversaries.inversion.matching.match.match`; the decay of the learning rate begins anew in each
         stretch.

@@ -101,9 +101,6 @@ def match(
         int64 (V, B); not looked at under joint labels.
     starts : Tensor
         float32 (R, V, B, C, H, W): images; or the variables of `chart`, (R, V, N).
-    settings : Matching
-    device : torch.device
-    progress : Progress
     transform : callable, optional
         A denoiser, for `transform_every`.
     label_starts : Tensor, optional

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from adversaries.inversion.gradients import Prediction, Sent
-from fedattack.errors import ConfigError, unknown_name
+from fedattack.errors import unknown_name
+from fedattack.registry import Registry
 
-LayerWeights = Literal["equal", "rising", "falling", "exponential", "size"]
+LayerWeights = Literal["equal", "falling"]
 
 Distance = Callable[[Prediction, slice], Tensor]
 """(Prediction of victims [a, b), slice(a, b)) -> objective of each, (V',), differentiable."""
@@ -36,9 +37,8 @@ def layer_weights(kind: LayerWeights, sent: Sent) -> Tensor:
 
     Parameters
     ----------
-    kind : {"equal", "rising", "falling", "exponential", "size"}
-        1; l / L; (L + 1 - l) / L; exp(1 - l); or one over the layer's number of columns, which turns its sum into a
-        mean.
+    kind : {"equal", "falling"}
+        1; or (L + 1 - l) / L.
     sent : Sent
 
     Raises
@@ -50,19 +50,12 @@ def layer_weights(kind: LayerWeights, sent: Sent) -> Tensor:
     rank = torch.arange(1.0, count + 1, device=sent.values.device)
     if kind == "equal":
         return torch.ones_like(rank)
-    if kind == "rising":
-        return rank / count
     if kind == "falling":
         return (count + 1 - rank) / count
-    if kind == "exponential":
-        return (1 - rank).exp()
-    if kind == "size":
-        sizes = [segment.stop - segment.start for segment in sent.segments]
-        return 1 / torch.tensor(sizes, dtype=torch.float32, device=rank.device).clamp(min=1)
     raise unknown_name("layer_weights", kind, LAYER_WEIGHTS)
 
 
-LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("equal", "rising", "falling", "exponential", "size")
+LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("equal", "falling")
 
 
 class Layout:
@@ -133,11 +126,6 @@ def masked_l2_slope(layout: Layout) -> Slope:
 
 def full_l2(layout: Layout) -> Distance:
     """Sum of squared differences to the update with zeros where nothing was sent."""
-    if not layout.equal:
-        raise ConfigError(
-            "setting 'layer_weights': objective 'l2' knows only the norm of the whole gradient; use 'equal', or "
-            "objective 'masked-l2'"
-        )
 
     def distance(prediction: Prediction, victims: slice) -> Tensor:
         assert prediction.square is not None
@@ -189,11 +177,6 @@ def _length(a: Tensor) -> Tensor:
 
 def cosine(layout: Layout) -> Distance:
     """One minus the cosine between the sent entries and their prediction (Geiping et al. 2020, eq. 4)."""
-    if not layout.equal:
-        raise ConfigError(
-            "setting 'layer_weights': objective 'cosine' is over all layers at once; use 'equal', or objective "
-            "'layer-cosine'"
-        )
     direction = layout.values / _length(layout.values)
 
     def distance(prediction: Prediction, victims: slice) -> Tensor:
@@ -330,6 +313,8 @@ class Objective:
         Whether the predicted gradient's whole norm is needed.
     unit : bool
         Whether regularisers are measured in units of 1 rather than of the objective at a prediction of zeros.
+    weighted : bool
+        Whether layers may be given weights: it is not over all of them at once.
     slope : callable, optional
         Layout -> Slope, where the gradient is worth writing out: differentiating a dozen small operations takes as
         long as a small network's whole gradient.
@@ -338,20 +323,26 @@ class Objective:
     build: Callable[[Layout], Distance]
     whole: bool = False
     unit: bool = False
+    weighted: bool = True
     slope: Callable[[Layout], Slope] | None = None
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "masked-l2": Objective(masked_l2, slope=masked_l2_slope),
-    "l2": Objective(full_l2, whole=True),
-    "l1": Objective(l1),
-    "l2-l1": Objective(l2_l1),
-    "cosine": Objective(cosine, unit=True, slope=cosine_slope),
-    "layer-cosine": Objective(layer_cosine, unit=True),
-    "row-cosine": Objective(row_cosine, unit=True),
-    "gaussian-kernel": Objective(gaussian_kernel, unit=True),
-    "sign": Objective(sign, unit=True),
-}
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective",
+    {
+        "masked-l2": Objective(masked_l2, slope=masked_l2_slope),
+        "l2": Objective(full_l2, whole=True, weighted=False),
+        "l1": Objective(l1),
+        "l2-l1": Objective(l2_l1),
+        "cosine": Objective(cosine, unit=True, weighted=False, slope=cosine_slope),
+        "layer-cosine": Objective(layer_cosine, unit=True),
+        "row-cosine": Objective(row_cosine, unit=True),
+        "gaussian-kernel": Objective(gaussian_kernel, unit=True),
+        "sign": Objective(sign, unit=True),
+    },
+    group="fedattack.objectives",
+    base="adversaries.inversion.matching.objectives:Objective",
+)
 """Name -> objective."""
 
 

@@ -126,7 +126,6 @@ class Spectrum:
         (B, C, H, W).
     auxiliary : Auxiliary or None
         Public images that say what is usual; None: deviation falling as 1 / frequency, plain colour channels.
-    device : torch.device
     exponent : float
         s, in [0, 1].
     """

@@ -18,7 +18,7 @@ from adversaries.inversion.gradients import (
 from adversaries.inversion.gradients.compiled import LONG
 from adversaries.inversion.matching.objectives import OBJECTIVES, Layout, scale
 from adversaries.inversion.matching.pixels import Bounded, Chart, ImageChart, Pixels, Priced, Standardised
-from adversaries.inversion.matching.regularisers import PIXEL_TERMS, batch_norm, group
+from adversaries.inversion.matching.regularisers import PIXEL_TERMS, SPECIAL, batch_norm, group
 from adversaries.inversion.matching.settings import Matching
 from fedattack.errors import ConfigError
 
@@ -39,8 +39,6 @@ class Problem:
     ----------
     gradients : GradientModel
         Of all rows.
-    chart : Chart
-    settings : Matching
     restarts : int
         Starts of each victim.
     label_shape : tuple of int, optional
@@ -63,13 +61,13 @@ class Problem:
         penalty: Penalty | None = None,
     ) -> None:
         self._gradients, self._chart = gradients, chart
-        objective = OBJECTIVES[settings.objective]
+        objective = OBJECTIVES.get(settings.objective)
         self._whole = objective.whole
         layout = Layout(gradients.sent, settings.layer_weights, settings.l1_share)
         self._distance = objective.build(layout)
         self._slope = None if objective.slope is None else objective.slope(layout)
         weights = {name: weight for name, weight in settings.regularisers.items() if weight}
-        self._pixel_terms = [(PIXEL_TERMS[name], w) for name, w in weights.items() if name in PIXEL_TERMS]
+        self._pixel_terms = [(PIXEL_TERMS.get(name), w) for name, w in weights.items() if name not in SPECIAL]
         self._group = weights.get("group", 0.0)
         self._statistics = weights.get("batch-norm", 0.0)
         self._targets = targets

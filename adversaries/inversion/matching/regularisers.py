@@ -15,6 +15,7 @@ from adversaries.inversion.gradients import Statistics
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation
+from fedattack.registry import Registry
 
 PixelTerm = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 """(Images (V, B, C, H, W), weight) -> weight times the term (V,), and its gradient (V, B, C, H, W), written out."""
@@ -70,16 +71,17 @@ def group(images: Tensor, centres: Tensor, weight: float = 1.0) -> tuple[Tensor,
     ----------
     images, centres : Tensor
         (V, B, C, H, W).
-    weight : float
     """
     return l2(images - centres, weight)
 
 
-PIXEL_TERMS: dict[str, PixelTerm] = {"tv2": tv_l2, "tv1": tv_l1, "l2": l2}
+PIXEL_TERMS: Registry[PixelTerm] = Registry(
+    "regulariser", {"tv2": tv_l2, "tv1": tv_l1, "l2": l2}, group="fedattack.regularisers"
+)
 """Terms of the images alone."""
 
-REGULARISERS: tuple[str, ...] = (*PIXEL_TERMS, "batch-norm", "group")
-"""Every name."""
+SPECIAL = ("batch-norm", "group")
+"""Regularisers that see more than the images."""
 
 
 def batch_norm(statistics: Statistics, targets: Statistics) -> Tensor:
@@ -119,7 +121,6 @@ def batch_norm_targets(observations: Sequence[Observation], batch: int, device: 
         V victims with equal weights and scenario.
     batch : int
         Images per victim.
-    device : torch.device
 
     Returns
     -------

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from adversaries.inversion.gradients import BatchNormMode, Compile, Layers
 from adversaries.inversion.matching.objectives import LAYER_WEIGHTS, OBJECTIVES, LayerWeights
 from adversaries.inversion.matching.pixels import Parametrisation
-from adversaries.inversion.matching.regularisers import REGULARISERS
+from adversaries.inversion.matching.regularisers import PIXEL_TERMS, SPECIAL
 from adversaries.inversion.solvers.minimiser import LineSearch
 from fedattack.errors import ConfigError, unknown_name
 
@@ -24,12 +24,13 @@ class Matching:
     ----------
     objective : str
         A key of :data:`~adversaries.inversion.matching.objectives.OBJECTIVES`.
-    layer_weights : {"equal", "rising", "falling", "exponential", "size"}
+    layer_weights : {"equal", "falling"}
         How much each tensor counts; see :func:`~adversaries.inversion.matching.objectives.layer_weights`.
     l1_share : float
         Weight of the absolute differences under objective "l2-l1".
     regularisers : dict of str to float
-        Names of :data:`~adversaries.inversion.matching.regularisers.REGULARISERS` and their weights.
+        Names of :data:`~adversaries.inversion.matching.regularisers.PIXEL_TERMS`, "batch-norm" or "group", and
+        their weights.
     units : {"relative", "absolute"}
         "relative": weights are in units of the objective at a prediction of zeros (the sent entries' squared norm
         under the squared ones, 1 under cosines), so that a weight means the same whatever the model and the
@@ -44,9 +45,8 @@ class Matching:
         "joint": soft labels are optimised beside the images (DLG).
     optimiser : {"lbfgs", "adam", "sgd", "signed-lbfgs", "signed-adam", "signed-sgd"}
         "signed": it is shown the sign of the gradient alone.
-    line_search : {"none", "armijo", "wolfe"}
+    line_search : {"none", "armijo"}
         For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
-    learning_rate : float
     momentum : float
         Of SGD.
     decay : bool
@@ -104,14 +104,19 @@ class Matching:
     compile: Compile = "auto"
 
     def __post_init__(self) -> None:
-        _known("objective", self.objective, OBJECTIVES)
+        if not OBJECTIVES.get(self.objective).weighted and self.layer_weights != "equal":
+            raise ConfigError(
+                f"objective {self.objective!r} is over all layers at once, and layer_weights is "
+                f"{self.layer_weights!r}; use another objective, as 'masked-l2' or 'layer-cosine'"
+            )
         _known("layer_weights", self.layer_weights, LAYER_WEIGHTS)
         _known("optimiser", self.optimiser, get_args(Optimiser))
         _known("line_search", self.line_search, get_args(LineSearch))
         _known("compile", self.compile, get_args(Compile))
         _known("parametrisation", self.parametrisation, get_args(Parametrisation))
         for name in self.regularisers:
-            _known("regulariser", name, REGULARISERS)
+            if name not in SPECIAL:
+                PIXEL_TERMS.get(name)
         for name in ("iterations", "l1_share", "noise", "patience", "momentum", "transform_every"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must not be negative")

@@ -96,7 +96,6 @@ class Sgd(_FirstOrder):
     ----------
     evaluate, start, rules
         See :class:`Minimiser`.
-    momentum : float
     """
 
     MOMENTS = ("velocity",)

@@ -11,7 +11,6 @@ from adversaries.inversion.solvers.minimiser import Evaluate, LineSearch, Minimi
 
 _MAX_TRIALS = 20
 _ARMIJO = 1e-4
-_CURVATURE = 0.9
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -86,9 +85,9 @@ class Lbfgs(Minimiser):
     evaluate, start, rules
         See :class:`Minimiser`. The learning rate is the first step length tried; torch's first step of all is
         shorter, by 1 / |gradient|_1 where that is below 1.
-    line_search : {"none", "armijo", "wolfe"}
+    line_search : {"none", "armijo"}
         "none" takes every step at full length, as ``torch.optim.LBFGS`` does by default; "armijo" backtracks until
-        the loss has fallen enough; "wolfe" brackets and bisects until the slope has levelled off too (strong Wolfe).
+        the loss has fallen enough.
     memory : int
         Pairs kept (m).
     block : int
@@ -100,7 +99,7 @@ class Lbfgs(Minimiser):
     Liu and Nocedal, "On the limited memory BFGS method for large scale optimization", 1989.
     """
 
-    STATE = (*Minimiser.STATE, "rate", "skip_until", "low", "high", "trials", "d", "fresh", "t")
+    STATE = (*Minimiser.STATE, "rate", "skip_until", "trials", "d", "fresh", "t")
 
     def __init__(
         self,
@@ -117,7 +116,6 @@ class Lbfgs(Minimiser):
         rows = len(start)
         self.rate = torch.full((rows,), float(rules.learning_rate), dtype=start.dtype, device=start.device)
         self.skip_until, self.trials = torch.zeros_like(self.recoveries), torch.zeros_like(self.recoveries)
-        self.low, self.high = torch.zeros_like(self.rate), torch.full_like(self.rate, torch.inf)
         self.fresh = torch.ones(rows, dtype=torch.bool, device=start.device)  # the memory is empty
         self.d, self.t = self.g, self.rate
         self._masked = True
@@ -146,7 +144,7 @@ class Lbfgs(Minimiser):
         f, g = self._evaluate(trial)
         finite = f.isfinite() & g.isfinite().all(1)
         self._offer(trial, torch.where(finite & move, f, torch.inf))
-        accepted, failed = self._judge(move, finite, slope, f, g)
+        accepted, failed = self._judge(move, finite, slope, f)
         self._remember(accepted, trial - self.x, g - self.g, f)
         self.x = torch.where(accepted[:, None], trial, self.x)
         self.f, self.g = torch.where(accepted, f, self.f), torch.where(accepted[:, None], g, self.g)
@@ -154,23 +152,14 @@ class Lbfgs(Minimiser):
             self._retreat(failed)
         self._turn(accepted | failed)
 
-    def _judge(
-        self, move: Tensor, finite: Tensor, slope: Tensor, f: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _judge(self, move: Tensor, finite: Tensor, slope: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows take their trial and which give their line search up; the others get their next step length."""
         self.trials = self.trials + 1
         if self._line_search == "none":
             return move & finite, move & ~finite
         far = ~finite | (f > self.f + _ARMIJO * self.t * slope)
-        near = torch.zeros_like(far)
-        if self._line_search == "wolfe":
-            slope_new = _dot(g, self.d)
-            near = ~far & (slope_new < _CURVATURE * slope)
-            far = far | (slope_new > -_CURVATURE * slope)
-        accepted = move & ~far & ~near
-        self.high = torch.where(far, self.t, self.high)
-        self.low = torch.where(near, self.t, self.low)
-        shorter = _next_step(self.t, self.low, self.high, self.f, f, slope, finite, self._line_search)
+        accepted = move & ~far
+        shorter = _next_step(self.t, self.f, f, slope, finite)
         self.t = torch.where(move & ~accepted, shorter, self.t)
         return accepted, move & ~accepted & (self.trials >= _MAX_TRIALS)
 
@@ -216,7 +205,6 @@ class Lbfgs(Minimiser):
                 self.d = torch.where(ascent[:, None], -self.g, self.d)
         step = torch.where(self.fresh, _first_step(self.g, self.rate), self.rate)
         self.t = torch.where(turn, step, self.t)
-        self.low, self.high = torch.where(turn, 0.0, self.low), torch.where(turn, torch.inf, self.high)
         self.trials = torch.where(turn, 0, self.trials)
 
 
@@ -224,19 +212,8 @@ def _first_step(gradient: Tensor, rate: Tensor) -> Tensor:
     return rate * (1 / gradient.abs().sum(1).clamp(min=1e-30)).clamp(max=1.0)
 
 
-def _next_step(
-    t: Tensor,
-    low: Tensor,
-    high: Tensor,
-    f: Tensor,
-    f_new: Tensor,
-    slope: Tensor,
-    finite: Tensor,
-    line_search: LineSearch,
-) -> Tensor:
-    """Next trial: the parabola's minimum when backtracking, doubling or bisection when bracketing."""
-    if line_search == "wolfe":
-        return torch.where(high.isfinite(), (low + high) / 2, 2 * t)
+def _next_step(t: Tensor, f: Tensor, f_new: Tensor, slope: Tensor, finite: Tensor) -> Tensor:
+    """Next trial when backtracking: the parabola's minimum."""
     parabola = -slope * t * t / (2 * (f_new - f - slope * t)).clamp(min=1e-30)
     wanted = torch.where(finite & parabola.isfinite(), parabola, 0.1 * t)
     return torch.minimum(torch.maximum(wanted, 0.1 * t), 0.5 * t)

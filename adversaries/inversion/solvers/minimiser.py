@@ -24,7 +24,7 @@ Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 Notify = Callable[[int, Tensor], None]
 """Called after each iteration with (iterations so far, current losses (V,))."""
 
-LineSearch = Literal["none", "armijo", "wolfe"]
+LineSearch = Literal["none", "armijo"]
 
 _CHECK_EVERY = 10
 """Iterations between looks at whether everybody has finished (a look waits for an accelerator)."""
@@ -64,7 +64,6 @@ class Rules:
 
     Attributes
     ----------
-    learning_rate : float
     stop : float
         A row below this loss has finished; minus infinity: never.
     patience : int
@@ -98,10 +97,8 @@ class Minimiser(ABC):
 
     Parameters
     ----------
-    evaluate : Evaluate
     start : Tensor
         (V, N).
-    rules : Rules
     """
 
     STATE: ClassVar[tuple[str, ...]] = (

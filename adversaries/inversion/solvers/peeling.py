@@ -64,7 +64,6 @@ class Sample:
     ----------
     input : Tensor
         float64 (d,).
-    label : int
     misfit : float
         Relative difference between the row's scalar and its replay.
     error : float
@@ -101,8 +100,6 @@ def peel(
 
     Parameters
     ----------
-    rows : Rows
-    replay : Replay
     classes : int
         C.
     limit : int
@@ -118,7 +115,6 @@ def peel(
 
     Returns
     -------
-    list of Sample
     Rows
         What is left in the rows.
     """

@@ -119,7 +119,6 @@ class Search:
 
     Parameters
     ----------
-    factors : Factors
     method : {"guided", "published"}
     generator : torch.Generator
         On the CPU.
@@ -137,7 +136,6 @@ class Search:
 
         Parameters
         ----------
-        rounds : int
         accept : callable
             Told B independent directions, those with the most zeros; True ends the search.
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from adversaries.inversion.evidence.first_layer import FirstLayer, first_layer
 from adversaries.membership.base import Figures, MembershipAttack
+from adversaries.needs import Needs
 from adversaries.seats import MaliciousServer
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.config import Share
+from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Candidates, MembershipScores, Observation, Scenario
 
 RIDGE = 1e-2
@@ -41,23 +44,11 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         In (0, 1): where the threshold lies between the candidate (0) and the background that comes nearest (1).
     """
 
-    gap: float = 0.2
+    gap: Share = 0.2
 
-    needs = "a malicious server: it sends a first linear layer with ReLU of its own; public images sharpen it"
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        if not 0 < self.gap < 1:
-            raise ConfigError(f"setting 'relu-trap.gap' = {self.gap}: must be in (0, 1)")
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models that do not begin with a linear layer, with bias, behind which a ReLU stands."""
-        layer = first_layer(scenario.model)
-        if not layer.biased or scenario.model.activation != "relu":
-            raise NotApplicable(
-                f"model.name = {scenario.model.name!r} with activation {scenario.model.activation!r}: the trap needs "
-                "a first linear layer with bias, and ReLU; use --model mlp --activation relu"
-            )
+    needs: ClassVar[Needs] = Needs(
+        sums="single", first_layer=True, activations=("relu",), helped=True, held_out=True
+    )
 
     def arm(
         self,

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.inversion.evidence.first_layer import FirstLayer, first_layer
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
-from adversaries.inversion.evidence.one_gradient import accumulates, check_sum
-from adversaries.reconstruction.algebra.spear import APPROXIMATE, CERTIFIED
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.needs import Needs
+from adversaries.reconstruction.base import ReconstructionAttack, status_of
 from fedattack.errors import NotApplicable
-from fedattack.observation import Observation, Reconstruction, Scenario
+from fedattack.observation import Observation, Reconstruction
 
 
 @dataclass
@@ -34,36 +33,9 @@ class Analytic(ReconstructionAttack):
     TIFS 2018; Geiping, Bauermeister, Droege, Moeller, "Inverting Gradients", NeurIPS 2020, proposition 3.1.
     """
 
-    needs: ClassVar[str] = "one image per client, and a model that begins with a linear layer with bias (mlp)"
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse batches, other first layers and updates in which the quotient is not the image.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        layer = first_layer(scenario.model)
-        if not layer.biased:
-            raise NotApplicable(
-                f"model.name = {scenario.model.name!r} has no bias in its first layer to divide by; use --model mlp"
-            )
-        check_sum(scenario)
-        training = scenario.training
-        if training.batch_size > 1:
-            raise NotApplicable(
-                f"training.batch_size = {training.batch_size}: the quotient is a mixture of the batch; use "
-                "--batch-size 1, or --attack spear"
-            )
-        if training.protocol == "fedavg" and training.weight_decay and training.local_steps > 1:
-            raise NotApplicable(
-                f"training.weight_decay = {training.weight_decay} over {training.local_steps} local steps moves the "
-                "weights by more than multiples of the image; use weight_decay 0 or local_steps 1"
-            )
-        if scenario.compression.name == "sign":
-            raise NotApplicable(
-                "compression.name = 'sign': the quotient of signs is not a pixel; use 'none', 'topk' or 'qsgd'"
-            )
+    needs: ClassVar[Needs] = Needs(
+        values="rounded", undecayed="steps", sums="dense", fresh=True, images=1, first_layer=True
+    )
 
     def run(
         self,
@@ -88,27 +60,18 @@ def _divided(observation: Observation) -> Reconstruction:
             f"client {observation.client} declares {observation.num_examples} samples: the quotient is a mixture of "
             "them; use batch size 1, or --attack spear"
         )
-    if accumulates(observation.scenario) and observation.round > 1:
-        raise NotApplicable(
-            f"round {observation.round} with error feedback: the update holds residuals of other images; attack "
-            "round 1"
-        )
-    layer = first_layer(observation.scenario.model)
-    rows, columns, entries, divisors = _pairs(observation, layer)
+    evidence = Evidence(observation)
+    rows, columns, entries, divisors = _pairs(evidence)
     pixels = prior_image(observation).double().flatten()
     square = torch.zeros_like(pixels).index_add_(0, columns, divisors.square())
     product = torch.zeros_like(pixels).index_add_(0, columns, divisors * entries)
     known = square > 0
     pixels[known] = product[known] / square[known]
     left = float((entries - divisors * pixels[columns]).norm() / entries.norm().clamp_min(1e-300))
-    labels = infer("auto", observation)
+    labels = infer("auto", evidence)
     # An entry that determines its own pixel vouches for nothing.
     spare = len(entries) >= 2 * len(pixels)
-    status = "failed"
-    if left <= CERTIFIED and bool(known.all()) and spare:
-        status = "certified"
-    elif left <= APPROXIMATE and bool(known.any()):
-        status = "approximate"
+    status = status_of(left, vouched=bool(known.all()) and spare) if bool(known.any()) else "failed"
     details: dict[str, Any] = {
         "status": status,
         "reason": "" if status != "failed" else "the entries sent are not multiples of one image",
@@ -129,21 +92,13 @@ def _divided(observation: Observation) -> Reconstruction:
     )
 
 
-def _pairs(observation: Observation, layer: FirstLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pairs(evidence: Evidence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, columns and values of the weight entries whose neuron sent its bias entry too, and that entry."""
-    scenario, update = observation.scenario, observation.update
-    decay = 0.0
-    if update.kind == "delta":
-        # One step's weight decay is known and is taken off; see check.
-        decay = scenario.training.learning_rate * scenario.training.weight_decay
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, _, positions, values in update.layers():
-        if name in (layer.weight, layer.bias):
-            weights = observation.weights[name].flatten().double().cpu()[positions.cpu()]
-            found[name] = positions.cpu(), values.double().cpu() + decay * weights
+    layer = evidence.first_layer
+    found = {name: (at, values.double()) for name, _, at, values in evidence.gradient.layers()}
+    neurons, inputs = evidence.observation.weights[layer.weight].shape
     positions, values = found[layer.weight]
-    inputs = observation.weights[layer.weight].shape[1]
-    divisors = torch.zeros(observation.weights[layer.bias].numel(), dtype=torch.float64)
+    divisors = torch.zeros(neurons, dtype=torch.float64)
     divisors[found[layer.bias][0]] = found[layer.bias][1]
     rows, columns = positions // inputs, positions % inputs
     usable = divisors[rows] != 0

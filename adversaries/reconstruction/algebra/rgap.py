@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence import one_gradient
-from adversaries.inversion.evidence.first_layer import Player, is_complete, misfits
+from adversaries.inversion.evidence.first_layer import Player, misfits
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.gradients import closed_form
 from adversaries.inversion.gradients.closed_form import Chain, Convolution
-from adversaries.reconstruction.algebra.spear import APPROXIMATE, CERTIFIED
-from adversaries.reconstruction.base import ReconstructionAttack
-from fedattack.errors import ConfigError, NotApplicable
-from fedattack.observation import Observation, Reconstruction, Scenario
+from adversaries.needs import Needs
+from adversaries.reconstruction.base import ReconstructionAttack, status_of
+from fedattack.config import Strength
+from fedattack.errors import NotApplicable
+from fedattack.observation import Observation, Reconstruction
 
 _EDGE = 1e-7
 """How near to the end of its range a bounded activation's value is still turned back."""
@@ -48,41 +50,17 @@ class RGap(ReconstructionAttack):
     residual is found by a search; here the bias gradient gives it.
     """
 
-    needs: ClassVar[str] = (
-        "one image per client and its complete gradient; a chain of convolutions (lenet-zhu)"
+    needs: ClassVar[Needs] = Needs(
+        update="gradient",
+        entries="all",
+        sums="dense",
+        fresh=True,
+        images=1,
+        chain=True,
+        activations=("sigmoid", "tanh", "relu", "softplus"),
     )
 
-    ridges: tuple[float, ...] = (1e-12, 1e-8, 1e-4)
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        if not self.ridges or min(self.ridges) <= 0:
-            raise ConfigError(f"setting 'rgap.ridges' = {self.ridges}: must be positive numbers")
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse batches, other networks and sparse updates.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        closed_form.describe(scenario.model)
-        one_gradient.check_one_gradient(scenario)
-        if scenario.model.activation not in _UNDO:
-            raise NotApplicable(
-                f"model.activation = {scenario.model.activation!r} cannot be undone value by value; accepted: "
-                f"{', '.join(_UNDO)}"
-            )
-        if scenario.training.batch_size > 1:
-            raise NotApplicable(
-                f"training.batch_size = {scenario.training.batch_size}: R-GAP follows one image through the layers; "
-                "use batch size 1"
-            )
-        if not is_complete(scenario):
-            raise NotApplicable(
-                f"compression.name = {scenario.compression.name!r}: R-GAP needs every layer's gradient whole; use "
-                "compression.name 'none'"
-            )
+    ridges: Annotated[tuple[Strength, ...], Field(min_length=1)] = (1e-12, 1e-8, 1e-4)
 
     def run(
         self,
@@ -210,7 +188,7 @@ def _answer(
     played = Player(observation, chain.convolutions[0].name, device).play(image.flatten(1), label)
     parts = misfits(sent, played.gradients)
     left = max(parts.values())
-    status = "certified" if left <= CERTIFIED else "approximate" if left <= APPROXIMATE else "failed"
+    status = status_of(left)
     return Reconstruction(
         image.float().cpu(),
         label,

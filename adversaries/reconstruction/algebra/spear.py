@@ -12,29 +12,23 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.first_layer import (
     FirstLayer,
     Player,
     dense_layer,
     first_layer,
-    is_complete,
     misfits,
 )
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.solvers.span import DEPENDENT, row_space
 from adversaries.inversion.solvers.sparse_directions import Factors, Found, Method, Search, expected_draws
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.needs import Facts, Needs
+from adversaries.reconstruction.base import ReconstructionAttack, failed, status_of
+from fedattack.config import Positive
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
-
-CERTIFIED = 1e-5
-"""Relative residual below which the answer explains the update to float32's rounding."""
-
-APPROXIMATE = 0.25
-"""Relative residual above which it explains too little of the update to be an answer."""
 
 AGREEMENT = 0.95
 """Share of the neurons whose zeros and signs must agree before a set of directions is believed."""
@@ -59,7 +53,7 @@ class Spear(ReconstructionAttack):
     method : {"guided", "published"}
     batch : int, optional
         Samples in the batch; None: read from the spectrum, or where noise hides that, the number declared.
-    rounds : int
+    attempts : int
         Rounds of draws at most: 5 turns from max(64, 4 B) starts, or 20,000 draws of random rows.
     polish : bool
         Solve for the images again with the model's own dL/dz.
@@ -70,64 +64,28 @@ class Spear(ReconstructionAttack):
     2024.
     """
 
-    needs: ClassVar[str] = (
-        "a complete gradient of a model that begins with a linear layer with bias and ReLU (mlp)"
+    needs: ClassVar[Needs] = Needs(
+        update="gradient", entries="all", sums="dense", fresh=True, first_layer=True, activations=("relu",)
     )
 
     method: Method = "guided"
-    batch: int | None = None
-    rounds: int = 60
+    batch: Positive | None = None
+    attempts: Positive = 60
     polish: bool = True
 
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        at_least("spear", self, batch=1, rounds=1)
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Two neurons for each sample, and fewer samples than pixels, whose span they would fill."""
+        batch = self.batch or scenario.training.batch_size
+        return dataclasses.replace(self.needs, images=math.prod(scenario.image_shape), width=2 * batch)
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse other first layers and activations, sparse updates, and batches that cannot be told apart.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        model = scenario.model
-        layer = first_layer(model)
-        if model.activation != "relu":
-            raise NotApplicable(
-                f"model.activation = {model.activation!r}: SPEAR lives on ReLU's zeros; use --activation relu, or "
-                "--attack tensor"
-            )
-        if not layer.biased:
-            raise NotApplicable(
-                f"model.name = {model.name!r} has no bias in its first layer, whose gradient fixes the scale; "
-                "use --model mlp, or --attack tensor"
-            )
-        one_gradient.check_one_gradient(scenario)
-        if not is_complete(scenario):
-            raise NotApplicable(
-                f"compression.name = {scenario.compression.name!r}: SPEAR needs every entry of the first layer; use "
-                "compression.name 'none'"
-            )
-        self._check_batch(scenario, self.batch or scenario.training.batch_size)
-
-    def _check_batch(self, scenario: Scenario, batch: int) -> None:
-        """Refuse a batch that the layer cannot hold, or that random rows would never find."""
-        inputs = math.prod(scenario.image_shape)
-        width = scenario.model.width
-        if batch > inputs:
-            raise NotApplicable(
-                f"training.batch_size = {batch} > {inputs} pixels: the samples' span is everything"
-            )
-        if width is not None and batch > width // 2:
-            raise NotApplicable(
-                f"model.width = {width} < {2 * batch}: too few neurons to tell {batch} samples apart; raise --width "
-                "or lower --batch-size"
-            )
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse a batch that random rows would never find."""
+        batch = self.batch or scenario.training.batch_size
         draws = expected_draws(batch)
-        if self.method == "published" and draws > 20_000 * self.rounds:
+        if self.method == "published" and draws > 20_000 * self.attempts:
             raise NotApplicable(
-                f"training.batch_size = {batch}: random rows need about {draws:.1e} draws, and spear.rounds = "
-                f"{self.rounds} allow {20_000 * self.rounds:,}; use spear.method 'guided'"
+                f"training.batch_size = {batch}: random rows need about {draws:.1e} draws, and spear.attempts = "
+                f"{self.attempts} allow {20_000 * self.attempts:,}; use spear.method 'guided'"
             )
 
     def run(
@@ -147,20 +105,8 @@ class Spear(ReconstructionAttack):
             try:
                 answers.append(_Victim(self, observation, seed, device).answer())
             except NotApplicable as reason:
-                answers.append(_failure(observation, str(reason)))
+                answers.append(failed("spear", observation, str(reason), residual=None))
         return answers
-
-
-def _failure(observation: Observation, reason: str) -> Reconstruction:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return Reconstruction(
-        images=torch.zeros(0, *observation.scenario.image_shape),
-        labels=nothing,
-        loss=math.inf,
-        label_confidence=0.0,
-        method="spear",
-        details={"status": "failed", "reason": reason, "residual": None, "notes": []},
-    )
 
 
 class _Victim:
@@ -183,7 +129,7 @@ class _Victim:
         weights = torch.cat([sent[self._layer.weight], sent[self._layer.bias][:, None]], 1).double()
         factors = self._factors(gradient, weights)
         search = Search(factors, self._attack.method, self._generator)
-        found = search.collect(self._attack.rounds, lambda some: _agreement(factors, some) >= AGREEMENT)
+        found = search.collect(self._attack.attempts, lambda some: _agreement(factors, some) >= AGREEMENT)
         self._details |= {
             "draws": search.draws,
             "zeros": found.zeros.sum(1).tolist(),
@@ -192,7 +138,7 @@ class _Victim:
         if len(found) < factors.samples:
             raise NotApplicable(
                 f"{len(found)} of {factors.samples} samples told apart after {search.draws} draws; raise "
-                "spear.rounds or --width, or lower --batch-size"
+                "spear.attempts or --width, or lower --batch-size"
             )
         self._details["agreement"] = _agreement(factors, found)
         return self._solved(_inputs(factors, found)[:, :-1], gradient[:, :-1])
@@ -213,7 +159,9 @@ class _Victim:
             self._notes.append(f"the spectrum has no clear end; the declared {declared} samples are believed")
         elif rank != declared:
             self._notes.append(f"{rank} samples in the spectrum, {declared} declared")
-        self._attack._check_batch(self._observation.scenario, rank)
+        scenario = self._observation.scenario
+        training = scenario.training.model_copy(update={"batch_size": rank})
+        self._attack.check(dataclasses.replace(scenario, training=training))
         if float(span.values[rank - 1]) < DEPENDENT * float(span.values[0]):
             raise NotApplicable(f"samples dependent: s_B / s_1 < {DEPENDENT:.0e} for B = {rank}")
         return Factors.of(gradient, weights, span.basis[:, :rank])
@@ -245,13 +193,10 @@ class _Victim:
 
     def _reported(self, found: _Answer) -> Reconstruction:
         declared = self._observation.num_examples
-        status, reason = "failed", ""
-        if found.residual <= CERTIFIED and len(found.inputs) == declared:
-            status = "certified"
-        elif found.residual <= APPROXIMATE:
-            status = "approximate"
+        status, reason = status_of(found.residual, vouched=len(found.inputs) == declared), ""
+        if status == "approximate":
             self._notes.append(f"residual {found.residual:.0e}: not certified")
-        else:
+        elif status == "failed":
             reason = f"residual {found.residual:.0e}: the answer does not explain the update"
         labels = found.labels.cpu()
         images = found.inputs.cpu().reshape(-1, *self._observation.scenario.image_shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
-from adversaries.inversion.evidence import defences, label_strategies, one_gradient
+from adversaries.base import Progress, no_progress, share_of
+from adversaries.inversion.evidence import label_strategies, one_gradient
+from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors
-from adversaries.inversion.evidence.label_strategies import Strategy
-from adversaries.inversion.evidence.labels import Labels
 from adversaries.inversion.evidence.whitening import Whitening, whitening
 from adversaries.inversion.gradients import BatchNormMode
 from adversaries.inversion.gradients.products import Network, prepare
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.gauss_newton.solver import Settings, Solution, solve
-from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
@@ -79,11 +79,13 @@ class GaussNewton(ReconstructionAttack):
     derivative; the step is Levenberg's and Marquardt's. The attack itself is this project's.
     """
 
-    needs: ClassVar[str] = "one update that is a (compressed) gradient; public images help"
+    needs: ClassVar[Needs] = Needs(
+        update="gradient", unclipped=True, sums="dense", fresh=True, labels="auto", helped=True
+    )
 
     products: int | None = None
     starts: int = 3
-    labels: Strategy = "auto"
+    labels: str = "auto"
     batch_norm: BatchNormMode | None = None
     noise: float | None = None
     kink: float = 1.0
@@ -92,6 +94,8 @@ class GaussNewton(ReconstructionAttack):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
+        super().__post_init__()
+        label_strategies.STRATEGIES.get(self.labels)
         self._settings(1)
 
     def _settings(self, images: int) -> Settings:
@@ -104,20 +108,12 @@ class GaussNewton(ReconstructionAttack):
             hop=self.hop,
         )
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what is not (a multiple of) entries of one gradient, and models whose gradient is random.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """The labels are read as asked."""
+        return dataclasses.replace(self.needs, labels=self.labels)
 
-        Raises
-        ------
-        NotApplicable
-        """
-        one_gradient.check_one_gradient(scenario)
-        if defences.clips(scenario):
-            raise NotApplicable(
-                "defence 'clip-noise' scales the gradient by a factor that is not sent, and this attack needs its "
-                "length; use hcgla or ig, or leave defense.clip-noise.clip_norm empty (no clipping)"
-            )
-        label_strategies.check_strategy(self.labels, scenario, scenario.training.batch_size)
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse models whose gradient is random."""
         prepare(scenario.model, None, self._batch_norm(scenario))
 
     def _batch_norm(self, scenario: Scenario) -> BatchNormMode:
@@ -135,17 +131,15 @@ class GaussNewton(ReconstructionAttack):
             return []
         first = observations[0]
         self.check(first.scenario)
-        expected = label_strategies.expect(first)
         prior = whitening(first.auxiliary, first.scenario.image_shape, device, torch.float32)
         answers = []
-        for position, observation in enumerate(observations):
-
-            def told(share: float, text: str, done: int = position) -> None:
-                progress((done + share) / len(observations), f"victim {done + 1}/{len(observations)}: {text}")
-
-            labels = label_strategies.infer(self.labels, observation, expected)
-            solution = self.solve(observation, labels.values, prior, seed, device, told)
-            answers.append(self._answer(observation, labels, solution, prior))
+        for position, evidence in enumerate(Evidence.of_round(observations)):
+            total = len(observations)
+            prefix = f"victim {position + 1}/{total}: "
+            told = share_of(progress, position / total, (position + 1) / total, prefix)
+            labels = label_strategies.infer(self.labels, evidence)
+            solution = self.solve(evidence.observation, labels.values, prior, seed, device, told)
+            answers.append(self._answer(evidence.observation, labels, solution, prior))
         progress(1.0, "done")
         return answers
 

@@ -249,12 +249,8 @@ def solve(
 
     Parameters
     ----------
-    network : Network
-    prior : Whitening
     draw : callable
         Makes the random starts and hops.
-    settings : Settings
-    progress : Progress
 
     Returns
     -------

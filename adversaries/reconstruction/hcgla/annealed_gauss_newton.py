@@ -47,11 +47,12 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
+from adversaries.inversion.evidence.one_gradient import accumulates
 from adversaries.inversion.evidence.priors import GaussianPrior
 from adversaries.inversion.gradients import closed_form
 from adversaries.reconstruction.hcgla.least_squares import Anchor, Problem, State
 from adversaries.reconstruction.hcgla.measurements import PLAIN, ROUNDING, Measurements, read_update
-from adversaries.reconstruction.hcgla.memory import LocalSteps, remembers
+from adversaries.reconstruction.hcgla.memory import LocalSteps
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Scenario, Update
 from fedattack.rng import torch_rng
@@ -227,7 +228,7 @@ def applies(
             f"Gauss-Newton holds a dense covariance of at most {MAX_PIXELS:,} numbers an image, but one of shape "
             f"{scenario.image_shape} has {pixels:,}; use method 'matching' or a smaller data.image_size"
         )
-    if remembers(compression) and round > 1:
+    if accumulates(scenario) and round > 1:
         raise NotApplicable(
             f"in round {round} an update holds residuals of earlier rounds (error feedback or dgc): give the attack "
             "all rounds, so that it can peel them off, or attack round 1"

@@ -13,20 +13,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least, positive
-from adversaries.inversion.evidence import defences, labels, one_gradient
-from adversaries.inversion.evidence.labels import Labels
+from adversaries.base import Progress, no_progress, share_of
+from adversaries.inversion.evidence import defences, label_strategies, one_gradient
+from adversaries.inversion.evidence.evidence import Evidence, Labels
+from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.priors import GaussianPrior, gaussian_prior
 from adversaries.inversion.gradients import Layers
 from adversaries.inversion.learning.denoiser import load_denoiser
 from adversaries.inversion.learning.generator import load_generator, obtain_generator
 from adversaries.inversion.matching import match, pixels
+from adversaries.inversion.matching.parts import in_parts
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.hcgla import annealed_gauss_newton, matching, memory, starts
-from adversaries.reconstruction.hcgla.annealed_gauss_newton import GaussNewtonSettings
+from adversaries.reconstruction.hcgla.annealed_gauss_newton import GaussNewtonResult, GaussNewtonSettings
 from adversaries.reconstruction.hcgla.memory import LocalSteps, Remembered
-from fedattack.errors import ConfigError, NotApplicable, PayloadError
+from fedattack.config import Count, Positive, Strength, Weight
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 
 Method = Literal["auto", "gauss-newton", "matching", "generator"]
@@ -78,32 +81,29 @@ class HCGLA(ReconstructionAttack):
     IEEE TIFS 18, 2023.
     """
 
-    needs: ClassVar[str] = (
-        "one update, compressed or not, of one or a few local steps; public images help much"
-    )
+    needs: ClassVar[Needs] = Needs(update="steps", sums="dense", labels="auto", helped=True)
 
     method: Method = "auto"
     preset: matching.Preset = "default"
     start: starts.Start = "auto"
     start_image: str | None = None
     generator: str | None = None
-    denoise_every: int = 0
+    denoise_every: Count = 0
     denoiser: str | None = None
-    iterations: int | None = None
-    tv: float | None = None
-    learning_rate: float | None = None
+    iterations: Positive | None = None
+    tv: Weight | None = None
+    learning_rate: Strength | None = None
     optimizer: matching.Optimizer | None = None
     layers: Layers | None = None
     parametrisation: pixels.Parametrisation | None = None
     objective: str | None = None
-    restarts: int = 1
+    restarts: Positive = 1
     schedule: tuple[float, ...] | None = None
     modes: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        at_least("hcgla", self, restarts=1, denoise_every=0, iterations=1, tv=0)
-        positive("hcgla", self, "learning_rate")
+        super().__post_init__()
         if self.denoise_every and not self.denoiser:
             raise ConfigError(
                 f"setting 'hcgla.denoise_every' = {self.denoise_every} needs 'hcgla.denoiser', the path of trained "
@@ -111,7 +111,6 @@ class HCGLA(ReconstructionAttack):
             )
         if self.denoiser and not self.denoise_every:
             raise ConfigError("setting 'hcgla.denoiser' does nothing without 'hcgla.denoise_every', as 100")
-
         if self.method == "gauss-newton" and self._asks_for_matching:
             raise ConfigError(
                 f"setting 'hcgla.method' = 'gauss-newton': {self._asks_for_matching} belongs to method 'matching'"
@@ -127,22 +126,27 @@ class HCGLA(ReconstructionAttack):
         }
         return ", ".join(f"hcgla.{name} = {getattr(self, name)!r}" for name, given in asked.items() if given)
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what is not (a multiple of) entries of one gradient, and settings without what they need.
-
-        Raises
-        ------
-        NotApplicable, ConfigError, DataError
-        """
-        plain = memory.plain_scenario(scenario)
-        several = scenario.training.local_steps > 1
-        one_gradient.check_one_gradient(
-            scenario if self._only_matches else dataclasses.replace(scenario, training=plain.training)
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Matching alone reads one gradient; a start that is drawn or regressed needs public images and a chain."""
+        trained = self._start == "generator" and self.generator == "train"
+        made = trained or self._start in ("ridge", "mean", "same-label")
+        return dataclasses.replace(
+            self.needs,
+            update="gradient" if self._only_matches else "steps",
+            fresh=self._start == "generator",
+            auxiliary=int(made),
+            labelled=self._start == "same-label",
+            helped=not made,
+            chain=self._start == "ridge",
         )
-        if self.method == "gauss-newton" or (several and not self._only_matches):
-            annealed_gauss_newton.applies(plain)
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse what Gauss-Newton cannot solve, local batches in too many orders, and files that are not there."""
+        if self.method == "gauss-newton" or (scenario.training.local_steps > 1 and not self._only_matches):
+            annealed_gauss_newton.applies(memory.plain_scenario(scenario))
             GaussNewtonSettings(schedule=self.schedule, modes=self.modes)
-        starts.check_start(self._start, scenario, self.start_image, self.generator)
+        memory.check_orders(scenario, facts.samples)
+        starts.check_start(self._start, self.start_image, self.generator)
         self._matching(scenario, max(1, scenario.training.batch_size))
         if self.denoiser:
             load_denoiser(self.denoiser)
@@ -165,10 +169,7 @@ class HCGLA(ReconstructionAttack):
         answers: dict[str, Reconstruction] = {}
         prior = cache(lambda: gaussian_prior(observations[0].auxiliary, observations[0].scenario.image_shape))
         for done, number in enumerate(rounds):
-
-            def told(share: float, text: str, done: int = done) -> None:
-                progress((done + share) / len(rounds), text)
-
+            told = share_of(progress, done / len(rounds), (done + 1) / len(rounds))
             victims = [observation for observation in observations if observation.round == number]
             found = _Run(self, victims, memories, prior, seed, device, told).answers()
             for observation, answer in zip(victims, found, strict=True):
@@ -179,7 +180,7 @@ class HCGLA(ReconstructionAttack):
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether clients keep what they do not send: then later updates hold residuals of earlier ones."""
-        return memory.remembers(scenario.compression)
+        return one_gradient.accumulates(scenario)
 
     @property
     def _only_matches(self) -> bool:
@@ -211,6 +212,37 @@ class HCGLA(ReconstructionAttack):
         )
 
 
+@dataclass
+class _Victim:
+    """One update: its evidence, labels and local steps, how it is matched, and what becomes of it."""
+
+    evidence: Evidence
+    labels: Labels
+    steps: LocalSteps
+    observation: Observation
+    details: dict[str, Any]
+    solved: GaussNewtonResult | None = None
+
+    @cached_property
+    def received(self) -> Observation:
+        """The update as a mean gradient, with whatever it carries beside one."""
+        scenario = memory.plain_scenario(self.evidence.observation.scenario)
+        return dataclasses.replace(
+            self.evidence.observation, update=self.evidence.rescaled, scenario=scenario
+        )
+
+    def answer(self, images: Tensor, **fields: Any) -> Reconstruction:
+        """The answer with these images (B, C, H, W)."""
+        values = self.labels.values
+        return Reconstruction(
+            images.clamp(0, 1).float().cpu(),
+            values,
+            label_confidence=self.labels.confidence,
+            floors=floors(self.observation, values),
+            **fields,
+        )
+
+
 class _Run:
     """One call: what its victims share is made once, here."""
 
@@ -225,194 +257,136 @@ class _Run:
         progress: Progress,
     ) -> None:
         self._attack, self._device, self._progress, self._prior = attack, device, progress, prior
-        attack.check(observations[0].scenario)
-        training = observations[0].scenario.training
-        agreed = training.batch_size * training.local_steps
-        for observation in observations:
-            if observation.num_examples < 1 or (agreed and observation.num_examples > agreed):
-                raise PayloadError(
-                    f"client {observation.client} declares {observation.num_examples} examples; 1 to "
-                    f"{agreed or 'all of its own'} were agreed"
-                )
-        observations = [defences.known_entries(observation) for observation in observations]
-        self._received = {observation.key: observation for observation in observations}
-        # Memories change when the round is over.
-        carries = [memories[o.client].carry(o.scenario.compression) for o in observations]
-        self._observations = [
-            memory.as_gradient(o, carry) for o, carry in zip(observations, carries, strict=True)
-        ]
         self._seed = seed
-        first = self._observations[0]
-        images = labels.public_images(
-            first.auxiliary, first.scenario.image_shape, labels.enough(first.scenario.model)
-        )
-        expected = labels.expectation(
-            first.scenario.model, first.weights, images, batch_norm=first.scenario.training.batch_norm
-        )
-        self._labels = [
-            labels.infer_labels(o, o.update, expected, defences.noise(received))
-            for received, o in zip(observations, self._observations, strict=True)
-        ]
-        self._steps = [
-            LocalSteps(o, found.values, carry)
-            for o, found, carry in zip(observations, self._labels, carries, strict=True)
-        ]
-        self._details: list[dict[str, Any]] = [
-            {"kept": o.update.kept, "labels": found.note}
-            for o, found in zip(self._observations, self._labels, strict=True)
-        ]
-        for o, details in zip(observations, self._details, strict=True):
-            if attack.needs_history(o.scenario):
-                details["peeled_rounds"] = list(memories[o.client].rounds)
+        attack.check(observations[0].scenario)
+        self._victims: list[_Victim] = []
+        for observation in observations:
+            one_gradient.check_declared(observation)
+            like = self._victims[0].evidence if self._victims else None
+            followed = memories[observation.client]
+            evidence = followed.evidence(defences.known_entries(observation), like)
+            labels = label_strategies.infer("sparse-rows", evidence)
+            details: dict[str, Any] = {"kept": evidence.gradient.kept, "labels": labels.note}
+            if attack.needs_history(observation.scenario):
+                details["peeled_rounds"] = list(followed.rounds)  # before this round is followed
+            steps = LocalSteps(evidence, labels.values)
+            self._victims.append(_Victim(evidence, labels, steps, memory.matchable(evidence), details))
 
     @cached_property
     def _starts(self) -> starts.Starts:
         attack = self._attack
         generate: Callable[[Observation, Tensor], Tensor] | None = None
         if attack._start == "generator" and attack.generator:
-            received = next(iter(self._received.values()))
-            loaded = obtain_generator(attack.generator, received, self._seed, self._device, self._progress)
+            received = {victim.observation.key: victim.evidence.observation for victim in self._victims}
+            first = self._victims[0].evidence.observation
+            loaded = obtain_generator(attack.generator, first, self._seed, self._device, self._progress)
 
             def generate(observation: Observation, values: Tensor) -> Tensor:
-                return loaded.start(self._received[observation.key], values)
+                return loaded.start(received[observation.key], values)
 
-        return starts.Starts(attack._start, self._observations[0], self._seed, attack.start_image, generate)
+        reference = self._victims[0].observation
+        return starts.Starts(attack._start, reference, self._seed, attack.start_image, generate)
 
     def answers(self) -> list[Reconstruction]:
         """Reconstructions in the order of the observations."""
-        solved: dict[int, annealed_gauss_newton.GaussNewtonResult] = {}
-        to_match: list[int] = []
-        total = len(self._observations)
-        candidates = self._for_gauss_newton(to_match)
-        for done, position in enumerate(candidates):
-
-            def told(share: float, text: str, done: int = done) -> None:
-                self._progress(
-                    (done + share) / total, f"Gauss-Newton, victim {done + 1}/{len(candidates)}: {text}"
-                )
-
-            solved[position] = annealed_gauss_newton.solve(
-                self._as_received(position),
-                self._labels[position].values,
+        total = len(self._victims)
+        to_solve = [victim for victim in self._victims if self._fits_gauss_newton(victim)]
+        for done, victim in enumerate(to_solve):
+            prefix = f"Gauss-Newton, victim {done + 1}/{len(to_solve)}: "
+            victim.solved = annealed_gauss_newton.solve(
+                victim.received,
+                victim.labels.values,
                 self._prior(),
                 GaussNewtonSettings(schedule=self._attack.schedule, modes=self._attack.modes),
                 self._device,
-                told,
-                self._steps[position],
+                share_of(self._progress, done / total, (done + 1) / total, prefix),
+                victim.steps,
             )
-            noisy = bool(defences.noise(self._received[self._observations[position].key]))
-            # Matching knows nothing of noise: Gauss-Newton's answer at its loosest is the better one then.
-            matchable = self._attack.method == "auto" and not (self._steps[position].several or noisy)
-            if matchable and not solved[position].explained:
-                to_match.append(position)
-        matched = self._match(sorted(to_match), len(candidates) / (len(candidates) + len(to_match)))
-        answers = []
-        for position in range(total):
-            if position in matched:
-                answers.append(self._matched(position, *matched[position], solved.get(position)))
-            else:
-                answers.append(self._solved(position, solved[position]))
+        to_match = [victim for victim in self._victims if self._is_matched(victim)]
+        begun = len(to_solve) / (len(to_solve) + len(to_match))
+        matched = self._match(to_match, share_of(self._progress, begun, 1.0))
+        found = {
+            id(victim): self._matched(victim, *one) for victim, one in zip(to_match, matched, strict=True)
+        }
         self._progress(1.0, "done")
-        return answers
+        return [found.get(id(victim)) or self._solved(victim) for victim in self._victims]
 
-    def _for_gauss_newton(self, to_match: list[int]) -> list[int]:
-        """Victims that Gauss-Newton applies to; under "auto" the others join `to_match`, with the reason."""
-        asked = self._attack._asks_for_matching
-        if self._attack._only_matches:
-            to_match += range(len(self._observations))
-            for details in self._details:
-                details["why"] = f"{asked or f'method {self._attack.method}'} was asked for"
-            return []
-        fitting = []
-        for position, observation in enumerate(self._observations):
-            received = self._as_received(position)
-            try:
-                annealed_gauss_newton.applies(
-                    received.scenario,
-                    received.update,
-                    num_examples=observation.num_examples,
-                    labels=self._labels[position].values,
-                )
-            except NotApplicable as reason:
-                if self._attack.method == "gauss-newton" or self._steps[position].several:
-                    raise
-                self._details[position]["why"] = str(reason)
-                to_match.append(position)
-            else:
-                fitting.append(position)
-        return fitting
+    def _fits_gauss_newton(self, victim: _Victim) -> bool:
+        """Whether Gauss-Newton applies to a victim; where not, its details say why."""
+        attack = self._attack
+        if attack._only_matches:
+            asked = attack._asks_for_matching or f"method {attack.method}"
+            victim.details["why"] = f"{asked} was asked for"
+            return False
+        received = victim.received
+        try:
+            annealed_gauss_newton.applies(
+                received.scenario,
+                received.update,
+                num_examples=received.num_examples,
+                labels=victim.labels.values,
+            )
+        except NotApplicable as reason:
+            if attack.method == "gauss-newton" or victim.steps.several:
+                raise
+            victim.details["why"] = str(reason)
+            return False
+        return True
 
-    def _as_received(self, position: int) -> Observation:
-        """A victim's update as a mean gradient, with whatever it carries beside one."""
-        received = self._received[self._observations[position].key]
-        return dataclasses.replace(
-            received,
-            update=memory.mean_gradient(received).to("cpu"),
-            scenario=memory.plain_scenario(received.scenario),
-        )
+    def _is_matched(self, victim: _Victim) -> bool:
+        """Whether matching answers: for want of Gauss-Newton's answer, or of an explanation by it.
+
+        Matching knows nothing of noise: Gauss-Newton's answer at its loosest is the better one then.
+        """
+        if victim.solved is None:
+            return True
+        matchable = self._attack.method == "auto" and not (victim.steps.several or victim.evidence.noise)
+        return matchable and not victim.solved.explained
 
     def _match(
-        self, positions: Sequence[int], before: float
-    ) -> dict[int, tuple[match.Match, match.Matching]]:
-        """Match the victims at `positions`, those of one shape and preset together."""
-        transform = load_denoiser(self._attack.denoiser) if self._attack.denoiser else None
-        informed = self._starts.name in ("ridge", "generator")
-        groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
-        for position in positions:
-            batch = len(self._labels[position].values)
-            unknowns = batch * math.prod(self._observations[position].scenario.image_shape)
-            smooth = not informed and self._observations[position].update.kept < unknowns
-            groups[batch, smooth].append(position)
-        found: dict[int, tuple[match.Match, match.Matching]] = {}
-        for (batch, smooth), members in groups.items():
-            observations = [self._observations[position] for position in members]
-            values = [self._labels[position].values for position in members]
-            settings = self._attack._matching(observations[0].scenario, batch, smooth)
+        self, victims: Sequence[_Victim], progress: Progress
+    ) -> list[tuple[match.Match, match.Matching]]:
+        """Match victims, those of one shape and preset together."""
+        if not victims:
+            return []
+        attack, informed = self._attack, self._starts.name in ("ridge", "generator")
+        transform = load_denoiser(attack.denoiser) if attack.denoiser else None
+        kinds = []
+        for victim in victims:
+            batch = len(victim.labels.values)
+            unknowns = batch * math.prod(victim.observation.scenario.image_shape)
+            kinds.append((batch, int(not informed and victim.observation.update.kept < unknowns)))
+
+        def work(members: list[int], told: Progress) -> list[tuple[match.Match, match.Matching]]:
+            batch, smooth = kinds[members[0]]
+            chosen = [victims[member] for member in members]
+            observations = [victim.observation for victim in chosen]
+            labels = [victim.labels.values for victim in chosen]
             begin = [
-                self._starts.make(o, y, self._attack.restarts)
-                for o, y in zip(observations, values, strict=True)
+                self._starts.make(o, y, attack.restarts) for o, y in zip(observations, labels, strict=True)
             ]
-            done = before + (1 - before) * len(found) / len(positions)
-            share = (1 - before) * len(members) / len(positions)
-
-            def told(part: float, text: str, done: float = done, share: float = share) -> None:
-                self._progress(done + part * share, text)
-
-            matches = matching.reconstruct(
+            settings = attack._matching(observations[0].scenario, batch, bool(smooth))
+            matches = match.match(
                 observations,
-                values,
-                begin,
+                torch.stack(labels),
+                torch.stack(begin, 1),
                 settings,
                 self._device,
                 told,
-                transform,
+                transform=transform,
             )
-            found |= {position: (one, settings) for position, one in zip(members, matches, strict=True)}
-        return found
+            return [(one, settings) for one in matches]
 
-    def _answer(self, position: int, images: Tensor, **fields: Any) -> Reconstruction:
-        found: Labels = self._labels[position]
-        floors = {"prior": self._starts.prior_image.clamp(0, 1).expand(len(found.values), -1, -1, -1).clone()}
-        public = self._observations[position].auxiliary
-        if public is not None and public.labels is not None:
-            # What the label alone gives away: an attacker that learnt nothing else would answer the class's mean.
-            means = [public.images[public.labels == label] for label in found.values]
-            if all(len(images) > 1 for images in means):
-                floors["label alone"] = torch.stack([images.mean(0) for images in means]).clamp(0, 1)
-        return Reconstruction(
-            images.clamp(0, 1).float().cpu(),
-            found.values,
-            label_confidence=found.confidence,
-            floors=floors,
-            **fields,
-        )
+        observations = [victim.observation for victim in victims]
+        return in_parts(observations, kinds, attack.restarts, work, progress)
 
-    def _solved(self, position: int, result: annealed_gauss_newton.GaussNewtonResult) -> Reconstruction:
-        details = self._details[position] | {"explained": result.explained, **result.details}
-        if self._steps[position].several:
-            details["batches"] = self._steps[position].order(result.images)
-        return self._answer(
-            position,
+    def _solved(self, victim: _Victim) -> Reconstruction:
+        result = victim.solved
+        assert result is not None
+        details = victim.details | {"explained": result.explained, **result.details}
+        if victim.steps.several:
+            details["batches"] = victim.steps.order(result.images)
+        return victim.answer(
             result.images,
             loss=result.objective_per_number,
             certificate=result.objective_per_number,
@@ -421,26 +395,20 @@ class _Run:
             details=details,
         )
 
-    def _matched(
-        self,
-        position: int,
-        found: match.Match,
-        settings: match.Matching,
-        rejected: annealed_gauss_newton.GaussNewtonResult | None,
-    ) -> Reconstruction:
-        details = self._details[position] | {
+    def _matched(self, victim: _Victim, found: match.Match, settings: match.Matching) -> Reconstruction:
+        details = victim.details | {
             "start": self._starts.name,
             "restart": found.restart,
             "recoveries": found.recoveries,
             "iterations": len(found.history) - 1,
             **{f"matching.{name}": value for name, value in dataclasses.asdict(settings).items()},
         }
-        if rejected is not None:
+        if victim.solved is not None:
             details["why"] = (
-                f"Gauss-Newton leaves {rejected.objective_per_number:.3g} per measured number unexplained (about 1 "
-                "is right)"
+                f"Gauss-Newton leaves {victim.solved.objective_per_number:.3g} per measured number unexplained "
+                "(about 1 is right)"
             )
         method = "generator" if self._attack.method == "generator" else "matching"
-        return self._answer(
-            position, found.images, loss=found.loss, method=method, history=found.history, details=details
+        return victim.answer(
+            found.images, loss=found.loss, method=method, history=found.history, details=details
         )

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from adversaries.base import Progress, no_progress
-from adversaries.inversion.matching.match import Match, Transform, match
 from adversaries.inversion.matching.settings import Matching
 from fedattack.config import ModelConfig
-from fedattack.observation import Observation
 
 Preset = Literal["default", "published"]
-Optimizer = Literal["lbfgs", "lbfgs-armijo", "lbfgs-wolfe", "adam", "signed-adam"]
+Optimizer = Literal["lbfgs", "lbfgs-armijo", "adam", "signed-adam"]
 
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lbfgs": {"optimiser": "lbfgs", "line_search": "none"},
     "lbfgs-armijo": {"optimiser": "lbfgs", "line_search": "armijo"},
-    "lbfgs-wolfe": {"optimiser": "lbfgs", "line_search": "wolfe"},
     "adam": {"optimiser": "adam"},
     "signed-adam": {"optimiser": "signed-adam"},
 }
 
-_RATES = {"lbfgs": 0.1, "lbfgs-armijo": 1.0, "lbfgs-wolfe": 1.0, "adam": 0.1, "signed-adam": 0.1}
-
-_NUMBERS_TOGETHER = 64_000_000
-"""Sent entries, over all victims, that are worth holding at once."""
-
-_IMAGES_TOGETHER = 256
-"""Images, over all victims and restarts, that are worth optimising at once."""
+_RATES = {"lbfgs": 0.1, "lbfgs-armijo": 1.0, "adam": 0.1, "signed-adam": 0.1}
 
 
 def published(model: ModelConfig, batch: int) -> Matching:
@@ -93,7 +79,6 @@ def settings_for(
         Evaluations of objective and gradient.
     tv : float, optional
         Weight of the mean squared difference of neighbouring pixels, in units of the sent entries' squared norm.
-    learning_rate : float, optional
     optimizer : str, optional
         One of :data:`Optimizer`; brings its own learning rate unless that is given.
     **others
@@ -110,56 +95,3 @@ def settings_for(
     if learning_rate is not None:
         changes["learning_rate"] = learning_rate
     return dataclasses.replace(chosen, **changes)
-
-
-def reconstruct(
-    observations: Sequence[Observation],
-    labels: Sequence[Tensor],
-    starts: Sequence[Tensor],
-    settings: Matching,
-    device: torch.device,
-    progress: Progress = no_progress,
-    transform: Transform | None = None,
-) -> list[Match]:
-    """Match victims with one batch size, as many at a time as memory bears.
-
-    Parameters
-    ----------
-    observations : sequence of Observation
-        V victims of one round, with updates as gradients.
-    labels : sequence of Tensor
-        int64 (B,) each.
-    starts : sequence of Tensor
-        float32 (R, B, C, H, W) each.
-    settings : Matching
-    device : torch.device
-    progress : Progress
-    transform : callable, optional
-        Denoiser, for `settings.transform_every`.
-
-    Returns
-    -------
-    list of Match
-    """
-    found: list[Match] = []
-    restarts = starts[0].shape[0]
-    heaviest = max(observation.update.kept for observation in observations)
-    images = restarts * len(labels[0])
-    together = max(1, min(_NUMBERS_TOGETHER // (restarts * heaviest), _IMAGES_TOGETHER // images))
-    total = len(observations)
-    for first in range(0, total, together):
-        part = slice(first, min(total, first + together))
-
-        def told(share: float, text: str, low: int = part.start, high: int = part.stop) -> None:
-            progress((low + share * (high - low)) / total, text)
-
-        found += match(
-            observations[part],
-            torch.stack(list(labels[part])),
-            torch.stack(list(starts[part]), 1),
-            settings,
-            device,
-            told,
-            transform=transform,
-        )
-    return found

@@ -15,18 +15,18 @@ Stetter, "The defect correction principle and discretization methods", Numer. Ma
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from adversaries.inversion.evidence import defences
-from adversaries.reconstruction.hcgla.measurements import BOUNDING, ROUNDING, Reading, corrected
+from adversaries.inversion.evidence.evidence import Evidence
+from adversaries.inversion.evidence.one_gradient import accumulates, gradient_unit
+from adversaries.inversion.gradients.schedule import Schedule, schedules_for
+from adversaries.reconstruction.hcgla.measurements import BOUNDING, ROUNDING, Reading
 from fedattack.config import CompressionConfig, TrainingConfig
 from fedattack.defenses import ClientDefenses
 from fedattack.errors import NotApplicable
@@ -34,105 +34,53 @@ from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario, Update
 from fedattack.training import batch_gradient, local_update
 
-MAX_ORDERS = 24
-"""Orders of the local batches that are tried for one guess; each costs a simulation of the client."""
 
-Batches = list[NDArray[np.int64]]
-
-
-def remembers(compression: CompressionConfig) -> bool:
-    """Whether clients keep what they did not send for later rounds."""
-    return compression.name == "dgc" or (compression.error_feedback and compression.name != "none")
-
-
-def orders(training: TrainingConfig, samples: int) -> list[Batches]:
-    """Which of a client's `samples` may have been in each local step's batch.
-
-    The server knows the batch size and the number of distinct samples, not the draw: every assignment of samples to
-    steps is a candidate, and one only where all samples are in every step.
+def check_orders(scenario: Scenario, clients: tuple[int, ...]) -> None:
+    """Refuse local batches whose orders nobody can try, of every one of the clients with so many samples.
 
     Raises
     ------
     NotApplicable
-        If samples are seen again in another batch (several epochs of several batches), or the orders are too many.
+        As :func:`~adversaries.inversion.gradients.schedule.schedules_for`.
     """
-    size, steps = training.batch_size, training.local_steps
-    if steps == 1 or size == 0 or samples <= size:
-        return [[np.arange(samples)] * steps]
-    if samples != steps * size:
-        raise NotApplicable(
-            f"training.local_steps = {steps} with training.batch_size = {size}: {samples} samples are drawn anew in "
-            "another epoch, and in which batches they meet is not known; use batch_size 0 or fewer local_steps"
-        )
-    count = math.factorial(samples) // math.factorial(size) ** steps
-    if count > MAX_ORDERS:
-        raise NotApplicable(
-            f"training.local_steps = {steps} with training.batch_size = {size}: {count:,} orders of the samples are "
-            f"possible, and at most {MAX_ORDERS} are tried; use fewer local_steps or batch_size 0"
-        )
-    return [[np.array(batch) for batch in order] for order in _assignments(tuple(range(samples)), size)]
+    agreed = scenario.training.batch_size * scenario.training.local_steps
+    for number, size in enumerate(clients, 1):
+        try:
+            schedules_for(scenario, min(size, agreed or size))
+        except NotApplicable:
+            if number == len(clients):
+                raise
+        else:
+            return
 
 
-def _assignments(samples: tuple[int, ...], size: int) -> Iterator[list[tuple[int, ...]]]:
-    """Ordered partitions of `samples` into batches of `size`."""
-    if not samples:
-        yield []
-        return
-    for batch in itertools.combinations(samples, size):
-        rest = tuple(sample for sample in samples if sample not in batch)
-        for later in _assignments(rest, size):
-            yield [batch, *later]
-
-
-def mean_gradient(observation: Observation) -> Update:
-    """A received update as the mean gradient of its local steps, entry by entry; a gradient is one already."""
-    update, training = observation.update, observation.scenario.training
-    if update.kind == "gradient":
-        return update
-    values = -update.values / (training.learning_rate * training.local_steps)
-    return dataclasses.replace(update, values=values, kind="gradient")
-
-
-def constant_reading(received: Observation, carry: Tensor | None = None) -> Reading:
-    """How an update reads as (mean) gradient, as far as no image is needed to tell.
-
-    Parameters
-    ----------
-    received : Observation
-        As it came.
-    carry : Tensor or None
-        float64 (numel,), in units of :func:`mean_gradient`: what earlier rounds held back.
-    """
-    training, names = received.scenario.training, received.update.names
-    noise = defences.noise(received)
-    if remembers(received.scenario.compression):  # what is held back keeps its noise
+def constant_reading(evidence: Evidence) -> Reading:
+    """How an update reads as mean gradient, as far as no image is needed to tell."""
+    received, noise = evidence.observation, evidence.noise
+    training = received.scenario.training
+    if accumulates(received.scenario):  # what is held back keeps its noise
         noise *= math.sqrt(received.round)
     if received.update.kind == "gradient":
-        return Reading(offset=carry, noise=noise)
-    weights = torch.cat([received.weights[name].double().cpu().flatten() for name in names])
+        return Reading(offset=evidence.beside, noise=noise)
+    largest = max(float(received.weights[name].abs().max()) for name in received.update.names)
     # Each step rounds the new weights to 24 bits, and the learning rate magnifies that.
-    error = 2.0**-24 / math.sqrt(3) * float(weights.abs().max())
-    rounding = error / (training.learning_rate * math.sqrt(training.local_steps))
-    if training.weight_decay and training.local_steps == 1:
-        decay = training.weight_decay * weights
-        return Reading(offset=decay if carry is None else carry + decay, rounding=rounding, noise=noise)
-    return Reading(offset=carry, rounding=rounding, noise=noise)
+    rounding = 2.0**-24 / math.sqrt(3) * largest * math.sqrt(training.local_steps) / -gradient_unit(received)
+    return Reading(offset=evidence.beside, rounding=rounding, noise=noise)
 
 
-def as_gradient(received: Observation, carry: Tensor | None = None) -> Observation:
+def matchable(evidence: Evidence) -> Observation:
     """A received update as entries of one (mean) gradient, as far as no image is needed to tell.
 
     Once something was subtracted, the smallest entry sent bounds the others no more: what is left looks like entries
     that were drawn at random, and the scenario says so.
     """
-    reading = constant_reading(received, carry)
+    received = evidence.observation
     scenario = plain_scenario(received.scenario)
-    if reading.offset is not None and scenario.compression.name in BOUNDING:
+    if evidence.beside is not None and scenario.compression.name in BOUNDING:
         scenario = dataclasses.replace(
             scenario, compression=scenario.compression.model_copy(update={"name": "randomk"})
         )
-    update = corrected(mean_gradient(received).to("cpu"), reading)
-    return dataclasses.replace(received, update=update, scenario=scenario)
+    return dataclasses.replace(received, update=evidence.gradient, scenario=scenario)
 
 
 class LocalSteps:
@@ -140,25 +88,25 @@ class LocalSteps:
 
     Parameters
     ----------
-    received : Observation
-        As it came.
+    evidence : Evidence
+        With what earlier rounds held back.
     labels : Tensor
         int64 (B,): the inferred labels.
-    carry : Tensor or None
-        float64 (numel,), in units of :func:`mean_gradient`: what earlier rounds held back.
 
     Raises
     ------
     NotApplicable
-        See :func:`orders`.
+        See :func:`~adversaries.inversion.gradients.schedule.schedules_for`.
     """
 
-    def __init__(self, received: Observation, labels: Tensor, carry: Tensor | None = None) -> None:
-        self._received, self._labels, self._carry = received, labels.cpu(), carry
-        self._training = received.scenario.training
-        self._orders = orders(self._training, len(labels))
-        self._clipping = defences.clipping(received.scenario)
-        self._update = mean_gradient(received)
+    def __init__(self, evidence: Evidence, labels: Tensor) -> None:
+        self._evidence, self._received = evidence, evidence.observation
+        self._labels, self._carry = labels.cpu(), evidence.carried
+        scenario = self._received.scenario
+        self._training = scenario.training
+        self._schedules = schedules_for(scenario, len(labels))
+        self._clipping = defences.clipping(scenario)
+        self._update = evidence.rescaled
 
     @property
     def several(self) -> bool:
@@ -183,7 +131,7 @@ class LocalSteps:
         """How the update reads as one gradient, if these are the images, (B, C, H, W)."""
         if not (self.several or self.clipped):
             return self._constant
-        gradient = self._simulate(images, [np.arange(len(images))], _one_step(self._training))
+        gradient = self._simulate(images, Schedule((tuple(range(len(images))),)), _one_step(self._training))
         sent = self._update.indices
         shown = gradient if sent is None else gradient[sent]
         mean = self._likeliest(images)[1]
@@ -198,19 +146,20 @@ class LocalSteps:
 
     def order(self, images: Tensor) -> list[list[int]]:
         """The likeliest assignment of the images to the steps' batches."""
-        return [batch.tolist() for batch in self._likeliest(images)[0]]
+        return [list(batch) for batch in self._likeliest(images)[0].orders]
 
     @cached_property
     def _constant(self) -> Reading:
-        return constant_reading(self._received, self._carry)
+        return constant_reading(self._evidence)
 
     def _carried(self, offset: Tensor) -> Tensor:
         return offset if self._carry is None else offset + self._carry
 
-    def _likeliest(self, images: Tensor) -> tuple[Batches, Tensor]:
+    def _likeliest(self, images: Tensor) -> tuple[Schedule, Tensor]:
         """The order of the batches under which the images explain the update best, and its mean gradient."""
         found = [
-            (order, self._simulate(images, order, self._training, self._clipping)) for order in self._orders
+            (order, self._simulate(images, order, self._training, self._clipping))
+            for order in self._schedules
         ]
         return min(found, key=lambda one: self._misfit(one[1])) if len(found) > 1 else found[0]
 
@@ -222,18 +171,17 @@ class LocalSteps:
     def _simulate(
         self,
         images: Tensor,
-        batches: Batches,
+        schedule: Schedule,
         training: TrainingConfig,
         defenses: ClientDefenses | None = None,
     ) -> Tensor:
         weights, pixels = self._received.weights, images.detach().double().cpu()
         step = batch_gradient if defenses is None else defenses.gradient
+        batches = [np.array(batch) for batch in schedule.orders]
         update = local_update(self._model, weights, pixels, self._labels, batches, training, step).update
         update = update if defenses is None else defenses.update(update)
         flat = torch.cat([update[name].flatten() for name in self._update.names])
-        return (
-            flat if training.protocol == "fedsgd" else -flat / (training.learning_rate * training.local_steps)
-        )
+        return flat if training.protocol == "fedsgd" else flat / gradient_unit(self._received)
 
 
 def _one_step(training: TrainingConfig) -> TrainingConfig:
@@ -241,7 +189,7 @@ def _one_step(training: TrainingConfig) -> TrainingConfig:
 
 
 class Remembered:
-    """One client's memory as the server can follow it, in units of :func:`mean_gradient`.
+    """One client's memory as the server can follow it, in units of the mean gradient.
 
     What the client had in mind is computed from the reconstruction of each round; what it sent is known.
     """
@@ -251,21 +199,22 @@ class Remembered:
         self._momentum: Tensor | None = None
         self.rounds: list[int] = []
 
-    def carry(self, compression: CompressionConfig) -> Tensor | None:
-        """What the client's next update holds beside its own mean gradient, float64 (numel,); None: nothing."""
-        if self._residual is None or self._momentum is None:
-            return self._residual
-        return self._residual + compression.momentum * self._momentum
+    def evidence(self, received: Observation, like: Evidence | None = None) -> Evidence:
+        """The client's next update, read with what it holds beside its own mean gradient."""
+        carry = self._residual
+        if carry is not None and self._momentum is not None:
+            carry = carry + received.scenario.compression.momentum * self._momentum
+        return Evidence(received, carry, followed=True, like=like)
 
     def follow(self, received: Observation, images: Tensor, labels: Tensor) -> None:
         """Take in one more round, answered by `images` (B, C, H, W) and `labels` int64 (B,)."""
         compression = received.scenario.compression
-        if not remembers(compression):
+        if not accumulates(received.scenario):
             return
-        carry = self.carry(compression)
-        own = LocalSteps(received, labels, carry).simulate(images)
-        intended = own if carry is None else own + carry
-        update = mean_gradient(received)
+        evidence = self.evidence(received)
+        own = LocalSteps(evidence, labels).simulate(images)
+        intended = own if evidence.carried is None else own + evidence.carried
+        update = evidence.rescaled
         if compression.name == "dgc":
             before = torch.zeros_like(own) if self._momentum is None else self._momentum
             self._momentum = _without(compression.momentum * before + own, update)

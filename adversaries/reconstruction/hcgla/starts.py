@@ -16,13 +16,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from adversaries.inversion.evidence.head import head_entries
-from adversaries.inversion.evidence.head_rows import observed_rows
+from adversaries.inversion.evidence.evidence import Evidence
+from adversaries.inversion.evidence.floors import prior_image
 from adversaries.inversion.evidence.labels import NON_NEGATIVE
 from adversaries.inversion.gradients import closed_form
 from adversaries.inversion.learning.ridge import FeatureRegression
 from fedattack.errors import ConfigError, DataError, NotApplicable
-from fedattack.observation import Auxiliary, Observation, Scenario
+from fedattack.observation import Auxiliary, Observation
 from fedattack.rng import torch_rng
 
 Start = Literal["auto", "ridge", "generator", "mean", "grey", "random", "red", "same-label", "image"]
@@ -31,15 +31,13 @@ _RESTART_DEVIATION = 0.1
 """Standard deviation, in pixel values, of what is added to a fixed start for each further restart."""
 
 
-def check_start(start: Start, scenario: Scenario, image: str | None, generator: str | None) -> None:
+def check_start(start: Start, image: str | None, generator: str | None) -> None:
     """Refuse a start that lacks what it needs.
 
     Raises
     ------
     ConfigError
         If the file that it needs is not named.
-    NotApplicable
-        If the model gives no features to regress on.
     """
     if start == "image" and not image:
         raise ConfigError("setting 'hcgla.start' = 'image' needs 'hcgla.start_image', the path of a picture")
@@ -49,8 +47,6 @@ def check_start(start: Start, scenario: Scenario, image: str | None, generator: 
         )
     if start not in get_args(Start):
         raise ConfigError(f"setting 'hcgla.start' = {start!r}: must be one of {', '.join(get_args(Start))}")
-    if start == "ridge":
-        closed_form.describe(scenario.model)
 
 
 class Starts:
@@ -63,7 +59,6 @@ class Starts:
         auxiliary mean, else grey.
     reference : Observation
         Any of the victims: for the weights, the scenario and the auxiliary images.
-    seed : int
     image : str, optional
         File for "image".
     generator : callable, optional
@@ -107,13 +102,6 @@ class Starts:
         except NotApplicable:
             return "mean"
         return "ridge" if len(self._auxiliary) >= 10 else "mean"
-
-    @cached_property
-    def prior_image(self) -> Tensor:
-        """The answer without an update, float32 (C, H, W): the auxiliary mean, or flat grey."""
-        if self._auxiliary is None:
-            return torch.full(self._shape, 0.5)
-        return self._auxiliary.images.float().mean(0)
 
     @cached_property
     def _regression(self) -> FeatureRegression:
@@ -172,7 +160,7 @@ class Starts:
         if self.name == "same-label":
             return torch.stack([self._same_label(int(label)) for label in labels])
         if self.name == "mean":
-            one = self.prior_image
+            one = prior_image(self._reference)
         elif self.name == "image":
             one = self._given_image
         elif self.name == "red":
@@ -186,14 +174,15 @@ class Starts:
     def _ridge(self, observation: Observation, label: Tensor) -> Tensor:
         """Ridge regression from the features that the label's row gives away."""
         assert self._auxiliary is not None
-        rows = observed_rows(observation, label[None])
+        evidence = Evidence(observation, followed=True)
+        rows = evidence.rows(label[None])
         known, values = rows.sent[0], rows.values[0]
         if not bool(known.any()):
-            return self.prior_image
+            return prior_image(self._reference)
         scenario, update = observation.scenario, observation.update
         bounded = scenario.compression.name in ("topk", "dgc") and scenario.model.activation in NON_NEGATIVE
         if bounded and update.indices is not None:
-            head = head_entries(update)
+            head = evidence.head
             bias = head.row(int(label))[2]
             sent = head.values if scenario.compression.scope == "layer" else update.values
             residual = abs(bias) if bias is not None else 1 / observation.num_examples

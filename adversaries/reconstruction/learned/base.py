@@ -10,11 +10,10 @@ from typing import ClassVar
 import torch
 
 from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least, positive
+from adversaries.needs import Needs
 from adversaries.reconstruction.base import ReconstructionAttack
-from fedattack.defenses import hides_clients
-from fedattack.errors import NotApplicable
-from fedattack.observation import Observation, Reconstruction, Scenario
+from fedattack.config import Positive, Strength
+from fedattack.observation import Observation, Reconstruction
 
 
 @dataclass
@@ -32,32 +31,11 @@ class TrainedAttack(ReconstructionAttack):
     """
 
     name: ClassVar[str]
+    needs: ClassVar[Needs] = Needs(sums="single", fresh=True, labels="auto", batch="agreed", auxiliary=32)
 
-    passes: int = 2
-    epochs: int = 30
-    learning_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        at_least(self.name, self, passes=1, epochs=1)
-        positive(self.name, self, "learning_rate")
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse a batch size that is not agreed, and sums over clients.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        if hides_clients(scenario.defense):
-            raise NotApplicable(
-                "defence 'secure-aggregation': the sum is one large batch of all clients, and the network is trained "
-                "for a client's batch; use an attack over the engine, such as ig"
-            )
-        if scenario.training.batch_size < 1:
-            raise NotApplicable(
-                "training.batch_size = 0: clients' batches differ, and the network is trained for one size; give it"
-            )
+    passes: Positive = 2
+    epochs: Positive = 30
+    learning_rate: Strength = 1e-3
 
     def run(
         self,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from adversaries.base import Progress
-from adversaries.inversion.evidence import head_rows
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
 from adversaries.inversion.learning.generator import Generator, load_generator, train_generator
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.learned import base
-from fedattack.errors import NotApplicable, unknown_name
+from fedattack.config import Positive
 from fedattack.models.decoders.from_features import GENERATORS
 from fedattack.observation import Observation, Reconstruction, Scenario
 
@@ -48,39 +50,26 @@ class FGLA(base.TrainedAttack):
     """
 
     name: ClassVar[str] = "fgla"
-    needs: ClassVar[str] = (
-        "one client's update with distinct labels, a head with bias, auxiliary images to train on"
+    needs: ClassVar[Needs] = dataclasses.replace(
+        base.TrainedAttack.needs, values="rounded", distinct=True, head="biased"
     )
 
     decoder: str = "train"
     architecture: str = "fgla"
-    epochs: int = 20
-    width: int | None = None
+    epochs: Positive = 20
+    width: Positive | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
         super().__post_init__()
-        if self.architecture not in GENERATORS:
-            raise unknown_name("generator", self.architecture, GENERATORS.names())
+        GENERATORS.get(self.architecture)
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse heads without bias, updates of signs, and batches of no agreed size or whose labels must repeat.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """A decoder that was trained needs no public images."""
+        return self.needs if self.decoder == "train" else dataclasses.replace(self.needs, auxiliary=0)
 
-        Raises
-        ------
-        NotApplicable, DataError
-        """
-        head = head_rows.head_of(scenario.model)
-        super().check(scenario)
-        if scenario.training.batch_size > head.classes:
-            raise NotApplicable(
-                f"training.batch_size = {scenario.training.batch_size} > {head.classes} classes: labels must repeat, "
-                "and equal labels share one row of features"
-            )
-        if scenario.compression.name == "sign":
-            raise NotApplicable(
-                "compression.name = 'sign': the quotient of signs is not a feature; use --attack lti"
-            )
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Load a decoder that was trained."""
         if self.decoder != "train":
             load_generator(self.decoder, scenario)
 
@@ -89,7 +78,7 @@ class FGLA(base.TrainedAttack):
     ) -> Reconstruction:
         """What the decoder draws from one update's features."""
         decoder = self._decoder(observation, seed, device, progress)
-        labels = infer("auto", observation)
+        labels = infer("auto", Evidence(observation))
         images = decoder.start(observation, labels.values)
         repeated = len(labels.values) - len(labels.values.unique())
         figures = decoder.metadata["figures"]

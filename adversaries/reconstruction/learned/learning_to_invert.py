@@ -9,13 +9,14 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least
-from adversaries.inversion.evidence.client import Client
+from adversaries.base import Progress, no_progress, share_of
+from adversaries.inversion.evidence.client import ImitatedClient
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
 from adversaries.reconstruction.learned import base
+from fedattack.config import Positive
 from fedattack.metrics.images import match, psnr
 from fedattack.models.decoders.from_latent import GradientMLP
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Update
@@ -49,16 +50,10 @@ class LearningToInvert(base.TrainedAttack):
     """
 
     name: ClassVar[str] = "lti"
-    needs: ClassVar[str] = "one client's update and auxiliary images to train on"
 
-    hidden: int = 512
-    layers: int = 2
-    inputs: int = 4096
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        at_least("lti", self, hidden=1, layers=1, inputs=1)
+    hidden: Positive = 512
+    layers: Positive = 2
+    inputs: Positive = 4096
 
     def answer(
         self, observation: Observation, seed: int, device: torch.device, progress: Progress
@@ -67,7 +62,7 @@ class LearningToInvert(base.TrainedAttack):
         public = train.public_images(observation, "lti")
         key = train.key(self, observation, observation.num_examples, public, seed)
         inverter = train.once(key, lambda: _train(self, observation, public, seed, device, progress))
-        labels = infer("auto", observation)
+        labels = infer("auto", Evidence(observation))
         images = inverter.answer(observation.update)
         return Reconstruction(
             images.clamp(0, 1).float(),
@@ -125,10 +120,10 @@ def _train(
     progress: Progress,
 ) -> _Inverter:
     size, scenario = observation.num_examples, observation.scenario
-    client = Client(scenario, observation.weights, seed, observation.round)
+    client = ImitatedClient(scenario, observation.weights, seed, observation.round)
     reader = _Reader(observation.update.numel, attack.inputs, seed)
     seen, unseen = train.hold_out(public, 0.1, seed)
-    told = train.share_of(progress, 0.0, 0.5)
+    told = share_of(progress, 0.0, 0.5)
     rows, images = _pairs(client, reader, public.images, seen, size, attack.passes, seed, told)
     test_rows, test_images = _pairs(client, reader, public.images, unseen, size, 1, seed + 1)
     mean = rows.mean(0)
@@ -156,7 +151,7 @@ def _train(
         attack.epochs,
         attack.learning_rate,
         torch_rng(seed, "lti.batches"),
-        train.share_of(progress, 0.5, 1.0),
+        share_of(progress, 0.5, 1.0),
         _BATCH,
     )
     module = module.cpu().eval().requires_grad_(False)
@@ -177,7 +172,7 @@ def _train(
 
 
 def _pairs(
-    client: Client,
+    client: ImitatedClient,
     reader: _Reader,
     images: Tensor,
     positions: Tensor,

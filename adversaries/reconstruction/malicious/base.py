@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,20 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
-from adversaries.inversion.evidence import one_gradient
-from adversaries.inversion.evidence.first_layer import FirstLayer, first_layer
+from adversaries.inversion.evidence.evidence import Evidence
+from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
-from adversaries.inversion.evidence.one_gradient import mean_gradient
+from adversaries.inversion.evidence.one_gradient import gradient_unit, mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.needs import Needs
+from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, failed
 from adversaries.seats import MaliciousServer
-from fedattack.errors import ConfigError, NotApplicable
+from fedattack.config import Share
+from fedattack.errors import NotApplicable
 from fedattack.models import build_model
-from fedattack.observation import Observation, Reconstruction, Scenario
-
-CERTIFIED = 1e-5
-"""Share of the rows' norm that may be left over when the images that were found explain all of them."""
+from fedattack.observation import Observation, Reconstruction
 
 _ROUNDING = 2.0**-22
 """Of float32 sums, relative to the layer's largest bias entry."""
@@ -35,46 +33,8 @@ _LABELLED = 0.1
 """Relative misfit of the replay above which an image's label counts as a guess."""
 
 
-def biased_layer(scenario: Scenario) -> FirstLayer:
-    """The linear layer on the pixels, with a bias.
-
-    Raises
-    ------
-    NotApplicable
-    """
-    layer = first_layer(scenario.model)
-    if not layer.biased:
-        raise NotApplicable(
-            f"model.name = {scenario.model.name!r}: layer {layer.name!r} has no bias, which scales what its rows "
-            "hold; use --model imprint, imprint-sparse or mlp"
-        )
-    return layer
-
-
-def check_update(scenario: Scenario) -> None:
-    """Refuse updates in which rows are incomplete in a way that says nothing about what is missing.
-
-    Raises
-    ------
-    NotApplicable
-    """
-    training, compression = scenario.training, scenario.compression
-    single = training.model_copy(update={"local_steps": 1})
-    one_gradient.check_one_gradient(dataclasses.replace(scenario, training=single))
-    if compression.name in ("randomk", "dgc") and compression.rate < 1:
-        raise NotApplicable(
-            f"compression.name = {compression.name!r} at rate {compression.rate:g} leaves holes in every row; use "
-            "'none', 'topk' or 'qsgd'"
-        )
-
-
-class Client:
+class ReplayedClient:
     """One observation, float64 on a device: what the first layer sent, and what it would send of an image.
-
-    Parameters
-    ----------
-    observation : Observation
-    device : torch.device
 
     Raises
     ------
@@ -83,7 +43,7 @@ class Client:
 
     def __init__(self, observation: Observation, device: torch.device) -> None:
         self.observation = observation
-        self._layer = biased_layer(observation.scenario)
+        self._layer = first_layer(observation.scenario.model)
         module = build_model(observation.scenario.model)
         module.load_state_dict(observation.weights)
         self._module = module.double().eval().requires_grad_(False).to(device)
@@ -136,10 +96,10 @@ class Client:
         vectors = sent[self._layer.weight].to(self._device).double()
         scalars = sent[self._layer.bias].to(self._device).double()
         noise = torch.full_like(scalars, _ROUNDING * float(scalars.abs().max()))
-        training, compression = observation.scenario.training, observation.scenario.compression
+        compression = observation.scenario.compression
         if observation.update.kind == "delta":  # the client's new weights were rounded
             largest = torch.maximum(self.weight.abs().amax(1), self.bias.abs())
-            noise = noise + 2.0**-24 * largest / (training.learning_rate * training.local_steps)
+            noise = noise + 2.0**-24 * largest / -gradient_unit(observation)
         if update.kept < update.numel:
             noise = noise + update.threshold
         if compression.name in ("qsgd", "topk-qsgd"):
@@ -208,26 +168,12 @@ class RowReading(MaliciousServer, ReconstructionAttack):
     """
 
     name: ClassVar[str]
+    needs: ClassVar[Needs] = Needs(update="steps", entries="rows", sums="dense", fresh=True, first_layer=True)
 
-    tolerance: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        if not 0 < self.tolerance < 1:
-            raise ConfigError(f"setting '{self.name}.tolerance' = {self.tolerance}: must be in (0, 1)")
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models without a linear layer on the pixels, and updates that do not hold whole rows.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        biased_layer(scenario)
-        check_update(scenario)
+    tolerance: Share = 1e-4
 
     @abstractmethod
-    def _reading(self, client: Client) -> Reading:
+    def _reading(self, client: ReplayedClient) -> Reading:
         """How the neurons' rows become rows that hold few images.
 
         Raises
@@ -241,7 +187,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
         """As for :func:`~adversaries.inversion.solvers.peeling.peel`."""
         return None
 
-    def _figures(self, client: Client) -> dict[str, Any]:
+    def _figures(self, client: ReplayedClient) -> dict[str, Any]:
         """What else goes into the details."""
         return {"rows": len(client.bias)}
 
@@ -271,15 +217,15 @@ class RowReading(MaliciousServer, ReconstructionAttack):
     ) -> Reconstruction:
         self.check(observation.scenario)
         try:
-            client = Client(observation, device)
+            client = ReplayedClient(observation, device)
             found, rows, left = self._read(client, observation.num_examples, told)
         except NotApplicable as reason:
-            return failure(self.name, observation, str(reason))
+            return failed(self.name, observation, str(reason))
         unread = float(left.vectors.norm() / rows.vectors.norm().clamp_min(1e-300))
         return answer(self.name, observation, client.vague, found, unread, self._figures(client))
 
     def _read(
-        self, client: Client, limit: int, told: Callable[[int], None]
+        self, client: ReplayedClient, limit: int, told: Callable[[int], None]
     ) -> tuple[list[Sample], Rows, Rows]:
         """Up to `limit` images in the rows that one client sent; the rows, and what is left in them.
 
@@ -309,18 +255,6 @@ class RowReading(MaliciousServer, ReconstructionAttack):
         return found, rows, left
 
 
-def failure(name: str, observation: Observation, reason: str) -> Reconstruction:
-    """The answer where nothing could be read, and why."""
-    return Reconstruction(
-        images=torch.zeros(0, *observation.scenario.image_shape),
-        labels=torch.zeros(0, dtype=torch.int64),
-        loss=math.inf,
-        label_confidence=0.0,
-        method=name,
-        details={"status": "failed", "reason": reason, "notes": []},
-    )
-
-
 def answer(
     name: str,
     observation: Observation,
@@ -335,10 +269,8 @@ def answer(
     ----------
     name : str
         Of the attack.
-    observation : Observation
     vague : bool
-        As for :class:`Client`.
-    found : sequence of Sample
+        As for :class:`ReplayedClient`.
     unread : float
         Share of the rows' norm that no image explains.
     figures : dict
@@ -388,7 +320,7 @@ def answer(
 
 def _other_labels(observation: Observation, found: Tensor) -> Tensor:
     """Labels of the batch that no image was found for, from the head's gradient."""
-    everyone = infer("auto", observation).values.tolist()
+    everyone = infer("auto", Evidence(observation)).values.tolist()
     for label in found.tolist():
         if label in everyone:
             everyone.remove(label)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
-from adversaries.reconstruction.malicious.base import Client, Reading, RowReading
-from fedattack.errors import ConfigError, NotApplicable
+from adversaries.needs import Facts, Needs
+from adversaries.reconstruction.malicious.base import Reading, ReplayedClient, RowReading
+from fedattack.config import Strength
+from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Candidates, Scenario
 from fedattack.rng import torch_rng
 
@@ -60,35 +63,23 @@ class CuriousAbandonHonesty(RowReading):
     """
 
     name: ClassVar[str] = "cah"
-    needs: ClassVar[str] = (
-        "a malicious server: it sends weights of a linear first layer behind ReLU (model mlp or imprint)"
-    )
+    needs: ClassVar[Needs] = dataclasses.replace(RowReading.needs, activations=("relu",), helped=True)
 
-    shrink: float | None = None
+    shrink: Annotated[float, Field(gt=0, le=1)] | None = None
     peel: bool = True
-    scale: float = 0.05
+    scale: Strength = 0.05
 
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        if self.shrink is not None and not 0 < self.shrink <= 1:
-            raise ConfigError(f"setting 'cah.shrink' = {self.shrink}: must be in (0, 1]")
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ConfigError(f"setting 'cah.scale' = {self.scale}: must be positive")
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """A neuron must sleep for images it does not wait for: ReLU, which model imprint's block has of its own."""
+        own = scenario.model.name == "imprint"
+        return dataclasses.replace(self.needs, activations=()) if own else self.needs
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models whose first layer is not linear with bias and ReLU, and updates without whole rows.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        super().check(scenario)
-        name, activation = scenario.model.name, scenario.model.activation
-        if name == "imprint-sparse" or (name != "imprint" and activation != "relu"):
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse a block of bins that never sleeps."""
+        if scenario.model.name == "imprint-sparse":
             raise NotApplicable(
-                f"model.name = {name!r} with activation {activation!r}: a neuron must sleep for images it does not "
-                "wait for, as ReLU's do; use --model mlp --activation relu, or --model imprint"
+                "model.name = 'imprint-sparse': a neuron must sleep for images it does not wait for, as ReLU's do; "
+                "use --model mlp --activation relu, or --model imprint"
             )
 
     def arm(
@@ -123,7 +114,7 @@ class CuriousAbandonHonesty(RowReading):
         sent[layer.bias] = torch.zeros_like(weights[layer.bias])
         return sent
 
-    def _reading(self, client: Client) -> Reading:
+    def _reading(self, client: ReplayedClient) -> Reading:
         if bool(client.bias.any()) or float((client.weight < 0).double().mean(1).sub(0.5).abs().max()) > 0.05:
             raise NotApplicable(
                 "the first layer that was sent holds no trap weights (an honest server's); let the server send the "

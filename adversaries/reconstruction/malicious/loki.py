@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adversaries.inversion.evidence import one_gradient
-from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.solvers.peeling import Sample
-from adversaries.reconstruction.malicious.base import Client, answer, failure
-from adversaries.reconstruction.malicious.imprint import Imprint, alone_share
+from adversaries.needs import Block, Needs
+from adversaries.reconstruction.base import failed
+from adversaries.reconstruction.malicious.base import ReplayedClient, answer
+from adversaries.reconstruction.malicious.bins import BinReading, alone_share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.loki import KernelSets, identities
@@ -26,7 +26,7 @@ _PLAIN = "imprint-sparse"
 
 
 @dataclass
-class Loki(Imprint):
+class Loki(BinReading):
     """LOKI: a malicious server that sees nothing but sums over clients reads each client's images out of them.
 
     The model begins with S sets of convolution kernels, and the wide layer of bins has columns for each set. Every
@@ -49,29 +49,14 @@ class Loki(Imprint):
     """
 
     name: ClassVar[str] = "loki"
-    needs: ClassVar[str] = "a malicious server: it sends each client kernels of its own (model loki)"
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models without kernel sets, and updates that are not complete and unrounded.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        _kernel_sets(scenario)
-        one_gradient.check_sum(scenario)
-        compression, training = scenario.compression, scenario.training
-        if not is_complete(scenario) or compression.name in ("qsgd", "topk-qsgd"):
-            raise NotApplicable(
-                f"compression.name = {compression.name!r} at rate {compression.rate:g} drops or rounds the columns "
-                "whose differences are read; use compression.name 'none'"
-            )
-        if training.protocol == "fedavg" and training.weight_decay:
-            raise NotApplicable(
-                f"training.weight_decay = {training.weight_decay} shrinks the columns of a client that shows them "
-                "nothing; use weight_decay 0"
-            )
-        super().check(_plain_scenario(scenario))
+    needs: ClassVar[Needs] = dataclasses.replace(
+        BinReading.needs,
+        block=Block(KernelSets, "sets of kernels that keep clients apart", "loki"),
+        first_layer=False,
+        entries="all",
+        values="exact",
+        undecayed="delta",
+    )
 
     def arm(
         self,
@@ -119,7 +104,7 @@ class Loki(Imprint):
         figures: dict[str, Any] = {}
         try:
             for number, part in _parts(observation):
-                client = Client(part, device)
+                client = ReplayedClient(part, device)
                 before = len(found)
 
                 def more(count: int, before: int = before) -> None:
@@ -132,9 +117,9 @@ class Loki(Imprint):
                 counts[number] = len(samples)
                 found += samples
         except NotApplicable as reason:
-            return failure(self.name, observation, str(reason))
+            return failed(self.name, observation, str(reason))
         if not counts:
-            return failure(self.name, observation, "no client moved the bins: the update is zero there")
+            return failed(self.name, observation, "no client moved the bins: the update is zero there")
         each = -(-batch // len(counts))
         figures |= {"sets": counts, "birthday_bound": alone_share(1 / figures["bins"], each)}
         unread = (left / max(seen, 1e-300)) ** 0.5

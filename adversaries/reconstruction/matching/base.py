@@ -8,78 +8,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence import defences, label_strategies, one_gradient
+from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors, prior_image
-from adversaries.inversion.evidence.labels import Labels
 from adversaries.inversion.gradients import Compile, Layers, schedule_for
 from adversaries.inversion.matching.match import Match, match
+from adversaries.inversion.matching.parts import in_parts
 from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN, Chart
 from adversaries.inversion.matching.problem import Penalty
 from adversaries.inversion.matching.settings import Matching, Optimiser
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
-from fedattack.errors import ConfigError, NotApplicable, PayloadError, unknown_name
+from adversaries.reconstruction.matching.recipes import LocalSteps, Recipe, Start
+from fedattack.config import Count, Positive, Strength, Weight
+from fedattack.errors import NotApplicable, PayloadError, unknown_name
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
-
-Start = Literal["random", "uniform", "grey", "mean", "tiled"]
-LocalSteps = Literal["unrolled", "ignored"]
-LabelStrategy = Literal[
-    "auto", "joint", "idlg", "gradinversion", "llg", "llg-star", "llg-plus", "sparse-rows"
-]
 
 _RESTART_DEVIATION = 0.1
 """Standard deviation, in pixel values, of what tells repeated labels and further restarts of a fixed start apart."""
 
 _USUAL_RATES = {"lbfgs": 1.0, "adam": 0.1, "sgd": 0.1}
 """Learning rates for an optimiser that replaces the preset's own."""
-
-_IMAGES_TOGETHER = 256
-"""Images, over all victims and restarts, that are worth optimising at once."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One named setting of an attack.
-
-    Attributes
-    ----------
-    matching : Matching
-        Objective, optimiser and regularisers but total variation.
-    tv : float
-        Weight of the mean absolute difference of neighbouring pixels, vertical plus horizontal; of standardised
-        pixels where these are what the optimiser turns.
-    labels : str
-        A key of :data:`adversaries.inversion.evidence.label_strategies.STRATEGIES`, or "joint": soft labels are
-        optimised beside the images.
-    start : str
-        "random" (N(0, 1) pixels, or standardised ones), "uniform" (U[0, 1]), "grey" (0.5), "mean" (of the auxiliary
-        images) or "tiled" (a random quarter four times).
-    restarts : int
-        Starts, of which the one with the lowest loss is answered.
-    note : str
-        Where the settings are from and what differs.
-    """
-
-    matching: Matching
-    tv: float = 0.0
-    labels: LabelStrategy = "auto"
-    start: Start = "random"
-    restarts: int = 1
-    note: str = ""
-
-    @property
-    def standardised(self) -> bool:
-        """Whether the optimiser turns standardised pixels."""
-        return self.matching.parametrisation == "standardised"
 
 
 @dataclass
@@ -125,40 +83,29 @@ class OptimisationAttack(ReconstructionAttack):
         or the delta is taken for a multiple of one gradient.
     """
 
-    needs: ClassVar[str] = "one client's update; labels are inferred from it"
+    needs: ClassVar[Needs] = Needs(update="steps", signs=True, sums="dense", fresh=True, labels="auto")
     recipes: ClassVar[Mapping[str, Recipe]] = {}
 
     preset: str = "published"
-    iterations: int | None = None
-    learning_rate: float | None = None
-    tv: float | None = None
-    restarts: int | None = None
+    iterations: Positive | None = None
+    learning_rate: Strength | None = None
+    tv: Weight | None = None
+    restarts: Positive | None = None
     start: Start | None = None
-    labels: LabelStrategy | None = None
+    labels: str | None = None
     objective: str | None = None
     optimizer: Optimiser | None = None
     layers: Layers | None = None
     batch_norm: Literal["train", "eval"] | None = None
-    patience: int | None = None
+    patience: Count | None = None
     compile: Compile | None = None
     local_steps: LocalSteps = "unrolled"
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
+        super().__post_init__()
         if self.preset not in self.recipes:
             raise unknown_name("preset", self.preset, self.recipes)
-        for name, least in (("iterations", 1), ("restarts", 1), ("patience", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"setting {name!r} = {value}: must be at least {least}")
-        for name, low in (("learning_rate", 0.0), ("tv", -math.ulp(0.0))):
-            value = getattr(self, name)
-            if value is not None and not low < value < math.inf:
-                raise ConfigError(f"setting {name!r} = {value}: must be positive")
-        if self.start is not None and self.start not in get_args(Start):
-            raise unknown_name("start", self.start, get_args(Start))
-        if self.local_steps not in get_args(LocalSteps):
-            raise unknown_name("local_steps", self.local_steps, get_args(LocalSteps))
         self.recipe()
 
     def recipe(self) -> Recipe:
@@ -182,17 +129,18 @@ class OptimisationAttack(ReconstructionAttack):
         replaced: dict[str, Any] = {name: value for name, value in outer.items() if value is not None}
         matching = dataclasses.replace(base.matching, **changes)
         recipe = dataclasses.replace(base, matching=matching, **replaced)
-        if recipe.labels != "joint" and recipe.labels not in label_strategies.STRATEGIES:
-            raise unknown_name("label strategy", recipe.labels, ["joint", *label_strategies.STRATEGIES])
+        if recipe.labels != "joint":
+            label_strategies.STRATEGIES.get(recipe.labels)
         return recipe
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what the engine cannot match under this scenario.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """The labels are read as the recipe says; several local steps are more than one gradient."""
+        labels = self.recipe().labels.replace("joint", "")
+        update: Literal["", "gradient"] = "" if scenario.training.local_steps > 1 else "gradient"
+        return dataclasses.replace(self.needs, labels=labels, update=update)
 
-        Raises
-        ------
-        NotApplicable
-        """
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Settle protocol and compression."""
         plan(self, scenario)
 
     def penalty(
@@ -206,17 +154,12 @@ class OptimisationAttack(ReconstructionAttack):
             V victims.
         labels : Tensor
             int64 (V, B): the inferred labels.
-        device : torch.device
         """
         del observations, labels, device
         return None
 
     def search(self, task: Task) -> tuple[list[Match], dict[str, Any]]:
         """Match a group of victims; an attack that turns other things than pixels does that here.
-
-        Parameters
-        ----------
-        task : Task
 
         Returns
         -------
@@ -252,12 +195,8 @@ class Task:
         int64 (V, B).
     starts : Tensor
         float32 (R, V, B, C, H, W), of the recipe.
-    settings : Matching
-    device : torch.device
-    progress : Progress
     options : dict
         Further arguments of :func:`adversaries.inversion.matching.match.match`.
-    seed : int
     """
 
     observations: list[Observation]
@@ -290,7 +229,6 @@ class Plan:
 
     Attributes
     ----------
-    recipe : Recipe
     settings : Matching
         The recipe's, as the scenario needs them.
     unrolled : bool
@@ -330,19 +268,16 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
         if settings.objective != "sign":
             notes.append(f"objective 'sign' instead of {settings.objective!r}: only signs were sent")
             settings = dataclasses.replace(settings, objective="sign")
+    cosine = "cosine" if settings.layer_weights == "equal" else "layer-cosine"
     if (
         defences.clips(scenario)
         and attack.objective is None
         and settings.objective not in defences.DIRECTIONS
     ):
         notes.append(
-            f"objective 'cosine' instead of {settings.objective!r}: clipping hides the gradient's length"
+            f"objective {cosine!r} instead of {settings.objective!r}: clipping hides the gradient's length"
         )
-        settings = dataclasses.replace(settings, objective="cosine")
-    one_gradient.check_sum(scenario)
-    if not several:
-        one_gradient.check_one_gradient(scenario, signs=True)
-    label_strategies.check_strategy(recipe.labels, scenario, 0 if several else training.batch_size)
+        settings = dataclasses.replace(settings, objective=cosine)
     if recipe.tv:
         unit = PIXEL_DEVIATION if recipe.standardised else 1.0
         regularisers = settings.regularisers | {"tv1": recipe.tv / unit}
@@ -377,55 +312,43 @@ class _Run:
         attack.check(scenario)
         self._plan = plan(attack, scenario)
         self._recipe = self._plan.recipe
-        shared = None
-        if scenario.training.local_steps == 1 and self._recipe.labels in ("auto", "llg-plus", "sparse-rows"):
-            shared = label_strategies.expect(observations[0])
         self._details: dict[int, dict[str, Any]] = {}
         self._victims = []
-        for observation in observations:
-            _check_declared(observation)
+        for evidence in Evidence.of_round(observations):
+            one_gradient.check_declared(evidence.observation)
             if self._recipe.labels == "joint":
-                nothing = torch.zeros(observation.num_examples, dtype=torch.int64)
+                nothing = torch.zeros(evidence.batch, dtype=torch.int64)
                 labels = Labels(nothing, 1.0, "optimised beside the images")
             else:
-                labels = label_strategies.infer(self._recipe.labels, observation, shared)
-            self._victims.append(self._prepared(observation, labels))
+                labels = label_strategies.infer(self._recipe.labels, evidence)
+            self._victims.append(_Victim(self._predicted(evidence), labels, list(self._plan.notes)))
 
-    def _prepared(self, observation: Observation, labels: Labels) -> _Victim:
+    def _predicted(self, evidence: Evidence) -> Observation:
         """The update as what will be predicted: a gradient, or the delta itself where steps are simulated."""
-        notes = list(self._plan.notes)
+        observation = evidence.observation
         if self._plan.unrolled:
-            update = observation.update
-        elif observation.scenario.training.local_steps > 1:
-            update = one_gradient.mean_gradient(observation)
-        else:
-            update = one_gradient.as_gradient(observation, signs=True)
-        return _Victim(dataclasses.replace(observation, update=update.to("cpu")), labels, notes)
+            return dataclasses.replace(observation, update=observation.update.to("cpu"))
+        if observation.scenario.training.local_steps == 1:
+            one_gradient.check_received(observation, signs=True)
+        return dataclasses.replace(observation, update=evidence.gradient)
 
     def answers(self) -> list[Reconstruction]:
         """Reconstructions in the order of the observations."""
-        groups: dict[int, list[int]] = defaultdict(list)
-        for position, victim in enumerate(self._victims):
-            groups[len(victim.labels.values)].append(position)
-        found: dict[int, Match] = {}
-        for batch, members in groups.items():
-            together = max(1, _IMAGES_TOGETHER // (batch * self._recipe.restarts))
-            for first in range(0, len(members), together):
-                part = members[first : first + together]
-                found |= dict(zip(part, self._match(part, len(found)), strict=True))
+        found = in_parts(
+            [victim.observation for victim in self._victims],
+            [(len(victim.labels.values),) for victim in self._victims],
+            self._recipe.restarts,
+            self._match,
+            self._progress,
+        )
         self._progress(1.0, "done")
-        return [self._answer(position, found[position]) for position in range(len(self._victims))]
+        return [self._answer(position, one) for position, one in enumerate(found)]
 
-    def _match(self, members: Sequence[int], done: int) -> list[Match]:
+    def _match(self, members: Sequence[int], told: Progress) -> list[Match]:
         """Match victims with one batch size in one optimisation."""
         victims = [self._victims[position] for position in members]
         observations = [victim.observation for victim in victims]
         scenario, batch = observations[0].scenario, len(victims[0].labels.values)
-        total = len(self._victims)
-
-        def told(share: float, text: str) -> None:
-            self._progress((done + share * len(members)) / total, text)
-
         labels = torch.stack([victim.labels.values for victim in victims])
         joint = self._recipe.labels == "joint"
         options = {
@@ -510,20 +433,4 @@ class _Run:
             history=found.history,
             floors=floors(victim.observation, values),
             details=details,
-        )
-
-
-def _check_declared(observation: Observation) -> None:
-    """Refuse a client that declares more examples than were agreed.
-
-    Raises
-    ------
-    PayloadError
-    """
-    training = observation.scenario.training
-    most = training.batch_size * training.local_steps
-    if observation.num_examples < 1 or (most and observation.num_examples > most):
-        raise PayloadError(
-            f"client {observation.client} declares {observation.num_examples} examples; 1 to "
-            f"{most or 'all of its own'} were agreed"
         )

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adversaries.inversion.matching.problem import Penalty
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe
-from adversaries.reconstruction.matching.dlg import BACKTRACKING, torch_lbfgs
-from fedattack.errors import ConfigError
+from adversaries.reconstruction.matching.base import OptimisationAttack
+from adversaries.reconstruction.matching.recipes import BACKTRACKING, Recipe, torch_lbfgs
+from fedattack.config import Weight
 from fedattack.models import build_model
 from fedattack.observation import Observation
 from fedattack.training import training_mode
@@ -30,7 +30,6 @@ class CPL(OptimisationAttack):
     ----------
     label_weight : float
         Of the mean over the batch of |softmax(z) - e_y|^2, in units of the update's squared norm.
-
     Deviations: the weight of the label term is not published. On an untrained network the true image does not predict
     its label either, so that the term works against the answer; 1e-3 keeps it from deciding. Otherwise as for
     :class:`~adversaries.reconstruction.matching.dlg.DLG`, with labels inferred.
@@ -45,12 +44,7 @@ class CPL(OptimisationAttack):
         "backtracking": Recipe(BACKTRACKING, start="tiled"),
     }
 
-    label_weight: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.label_weight >= 0:
-            raise ConfigError(f"setting 'label_weight' = {self.label_weight}: must not be negative")
+    label_weight: Weight = 1e-3
 
     def penalty(
         self, observations: Sequence[Observation], labels: Tensor, device: torch.device

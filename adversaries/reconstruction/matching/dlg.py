@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe
-
-
-def torch_lbfgs(calls: int, **others: Any) -> Matching:
-    """L-BFGS as ``torch.optim.LBFGS`` runs it by default: `calls` calls of 20 iterations, 100 pairs, full steps."""
-    return Matching(
-        objective="masked-l2",
-        optimiser="lbfgs",
-        line_search="none",
-        iterations=20 * calls,
-        memory=100,
-        block=20,
-        **others,
-    )
-
-
-BACKTRACKING = Matching(
-    objective="masked-l2",
-    optimiser="lbfgs",
-    line_search="armijo",
-    parametrisation="standardised",
-    iterations=1200,
-)
-"""DLG's objective with a line search and a start on the pixels' own scale: it does not diverge."""
-
-ZHU = Recipe(
-    torch_lbfgs(50, learning_rate=1e-4, parametrisation="standardised", units="absolute"),
-    tv=1e-3,
-    restarts=2,
-    note="SemSim's --optim zhu, which is not DLG's own setting: known label, learning rate 1e-4, total variation",
-)
+from adversaries.needs import Needs
+from adversaries.reconstruction.matching.base import OptimisationAttack
+from adversaries.reconstruction.matching.recipes import BACKTRACKING, ZHU, Recipe, torch_lbfgs
 
 
 @dataclass
@@ -59,7 +31,7 @@ class DLG(OptimisationAttack):
     Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019.
     """
 
-    needs: ClassVar[str] = "one client's update; small batches and smooth activations"
+    needs: ClassVar[Needs] = dataclasses.replace(OptimisationAttack.needs, labels="")
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(torch_lbfgs(300, learning_rate=1.0), labels="joint"),
         "backtracking": Recipe(BACKTRACKING, labels="joint"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.inversion.learning import image_generator, train
@@ -14,7 +16,10 @@ from adversaries.inversion.learning.image_generator import TrainedGenerator
 from adversaries.inversion.matching.charts import Latent, LatentBall, NetworkWeights
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from adversaries.needs import Facts, Needs
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
+from fedattack.config import Positive, Strength, Weight
 from fedattack.errors import ConfigError
 from fedattack.models.decoders.from_latent import ImageGenerator
 from fedattack.observation import Scenario
@@ -60,7 +65,7 @@ class GGL(OptimisationAttack):
     Li, Zhang, Liu, Liu, "Auditing Privacy Defenses in Federated Learning via Generative Gradient Leakage", CVPR 2022.
     """
 
-    needs: ClassVar[str] = "one client's update; auxiliary images, or a trained generator"
+    needs: ClassVar[Needs] = dataclasses.replace(OptimisationAttack.needs, auxiliary=32)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(_adam(0.1, 400), restarts=4, note="latent search by Adam"),
         "squared": Recipe(
@@ -70,32 +75,27 @@ class GGL(OptimisationAttack):
 
     generator: str = "small"
     generator_weights: str | None = None
-    latent: int = 64
-    width: int = 32
-    epochs: int = 20
-    prior: float = 1e-3
+    latent: Positive = 64
+    width: Positive = 32
+    epochs: Positive = 20
+    prior: Weight = 1e-3
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
         super().__post_init__()
-        for name in ("latent", "width", "epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must be at least 1")
-        if self.prior < 0:
-            raise ConfigError(f"setting 'prior' = {self.prior}: must not be negative")
         if self.generator == "small" and self.generator_weights is not None:
             raise ConfigError(
                 "setting 'generator_weights' is for a generator of one's own: name its class too"
             )
 
-    def check(self, scenario: Scenario) -> None:
-        """Also load a generator of the user's own.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """A generator of the user's own needs no public images."""
+        needs = super().needs_now(scenario)
+        return needs if self.generator == "small" else dataclasses.replace(needs, auxiliary=0)
 
-        Raises
-        ------
-        NotApplicable, ConfigError, DataError
-        """
-        super().check(scenario)
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Also load a generator of the user's own."""
+        super().probe(scenario, facts)
         if self.generator != "small":
             image_generator.given_generator(self.generator, self.generator_weights, scenario.image_shape)
 
@@ -150,16 +150,8 @@ class GIFD(GGL):
         "published": Recipe(_adam(0.1, 400), restarts=2, note="latent space, then feature maps"),
     }
 
-    radius: float = 0.5
-    stages: int = 3
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        if self.stages < 1 or not self.radius > 0:
-            raise ConfigError(
-                f"settings 'stages' = {self.stages} and 'radius' = {self.radius}: must be at least 1 and positive"
-            )
+    radius: Strength = 0.5
+    stages: Positive = 3
 
     def search(self, task: Task) -> tuple[list[Match], dict[str, Any]]:
         """Search the latent space, then the feature maps of one stage after the other."""
@@ -204,13 +196,7 @@ class DeepImagePrior(OptimisationAttack):
         "published": Recipe(_adam(0.01, 800), note="weights of an untrained decoder by Adam"),
     }
 
-    width: int = 32
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        if self.width < 4:
-            raise ConfigError(f"setting 'dip.width' = {self.width}: must be at least 4")
+    width: Annotated[int, Field(ge=4)] = 32
 
     def search(self, task: Task) -> tuple[list[Match], dict[str, Any]]:
         """Search the network's weights."""

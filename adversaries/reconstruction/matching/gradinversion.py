@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
-from fedattack.errors import ConfigError, NotApplicable
-from fedattack.models import build_model
-from fedattack.observation import Observation, Scenario
+from adversaries.needs import Needs
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
+from fedattack.errors import ConfigError
+from fedattack.observation import Observation
 
 _SMOOTH = 0.015
 """Weight of the mean absolute difference of neighbours that does what the published 1e-4 does at 32 x 32 x 3.
@@ -67,7 +66,9 @@ class GradInversion(OptimisationAttack):
     CVPR 2021.
     """
 
-    needs: ClassVar[str] = "one client's update of a model with BatchNorm, distinct labels"
+    needs: ClassVar[Needs] = dataclasses.replace(
+        OptimisationAttack.needs, labels="gradinversion", distinct=True, batch_norm="needed"
+    )
     recipes: ClassVar[Mapping[str, Recipe]] = {"small": _recipe(2000, 4), "published": _recipe(20_000, 8)}
 
     preset: str = "small"
@@ -87,16 +88,6 @@ class GradInversion(OptimisationAttack):
         task = dataclasses.replace(task, settings=dataclasses.replace(task.settings, regularisers=kept))
         left_out = "not aimed at: the running ones are a new model's, and the client sent none of its batch"
         return task.match(), {"BatchNorm statistics": left_out, "matching.regularisers": kept}
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse models without BatchNorm, and what :meth:`OptimisationAttack.check` refuses."""
-        super().check(scenario)
-        layers = build_model(scenario.model).modules()
-        if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers):
-            raise NotApplicable(
-                f"model.name = {scenario.model.name!r} has no BatchNorm, whose statistics GradInversion aims at; use "
-                "a ResNet, or the attack 'ig'"
-            )
 
 
 def statistics_known(observation: Observation) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe
-from adversaries.reconstruction.matching.dlg import BACKTRACKING, torch_lbfgs
+from adversaries.needs import Needs
+from adversaries.reconstruction.matching.base import OptimisationAttack
+from adversaries.reconstruction.matching.recipes import BACKTRACKING, Recipe, torch_lbfgs
 
 
 @dataclass
@@ -22,7 +24,7 @@ class IDLG(OptimisationAttack):
     Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020.
     """
 
-    needs: ClassVar[str] = "one client's update of a single image"
+    needs: ClassVar[Needs] = dataclasses.replace(OptimisationAttack.needs, labels="idlg", images=1)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(torch_lbfgs(300, learning_rate=1.0), labels="idlg"),
         "backtracking": Recipe(BACKTRACKING, labels="idlg"),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe
-from adversaries.reconstruction.matching.dlg import ZHU, torch_lbfgs
+from adversaries.reconstruction.matching.base import OptimisationAttack
+from adversaries.reconstruction.matching.recipes import ZHU, Recipe, torch_lbfgs
 
 
 def _recipe(iterations: int, tv: float, restarts: int = 1, start: Any = "random", **others: Any) -> Recipe:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from adversaries.checks import at_least
 from adversaries.inversion.evidence import client as clients
-from adversaries.inversion.evidence.client import Client
+from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.one_gradient import as_gradient
 from adversaries.inversion.learning import train
 from adversaries.inversion.learning.denoiser import PAIRS, Denoiser, Pairs, load_denoiser, train_denoiser
 from adversaries.inversion.matching.match import Match
 from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe, Task
+from adversaries.needs import Facts, Needs
+from adversaries.reconstruction.matching.base import OptimisationAttack, Task
+from adversaries.reconstruction.matching.recipes import Recipe
+from fedattack.config import Positive
 from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.rng import numpy_rng
@@ -80,7 +83,7 @@ class ROG(OptimisationAttack):
     Security 2023.
     """
 
-    needs: ClassVar[str] = "one client's update; auxiliary images to train the mending network on"
+    needs: ClassVar[Needs] = dataclasses.replace(OptimisationAttack.needs, auxiliary=32)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "published": Recipe(
             Matching(
@@ -92,24 +95,19 @@ class ROG(OptimisationAttack):
         ),
     }
 
-    factor: int = 2
+    factor: Positive = 2
     mend: str = "train"
-    pairs: int = 64
-    epochs: int | None = None
+    pairs: Annotated[int, Field(ge=8)] = 64
+    epochs: Positive | None = None
 
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        super().__post_init__()
-        at_least("rog", self, factor=1, pairs=8, epochs=1)
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Without a mending network to train no public images are needed."""
+        needs = super().needs_now(scenario)
+        return needs if self.mend == "train" else dataclasses.replace(needs, auxiliary=0)
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what cannot be imitated for the training.
-
-        Raises
-        ------
-        NotApplicable, DataError
-        """
-        super().check(scenario)
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Also refuse steps that cannot be imitated for the training, and load the denoiser."""
+        super().probe(scenario, facts)
         if self.mend == "train" and scenario.training.local_steps > 1:
             raise NotApplicable(
                 f"training.local_steps = {scenario.training.local_steps}: the mending network is trained on single "
@@ -153,7 +151,7 @@ class ROG(OptimisationAttack):
     def _pairs(self, task: Task, public: Auxiliary, size: int) -> Pairs:
         """Auxiliary images as this attack rebuilds them, labels known, beside themselves."""
         first = task.observations[0]
-        client = Client(first.scenario, first.weights, task.seed, first.round)
+        client = ImitatedClient(first.scenario, first.weights, task.seed, first.round)
         rng = numpy_rng(task.seed, "rog.pairs")
         count = min(self.pairs, len(public)) // size
         if count < 2:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adversaries.inversion.matching.settings import Matching
-from adversaries.reconstruction.matching.base import OptimisationAttack, Recipe
+from adversaries.reconstruction.matching.base import OptimisationAttack
+from adversaries.reconstruction.matching.recipes import Recipe
 
 
 @dataclass

@@ -13,43 +13,30 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
-from adversaries.checks import at_least, positive
+from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence import one_gradient
-from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.inversion.gradients.activations import ACTIVATIONS, homogeneous, is_polynomial, stein_order
+from adversaries.needs import Block, Facts, Needs
+from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, failed, status_of
 from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
-from adversaries.reconstruction.tensor.activations import (
-    ACTIVATIONS,
-    homogeneous,
-    is_polynomial,
-    stein_order,
-)
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.from_gradient import Estimate
-from adversaries.reconstruction.tensor.head import Head, Labelled, fix_scales, read_labels, residuals_of
+from adversaries.reconstruction.tensor.head import (
+    Labelled,
+    TwoLayerHead,
+    fix_scales,
+    read_labels,
+    residuals_of,
+)
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
 from adversaries.seats import MaliciousServer
-from fedattack.config import TrainingConfig
+from fedattack.config import Positive, Strength, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
-from fedattack.observation import (
-    EVERYONE,
-    Auxiliary,
-    Candidates,
-    Observation,
-    Reconstruction,
-    Scenario,
-    Update,
-)
+from fedattack.observation import EVERYONE, Auxiliary, Candidates, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
-
-CERTIFIED = 1e-5
-"""Relative residual below which the answer explains the update to float32's rounding."""
-
-APPROXIMATE = 0.25
-"""Relative residual above which the answer explains too little of the update to be one."""
 
 SPARE = 1.2
 """Equations per unknown from which on a small residual singles out the batch."""
@@ -61,8 +48,6 @@ _LEAST_SIDE = 16
 """Smaller images are solved at once."""
 
 NO_TRACE = "a sample's label leaves too little trace in the head's gradient to be read"
-
-Status = Literal["certified", "approximate", "failed"]
 
 
 @dataclass
@@ -113,40 +98,30 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
     Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023.
     """
 
-    needs: ClassVar[str] = (
-        "a malicious server: it sends the weights of a wide two-layer head (model two-layer)"
+    needs: ClassVar[Needs] = Needs(
+        update="steps",
+        sums="dense",
+        fresh=True,
+        block=Block(TwoLayer, "a wide two-layer head", "two-layer or lenet-two-layer"),
+        helped=True,
     )
 
     method: Literal["exact", "published"] = "exact"
     view: Literal["full", "last_layer"] = "full"
-    batch: int | None = None
+    batch: Positive | None = None
     decomposer: Decomposer = "simdiag"
     refine: Literal["auto", "off"] = "auto"
     whiten_weights: bool | None = None
-    scale: float | None = None
+    scale: Strength | None = None
     head_signs: bool | None = None
-    head_strength: float | None = None
-    restarts: int = 4
+    head_strength: Strength | None = None
+    restarts: Positive = 4
 
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
-        at_least("tensor", self, batch=1, restarts=1)
-        positive("tensor", self, "scale", "head_strength")
-
-    def check(self, scenario: Scenario) -> None:
-        """Refuse what cannot be identified: wrong model, activation, width, or too few entries.
-
-        Raises
-        ------
-        NotApplicable
-        """
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse what cannot be identified: activation, width, or too few entries."""
         model, training = scenario.model, scenario.training
         module = build_model(model)
-        if not isinstance(module, TwoLayer):
-            raise NotApplicable(
-                f"model.name = {model.name!r} has no wide two-layer head to read a batch from; use --model two-layer "
-                "or lenet-two-layer"
-            )
+        assert isinstance(module, TwoLayer)
         assert model.activation is not None
         order = stein_order(ACTIVATIONS[model.activation])
         if self.method == "published" and order != 3:
@@ -154,8 +129,6 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
                 f"model.activation = {model.activation!r} has a zero third Hermite coefficient, and method "
                 "'published' averages third moments; use poly3 or method 'exact'"
             )
-        one_step = dataclasses.replace(scenario, training=_one_step(training))
-        one_gradient.check_one_gradient(one_step)
         batch = self.batch or training.batch_size
         if not batch:
             return  # all of a client's samples: known when it declares them
@@ -216,25 +189,15 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
             return []
         if device.type == "mps":  # has no float64
             device = torch.device("cpu")
-        total = len(observations)
-        return [self._one(o, seed, device, progress, n, total) for n, o in enumerate(observations)]
-
-    def _one(
-        self,
-        observation: Observation,
-        seed: int,
-        device: torch.device,
-        progress: Progress,
-        number: int,
-        total: int,
-    ) -> Reconstruction:
-        def share(part: float, text: str) -> None:
-            progress((number + part) / total, f"client {observation.client}: {text}")
-
-        try:
-            return _Victim(self, observation, seed, device, share).answer()
-        except NotApplicable as reason:
-            return _failure(observation.scenario, str(reason))
+        answers = []
+        for number, observation in enumerate(observations):
+            low, high = number / len(observations), (number + 1) / len(observations)
+            told = share_of(progress, low, high, f"client {observation.client}: ")
+            try:
+                answers.append(_Victim(self, observation, seed, device, told).answer())
+            except NotApplicable as reason:
+                answers.append(failed("tensor", observation, str(reason), residual=None))
+        return answers
 
 
 def _one_step(training: TrainingConfig) -> TrainingConfig:
@@ -267,18 +230,6 @@ def _check_entries(view: str, scenario: Scenario, module: TwoLayer, batch: int) 
             f"{what} {entries} < unknowns {unknowns}: underdetermined for B = {batch}; raise --width (now {m}), keep "
             "more, or lower --batch-size"
         )
-
-
-def _failure(scenario: Scenario, reason: str) -> Reconstruction:
-    empty = torch.zeros(0, *scenario.image_shape)
-    return Reconstruction(
-        images=empty,
-        labels=torch.zeros(0, dtype=torch.int64),
-        loss=math.inf,
-        label_confidence=0.0,
-        method="tensor",
-        details={"status": "failed", "reason": reason, "residual": None, "notes": []},
-    )
 
 
 @dataclass
@@ -319,8 +270,12 @@ class _Victim:
         self._module = module.eval()
         assert scenario.model.activation is not None
         weights = {name: tensor.to(device) for name, tensor in observation.weights.items()}
-        self._head = Head.of(weights["wide.weight"], weights["head.weight"], scenario.model.activation)
-        self._update = _gradient_of(observation)
+        self._head = TwoLayerHead.of(
+            weights["wide.weight"], weights["head.weight"], scenario.model.activation
+        )
+        one_step = dataclasses.replace(scenario, training=_one_step(scenario.training))
+        one_gradient.check_received(dataclasses.replace(observation, scenario=one_step))
+        self._update = one_gradient.mean_gradient(observation)
         self._samples = observation.num_examples
         if attack.batch:
             self._samples = max(attack.batch, 1)
@@ -472,8 +427,7 @@ class _Victim:
             "wide": _relative(change["wide.weight"], wide),
         }
         # The certificate is that of one gradient, of which several small steps are a multiple.
-        training = self._observation.scenario.training
-        factor = -1.0 / (training.learning_rate * _mass(training))
+        factor = 1.0 / one_gradient.gradient_unit(self._observation)
         left = factor * (change["wide.weight"] - wide), factor * (change["head.weight"] - last)
         residual = max(parts.values())
         labelled = found.labelled
@@ -653,13 +607,9 @@ class _Victim:
         positions, labels = found.labelled.expanded()
         inputs = found.inputs.cpu()[positions]
         norms = found.inputs.norm(dim=1).cpu()
-        status: Status = "failed"
+        status = status_of(found.residual, vouched=found.certified and len(inputs) == self._samples)
         reason = ""
-        if found.certified and len(inputs) == self._samples:
-            status = "certified"
-        elif found.residual <= APPROXIMATE:
-            status = "approximate"
-        else:
+        if status == "failed":
             reason = f"residual {found.residual:.0e}: the answer does not explain the update"
             reason += "".join(f"; {note}" for note in self._notes if "dependent" in note)
         self._notes += [
@@ -713,25 +663,3 @@ class _Victim:
 
 def _relative(seen: Tensor, model: Tensor) -> float:
     return float((seen - model).norm() / seen.norm().clamp_min(1e-300))
-
-
-def _mass(training: TrainingConfig) -> float:
-    """How many times its gradient a client's steps move it by, where the gradient hardly changes."""
-    steps_taken = range(training.local_steps)
-    return float(sum(sum(training.momentum**lag for lag in range(step + 1)) for step in steps_taken))
-
-
-def _gradient_of(observation: Observation) -> Update:
-    """The update as entries of one gradient; of several local steps, as their mean gradient."""
-    scenario = observation.scenario
-    training, update = scenario.training, observation.update
-    if training.local_steps == 1 or update.kind == "gradient":
-        return one_gradient.as_gradient(observation)
-    single = dataclasses.replace(
-        observation,
-        scenario=dataclasses.replace(scenario, training=_one_step(training)),
-        update=Update(
-            update.names, update.shapes, update.indices, update.values / _mass(training), update.kind
-        ),
-    )
-    return one_gradient.as_gradient(single)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.tensor.activations import homogeneous
+from adversaries.inversion.gradients.activations import homogeneous
 from adversaries.reconstruction.tensor.from_entries import Entries
-from adversaries.reconstruction.tensor.head import Head
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 
 UNCERTAIN = 1e-3
 """Largest predicted error of a certified input, root mean square over its entries: 60 dB where these are pixels."""
@@ -30,7 +30,7 @@ _TWINS = 2e-2
 """Relative misfit below which another norm explains a sample's softmax residual as well."""
 
 
-def input_errors(head: Head, inputs: Tensor, weights: Tensor, left: Tensor) -> Tensor:
+def input_errors(head: TwoLayerHead, inputs: Tensor, weights: Tensor, left: Tensor) -> Tensor:
     """Predicted error of each input (B,), root mean square over its entries, from the wide layer's gradient.
 
     Off the samples' span the gradient ``K x`` with ``K_ji = r_i s'(w_j . x_i)`` is linear in the inputs: what is left
@@ -64,7 +64,7 @@ def input_errors(head: Head, inputs: Tensor, weights: Tensor, left: Tensor) -> T
     return (error.square() + (error / sine).square() / inputs.shape[1]).sqrt()
 
 
-def count_errors(head: Head, inputs: Tensor, left: Tensor, samples: int) -> Tensor:
+def count_errors(head: TwoLayerHead, inputs: Tensor, left: Tensor, samples: int) -> Tensor:
     """Predicted error (B,) of the softmax residuals that labels are read from.
 
     Parameters
@@ -82,7 +82,7 @@ def count_errors(head: Head, inputs: Tensor, left: Tensor, samples: int) -> Tens
     return SAFETY * samples * float(left.square().mean().sqrt()) * inverse.diagonal().sqrt() / size
 
 
-def norm_errors(head: Head, inputs: Tensor, counts: Tensor, of_residuals: Tensor) -> Tensor:
+def norm_errors(head: TwoLayerHead, inputs: Tensor, counts: Tensor, of_residuals: Tensor) -> Tensor:
     """Relative error (B,) of norms read from ``n delta(n)``, for homogeneous activations.
 
     As :func:`adversaries.reconstruction.tensor.head.fix_scales` does: no norm is read well near the curve's maximum.
@@ -100,7 +100,7 @@ def norm_errors(head: Head, inputs: Tensor, counts: Tensor, of_residuals: Tensor
     return of_residuals / speed.norm(dim=1).clamp_min(1e-300)
 
 
-def has_twins(head: Head, inputs: Tensor, counts: Tensor) -> bool:
+def has_twins(head: TwoLayerHead, inputs: Tensor, counts: Tensor) -> bool:
     """Whether an input could as well be another multiple of itself within the range of pixels.
 
     With a homogeneous activation, ``n delta(n)`` of samples of the head's class has a maximum, and the same value at
@@ -130,7 +130,7 @@ def merged_errors(inputs: Tensor, counts: Tensor, residual: float) -> Tensor:
     return torch.where(copies > 1, split, torch.zeros_like(split))
 
 
-def traces(head: Head, entries: Entries, inputs: Tensor, labels: Tensor) -> Tensor:
+def traces(head: TwoLayerHead, entries: Entries, inputs: Tensor, labels: Tensor) -> Tensor:
     """How much the sent entries of the head change where a sample's label does, over their norm; (B,).
 
     The least over all other classes: a label whose row, and any other's, has no entries is anyone's guess.

@@ -230,13 +230,10 @@ def decompose(
 
     Parameters
     ----------
-    method : Decomposer
     tensor : Tensor
         Symmetric, order 3 or 4, float64.
     second : Tensor or None
         The second-order moment (B, B); one more slice for "simdiag", and the whitening of "tensorly_power".
-    generator : torch.Generator
-    seed : int
     """
     stack = slices(tensor)
     notes: list[str] = []

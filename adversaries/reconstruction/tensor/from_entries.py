@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.tensor.head import Head
+from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
+from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 
 Function = Callable[[Tensor], Tensor]
 
@@ -28,6 +30,7 @@ UNSEEN = 3e-3
 SPARE_COARSE = 2.0
 """Entries of the head per unknown that a small space must have."""
 
+_DAMPING = Damping(1e-2, least=1e-10, rise=6.0, fall=0.1, slow=0.4, tries=6)
 _COARSE_STARTS = 4
 _COARSE_STEPS = 40
 _ROWS = 512
@@ -94,13 +97,11 @@ class Model:
 
     Parameters
     ----------
-    head : Head
-    entries : Entries
     labels : Tensor
         int64 (B,).
     """
 
-    def __init__(self, head: Head, entries: Entries, labels: Tensor) -> None:
+    def __init__(self, head: TwoLayerHead, entries: Entries, labels: Tensor) -> None:
         self._head, self._entries = head, entries
         self._hot = torch.nn.functional.one_hot(labels, head.classes).to(head.wide.dtype)
         self._norms = _norms(entries)
@@ -220,10 +221,10 @@ def targets(entries: Entries) -> Tensor:
     return torch.cat([entries.head_values / head_norm, entries.wide_values / wide_norm])
 
 
-def levenberg_marquardt(
+def fit(
     function: Model, wanted: Tensor, start: Tensor, iterations: int, settled: float = 1e-7
 ) -> tuple[Tensor, float]:
-    """Minimise |function(x) - wanted| from `start` by damped Gauss-Newton steps.
+    """Minimise |function(x) - wanted| from `start` by Levenberg-Marquardt.
 
     The normal equations are formed where they are small enough (:data:`DIRECT` unknowns), and solved by conjugate
     gradients elsewhere.
@@ -234,32 +235,47 @@ def levenberg_marquardt(
     residual : float
         |function(x) - wanted| / |wanted|.
     """
-    x, norm = start, float(wanted.norm())
-    value, push, pull = function.at(x)
-    left = wanted - value
-    damping, gain = 1e-2, 1.0
-    for _ in range(iterations):
-        if float(left.norm()) < settled * norm:
-            break
-        improved = False
-        direct = function.normal_equations(x, left) if x.numel() <= DIRECT else None
-        for _ in range(6):
-            if direct is not None:
-                step = _solved(*direct, damping).reshape(x.shape)
-            else:
-                step = _damped_step(push, pull, left, damping, gain)
-            trial = x + step
-            trial_value, trial_push, trial_pull = function.at(trial)
-            trial_left = wanted - trial_value
-            if float(trial_left.norm()) < float(left.norm()):
-                gain = 1 - float(trial_left.norm()) / float(left.norm())
-                x, left, push, pull, improved = trial, trial_left, trial_push, trial_pull, True
-                damping = max(damping * (0.1 if gain > 0.3 else 0.4), 1e-10)
-                break
-            damping *= 6
-        if not improved or (gain < 1e-4 and damping < 1e-3):
-            break
+
+    def linearise(x: Tensor) -> tuple[Tensor, Callable[[float], Step]]:
+        value, push, pull = function.at(x)
+        left = wanted - value
+
+        def prepare(gained: float) -> Step:
+            if x.numel() > DIRECT:
+                # Far from a solution an exact step is wasted.
+                return _iterated(push, pull, left, 1e-2 if gained < 0.5 else 1e-3)
+            gram, right = function.normal_equations(x, left)
+
+            def step(damping: float) -> Tensor:
+                damped = gram.clone()
+                damped.diagonal().add_(damping * gram.diagonal().mean())
+                factor = torch.linalg.cholesky_ex(damped)[0]
+                return torch.cholesky_solve(right[:, None], factor)[:, 0].reshape(x.shape)
+
+            return step
+
+        return left, prepare
+
+    norm = float(wanted.norm())
+    x, left, _ = levenberg_marquardt(
+        linearise, start, iterations, _DAMPING, settled=settled * norm, trusted=1e-3
+    )
     return x, float(left.norm()) / norm
+
+
+def _iterated(push: Function, pull: Function, left: Tensor, tolerance: float) -> Step:
+    """Steps by conjugate gradients on (J'J + damping s I) step = J' left, s the mean diagonal of J'J by one probe."""
+    right = pull(left)
+    probe = torch.where(torch.arange(right.numel(), device=right.device) % 2 == 0, 1.0, -1.0)
+    scale = float(push(probe.to(right).reshape(right.shape)).square().sum()) / right.numel()
+
+    def step(damping: float) -> Tensor:
+        def system(v: Tensor) -> Tensor:
+            return pull(push(v)) + damping * scale * v
+
+        return conjugate_gradients(system, right, 100, tolerance)[0]
+
+    return step
 
 
 def foundation(
@@ -313,60 +329,15 @@ def _least_squares(function: Model, x: Tensor) -> Function:
         return g if factor is None else torch.cholesky_solve(g.reshape(-1, 1), factor).reshape(x.shape)
 
     def solve(values: Tensor) -> Tensor:
-        step, gradient = torch.zeros_like(x), pull(values)
-        direction = precondition(gradient)
-        size = float((gradient * direction).sum())
-        first, settled = size, 0.0
-        for count in range(_MOST_STEPS):
-            pushed = push(direction)
-            curved = float(pushed.square().sum())
-            if not (curved > 0 and size > 1e-20 * first):
-                break
-            step = step + size / curved * direction
-            gradient = gradient - size / curved * pull(pushed)
-            if count % 50 == 49:  # nothing more comes in where only the null space is left
-                grown = float(step.norm())
-                if abs(grown - settled) < 1e-4 * grown:
-                    break
-                settled = grown
-            solved = precondition(gradient)
-            fresh = float((gradient * solved).sum())
-            direction, size = solved + fresh / size * direction, fresh
-        return step
+        # Nothing more comes in where only the null space is left.
+        return conjugate_gradients(
+            lambda v: pull(push(v)), pull(values), _MOST_STEPS, 1e-10, precondition, stalled=1e-4
+        )[0]
 
     return solve
 
 
-def _solved(gram: Tensor, right: Tensor, damping: float) -> Tensor:
-    damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean())
-    factor = torch.linalg.cholesky_ex(damped)[0]
-    return torch.cholesky_solve(right[:, None], factor)[:, 0]
-
-
-def _damped_step(push: Function, pull: Function, left: Tensor, damping: float, gain: float) -> Tensor:
-    """Conjugate gradients on (J'J + damping s I) step = J' left, with s the mean diagonal of J'J by one probe.
-
-    Solved the better, the better the last step was: far from a solution an exact step is wasted.
-    """
-    gradient = pull(left)
-    step, direction, product = torch.zeros_like(gradient), gradient, float(gradient.square().sum())
-    probe = torch.where(torch.arange(step.numel(), device=step.device) % 2 == 0, 1.0, -1.0)
-    shift = damping * float(push(probe.to(step).reshape(step.shape)).square().sum()) / step.numel()
-    first, tolerance = product, 1e-2 if gain < 0.5 else 1e-3
-    for _ in range(100):
-        curved = pull(push(direction)) + shift * direction
-        length = product / float((direction * curved).sum())
-        step = step + length * direction
-        gradient = gradient - length * curved
-        fresh = float(gradient.square().sum())
-        if fresh < tolerance**2 * first:
-            break
-        direction, product = gradient + fresh / product * direction, fresh
-    return step
-
-
-def guess_labels(head: Head, entries: Entries, samples: int, most: int) -> list[Tensor]:
+def guess_labels(head: TwoLayerHead, entries: Entries, samples: int, most: int) -> list[Tensor]:
     """Labels (samples,) from the head's entries, the likeliest of at most `most` guesses first.
 
     A class's row is ``sum_i delta_ic s(W x_i)'`` with delta_ic negative only where x_i has that label, and s is
@@ -406,7 +377,9 @@ def guess_labels(head: Head, entries: Entries, samples: int, most: int) -> list[
     return [labels.to(head.wide.device) for labels in guesses[:most]]
 
 
-def starts(head: Head, entries: Entries, labels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+def starts(
+    head: TwoLayerHead, entries: Entries, labels: Tensor, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Starting inputs (B, d), the best guess first.
 
     By Stein's lemma the average of g_j w_j over the neurons of a class's row points to the mean of the samples that
@@ -449,7 +422,7 @@ def starts(head: Head, entries: Entries, labels: Tensor, generator: torch.Genera
 
 
 def _parted(
-    head: Head, entries: Entries, labels: Tensor, start: Tensor, generator: torch.Generator
+    head: TwoLayerHead, entries: Entries, labels: Tensor, start: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Samples of one label taken apart from their mean.
 
@@ -458,7 +431,7 @@ def _parted(
     direction is the leading eigenvector of the neurons' second moment with these weights.
     """
     function, wanted = Model(head, entries, labels), targets(entries)
-    together, _ = levenberg_marquardt(function, wanted, _scaled(function, wanted, start), 10)
+    together, _ = fit(function, wanted, _scaled(function, wanted, start), 10)
     left = (wanted - function(together))[: len(entries.head_values)]
     apart = together.clone()
     for label in labels.unique().tolist():
@@ -485,7 +458,7 @@ def _parted(
 
 
 def solve(
-    head: Head,
+    head: TwoLayerHead,
     entries: Entries,
     samples: int,
     restarts: int,
@@ -519,7 +492,7 @@ def solve(
         function = Model(head, entries, labels)
         start = next(sources[attempt % len(guesses)])
         start = _scaled(function, wanted, start)
-        x, _ = levenberg_marquardt(function, wanted, start, iterations)
+        x, _ = fit(function, wanted, start, iterations)
         left, split = wanted - function(x), len(entries.head_values)
         parts = {"head": float(left[:split].norm()), "wide": float(left[split:].norm())}
         if best is None or max(parts.values()) < best.residual:
@@ -540,7 +513,7 @@ def solve(
 
 
 def _sources(
-    head: Head, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
+    head: TwoLayerHead, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
 ) -> Iterator[Tensor]:
     enough = [b for b in ladder if len(entries.head_values) >= SPARE_COARSE * len(labels) * b.shape[1]]
     if enough:
@@ -549,7 +522,7 @@ def _sources(
 
 
 def climbed(
-    head: Head, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
+    head: TwoLayerHead, entries: Entries, labels: Tensor, ladder: Sequence[Tensor], generator: torch.Generator
 ) -> Tensor:
     """Starting inputs (B, d) found in small spaces first, from the head's entries, which see w.x only.
 
@@ -569,13 +542,10 @@ def climbed(
         function = Model(small, bare, labels)
         if point is None:
             tried = itertools.islice(starts(small, bare, labels, generator), _COARSE_STARTS)
-            ends = [
-                levenberg_marquardt(function, wanted, _scaled(function, wanted, start), _COARSE_STEPS)
-                for start in tried
-            ]
+            ends = [fit(function, wanted, _scaled(function, wanted, start), _COARSE_STEPS) for start in tried]
             inside = min(ends, key=lambda end: end[1])[0]
         else:
-            inside, _ = levenberg_marquardt(function, wanted, point @ basis, _COARSE_STEPS)
+            inside, _ = fit(function, wanted, point @ basis, _COARSE_STEPS)
         point = inside @ basis.T
     assert point is not None
     return point

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
-from adversaries.reconstruction.tensor import moments
-from adversaries.reconstruction.tensor.activations import (
+from adversaries.inversion.gradients.activations import (
+    ACTIVATIONS,
     hermite_coefficients,
     homogeneous,
     is_polynomial,
     stein_order,
 )
+from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
+from adversaries.reconstruction.tensor import moments
 from adversaries.reconstruction.tensor.decompose import Decomposer, decompose, symmetric
-from adversaries.reconstruction.tensor.head import Head
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 from adversaries.reconstruction.tensor.moments import feature_count, regress
 from fedattack.errors import NotApplicable
 
@@ -84,14 +85,12 @@ class Whitened:
 
 def needed_width(name: str, batch: int) -> int:
     """Neurons that the regression on a full gradient needs: (B+1)(B+2)/2, or (B+3 choose 3) at order 4."""
-    from adversaries.reconstruction.tensor.activations import ACTIVATIONS
-
     return feature_count(batch, stein_order(ACTIVATIONS[name]) - 1)
 
 
-def find_span(head: Head, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator) -> tuple[
-    Span, int, list[str]
-]:  # fmt: skip
+def find_span(
+    head: TwoLayerHead, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator
+) -> tuple[Span, int, list[str]]:
     """The span of the batch, how many samples it holds, and warnings.
 
     Parameters
@@ -132,7 +131,7 @@ def find_span(head: Head, gradient: Tensor, batch: int | None, declared: int, ge
     return span, size, notes
 
 
-def degree_for(head: Head, batch: int) -> int:
+def degree_for(head: TwoLayerHead, batch: int) -> int:
     """Degree of the features for a full gradient.
 
     Raises
@@ -159,7 +158,7 @@ def degree_for(head: Head, batch: int) -> int:
 
 
 def from_wide(
-    head: Head,
+    head: TwoLayerHead,
     y: Tensor,
     span: Span,
     batch: int,
@@ -173,11 +172,6 @@ def from_wide(
     ----------
     y : Tensor
         (m, d): ``sum_i r_i s'(W x_i) x_i'``.
-    span : Span
-    batch : int
-    decomposer : Decomposer
-    generator : torch.Generator
-    seed : int
 
     Raises
     ------
@@ -213,7 +207,7 @@ def from_wide(
 
 
 def from_head(
-    head: Head,
+    head: TwoLayerHead,
     gradient: Tensor,
     span: Span,
     batch: int,
@@ -276,7 +270,7 @@ def _decompose_stack(
     return simdiag(torch.cat([stack, second * scale]) if float(scale) < 1e6 else stack, generator), notes
 
 
-def _fit_curves(head: Head, v: Tensor, curves: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_curves(head: TwoLayerHead, v: Tensor, curves: Tensor) -> tuple[Tensor, Tensor]:
     """Norms n (with sign) and weights r with ``curves_i = r_i n_i s'(n_i v_i)``.
 
     Closed form for the cubic, whose two coefficients have the ratio 3 n / 2; else a search over n with r by least
@@ -315,7 +309,7 @@ def _fit_curves(head: Head, v: Tensor, curves: Tensor) -> tuple[Tensor, Tensor]:
     return best, (slope * curves).sum(0) / slope.square().sum(0).clamp_min(1e-300) / best
 
 
-def _profile_norms(head: Head, found: dict[int, Tensor], directions: Tensor) -> Tensor:
+def _profile_norms(head: TwoLayerHead, found: dict[int, Tensor], directions: Tensor) -> Tensor:
     """Norms (with sign) from how the coefficients of one sample fall off with the degree.
 
     The coefficient of degree q is ``delta_i h_q(n_i)`` times the q-th power of the unit direction, with h_q(n) the
@@ -346,7 +340,7 @@ def _profile_norms(head: Head, found: dict[int, Tensor], directions: Tensor) -> 
     return signed[scores.argmax(0)]
 
 
-def _upright(inputs: Tensor, weights: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _upright(inputs: Tensor, weights: Tensor, head: TwoLayerHead) -> tuple[Tensor, Tensor]:
     """Turn round what points away from [0, 1]: inputs are pixels or activations, whose sum is positive.
 
     Only where the gradient is the same for -x and -r (an even s'); elsewhere the sign is in the gradient.
@@ -366,13 +360,13 @@ def _share_off(tensor: Tensor, directions: Tensor) -> float:
 
 
 def published(
-    head: Head, gradient: Tensor, wide: Tensor | None, batch: int, generator: torch.Generator
+    head: TwoLayerHead, gradient: Tensor, wide: Tensor | None, batch: int, generator: torch.Generator
 ) -> Estimate:
     """The estimator as published: averages over Gaussian neurons, from the head's gradient or the wide layer's.
 
     Parameters
     ----------
-    head : Head
+    head : TwoLayerHead
         With an activation whose second and third Hermite coefficients are not zero.
     gradient : Tensor
         g, (m,): ``sum_i r_i s(w_j . x_i)``.
@@ -440,7 +434,7 @@ def published(
     return Estimate(inputs * sign[:, None], weights, [], {"order": 3})
 
 
-def _ratio(head: Head, n: float) -> float:
+def _ratio(head: TwoLayerHead, n: float) -> float:
     coefficients = hermite_coefficients(head.activation, n)
     second, third = coefficients[2] * math.sqrt(2), coefficients[3] * math.sqrt(6)
     return abs(third / second) if second else math.inf

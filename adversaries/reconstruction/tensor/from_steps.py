@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from adversaries.reconstruction.tensor.head import Head
+from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 from fedattack.config import TrainingConfig
 
 _CHUNK = 32
@@ -25,7 +26,7 @@ def replayable(training: TrainingConfig, samples: int) -> bool:
 
 
 def play(
-    head: Head, neurons: Tensor, samples: Tensor, labels: Tensor, training: TrainingConfig
+    head: TwoLayerHead, neurons: Tensor, samples: Tensor, labels: Tensor, training: TrainingConfig
 ) -> tuple[Tensor, Tensor]:
     """Weight changes of SGD on the mean cross-entropy of one batch: of the neurons (m, k) and of the head (C, m).
 
@@ -54,7 +55,7 @@ def play(
 
 
 def fit(
-    head: Head,
+    head: TwoLayerHead,
     wide_change: Tensor,
     head_change: Tensor,
     inputs: Tensor,
@@ -81,28 +82,23 @@ def fit(
     if point.numel() > _MOST_UNKNOWNS:
         return inputs
     eye = torch.eye(point.numel(), dtype=point.dtype, device=point.device)
-    left = wanted - played(point)
-    damping = 1e-3
-    for iteration in range(iterations):
-        columns = [
-            vmap(lambda v: jvp(played, (point,), (v,))[1])(part)  # noqa: B023 - used at once
-            for part in eye.split(_CHUNK)
-        ]
-        jacobian = torch.cat(columns)
-        gram, right = jacobian @ jacobian.T, jacobian @ left
-        before = float(left.norm())
-        for _ in range(7):
-            damped = gram + torch.diag(damping * gram.diagonal())
-            step, failed = torch.linalg.solve_ex(damped, right)
-            if int(failed):
-                return point.reshape(len(inputs), -1) @ basis.T
-            trial = point + step
-            trial_left = wanted - played(trial)
-            if float(trial_left.norm()) < before:
-                point, left, damping = trial, trial_left, max(damping / 10, 1e-12)
-                break
-            damping *= 10
-        progress((iteration + 1) / iterations)
-        if float(left.norm()) > before * (1 - 1e-4):
-            break
-    return point.reshape(len(inputs), -1) @ basis.T
+
+    def linearise(x: Tensor) -> tuple[Tensor, Callable[[float], Step]]:
+        left = wanted - played(x)
+
+        def prepare(gained: float) -> Step:
+            del gained
+            columns = [vmap(lambda v: jvp(played, (x,), (v,))[1])(part) for part in eye.split(_CHUNK)]
+            jacobian = torch.cat(columns)
+            gram, right = jacobian @ jacobian.T, jacobian @ left
+
+            def step(damping: float) -> Tensor | None:
+                found, failed = torch.linalg.solve_ex(gram + torch.diag(damping * gram.diagonal()), right)
+                return None if int(failed) else found
+
+            return step
+
+        return left, prepare
+
+    found, _, _ = levenberg_marquardt(linearise, point, iterations, Damping(), progress=progress)
+    return found.reshape(len(inputs), -1) @ basis.T

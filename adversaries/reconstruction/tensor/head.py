@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adversaries.inversion.gradients.activations import ACTIVATIONS
 from adversaries.inversion.gradients.closed_form import Activation
-from adversaries.reconstruction.tensor.activations import ACTIVATIONS
 from fedattack.errors import NotApplicable
 
 _MOST_COPIES = 16
 
 
 @dataclass(frozen=True)
-class Head:
+class TwoLayerHead:
     """Known weights of ``z = A s(W x)`` with ``A = v a'``, float64 on one device.
 
     Attributes
@@ -60,7 +60,7 @@ class Head:
         return len(self.head)
 
     @classmethod
-    def of(cls, wide: Tensor, head: Tensor, name: str) -> Head:
+    def of(cls, wide: Tensor, head: Tensor, name: str) -> TwoLayerHead:
         """The head of weights that were sent out.
 
         Raises
@@ -119,7 +119,7 @@ class Labelled:
         return positions, labels
 
 
-def residuals_of(head: Head, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
+def residuals_of(head: TwoLayerHead, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
     """Softmax residuals Delta (B, C), summed over equal samples, by least squares on the head's gradient (C, m)."""
     hidden = head.activation.value(inputs @ head.wide.T)
     scale = hidden.norm(dim=1, keepdim=True).clamp_min(1e-300)
@@ -127,12 +127,11 @@ def residuals_of(head: Head, inputs: Tensor, gradient: Tensor, samples: int) -> 
     return solution / scale
 
 
-def read_labels(head: Head, inputs: Tensor, delta: Tensor) -> Labelled:
+def read_labels(head: TwoLayerHead, inputs: Tensor, delta: Tensor) -> Labelled:
     """Labels from residuals: ``Delta_i = n p_i - counts_i``, with p_i from the forward pass and n copies.
 
     Parameters
     ----------
-    head : Head
     inputs : Tensor
         x, (B, d).
     delta : Tensor
@@ -154,7 +153,7 @@ def read_labels(head: Head, inputs: Tensor, delta: Tensor) -> Labelled:
     return Labelled(picked, float(doubt.clamp(max=1.0)))
 
 
-def fix_scales(head: Head, directions: Tensor, gradient: Tensor, samples: int) -> Tensor:
+def fix_scales(head: TwoLayerHead, directions: Tensor, gradient: Tensor, samples: int) -> Tensor:
     """Norms of samples where the activation is homogeneous, from cross-entropy.
 
     The wide layer's gradient gives only r_i x_i. The head's gives ``n_i delta_i``, and ``delta_i = p(n_i) - e_y``

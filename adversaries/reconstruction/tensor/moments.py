@@ -150,7 +150,6 @@ def regress(u: Tensor, y: Tensor, degree: int) -> tuple[dict[int, Tensor], float
         float64 (m, B), about white.
     y : Tensor
         float64 (m, outputs).
-    degree : int
 
     Returns
     -------

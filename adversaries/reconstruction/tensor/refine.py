@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adversaries.reconstruction.tensor.head import Head
-
-Linear = Callable[[Tensor], Tensor]
+from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
+from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt
+from adversaries.reconstruction.tensor.head import TwoLayerHead
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Fit:
     residual: float
 
 
-def misfit(head: Head, y: Tensor, inputs: Tensor, weights: Tensor) -> float:
+def misfit(head: TwoLayerHead, y: Tensor, inputs: Tensor, weights: Tensor) -> float:
     """|Y - sum_i r_i s'(W x_i) x_i'| / |Y| for Y (m, d)."""
     k = head.activation.slope(head.wide @ inputs.T) * weights
     return float((y - k @ inputs).norm() / y.norm())
 
 
 def refine(
-    head: Head,
+    head: TwoLayerHead,
     y: Tensor,
     inputs: Tensor,
     weights: Tensor,
@@ -45,12 +45,10 @@ def refine(
 
     Parameters
     ----------
-    head : Head
     y : Tensor
         (m, d): gradient of W times batch size over a.
     inputs, weights : Tensor
         (B, d) and (B,): the estimate.
-    iterations : int
     settled : float
         Stop when a step changes the residual's norm by less than this share.
 
@@ -74,7 +72,7 @@ def refine(
     return best
 
 
-def _off_span(head: Head, y: Tensor, fit: Fit) -> Tensor:
+def _off_span(head: TwoLayerHead, y: Tensor, fit: Fit) -> Tensor:
     """The inputs with their part outside their own span solved for."""
     k = head.activation.slope(head.wide @ fit.inputs.T) * fit.weights
     scale = k.norm(dim=0).clamp_min(1e-300)
@@ -87,43 +85,47 @@ def _off_span(head: Head, y: Tensor, fit: Fit) -> Tensor:
 
 
 def _in_span(
-    head: Head, y: Tensor, inputs: Tensor, weights: Tensor, basis: Tensor, damping: float
+    head: TwoLayerHead, y: Tensor, inputs: Tensor, weights: Tensor, basis: Tensor, damping: float
 ) -> tuple[Fit, float]:
-    u, seen = head.wide @ basis, y @ basis
-    c = inputs @ basis
-    act = head.activation
-    for _ in range(8):
+    u, seen, act = head.wide @ basis, y @ basis, head.activation
+
+    def linearise(x: Tensor) -> tuple[Tensor, Callable[[float], Step]]:
+        c, w = x[:, :-1], x[:, -1]
         z = u @ c.T
-        slope, bend = act.slope(z), act.bend(z) * weights
-        k = slope * weights
+        slope = act.slope(z)
+        k = slope * w
         left = seen - k @ c
-        before = float(left.square().sum())
 
-        def adjoint(
-            e: Tensor, k: Tensor = k, slope: Tensor = slope, bend: Tensor = bend, c: Tensor = c
-        ) -> Tensor:
-            onto = e @ c.T
-            return torch.cat([k.T @ e + (bend * onto).T @ u, (slope * onto).sum(0)[:, None]], 1)
+        def prepare(gained: float) -> Step:
+            del gained
+            bend = act.bend(z) * w
+            diagonal = _diagonal(u, c, k, slope, bend)
 
-        def forward(
-            d: Tensor, k: Tensor = k, slope: Tensor = slope, bend: Tensor = bend, c: Tensor = c
-        ) -> Tensor:
-            return k @ d[:, :-1] + (bend * (u @ d[:, :-1].T) + slope * d[:, -1]) @ c
+            def adjoint(e: Tensor) -> Tensor:
+                onto = e @ c.T
+                return torch.cat([k.T @ e + (bend * onto).T @ u, (slope * onto).sum(0)[:, None]], 1)
 
-        step = _conjugate_gradients(
-            forward,
-            adjoint,
-            left,
-            _blocks(u, c, k, slope, bend, damping),
-            damping,
-            _diagonal(u, c, k, slope, bend),
-        )
-        trial_c, trial_w = c + step[:, :-1], weights + step[:, -1]
-        after = float((seen - (act.slope(u @ trial_c.T) * trial_w) @ trial_c).square().sum())
-        if after < before:
-            found = trial_c @ basis.T
-            return Fit(found, trial_w, misfit(head, y, found, trial_w)), max(damping / 10, 1e-12)
-        damping = max(damping * 10, 1e-8)
+            def forward(d: Tensor) -> Tensor:
+                return k @ d[:, :-1] + (bend * (u @ d[:, :-1].T) + slope * d[:, -1]) @ c
+
+            def step(level: float) -> Tensor:
+                factors = _blocks(u, c, k, slope, bend, level)
+                return conjugate_gradients(
+                    lambda d: adjoint(forward(d)) + level * diagonal * d,
+                    adjoint(left),
+                    most=300,
+                    tolerance=1e-4,
+                    precondition=lambda g: torch.cholesky_solve(g[:, :, None], factors)[:, :, 0],
+                )[0]
+
+            return step
+
+        return left, prepare
+
+    start = torch.cat([inputs @ basis, weights[:, None]], 1)
+    found, _, damping = levenberg_marquardt(linearise, start, 1, Damping(damping, jump=1e-8, tries=8))
+    if found is not start:
+        inputs, weights = found[:, :-1] @ basis.T, found[:, -1]
     return Fit(inputs, weights, misfit(head, y, inputs, weights)), damping
 
 
@@ -158,40 +160,8 @@ def _blocks(u: Tensor, c: Tensor, k: Tensor, slope: Tensor, bend: Tensor, dampin
     return torch.linalg.cholesky_ex(blocks)[0]
 
 
-def _conjugate_gradients(
-    forward: Linear, adjoint: Linear, left: Tensor, factors: Tensor, damping: float, diagonal: Tensor,
-    most: int = 300, tolerance: float = 1e-4,
-) -> Tensor:  # fmt: skip
-    """Preconditioned conjugate gradients on (J'J + damping D) x = J' left; x of shape (B, B + 1)."""
-
-    def precondition(g: Tensor) -> Tensor:
-        return torch.cholesky_solve(g[:, :, None], factors)[:, :, 0]
-
-    gradient = adjoint(left)
-    x = torch.zeros_like(gradient)
-    z = precondition(gradient)
-    if not bool(torch.isfinite(z).all()):
-        return x
-    direction, product = z, float((gradient * z).sum())
-    first = product
-    for _ in range(most):
-        curved = adjoint(forward(direction)) + damping * diagonal * direction
-        bent = float((direction * curved).sum())
-        if not bent > 0:
-            break
-        length = product / bent
-        x = x + length * direction
-        gradient = gradient - length * curved
-        z = precondition(gradient)
-        fresh = float((gradient * z).sum())
-        if fresh < tolerance**2 * first:
-            break
-        direction, product = z + fresh / product * direction, fresh
-    return x
-
-
 def relu_masks(
-    head: Head, y: Tensor, basis: Tensor, products: Tensor, rounds: int = 40
+    head: TwoLayerHead, y: Tensor, basis: Tensor, products: Tensor, rounds: int = 40
 ) -> tuple[Tensor, Tensor, float]:
     """r_i x_i for ReLU from exact masks: with them the gradient is linear in the samples.
 

@@ -34,7 +34,6 @@ def invert_stem(
         float64 (N, F), N at least 1, on the CPU.
     shape : tuple of int
         (C, H, W).
-    auxiliary : Auxiliary or None
 
     Returns
     -------

@@ -9,39 +9,40 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adversaries import ATTACKS
-from adversaries.base import Progress, build_attack, no_progress
-from adversaries.inversion.evidence import one_gradient
-from adversaries.inversion.evidence.first_layer import is_complete
+from adversaries.base import Progress, no_progress, share_of
+from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
+from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.malicious.fishing import bisection
 from adversaries.reconstruction.malicious.fishing.bisection import COUNT_ERROR
 from adversaries.reconstruction.malicious.fishing.isolation import (
     SATURATED,
-    Catch,
-    caught_alone,
+    Isolated,
+    as_whole_batch,
     features_of,
-    haul,
-    head_of,
     is_readable,
     lone_scenario,
     misfit_of,
+    name_of_head,
     public_images,
+    read_head,
     read_off,
     row_of,
 )
 from adversaries.seats import MaliciousServer
+from fedattack.config import Positive, Share
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.models import build_model
 from fedattack.observation import Auxiliary, Candidates, Observation, Reconstruction, Scenario
+from fedattack.registry import build_plugin
 from fedattack.rng import torch_rng
 
 CERTIFIED = 1e-4
-"""Relative misfit of features up to which an image that was read off is what was caught."""
+"""Relative misfit of features up to which an image that was read off is what was isolated."""
 
 _UNKNOWN_BATCH = 32
 """Samples expected of a client that trains on all it has, until it declares them."""
@@ -59,8 +60,8 @@ class Fishing(MaliciousServer, ReconstructionAttack):
     one sample of a batch lies, so that its probability is 1 for that sample and 0 for the others. Samples of the
     class itself are caught on the other side, with the opposite sign; a class that the public labels lack is taken
     where there is one. What the body
-    sends is then the gradient of what was fished alone, whatever the batch size; the head's bias counts it, to the
-    integer, and its weight holds the features of the catch, by which the answer is checked. The image is read off a
+    sends is then the gradient of what was isolated, whatever the batch size; the head's bias counts it, to the
+    integer, and its weight holds their features, by which the answer is checked. The image is read off a
     linear first layer, or searched for by another attack on the single gradient.
 
     Each armed round draws its class, direction and threshold anew and catches one sample or none; of "feature" in
@@ -83,7 +84,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         Name of the attack that searches for the image where it cannot be read off; "gauss-newton", "ig", ...
     most : int
         Samples caught at once that are still searched for together.
-    options : dict
+    settings : dict
         Settings of that attack.
 
     References
@@ -93,22 +94,27 @@ class Fishing(MaliciousServer, ReconstructionAttack):
     and one sample is caught; differences of rounds are ours.
     """
 
-    needs: ClassVar[str] = "a malicious server: it sends a head of its own; public images place the threshold"
+    needs: ClassVar[Needs] = Needs(
+        update="gradient",
+        entries="all",
+        sums="dense",
+        fresh=True,
+        head="biased",
+        batch_norm="refused",
+        helped=True,
+    )
     adapts: ClassVar[bool] = True
 
     mode: Literal["auto", "class", "feature", "rounds"] = "auto"
     target: int | None = None
-    quantile: float | None = None
+    quantile: Share | None = None
     attack: str = "gauss-newton"
-    most: int = 4
-    options: dict[str, Any] = field(default_factory=dict)
+    most: Positive = 4
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
-        if self.quantile is not None and not 0 < self.quantile < 1:
-            raise ConfigError(f"setting 'fishing.quantile' = {self.quantile}: must be in (0, 1)")
-        if self.most < 1:
-            raise ConfigError(f"setting 'fishing.most' = {self.most}: must be at least 1")
+        super().__post_init__()
         cls = ATTACKS.get(self.attack)
         if not issubclass(cls, ReconstructionAttack) or issubclass(cls, MaliciousServer):
             raise ConfigError(
@@ -116,36 +122,21 @@ class Fishing(MaliciousServer, ReconstructionAttack):
                 "as 'gauss-newton' or 'ig'"
             )
 
-    def check(self, scenario: Scenario) -> None:
-        """Refuse heads without bias, batch statistics, and updates that are not one complete gradient.
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Mode "rounds" compares rounds on one batch."""
+        if self.mode != "rounds":
+            return self.needs
+        return dataclasses.replace(self.needs, batch="same", values="exact")
 
-        Raises
-        ------
-        NotApplicable
-        """
-        one_gradient.check_one_gradient(scenario)
-        if not is_complete(scenario):
-            compression = scenario.compression
-            raise NotApplicable(
-                f"compression.name = {compression.name!r} at rate {compression.rate:g} drops entries that the catch "
-                "is counted and rebuilt by; use compression.name 'none' or 'qsgd'"
-            )
-        head_of(scenario)
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse a target that there is not, and what the attack inside cannot search."""
         classes = scenario.model.classes or 0
         if self.target is not None and not 0 <= self.target < classes:
             raise ConfigError(
                 f"setting 'fishing.target' = {self.target}: the head has classes 0 to {classes - 1}"
             )
-        module = build_model(scenario.model)
-        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
-            raise NotApplicable(
-                f"model.name = {scenario.model.name!r} normalises by batch statistics, in which all samples meet "
-                "again; use a model without BatchNorm"
-            )
         if not is_readable(scenario):
             self._inner().check(lone_scenario(scenario, 1))
-        if self.mode == "rounds":
-            _check_rounds(scenario)
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether rounds are read together."""
@@ -161,7 +152,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with its head replaced: one row, and a bias that lets one sample through."""
-        head = head_of(scenario)
+        head = name_of_head(scenario)
         generator = torch_rng(seed, "fishing.arm")
         row, bias = torch.zeros_like(weights[f"{head}.weight"]), torch.zeros_like(weights[f"{head}.bias"])
         known = [] if auxiliary is None or auxiliary.labels is None else auxiliary.labels.unique().tolist()
@@ -197,7 +188,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         earlier: Sequence[Observation],
     ) -> dict[str, Tensor]:
         """Under mode "rounds", the earlier rounds' row with the next threshold, while the body stays the same."""
-        head = head_of(scenario)
+        head = name_of_head(scenario)
         name = f"{head}.weight"
         if self.mode != "rounds" or not earlier:
             return {}
@@ -209,7 +200,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         steep = before[name][target].norm()
         public = public_images(scenario, earlier[0].auxiliary, torch_rng(0, "fishing.rounds"))
         scores = features_of(scenario, before, head, public) @ (before[name][target] / steep)
-        known, tried = bisection.casts(series, head, target)
+        known, tried = bisection.threshold_rounds(series, head, target)
         chosen = bisection.next_threshold(known, tried, scores)
         bias = before[f"{head}.bias"].clone()
         if chosen is not None:
@@ -236,10 +227,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         known: dict[bytes, Reconstruction] = {}
         for number, observation in enumerate(observations):
             self.check(observation.scenario)
-
-            def told(share: float, text: str, number: int = number) -> None:
-                progress((number + share) / len(observations), text)
-
+            told = share_of(progress, number / len(observations), (number + 1) / len(observations))
             series = [observation]
             if self.mode == "rounds":
                 client, latest = observation.client, observation.round
@@ -257,7 +245,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         told: Progress,
     ) -> Reconstruction:
         """One client's rounds up to the one that is answered; searches are kept in `known`."""
-        observation, head = series[-1], head_of(series[-1].scenario)
+        observation, head = series[-1], name_of_head(series[-1].scenario)
         try:
             target = row_of(observation, head)
         except NotApplicable as refusal:
@@ -268,24 +256,24 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         if not bisection.nothing_above(series[0], head, target):
             reason = "the first of these rounds, whose threshold lies above all samples, is missing"
             return _answer(observation, None, None, {"status": "failed", "reason": reason})
-        casts, _ = bisection.casts(series, head, target)
-        figures = {"class": target, "rounds": len(series), "above": [cast.above for cast in casts]}
+        thresholds, _ = bisection.threshold_rounds(series, head, target)
+        figures = {"class": target, "rounds": len(series), "above": [one.above for one in thresholds]}
         found: list[tuple[Reconstruction, Tensor]] = []
-        for single in bisection.alone(casts):
+        for single in bisection.alone(thresholds):
             key = single.update.values.numpy().tobytes()
-            catch = haul(single)
+            isolated = read_head(single)
             if key not in known:
-                searched = self._search(single, catch, 1, seed, device, told)
-                known[key] = dataclasses.replace(searched, loss=misfit_of(single, catch, searched.images))
+                searched = self._search(single, isolated, 1, seed, device, told)
+                known[key] = dataclasses.replace(searched, loss=misfit_of(single, isolated, searched.images))
             if known[key].method != "read off" or known[key].loss <= CERTIFIED:
-                found.append((known[key], catch.features))
+                found.append((known[key], isolated.features))
         if not found:
             reason = "no sample lies between two thresholds alone yet; arm more rounds"
             return _answer(observation, None, None, figures | {"status": "failed", "reason": reason})
         return _isolated(series, target, found, figures)
 
     def _inner(self) -> ReconstructionAttack:
-        inner = build_attack(ATTACKS.get(self.attack), self.attack, self.options, {})
+        inner = build_plugin(ATTACKS.get(self.attack), self.attack, self.settings, {})
         assert isinstance(inner, ReconstructionAttack)
         return inner
 
@@ -293,23 +281,23 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         self, observation: Observation, seed: int, device: torch.device, told: Progress
     ) -> Reconstruction:
         try:
-            catch = haul(observation)
+            isolated = read_head(observation)
         except NotApplicable as refusal:
             return _answer(observation, None, None, {"status": "failed", "reason": str(refusal)})
-        count = round(catch.count)
+        count = round(isolated.count)
         figures: dict[str, Any] = {
-            "class": catch.target,
-            "caught": catch.count,
-            "of the class": catch.sign < 0,
+            "class": isolated.target,
+            "caught": isolated.count,
+            "of the class": isolated.sign < 0,
         }
-        reason = self._spoilt(catch, count)
+        reason = self._unusable(isolated, count)
         if reason:
-            return _answer(observation, catch, None, figures | {"status": "failed", "reason": reason})
-        found = self._search(observation, catch, count, seed, device, told)
-        misfit = misfit_of(observation, catch, found.images)
+            return _answer(observation, isolated, None, figures | {"status": "failed", "reason": reason})
+        found = self._search(observation, isolated, count, seed, device, told)
+        misfit = misfit_of(observation, isolated, found.images)
         if found.method == "read off" and misfit > CERTIFIED:
             reason = "what was read has other features than what was caught: samples of the class and of others mixed"
-            return _answer(observation, catch, None, figures | {"status": "failed", "reason": reason})
+            return _answer(observation, isolated, None, figures | {"status": "failed", "reason": reason})
         status = "certified" if found.method == "read off" else "approximate"
         figures |= {
             "status": status,
@@ -317,53 +305,34 @@ class Fishing(MaliciousServer, ReconstructionAttack):
             "feature misfit": misfit,
             "search": found.details,
         }
-        return _answer(observation, catch, dataclasses.replace(found, loss=misfit), figures)
+        return _answer(observation, isolated, dataclasses.replace(found, loss=misfit), figures)
 
     def _search(
         self,
         observation: Observation,
-        catch: Catch,
+        isolated: Isolated,
         count: int,
         seed: int,
         device: torch.device,
         told: Progress,
     ) -> Reconstruction:
-        """The images that were caught: read off the first layer, or searched for."""
-        single = caught_alone(observation, catch, count)
+        """The images that were isolated: read off the first layer, or searched for."""
+        single = as_whole_batch(observation, isolated, count)
         if count == 1 and is_readable(observation.scenario):
             return Reconstruction(
                 read_off(single)[None], torch.zeros(1, dtype=torch.int64), 0.0, method="read off"
             )
         return self._inner().run([single], seed, device, told)[0]
 
-    def _spoilt(self, catch: Catch, count: int) -> str:
-        """Why a catch cannot be used; empty: it can."""
-        if abs(catch.count - count) > COUNT_ERROR:
-            return f"{catch.count:.3f} samples were caught, no integer: one lies at the threshold"
+    def _unusable(self, isolated: Isolated, count: int) -> str:
+        """Why what was isolated cannot be used; empty: it can."""
+        if abs(isolated.count - count) > COUNT_ERROR:
+            return f"{isolated.count:.3f} samples were caught, no integer: one lies at the threshold"
         if count < 1:
             return "nothing was caught, or as many of the class as of others"
         if count > self.most:
             return f"{count} samples were caught, more than fishing.most = {self.most}"
         return ""
-
-
-def _check_rounds(scenario: Scenario) -> None:
-    """Refuse batches that change from round to round, and rounded updates, whose differences are noise.
-
-    Raises
-    ------
-    NotApplicable
-    """
-    if scenario.training.batch_size:
-        raise NotApplicable(
-            f"training.batch_size = {scenario.training.batch_size}: clients draw another batch in every round, and "
-            "'fishing.mode' = 'rounds' compares rounds on one batch; use --batch-size 0, or mode 'feature'"
-        )
-    if scenario.compression.name == "qsgd":
-        raise NotApplicable(
-            "compression.name = 'qsgd' rounds at random, and 'fishing.mode' = 'rounds' reads differences of rounds; "
-            "use compression.name 'none', or mode 'feature'"
-        )
 
 
 def _isolated(
@@ -373,7 +342,7 @@ def _isolated(
     figures: dict[str, Any],
 ) -> Reconstruction:
     """The answer to the latest round of a series: what was isolated, with features (F,), and labels for it."""
-    observation, head = series[-1], head_of(series[-1].scenario)
+    observation, head = series[-1], name_of_head(series[-1].scenario)
     scenario = observation.scenario
     images = public_images(scenario, observation.auxiliary, torch_rng(0, "fishing.rounds"))
     public = features_of(scenario, observation.weights, head, images)
@@ -403,20 +372,20 @@ def _isolated(
 
 
 def _answer(
-    observation: Observation, catch: Catch | None, found: Reconstruction | None, figures: dict[str, Any]
+    observation: Observation, isolated: Isolated | None, found: Reconstruction | None, figures: dict[str, Any]
 ) -> Reconstruction:
-    """The catch first; the other places hold the prior, and the details say so."""
+    """What was isolated first; the other places hold the prior, and the details say so."""
     batch = observation.num_examples
     images = prior_image(observation).expand(batch, -1, -1, -1).clone()
     caught = 0 if found is None else len(found.images)
-    labels = infer("auto", observation).values
+    labels = infer("auto", Evidence(observation)).values
     known = 0
     if found is not None:
         images[:caught] = found.images.clamp(0, 1).float()
-        if catch is not None and catch.sign < 0:
+        if isolated is not None and isolated.sign < 0:
             known = caught
-            named = torch.full((caught,), catch.target, dtype=torch.int64)
-            labels = torch.cat([named, labels[labels != catch.target], labels])[:batch]
+            named = torch.full((caught,), isolated.target, dtype=torch.int64)
+            labels = torch.cat([named, labels[labels != isolated.target], labels])[:batch]
     notes = [f"{batch - caught} of {batch} places hold the prior: fishing answers for its catch alone"]
     return Reconstruction(
         images=images,

@@ -44,13 +44,13 @@ _PUBLIC = 8
 
 
 @dataclass(frozen=True)
-class Cast:
+class ThresholdRound:
     """One round: its threshold, and how many samples lie above it.
 
     Attributes
     ----------
     threshold : float
-        Of the feature; infinite for the two ends, of which the upper was cast and the lower is known.
+        Of the feature; infinite for the two ends, of which the upper was sent and the lower is known.
     above : int
         Samples above the threshold.
     observation : Observation or None
@@ -76,7 +76,9 @@ def comparable_rounds(observations: Sequence[Observation], head: str) -> list[Ob
     ]
 
 
-def casts(observations: Sequence[Observation], head: str, target: int) -> tuple[list[Cast], list[float]]:
+def threshold_rounds(
+    observations: Sequence[Observation], head: str, target: int
+) -> tuple[list[ThresholdRound], list[float]]:
     """What one series of rounds tells, by ascending threshold, and all thresholds that were tried.
 
     Rounds in which a sample lay at the threshold count no integer, and are left out.
@@ -98,12 +100,12 @@ def casts(observations: Sequence[Observation], head: str, target: int) -> tuple[
         counts.append((threshold(one, head, target), count, seen))
     tried = [place for place, _, _ in counts]
     _, below, first = counts[0]
-    found = [Cast(math.inf, 0, first), Cast(-math.inf, first.num_examples, None)]
+    found = [ThresholdRound(math.inf, 0, first), ThresholdRound(-math.inf, first.num_examples, None)]
     for place, count, seen in counts[1:]:
         above = count - below
         if abs(above - round(above)) <= COUNT_ERROR:
-            found.append(Cast(place, round(above), seen))
-    return sorted(found, key=lambda cast: cast.threshold), tried
+            found.append(ThresholdRound(place, round(above), seen))
+    return sorted(found, key=lambda one: one.threshold), tried
 
 
 def threshold(observation: Observation, head: str, target: int) -> float:
@@ -126,13 +128,13 @@ def _class_counts(first: Observation, head: str, target: int) -> tuple[Tensor, T
     return expected - bias, expected
 
 
-def next_threshold(known: Sequence[Cast], tried: Sequence[float], scores: Tensor) -> float | None:
-    """Where to cast next; None: every sample lies alone between two thresholds.
+def next_threshold(known: Sequence[ThresholdRound], tried: Sequence[float], scores: Tensor) -> float | None:
+    """The threshold to send next; None: every sample lies alone between two thresholds.
 
     Parameters
     ----------
-    known : sequence of Cast
-        From :func:`casts`.
+    known : sequence of ThresholdRound
+        From :func:`threshold_rounds`.
     tried : sequence of float
         Thresholds too close to which nothing new would be learnt.
     scores : Tensor
@@ -145,7 +147,7 @@ def next_threshold(known: Sequence[Cast], tried: Sequence[float], scores: Tensor
         if low.above - high.above > (low.observation is not None)
         and high.threshold - low.threshold > 2 * _APART * deviation
     ]
-    # The lowest sample has nothing below it that was cast: that comes last.
+    # The lowest sample has no threshold below it: that comes last.
     if not crowded:
         return None
     crowded = [one for one in crowded if one[0] > 1] or crowded
@@ -177,10 +179,10 @@ def _inside(low: float, high: float, share: float, scores: Tensor, deviation: fl
     return low + share * (high - low)
 
 
-def alone(known: Sequence[Cast]) -> list[Observation]:
-    """For every sample that lies between two casts alone, the topmost first, the gradient of that sample.
+def alone(known: Sequence[ThresholdRound]) -> list[Observation]:
+    """For every sample that lies between two thresholds alone, the topmost first, the gradient of that sample.
 
-    It is answered as an observation of fishing's head that caught nothing else.
+    It is answered as an observation of fishing's head that let nothing else through.
     """
     found = []
     for low, high in itertools.pairwise(known):
@@ -194,7 +196,7 @@ def alone(known: Sequence[Cast]) -> list[Observation]:
 
 @dataclass(frozen=True)
 class Classes:
-    """What the cast above everything tells of the classes in a batch.
+    """What the threshold above everything tells of the classes in a batch.
 
     Attributes
     ----------
@@ -215,9 +217,6 @@ class Classes:
 
         Parameters
         ----------
-        first : Observation
-        head : str
-        target : int
         mean : Tensor
             float64 (F,): mean feature of public images.
         """

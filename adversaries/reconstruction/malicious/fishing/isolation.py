@@ -1,4 +1,4 @@
-"""Fishing's head and what it caught: read from a gradient, and turned into one that an attack on few images reads."""
+"""Fishing's head and the samples it isolates: read from a gradient, and made a batch of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.first_layer import dense_layer, first_layer
-from adversaries.inversion.evidence.head import head_name
+from adversaries.inversion.evidence.head import head_of
 from adversaries.inversion.evidence.priors import smooth_prior
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -24,7 +24,7 @@ _IMAGES = 2048
 
 
 @dataclass(frozen=True)
-class Catch:
+class Isolated:
     """What the armed head tells.
 
     Attributes
@@ -48,17 +48,9 @@ class Catch:
     features: Tensor
 
 
-def head_of(scenario: Scenario) -> str:
-    """Name of the last linear layer, which must have a bias and more than one class."""
-    pairs = [(name, tuple(p.shape)) for name, p in build_model(scenario.model).named_parameters()]
-    names = tuple(name for name, _ in pairs)
-    head = head_name(names, tuple(shape for _, shape in pairs))
-    if f"{head}.bias" not in names:
-        raise NotApplicable(
-            f"model.name = {scenario.model.name!r}: its head has no bias, whose gradient counts the catch; use "
-            "another model"
-        )
-    return head
+def name_of_head(scenario: Scenario) -> str:
+    """Name of the last linear layer, which must have a bias, whose gradient counts the samples."""
+    return head_of(scenario.model).weight.removesuffix(".weight")
 
 
 def is_readable(scenario: Scenario) -> bool:
@@ -118,7 +110,7 @@ def row_of(observation: Observation, head: str) -> int:
     return int(rows[0])
 
 
-def haul(observation: Observation) -> Catch:
+def read_head(observation: Observation) -> Isolated:
     """Read the armed head's gradient.
 
     Raises
@@ -126,38 +118,38 @@ def haul(observation: Observation) -> Catch:
     NotApplicable
         If the head is not this attack's.
     """
-    head = head_of(observation.scenario)
+    head = name_of_head(observation.scenario)
     target = row_of(observation, head)
     sent = one_gradient.as_gradient(observation).dense()
     signed = observation.num_examples * float(sent[f"{head}.bias"][target])
     sign = 1.0 if signed > 0 else -1.0
     features = observation.num_examples * sent[f"{head}.weight"][target] / (signed or math.inf)
-    return Catch(head, target, abs(signed), sign, features)
+    return Isolated(head, target, abs(signed), sign, features)
 
 
-def caught_alone(observation: Observation, catch: Catch, count: int) -> Observation:
-    """The observation as if the caught samples had been the whole batch, under a head with the same residuals.
+def as_whole_batch(observation: Observation, isolated: Isolated, count: int) -> Observation:
+    """The observation as if the isolated samples had been the whole batch, under a head with the same residuals.
 
     The body's gradient is theirs already, but for the batch size in the mean and the steepness of the row. The head's
     is written anew from their features, as other samples are in it too. In the new head the residual is constant, so
     that no search starts on the dark side of the threshold.
     """
-    update, head, target = one_gradient.as_gradient(observation), catch.head, catch.target
+    update, head, target = one_gradient.as_gradient(observation), isolated.head, isolated.target
     classes = len(observation.weights[f"{head}.bias"])
     row = observation.weights[f"{head}.weight"]
     steep = float(row[target].norm())
     weights = dict(observation.weights)
     weights[f"{head}.weight"] = row / steep
     bias = torch.zeros(classes)
-    bias[target] = catch.sign * SATURATED
+    bias[target] = isolated.sign * SATURATED
     weights[f"{head}.bias"] = bias
-    residual = torch.full((classes,), 1 / (classes - 1)) if catch.sign < 0 else torch.zeros(classes)
-    residual[target] = catch.sign
-    if catch.sign > 0:
+    residual = torch.full((classes,), 1 / (classes - 1)) if isolated.sign < 0 else torch.zeros(classes)
+    residual[target] = isolated.sign
+    if isolated.sign > 0:
         residual[_guess(classes, target)] = -1.0
     scale = observation.num_examples / (count * steep)
     tensors = {name: tensor * scale for name, tensor in update.dense().items()}
-    tensors[f"{head}.weight"] = torch.outer(residual, catch.features)
+    tensors[f"{head}.weight"] = torch.outer(residual, isolated.features)
     tensors[f"{head}.bias"] = residual
     values = torch.cat([tensors[name].flatten() for name in update.names])
     single = Update(update.names, update.shapes, None, values, "gradient")
@@ -171,7 +163,7 @@ def caught_alone(observation: Observation, catch: Catch, count: int) -> Observat
 
 
 def _guess(classes: int, target: int) -> int:
-    """A label for what was fished by feature: it leaves no trace in the body, any other class will do."""
+    """A label for what was isolated by feature: it leaves no trace in the body, any other class will do."""
     return (target + 1) % classes
 
 
@@ -183,7 +175,7 @@ def read_off(single: Observation) -> Tensor:
     return image.reshape(single.scenario.image_shape).clamp(0, 1).float()
 
 
-def misfit_of(observation: Observation, catch: Catch, images: Tensor) -> float:
-    """Relative difference between the features of what was found and of what was caught: the attack's own check."""
-    found = features_of(observation.scenario, observation.weights, catch.head, images).mean(0)
-    return float((found - catch.features).norm() / catch.features.norm().clamp_min(1e-12))
+def misfit_of(observation: Observation, isolated: Isolated, images: Tensor) -> float:
+    """Relative difference between the features of what was found and of what was isolated: the attack's own check."""
+    found = features_of(observation.scenario, observation.weights, isolated.head, images).mean(0)
+    return float((found - isolated.features).norm() / isolated.features.norm().clamp_min(1e-12))

@@ -1,0 +1,135 @@
+"""What an attack needs, as data: declared by the attack, checked by :mod:`adversaries.refusals`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the model that an attack is made for.
+
+    Attributes
+    ----------
+    kind : type
+        Class of the module that has it.
+    words : str
+        What it is.
+    models : str
+        Names of models with it.
+    """
+
+    kind: type[nn.Module]
+    words: str
+    models: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an attack needs of the federation; what is left out (0, "", False, None) it does without."""
+
+    update: Literal["", "gradient", "steps"] = ""
+    """(A known multiple of) entries of one gradient; or of the sum of several local steps' gradients."""
+    signs: bool = False
+    """With `update`: the gradient's signs will do."""
+    entries: Literal["", "rows", "all"] = ""
+    """Every entry was sent; or such that missing ones are known to be small."""
+    values: Literal["", "rounded", "exact"] = ""
+    """Entries do not come as signs; nor rounded."""
+    unclipped: bool = False
+    """No defence has scaled the gradient by a factor that is not sent."""
+    undecayed: Literal["", "steps", "delta"] = ""
+    """No weight decay over several local steps; nor in any weight delta."""
+    sums: Literal["", "dense", "single"] = ""
+    """Sums over clients (secure aggregation) are read where they are dense; or single updates alone are."""
+    fresh: bool = False
+    """Updates hold no residuals of earlier rounds: under error feedback only round 1 is attacked."""
+    labels: str = ""
+    """The strategy that reads labels from a linear head (``label_strategies.STRATEGIES``)."""
+    distinct: bool = False
+    """No two images of a batch have the same label."""
+    images: int = 0
+    """Most images in a batch."""
+    batch: Literal["", "agreed", "same"] = ""
+    """Batches have one agreed size; or each client's is the same in every round (all of its samples)."""
+    first_layer: bool = False
+    """The model begins with a linear layer with bias on the pixels."""
+    head: Literal["", "linear", "biased"] = ""
+    """The model ends in a linear layer; with a bias."""
+    activations: tuple[str, ...] = ()
+    batch_norm: Literal["", "needed", "refused"] = ""
+    chain: bool = False
+    """The model is a chain of convolutions with a linear head."""
+    block: Block | None = None
+    width: int = 0
+    """Least `model.width`."""
+    auxiliary: int = 0
+    """Least number of public images granted."""
+    labelled: bool = False
+    """Public images have labels."""
+    helped: bool = False
+    """Public images help, and are not needed."""
+    clients: int = 0
+    """Clients that answer in one round."""
+    held_out: bool = False
+    """Samples that no client trains on, for the questions that are asked."""
+    others: bool = False
+    """Clients that are not malicious, about whose data it asks."""
+    references: bool = False
+    """Models trained on public data, for comparison."""
+    members: bool = False
+    """Samples that are known to be members."""
+
+    @property
+    def behind(self) -> str:
+        """The activations in words."""
+        return " or ".join(self.activations)
+
+    @property
+    def together(self) -> str:
+        """How many images of one batch, in words."""
+        return "one image" if self.images == 1 else f"at most {self.images} images"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a federation before it trains, beside its scenario; None: not known, and not checked.
+
+    Attributes
+    ----------
+    rounds : tuple of int
+        Rounds to be attacked.
+    clients, drawn : int
+        In the federation, and drawn each round.
+    samples : tuple of int
+        Of each client that is to be attacked.
+    held_out : int
+        Samples that no client trains on.
+    auxiliary : int
+        Public images granted.
+    labelled : bool
+        Whether these have labels.
+    honest : int
+        Clients that are not malicious.
+    references, members : int
+        Reference models, and known members, granted.
+    """
+
+    rounds: tuple[int, ...] = ()
+    clients: int | None = None
+    drawn: int | None = None
+    samples: tuple[int, ...] = ()
+    held_out: int | None = None
+    auxiliary: int | None = None
+    labelled: bool | None = None
+    honest: int | None = None
+    references: int | None = None
+    members: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The last round to be attacked; 1 where none is known."""
+        return max(self.rounds, default=1)
