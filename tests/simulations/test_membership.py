@@ -278,7 +278,7 @@ def test_an_attack_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
     assert list(result.audits) == ["fedmia"]
     log = (tmp_path / "run/log.txt").read_text()
     assert "rigged_attacks:Failing failed: ValueError: too odd to read" in log
-    assert "attack 'rigged_attacks:Silent': client 0 could not answer 'query.answer': KeyError" in log
+    assert "client 0 could not answer 'query.answer' of attack 'rigged_attacks:Silent': KeyError" in log
     alone = settings(rounds=1, attack=names[:1], **{"run-dir": str(tmp_path / "alone")})
     with pytest.raises(RunFailed, match="too odd to read"):
         simulate(alone)
