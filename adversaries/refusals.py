@@ -266,7 +266,9 @@ def words(needs: Needs, *, plain: bool = False) -> list[str]:
     return ["one update"] * bare + [one for one in said if one]
 
 
-def threat_model(attack: Attack | type[Attack], needs: Needs | None = None) -> dict[str, Any]:
+def threat_model(
+    attack: Attack | type[Attack], needs: Needs | None = None, public: bool | None = None
+) -> dict[str, Any]:
     """Who attacks, what it needs and what it is taken to know, JSON-able.
 
     Parameters
@@ -274,6 +276,8 @@ def threat_model(attack: Attack | type[Attack], needs: Needs | None = None) -> d
     attack : Attack or its class
     needs : Needs, optional
         As :meth:`Attack.needs_now` says in one scenario; None: as declared.
+    public : bool, optional
+        Whether public images are granted; None: not known yet.
 
     Returns
     -------
@@ -291,7 +295,8 @@ def threat_model(attack: Attack | type[Attack], needs: Needs | None = None) -> d
     bare, granted = ("F", "G") if seat == "malicious server" else ("C", "D")
     if needs.batch_norm == "needed":
         bare = granted = "E"
-    letters = [granted] if needs.auxiliary else [bare, granted] if needs.helped else [bare]
+    helped = [bare, granted] if public is None else [granted if public else bare]
+    letters = [granted] if needs.auxiliary else helped if needs.helped else [bare]
     assumptions = ["knows the model, the agreed training, the compression and the defences"]
     if seat == "malicious client":
         assumptions = ["sees its own samples and every global model that it is sent"]

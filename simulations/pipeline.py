@@ -8,7 +8,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adversaries import Attack
 from adversaries.needs import Facts
-from adversaries.refusals import applicable
+from adversaries.refusals import applicable, threat_model
 from adversaries.seats import MaliciousClient
 from fedattack.audit import AuditResult
 from fedattack.config import Config
@@ -25,7 +25,7 @@ from fedattack.data import World, build_world, world_record
 from fedattack.defenses import check_defenses
 from fedattack.errors import ConfigError, FedattackError, RunFailed
 from fedattack.files import cannot_write
-from fedattack.observation import Observation
+from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
 from fedattack.storage import RunFolder
@@ -185,7 +185,7 @@ def simulate(
             raise ended or (first if isinstance(first, FedattackError) else RunFailed(late[0])) from first
         for note in late:
             shown.say(note, folder)
-    results = [scored[name] for name in attacks if name in scored]
+    results = _with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
     notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
     _report(
@@ -245,7 +245,7 @@ def attack_folder(
         attacks, more = applicable(attacks, batch[0].scenario, Facts(rounds=(batch[0].round,)))
         left_out |= more
     notes = [f"{name} is left out: {text}" for name, text in left_out.items()]
-    results: list[AuditResult] = []
+    scored: dict[str, AuditResult] = {}
     answers: dict[str, dict[str, Any]] = {}
     with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
         for note in notes:
@@ -259,7 +259,9 @@ def attack_folder(
                 work.submit(batch)
             work.collect()
             answers |= work.answers()
-            results += [work.audit(name, truths) for name in chosen] if truths is not None else []
+            scored |= {name: work.audit(name, truths) for name in chosen} if truths is not None else {}
+    first = next(iter(by_round.values()))[0]
+    results = _with_threats(scored, attacks, first.scenario, first.auxiliary)
     if results:
         _report(console, folder, results, None, command, left_out, notes=notes)
     else:
@@ -278,6 +280,17 @@ def _run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, S
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
     with logging_to(folder), session, stages(console) as shown:
         yield folder, shown
+
+
+def _with_threats(
+    scored: Mapping[str, AuditResult],
+    attacks: Mapping[str, Attack],
+    scenario: Scenario,
+    auxiliary: Auxiliary | None,
+) -> list[AuditResult]:
+    """What was scored, in the order of the attacks, each with its threat model."""
+    threats = {n: threat_model(one, one.needs_now(scenario), bool(auxiliary)) for n, one in attacks.items()}
+    return [replace(scored[name], threat=threats[name]) for name in attacks if name in scored]
 
 
 def _report(
