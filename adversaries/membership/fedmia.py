@@ -184,9 +184,8 @@ def one_tailed(own: Tensor, others: Tensor, keep: Tensor) -> Tensor:
 def _not_outlying(others: Tensor) -> Tensor:
     """Which shadows are not above mean + 3 standard deviations of their candidate, bool (K, N)."""
     apart = others - others.mean(0)
-    return (
-        apart <= 3 * apart.square().mean(0).sqrt()
-    )  # of equal ones none is out, however the mean is rounded
+    # By the same mean on both sides, so that of equal ones none is out, however it is rounded.
+    return apart <= 3 * apart.square().mean(0).sqrt()
 
 
 def _same_weights(answers: Sequence[Observation]) -> list[list[int]]:

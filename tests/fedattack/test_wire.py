@@ -107,7 +107,7 @@ def test_positions_round_trip(seed):
 
 def test_positions_of_a_universe_beyond_32_bits():
     numel = 2**40 + 3
-    positions = np.array([0, 1, 2**32, 2**40 + 2])
+    positions = np.array([0, 1, 0xAB_CDEF_0123, 2**40 + 2])
     data = pack_positions(positions, numel)
     np.testing.assert_array_equal(unpack_positions(memoryview(data), numel, 4), positions)
 
@@ -168,6 +168,12 @@ def header(**changes) -> bytes:
     return seal(start + payload[24:])
 
 
+def test_codecs_keep_their_numbers():
+    """Updates on disk are read by later versions."""
+    keys = ("none", "topk", "sign", "qsgd", "topk-qsgd")
+    assert [encode(sample(key)[1])[:6] for key in keys] == [b"FAUP\1" + bytes([n]) for n in range(5)]
+
+
 def test_the_header_helper_is_the_honest_header():
     assert header() == encode(sample("topk")[1])
 
@@ -183,7 +189,7 @@ def test_the_header_helper_is_the_honest_header():
         (None, "payload is NoneType"),
         (header(magic=b"PK\x03\x04"), "not with b'FAUP' version 1"),
         (header(version=2), "not with b'FAUP' version 1"),
-        (header(zero=1), "not with b'FAUP' version 1"),
+        (header(zero=1), r"starts with b'FAUP\\x01\\x01\\x00\\x01', not with b'FAUP' version 1"),
         (header(codec=0), "codec dense, agreed is sparse"),
         (header(codec=9), "codec number 9, agreed is sparse"),
         (header(numel=NUMEL + 1), "declares 903 entries, the model has 902"),
@@ -230,6 +236,16 @@ def test_per_layer_counts_are_checked():
     indices = np.sort(np.append(indices[:-1], free))  # one entry too many in "w", one too few in "v"
     with pytest.raises(PayloadError, match=r"32 entries sent of \[0, 620\), agreed are 31"):
         read(encode(Sparse(indices, packet.values, NUMEL)), config)
+
+
+def test_a_compressor_may_leave_the_number_open_but_nothing_is_no_update(monkeypatch):
+    monkeypatch.setattr("fedattack.compression.compressors.Sparsifier.quotas", lambda self, round: None)
+    config = sample("topk")[0]
+    for kept in (1, 45, NUMEL):
+        assert read(forged(range(kept)), config).kept == kept
+    for count in (0, NUMEL + 1):
+        with pytest.raises(PayloadError, match=f"declares {count} entries sent"):
+            read(header(count=count), config)
 
 
 def test_warm_up_count_depends_on_the_round():

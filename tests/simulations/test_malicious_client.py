@@ -31,7 +31,7 @@ SETTINGS = {
     "batch-size": 8,
     "compressor": "none",
     "engine": "inline",
-    "attack": "rigged_seats:Diary",
+    "attack": "rigged_attacks:Diary",
     "attack.malicious_clients": "1",
 }
 
@@ -47,11 +47,11 @@ def world() -> World:
 
 def run(config: Config, world: World, **more) -> FederationResult:
     question = Candidates(*world.dataset.tensors(world.pools.nonmembers[:5]))
-    return run_federation(config, world, questions={"rigged_seats:Diary": question}, **more)
+    return run_federation(config, world, questions={"rigged_attacks:Diary": question}, **more)
 
 
 def same(a: FederationResult, b: FederationResult) -> bool:
-    seen = [r.answers["rigged_seats:Diary"][1]["seen"] for r in (a, b)]
+    seen = [r.answers["rigged_attacks:Diary"][1]["seen"] for r in (a, b)]
     return torch.equal(*seen) and all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
@@ -71,7 +71,7 @@ def test_it_poisons_changes_its_reply_and_remembers(world: World) -> None:
         )
         for name, tensor in mine.update.dense().items():
             assert torch.equal(tensor, 2 * poisoned.update[name])
-    diary = result.answers["rigged_seats:Diary"]
+    diary = result.answers["rigged_attacks:Diary"]
     assert list(diary) == [1]
     assert diary[1]["seen"][:, 0].tolist() == [1, 2, 3, 4]
     first = next(iter(initial_weights(world.scenario.model, 0).values())).flatten()[0]
@@ -107,7 +107,7 @@ def test_bad_attacks_and_settings_are_named(world: World) -> None:
         ("Undeclared", "keeps memory and does not say so"),
         ("Shortening", "must leave images"),
     ):
-        config = settings(attack=f"rigged_seats:{name}", clients=1, **{"attack.malicious_clients": "0"})
+        config = settings(attack=f"rigged_attacks:{name}", clients=1, **{"attack.malicious_clients": "0"})
         with pytest.raises(RunFailed, match=reason):
             run_federation(config, build_world(config))
     with pytest.raises(ConfigError, match=r"'attack.malicious_clients' = \[3\]: accepted: some of 0 to 2"):
@@ -124,7 +124,7 @@ NOISY = {
     "compressor": "none",
     "engine": "inline",
     "defense": "clip-noise",
-    "attack": "analytic,rigged_seats:SeedOracle",
+    "attack": "analytic,rigged_attacks:SeedOracle",
 }
 
 

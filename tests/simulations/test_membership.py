@@ -272,13 +272,13 @@ def test_a_client_is_asked_about_all_others(tmp_path: Path) -> None:
 
 
 def test_an_attack_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
-    names = ("rigged_seats:Failing", "rigged_seats:Silent", "fedmia")
+    names = ("rigged_attacks:Failing", "rigged_attacks:Silent", "fedmia")
     config = settings(rounds=2, attack=names, **{"run-dir": str(tmp_path / "run")})
     result = simulate(config)
     assert list(result.audits) == ["fedmia"]
     log = (tmp_path / "run/log.txt").read_text()
-    assert "rigged_seats:Failing failed: ValueError: too odd to read" in log
-    assert "attack 'rigged_seats:Silent': client 0 could not answer 'query.answer': KeyError" in log
+    assert "rigged_attacks:Failing failed: ValueError: too odd to read" in log
+    assert "client 0 could not answer 'query.answer' of attack 'rigged_attacks:Silent': KeyError" in log
     alone = settings(rounds=1, attack=names[:1], **{"run-dir": str(tmp_path / "alone")})
     with pytest.raises(RunFailed, match="too odd to read"):
         simulate(alone)

@@ -31,7 +31,6 @@ from simulations.experiments.unlearning import (
     FederationTrainer,
     UnlearningExperiment,
     UnlearningOutcome,
-    unlearning_experiment,
 )
 
 BASE = {
@@ -66,16 +65,8 @@ class Run:
         return self.experiment.history
 
     def outcome(self, repeats: int = 1) -> UnlearningOutcome:
-        ((name, requests),) = self.experiment.asked.items()
-        return unlearning_experiment(
-            self.plan.config,
-            self.plan.world,
-            self.history,
-            self.result.weights,
-            name,
-            requests,
-            repeats=repeats,
-        )
+        ((name, _),) = self.experiment.asked.items()
+        return self.experiment.outcome(name, self.result.weights, repeats)
 
 
 def ran(folder: Path, **settings: object) -> Run:
@@ -225,6 +216,8 @@ def test_a_request_that_the_server_rejects(
     run = ran(tmp_path, attack=f"rigged_requests:{attack}", rounds=1, **settings)
     with pytest.raises(PayloadError, match=f"from client 0: {reason}"):
         run.outcome()
+    assert run.experiment.audit(run.result) == {}
+    assert reason in str(run.experiment.failed[f"rigged_requests:{attack}"])
 
 
 def test_pixels_that_are_no_numbers_do_not_reach_the_server(

@@ -1,4 +1,4 @@
-"""Attacks of the tests, named as ``rigged_seats:Class``."""
+"""Attacks of the tests, named as ``rigged_attacks:Class``."""
 
 from __future__ import annotations
 
