@@ -56,10 +56,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Signs:
-    """One bit an entry and one scale a tensor: ``scale * (+1 or -1)``.
-
-    `positive` bool (numel,); `scales` float32 (tensors,), finite and not negative.
-    """
+    """``scale * (+1 or -1)``: `positive` bool (numel,); `scales` float32 (tensors,), finite and not negative."""
 
     positive: NDArray[np.bool_]
     scales: NDArray[np.float32]
@@ -81,11 +78,7 @@ class Signs:
 
 @dataclass(frozen=True)
 class Quantised:
-    """Signed whole steps of each tensor's scale: ``scale * step / levels``.
-
-    `steps` int8 (numel,), in [-levels, levels]; `scales` float32 (tensors,), finite and not negative; `levels` 1 to
-    127.
-    """
+    """``scale * step / levels``: `steps` int8 (numel,), up to `levels` (1 to 127) either way; `scales` as in Signs."""
 
     steps: NDArray[np.int8]
     scales: NDArray[np.float32]
@@ -107,11 +100,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class QuantisedSparse:
-    """Some entries, as signed whole steps of their tensor's scale: ``scale * step / levels``.
-
-    `indices` int64 (k,), strictly increasing in [0, numel); `steps` int8 (k,), in [-levels, levels]; `scales` float32
-    (tensors,), finite and not negative; `levels` 1 to 127.
-    """
+    """As :class:`Quantised`, of the entries at `indices`, int64 (k,), strictly increasing in [0, numel)."""
 
     indices: NDArray[np.int64]
     steps: NDArray[np.int8]

@@ -128,24 +128,9 @@ def _refuse_far_memo(data: bytes) -> None:
 
 
 def load_batch(data: bytes, name: str) -> dict[str, Any]:
-    """Read one pickled batch of numbers, text and lists.
+    """Read one pickled batch of numbers, text and lists; arrays are read-only views of the file's bytes.
 
-    Parameters
-    ----------
-    data : bytes
-        The file.
-    name : str
-        Its name, for the error message.
-
-    Returns
-    -------
-    dict
-        With text keys; arrays are read-only views of the file's bytes.
-
-    Raises
-    ------
-    DataError
-        If the pickle names anything but plain numeric arrays, or is corrupt.
+    Raises DataError if the pickle names anything but plain numeric arrays, or is corrupt.
     """
     try:
         _refuse_far_memo(data)

@@ -16,10 +16,7 @@ _FACES = 100
 
 
 def digits(config: DataConfig) -> Listing:
-    """Handwritten digits of scikit-learn, 1,797 images, 8x8 grey, 10 classes; no download.
-
-    The stored levels 0..16 become 0..255.
-    """
+    """Handwritten digits of scikit-learn, 1,797 images, 8x8 grey, 10 classes; no download."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

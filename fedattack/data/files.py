@@ -1,7 +1,6 @@
 """Finding and opening a data set's files: folders, archives, compressed files, downloads.
 
-Nothing is unpacked to disk and nothing is unpickled here. Archive members pass tarfile's "data" filter, so a hostile
-name is refused although it would never be written.
+Nothing is unpacked to disk or unpickled. Archive members pass tarfile's "data" filter: a hostile name is refused.
 """
 
 from __future__ import annotations
@@ -30,13 +29,7 @@ class Missing(DataError):
 
 
 def data_dir(config: DataConfig, holds: str) -> Path:
-    """The existing path of `data.dir`.
-
-    Raises
-    ------
-    Missing
-        If it is not set, or does not exist; `holds` says what should be there.
-    """
+    """The existing path of `data.dir`; raises Missing if there is none (`holds` says what should be there)."""
     if config.dir is None:
         raise Missing(f"setting 'data.dir' is not set: data set {config.name!r} is read from {holds}")
     path = Path(config.dir).expanduser()
@@ -46,15 +39,9 @@ def data_dir(config: DataConfig, holds: str) -> Path:
 
 
 def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, read: Callable[[], Any]) -> Any:
-    """`read()`, after a download where its files are missing and `data.download` allows it.
+    """`read()`, after ``fetch(folder)`` where it raises :class:`Missing` and `data.download` allows it.
 
-    Parameters
-    ----------
-    config : DataConfig
-    fetch : callable or None
-        ``fetch(folder)`` downloads; None: this data set cannot be had that way.
-    read : callable
-        Raises :class:`Missing` when there is nothing to read.
+    `fetch` None: this data set cannot be had that way.
     """
     try:
         return read()
@@ -83,15 +70,7 @@ def is_archive(path: Path) -> bool:
 
 
 class Tree:
-    """Files below a folder or in an archive, by relative POSIX path.
-
-    Parameters
-    ----------
-    path : Path
-    names : iterable of str
-    read : callable
-        ``read(name) -> bytes``.
-    """
+    """Files below a folder or in an archive, by relative POSIX path; ``read(name) -> bytes``."""
 
     def __init__(self, path: Path, names: Iterable[str], read: Callable[[str], bytes]) -> None:
         self.path = path
@@ -100,14 +79,9 @@ class Tree:
 
 
 def open_tree(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
-    """List the `wanted` files of a folder or an archive (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip).
+    """List the `wanted` files of a folder or an archive (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip) but hidden ones.
 
-    Hidden files and macOS resource forks are left out.
-
-    Raises
-    ------
-    DataError
-        If `path` is neither, cannot be read, or is an archive with a member that points outside it.
+    Raises DataError if `path` is neither, cannot be read, or is an archive with a member that points outside it.
     """
     if path.is_dir():
         names = _walk(path, wanted)

@@ -35,10 +35,7 @@ def read_pictures(
 ) -> np.ndarray:
     """Pixels uint8 (n, C, S, S) of the named files: centre-cropped, resized, grey only if all are.
 
-    Raises
-    ------
-    DataError
-        If one cannot be read, or sizes differ and `image_size` is None.
+    Raises DataError if one cannot be read, or sizes differ and `image_size` is None.
     """
     if image_size is not None:
         require_memory(len(names), channels or 3, image_size)
@@ -49,12 +46,7 @@ def by_folder(tree: Tree) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
     """Names, labels int64 (N,) and class names of pictures in class folders, or of one class "all" without folders.
 
     Folders that wrap everything are looked through: all of an archive's, and those of a folder that still leave
-    class folders below.
-
-    Raises
-    ------
-    DataError
-        If there is no picture, or pictures lie beside class folders.
+    class folders below. Raises DataError if there is no picture, or pictures lie beside class folders.
     """
     names = tree.names
     if not names:

@@ -40,28 +40,10 @@ _BALANCED = tuple("0123456789" + _UPPER + "abdefghnqrt")  # the letters whose tw
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read an idx file.
+    """An idx file (plain, .gz, .xz or .bz2) of so many dimensions, in its type and native byte order.
 
-    Parameters
-    ----------
-    path : Path
-        Plain, .gz, .xz or .bz2.
-    dimensions : int
-        How many the file must have.
-
-    Returns
-    -------
-    ndarray
-        In the file's type and native byte order.
-
-    Raises
-    ------
-    DataError
-        If the magic number, the number of dimensions or the length is wrong, or the compression is corrupt.
-
-    References
-    ----------
-    .. [1] Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits", file formats.
+    Raises DataError if the magic number, the number of dimensions or the length is wrong, or the compression is
+    corrupt.
     """
     try:
         with open_compressed(path) as stream:
@@ -92,13 +74,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def read_pair(images: Path, labels: Path, label_dimensions: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 1, H, W) and labels (N,) or (N, columns) of two idx files that must agree.
-
-    Raises
-    ------
-    DataError
-        If either is corrupt, or their counts differ.
-    """
+    """Images uint8 (N, 1, H, W) and labels (N,) or (N, columns) of two idx files that must agree (else DataError)."""
     pixels, targets = read_idx(images, 3), read_idx(labels, label_dimensions)
     if pixels.dtype != np.uint8:
         raise DataError(f"{str(images)!r} holds {pixels.dtype} pixels; wanted uint8")

@@ -33,31 +33,12 @@ PARTITIONERS: Registry[Partitioner] = Registry(
 def partition(
     dataset: ImageDataset, ids: np.ndarray, config: PartitionConfig, clients: int, seed: int
 ) -> list[np.ndarray]:
-    """Deal samples out to clients.
+    """Deal the samples `ids`, int64 (n,), out to clients: each one's, disjoint, none empty, in random order.
 
-    Parameters
-    ----------
-    dataset : ImageDataset
-    ids : ndarray
-        int64, shape (n,): the samples to deal out.
-    config : PartitionConfig
-        `name` is a registered partitioner or a flwr-datasets class ("flwr_datasets.partitioner:DirichletPartitioner",
-        constructed with `options`).
-    clients : int
-    seed : int
-
-    Returns
-    -------
-    list of ndarray
-        Sample ids of each client, int64, disjoint, none empty, each in a random order. Together they are `ids`;
-        only a flwr-datasets partitioner may leave samples out.
-
-    Raises
-    ------
-    ConfigError
-        If the partitioner is unknown, or cannot be built from its options.
-    DataError
-        If there are too few samples or groups for so many clients.
+    `config.name` is a registered partitioner or a flwr-datasets class
+    ("flwr_datasets.partitioner:DirichletPartitioner", constructed with `options`); only the latter may leave samples
+    out. Raises ConfigError if it is unknown or cannot be built from its options, DataError if there are too few
+    samples or groups for so many clients.
     """
     ids = np.asarray(ids, dtype=np.int64)
     if clients > len(ids):
@@ -137,10 +118,7 @@ def _by_owner(owner: np.ndarray, clients: int) -> list[np.ndarray]:
 
 
 def _fill_empty(owner: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
-    """Move one sample to each client that has none, drawn uniformly from those that are not their owner's last.
-
-    A uniform draw thins all clients alike, where taking from the largest would flatten the tail.
-    """
+    """Move a uniformly drawn sample, nobody's last, to each client that has none: all clients are thinned alike."""
     sizes = np.bincount(owner, minlength=clients)
     empty = np.flatnonzero(sizes == 0).tolist()
     for sample in rng.permutation(len(owner)):
