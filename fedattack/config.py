@@ -291,20 +291,10 @@ class Config(Section):
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Config:
-        """Build from a flat or nested mapping.
+        """Build from a flat or nested mapping of short or dotted names or sections, over nested `base` settings.
 
-        Parameters
-        ----------
-        settings : mapping
-            Short names, dotted names or nested sections; values may be strings as typed in a shell.
-            An empty string stands for "not set" (Flower's run-config cannot hold null).
-        base : mapping, optional
-            Nested settings that `settings` override.
-
-        Raises
-        ------
-        ConfigError
-            Names the setting, its value and what would be accepted.
+        Values may be strings as typed in a shell; an empty string stands for "not set" (Flower's run-config cannot
+        hold null). Raises ConfigError, which names the setting, its value and what would be accepted.
         """
         tree: dict[str, Any] = _deep_copy(base or {})
         for key, value in settings.items():

@@ -100,17 +100,3 @@ TASKS: Registry[type[Task]] = Registry(
 )
 
 CLASSIFY = Classify()
-
-
-__all__ = [
-    "CLASSIFY",
-    "TASKS",
-    "Classify",
-    "GradientStep",
-    "LossAndGradient",
-    "Penalised",
-    "Task",
-    "objective",
-    "tied_names",
-    "trained_parameters",
-]

@@ -78,7 +78,7 @@ class Signs:
 
 @dataclass(frozen=True)
 class Quantised:
-    """``scale * step / levels``: `steps` int8 (numel,), up to `levels` (1 to 127) either way; `scales` as in Signs."""
+    """``scale * step / levels``: `steps` int8 (numel,), at most `levels` (1 to 127) in size; `scales` as in Signs."""
 
     steps: NDArray[np.int8]
     scales: NDArray[np.float32]

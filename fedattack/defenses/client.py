@@ -35,14 +35,7 @@ _UNUSED = torch.Generator()
 
 
 def build_defenses(config: DefenseConfig) -> dict[str, Defense]:
-    """The configured defences by name, in their order.
-
-    Raises
-    ------
-    ConfigError
-        If a name or a parameter is unknown or malformed, parameters are given without the defence, or a defence
-        would undo what an earlier one did.
-    """
+    """The configured defences by name, in their order; ConfigError if one would undo what an earlier one did."""
     built = build_plugins(DEFENSES, config.names, config.options, config.shared_options, "defense")
     _check_order(built)
     return built
@@ -73,28 +66,15 @@ def hides_clients(config: DefenseConfig) -> bool:
 
 
 def check_defenses(scenario: Scenario) -> None:
-    """Refuse a scenario that a configured defence cannot apply to.
-
-    Raises
-    ------
-    NotApplicable
-    """
+    """Refuse (NotApplicable) a scenario that a configured defence cannot apply to."""
     for defense in build_defenses(scenario.defense).values():
         defense.check(scenario)
 
 
 class ClientDefenses:
-    """What one client does in one round.
+    """What one client does in one round; `step` is how an undefended one computes a batch's loss and gradient.
 
     A pure function of its arguments, so that the auditor can recompute what the model was shown.
-
-    Parameters
-    ----------
-    defenses : sequence of Defense
-    seed, round, client : int
-        Key of the random streams.
-    step : callable
-        How an undefended client computes one batch's loss and gradient.
     """
 
     def __init__(
@@ -141,13 +121,3 @@ class ClientDefenses:
 
 def _wrapped(hook: Callable[..., object], inner: GradientStep, generator: torch.Generator) -> GradientStep:
     return partial(hook, inner=inner, generator=generator)  # type: ignore[return-value]
-
-
-__all__ = [
-    "DEFENSES",
-    "ClientDefenses",
-    "build_defenses",
-    "check_defenses",
-    "defended_model",
-    "hides_clients",
-]

@@ -23,6 +23,9 @@ from fedattack.task import GradientStep, LossAndGradient
 class ClipNoise(Defense):
     """Clip to an L2 norm and add Gaussian noise: each whole update, or each sample's gradient as in DP-SGD.
 
+    The guarantee is about updates. The training loss that clients report goes to the record and to no adversary, but
+    is not noised; BatchNorm statistics void it (epsilon is infinite then).
+
     Parameters
     ----------
     clip_norm : float or None
@@ -34,11 +37,6 @@ class ClipNoise(Defense):
         gradient, add noise to their sum and divide by the batch's size.
     delta : float
         At which epsilon is reported.
-
-    Notes
-    -----
-    The guarantee is about updates. The training loss that clients report goes to the record and to no adversary, but
-    is not noised; BatchNorm statistics void it (epsilon is infinite then).
 
     References
     ----------
@@ -128,6 +126,3 @@ class ClipNoise(Defense):
 
 def _mixes_samples(model: nn.Module) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules())
-
-
-__all__ = ["ClipNoise"]

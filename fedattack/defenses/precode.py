@@ -63,6 +63,3 @@ class Precode(Defense):
             return inner(model, images, labels)
         finally:
             model.generator = None
-
-
-__all__ = ["Precode"]

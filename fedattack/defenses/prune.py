@@ -47,6 +47,3 @@ class Prune(Defense):
         result = torch.zeros_like(flat)
         result[chosen] = flat[chosen]
         return result.reshape(tensor.shape)
-
-
-__all__ = ["Prune"]

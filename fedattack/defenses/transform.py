@@ -38,6 +38,9 @@ _PADDING = 4
 class Transform(Defense):
     """Show the model transformed images: random crop and flip, then one of the policy's lists of operations.
 
+    Each image is transformed once a round. Operations work on 8-bit pixels as their PIL originals do; what is shifted
+    in is grey. Rotations go one way only and all other directions are drawn, as in the source.
+
     Parameters
     ----------
     policy : str
@@ -45,13 +48,7 @@ class Transform(Defense):
         draws one; its operations are applied in order, always (the published code ignores their probabilities).
         Empty: none.
     crop : bool
-        First pad by 4 pixels, crop at random to the old size and flip with chance 1/2, as the published training does
-        on 32x32 images.
-
-    Notes
-    -----
-    Each image is transformed once a round. Operations work on 8-bit pixels as their PIL originals do; what is shifted
-    in is grey. Rotations go one way only and all other directions are drawn, as in the source.
+        First pad by 4 pixels, crop at random to the old size and flip with chance 1/2, as published for 32x32 images.
 
     References
     ----------
@@ -86,13 +83,7 @@ class Transform(Defense):
 
 
 def parse_policy(text: str) -> tuple[tuple[int, ...], ...]:
-    """The lists of a policy such as ``"3-1-7+43-18-18"``.
-
-    Raises
-    ------
-    ConfigError
-        If it is written otherwise, or an index is not in 0 to 49.
-    """
+    """The lists of a policy such as ``"3-1-7+43-18-18"``, indices 0 to 49."""
     if not text:
         return ()
     if not re.fullmatch(r"\d+(-\d+)*(\+\d+(-\d+)*)*", text):
@@ -154,5 +145,3 @@ _OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "equalize": lambda image, m, sign: T.equalize(image),
     "invert": lambda image, m, sign: T.invert(image),
 }
-
-__all__ = ["SUB_POLICIES", "Transform", "parse_policy"]

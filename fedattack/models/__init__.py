@@ -61,24 +61,10 @@ _FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn"}
 
 
 def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) -> ModelConfig:
-    """Fill what the configuration leaves open.
+    """Fill what the configuration leaves open of `classes`, `channels`, `image_size`, `activation` and `width`.
 
-    Parameters
-    ----------
-    model : ModelConfig
-    channels, image_size, classes : int
-        The data set's.
-
-    Returns
-    -------
-    ModelConfig
-        With `classes`, `channels`, `image_size` and `activation` set, and `width` where the model has one.
-
-    Raises
-    ------
-    ConfigError
-        If the model is unknown, its head is narrower than the data's label space, or it has no free width or kernel
-        sets.
+    Raises ConfigError if the model is unknown, its head is narrower than the data's label space, or it has no free
+    width or kernel sets.
     """
     MODELS.get(model.name)
     if model.width is not None and model.name in _FIXED_WIDTH:
@@ -123,20 +109,10 @@ def build_model(model: ModelConfig) -> nn.Module:
 
 
 def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """First global weights: read from `model.weights`, or drawn from (seed, "model").
+    """First global weights: read from `model.weights` (DataError if they do not fit), or drawn from (seed, "model").
 
     A model may bring its published initialisation as a method ``initialise(generator)``; others get Kaiming-uniform
-    weights and zero biases.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The state dict, float32 on the CPU (integer buffers keep their type).
-
-    Raises
-    ------
-    DataError
-        If `model.weights` is missing, is not safetensors, or does not fit.
+    weights and zero biases. A state dict, float32 on the CPU (integer buffers keep their type).
     """
     module = build_model(model)
     if model.weights is not None:
@@ -153,25 +129,8 @@ def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
 def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"], seed: int) -> list[str]:
     """Train the model of a resolved configuration on one batch of noise, in vain, and look at what comes out.
 
-    Parameters
-    ----------
-    batch : int
-        Images.
-    model : ModelConfig
-    batch_norm : str
-        As :class:`~fedattack.config.TrainingConfig` has it.
-    seed : int
-        Of the initial weights.
-
-    Returns
-    -------
-    list of str
-        What a person should know: which parameters are frozen, and which are one under several names.
-
-    Raises
-    ------
-    BadRequest
-        In one sentence: what stands in the way of training it.
+    Answers what a person should know: which parameters are frozen, and which are one under several names. Raises
+    BadRequest, in one sentence, where something stands in the way of training it.
     """
     refusal = f"setting 'model.name' = {model.name!r}:"
     shape = (model.channels or 1, model.image_size or 1, model.image_size or 1)

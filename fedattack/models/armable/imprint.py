@@ -13,20 +13,11 @@ CEILING = 2.0**-10
 
 
 class Imprinted(nn.Module):
-    """A network that sees its image plus what a wide layer on the same image adds to it.
+    """A network `rest` that sees its image plus what a wide layer on the same image adds to it.
 
-    With ``x`` the flattened image, the network is given ``x + back(act(measure(x)))``.
-
-    Attributes
-    ----------
-    measure : nn.Linear
-        Image (C * H * W) -> width, with bias: in an armed round its rows are bins of one or more measurements.
-    act : nn.Module
-        ReLU, or the clipped ReLU min(max(u, 0), :data:`CEILING`), which only moves inside its own bin.
-    back : nn.Linear
-        width -> image, without bias.
-    rest : nn.Module
-        The network behind.
+    With ``x`` the flattened image (C * H * W), `rest` is given ``x + back(act(measure(x)))``. `measure` has a bias:
+    in an armed round its rows are bins of one or more measurements. `act` is the ReLU, or the clipped ReLU min(max(u,
+    0), :data:`CEILING`), which only moves inside its own bin.
     """
 
     def __init__(self, rest: nn.Module, act: nn.Module, config: ModelConfig) -> None:

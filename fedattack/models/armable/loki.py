@@ -17,15 +17,8 @@ class KernelSets(Imprinted):
     """An :class:`~fedattack.models.armable.imprint.Imprinted` whose wide layer sees the image through kernels.
 
     There are S sets of as many 3 x 3 kernels as the image has channels, and the wide layer has columns of its own for
-    each set. Padding is one pixel more than keeps the size: the outermost ring of a kernel that passes its channel on
-    holds nothing but the kernel's bias.
-
-    Attributes
-    ----------
-    kernels : nn.Conv2d
-        Image (C, H, W) -> (S * C, H + 2, W + 2), set by set.
-    measure : nn.Linear
-        Those, flattened, -> width.
+    each set: `kernels` map (C, H, W) to (S * C, H + 2, W + 2), set by set. Padding is one pixel more than keeps the
+    size: the outermost ring of a kernel that passes its channel on holds nothing but the kernel's bias.
     """
 
     def __init__(self, rest: nn.Module, act: nn.Module, config: ModelConfig) -> None:

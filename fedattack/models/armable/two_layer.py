@@ -11,17 +11,7 @@ from fedattack.models.classifiers.lenet import halved
 
 
 class TwoLayer(nn.Module):
-    """Features -> wide linear layer -> activation -> linear head, both without bias.
-
-    Attributes
-    ----------
-    stem : nn.Module
-        Images to features (B, d): flattening, or convolutions.
-    wide : nn.Linear
-        d -> width.
-    head : nn.Linear
-        width -> classes.
-    """
+    """`stem`: images to features (B, d) -> `wide` linear layer -> activation -> linear `head`, both without bias."""
 
     def __init__(self, stem: nn.Module, features: int, config: ModelConfig) -> None:
         super().__init__()

@@ -10,15 +10,7 @@ from fedattack.models.classifiers.layers import activation
 
 
 class ConvChain(nn.Module):
-    """Convolutions with one activation after each, flattened into one linear head.
-
-    Attributes
-    ----------
-    body : nn.Sequential
-        conv, activation, conv, activation, ...
-    head : nn.Linear
-        On the flattened features.
-    """
+    """Convolutions with one activation after each (`body`), flattened into one linear `head`."""
 
     def __init__(self, body: nn.Sequential, head: nn.Linear, bound: float | None = None) -> None:
         super().__init__()

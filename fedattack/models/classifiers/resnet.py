@@ -33,16 +33,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """CIFAR-style residual network: 3x3 stem, stages whose width doubles and side halves, pool, linear head.
 
-    Parameters
-    ----------
-    config : ModelConfig
-        Resolved.
-    blocks : tuple of int
-        Blocks in each stage.
-    width : int
-        Channels of the stem and the first stage.
-    hcgla : bool
-        HCGLA's variant: all strides 1 and the head on 4x4-pooled features.
+    `blocks` of each stage, `width` of stem and first stage; `hcgla`: all strides 1 and the head on 4x4-pooled
+    features.
     """
 
     def __init__(

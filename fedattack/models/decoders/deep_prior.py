@@ -8,23 +8,12 @@ from torch import Tensor, nn
 
 
 class ImagePrior(nn.Module):
-    """A small hourglass from fixed noise to images in (0, 1), to be fitted to one measurement (Ulyanov et al. 2018).
+    """A small hourglass from fixed noise to images in (0, 1), to be fitted to one measurement.
 
-    Three scales of stride-2 convolutions down and bilinear upsampling back, with a thin skip at each scale. GroupNorm
-    instead of the original's BatchNorm, so that images of a batch do not depend on each other.
-
-    Parameters
-    ----------
-    image_shape : tuple of int
-        (C, H, W), sides divisible by 8.
-    width : int
-        Channels of all hidden layers, a multiple of 8.
-    inputs : int
-        Channels of the noise.
-
-    References
-    ----------
-    Ulyanov, Vedaldi, Lempitsky, "Deep Image Prior", CVPR 2018.
+    Three scales of stride-2 convolutions down and bilinear upsampling back, with a thin skip at each scale (Ulyanov,
+    Vedaldi, Lempitsky, "Deep Image Prior", CVPR 2018). GroupNorm instead of the original's BatchNorm, so that images
+    of a batch do not depend on each other. Image sides and `width`, the channels of all hidden layers, are multiples
+    of 8.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], width: int = 32, inputs: int = 16) -> None:
