@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import lzma
 import os
 import tarfile
@@ -14,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from fedattack.config import DataConfig
 from fedattack.errors import DataError
@@ -22,6 +23,17 @@ from fedattack.errors import DataError
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".zip")
 # A compressed tar can only be read from its start, so its pictures are kept in memory; larger ones must be unpacked.
 _IN_MEMORY_LIMIT = 4 * 2**30
+_UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    lzma.LZMAError,
+    zlib.error,
+    RuntimeError,
+)
+
+T = TypeVar("T")
 
 
 class Missing(DataError):
@@ -38,7 +50,7 @@ def data_dir(config: DataConfig, holds: str) -> Path:
     return path
 
 
-def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, read: Callable[[], Any]) -> Any:
+def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, read: Callable[[], T]) -> T:
     """`read()`, after ``fetch(folder)`` where it raises :class:`Missing` and `data.download` allows it.
 
     `fetch` None: this data set cannot be had that way.
@@ -62,6 +74,16 @@ def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, re
     except Exception as error:  # torchvision raises whatever its transport raises
         raise DataError(f"download of data set {config.name!r} to {str(folder)!r} failed: {error}") from error
     return read()
+
+
+def by_torchvision(name: str, **options: Any) -> Callable[[Path], object]:
+    """A `fetch` of :func:`with_download`, by torchvision's class of that name."""
+
+    def fetch(folder: Path) -> object:
+        kind = getattr(importlib.import_module("torchvision.datasets"), name)
+        return kind(str(folder), download=True, **options)
+
+    return fetch
 
 
 def is_archive(path: Path) -> bool:
@@ -92,7 +114,7 @@ def open_tree(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
         raise DataError(f"{str(path)!r} is not a folder or an archive ({', '.join(ARCHIVE_SUFFIXES)})")
     try:
         return _open_zip(path, wanted) if path.suffix.lower() == ".zip" else _open_tar(path, wanted)
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(f"cannot read archive {str(path)!r}: {error}") from None
 
 
@@ -128,14 +150,7 @@ def _open_zip(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (
-            zipfile.BadZipFile,
-            OSError,
-            EOFError,
-            zlib.error,
-            RuntimeError,
-            NotImplementedError,
-        ) as error:
+        except _UNREADABLE as error:
             raise DataError(f"cannot read {name!r} of archive {str(path)!r}: {error}") from None
 
     return Tree(path, chosen, read)

@@ -48,14 +48,8 @@ MODELS: Registry[Builder] = Registry(
 
 _PUBLISHED_HEADS = {"lenet-zhu": 10_177}
 _PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-two-layer": "poly3"}
-_WIDTHS = {
-    "imprint": 1024,
-    "imprint-sparse": 1024,
-    "loki": 256,
-    "two-layer": 1024,
-    "lenet-two-layer": 1024,
-    "mlp": 64,
-}
+_WIDE = ("imprint", "imprint-sparse", "two-layer", "lenet-two-layer")
+_WIDTHS = {**dict.fromkeys(_WIDE, 1024), "loki": 256, "mlp": 64}
 _HCGLA_RESNETS = {"resnet18", "resnet34"}
 _FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn"}
 

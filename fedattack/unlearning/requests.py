@@ -28,11 +28,7 @@ class Deletion:
 
 
 def validate_request(
-    request: UnlearningRequest,
-    sender: int,
-    samples: int,
-    scenario: Scenario,
-    forgotten: Collection[int] = (),
+    request: UnlearningRequest, sender: int, samples: int, scenario: Scenario, forgotten: Collection[int] = ()
 ) -> Deletion:
     """Accept a request or reject it with a reason.
 
