@@ -15,7 +15,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -109,6 +109,13 @@ class ModelConfig(Section):
         None, description="width of a bottleneck before the head; defence 'precode' sets it"
     )
     weights: str | None = Field(None, description="safetensors file of initial weights; None: seeded random")
+
+    @property
+    def resolved(self) -> tuple[int, int, int]:
+        """Channels, image side and classes; :func:`fedattack.models.resolve` sees to it that they are set."""
+        found = self.channels, self.image_size, self.classes
+        assert None not in found, "resolve the model configuration first"
+        return cast(tuple[int, int, int], found)
 
 
 class TrainingConfig(Section):

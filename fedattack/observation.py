@@ -7,7 +7,7 @@ gradients and the client's random draws live in :mod:`fedattack.groundtruth`, wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -105,19 +105,12 @@ class Scenario:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one input, pixels in [0, 1]."""
-        channels, size = self.model.channels, self.model.image_size
-        assert channels is not None
-        assert size is not None
-        return channels, size, size
+        channels, side, _ = self.model.resolved
+        return channels, side, side
 
     def record(self) -> dict[str, Any]:
         """The facts as JSON-able sections: "model", "training", "compression", "defense"."""
-        return {
-            "model": self.model.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json"),
-            "compression": self.compression.model_dump(mode="json"),
-            "defense": self.defense.model_dump(mode="json"),
-        }
+        return {part.name: getattr(self, part.name).model_dump(mode="json") for part in fields(self)}
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,7 @@ class Classify(Task):
 
     def output(self, model: ModelConfig) -> tuple[int, ...]:
         """One logit for each class."""
-        assert model.classes is not None
-        return (model.classes,)
+        return (model.resolved[2],)
 
 
 TASKS: Registry[type[Task]] = Registry(

@@ -52,8 +52,7 @@ def build_world(config: Config) -> World:
                 f"setting 'model.{setting}' = {wanted}: data set {data.name!r} has {found}{hint}; leave it open"
             )
     if data.labels == "random":
-        assert model.classes is not None
-        dataset = random_labels(dataset, model.classes, seed)
+        dataset = random_labels(dataset, model.resolved[2], seed)
     pools = make_pools(dataset, data, seed)
     partitions = partition(dataset, pools.clients, config.partition, config.federation.clients, seed)
     return World(
@@ -86,11 +85,8 @@ def world_record(world: World) -> dict[str, Any]:
         },
         "pools": {
             name: {"size": len(ids), "ids": ids.tolist()}
-            for name, ids in (
-                ("clients", pools.clients),
-                ("nonmembers", pools.nonmembers),
-                ("auxiliary", pools.auxiliary),
-            )
+            for name, ids in vars(pools).items()
+            if name != "note"
         },
         "auxiliary": None
         if auxiliary is None

@@ -94,10 +94,9 @@ def build_model(model: ModelConfig) -> nn.Module:
     """
     module = MODELS.get(model.name)(model)
     if any(isinstance(part, nn.modules.lazy.LazyModuleMixin) for part in module.modules()):
-        assert model.channels is not None
-        assert model.image_size is not None
+        channels, side, _ = model.resolved
         with torch.no_grad():
-            module.eval()(torch.zeros(1, model.channels, model.image_size, model.image_size))
+            module.eval()(torch.zeros(1, channels, side, side))
         module.train()
     return module if model.bottleneck is None else Bottlenecked(module, model.bottleneck)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedattack.config import ModelConfig
+from fedattack.models.classifiers.layers import kaiming_uniform
 from fedattack.models.classifiers.lenet import tiny_cnn
 
 CEILING = 2.0**-10
@@ -22,10 +23,9 @@ class Imprinted(nn.Module):
 
     def __init__(self, rest: nn.Module, act: nn.Module, config: ModelConfig) -> None:
         super().__init__()
-        assert config.channels is not None
-        assert config.image_size is not None
         assert config.width is not None
-        pixels = config.channels * config.image_size**2
+        channels, side, _ = config.resolved
+        pixels = channels * side**2
         self.measure = nn.Linear(pixels, config.width)
         self.act = act
         self.back = nn.Linear(config.width, pixels, bias=False)
@@ -42,12 +42,7 @@ class Imprinted(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Kaiming-uniform weights and zero biases; `back` at a tenth, so that the image leads at first."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            else:
-                limit = (6.0 / parameter[0].numel()) ** 0.5
-                parameter.uniform_(-limit, limit, generator=generator)
+        kaiming_uniform(self, generator)
         self.back.weight.mul_(0.1)
 
 

@@ -23,12 +23,11 @@ class KernelSets(Imprinted):
 
     def __init__(self, rest: nn.Module, act: nn.Module, config: ModelConfig) -> None:
         super().__init__(rest, act, config)
-        assert config.channels is not None
-        assert config.image_size is not None
+        channels, side, _ = config.resolved
         self.sets = config.kernel_sets or KERNEL_SETS
-        filters = self.sets * config.channels
-        self.kernels = nn.Conv2d(config.channels, filters, 3, padding=2)
-        self.measure = nn.Linear(filters * (config.image_size + 2) ** 2, self.measure.out_features)
+        filters = self.sets * channels
+        self.kernels = nn.Conv2d(channels, filters, 3, padding=2)
+        self.measure = nn.Linear(filters * (side + 2) ** 2, self.measure.out_features)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
