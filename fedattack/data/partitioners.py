@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 
 from fedattack.config import PartitionConfig
 from fedattack.data.dataset import ImageDataset
@@ -14,9 +15,7 @@ from fedattack.errors import ConfigError, DataError
 from fedattack.registry import Registry
 from fedattack.rng import numpy_rng
 
-Partitioner = Callable[
-    [np.ndarray, np.ndarray | None, int, PartitionConfig, np.random.Generator], list[np.ndarray]
-]
+Partitioner = Callable[[np.ndarray, np.ndarray | None, int, PartitionConfig, Generator], list[np.ndarray]]
 
 PARTITIONERS: Registry[Partitioner] = Registry(
     "partition",
@@ -73,22 +72,14 @@ def _check(parts: list[np.ndarray], clients: int, count: int, name: str, complet
 
 
 def iid(
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    clients: int,
-    config: PartitionConfig,
-    rng: np.random.Generator,
+    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
     """Every client a random share of equal size (one sample more for the first few)."""
     return np.array_split(rng.permutation(len(labels)), clients)
 
 
 def dirichlet(
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    clients: int,
-    config: PartitionConfig,
-    rng: np.random.Generator,
+    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
     """Unequal labels and sizes: each class is cut in shares drawn from Dirichlet(alpha).
 
@@ -117,7 +108,7 @@ def _by_owner(owner: np.ndarray, clients: int) -> list[np.ndarray]:
     return np.split(order, np.searchsorted(owner[order], np.arange(1, clients)))
 
 
-def _fill_empty(owner: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
+def _fill_empty(owner: np.ndarray, clients: int, rng: Generator) -> np.ndarray:
     """Move a uniformly drawn sample, nobody's last, to each client that has none: all clients are thinned alike."""
     sizes = np.bincount(owner, minlength=clients)
     empty = np.flatnonzero(sizes == 0).tolist()
@@ -132,11 +123,7 @@ def _fill_empty(owner: np.ndarray, clients: int, rng: np.random.Generator) -> np
 
 
 def shards(
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    clients: int,
-    config: PartitionConfig,
-    rng: np.random.Generator,
+    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
     """Few labels a client: samples sorted by label, cut into equal shards, `shards_per_client` dealt to each.
 
@@ -158,11 +145,7 @@ def shards(
 
 
 def natural(
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    clients: int,
-    config: PartitionConfig,
-    rng: np.random.Generator,
+    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
     """Whole people (writers, ...) to a client: groups in random order, equally many to each."""
     if groups is None:
@@ -196,11 +179,7 @@ def _adapted(partitioner: type, name: str) -> Partitioner:
     """A flwr-datasets partitioner class as one of ours; it partitions a table of labels, never pixels."""
 
     def deal(
-        labels: np.ndarray,
-        groups: np.ndarray | None,
-        clients: int,
-        config: PartitionConfig,
-        rng: np.random.Generator,
+        labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
     ) -> list[np.ndarray]:
         from datasets import Dataset
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.defenses.accounting import Privacy
@@ -36,24 +35,19 @@ class Defense:
         """The resolved model, as this defence changes it for everybody."""
         return model
 
-    def images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def images(self, images: Tensor, generator: Generator) -> Tensor:
         """What the model is shown in this round in the place of `images`, float32 (n, C, H, W) in [0, 1]."""
         del generator
         return images
 
     def gradient(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        inner: GradientStep,
-        generator: torch.Generator,
+        self, model: nn.Module, images: Tensor, labels: Tensor, inner: GradientStep, generator: Generator
     ) -> LossAndGradient:
         """One batch's loss and gradient, from that of the defences before it (`inner`)."""
         del generator
         return inner(model, images, labels)
 
-    def update(self, update: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def update(self, update: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """What is sent, before compression, in the place of `update` (name -> tensor; not to be modified)."""
         del generator
         return update

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -37,20 +37,16 @@ _UNUSED = torch.Generator()
 def build_defenses(config: DefenseConfig) -> dict[str, Defense]:
     """The configured defences by name, in their order; ConfigError if one would undo what an earlier one did."""
     built = build_plugins(DEFENSES, config.names, config.options, config.shared_options, "defense")
-    _check_order(built)
-    return built
-
-
-def _check_order(defenses: dict[str, Defense]) -> None:
     earlier: list[str] = []
-    for name, defense in defenses.items():
+    for name, defense in built.items():
         if defense.replaces_gradient and earlier:
             raise ConfigError(
-                f"setting 'defense.names' = {', '.join(defenses)}: {name} computes the gradient anew and would undo "
+                f"setting 'defense.names' = {', '.join(built)}: {name} computes the gradient anew and would undo "
                 f"{' and '.join(earlier)}; name it first"
             )
         if type(defense).gradient is not Defense.gradient:
             earlier.append(name)
+    return built
 
 
 def defended_model(model: ModelConfig, config: DefenseConfig) -> ModelConfig:
@@ -109,7 +105,7 @@ class ClientDefenses:
         step = self._step
         for defense, generator in zip(self._defenses, self._generators, strict=True):
             if type(defense).gradient is not Defense.gradient:
-                step = _wrapped(defense.gradient, step, generator)
+                step = partial(defense.gradient, inner=step, generator=generator)
         return step
 
     def update(self, update: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +113,3 @@ class ClientDefenses:
         for defense, generator in zip(self._defenses, self._generators, strict=True):
             update = defense.update(update, generator)
         return update
-
-
-def _wrapped(hook: Callable[..., object], inner: GradientStep, generator: torch.Generator) -> GradientStep:
-    return partial(hook, inner=inner, generator=generator)  # type: ignore[return-value]

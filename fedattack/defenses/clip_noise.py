@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedattack.config import TrainingConfig
 from fedattack.defenses.accounting import Privacy, gaussian_epsilon, sampled_epsilon
@@ -60,12 +60,7 @@ class ClipNoise(Defense):
             )
 
     def gradient(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        inner: GradientStep,
-        generator: torch.Generator,
+        self, model: nn.Module, images: Tensor, labels: Tensor, inner: GradientStep, generator: Generator
     ) -> LossAndGradient:
         """Mean of the clipped gradients of the samples, with noise; `inner` unchanged under unit "update"."""
         if self.unit == "update":
@@ -80,7 +75,7 @@ class ClipNoise(Defense):
         mean = [(part + self._noise(part, generator)) / len(images) for part in total]
         return torch.stack(losses).mean(), tuple(mean)
 
-    def update(self, update: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def update(self, update: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """The clipped update with noise; unchanged under unit "sample"."""
         if self.unit == "sample":
             return update
@@ -119,7 +114,7 @@ class ClipNoise(Defense):
         scale = (self.clip_norm / norm.clamp(min=self.clip_norm)).float()
         return [part * scale for part in parts]
 
-    def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
+    def _noise(self, like: Tensor, generator: Generator) -> Tensor:
         drawn = torch.randn(like.shape, generator=generator)
         return (drawn * (self.noise * (self.clip_norm or 1.0))).to(like)
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedattack.defenses.base import Defense
 from fedattack.models import build_model
@@ -51,12 +51,7 @@ class Soteria(Defense):
         headed(build_model(scenario.model), "defence 'soteria'")
 
     def gradient(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        inner: GradientStep,
-        generator: torch.Generator,
+        self, model: nn.Module, images: Tensor, labels: Tensor, inner: GradientStep, generator: Generator
     ) -> LossAndGradient:
         """The batch's gradient with the head's weight gradient from pruned features."""
         network = headed(model, "defence 'soteria'")

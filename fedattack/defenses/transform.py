@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 import torchvision.transforms.v2.functional as T
-from torch import Tensor
+from torch import Generator, Tensor
 from torchvision.transforms import InterpolationMode
 
 from fedattack.defenses.base import Defense
@@ -66,12 +66,12 @@ class Transform(Defense):
     def __post_init__(self) -> None:
         self._lists = parse_policy(self.policy)
 
-    def images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def images(self, images: Tensor, generator: Generator) -> Tensor:
         """The transformed images, on 1/255 steps."""
         shown = [self._one(image, generator) for image in (images * 255).round().to(torch.uint8)]
         return torch.stack(shown).to(images.dtype) / 255
 
-    def _one(self, image: Tensor, generator: torch.Generator) -> Tensor:
+    def _one(self, image: Tensor, generator: Generator) -> Tensor:
         if self.crop:
             image = _crop_and_flip(image, generator)
         if self._lists:
@@ -99,11 +99,11 @@ def parse_policy(text: str) -> tuple[tuple[int, ...], ...]:
     return lists
 
 
-def _drawn(count: int, generator: torch.Generator) -> int:
+def _drawn(count: int, generator: Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
-def _crop_and_flip(image: Tensor, generator: torch.Generator) -> Tensor:
+def _crop_and_flip(image: Tensor, generator: Generator) -> Tensor:
     height, width = image.shape[-2:]
     top, left = _drawn(2 * _PADDING + 1, generator), _drawn(2 * _PADDING + 1, generator)
     cropped = T.pad(image, [_PADDING])[:, top : top + height, left : left + width]
@@ -121,11 +121,6 @@ def _sheared_y(image: Tensor, strength: float, sign: int) -> Tensor:
                     interpolation=InterpolationMode.BILINEAR)  # fmt: skip
 
 
-def _rotated(image: Tensor, strength: float, sign: int) -> Tensor:
-    del sign
-    return T.rotate(image, strength * _LARGEST["rotate"], InterpolationMode.BILINEAR, fill=[_GREY])
-
-
 def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, int], Tensor]:
     return lambda image, strength, sign: adjust(image, 1 + sign * 0.5 * strength)
 
@@ -134,7 +129,9 @@ _OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "translate_x": lambda image, m, sign: _moved(image, x=sign * m * _LARGEST["translate_x"]),
     "translate_y": lambda image, m, sign: _moved(image, y=sign * m * _LARGEST["translate_y"]),
     "shear_y": _sheared_y,
-    "rotate": _rotated,
+    "rotate": lambda image, m, sign: T.rotate(
+        image, m * _LARGEST["rotate"], InterpolationMode.BILINEAR, fill=[_GREY]
+    ),
     "color": _enhanced(T.adjust_saturation),
     "contrast": _enhanced(T.adjust_contrast),
     "sharpness": _enhanced(T.adjust_sharpness),

@@ -130,19 +130,11 @@ def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"]
     try:
         weights = initial_weights(model, seed)
         module = build_model(model)
-        odd = [
-            name
-            for name, tensor in weights.items()
-            if tensor.is_floating_point() and tensor.dtype != torch.float32
-        ]
-        odd += [name for name, tensor in weights.items() if tensor.is_complex()]
-        if odd:
-            raise ConfigError(
-                f"{refusal} {odd[0]!r} is of type {weights[odd[0]].dtype}; only float32 is trained"
-            )
+        for name, tensor in weights.items():
+            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+                raise ConfigError(f"{refusal} {name!r} is of type {tensor.dtype}; only float32 is trained")
         module.load_state_dict(weights)
-        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        if not trained:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ConfigError(f"{refusal} it has no parameter that can be trained")
         images = torch.rand(batch, *shape, generator=torch_rng(seed, "dry run"))
         labels = torch.zeros(batch, dtype=torch.int64)
@@ -155,10 +147,9 @@ def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"]
                 )
             with torch.no_grad():
                 _check_logits(refusal, module.eval()(images), batch, model.classes)
-        after = module.state_dict()
-        if {n: (t.shape, t.dtype) for n, t in after.items()} != {
-            n: (t.shape, t.dtype) for n, t in weights.items()
-        }:
+        states = weights, module.state_dict()
+        before, after = ({n: (t.shape, t.dtype) for n, t in state.items()} for state in states)
+        if before != after:
             raise ConfigError(f"{refusal} its state dict changes names, shapes or types when it is used")
     except BadRequest:
         raise
