@@ -68,7 +68,7 @@ class Task(ABC):
     def gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
         """Loss and gradient of one batch: what an undefended client computes."""
         loss = self.loss(model, images, labels)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = list(trained_parameters(model).values())
         return loss, torch.autograd.grad(loss, parameters, materialize_grads=True)
 
 

@@ -44,7 +44,7 @@ def quotas(config: CompressionConfig, sizes: Sequence[int], round: int) -> list[
     result, start = [], 0
     for size in spans:
         if size:
-            result.append(Quota(start, start + size, max(1, _round(size * share))))
+            result.append(Quota(start, start + size, max(1, int(np.rint(size * share)))))
         start += size
     return result
 
@@ -82,7 +82,3 @@ def _candidates(magnitudes: NDArray[np.float32], count: int) -> NDArray[np.int64
 def uniform(total: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """`count` distinct positions below `total`, uniformly drawn, strictly increasing (int64)."""
     return np.sort(rng.choice(total, count, replace=False, shuffle=False))
-
-
-def _round(value: float) -> int:
-    return round(value)  # a parameter called `round` hides the built-in above

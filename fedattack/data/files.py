@@ -178,13 +178,8 @@ def _open_tar(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
 
 def find_file(folders: Iterable[Path], stems: Iterable[str]) -> Path | None:
     """First existing file of a name among `stems`, plain or .gz/.xz/.bz2, in the folders' order."""
-    wanted = list(stems)
-    for folder in folders:
-        for stem in wanted:
-            for suffix in ("", ".gz", ".xz", ".bz2"):
-                if (folder / f"{stem}{suffix}").is_file():
-                    return folder / f"{stem}{suffix}"
-    return None
+    names = [f"{stem}{suffix}" for stem in stems for suffix in ("", ".gz", ".xz", ".bz2")]
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def open_compressed(path: Path) -> IO[bytes]:

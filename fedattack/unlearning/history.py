@@ -63,8 +63,6 @@ class History:
     first_rounds: dict[int, int] = field(default_factory=dict)  # client -> first round its update went into
     excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)  # by earlier requests
 
-    # ------------------------------------------------------------------ what is kept
-
     def keep_weights(self, round: int, weights: Weights) -> None:
         """Take note of the global model after a round."""
         self.weights, self.rounds = weights, round
@@ -97,8 +95,6 @@ class History:
             return
         for client in clients:
             self.first_rounds[client] = min(round, self.first_rounds.get(client, round))
-
-    # ------------------------------------------------------------------ what it says
 
     @property
     def checkpoints(self) -> list[int]:
