@@ -44,9 +44,9 @@ class Privacy:
 def gaussian_epsilon(noise: float, releases: int, delta: float) -> float:
     """Smallest epsilon of `releases` composed Gaussian mechanisms of L2 sensitivity 1, exactly.
 
-    `noise` is the standard deviation over sensitivity; the composition is one Gaussian mechanism of noise ``noise /
-    sqrt(releases)`` (Balle and Wang, Improving the Gaussian Mechanism for Differential Privacy, 2018, theorem 8;
-    Dong, Roth and Su, Gaussian Differential Privacy, 2022, corollary 3.3).
+    `noise` is the standard deviation over sensitivity; the composition is one Gaussian mechanism of noise
+    ``noise / sqrt(releases)`` (Balle and Wang, Improving the Gaussian Mechanism for Differential Privacy, 2018,
+    theorem 8; Dong, Roth and Su, Gaussian Differential Privacy, 2022, corollary 3.3).
     """
     _check_delta(delta)
     if releases == 0:

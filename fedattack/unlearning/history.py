@@ -61,7 +61,7 @@ class History:
     weights: Weights = field(default_factory=dict)  # the current global model
     rounds: int = 0  # trained so far
     first_rounds: dict[int, int] = field(default_factory=dict)  # client -> first round its update went into
-    excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)  # by earlier requests
+    excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)  # removed by earlier requests
 
     def keep_weights(self, round: int, weights: Weights) -> None:
         """Take note of the global model after a round."""

@@ -17,8 +17,8 @@ class Imprinted(nn.Module):
     """A network `rest` that sees its image plus what a wide layer on the same image adds to it.
 
     With ``x`` the flattened image (C * H * W), `rest` is given ``x + back(act(measure(x)))``. `measure` has a bias:
-    in an armed round its rows are bins of one or more measurements. `act` is the ReLU, or the clipped ReLU min(max(u,
-    0), :data:`CEILING`), which only moves inside its own bin.
+    in an armed round its rows are bins of one or more measurements. `act` is the ReLU, or the clipped ReLU
+    min(max(u, 0), :data:`CEILING`), which only moves inside its own bin.
     """
 
     def __init__(self, rest: nn.Module, act: nn.Module, config: ModelConfig) -> None:
