@@ -34,10 +34,8 @@ class Attack(ABC):
 
     Attributes
     ----------
-    family : str
-        What is asked; set by the family's base.
-    seat : str
-        Who runs it; set by the seats of :mod:`adversaries.seats`.
+    family, seat : str
+        What is asked, set by the family's base; who runs it, set by the seats of :mod:`adversaries.seats`.
     inverts : bool
         Whether it rebuilds images.
     needs : Needs
@@ -61,12 +59,8 @@ class Attack(ABC):
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Try, where its needs are met, what only trying tells: read the files it names, trace the model.
 
-        Raises
-        ------
-        NotApplicable
-            In one sentence: what stands in the way and what would help.
-        ConfigError, DataError
-            If a setting names what is not there.
+        Raise NotApplicable in one sentence: what stands in the way and what would help; ConfigError or
+        DataError if a setting names what is not there.
         """
         del scenario, facts
 

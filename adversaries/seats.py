@@ -43,23 +43,10 @@ class MaliciousServer(Attack):
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
-        """What is sent instead of the global model in an armed round.
+        """What is sent instead of the global model in an armed round: the same names, shapes and types.
 
-        Parameters
-        ----------
-        weights : dict of str to Tensor
-            The global state dict; not to be modified.
-        seed : int
-            Seeds every draw; differs from round to round.
-        auxiliary : Auxiliary or None
-            Public data granted to the adversary.
-        candidates : Candidates or None
-            The samples it will be asked about, where its question has some.
-
-        Returns
-        -------
-        dict of str to Tensor
-            The same names, shapes and types.
+        `weights` is the global state dict, not to be modified; `seed` seeds every draw and differs from round
+        to round; `candidates` are the samples it will be asked about, where its question has some.
         """
         del scenario, seed, auxiliary, candidates
         return weights
@@ -68,6 +55,8 @@ class MaliciousServer(Attack):
         self, scenario: Scenario, weights: dict[str, Tensor], place: int, earlier: Sequence[Observation]
     ) -> dict[str, Tensor]:
         """What one client is sent differently in an armed round: a server may send each its own model.
+
+        Returns the tensors that differ, of the same shapes and types; none: all clients get `weights`.
 
         Parameters
         ----------
@@ -78,11 +67,6 @@ class MaliciousServer(Attack):
         earlier : sequence of Observation
             Where :attr:`adapts` is set, what was seen of this client (of everyone, under secure aggregation) in
             earlier armed rounds, the latest last.
-
-        Returns
-        -------
-        dict of str to Tensor
-            The tensors that differ, of the same shapes and types; none: all clients get `weights`.
         """
         del scenario, weights, place, earlier
         return {}
@@ -96,7 +80,6 @@ class ClientView:
     ----------
     round, client : int
         The round (the last one when it is asked at the end), and the client's own number.
-    scenario : Scenario
     weights : dict of str to Tensor
         The global model that it was sent; not to be modified.
     seed : int
@@ -121,10 +104,7 @@ class ClientView:
 class MaliciousClient(Attack):
     """Takes part as the clients of setting ``attack.malicious_clients``; each hook does nothing unless overridden.
 
-    Attributes
-    ----------
-    keeps_memory : bool
-        Whether :attr:`ClientView.memory` is kept from round to round.
+    `keeps_memory`: whether :attr:`ClientView.memory` is kept from round to round.
     """
 
     seat = "malicious client"
@@ -149,13 +129,8 @@ class MaliciousClient(Attack):
     ) -> UnlearningRequest | None:
         """The deletions that it asks for; None: none.
 
-        Parameters
-        ----------
-        model : nn.Module
-            The global one, as `view.weights`.
-        images, labels : Tensor
-            Its samples that are not forgotten yet, float32 (N, C, H, W) in [0, 1] and int64 (N,). Positions of the
-            request count in them.
+        `model` is the global one, as `view.weights`. `images`, float32 (N, C, H, W) in [0, 1], and `labels`,
+        int64 (N,), are its samples that are not forgotten yet; positions of the request count in them.
         """
         del view, model, images, labels
         return None

@@ -85,16 +85,9 @@ class FedMIA(CuriousServer, MembershipAttack):
     def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
         """The candidates' scores in [0, 1].
 
-        Returns
-        -------
-        MembershipScores
-            `details`: rounds used and passed over, shadows per round, `saturated` (share of per-round values that
-            are exactly 0 or 1, hence cannot be ranked), `dropped` (share of shadow values left out).
-
-        Raises
-        ------
-        NotApplicable
-            If no round was answered by the target and two other clients.
+        `details`: rounds used and passed over, shadows per round, `saturated` (share of per-round values that
+        are exactly 0 or 1, hence cannot be ranked), `dropped` (share of shadow values left out).
+        NotApplicable if no round was answered by the target and two other clients.
         """
         used = {number: figures for number, figures in rounds.items() if len(figures["statistic"])}
         if not used:
@@ -164,16 +157,9 @@ def client_model(observation: Observation) -> dict[str, Tensor]:
 
 
 def one_tailed(own: Tensor, others: Tensor, keep: Tensor) -> Tensor:
-    """Probability that a non-member's statistic is below `own` under a normal fitted to `others`.
+    """Probability that a non-member's statistic is below `own` (N,) under a normal fitted to `others` (K, N).
 
-    Parameters
-    ----------
-    own : Tensor
-        float64 (N,): the target's statistic.
-    others : Tensor
-        float64 (K, N): the shadows'.
-    keep : Tensor
-        bool (K, N): which of them count.
+    `keep`, bool (K, N), says which of the others count.
     """
     count = keep.sum(0)
     mean = (others * keep).sum(0) / count

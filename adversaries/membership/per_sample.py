@@ -121,29 +121,18 @@ def gradient_products(
 ) -> tuple[Tensor, Tensor]:
     """Inner product of every sample's gradient with every update, and the gradients' norms.
 
+    Returns float64 (K, N) and (N,), on the CPU; norms are over all parameters, sent or not. PayloadError if
+    an update is not over the model's parameters.
+
     Parameters
     ----------
     model : nn.Module
         In eval mode, on the device to compute on. Only its architecture is used.
     weights : dict of str to Tensor
         Parameters and buffers to differentiate at.
-    images, labels : Tensor
-        float32 (N, C, H, W) and int64 (N,).
     updates : sequence of Update
         Each over all of the model's parameters, in the model's order; sparse ones count as zero where nothing
         was sent.
-
-    Returns
-    -------
-    products : Tensor
-        float64 (K, N), on the CPU.
-    norms : Tensor
-        float64 (N,), on the CPU: L2 norm of the gradient over all parameters, sent or not.
-
-    Raises
-    ------
-    PayloadError
-        If an update is not over the model's parameters.
     """
     device = next(model.parameters()).device
     state = {name: tensor.to(device) for name, tensor in weights.items()}

@@ -28,19 +28,10 @@ _NOISE_IMAGES = 64
 
 
 def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
-    """Refuse a strategy that cannot work under a scenario, whatever is sent.
+    """NotApplicable where `strategy` cannot work under a scenario, whatever is sent; unknown names are passed
+    over.
 
-    Parameters
-    ----------
-    strategy : str
-        A name of :data:`STRATEGIES`; others are passed over.
-    scenario : Scenario
-    batch : int
-        Labels to name; 0: not known yet.
-
-    Raises
-    ------
-    NotApplicable
+    `batch` labels are to be named; 0: not known yet.
     """
     model = scenario.model
     if strategy == "idlg" and batch > 1:
@@ -68,13 +59,7 @@ def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
 
 
 def whole_rows(evidence: Evidence, strategy: str) -> Tensor:
-    """The head's weight gradient, float64 (classes, features).
-
-    Raises
-    ------
-    NotApplicable
-        If entries of it were not sent.
-    """
+    """The head's weight gradient, float64 (classes, features); NotApplicable if entries of it were not sent."""
     head = evidence.head
     if head.values.numel() != head.classes * head.features:
         raise NotApplicable(
@@ -90,12 +75,7 @@ def idlg(evidence: Evidence) -> Labels:
 
     With the bias gradient that is its only negative entry. Without it, row i of the weight gradient is r_i h, and
     r_y alone differs in sign from all others: the row whose inner products with all other rows are not positive,
-    whatever the signs of h. Works from signs alone.
-
-    Raises
-    ------
-    NotApplicable
-        Where entries of the weight gradient are missing and the bias gradient too.
+    whatever the signs of h. Works from signs alone. NotApplicable where entries of both gradients are missing.
     """
     head = evidence.head
     if len(head.bias_rows) == head.classes:
@@ -124,13 +104,7 @@ def idlg(evidence: Evidence) -> Labels:
 
 
 def gradinversion(evidence: Evidence) -> Labels:
-    """The B classes whose rows reach lowest: minimum over features, distinct labels (Yin et al. 2021, eq. 9).
-
-    Raises
-    ------
-    NotApplicable
-        If entries are missing.
-    """
+    """The B classes whose rows reach lowest: minimum over features, distinct labels (Yin et al. 2021, eq. 9)."""
     lowest = whole_rows(evidence, "gradinversion").amin(1)
     chosen = lowest.argsort(stable=True)[: evidence.batch]
     sure = float((lowest[chosen] < 0).float().mean())
@@ -140,9 +114,10 @@ def gradinversion(evidence: Evidence) -> Labels:
 def llg(evidence: Evidence) -> Labels:
     """Counts from the update alone (LLG, Wainakh et al. 2022, algorithm 1).
 
-    Every class with a negative row sum g_i is present. One sample's impact is estimated as the sum of the negative
-    g_i times (1 + 1/classes) / B; then the class with the most negative remainder gets the next sample. Batches that
-    hold most classes leave few negative sums and a far too small estimate: use LLG* or LLG+ there.
+    Every class with a negative row sum g_i is present. One sample's impact is estimated as the sum of the
+    negative g_i times (1 + 1/classes) / B; then the class with the most negative remainder gets the next
+    sample. Batches that hold most classes leave few negative sums and a far too small estimate: use LLG* or
+    LLG+ there.
     """
     sums = whole_rows(evidence, "llg").sum(1)
     per_batch = -sums.clamp(max=0).sum() * (1 + 1 / len(sums))
@@ -160,13 +135,7 @@ def llg_star(evidence: Evidence) -> Labels:
 
 
 def llg_plus(evidence: Evidence) -> Labels:
-    """LLG with impact and offsets from auxiliary images (LLG+, Wainakh et al. 2022).
-
-    Raises
-    ------
-    NotApplicable
-        If no auxiliary images were granted.
-    """
+    """LLG with impact and offsets from auxiliary images (LLG+, Wainakh et al. 2022); NotApplicable without."""
     auxiliary = evidence.observation.auxiliary
     if auxiliary is None or not len(auxiliary):
         raise NotApplicable(
@@ -243,25 +212,11 @@ STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
 
 
 def infer(strategy: str, evidence: Evidence) -> Labels:
-    """The labels of a client's batch by the strategy of that name, inferred once.
+    """The labels of a client's batch by a name of :data:`STRATEGIES` or ``package.module:function``, inferred
+    once.
 
-    Parameters
-    ----------
-    strategy : str
-        A name of :data:`STRATEGIES`, or ``package.module:function``.
-    evidence : Evidence
-
-    Returns
-    -------
-    Labels
-        As many as the client declares examples, sorted, with a confidence in [0, 1] from the update alone.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such strategy.
-    NotApplicable
-        If the strategy does not apply to the observation, or the model has no linear layer.
+    ConfigError if there is no such strategy; NotApplicable if it does not apply to the observation, or the
+    model has no linear layer.
 
     References
     ----------

@@ -4,10 +4,8 @@ It is trained on pairs of (intermediate reconstruction, truth) of auxiliary imag
 client and compressor, never on victims. Unlike the released code it works on floats throughout: that one rounds
 reconstructions to bytes, where pixels outside [0, 1] wrap around and become the "noise" to be learned.
 
-References
-----------
-Yang, Ge, Xiang, Li, "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE
-TIFS 2023. Zhang et al., "Beyond a Gaussian Denoiser", IEEE TIP 2017.
+Yang, Ge, Xiang, Li, "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction
+Attacks", IEEE TIFS 2023. Zhang et al., "Beyond a Gaussian Denoiser", IEEE TIP 2017.
 """
 
 from __future__ import annotations
@@ -47,15 +45,7 @@ DenoiserStart = Literal["mean", "grey", "random"]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A trained denoiser: call it with images.
-
-    Attributes
-    ----------
-    module : nn.Module
-        Predicts the noise; in evaluation mode.
-    metadata : dict
-        What it was trained on, seed, figures.
-    """
+    """A trained denoiser: call it with images. `module` predicts the noise; `metadata`: training, seed, figures."""
 
     module: nn.Module
     metadata: dict[str, Any]
@@ -64,10 +54,7 @@ class Denoiser:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) minus their predicted noise, on the images' device; neither clamped nor rounded.
 
-        Raises
-        ------
-        DataError
-            If it was trained for another number of channels.
+        DataError if it was trained for another number of channels.
         """
         if images.shape[1] != self.metadata["channels"]:
             raise DataError(
@@ -86,14 +73,10 @@ class Pairs:
     ----------
     noisy, clean : Tensor
         float32 (N, C, H, W); `noisy` is not clamped.
-    groups : Tensor
-        int64 (N,): whose image it is.
-    stage : Tensor
-        int64 (N,): after how many stretches of matching.
+    groups, stage : Tensor
+        int64 (N,): whose image it is, and after how many stretches of matching.
     mean : Tensor
         float32 (C, H, W): mean of all auxiliary images.
-    metadata : dict
-        How they were made.
     """
 
     noisy: Tensor
@@ -119,13 +102,7 @@ class Pairs:
 
 
 def load_pairs(path: str | Path) -> Pairs:
-    """Read what :func:`collect_pairs` wrote.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or malformed.
-    """
+    """Read what :func:`collect_pairs` wrote; DataError if the file is missing or malformed."""
     tensors, metadata = files.load_learned(path, PAIRS)
     wanted = ("noisy", "clean", "groups", "stage", "mean")
     if set(tensors) != set(wanted):
@@ -157,12 +134,13 @@ def collect_pairs(
 ) -> Pairs:
     """Reconstruct auxiliary images part of the way, to learn what is wrong with them then.
 
+    Labels are drawn at random and taken for known: what the attack infers of them is right in the settings in
+    which a denoiser is of use.
+
     Parameters
     ----------
-    weights : mapping of str to Tensor
-        The broadcast state dict.
     count : int
-        Images to reconstruct, a seeded draw.
+        Images to reconstruct, a seeded draw; DataError if there are fewer.
     iterations : int
         Of matching before each snapshot.
     out : str, Path or None
@@ -179,16 +157,6 @@ def collect_pairs(
         How to match; its `iterations` are replaced.
     together : int
         Clients in one batched optimisation.
-
-    Raises
-    ------
-    DataError, NotApplicable
-        If there are fewer auxiliary images than asked for, or the update is not made of one gradient.
-
-    Notes
-    -----
-    Labels are drawn at random and taken for known: what the attack infers of them is right in the settings in which
-    a denoiser is of use.
     """
     train_module.check_shapes(scenario, auxiliary)
     size = client.batch_size_of(scenario, batch_size)
@@ -302,25 +270,21 @@ def train_denoiser(
 ) -> tuple[Denoiser, dict[str, Any]]:
     """Train a denoiser on pairs.
 
+    Returns it and, JSON-able, "psnr" in dB on held-out pairs before and after ("noisy", "denoised"), counts,
+    seconds.
+
     Parameters
     ----------
     out : str, Path or None
         File to write (safetensors); None: keep it in memory.
     architecture : str
-        A name registered in :data:`fedattack.models.decoders.denoisers.DENOISERS`: "dncnn".
+        A name of :data:`fedattack.models.decoders.denoisers.DENOISERS`.
     depth, width : int
         Layers and channels; published: 17 and 64.
     epochs : int, optional
         None: as many as 600 steps of 16 pairs.
-    learning_rate : float
-        Of Adam, at the start.
     held_out : float
         Share of people kept for the figures.
-
-    Returns
-    -------
-    dict
-        JSON-able: "psnr" in dB on held-out pairs before and after denoising ("noisy", "denoised"), counts, seconds.
     """
     began = time.monotonic()
     if architecture not in DENOISERS:
@@ -374,13 +338,7 @@ def train_denoiser(
 
 
 def load_denoiser(path: str | Path) -> Denoiser:
-    """Read a denoiser.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or malformed.
-    """
+    """Read a denoiser; DataError if the file is missing or malformed."""
     tensors, metadata = files.load_learned(path, KIND)
     try:
         name, channels, depth, width = (metadata[k] for k in ("architecture", "channels", "depth", "width"))
@@ -403,19 +361,9 @@ def test_denoiser(
     pairs: Pairs | str | Path,
     held_out_only: bool = True,  # noqa: PT028 (not a pytest function, whatever its name)
 ) -> dict[str, Any]:
-    """Score a denoiser on pairs.
+    """Score a denoiser's file on pairs; `held_out_only` where `pairs` are those that it was trained on.
 
-    Parameters
-    ----------
-    path : str or Path
-        The denoiser.
-    held_out_only : bool
-        Only those that its training left out; right when `pairs` are those that it was trained on.
-
-    Returns
-    -------
-    dict
-        "psnr": mean dB "noisy" and "denoised"; "improved": share of pairs that became better; "pairs".
+    Returns "psnr": mean dB "noisy" and "denoised"; "improved": share of pairs that became better; "pairs".
     """
     denoiser = load_denoiser(path)
     held = load_pairs(pairs) if isinstance(pairs, str | Path) else pairs

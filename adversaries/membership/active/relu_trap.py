@@ -103,13 +103,7 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         }
 
     def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
-        """The candidates' best scores over the armed rounds that the target answered.
-
-        Raises
-        ------
-        NotApplicable
-            If there is none.
-        """
+        """The candidates' best scores over the armed rounds that the target answered; NotApplicable without any."""
         found = {
             number: figures["statistic"][figures["clients"].tolist().index(target)]
             for number, figures in rounds.items()

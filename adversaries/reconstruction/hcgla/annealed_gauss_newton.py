@@ -13,22 +13,19 @@ treats the update as what it is, a few thousand noiseless measurements of a few 
    equations by a dense Cholesky factorisation and is halved until the objective falls.
 3. *Anneal.* s starts large, where the prior smooths the problem, and falls while the *certificate*, the objective
    per measured number, says that the measurements can be explained to the precision claimed (about 1 or less).
-   Where it cannot, the level is tried again by way of one half between, under a prior as wide as the image is long;
-   if that fails (noise that was not declared), the last reconstruction that was explained is returned.
+   Where it cannot, :func:`_anneal` tries again; if that fails (noise that was not declared), the last reconstruction
+   that was explained is returned.
 4. *Predict.* The certificate says that an answer explains the update, not that no other would: where few numbers
    measure the image, many do. The last normal equations say how far pixels are left open, and so the answer's PSNR.
 
 For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions' gradients
 are the mean over the batch, and each image is spanned by the largest modes of the prior.
 
-Values rounded by a quantiser are believed to the size of its steps; features and probabilities are then the image's
-own, not the rounded ones. What several local steps add to the gradient is simulated for every image that is tried and
-subtracted, so that the direction is that of a Gauss-Newton step for one gradient, and the line search is the whole
-client's. What earlier rounds held back is subtracted as reconstructed. Both are in
+Values rounded by a quantiser are believed to the size of its steps; features and probabilities are then the
+image's own, not the rounded ones. What local steps add (simulated for every image that is tried, so that the
+line search is the whole client's) and what earlier rounds held back is subtracted:
 :mod:`adversaries.reconstruction.hcgla.memory`.
 
-References
-----------
 Yang et al., "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE TIFS
 2023 (the setting). Geiping et al., "Inverting Gradients", NeurIPS 2020 (inputs of a linear layer from its
 gradient). Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021 (layer-wise linear
@@ -78,9 +75,7 @@ class GaussNewtonSettings:
         Falling values of s; None: :func:`default_schedule`.
     modes : int or None
         Prior modes per image, throughout; None: :func:`default_modes` while s is at least `all_modes_below`, then
-        all.
-    all_modes_below : float
-        See `modes`: the modes left out act as noise, which limits how far s can fall.
+        all. The modes left out act as noise, which limits how far s can fall.
     max_objective : float
         Certificate above which annealing ends: objective per measured number.
     steps : int
@@ -151,8 +146,6 @@ class GaussNewtonResult:
         Whether the certificate stayed below its limit; False: not even the loosest noise model explains the
         update, and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent, many
         images explain them.
-    steps : int
-        Gauss-Newton steps taken.
     history : list of float
         Certificate after each step.
     details : dict
@@ -176,24 +169,10 @@ def applies(
     num_examples: int | None = None,
     labels: Tensor | None = None,
 ) -> None:
-    """Refuse what the solver's model of an update does not cover.
+    """NotApplicable, in one sentence, for what the solver's model of an update does not cover.
 
-    Parameters
-    ----------
-    scenario : Scenario
-    update : Update, optional
-        None: check what is known before the run starts.
-    round : int
-        1-based round; under error feedback the first alone is the compressed gradient of one batch.
-    num_examples : int, optional
-        Declared batch size; None: the scenario's.
-    labels : Tensor, optional
-        int64 (B,): the inferred labels.
-
-    Raises
-    ------
-    NotApplicable
-        In one sentence.
+    Without `update` what is known before the run starts is checked; under error feedback `round` 1 alone is the
+    compressed gradient of one batch; `num_examples` None: the scenario's batch; `labels` int64 (B,), inferred.
     """
     closed_form.describe(scenario.model)
     model, training, compression = scenario.model, scenario.training, scenario.compression
@@ -297,30 +276,10 @@ def solve(
     progress: Progress = no_progress,
     steps: LocalSteps | None = None,
 ) -> GaussNewtonResult:
-    """Reconstruct a batch from one observation.
+    """Reconstruct a batch from one observation, its update as a (mean) gradient; NotApplicable as :func:`applies`.
 
-    Parameters
-    ----------
-    observation : Observation
-        Read: global weights, update, scenario; its update as a (mean) gradient.
-    labels : Tensor
-        int64 (B,): the inferred labels, distinct.
-    prior : GaussianPrior
-        Its factor is computed once and kept: share one prior between victims.
-    settings : GaussNewtonSettings, optional
-    device : torch.device or str
-    progress : Progress
-    steps : LocalSteps, optional
-        What the update carries beside one gradient; None: nothing.
-
-    Returns
-    -------
-    GaussNewtonResult
-
-    Raises
-    ------
-    NotApplicable
-        See :func:`applies`.
+    `labels`, int64 (B,), are the inferred ones, distinct. The prior's factor is computed once and kept: share
+    one prior between victims. `steps`: what the update carries beside one gradient; None: nothing.
     """
     settings = settings or GaussNewtonSettings()
     labels = labels.cpu()
@@ -406,9 +365,9 @@ def _anneal(
 ) -> _Path:
     """Lower s (and raise the number of modes) along `levels` while the certificate holds.
 
-    Where it breaks, the step was too long or the image is longer than the prior's are: the level is tried again from
-    the last answer that held, by way of one half between, under a prior as wide as that answer is long. A level that
-    is refused for as much again is beyond what noise allows.
+    Where it breaks, the step was too long or the image is longer than the prior's are: the level is tried
+    again from the last answer that held, by way of one half between, under a prior as wide as that answer is
+    long. A level that is refused for as much again is beyond what noise allows.
     """
     z = torch.zeros(problem.batch, levels[0][1], dtype=torch.float64, device=problem.device)
     anchor = problem.anchor(problem.evaluate(z, levels[0][0], problem.anchor()))
@@ -479,10 +438,7 @@ def _descend(
 
 
 def _equations(per_image: list[Tensor], joint: Tensor, double: bool) -> Equations | None:
-    """Factorised where it is cheaper, in float32 where that suffices; None where even float64 has no answer.
-
-    Absurd values that were sent can do that.
-    """
+    """Factorised where it is cheaper, float32 where that suffices; None where absurd values leave no answer."""
     unknowns, rows = joint.shape
     on_unknowns = unknowns**2 * (rows + unknowns / 3)
     on_measurements = rows**2 * (unknowns + rows / 3)
@@ -496,19 +452,10 @@ def _equations(per_image: list[Tensor], joint: Tensor, double: bool) -> Equation
 
 
 class OnUnknowns:
-    """The normal equations (J^T J + I) dz = -(J^T residual + z), factorised: (B modes, B modes).
+    """The normal equations (J^T J + I) dz = -(J^T residual + z), factorised: (B modes, B modes) of `dtype`.
 
-    Parameters
-    ----------
-    per_image, joint : list of Tensor, Tensor
-        From :meth:`Problem.jacobian`.
-    dtype : torch.dtype
-        Of the sums and the factor.
-
-    Raises
-    ------
-    torch.linalg.LinAlgError
-        If the system is not positive definite in that precision.
+    `per_image` and `joint` are from :meth:`Problem.jacobian`. torch.linalg.LinAlgError if the system is not
+    positive definite in that precision.
     """
 
     def __init__(self, per_image: list[Tensor], joint: Tensor, dtype: torch.dtype) -> None:

@@ -24,8 +24,9 @@ _RATES = {"lbfgs": 0.1, "lbfgs-armijo": 1.0, "adam": 0.1, "signed-adam": 0.1}
 def published(model: ModelConfig, batch: int) -> Matching:
     """The settings of Yang et al. and their released code.
 
-    42 calls of ``torch.optim.LBFGS`` with 20 iterations each, history 100 and no line search, learning rate 0.1 for
-    one image and 0.01 for batches; no regulariser and no clamping; of a ResNet only the last linear weight.
+    42 calls of ``torch.optim.LBFGS`` with 20 iterations each, history 100 and no line search, learning rate
+    0.1 for one image and 0.01 for batches; no regulariser and no clamping; of a ResNet only the last linear
+    weight.
     """
     return Matching(
         layers="last" if model.name.startswith("resnet") else "all",
@@ -41,8 +42,9 @@ def published(model: ModelConfig, batch: int) -> Matching:
 def improved(smooth: bool) -> Matching:
     """Cosine coefficients and backtracking, with total variation only where `smooth`.
 
-    From a start that the update informed, or with more sent entries than pixels, total variation costs detail (2 to 4
-    dB on faces); from a flat start with fewer entries it is all that fills the gaps (+ 2.6 dB at 777 entries).
+    From a start that the update informed, or with more sent entries than pixels, total variation costs detail
+    (2 to 4 dB on faces); from a flat start with fewer entries it is all that fills the gaps (+ 2.6 dB at 777
+    entries).
     """
     return Matching(
         parametrisation="spectrum",
@@ -68,11 +70,6 @@ def settings_for(
 
     Parameters
     ----------
-    preset : {"default", "published"}
-    model : ModelConfig
-        Resolved.
-    batch : int
-        Images per victim.
     smooth : bool
         Whether the default preset regularises; see :func:`improved`.
     iterations : int, optional
@@ -80,7 +77,7 @@ def settings_for(
     tv : float, optional
         Weight of the mean squared difference of neighbouring pixels, in units of the sent entries' squared norm.
     optimizer : str, optional
-        One of :data:`Optimizer`; brings its own learning rate unless that is given.
+        Brings its own learning rate unless that is given.
     **others
         Further fields of :class:`adversaries.inversion.matching.settings.Matching`; None is passed over.
     """

@@ -1,8 +1,4 @@
-"""Where matching starts from: the choice that decides most of its result.
-
-Everything here is made from the update, the global weights and public images; the expensive parts (features of the
-auxiliary images, a generator's weights) are made once for all victims.
-"""
+"""Where matching starts from; the expensive parts are made once for all victims."""
 
 from __future__ import annotations
 
@@ -32,13 +28,7 @@ _RESTART_DEVIATION = 0.1
 
 
 def check_start(start: Start, image: str | None, generator: str | None) -> None:
-    """Refuse a start that lacks what it needs.
-
-    Raises
-    ------
-    ConfigError
-        If the file that it needs is not named.
-    """
+    """ConfigError for a start that lacks the file it needs."""
     if start == "image" and not image:
         raise ConfigError("setting 'hcgla.start' = 'image' needs 'hcgla.start_image', the path of a picture")
     if start == "generator" and not generator:
@@ -55,19 +45,14 @@ class Starts:
     Parameters
     ----------
     start : str
-        One of :data:`Start`; "auto": ridge where there are auxiliary images and a chain of convolutions, else the
-        auxiliary mean, else grey.
+        One of :data:`Start`; "auto" (:attr:`name` says what it came to): ridge where there are auxiliary images and a
+        chain of convolutions, else the auxiliary mean, else grey.
     reference : Observation
         Any of the victims: for the weights, the scenario and the auxiliary images.
     image : str, optional
         File for "image".
     generator : callable, optional
         (observation, labels) -> images (B, C, H, W), for "generator".
-
-    Attributes
-    ----------
-    name : str
-        What "auto" came to.
     """
 
     def __init__(
@@ -119,21 +104,9 @@ class Starts:
         return _read_image(self._image_path, self._shape)
 
     def make(self, observation: Observation, labels: Tensor, restarts: int) -> Tensor:
-        """Starts of one victim.
+        """`restarts` starts of one victim, its update as a gradient: float32 (R, B, C, H, W).
 
-        Parameters
-        ----------
-        observation : Observation
-            With its update as a gradient.
-        labels : Tensor
-            int64 (B,).
-        restarts : int
-            The first is the start itself; further ones are other draws of "random", or the start with noise added.
-
-        Returns
-        -------
-        Tensor
-            float32 (R, B, C, H, W).
+        The first is the start itself; further ones are other draws of "random", or the start with noise added.
         """
         generator = torch_rng(self._seed, "hcgla-start", observation.round, observation.client)
         shape = (restarts, len(labels), *self._shape)

@@ -25,14 +25,12 @@ from fedattack.observation import Observation, Reconstruction, Scenario
 class FGLA(base.TrainedAttack):
     """FGLA: a trained decoder draws each image from its features, which the head's gradient gives away.
 
-    In a batch of distinct labels, row y of the head's weight gradient over entry y of its bias gradient is, up to
-    what the softmax gives the others, the last features of the image labelled y. A decoder from features to images is
-    trained on the auxiliary images; the answer costs one pass of it.
+    In a batch of distinct labels, row y of the head's weight gradient over entry y of its bias gradient is,
+    up to what the softmax gives the others, the last features of the image labelled y. A decoder from
+    features to images is trained on the auxiliary images; the answer costs one pass of it.
 
     Deviation: the decoder learns from public images put through the scenario's client and compressor, so that it
     meets features as they will arrive (partly missing, mixed), where the paper feeds it clean ones.
-
-    Beside the parameters of :class:`adversaries.reconstruction.learned.base.TrainedAttack`:
 
     Parameters
     ----------
@@ -43,10 +41,8 @@ class FGLA(base.TrainedAttack):
     width : int, optional
         Channels of the decoder; None: the architecture's own.
 
-    References
-    ----------
-    Xue, Hu, Fu, Ling, Lu, Wang, "Fast Generation-Based Gradient Leakage Attacks against Highly Compressed Gradients",
-    INFOCOM 2023.
+    References ---------- Xue, Hu, Fu, Ling, Lu, Wang, "Fast Generation-Based Gradient Leakage Attacks against
+    Highly Compressed Gradients", INFOCOM 2023.
     """
 
     name: ClassVar[str] = "fgla"
