@@ -1,7 +1,7 @@
 """What an attack is: a small object with its hyper-parameters as dataclass fields, its needs as data, and a `run`.
 
-A new attack is one file with a dataclass below a seat (:mod:`adversaries.seats`) and a family's base, one line in
-:data:`adversaries.ATTACKS`, and one test.
+A new attack is one file with a dataclass below a seat (:mod:`adversaries.seats`) and a family's base, one
+line in :data:`adversaries.ATTACKS`, and one test.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ class Attack(ABC):
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """What it needs with its own settings in one scenario (a width that grows with the batch, ...)."""
-        del scenario
         return self.needs
 
     def probe(self, scenario: Scenario, facts: Facts) -> None:
@@ -69,5 +68,4 @@ class Attack(ABC):
 
         Then the attack is given all updates that the server saw of its victims up to the last attacked round.
         """
-        del scenario
         return False

@@ -1,7 +1,6 @@
-"""The one check of what attacks need against what is known before a federation trains, from one table of
-sentences.
+"""The one check of what attacks need against what is known before a federation trains.
 
-The same table writes ``fedattack list attacks``, ``fedattack show``, README's table and the report's threat model.
+Its table of sentences also writes ``fedattack list attacks``, ``show``, README's table and the threat model.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ class Row:
     broken : callable
         (needs n, scenario s, facts f) -> whether it is known not to be met, or at once the sentence that says so.
     sentence : str
-        What stands in the way and what would help; a template over n, s, f, and t, c, m: the scenario's training,
-        compression, model.
+        What stands in the way and what would help; a template over n, s, f, and t, c, m: the scenario's
+        training, compression, model.
     value : object
         Of the field, where the row is for one alone.
     plain : bool

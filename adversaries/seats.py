@@ -48,7 +48,6 @@ class MaliciousServer(Attack):
         `weights` is the global state dict, not to be modified; `seed` seeds every draw and differs from round
         to round; `candidates` are the samples it will be asked about, where its question has some.
         """
-        del scenario, seed, auxiliary, candidates
         return weights
 
     def tailor(
@@ -68,7 +67,6 @@ class MaliciousServer(Attack):
             Where :attr:`adapts` is set, what was seen of this client (of everyone, under secure aggregation) in
             earlier armed rounds, the latest last.
         """
-        del scenario, weights, place, earlier
         return {}
 
 
@@ -112,16 +110,13 @@ class MaliciousClient(Attack):
 
     def see(self, view: ClientView) -> None:
         """Look at the global model of a round, before anything else."""
-        del view
 
     def poison(self, view: ClientView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The samples that it trains on: float32 (n, C, H, W) in [0, 1] and int64 (n,), as many as it was given."""
-        del view
         return images, labels
 
     def reply(self, view: ClientView, update: dict[str, Tensor]) -> dict[str, Tensor]:
         """The update that is handed to the compressor: the same names and shapes."""
-        del view
         return update
 
     def request(
@@ -132,10 +127,8 @@ class MaliciousClient(Attack):
         `model` is the global one, as `view.weights`. `images`, float32 (N, C, H, W) in [0, 1], and `labels`,
         int64 (N,), are its samples that are not forgotten yet; positions of the request count in them.
         """
-        del view, model, images, labels
         return None
 
     def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
         """What it says of the samples it is asked about after the last round, by name; a family says which."""
-        del view, question
         return {}

@@ -31,31 +31,25 @@ class FedMIA(CuriousServer, MembershipAttack):
         mean over t of  Phi( (s_target - mean_k s_k) / sqrt(var_k s_k + 1e-8) ),   k over the others,
 
     with the population variance (divisor: number of shadows), as in the authors' code. Every round asks about
-    the same candidates in the same order.
+    the same candidates. Gradients are taken in eval mode: BatchNorm has no per-sample gradient on batch
+    statistics. Rounds in which the target, or fewer than two others, did not answer are passed over.
 
     Parameters
     ----------
     statistic : {"cosine", "loss"}
         ``cosine`` (FedMIA-II): cosine between the gradient ``g_x`` at the weights sent out and the client's
-        update. A gradient update is taken as it is, a weight delta with its sign turned, so that members
-        point along it. A sparse update counts as zero where nothing was sent: inner product over the sent
-        entries, divided by the norm of the *whole* gradient ``g_x`` and the norm of what was sent. An
-        all-zero update or gradient has cosine 0.
+        update, a weight delta with its sign turned, so that members point along it. A sparse update counts as
+        zero where nothing was sent: inner product over the sent entries, divided by the norm of the *whole*
+        gradient ``g_x`` and the norm of what was sent. An all-zero update or gradient has cosine 0.
 
-        ``loss`` (FedMIA-I): minus the cross-entropy of ``x`` under the client's own model, i.e. the weights
-        sent out plus the delta under "fedavg", and minus the server's step times the gradient under "fedsgd"
-        (`server_learning_rate`, else `learning_rate`); unsent entries stay as sent out, and BatchNorm
-        statistics are the client's where it sent them.
+        ``loss`` (FedMIA-I): minus the cross-entropy of ``x`` under the client's own model, i.e. the weights sent
+        out plus the delta under "fedavg", and minus the server's step times the gradient under "fedsgd"
+        (`server_learning_rate`, else `learning_rate`); unsent entries stay as sent out, and BatchNorm statistics
+        are the client's where it sent them.
     drop_members : bool
-        For clients that share samples or classes (non-IID data): per round and candidate, leave out the
-        shadows above mean + 3 standard deviations, which may be members themselves, and take mean and
-        variance again. Among n values none can lie further than sqrt(n - 1) deviations out, so this acts from
-        11 shadows on.
-
-    Notes
-    -----
-    Gradients are taken in eval mode: BatchNorm has no per-sample gradient on batch statistics. Rounds in
-    which the target, or fewer than two others, did not answer are passed over.
+        For clients that share samples or classes (non-IID data): per round and candidate, leave out the shadows
+        above mean + 3 standard deviations, which may be members themselves, and take mean and variance again.
+        Among n values none can lie further than sqrt(n - 1) deviations out, so this acts from 11 shadows on.
     """
 
     statistic: Literal["cosine", "loss"] = "cosine"

@@ -1,9 +1,8 @@
-"""Per-sample quantities of a classifier: losses, and inner products of per-sample gradients with updates.
+"""Per-sample losses of a classifier, and inner products of per-sample gradients with updates.
 
-The gradients themselves are never all in memory. In :class:`ConvChain` and :class:`ResNet` the linear head,
-which may hold millions of entries, is not formed at all: its gradient is the outer product of the residual
-``r`` (softmax minus one-hot) and the features ``h``, so that ``<g, U> = r^T U h`` and ``||g|| = ||r||
-||h||``. The rest goes through ``torch.func`` in chunks of samples.
+The gradients themselves are never all in memory, and of :class:`ConvChain` and :class:`ResNet` the linear head's,
+which may hold millions of entries, is not formed at all: it is the outer product of the residual ``r`` (softmax
+minus one-hot) and the features ``h``, so that ``<g, U> = r^T U h`` and ``||g|| = ||r|| ||h||``.
 """
 
 from __future__ import annotations

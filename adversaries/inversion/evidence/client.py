@@ -60,10 +60,9 @@ def check_memory(scenario: Scenario, round: int) -> None:
 
 
 class ImitatedClient:
-    """An imitation of the scenario's client, from an empty memory, sent the state dict `weights` in 1-based
-    `round`.
+    """The scenario's client, from an empty memory, sent the state dict `weights` in 1-based `round`.
 
-    NotApplicable if a client's update of that round would hold residuals of earlier rounds.
+    NotApplicable as :func:`check_memory`.
     """
 
     def __init__(
@@ -127,8 +126,8 @@ def simulate_rows(
     images, positions : Tensor
         All auxiliary images, float32 (N, C, H, W), and which of them to use, int64.
     batch_size : int
-        Images per client; DataError if there are fewer. Each pass deals the images out anew, with new labels; what
-        does not fill a batch sits out.
+        Images per client; DataError if there are fewer. Each pass deals the images out anew, with new labels;
+        what does not fill a batch sits out.
     passes : int
         How often each image is used.
     mirror : bool

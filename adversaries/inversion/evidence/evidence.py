@@ -62,8 +62,8 @@ class Evidence:
     carried : Tensor, optional
         float64 (numel,), in units of the mean gradient: what the client held back in earlier rounds.
     followed : bool
-        Whether the client's earlier rounds are accounted for by `carried`. Otherwise later rounds of a client that
-        holds entries back are refused by :attr:`gradient`.
+        Whether the client's earlier rounds are accounted for by `carried`. Otherwise later rounds of a client
+        that holds entries back are refused by :attr:`gradient`.
     like : Evidence, optional
         Of another victim of the same round: what does not depend on the update is taken from there.
     """
@@ -169,8 +169,7 @@ class Evidence:
 
     @cached_property
     def expected(self) -> Expectation:
-        """What the client's model does on public images: over several local steps it learns its batch, and its
-        predictions are the mean of those with the weights before and after the round; the server knows both."""
+        """What the client's model does on public images: the mean of what it does before and after the round."""
         return self.expected_on(None)
 
     def expected_on(self, images: Tensor | None) -> Expectation:

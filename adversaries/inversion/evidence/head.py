@@ -53,9 +53,7 @@ def head_entries(update: Update) -> HeadEntries:
     name = head_name(update.names, update.shapes)
     shapes = dict(zip(update.names, update.shapes, strict=True))
     classes, features = shapes[f"{name}.weight"]
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for tensor, _, positions, values in update.layers():
-        found[tensor] = positions.cpu(), values.float().cpu()
+    found = {tensor: (places.cpu(), sent.float().cpu()) for tensor, _, places, sent in update.layers()}
     positions, values = found[f"{name}.weight"]
     nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     bias_rows, bias_values = found.get(f"{name}.bias", nothing)

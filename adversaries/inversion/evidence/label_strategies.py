@@ -1,13 +1,14 @@
 """Labels of a client's batch, read from its update before any image is sought: one function per published way.
 
-All of them read the last linear layer, whose gradient is the mean of r_b h_b^T with r_b = softmax(z_b) - e_{y_b}:
-row i, and entry i of the bias gradient, is negative only for the classes in the batch (where features h are not
-negative), and by about 1/B for each sample. :func:`infer` runs a strategy by name.
+All of them read the last linear layer, whose gradient is the mean of r_b h_b^T with r_b =
+softmax(z_b) - e_{y_b}: row i, and entry i of the bias gradient, is negative only for the classes in the batch (where
+features h are not negative), and by about 1/B for each sample. :func:`infer` runs a strategy by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,11 +29,7 @@ _NOISE_IMAGES = 64
 
 
 def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
-    """NotApplicable where `strategy` cannot work under a scenario, whatever is sent; unknown names are passed
-    over.
-
-    `batch` labels are to be named; 0: not known yet.
-    """
+    """NotApplicable where `strategy` cannot work under a scenario, whatever is sent; `batch` 0: not known yet."""
     model = scenario.model
     if strategy == "idlg" and batch > 1:
         raise NotApplicable(
@@ -114,17 +111,16 @@ def gradinversion(evidence: Evidence) -> Labels:
 def llg(evidence: Evidence) -> Labels:
     """Counts from the update alone (LLG, Wainakh et al. 2022, algorithm 1).
 
-    Every class with a negative row sum g_i is present. One sample's impact is estimated as the sum of the
-    negative g_i times (1 + 1/classes) / B; then the class with the most negative remainder gets the next
-    sample. Batches that hold most classes leave few negative sums and a far too small estimate: use LLG* or
-    LLG+ there.
+    Every class with a negative row sum g_i is present. One sample's impact is estimated as the sum of the negative
+    g_i times (1 + 1/classes) / B; then the class with the most negative remainder gets the next sample. Batches
+    that hold most classes leave few negative sums and a far too small estimate: use LLG* or LLG+ there.
     """
     sums = whole_rows(evidence, "llg").sum(1)
     per_batch = -sums.clamp(max=0).sum() * (1 + 1 / len(sums))
     if float(per_batch) <= 0:
         return _nothing_negative(evidence)
-    nothing = torch.zeros(len(sums))
-    return _renamed(counted(-sums / per_batch, nothing, evidence.batch), "negative row sums (LLG)")
+    found = counted(-sums / per_batch, torch.zeros(len(sums)), evidence.batch)
+    return replace(found, note="negative row sums (LLG)")
 
 
 def llg_star(evidence: Evidence) -> Labels:
@@ -148,7 +144,7 @@ def _llg_from(evidence: Evidence, expected: Expectation, strategy: str) -> Label
     """Impact: minus the expected sum of features over B. Offset of a class: its probability times that sum."""
     sums = whole_rows(evidence, strategy).sum(1)
     total = float(expected.features.double().sum())
-    return _renamed(counted(-sums / total, expected.shares, evidence.batch), f"row sums ({strategy})")
+    return replace(counted(-sums / total, expected.shares, evidence.batch), note=f"row sums ({strategy})")
 
 
 def auto(evidence: Evidence) -> Labels:
@@ -192,10 +188,6 @@ def _nothing_negative(evidence: Evidence) -> Labels:
     return Labels(ranked[: evidence.batch].sort().values, 0.0, "no row of the head is negative")
 
 
-def _renamed(labels: Labels, note: str) -> Labels:
-    return Labels(labels.values, labels.confidence, note)
-
-
 STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
     "label strategy",
     {
@@ -212,17 +204,14 @@ STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
 
 
 def infer(strategy: str, evidence: Evidence) -> Labels:
-    """The labels of a client's batch by a name of :data:`STRATEGIES` or ``package.module:function``, inferred
-    once.
+    """Labels of a client's batch by a name of :data:`STRATEGIES` or ``package.module:function``; kept.
 
     ConfigError if there is no such strategy; NotApplicable if it does not apply to the observation, or the
     model has no linear layer.
 
-    References
-    ----------
-    Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020; Yin et al., "See through Gradients:
-    Image Batch Recovery via GradInversion", CVPR 2021; Wainakh et al., "User-Level Label Leakage from Gradients in
-    Federated Learning", PoPETs 2022.
+    Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020; Yin et al., "See through
+    Gradients: Image Batch Recovery via GradInversion", CVPR 2021; Wainakh et al., "User-Level Label Leakage
+    from Gradients in Federated Learning", PoPETs 2022.
     """
     chosen = STRATEGIES.get(strategy)
     if strategy not in evidence.inferred:

@@ -27,8 +27,7 @@ _TRIALS_AT_ONCE = 1024
 def infer_labels(evidence: Evidence) -> Labels:
     """Labels of the batch, duplicates included, by signs and counts; entries that noise explains are passed over.
 
-    References ---------- Zhao et al., "iDLG: Improved Deep Leakage from Gradients", 2020 (sign, batch 1);
-    Wainakh et al., "User-Level Label Leakage from Gradients in Federated Learning", PoPETs 2022 (counts).
+    Sign at batch 1: iDLG; counts: Wainakh et al.; see :func:`~.label_strategies.infer`.
     """
     head, expected = evidence.sure_head, evidence.expected
     mass = _missing_mass(head, expected)
@@ -121,8 +120,7 @@ def counted(mass: Tensor, shares: Tensor, batch: int) -> Labels:
     """Batch > 1: one sample for each negative row, then one at a time for the largest unexplained count.
 
     The count of class i is B * (-mean r[i]) + sum_b p_b[i], from `mass`, float64 (classes,), an estimate of
-    -mean_b r_b[i] (NaN where nothing of a class was sent), and `shares`, the mean predicted probabilities
-    expected.
+    -mean_b r_b[i] (NaN where nothing was sent), and `shares`, the mean probabilities that are expected.
     """
     missing = mass.nan_to_num(nan=0.0).clamp(min=0)
     rows = torch.nonzero(missing)[:, 0]

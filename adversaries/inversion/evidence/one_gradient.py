@@ -37,10 +37,9 @@ def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
 
 
 def check_sum(scenario: Scenario) -> None:
-    """NotApplicable for sums over clients that left out different entries, or sent signs: no entry is a
-    gradient's.
+    """NotApplicable for sums over clients that left out different entries, or sent signs.
 
-    Dense sums are: weighted by the clients' examples, they are the gradient over all their batches together.
+    Dense sums will do: weighted by the clients' examples, they are the gradient over all their batches together.
     """
     compression = scenario.compression
     if not hides_clients(scenario.defense):
@@ -154,8 +153,7 @@ def mean_gradient(
     """The update as (an approximation of) the mean gradient over the round's local steps; exact for one step.
 
     `carried`, float64 (numel,), is what earlier rounds held back, in units of the mean gradient; `followed`:
-    that, or nothing, is all that they did. NotApplicable if the update holds what earlier rounds held back
-    and it is not followed.
+    that, or nothing, is all of it. NotApplicable if it is not followed and there is some.
     """
     if not followed:
         _check_first(observation)

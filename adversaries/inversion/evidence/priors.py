@@ -28,11 +28,7 @@ SPECTRUM_WEIGHT = 5.0
 
 @dataclass(frozen=True, eq=False)
 class GaussianPrior:
-    """Images as draws from N(mean, covariance): float64 (D,) and (D, D), positive definite, D = C * H * W, on
-    the CPU.
-
-    `source` says for the record where it came from.
-    """
+    """Images as draws from N(mean, covariance): float64 (D,) and (D, D), positive definite, D = C * H * W."""
 
     mean: Tensor
     covariance: Tensor
@@ -70,14 +66,13 @@ def gaussian_prior(
 ) -> GaussianPrior:
     """Mean and covariance of the auxiliary images, usable from two images up; without any, :func:`smooth_prior`.
 
-    Few images say little about D (D + 1) / 2 covariances, but enough about D variances. In the basis of the
-    cosine transform (and of the principal colours) the covariance of natural images is nearly diagonal, so
-    the off-diagonal entries are shrunk towards zero there by a factor 1 - `shrinkage` in [0, 1), chosen as
-    the one under which auxiliary images that were held out are most likely (Ledoit and Wolf 2004); so is
-    whether mirror images count as images too. The variances themselves are averaged with those of
-    :func:`smooth_prior`, which counts for :data:`SPECTRUM_WEIGHT` images. With thousands of images that
-    hardly changes anything; with tens it is what makes the covariance invertible and honest. DataError if the
-    auxiliary images have another shape.
+    Few images say little about D (D + 1) / 2 covariances, but enough about D variances. In the basis of the cosine
+    transform (and of the principal colours) the covariance of natural images is nearly diagonal, so the
+    off-diagonal entries are shrunk towards zero there by a factor 1 - `shrinkage` in [0, 1), chosen as the one
+    under which auxiliary images that were held out are most likely (Ledoit and Wolf 2004); so is whether mirror
+    images count as images too. The variances themselves are averaged with those of :func:`smooth_prior`, which
+    counts for :data:`SPECTRUM_WEIGHT` images. With thousands of images that hardly changes anything; with tens it
+    is what makes the covariance invertible and honest. DataError if the auxiliary images have another shape.
     """
     if auxiliary is None or len(auxiliary) < 2:
         return smooth_prior(image_shape)
@@ -91,7 +86,8 @@ def gaussian_prior(
     estimators = [_Estimator(image_shape, mirrored) for mirrored in (False, True)]
     candidates = [(e, *e.choose(coefficients, shrinkage)) for e in estimators]
     estimator, chosen, _ = min(candidates, key=lambda candidate: candidate[2])
-    mean, covariance = estimator.fit(coefficients, chosen)
+    mean, covariance = estimator.moments(coefficients)
+    covariance = estimator.shrink(covariance, len(coefficients), chosen)
     source = f"{len(auxiliary)} auxiliary images ({auxiliary.source or 'unnamed'}), shrinkage {chosen:g}"
     return GaussianPrior(
         _pixels(mean.reshape(1, *image_shape), colours).flatten(),
@@ -188,11 +184,6 @@ class _Estimator:
         shrunk *= 1 + 1 / count
         shrunk.diagonal().add_(NUGGET)
         return shrunk
-
-    def fit(self, coefficients: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-        """Mean and shrunk covariance."""
-        mean, covariance = self.moments(coefficients)
-        return mean, self.shrink(covariance, len(coefficients), shrinkage)
 
     def choose(self, coefficients: Tensor, shrinkage: float | None) -> tuple[float, float]:
         """The likeliest shrinkage on held-out images (or the given one) and its negative log-likelihood."""

@@ -154,8 +154,8 @@ def _fresh_variance(values: Tensor, ratio: float) -> Tensor:
 def relaxed(around: Whitening, deviation: float) -> Whitening:
     """The same basis, half as coloured: roots of the deviations, scaled to a pixel's `deviation`; no directions.
 
-    Where the data determine an image its fine detail moves faster so than under the prior, and coarse errors still
-    faster than in plain pixels.
+    Where the data determine an image its fine detail moves faster so than under the prior, and coarse errors
+    still faster than in plain pixels.
     """
     roots = around.deviation.sqrt()
     return dataclasses.replace(

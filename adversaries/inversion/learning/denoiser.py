@@ -40,6 +40,9 @@ BATCH = 16
 STEPS = 600
 """Training steps that the default number of epochs comes to."""
 
+TENSORS = ("noisy", "clean", "groups", "stage", "mean")
+"""Of a file of pairs."""
+
 DenoiserStart = Literal["mean", "grey", "random"]
 
 
@@ -88,26 +91,19 @@ class Pairs:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
-        tensors = {name: getattr(self, name) for name in ("noisy", "clean", "groups", "stage", "mean")}
-        files.save_learned(path, tensors, self.metadata)
+        files.save_learned(path, {name: getattr(self, name) for name in TENSORS}, self.metadata)
 
     def __getitem__(self, rows: Tensor) -> Pairs:
-        return dataclasses.replace(
-            self,
-            noisy=self.noisy[rows],
-            clean=self.clean[rows],
-            groups=self.groups[rows],
-            stage=self.stage[rows],
-        )
+        chosen: dict[str, Any] = {name: getattr(self, name)[rows] for name in TENSORS[:-1]}
+        return dataclasses.replace(self, **chosen)
 
 
 def load_pairs(path: str | Path) -> Pairs:
     """Read what :func:`collect_pairs` wrote; DataError if the file is missing or malformed."""
     tensors, metadata = files.load_learned(path, PAIRS)
-    wanted = ("noisy", "clean", "groups", "stage", "mean")
-    if set(tensors) != set(wanted):
-        raise DataError(f"{str(path)!r}: holds {sorted(tensors)} instead of {sorted(wanted)}")
-    noisy, clean, groups, stage, mean = (tensors[name] for name in wanted)
+    if set(tensors) != set(TENSORS):
+        raise DataError(f"{str(path)!r}: holds {sorted(tensors)} instead of {sorted(TENSORS)}")
+    noisy, clean, groups, stage, mean = (tensors[name] for name in TENSORS)
     count = len(noisy)
     fits = noisy.ndim == 4 and clean.shape == noisy.shape and mean.shape == noisy.shape[1:] and count > 0
     if not fits or groups.shape != (count,) or stage.shape != (count,):
@@ -170,7 +166,8 @@ def collect_pairs(
     chosen = torch.from_numpy(rng.permutation(len(auxiliary))[: clients * size]).reshape(clients, size)
     groups = auxiliary.groups if auxiliary.groups is not None else torch.arange(len(auxiliary))
     total = auxiliary.images.sum(0)
-    runner = _Runner(scenario, weights, seed, torch.device(device), settings or Matching(), iterations)
+    imitated = ImitatedClient(scenario, weights, seed)
+    matching = dataclasses.replace(settings or Matching(), iterations=iterations, transform_every=0)
     noisy: list[Tensor] = []
     for first in range(0, clients, together):
         part = chosen[first : first + together]
@@ -181,9 +178,18 @@ def collect_pairs(
             begin = torch.full_like(clean, 0.5)
         else:
             begin = torch.randn(clean.shape, generator=torch_rng(seed, "denoiser.start", first))
-        labels = torch.stack([client.draw_labels(size, runner.client.head.classes, rng) for _ in part])
+        labels = torch.stack([client.draw_labels(size, imitated.head.classes, rng) for _ in part])
         told = share_of(progress, first / clients, min(1.0, (first + together) / clients))
-        shots = runner.run(clean, labels, begin, stretches, denoiser, first, told)
+        seen = [imitated.observe(*one, first + v) for v, one in enumerate(zip(clean, labels, strict=True))]
+        seen = [dataclasses.replace(one, update=as_gradient(one)) for one in seen]
+        shots: list[Tensor] = []
+        for stretch in range(stretches):
+            if stretch and denoiser is not None:
+                begin = denoiser(begin.flatten(0, 1)).reshape(begin.shape)
+            now = share_of(told, stretch / stretches, (stretch + 1) / stretches)
+            found = match(seen, labels, begin[None], matching, torch.device(device), now)
+            begin = torch.stack([one.images for one in found])
+            shots.append(begin)
         noisy.append(torch.stack(shots))
     stages = torch.cat(noisy, 1).flatten(1, 2)
     order = chosen.flatten()
@@ -194,7 +200,7 @@ def collect_pairs(
         "start": start,
         "stretches": stretches,
         "denoised_between": denoiser is not None,
-        "matching": dataclasses.asdict(runner.settings),
+        "matching": dataclasses.asdict(matching),
         "auxiliary": {"source": auxiliary.source, "images": len(auxiliary)},
         "grouped_by": "people" if auxiliary.groups is not None else "images",
         "seed": seed,
@@ -210,49 +216,6 @@ def collect_pairs(
     if out is not None:
         pairs.save(out)
     return pairs
-
-
-class _Runner:
-    """Matching of simulated clients, in stretches."""
-
-    def __init__(
-        self,
-        scenario: Scenario,
-        weights: Mapping[str, Tensor],
-        seed: int,
-        device: torch.device,
-        settings: Matching,
-        iterations: int,
-    ) -> None:
-        self.client = ImitatedClient(scenario, weights, seed)
-        self.settings = dataclasses.replace(settings, iterations=iterations, transform_every=0)
-        self._device = device
-
-    def run(
-        self,
-        clean: Tensor,
-        labels: Tensor,
-        begin: Tensor,
-        stretches: int,
-        denoiser: Denoiser | None,
-        number: int,
-        progress: Progress = no_progress,
-    ) -> list[Tensor]:
-        """Reconstructions (V, B, C, H, W) after each stretch, of images and starts of that shape, labels (V, B)."""
-        seen = [
-            self.client.observe(images, y, number + v)
-            for v, (images, y) in enumerate(zip(clean, labels, strict=True))
-        ]
-        seen = [dataclasses.replace(one, update=as_gradient(one)) for one in seen]
-        images, shots = begin, []
-        for stretch in range(stretches):
-            if stretch and denoiser is not None:
-                images = denoiser(images.flatten(0, 1)).reshape(images.shape)
-            told = share_of(progress, stretch / stretches, (stretch + 1) / stretches)
-            found = match(seen, labels, images[None], self.settings, self._device, told)
-            images = torch.stack([one.images for one in found])
-            shots.append(images)
-        return shots
 
 
 def train_denoiser(
@@ -293,9 +256,9 @@ def train_denoiser(
     seen, unseen = _split(held, held_out, seed)
     train, test = held[seen], held[unseen]
     channels = held.noisy.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(numpy_rng(seed, "denoiser.initialise").integers(2**31)))
-        module = build_denoiser(architecture, channels, depth, width)
+    module = train_module.initialised(
+        lambda: build_denoiser(architecture, channels, depth, width), seed, "denoiser.initialise"
+    )
     module = module.to(device).train()
     noisy, clean = train.noisy.to(device), train.clean.to(device)
 

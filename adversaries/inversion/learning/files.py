@@ -51,20 +51,19 @@ def described(
 
 
 def save_learned(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors with JSON metadata (which must say its "kind") in its header, whole or not
-    at all.
+    """Write tensors as safetensors, whole or not at all, with JSON metadata (which must say its "kind").
 
     The folder is made where it is missing. RunFailed if the file cannot be written.
     """
-    header = {"fedattack": json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
-    write_tensors(Path(path), tensors, header)
+    write_tensors(
+        Path(path), tensors, {"fedattack": json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
+    )
 
 
 def load_learned(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata that :func:`save_learned` wrote.
 
-    DataError if the file is missing, is not safetensors, holds something else than `kind`, or NaN or infinite
-    values.
+    DataError if the file is missing, no safetensors, holds something else than `kind`, or NaN or infinite values.
     """
     try:
         with safe_open(path, framework="pt") as held:
@@ -116,17 +115,16 @@ def refuse_other(
         keys = [key for key in keys if key != "compression.share"]
     if not keys:
         return
-    names = [_difference(key, old.get(key), new.get(key)) for key in keys[:4]]
+    names = [
+        f"other broadcast weights (fingerprint {str(old.get(key))[:12]}, now {str(new.get(key))[:12]})"
+        if key == "weights"
+        else f"{key} = {old.get(key)!r}, now {new.get(key)!r}"
+        for key in keys[:4]
+    ]
     name = f"{kind} {path!r}" if path else f"this {kind}"
     raise NotApplicable(
         f"{name} was trained for something else: {'; '.join(names)}. Train one for this scenario."
     )
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    if key == "weights":
-        return f"other broadcast weights (fingerprint {str(old)[:12]}, now {str(new)[:12]})"
-    return f"{key} = {old!r}, now {new!r}"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,7 +32,7 @@ from fedattack.metrics.images import psnr
 from fedattack.models.decoders.from_features import GENERATORS, WIDE, Deconv, RidgeConv, build_generator
 from fedattack.models.decoders.from_latent import FeatureDecoder
 from fedattack.observation import Auxiliary, Observation, Scenario
-from fedattack.rng import numpy_rng, torch_rng
+from fedattack.rng import torch_rng
 
 KIND = "generator"
 MEAN = "auxiliary.mean"
@@ -133,11 +133,8 @@ def train_generator(
     count = EPOCHS.get(architecture, 10) if epochs is None else epochs
     rate = LEARNING_RATES.get(architecture, 1e-3) if learning_rate is None else learning_rate
     rank = min(RANK, len(pairs.images) // 2) if 2 * client.head.features > 2 * WIDE else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(numpy_rng(seed, "generator.initialise").integers(2**31)))
-        module = build_generator(
-            architecture, client.head.features, scenario.image_shape, activation, width, rank
-        )
+    sizes = (client.head.features, scenario.image_shape, activation, width, rank)
+    module = train.initialised(lambda: build_generator(architecture, *sizes), seed, "generator.initialise")
     figures: dict[str, float] = {}
     fitting, told = share_of(progress, 0.4, 0.6), share_of(progress, 0.6, 1.0)
     notes: dict[str, Any] = {}
@@ -195,11 +192,10 @@ def train_generator(
 
 
 def load_generator(path: str | Path, scenario: Scenario) -> Generator:
-    """Read a generator; the broadcast weights and the batch size are compared when it is used, in
-    :meth:`Generator.start`.
+    """Read a generator; its weights and batch size are compared when it is used, in :meth:`Generator.start`.
 
-    DataError if the file is missing or malformed; NotApplicable if it was trained for another model, rate, scope,
-    compressor or protocol.
+    DataError if the file is missing or malformed; NotApplicable if it was trained for another model, rate,
+    scope, compressor or protocol.
     """
     tensors, metadata = files.load_learned(path, KIND)
     shape = scenario.image_shape
@@ -231,11 +227,13 @@ def obtain_generator(
     seed: int,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
+    **settings: Any,
 ) -> Generator:
     """The generator that a setting asks for: the path of a trained one, or "train" for one trained on the spot.
 
     `observation` is any victim of the round: for the scenario, the weights, the batch size and the auxiliary
-    images, without which "train" is NotApplicable. Training takes a minute or more for thousands of images.
+    images, without which "train" is NotApplicable; `settings` are those of :func:`train_generator`. That
+    takes a minute or more for thousands of images.
     """
     if setting != "train":
         return load_generator(setting, observation.scenario)
@@ -253,6 +251,7 @@ def obtain_generator(
         round=observation.round,
         device=device,
         progress=progress,
+        **settings,
     )[0]
 
 
@@ -265,8 +264,7 @@ def test_generator(
     round: int = 1,  # noqa: PT028 (not a pytest function, whatever its name)
     device: torch.device | str = "cpu",  # noqa: PT028
 ) -> dict[str, Any]:
-    """Score a generator's file on images put through the scenario's client; that they share nobody with the
-    training images is the caller's care.
+    """Score a generator's file on images of nobody that it was trained on (the caller's care).
 
     Returns "psnr": mean dB of "generator" and of the training images' mean ("mean", the floor); "per_image"
     dB of the generator; "images", "features_sent".
@@ -298,9 +296,9 @@ def fit_linear(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Solve the linear map of a "ridge-conv" generator by ridge regression, into its buffers and linear layer.
 
-    The strength ("ridge") is the one with the least error in five-fold cross-validation over people;
-    `groups`, int64 (N,), says whose image each is. Also returned is each training image, (N, C, H, W), as the
-    folds without it predict it, for :func:`refine`.
+    The strength ("ridge") is the one with the least error in five-fold cross-validation over people, `groups`
+    (N,). Also returned is each training image, (N, C, H, W), as the folds without it predict it: see
+    :func:`refine`.
     """
     device = module.mean.device
     signals = RowSignals(pairs.signals.values.to(device), pairs.signals.sent.to(device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
-from adversaries.inversion.learning import files, train
+from adversaries.inversion.learning import files
 from adversaries.inversion.matching.checkpoint import checkpoints_in
 from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.observation import Auxiliary, Observation, Scenario
@@ -56,8 +56,7 @@ def descend(
 ) -> None:
     """Adam over shuffled batches, its rate falling from `learning_rate` to zero along half a cosine.
 
-    `loss` maps positions (n,) among the `count` training samples to a scalar; RunFailed if it becomes NaN or
-    infinite.
+    `loss` maps positions (n,) among the `count` samples to a scalar; RunFailed if it becomes NaN or infinite.
     """
     batch = min(batch, count)
     steps = epochs * (count // batch)
@@ -89,8 +88,7 @@ _ROOM = 4
 def once(key: Hashable, make: Callable[[], T]) -> T:
     """The result of `make`, remembered under `key` for the last few keys of this process.
 
-    Victims of one round come in several calls; what `make` does depends on `key` alone, so nothing but time
-    changes.
+    Victims of one round come in several calls; `make` depends on `key` alone, so nothing but time changes.
     """
     if key not in _KEPT:
         while len(_KEPT) >= _ROOM:
@@ -118,7 +116,7 @@ def public_images(observation: Observation, attack: str, least: int = 32) -> Aux
             f"attack {attack!r} trains on auxiliary images, and {count} were granted; grant at least {least} (data."
             "auxiliary, data.auxiliary_size)"
         )
-    train.check_shapes(observation.scenario, granted)
+    check_shapes(observation.scenario, granted)
     return granted
 
 

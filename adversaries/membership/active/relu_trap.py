@@ -28,15 +28,15 @@ NARROWEST = 0.1
 class ReLUTrap(MaliciousServer, MembershipAttack):
     """ReLU trap (Pichler et al., TDSC 2024; Nguyen et al., AMI, AISTATS 2023): one armed round tells members.
 
-    The first linear layer is replaced. Neuron ``i % m`` looks at candidate ``i`` along the direction in which it
-    stands out most from all other candidates and the public images, ``w = S^-1 (x - mu)`` with their mean and
-    covariance, behind a bias that only the candidate exceeds. A client that does not train on it gets no gradient
-    there; one that does sends a multiple of the candidate itself. Where there are more candidates than neurons, a
-    neuron wakes for several, which the direction of its gradient tells apart.
+    The first linear layer is replaced. Neuron ``i % m`` looks at candidate ``i`` along the direction in which
+    it stands out most from all other candidates and the public images, ``w = S^-1 (x - mu)`` with their mean
+    and covariance, behind a bias that only the candidate exceeds. A client that does not train on it gets no
+    gradient there; one that does sends a multiple of the candidate itself. Where there are more candidates
+    than neurons, a neuron wakes for several, which the direction of its gradient tells apart.
 
-    The score, in [0, 1], is the length of the row's gradient along the candidate, of its whole length, times the
-    share of the row that its candidates explain: a stranger that woke the neuron lowers it. Armed rounds are asked
-    about and no others; the best round counts.
+    The score, in [0, 1], is the length of the row's gradient along the candidate, of its whole length, times
+    the share of the row that its candidates explain: a stranger that woke the neuron lowers it. Armed rounds
+    are asked about and no others; the best round counts.
 
     Parameters
     ----------

@@ -5,30 +5,30 @@ treats the update as what it is, a few thousand noiseless measurements of a few 
 
 1. *Decouple through the head.* The head's gradient is r h^T and its bias' gradient is r = softmax(z) - e_y, so a
    kept entry of the label's row gives one feature exactly, h_j = gW[y, j] / gb[y]; an entry that was not sent is
-   known to be small, h_j < tau / |gb[y]|. After the sigmoid is inverted, features are smooth functions of the image,
-   and the convolutions' gradients depend on the head only through v = W^T r, which those features fix.
+   known to be small, h_j < tau / |gb[y]|. After the sigmoid is inverted, features are smooth functions of the
+   image, and the convolutions' gradients depend on the head only through v = W^T r, which those features fix.
 2. *Gauss-Newton.* Residuals are the known features before the sigmoid, (u_j(x) - logit h_j) / su, the kept
    entries of the convolutions' gradients, (g_i(x) - g_i) / (s tau), and the log-probabilities of the kept bias
    entries; a Gaussian prior on images joins as |z|^2 with x = mean + A z. Each step solves the damped normal
    equations by a dense Cholesky factorisation and is halved until the objective falls.
 3. *Anneal.* s starts large, where the prior smooths the problem, and falls while the *certificate*, the objective
-   per measured number, says that the measurements can be explained to the precision claimed (about 1 or less).
-   Where it cannot, :func:`_anneal` tries again; if that fails (noise that was not declared), the last reconstruction
-   that was explained is returned.
+   per measured number, says that the measurements can be explained to the precision claimed (about 1 or
+   less). Where it cannot, :func:`_anneal` tries again; if that fails (noise that was not declared), the last
+   reconstruction that was explained is returned.
 4. *Predict.* The certificate says that an answer explains the update, not that no other would: where few numbers
    measure the image, many do. The last normal equations say how far pixels are left open, and so the answer's PSNR.
 
-For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions' gradients
-are the mean over the batch, and each image is spanned by the largest modes of the prior.
+For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions'
+gradients are the mean over the batch, and each image is spanned by the largest modes of the prior.
 
 Values rounded by a quantiser are believed to the size of its steps; features and probabilities are then the
 image's own, not the rounded ones. What local steps add (simulated for every image that is tried, so that the
 line search is the whole client's) and what earlier rounds held back is subtracted:
 :mod:`adversaries.reconstruction.hcgla.memory`.
 
-Yang et al., "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE TIFS
-2023 (the setting). Geiping et al., "Inverting Gradients", NeurIPS 2020 (inputs of a linear layer from its
-gradient). Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021 (layer-wise linear
+Yang et al., "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE
+TIFS 2023 (the setting). Geiping et al., "Inverting Gradients", NeurIPS 2020 (inputs of a linear layer from
+its gradient). Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021 (layer-wise linear
 constraints). The joint Gauss-Newton solve and its certificate are this project's own.
 """
 
@@ -74,13 +74,13 @@ class GaussNewtonSettings:
     schedule : tuple of float or None
         Falling values of s; None: :func:`default_schedule`.
     modes : int or None
-        Prior modes per image, throughout; None: :func:`default_modes` while s is at least `all_modes_below`, then
-        all. The modes left out act as noise, which limits how far s can fall.
+        Prior modes per image, throughout; None: :func:`default_modes` while s is at least `all_modes_below`,
+        then all. The modes left out act as noise, which limits how far s can fall.
     max_objective : float
         Certificate above which annealing ends: objective per measured number.
     steps : int
-        Gauss-Newton steps per value of s at most; one is followed by another only while the certificate is above
-        `max_objective` and still falling.
+        Gauss-Newton steps per value of s at most; one is followed by another only while the certificate is
+        above `max_objective` and still falling.
     last_steps : int
         Steps at the last value of s at most, ended once one gains less than a percent.
     halvings : int
@@ -90,8 +90,8 @@ class GaussNewtonSettings:
     feature_noise : float
         Standard deviation of a known feature before the sigmoid, as a share of s.
     weight_floor : float
-        Smallest scale of a gradient entry's error at s = 1, as a share of the kept entries' root mean square: at
-        high rates tau falls far below the error of truncating the prior to its modes.
+        Smallest scale of a gradient entry's error at s = 1, as a share of the kept entries' root mean square:
+        at high rates tau falls far below the error of truncating the prior to its modes.
     head_entries : int
         For batches: off-label entries of the head used, largest first.
     chunk : int
@@ -144,13 +144,13 @@ class GaussNewtonResult:
         The certificate at the answer.
     explained : bool
         Whether the certificate stayed below its limit; False: not even the loosest noise model explains the
-        update, and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent, many
-        images explain them.
+        update, and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent,
+        many images explain them.
     history : list of float
         Certificate after each step.
     details : dict
-        JSON-able: schedule, values of s reached, levels tried again, modes, unknowns, measurements of each kind, how
-        many measure the images, the PSNR in dB that the answer should have, the prior's source.
+        JSON-able: schedule, values of s reached, levels tried again, modes, unknowns, measurements of each
+        kind, how many measure the images, the PSNR in dB that the answer should have, the prior's source.
     """
 
     images: Tensor

@@ -50,8 +50,9 @@ class HCGLA(ReconstructionAttack):
     Parameters
     ----------
     method : {"auto", "gauss-newton", "matching", "generator"}
-        "auto": Gauss-Newton where it applies and explains the update, else matching. Asking for a preset, a start or
-        a denoiser asks for matching. "generator": what the trained generator draws, with no optimisation after it.
+        "auto": Gauss-Newton where it applies and explains the update, else matching. Asking for a preset, a
+        start or a denoiser asks for matching. "generator": what the trained generator draws, with no
+        optimisation after it.
     preset : {"default", "published"}
         Settings of matching: ours, or the paper's (L-BFGS without line search from N(0, 1), 42 x 20 iterations).
     start : str
@@ -60,8 +61,8 @@ class HCGLA(ReconstructionAttack):
     start_image : str, optional
         Picture for start "image".
     generator : str, optional
-        For start or method "generator": the file of a trained one (``fedattack hcgla train-generator``), or "train"
-        to train one on the auxiliary images before the attack, which takes minutes.
+        For start or method "generator": the file of a trained one (``fedattack hcgla train-generator``), or
+        "train" to train one on the auxiliary images before the attack, which takes minutes.
     denoise_every : int
         Clean the images with `denoiser` after each this many matching iterations; 0: never.
     denoiser : str, optional

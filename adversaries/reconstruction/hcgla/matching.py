@@ -12,13 +12,11 @@ Preset = Literal["default", "published"]
 Optimizer = Literal["lbfgs", "lbfgs-armijo", "adam", "signed-adam"]
 
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "lbfgs": {"optimiser": "lbfgs", "line_search": "none"},
-    "lbfgs-armijo": {"optimiser": "lbfgs", "line_search": "armijo"},
-    "adam": {"optimiser": "adam"},
-    "signed-adam": {"optimiser": "signed-adam"},
+    "lbfgs": {"optimiser": "lbfgs", "line_search": "none", "learning_rate": 0.1},
+    "lbfgs-armijo": {"optimiser": "lbfgs", "line_search": "armijo", "learning_rate": 1.0},
+    "adam": {"optimiser": "adam", "learning_rate": 0.1},
+    "signed-adam": {"optimiser": "signed-adam", "learning_rate": 0.1},
 }
-
-_RATES = {"lbfgs": 0.1, "lbfgs-armijo": 1.0, "adam": 0.1, "signed-adam": 0.1}
 
 
 def published(model: ModelConfig, batch: int) -> Matching:
@@ -60,9 +58,7 @@ def settings_for(
     batch: int,
     *,
     smooth: bool = False,
-    iterations: int | None = None,
     tv: float | None = None,
-    learning_rate: float | None = None,
     optimizer: Optimizer | None = None,
     **others: Any,
 ) -> Matching:
@@ -72,8 +68,6 @@ def settings_for(
     ----------
     smooth : bool
         Whether the default preset regularises; see :func:`improved`.
-    iterations : int, optional
-        Evaluations of objective and gradient.
     tv : float, optional
         Weight of the mean squared difference of neighbouring pixels, in units of the sent entries' squared norm.
     optimizer : str, optional
@@ -82,13 +76,8 @@ def settings_for(
         Further fields of :class:`adversaries.inversion.matching.settings.Matching`; None is passed over.
     """
     chosen = published(model, batch) if preset == "published" else improved(smooth)
-    changes: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
-    if iterations is not None:
-        changes["iterations"] = iterations
+    changes: dict[str, Any] = {} if optimizer is None else _OPTIMIZERS[optimizer] | {"block": 0}
+    changes |= {name: value for name, value in others.items() if value is not None}
     if tv is not None:
         changes["regularisers"] = {"tv2": tv} if tv else {}
-    if optimizer is not None:
-        changes |= _OPTIMIZERS[optimizer] | {"learning_rate": _RATES[optimizer], "block": 0}
-    if learning_rate is not None:
-        changes["learning_rate"] = learning_rate
     return dataclasses.replace(chosen, **changes)

@@ -24,8 +24,7 @@ ROUNDING = ("qsgd", "topk-qsgd")
 
 @dataclass(frozen=True)
 class Reading:
-    """What an update has to do with the gradient it is read as: ``sent = scale * gradient + offset``, but for
-    noise.
+    """What an update has to do with the gradient it is read as: ``sent = scale * gradient + offset + noise``.
 
     Attributes
     ----------
@@ -34,8 +33,8 @@ class Reading:
     offset : Tensor or None
         float64 (numel,): residuals of earlier rounds and what local steps add; None: nothing.
     rounding, noise : float
-        Standard deviations of rounding errors that do not depend on the entry's size (those of a weight delta), and
-        of the Gaussian noise that the client added to every entry.
+        Standard deviations of rounding errors that do not depend on the entry's size (those of a weight
+        delta), and of the Gaussian noise that the client added to every entry.
     """
 
     scale: float = 1.0
@@ -57,15 +56,15 @@ class Measurements:
     Attributes
     ----------
     conv_positions, conv_values, conv_scales, conv_rounding : Tensor
-        (m,): places of kept entries in the concatenation of the chain's kernels and biases, their values, the scale
-        of their errors at s = 1, and what rounding adds to it.
+        (m,): places of kept entries in the concatenation of the chain's kernels and biases, their values, the
+        scale of their errors at s = 1, and what rounding adds to it.
     row_values, row_known : Tensor
         (B, F): gradient of each label's row of the head, and which of it were sent.
     bias_rows, bias_values : Tensor
         (e,): kept entries of the head's bias gradient.
     head_rows, head_cols, head_values : Tensor
-        Kept off-label entries of the head's weight gradient, largest first; none for a single image, whose rows are
-        all multiples of one.
+        Kept off-label entries of the head's weight gradient, largest first; none for a single image, whose
+        rows are all multiples of one.
     bias_scale, head_scale : float
         Scale of the errors of `bias_values` and `head_values` at s = 1.
     bias_bound, row_bound : Tensor
@@ -73,8 +72,8 @@ class Measurements:
     precision : float
         Relative rounding error of the values as they were sent.
     row_noise, bias_noise : float
-        Standard deviation of what quantisation and the client's noise add to `row_values` (and `head_values`) and
-        `bias_values`.
+        Standard deviation of what quantisation and the client's noise add to `row_values` (and `head_values`)
+        and `bias_values`.
     """
 
     labels: Tensor
@@ -269,8 +268,8 @@ def _fill_row(
 ) -> None:
     """Fill in the label's row (`values` and `known`, (1, F)) of a single image from the other rows.
 
-    All rows are multiples of the same features: an entry missing from the label's is taken from the row with the
-    largest bias gradient that has it. Entries and bias gradients smaller than `least` are passed over.
+    All rows are multiples of the same features: an entry missing from the label's is taken from the row with
+    the largest bias gradient that has it. Entries and bias gradients smaller than `least` are passed over.
     """
     own_bias = bias_values[bias_rows == labels[0]]
     if not own_bias.numel() or bool(known.all()):

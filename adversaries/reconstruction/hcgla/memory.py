@@ -1,13 +1,10 @@
 """What an update carries beside one gradient: local steps, clipping, and residuals of earlier rounds.
 
-They follow from a guess of the images, for the server knows everything else. :class:`LocalSteps` answers, for
-a guess, how the update reads as entries of one gradient (*defect correction*: the simulated update minus the
-gradient's share is subtracted, and the guess is improved on what is left). :class:`Remembered` follows one
-client's memory from round to round (*peeling*: each round's reconstruction says what that round held back,
-which the next update carries).
-
-Stetter, "The defect correction principle and discretization methods", Numer. Math. 1978; Stich et al.,
-"Sparsified SGD with memory", NeurIPS 2018, and Lin et al., "Deep gradient compression", ICLR 2018 (the memories).
+They follow from a guess of the images, for the server knows everything else: for local steps and clipping by
+*defect correction* (Stetter, Numer. Math. 1978): the simulated update minus the gradient's share is
+subtracted, and the guess is improved on what is left; for what was held back (Stich et al., "Sparsified SGD
+with memory", NeurIPS 2018; Lin et al., "Deep gradient compression", ICLR 2018) by *peeling*: each round's
+reconstruction says what that round held back, which the next update carries.
 """
 
 from __future__ import annotations
@@ -228,13 +225,6 @@ def plain_scenario(scenario: Scenario) -> Scenario:
     training, compression = scenario.training, scenario.compression
     if training.protocol == "fedavg":
         training = _one_step(training)
-    return dataclasses.replace(
-        scenario,
-        training=training,
-        compression=compression.model_copy(
-            update={
-                "name": "topk" if compression.name == "dgc" else compression.name,
-                "error_feedback": False,
-            }
-        ),
-    )
+    name = "topk" if compression.name == "dgc" else compression.name
+    compression = compression.model_copy(update={"name": name, "error_feedback": False})
+    return dataclasses.replace(scenario, training=training, compression=compression)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,8 +35,6 @@ def check_start(start: Start, image: str | None, generator: str | None) -> None:
         raise ConfigError(
             "setting 'hcgla.start' = 'generator' needs 'hcgla.generator', the path of trained weights"
         )
-    if start not in get_args(Start):
-        raise ConfigError(f"setting 'hcgla.start' = {start!r}: must be one of {', '.join(get_args(Start))}")
 
 
 class Starts:
@@ -45,8 +43,8 @@ class Starts:
     Parameters
     ----------
     start : str
-        One of :data:`Start`; "auto" (:attr:`name` says what it came to): ridge where there are auxiliary images and a
-        chain of convolutions, else the auxiliary mean, else grey.
+        One of :data:`Start`; "auto" (:attr:`name` says what it came to): ridge where there are auxiliary
+        images and a chain of convolutions, else the auxiliary mean, else grey.
     reference : Observation
         Any of the victims: for the weights, the scenario and the auxiliary images.
     image : str, optional
@@ -63,10 +61,8 @@ class Starts:
         image: str | None = None,
         generator: Callable[[Observation, Tensor], Tensor] | None = None,
     ) -> None:
-        self._reference = reference
-        self._seed = seed
-        self._image_path = image
-        self._generator = generator
+        self._reference, self._seed = reference, seed
+        self._image_path, self._generator = image, generator
         self._shape = reference.scenario.image_shape
         self.name: Start = self._resolve() if start == "auto" else start
         if self.name in ("ridge", "mean", "same-label") and self._auxiliary is None:
@@ -124,7 +120,6 @@ class Starts:
         return first + noise
 
     def _batch(self, observation: Observation, labels: Tensor) -> Tensor:
-        count = len(labels)
         if self.name == "ridge":
             return torch.stack([self._ridge(observation, label) for label in labels])
         if self.name == "generator":
@@ -142,7 +137,7 @@ class Starts:
                 one[0] = 1.0
         else:
             one = torch.full(self._shape, 0.5)
-        return one.expand(count, *self._shape).clone()
+        return one.expand(len(labels), *self._shape).clone()
 
     def _ridge(self, observation: Observation, label: Tensor) -> Tensor:
         """Ridge regression from the features that the label's row gives away."""
