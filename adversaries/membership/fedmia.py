@@ -66,7 +66,6 @@ class FedMIA(CuriousServer, MembershipAttack):
         device: torch.device,
     ) -> Figures:
         """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where the round is passed over."""
-        del seed  # nothing is drawn
         if len(candidates.images) == 0:
             raise NotApplicable("fedmia: no candidate to ask about")
         clients = [observation.client for observation in observations]

@@ -139,11 +139,8 @@ def gradient_products(
     for update in updates:
         if list(update.names) != order:
             raise PayloadError(f"update over tensors {list(update.names)}; the model's are {order}")
-    head = (
-        {name for name in order if name.startswith("head.")}
-        if isinstance(model, ConvChain | ResNet)
-        else set()
-    )
+    splits = isinstance(model, ConvChain | ResNet)
+    head = {name for name in order if splits and name.startswith("head.")}
     rest = [name for name in order if name not in head]
     rest_parts = [_part(update, set(rest), device) for update in updates]
     weight_parts = [_part(update, head - {"head.bias"}, device) for update in updates]

@@ -59,7 +59,6 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with traps in the first layer; the neurons that trap nothing are silent."""
-        del seed  # nothing is drawn
         if candidates is None:
             raise NotApplicable("relu-trap: no candidate to ask about")
         layer = first_layer(scenario.model)
@@ -91,7 +90,6 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         device: torch.device,
     ) -> Figures:
         """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where no trap was sent."""
-        del target, seed, device
         images = candidates.images.flatten(1).double()
         layer = first_layer(observations[0].scenario.model)
         trapped = [o for o in observations if _is_trap(o, layer, images)]

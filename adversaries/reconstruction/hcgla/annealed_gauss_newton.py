@@ -38,9 +38,10 @@ import itertools
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
@@ -50,8 +51,10 @@ from adversaries.inversion.gradients import closed_form
 from adversaries.reconstruction.hcgla.least_squares import Anchor, Problem, State
 from adversaries.reconstruction.hcgla.measurements import PLAIN, ROUNDING, Measurements, read_update
 from adversaries.reconstruction.hcgla.memory import LocalSteps
+from fedattack.config import Count, Positive, Strength
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Scenario, Update
+from fedattack.registry import check_values
 from fedattack.rng import torch_rng
 
 MAX_BATCH = 16
@@ -99,37 +102,26 @@ class GaussNewtonSettings:
     """
 
     schedule: tuple[float, ...] | None = None
-    modes: int | None = None
+    modes: Positive | None = None
     all_modes_below: float = 0.1
-    max_objective: float = 1.5
-    steps: int = 6
-    last_steps: int = 1
-    halvings: int = 5
-    retries: int = 4
-    feature_noise: float = 0.03
-    weight_floor: float = 0.1
-    head_entries: int = 3000
-    chunk: int = 256
+    max_objective: Annotated[float, Field(gt=0)] = 1.5
+    steps: Positive = 6
+    last_steps: Positive = 1
+    halvings: Count = 5
+    retries: Count = 4
+    feature_noise: Strength = 0.03
+    weight_floor: Strength = 0.1
+    head_entries: Count = 3000
+    chunk: Positive = 256
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
-        falls = self.schedule is None or (
-            len(self.schedule) > 0
-            and self.schedule[-1] > 0
-            and all(a > b for a, b in itertools.pairwise(self.schedule))
-        )
-        if not falls:
+        check_values(self, "hcgla")
+        levels = self.schedule
+        if levels is not None and not (levels and all(a > b for a, b in itertools.pairwise((*levels, 0.0)))):
             raise ConfigError(
-                f"setting 'schedule' = {self.schedule!r}: give positive values that fall, as 1, 0.3, 0.1"
+                f"setting 'schedule' = {levels!r}: give positive values that fall, as 1, 0.3, 0.1"
             )
-        for name in ("max_objective", "steps", "last_steps", "feature_noise", "weight_floor", "chunk"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give a positive value")
-        for name in ("halvings", "retries", "head_entries"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give 0 or more")
-        if self.modes is not None and self.modes < 1:
-            raise ConfigError(f"setting 'modes' = {self.modes}: give 1 or more")
 
 
 @dataclass(frozen=True)
