@@ -68,6 +68,7 @@ class FedMIA(CuriousServer, MembershipAttack):
         """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where the round is passed over."""
         if len(candidates.images) == 0:
             raise NotApplicable("fedmia: no candidate to ask about")
+        observations = list({one.client: one for one in observations}.values())
         clients = [observation.client for observation in observations]
         s = torch.empty(0, len(candidates.images), dtype=torch.float64)
         if target in clients and len(clients) > MIN_SHADOWS:
