@@ -23,12 +23,8 @@ class CuriousServer(Attack):
 class MaliciousServer(Attack):
     """Sends weights of its own in the armed rounds, and reads what comes back.
 
-    Attributes
-    ----------
-    adapts : bool
-        Whether :meth:`tailor` asks what earlier rounds showed.
-    aggregates : bool
-        Whether the armed weights and the replies to them become the global model. Else it skips armed rounds.
+    `adapts`: whether :meth:`tailor` asks what earlier rounds showed. `aggregates`: whether the armed weights and the
+    replies to them become the global model; else it skips armed rounds.
     """
 
     seat = "malicious server"
@@ -55,17 +51,11 @@ class MaliciousServer(Attack):
     ) -> dict[str, Tensor]:
         """What one client is sent differently in an armed round: a server may send each its own model.
 
-        Returns the tensors that differ, of the same shapes and types; none: all clients get `weights`.
-
-        Parameters
-        ----------
-        weights : dict of str to Tensor
-            Those of :meth:`arm`; not to be modified. They are also what an observation of a sum over clients holds.
-        place : int
-            Of the client among those drawn in the round, from 0, in ascending order.
-        earlier : sequence of Observation
-            Where :attr:`adapts` is set, what was seen of this client (of everyone, under secure aggregation) in
-            earlier armed rounds, the latest last.
+        `weights` are those of :meth:`arm`, not to be modified; an observation of a sum over clients holds them.
+        `place` is the client's among those drawn in the round, from 0, ascending. `earlier`: where :attr:`adapts`
+        is set, what was seen of this client (of everyone, under secure aggregation) in earlier armed rounds, the
+        latest last. Returns the tensors that differ, of the same shapes and types; none: all clients get
+        `weights`.
         """
         return {}
 
@@ -83,8 +73,7 @@ class ClientView:
     seed : int
         Seeds every draw; differs from round to round and client to client.
     memory : dict of str to Tensor
-        What the attack keeps between rounds, to be written to; empty at first. Needs
-        :attr:`MaliciousClient.keeps_memory`.
+        Kept between rounds, to be written to; empty at first. Needs :attr:`MaliciousClient.keeps_memory`.
     requests : int
         How many deletions it is to ask for (setting ``attack.requests``).
     """

@@ -77,28 +77,23 @@ class GaussNewtonSettings:
     schedule : tuple of float or None
         Falling values of s; None: :func:`default_schedule`.
     modes : int or None
-        Prior modes per image, throughout; None: :func:`default_modes` while s is at least `all_modes_below`,
-        then all. The modes left out act as noise, which limits how far s can fall.
+        Prior modes per image, throughout; None: :func:`default_modes` while s is at least `all_modes_below`, then
+        all. The modes left out act as noise, which limits how far s can fall.
     max_objective : float
         Certificate above which annealing ends: objective per measured number.
-    steps : int
-        Gauss-Newton steps per value of s at most; one is followed by another only while the certificate is
-        above `max_objective` and still falling.
-    last_steps : int
-        Steps at the last value of s at most, ended once one gains less than a percent.
-    halvings : int
-        Times a step is halved before it is given up.
-    retries : int
-        Times a level that the certificate refuses is tried again, half way between it and the last.
+    steps, last_steps : int
+        Most Gauss-Newton steps per value of s (one is followed by another only while the certificate is above
+        `max_objective` and still falling), and at the last (ended once one gains less than a percent).
+    halvings, retries : int
+        Times a step is halved before it is given up, and a level that the certificate refuses is tried again, half
+        way between it and the last.
     feature_noise : float
         Standard deviation of a known feature before the sigmoid, as a share of s.
     weight_floor : float
-        Smallest scale of a gradient entry's error at s = 1, as a share of the kept entries' root mean square:
-        at high rates tau falls far below the error of truncating the prior to its modes.
-    head_entries : int
-        For batches: off-label entries of the head used, largest first.
-    chunk : int
-        Directions differentiated at once.
+        Smallest scale of a gradient entry's error at s = 1, as a share of the kept entries' root mean square: at high
+        rates tau falls far below the error of truncating the prior to its modes.
+    head_entries, chunk : int
+        For batches, off-label entries of the head used, largest first; directions differentiated at once.
     """
 
     schedule: tuple[float, ...] | None = None
@@ -132,17 +127,15 @@ class GaussNewtonResult:
     ----------
     images : Tensor
         float32 (B, C, H, W), clamped to [0, 1], on the CPU, in the order of the labels.
-    objective_per_number : float
-        The certificate at the answer.
+    objective_per_number, history
+        The certificate at the answer, and after each step.
     explained : bool
-        Whether the certificate stayed below its limit; False: not even the loosest noise model explains the
-        update, and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent,
-        many images explain them.
-    history : list of float
-        Certificate after each step.
+        Whether the certificate stayed below its limit; False: not even the loosest noise model explains the update,
+        and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent, many images
+        explain them.
     details : dict
-        JSON-able: schedule, values of s reached, levels tried again, modes, unknowns, measurements of each
-        kind, how many measure the images, the PSNR in dB that the answer should have, the prior's source.
+        JSON-able: schedule, values of s reached, levels tried again, modes, unknowns, measurements of each kind, how
+        many measure the images, the PSNR in dB that the answer should have, the prior's source.
     """
 
     images: Tensor

@@ -26,15 +26,10 @@ ROUNDING = ("qsgd", "topk-qsgd")
 class Reading:
     """What an update has to do with the gradient it is read as: ``sent = scale * gradient + offset + noise``.
 
-    Attributes
-    ----------
-    scale : float
-        Not 1 where local steps shrink or (momentum) stretch the mean gradient, or clipping shrinks it.
-    offset : Tensor or None
-        float64 (numel,): residuals of earlier rounds and what local steps add; None: nothing.
-    rounding, noise : float
-        Standard deviations of rounding errors that do not depend on the entry's size (those of a weight
-        delta), and of the Gaussian noise that the client added to every entry.
+    `scale` is not 1 where local steps shrink or (momentum) stretch the mean gradient, or clipping shrinks it.
+    `offset`, float64 (numel,), is what earlier rounds held back and local steps add. `rounding` and `noise` are
+    standard deviations: of rounding errors that do not depend on the entry's size (those of a weight delta), and
+    of the Gaussian noise that the client added to every entry.
     """
 
     scale: float = 1.0
