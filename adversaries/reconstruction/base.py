@@ -53,12 +53,7 @@ class ReconstructionAttack(Attack):
     needs: ClassVar[Needs] = Needs(sums="dense", fresh=True)
 
     def check(self, scenario: Scenario) -> None:
-        """Refuse a scenario this attack cannot apply to; see :func:`adversaries.refusals.attack_refusals`.
-
-        Raises
-        ------
-        NotApplicable
-        """
+        """Raise NotApplicable where this attack does not fit; see :func:`adversaries.refusals.attack_refusals`."""
         if refused := attack_refusals(self, scenario):
             raise NotApplicable(refused[0])
 
@@ -72,20 +67,6 @@ class ReconstructionAttack(Attack):
     ) -> list[Reconstruction]:
         """Attack observations that share one round's weights, or, under :meth:`needs_history`, of several rounds.
 
-        Parameters
-        ----------
-        observations : sequence of Observation
-            All from the same round unless the attack needs their history; an attack is free to treat them in one
-            batched optimisation.
-        seed : int
-            Seeds every draw of the attack.
-        device : torch.device
-            Where to compute.
-        progress : Progress
-            Told about the share done.
-
-        Returns
-        -------
-        list of Reconstruction
-            In the order of `observations`.
+        An attack is free to treat them in one batched optimisation; answers come in their order. `seed` seeds every
+        draw, and `progress` is told the share done.
         """

@@ -42,25 +42,16 @@ def armed(
 ) -> dict[str, Tensor]:
     """The state dict that is sent instead of `weights`: stem as it was, wide layer and head replaced.
 
-    The wide layer's rows are draws of N(0, sigma^2 I) with sigma such that w.x is about `scale` for a typical input,
-    or of N(0, sigma^2 S^-1) with S the inputs' second moment, shrunk by a hundredth of its mean: images have much in
-    common (their mean, above all), and neurons that look away from it see how they differ. The head is zero but for
-    its first row: then the wide layer's gradient is that of a single output, and the softmax residuals of the classes
-    cannot cancel in it (summed over all classes they do).
+    The wide layer's rows are draws of N(0, sigma^2 I) with sigma such that w.x is about `scale` for a typical
+    input, or of N(0, sigma^2 S^-1) with S the inputs' second moment, shrunk by a hundredth of its mean: images have
+    much in common (their mean, above all), and neurons that look away from it see how they differ. The head is zero
+    but for its first row: then the wide layer's gradient is that of a single output, and the softmax residuals of
+    the classes cannot cancel in it (summed over all classes they do). `signs`: random ones in that row, whose
+    output then stays of the size of sqrt(m) instead of m entries; `strength`: their size, None: 1 / m, or 1 /
+    sqrt(m) with signs.
 
-    Parameters
-    ----------
-    scale : float
-        Typical |w.x|.
-    signs : bool
-        Random signs in the head's row: its output then stays of the size of sqrt(m) instead of m entries.
-    strength : float or None
-        Size of the entries; None: 1 / m, or 1 / sqrt(m) with signs.
-    whiten : bool or None
-        True: by S of the public images, which must be granted. None: where `spread` asks for it, by S of the public
-        images or, without any, of grey noise.
-    spread : bool
-        Whether the attack is inexact enough to need it.
+    `whiten`: by S of the public images, which must be granted. None: where the attack is inexact enough to need it
+    (`spread`), by S of the public images or, without any, of grey noise.
     """
     module = _stem(scenario, weights)
     generator = torch_rng(seed, "tensor.arm")

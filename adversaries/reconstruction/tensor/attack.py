@@ -60,11 +60,8 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
     finished by Gauss-Newton on the gradient itself. The answer is put through the model: the residual of the update
     tells "certified" (10^-5 at most), "approximate" and "failed" apart without the truth. A certificate needs more
     than a residual: no other batch may explain the update as well (:mod:`.certificate`); the notes say what speaks
-    against one.
-
-    What it may change in the model: the weights of the wide layer and of the head (see :meth:`arm`). What a server
-    learns from an armed round is the batch and nothing else; the global model skips it
-    (:class:`strategies.malicious.MaliciousServer`).
+    against one. It may change the wide layer's and the head's weights; a server learns the batch from an armed round
+    and nothing else, and the global model skips it.
 
     Parameters
     ----------
@@ -78,8 +75,7 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
     decomposer : {"simdiag", "jennrich", "als", "tensorly_power"}
         The last two are tensorly's, as a cross-check.
     refine : {"auto", "off"}
-        "auto": taken only where it brings the residual to rounding level, or down tenfold, which noise does not
-        allow.
+        "auto": taken only where it brings the residual to rounding level, or down tenfold, as noise does not allow.
     whiten_weights : bool, optional
         Draw the neurons with the inverse second moment of the public images, which spreads similar samples apart.
         None: where the first estimate is not exact (other activations than the cubic) and behind a stem.
@@ -159,10 +155,7 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
-        """The weights to send: Gaussian neurons, and a head of one constant row.
-
-        With a single row the softmax residuals of the classes cannot cancel in the wide layer's gradient.
-        """
+        """The weights to send: Gaussian neurons, and a head of one constant row; see :func:`.arming.armed`."""
         activation = scenario.model.activation
         assert activation is not None
         return armed(

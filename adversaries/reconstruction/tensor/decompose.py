@@ -1,7 +1,7 @@
 """Symmetric tensor decomposition: directions c_i with ``T = sum_i t_i c_i^(3)`` (or (4)), not orthogonal.
 
-All methods take the slices of the tensor, a stack of matrices ``M_k = C diag(a_k) C'``, and answer C with unit
-columns in any order and sign.
+All methods take the slices of the tensor, a stack of matrices ``M_k = C diag(a_k) C'`` (K, B, B), and answer C with
+unit columns in any order and sign.
 """
 
 from __future__ import annotations
@@ -47,14 +47,11 @@ def off_diagonal(stack: Tensor, directions: Tensor) -> float:
 
 
 def jennrich(stack: Tensor, generator: torch.Generator, trials: int = _TRIALS) -> Tensor:
-    """Eigenvectors of one random combination of slices over another; the best of `trials` draws.
-
-    Best is the one that diagonalises the whole stack best.
+    """Eigenvectors of one random combination of slices over another; of `trials` draws, the best diagonaliser of all.
 
     References
     ----------
-    Leurgans, Ross, Abel, "A decomposition for three-way arrays", SIAM J. Matrix Anal. Appl. 1993 (Jennrich's
-    algorithm).
+    Leurgans, Ross, Abel, "A decomposition for three-way arrays", SIAM J. Matrix Anal. Appl. 1993 (Jennrich's).
     """
     flat = stack.reshape(len(stack), -1)
     size = stack.shape[1]
@@ -89,19 +86,7 @@ def _split(vectors: Tensor) -> Tensor:
 
 
 def simultaneous_diagonalisation(stack: Tensor, start: Tensor, sweeps: int = _SWEEPS) -> Tensor:
-    """Non-orthogonal joint diagonalisation by fast Frobenius steps, from `start`.
-
-    Parameters
-    ----------
-    stack : Tensor
-        (K, B, B), symmetric.
-    start : Tensor
-        (B, B): directions as columns.
-
-    Returns
-    -------
-    Tensor
-        (B, B): unit columns.
+    """Non-orthogonal joint diagonalisation by fast Frobenius steps, from directions (B, B).
 
     References
     ----------
@@ -145,8 +130,8 @@ def simultaneous_diagonalisation(stack: Tensor, start: Tensor, sweeps: int = _SW
 def simdiag(stack: Tensor, generator: torch.Generator) -> Tensor:
     """Joint diagonalisation in two stages: from Jennrich's start on all slices, then on the slices it points to.
 
-    The second stage contracts the stack with the directions found, so that each matrix is dominated by one sample
-    (the plug-in contractions of Kuleshov, Chaganty, Liang, AISTATS 2015).
+    The second contracts the stack with the directions found, so that one sample dominates each matrix (the plug-in
+    contractions of Kuleshov, Chaganty, Liang, AISTATS 2015).
     """
     first = simultaneous_diagonalisation(stack, jennrich(stack, generator))
     dual = _inverse(first)
@@ -160,10 +145,7 @@ def simdiag(stack: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def als(stack: Tensor, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """tensorly's alternating least squares (``parafac``), started from Jennrich's directions.
-
-    Slow near the end on tensors without noise, steady on noisy ones.
-    """
+    """tensorly's alternating least squares from Jennrich's directions: steady on noise, slow at the end without."""
     from tensorly import backend_context
     from tensorly.cp_tensor import CPTensor
     from tensorly.decomposition import parafac
@@ -180,16 +162,9 @@ def als(stack: Tensor, tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def tensorly_power(tensor: Tensor, whitener: Tensor, seed: int) -> Tensor:
-    """tensorly's symmetric power iteration on the whitened tensor, whose components are orthogonal.
+    """tensorly's symmetric power iteration on the tensor (B, B, B), whitened by W with ``W' P W = I``.
 
-    Parameters
-    ----------
-    tensor : Tensor
-        (B, B, B).
-    whitener : Tensor
-        (B, B): W with ``W' P W = I`` for the second-order moment P.
-    seed : int
-        tensorly draws from NumPy's global generator, which is seeded for the call and restored.
+    tensorly draws from NumPy's global generator, which is seeded for the call and restored.
     """
     from tensorly import backend_context
     from tensorly.decomposition import symmetric_parafac_power_iteration
@@ -211,10 +186,7 @@ def tensorly_power(tensor: Tensor, whitener: Tensor, seed: int) -> Tensor:
 
 
 def whitener_of(second: Tensor) -> Tensor | None:
-    """W with ``W' P W = I``; None where P (B, B) is not definite, so that no real W exists.
-
-    A negative definite P is as good as a positive one: all weights have one sign.
-    """
+    """W with ``W' P W = I``, or -I for a negative definite P (B, B); None for an indefinite one."""
     values, vectors = torch.linalg.eigh(second)
     if float(values.max()) < 0:
         values = -values
@@ -226,14 +198,9 @@ def whitener_of(second: Tensor) -> Tensor | None:
 def decompose(
     method: Decomposer, tensor: Tensor, second: Tensor | None, generator: torch.Generator, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """Directions (B, B) of a symmetric tensor by the method of that name, and warnings for a person.
+    """Directions (B, B) of a symmetric tensor of order 3 or 4, float64, and warnings for a person.
 
-    Parameters
-    ----------
-    tensor : Tensor
-        Symmetric, order 3 or 4, float64.
-    second : Tensor or None
-        The second-order moment (B, B); one more slice for "simdiag", and the whitening of "tensorly_power".
+    `second`, the second-order moment (B, B), is one more slice for "simdiag", and the whitening of "tensorly_power".
     """
     stack = slices(tensor)
     notes: list[str] = []

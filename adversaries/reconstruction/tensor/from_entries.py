@@ -41,12 +41,7 @@ _MOST_STEPS = 1000
 class Entries:
     """Entries of a gradient of the mean loss that were sent.
 
-    Attributes
-    ----------
-    head_rows, head_columns, head_values : Tensor
-        Of A's gradient: class and neuron (int64) and value (float64), each (k_A,).
-    wide_rows, wide_columns, wide_values : Tensor
-        Of W's gradient: neuron, input and value, each (k_W,).
+    Class, neuron (int64) and value (float64) of A's gradient, each (k_A,); neuron, input and value of W's, (k_W,).
     """
 
     head_rows: Tensor
@@ -76,12 +71,7 @@ class Entries:
 class Solution:
     """Inputs (B, d) with their labels (B,), and how well they are founded.
 
-    Attributes
-    ----------
-    residual : float
-        The largest relative residual of the two blocks of entries, whose own are in `parts`.
-    unseen, error : float
-        See :func:`foundation`; the worst input's.
+    `residual`: the larger relative one of the two blocks in `parts`; for the others see :func:`foundation`.
     """
 
     inputs: Tensor
@@ -93,13 +83,7 @@ class Solution:
 
 
 class Model:
-    """x (B, d) -> the entries' values, each block over its norm, with products by the Jacobian both ways.
-
-    Parameters
-    ----------
-    labels : Tensor
-        int64 (B,).
-    """
+    """x (B, d) -> the entries' values, each block over its norm, with products by the Jacobian both ways."""
 
     def __init__(self, head: TwoLayerHead, entries: Entries, labels: Tensor) -> None:
         self._head, self._entries = head, entries
@@ -224,16 +208,9 @@ def targets(entries: Entries) -> Tensor:
 def fit(
     function: Model, wanted: Tensor, start: Tensor, iterations: int, settled: float = 1e-7
 ) -> tuple[Tensor, float]:
-    """Minimise |function(x) - wanted| from `start` by Levenberg-Marquardt.
+    """Minimise |function(x) - wanted| from `start` by Levenberg-Marquardt; x, and what is left over |wanted|.
 
-    The normal equations are formed where they are small enough (:data:`DIRECT` unknowns), and solved by conjugate
-    gradients elsewhere.
-
-    Returns
-    -------
-    x : Tensor
-    residual : float
-        |function(x) - wanted| / |wanted|.
+    The normal equations are formed for up to :data:`DIRECT` unknowns, and solved by conjugate gradients beyond.
     """
 
     def linearise(x: Tensor) -> tuple[Tensor, Callable[[float], Step]]:
@@ -281,25 +258,12 @@ def _iterated(push: Function, pull: Function, left: Tensor, tolerance: float) ->
 def foundation(
     function: Model, x: Tensor, left: Tensor, noise: Tensor, generator: torch.Generator, probes: int = 2
 ) -> tuple[float, Tensor]:
-    """How well the entries found x: the share of a random step that none notices, and the predicted errors.
+    """How well the entries found x: the share of a random step that none notices, and predicted errors (B,), rms.
 
-    More entries than unknowns do not determine all unknowns: where the entries of a column were not sent, its inputs
-    enter hardly any equation, and a residual of zero says nothing about them. Least squares recovers from J v all of
-    a step v but what lies in the Jacobian's null space; and it says how far `noise` in the entries moves the inputs.
-
-    Parameters
-    ----------
-    left : Tensor
-        (k,): :func:`targets` minus the values at x. It moves the inputs as it is, too.
-    noise : Tensor
-        (k,): deviation of the noise that each entry may have.
-
-    Returns
-    -------
-    unseen : float
-        In [0, 1].
-    errors : Tensor
-        (B,): root mean square over an input's entries.
+    More entries than unknowns do not determine all unknowns: where the entries of a column were not sent, its
+    inputs enter hardly any equation, and a residual of zero says nothing about them. Least squares recovers from J
+    v all of a step v but what lies in the Jacobian's null space; and it says how far noise in the entries, of
+    deviation `noise` (k,), and what is `left` of them (k,) move the inputs.
     """
     solve = _least_squares(function, x)
     _, push, _ = function.at(x)
@@ -312,11 +276,7 @@ def foundation(
 
 
 def _least_squares(function: Model, x: Tensor) -> Function:
-    """Values (k,) -> the step (B, d) whose image under the Jacobian at x comes nearest, by conjugate gradients.
-
-    Preconditioned by the normal equations where they are small enough to be formed; their float32 leaves the weakest
-    directions to the iteration.
-    """
+    """Values (k,) -> the step (B, d) whose image under the Jacobian at x comes nearest, by conjugate gradients."""
     _, push, pull = function.at(x)
     factor: Tensor | None = None
     if x.numel() <= DIRECT:
@@ -380,11 +340,11 @@ def guess_labels(head: TwoLayerHead, entries: Entries, samples: int, most: int) 
 def starts(
     head: TwoLayerHead, entries: Entries, labels: Tensor, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Starting inputs (B, d), the best guess first.
+    """Starting inputs (B, d), the best guess first; later starts disturb the first.
 
     By Stein's lemma the average of g_j w_j over the neurons of a class's row points to the mean of the samples that
     dominate it: those of that label. Samples that share a label start on both sides of their mean, along the row's
-    second moment. Later starts disturb the first.
+    second moment.
     """
     dimension, samples = head.inputs, len(labels)
     sigma = float(head.wide.square().mean().sqrt())
@@ -424,11 +384,10 @@ def starts(
 def _parted(
     head: TwoLayerHead, entries: Entries, labels: Tensor, start: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Samples of one label taken apart from their mean.
+    """Samples of one label taken apart from their mean, which Gauss-Newton finds as one input.
 
-    First all samples of a label are one input, which Gauss-Newton finds (equal inputs with equal labels take equal
-    steps). What it leaves is of second order in the samples' differences d, ``s''(w . mean) (w . d)^2``: their
-    direction is the leading eigenvector of the neurons' second moment with these weights.
+    What that leaves is of second order in the samples' differences d, ``s''(w . mean) (w . d)^2``: their direction
+    is the leading eigenvector of the neurons' second moment with these weights.
     """
     function, wanted = Model(head, entries, labels), targets(entries)
     together, _ = fit(function, wanted, _scaled(function, wanted, start), 10)
@@ -469,19 +428,11 @@ def solve(
     ladder: Sequence[Tensor] = (),
     progress: Callable[[float], None] = lambda share: None,
 ) -> Solution:
-    """Inputs and labels from the entries; the best of `restarts` starts by residual, the first that is certified.
+    """Inputs and labels from the entries: of `restarts` starts the first with residual `certified`, else the lowest.
 
-    What the entries leave open is measured where the residual could be taken for a certificate.
-
-    Parameters
-    ----------
-    certified : float
-        Residual at which no further start is tried.
-    safety : float
-        How many times what is left of the entries their noise may be.
-    ladder : sequence of Tensor
-        Orthonormal bases (d, q) of ever larger spaces that hold most of an input: each guess of the labels is tried
-        in them first, see :func:`climbed`.
+    What the entries leave open is measured where the residual could be taken for a certificate; their noise may be
+    `safety` times what is left of them. Each guess of the labels is tried in the spaces of `ladder` first, see
+    :func:`climbed`.
     """
     guesses = guess_labels(head, entries, samples, restarts)
     sources = [_sources(head, entries, labels, ladder, generator) for labels in guesses]
@@ -526,8 +477,9 @@ def climbed(
 ) -> Tensor:
     """Starting inputs (B, d) found in small spaces first, from the head's entries, which see w.x only.
 
-    Few unknowns make the moments that starts are drawn from sharp, and steps cheap: several starts are tried in the
-    smallest space, and the best is carried from space to space. What an input has outside of it is noise there.
+    `ladder`: orthonormal bases (d, q) of ever larger spaces that hold most of an input. Few unknowns make the
+    moments that starts are drawn from sharp, and steps cheap: several starts are tried in the smallest space, and
+    the best is carried from space to space. What an input has outside of it is noise there.
     """
     bare = replace(
         entries,

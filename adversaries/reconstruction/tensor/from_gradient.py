@@ -29,19 +29,7 @@ _MOST_FEATURES = 1200
 
 @dataclass
 class Estimate:
-    """Inputs up to refinement.
-
-    Attributes
-    ----------
-    inputs : Tensor
-        (B, d) float64.
-    weights : Tensor
-        r, (B,).
-    notes : list of str
-        Warnings for a person.
-    figures : dict
-        JSON-able: what was measured on the way.
-    """
+    """Inputs (B, d) up to refinement with weights r (B,), warnings for a person, and JSON-able figures of the way."""
 
     inputs: Tensor
     weights: Tensor
@@ -51,16 +39,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Whitened:
-    """Coordinates in the span in which the neurons' weights are white.
+    """Coordinates in a span, orthonormal `basis` Q (d, B), in which the neurons' weights u (m, B) are white.
 
-    Attributes
-    ----------
-    basis : Tensor
-        Q, (d, B), orthonormal.
-    u : Tensor
-        (m, B): neurons, white. ``w . x = u . c``.
-    factor : Tensor
-        L, (B, B): ``c = L' Q' x``.
+    ``w . x = u . c`` with ``c = L' Q' x`` and `factor` L (B, B).
     """
 
     basis: Tensor
@@ -91,16 +72,9 @@ def needed_width(name: str, batch: int) -> int:
 def find_span(
     head: TwoLayerHead, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator
 ) -> tuple[Span, int, list[str]]:
-    """The span of the batch, how many samples it holds, and warnings.
+    """The span of the batch's `gradient` (m, d), how many samples it holds, and warnings.
 
-    Parameters
-    ----------
-    gradient : Tensor
-        (m, d).
-    batch : int or None
-        Overrides the number of samples; None: by the gap in the spectrum, or `declared` where there is none.
-    declared : int
-        What the client says.
+    `batch` overrides the number of samples; None: by the gap in the spectrum, or `declared` where there is none.
     """
     if not float(gradient.norm()) > 0:
         raise NotApplicable("the wide layer's gradient is zero: nothing of the batch is in it")
@@ -132,13 +106,7 @@ def find_span(
 
 
 def degree_for(head: TwoLayerHead, batch: int) -> int:
-    """Degree of the features for a full gradient.
-
-    Raises
-    ------
-    NotApplicable
-        If the width does not suffice for the least degree.
-    """
+    """Degree of the features for a full gradient; NotApplicable if the width does not allow any."""
     least = stein_order(head.activation) - 1
     needed = feature_count(batch, least)
     if head.width < needed:
@@ -166,18 +134,7 @@ def from_wide(
     generator: torch.Generator,
     seed: int,
 ) -> Estimate:
-    """Inputs from the wide layer's gradient.
-
-    Parameters
-    ----------
-    y : Tensor
-        (m, d): ``sum_i r_i s'(W x_i) x_i'``.
-
-    Raises
-    ------
-    NotApplicable
-        If the width does not suffice, or the activation identifies nothing.
-    """
+    """Inputs from the wide layer's gradient `y` (m, d), ``sum_i r_i s'(W x_i) x_i'``."""
     order = stein_order(head.activation)
     degree = degree_for(head, batch)
     coordinates = Whitened.of(head.wide, span.basis[:, :batch])
@@ -215,15 +172,10 @@ def from_head(
     generator: torch.Generator,
     seed: int,
 ) -> Estimate:
-    """Inputs from the head's gradient in a span known from the wide layer.
+    """Inputs from the head's gradient (C, m), ``sum_i delta_i s(W x_i)'`` up to a factor, in the wide layer's span.
 
     What several local steps leave: the wide layer's change still spans the samples, but its moments drift with the
     head, whose own change stays close to a multiple of one gradient.
-
-    Parameters
-    ----------
-    gradient : Tensor
-        (C, m): ``sum_i delta_i s(W x_i)'``, up to a factor.
     """
     order = stein_order(head.activation)
     needed = feature_count(batch, order)
@@ -312,8 +264,8 @@ def _fit_curves(head: TwoLayerHead, v: Tensor, curves: Tensor) -> tuple[Tensor, 
 def _profile_norms(head: TwoLayerHead, found: dict[int, Tensor], directions: Tensor) -> Tensor:
     """Norms (with sign) from how the coefficients of one sample fall off with the degree.
 
-    The coefficient of degree q is ``delta_i h_q(n_i)`` times the q-th power of the unit direction, with h_q(n) the
-    Hermite coefficient of s(n .).
+    That of degree q is ``delta_i h_q(n_i)`` times the q-th power of the unit direction, h_q(n) being the Hermite
+    coefficient of s(n .).
     """
     dual = torch.linalg.inv(directions)
     orders = [q for q in found if q <= 3 or q == max(found)]
@@ -341,10 +293,7 @@ def _profile_norms(head: TwoLayerHead, found: dict[int, Tensor], directions: Ten
 
 
 def _upright(inputs: Tensor, weights: Tensor, head: TwoLayerHead) -> tuple[Tensor, Tensor]:
-    """Turn round what points away from [0, 1]: inputs are pixels or activations, whose sum is positive.
-
-    Only where the gradient is the same for -x and -r (an even s'); elsewhere the sign is in the gradient.
-    """
+    """Turn inputs to a positive sum, as pixels have, where the gradient is the same for -x and -r (an even s')."""
     slope = head.activation.slope
     probe = torch.linspace(0.1, 3, 30, dtype=torch.float64)
     if not torch.allclose(slope(probe), slope(-probe), rtol=1e-9, atol=1e-12):
@@ -364,19 +313,12 @@ def published(
 ) -> Estimate:
     """The estimator as published: averages over Gaussian neurons, from the head's gradient or the wide layer's.
 
-    Parameters
-    ----------
-    head : TwoLayerHead
-        With an activation whose second and third Hermite coefficients are not zero.
-    gradient : Tensor
-        g, (m,): ``sum_i r_i s(w_j . x_i)``.
-    wide : Tensor or None
-        (m, d): ``sum_i r_i s'(w_j . x_i) x_i``; None: the last layer's view.
+    `gradient` is g (m,), ``sum_i r_i s(w_j . x_i)``, and `wide` (m, d) is ``sum_i r_i s'(w_j . x_i) x_i``; None: the
+    last layer's view. The activation's second and third Hermite coefficients must not be zero.
 
     References
     ----------
-    Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023, algorithm 1 and
-    appendix B.
+    Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023, alg. 1, app. B.
     """
     from scipy.sparse.linalg import LinearOperator, eigsh
 

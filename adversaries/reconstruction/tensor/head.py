@@ -18,19 +18,8 @@ _MOST_COPIES = 16
 class TwoLayerHead:
     """Known weights of ``z = A s(W x)`` with ``A = v a'``, float64 on one device.
 
-    Attributes
-    ----------
-    wide : Tensor
-        W, (m, d).
-    head : Tensor
-        A, (C, m).
-    row : Tensor
-        v, (C,): which mixture of the softmax residuals ``delta`` the wide layer's gradient holds,
-        ``r_i = v . delta_i``.
-    scale : Tensor
-        a, (m,).
-    name : str
-        The activation's.
+    `wide` is W (m, d), `head` A (C, m), `scale` a (m,), `name` the activation's, and `row` v (C,): which mixture of
+    the softmax residuals ``delta`` the wide layer's gradient holds, ``r_i = v . delta_i``.
     """
 
     wide: Tensor
@@ -61,12 +50,9 @@ class TwoLayerHead:
 
     @classmethod
     def of(cls, wide: Tensor, head: Tensor, name: str) -> TwoLayerHead:
-        """The head of weights that were sent out.
+        """The head of weights that were sent out; NotApplicable where A is not of rank one.
 
-        Raises
-        ------
-        NotApplicable
-            If A is not of rank one: its rows' mixtures differ from neuron to neuron, and softmax residuals cancel.
+        Its rows' mixtures then differ from neuron to neuron, and softmax residuals cancel.
         """
         wide, head = wide.double(), head.double()
         first = head[head.norm(dim=1).argmax()]
@@ -100,12 +86,8 @@ class TwoLayerHead:
 class Labelled:
     """Labels read from the head's gradient.
 
-    Attributes
-    ----------
-    counts : Tensor
-        int64 (B, C): how many samples of each class lie at each recovered input. One for samples that differ.
-    doubt : float
-        Largest distance of a count from an integer.
+    `counts`, int64 (B, C): how many samples of each class lie at each recovered input, one for samples that differ;
+    `doubt`: largest distance of a count from an integer.
     """
 
     counts: Tensor
@@ -128,15 +110,7 @@ def residuals_of(head: TwoLayerHead, inputs: Tensor, gradient: Tensor, samples: 
 
 
 def read_labels(head: TwoLayerHead, inputs: Tensor, delta: Tensor) -> Labelled:
-    """Labels from residuals: ``Delta_i = n p_i - counts_i``, with p_i from the forward pass and n copies.
-
-    Parameters
-    ----------
-    inputs : Tensor
-        x, (B, d).
-    delta : Tensor
-        (B, C), from :func:`residuals_of`.
-    """
+    """Labels from residuals (B, C): ``Delta_i = n p_i - counts_i``, with p_i from the forward pass and n copies."""
     p = head.logits(inputs).softmax(1)
     copies = torch.arange(1, _MOST_COPIES + 1, dtype=p.dtype, device=p.device)[:, None, None]
     counts = copies * p - delta
@@ -154,23 +128,11 @@ def read_labels(head: TwoLayerHead, inputs: Tensor, delta: Tensor) -> Labelled:
 
 
 def fix_scales(head: TwoLayerHead, directions: Tensor, gradient: Tensor, samples: int) -> Tensor:
-    """Norms of samples where the activation is homogeneous, from cross-entropy.
+    """Norms (B,) of samples along unit directions (B, d) where the activation is homogeneous, from cross-entropy.
 
-    The wide layer's gradient gives only r_i x_i. The head's gives ``n_i delta_i``, and ``delta_i = p(n_i) - e_y``
-    with p(n) = softmax(n v k_i) is a curve that is met in one point (below its maximum, where two of different norm
-    can be, the smaller is taken).
-
-    Parameters
-    ----------
-    directions : Tensor
-        (B, d), unit.
-    gradient : Tensor
-        The head's, (C, m).
-
-    Returns
-    -------
-    Tensor
-        n, (B,).
+    The wide layer's gradient gives only r_i x_i. The head's (C, m) gives ``n_i delta_i``, and ``delta_i = p(n_i) -
+    e_y`` with p(n) = softmax(n v k_i) is a curve that is met in one point (below its maximum, where two of
+    different norm can be, the smaller is taken).
     """
     scaled = residuals_of(head, directions, gradient, samples)
     k = head.activation.value(directions @ head.wide.T) @ head.scale

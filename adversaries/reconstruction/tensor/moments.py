@@ -35,12 +35,8 @@ def feature_count(dimension: int, degree: int) -> int:
 class HermiteBasis:
     """Orthonormal products of Hermite polynomials in B variables up to a degree.
 
-    Attributes
-    ----------
-    monomials : dict of int to Tensor
-        Degree q -> int64 (F_q, q): the variables of each product, ascending, repeated by their power.
-    factors : dict of int to list
-        Degree q -> (variables, power, products): the factors of all products, grouped by power and place.
+    `monomials`: degree q -> int64 (F_q, q), the variables of each product, ascending, repeated by their power;
+    `factors`: q -> (variables, power, products), the factors of all products, grouped by power and place.
     """
 
     dimension: int
@@ -81,8 +77,7 @@ class HermiteBasis:
     def tensors(self, coefficients: Tensor) -> dict[int, Tensor]:
         """Degree q -> full symmetric tensor (B, ..., B, outputs) of regression coefficients (F, outputs).
 
-        Entries are those of ``sum_i w_i c_i^q``, where the regressor's coefficient of a product with multiplicities
-        a is sqrt(q! / a!) of it.
+        Entries are those of ``sum_i w_i c_i^q``; a product with multiplicities a has sqrt(q! / a!) of it.
         """
         found: dict[int, Tensor] = {}
         start = 1
@@ -137,19 +132,12 @@ def _factors(monomials: Tensor, q: int) -> list[tuple[Tensor, int, Tensor]]:
 
 
 def regress(u: Tensor, y: Tensor, degree: int) -> tuple[dict[int, Tensor], float]:
-    """Least squares of y on Hermite products of u.
+    """Least squares of y (m, outputs) on Hermite products of u (m, B), about white, both float64.
 
     The design matrix is formed block by block and never kept. Its Gram matrix is gathered and factored in float32
     where it is large: the products are nearly orthonormal, so that a few steps of iterative refinement in float64
     reach float64's accuracy; where they do not, the Gram matrix is formed again in float64. Memory is that of one
     Gram matrix and its factor.
-
-    Parameters
-    ----------
-    u : Tensor
-        float64 (m, B), about white.
-    y : Tensor
-        float64 (m, outputs).
 
     Returns
     -------
@@ -157,11 +145,6 @@ def regress(u: Tensor, y: Tensor, degree: int) -> tuple[dict[int, Tensor], float
         Degree -> (B, ..., B, outputs).
     unexplained : float
         |y - fit| / |y|.
-
-    Raises
-    ------
-    NotApplicable
-        If there are fewer rows than products.
     """
     basis = HermiteBasis.build(u.shape[1], degree)
     if len(u) < basis.count:

@@ -20,27 +20,11 @@ _CHUNK = 256
 def invert_stem(
     stem: nn.Module, features: Tensor, shape: tuple[int, int, int], auxiliary: Auxiliary | None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Images whose features are the given ones; where the stem loses something, the likeliest of them.
+    """Images (N, C, H, W) of given features (N, F); where the stem loses something, the likeliest of them.
 
     Gauss-Newton on ``|stem(x) - f|^2 / tau^2 + |z|^2`` with x = mean + A z under a Gaussian prior of the public
     images, tau falling to the features' rounding: the data then decide everything that they determine, the prior
-    the rest.
-
-    Parameters
-    ----------
-    stem : nn.Module
-        (N, C, H, W) -> (N, F), differentiable.
-    features : Tensor
-        float64 (N, F), N at least 1, on the CPU.
-    shape : tuple of int
-        (C, H, W).
-
-    Returns
-    -------
-    images : Tensor
-        (N, C, H, W).
-    figures : dict
-        "feature_residual": the worst |stem(x) - f| / |f|.
+    the rest. Features are float64 on the CPU; "feature_residual" among the figures is the worst |stem(x) - f| / |f|.
     """
     exact = copy.deepcopy(stem).double().cpu().eval()
     prior = gaussian_prior(auxiliary, shape)
