@@ -30,31 +30,12 @@ Draw = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to solve.
+    """How to solve; beyond what :class:`~adversaries.reconstruction.gauss_newton.attack.GaussNewton` says of its settings:
 
-    Attributes
-    ----------
-    products : int
-        Jacobian products to spend over all starts; an iteration of conjugate gradients takes two.
-    starts : int
-        The prior's mean, then draws from the prior, each with an equal share of half the budget; the one of lowest
-        residual goes on. None is tried after one whose residual has come below :data:`PROMISING`.
-    noise : float, optional
-        c, the noise level in units of the residual; None: 0.5, or 1.4 for ReLU.
-    kink : float
-        Width of ReLU's kinks, in units of the noise level; 0: none.
-    hybrid_below : float
-        Residual under which a single image behind smooth activations is whitened by half and no longer pulled to
-        the prior; 0: never.
-    hop : float
-        After a descent has stalled, the best image is shaken by this times its residual times a draw from the prior,
-        and descends again, while products last; 0: never.
-    tolerance : float
-        Of conjugate gradients, relative.
-    inner : int
-        Their iterations at first; :data:`GROWTH` times as many after each full step that would have used more.
-    solved : float
-        A residual that ends the search.
+    Half of the `products` go to the `starts` in equal shares, and the one of lowest residual goes on; none is tried
+    after one that has come below :data:`PROMISING`. Below `hybrid_below` the image is whitened by half.
+    `tolerance`, relative, and `inner` are of conjugate gradients: their iterations at first, :data:`GROWTH` times
+    as many after each full step that would have used more. `solved`: a residual that ends the search.
     """
 
     products: int = 8000
@@ -102,26 +83,10 @@ HYBRID_DEVIATION = 0.3
 
 @dataclass
 class Solution:
-    """The iterate of lowest residual.
+    """The iterate of lowest residual (B, C, H, W), not clamped, and that residual: rms over the sent entries, scaled.
 
-    Attributes
-    ----------
-    images : Tensor
-        (B, C, H, W), not clamped.
-    rms : float
-        Its scaled residual, root mean square over the sent entries.
-    history : list of float
-        Residual after each accepted step of the descent it came from.
-    products : int
-        Jacobian products spent, over all starts.
-    residuals : list of float
-        Of each start and of each hop, in their order.
-    start : int
-        Which start led to it.
-    hops : int
-        Hops that were tried.
-    hops_kept : int
-        Hops that lowered the residual.
+    `history`: residuals after each accepted step of the descent it came from; `residuals`: of each start, then of
+    each hop; `start`: which led to it; `hops_kept`: hops that lowered the residual.
     """
 
     images: Tensor
@@ -135,13 +100,7 @@ class Solution:
 
 
 class _Descent:
-    """One descent: where it is, and what its steps so far taught about noise, damping and effort.
-
-    Attributes
-    ----------
-    best : Solution
-        The iterate of lowest residual so far.
-    """
+    """One descent: where it is, and what its steps so far taught about noise, damping and effort."""
 
     def __init__(self, network: Network, prior: Whitening, images: Tensor, settings: Settings) -> None:
         self._network, self._settings = network, settings
@@ -245,18 +204,7 @@ def solve(
     settings: Settings,
     progress: Progress = no_progress,
 ) -> Solution:
-    """Find images whose gradient is what was sent.
-
-    Parameters
-    ----------
-    draw : callable
-        Makes the random starts and hops.
-
-    Returns
-    -------
-    Solution
-        Chosen among starts and hops by its residual alone.
-    """
+    """Find images whose gradient is what was sent, chosen among starts and hops, made by `draw`, by residual alone."""
     spent = network.products
     last = spent + settings.products
     residuals: list[float] = []

@@ -34,12 +34,7 @@ _LABELLED = 0.1
 
 
 class ReplayedClient:
-    """One observation, float64 on a device: what the first layer sent, and what it would send of an image.
-
-    Raises
-    ------
-    NotApplicable
-    """
+    """One observation, float64 on a device: what the first layer sent, and what it would send of an image."""
 
     def __init__(self, observation: Observation, device: torch.device) -> None:
         self.observation = observation
@@ -128,12 +123,8 @@ class ReplayedClient:
 class Reading:
     """A linear map from neurons to the rows that are read.
 
-    Attributes
-    ----------
-    signs : Tensor or None
-        (K,): each neuron's row is multiplied by it first; None: ones.
-    following : Tensor or None
-        int64 (K,): the neuron whose row is then taken off, -1 for none; None: for all none.
+    `signs` (K,): each neuron's row is multiplied by it first; None: ones. `following`, int64 (K,): the neuron whose
+    row is then taken off, -1 for none; None: for all none.
     """
 
     signs: Tensor | None = None
@@ -174,13 +165,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
 
     @abstractmethod
     def _reading(self, client: ReplayedClient) -> Reading:
-        """How the neurons' rows become rows that hold few images.
-
-        Raises
-        ------
-        NotApplicable
-            If the weights are not this attack's.
-        """
+        """How the neurons' rows become rows that hold few images; NotApplicable for weights that are not this attack's."""
 
     @property
     def _sweeps(self) -> int | None:
@@ -227,13 +212,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
     def _read(
         self, client: ReplayedClient, limit: int, told: Callable[[int], None]
     ) -> tuple[list[Sample], Rows, Rows]:
-        """Up to `limit` images in the rows that one client sent; the rows, and what is left in them.
-
-        Raises
-        ------
-        NotApplicable
-            If the weights are not this attack's.
-        """
+        """Up to `limit` images in the rows that one client sent; the rows, and what is left in them."""
         reading = self._reading(client)
         rows = reading.rows(client.rows())
 
@@ -263,18 +242,9 @@ def answer(
     unread: float,
     figures: dict[str, Any],
 ) -> Reconstruction:
-    """Found images first; the other places hold the prior, and the details say so.
+    """Found images first; the other places hold the prior, and the details, with `figures` in them, say so.
 
-    Parameters
-    ----------
-    name : str
-        Of the attack.
-    vague : bool
-        As for :class:`ReplayedClient`.
-    unread : float
-        Share of the rows' norm that no image explains.
-    figures : dict
-        What else goes into the details.
+    `vague` as for :class:`ReplayedClient`; `unread`: share of the rows' norm that no image explains.
     """
     batch = observation.num_examples
     named = torch.tensor([sample.label for sample in found], dtype=torch.int64)

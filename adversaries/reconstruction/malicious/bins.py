@@ -103,8 +103,8 @@ class BinReading(RowReading):
     ) -> dict[str, Tensor]:
         """The global model with the block's rows replaced: rows of one measurement, thresholds at its quantiles.
 
-        The columns of the block's way back are equal, so that one image counts alike in all rows, but for alternating
-        signs, with which what neighbouring rows add to the image nearly cancels.
+        The columns of the block's way back are equal, so that one image counts alike in all rows, but for
+        alternating signs, with which what neighbouring rows add to the image nearly cancels.
         """
         module = _block(build_model(scenario.model), scenario)
         generator = torch_rng(seed, "imprint.arm")
@@ -185,11 +185,7 @@ def _calm(
     generator: torch.Generator,
     auxiliary: Auxiliary | None,
 ) -> float:
-    """Strength at which the local steps of one image turn its row by a share of its bin.
-
-    One image turns its row by ``lr * steps * r x``, and r grows with the strength: how steeply is measured on public
-    images, or on noise, with random labels.
-    """
+    """Strength at which one image's local steps, ``lr * steps * r x``, turn its row by a share of its bin."""
     training = scenario.training
     if auxiliary is not None and len(auxiliary):
         images = auxiliary.images[:64]
@@ -207,35 +203,18 @@ def _calm(
 
 
 def alone_share(chance: float, batch: int) -> float:
-    """Expected share of a batch that is alone in its bin, where two images meet with a given chance.
-
-    With n equally likely bins the chance is 1 / n, and the share (1 - 1 / n)^(batch - 1): the birthday bound.
-    """
+    """Expected share of a batch that is alone in its bin, where two images meet with a given chance: the birthday bound."""
     return (1 - chance) ** (batch - 1)
 
 
 def thresholds(
     functional: Tensor, count: int, image_shape: tuple[int, int, int], auxiliary: Auxiliary | None
 ) -> tuple[Tensor, Tensor]:
-    """A measurement in units of its standard deviation, and the edges of its equally likely bins.
+    """A measurement (d,) in units of its standard deviation, and the edges (count + 1,) of its equally likely bins.
 
-    Parameters
-    ----------
-    functional : Tensor
-        float64 (d,).
-    count : int
-        Bins.
-    image_shape : tuple of int
-    auxiliary : Auxiliary or None
-        Public images: their measurements, smoothed by a normal kernel (Silverman's width), are the distribution.
-        Without any, it is the normal of :func:`~adversaries.inversion.evidence.priors.smooth_prior`.
-
-    Returns
-    -------
-    Tensor
-        (d,).
-    Tensor
-        (count + 1,), ascending; the first and the last lie beyond what an image can reach.
+    The distribution is that of the public images' measurements, smoothed by a normal kernel (Silverman's width), or
+    without any the normal of :func:`~adversaries.inversion.evidence.priors.smooth_prior`. The first and the last
+    edge lie beyond what an image can reach.
     """
     if auxiliary is None or len(auxiliary) < 2:
         prior = smooth_prior(image_shape)
@@ -269,13 +248,7 @@ def _inverse(grid: Tensor, reached: Tensor, count: int) -> Tensor:
 
 
 def bins(client: ReplayedClient) -> list[range]:
-    """The neurons of each measurement, in the order of their thresholds.
-
-    Raises
-    ------
-    NotApplicable
-        If the weights that were sent are no bins.
-    """
+    """The neurons of each measurement, in the order of their thresholds; NotApplicable for weights that are no bins."""
     weight, bias = client.weight, client.bias
     unit = weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-300)
     same = (unit[1:] - unit[:-1]).abs().amax(1) < 1e-4

@@ -37,10 +37,7 @@ class CuriousAbandonHonesty(RowReading):
     Half of each neuron's weights, at random places, are negative draws of a half-normal, the other half the same
     numbers times -s: with s below 1 the sum over an image is mostly negative, and a ReLU neuron sleeps for most
     images. One that a single image of the batch woke holds that image times a number that its bias holds (Boenisch
-    et al. 2023). Beyond the paper, an image so found is taken out of all other neurons that it woke
-    (:mod:`~adversaries.inversion.solvers.peeling`), which leaves others alone in theirs, and each is put through the
-    model with each label: what it would have left in its neuron is compared with what was there, which labels it
-    and tells mixtures apart without the truth.
+    et al. 2023). Beyond the paper, images are peeled and labelled as by :class:`~.imprint.Imprint`.
 
     Exact for one gradient, approximate for several local steps, and under top-k as far as the rows survive.
 
@@ -48,8 +45,7 @@ class CuriousAbandonHonesty(RowReading):
     ----------
     shrink : float, optional
         The factor s, the same for all neurons as published. None: for each neuron the one with which three public
-        images in `training.batch_size` wake it (one without peeling and under top-k); 0.95
-        without public images.
+        images in `training.batch_size` wake it (one without peeling and under top-k); 0.95 without public images.
     peel : bool
         False: as published, only neurons that one image woke.
     scale : float

@@ -30,13 +30,13 @@ class Loki(BinReading):
     """LOKI: a malicious server that sees nothing but sums over clients reads each client's images out of them.
 
     The model begins with S sets of convolution kernels, and the wide layer of bins has columns for each set. Every
-    client is sent one set that passes its images on; all others are zero for it, and so is then its gradient at their
-    columns. In the sum over all clients, what secure aggregation lets through, a set's columns hold the images of its
-    own client alone, and bins are as many for each client as for one (Zhao et al. 2024).
+    client is sent one set that passes its images on; all others are zero for it, and so is then its gradient at
+    their columns. In the sum over all clients, what secure aggregation lets through, a set's columns hold the
+    images of its own client alone, and bins are as many for each client as for one (Zhao et al. 2024).
 
     The bias' gradient, which tells an image from its multiples, is one sum over all clients. The paper does without
-    it. Here the kernels have a bias of one and a ring of padding that holds nothing else, whose columns are the bias'
-    gradient of the set's own client: images come out exact and with labels, as by
+    it. Here the kernels have a bias of one and a ring of padding that holds nothing else, whose columns are the
+    bias' gradient of the set's own client: images come out exact and with labels, as by
     :class:`~adversaries.reconstruction.malicious.imprint.Imprint`, whose bins and whose peeling these are.
 
     Clients beyond the number of sets share theirs, as one client with a larger batch would. Where clients are seen
@@ -150,13 +150,7 @@ def _plain_weights(module: KernelSets, weights: dict[str, Tensor], number: int) 
 
 
 def _parts(observation: Observation) -> Iterator[tuple[int, Observation]]:
-    """For each set of kernels that was used, what its clients would have sent of the model without kernels.
-
-    Raises
-    ------
-    NotApplicable
-        If the kernels that were sent are not this attack's.
-    """
+    """For each set of kernels that was used, what its clients would have sent of the model without kernels."""
     module = _kernel_sets(observation.scenario)
     sent = observation.update.dense()
     columns = module.columns(sent["measure.weight"].double())

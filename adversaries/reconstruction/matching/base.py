@@ -2,7 +2,8 @@
 
 Such an attack is a table of recipes: named settings of :func:`adversaries.inversion.matching.match.match`, of
 the start and of the label strategy, with the published ones as the default. Everything else is here, once:
-what the protocol and the compression allow, labels, starts, grouping of victims, floors and the answer."""
+what the protocol and the compression allow, labels, starts, grouping of victims, floors and the answer.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ _USUAL_RATES = {"lbfgs": 1.0, "adam": 0.1, "sgd": 0.1}
 class OptimisationAttack(ReconstructionAttack):
     """Base of the attacks over the matching engine; a subclass brings :attr:`recipes`.
 
-    A setting that is None keeps the preset's.
+    A setting that is None keeps the preset's; see :class:`Recipe` and
+    :class:`adversaries.inversion.matching.settings.Matching`.
 
     Parameters
     ----------
@@ -55,29 +57,26 @@ class OptimisationAttack(ReconstructionAttack):
     learning_rate : float, optional
         Step size; None under another `optimizer`: its usual one.
     tv : float, optional
-        Weight of total variation. See :class:`Recipe`.
+        Weight of total variation.
     restarts : int, optional
         Starts, of which the one with the lowest loss is answered.
     start : str, optional
-        "random", "uniform", "grey", "mean" or "tiled". See :class:`Recipe`.
+        "random", "uniform", "grey", "mean" or "tiled".
     labels : str, optional
-        How labels are inferred: "auto", "joint" (optimised beside the images) or a strategy by name. See
-        :class:`Recipe`.
+        How labels are inferred: "auto", "joint" (optimised beside the images) or a strategy by name.
     objective : str, optional
         Distance of gradients. A key of :data:`adversaries.inversion.matching.objectives.OBJECTIVES`; None: the
         preset's, but the cosine where declared clipping hides the gradient's length.
     optimizer : str, optional
         lbfgs, adam, signed-adam or sgd.
     layers : str, optional
-        Which layers' gradients are matched. See :class:`adversaries.inversion.matching.settings.Matching`, as for the
-        next two.
+        Which layers' gradients are matched.
     batch_norm : {"train", "eval"}, optional
         Whose statistics BatchNorm uses: the batch's own, or the running ones; None: as declared.
     patience : int, optional
         Iterations without a better loss after which a victim is left; 0: never.
     compile : {"auto", "always", "never"}, optional
-        Whether the network's passes are compiled; "auto": in long runs. See
-        :class:`adversaries.inversion.matching.settings.Matching`.
+        Whether the network's passes are compiled; "auto": in long runs.
     local_steps : {"unrolled", "ignored"}
         What is done with a weight delta of several local steps: the steps are simulated and differentiated through,
         or the delta is taken for a multiple of one gradient.
@@ -146,27 +145,14 @@ class OptimisationAttack(ReconstructionAttack):
     def penalty(
         self, observations: Sequence[Observation], labels: Tensor, device: torch.device
     ) -> Penalty | None:
-        """A term of the attack's own, for victims with one batch size; None: there is none.
-
-        Parameters
-        ----------
-        observations : sequence of Observation
-            V victims.
-        labels : Tensor
-            int64 (V, B): the inferred labels.
-        """
+        """A term of the attack's own, for V victims with one batch size and inferred labels (V, B); None: there is none."""
         del observations, labels, device
         return None
 
     def search(self, task: Task) -> tuple[list[Match], dict[str, Any]]:
-        """Match a group of victims; an attack that turns other things than pixels does that here.
+        """Match a group of victims, in their order, with what goes into each one's record (JSON-able).
 
-        Returns
-        -------
-        list of Match
-            In the order of `task.observations`.
-        dict
-            JSON-able, for the record of each of them.
+        An attack that turns other things than pixels does that here.
         """
         return task.match(), {}
 
@@ -185,18 +171,10 @@ class OptimisationAttack(ReconstructionAttack):
 
 @dataclass(frozen=True)
 class Task:
-    """Victims with one batch size, ready to be matched.
+    """Victims with one batch size, ready to be matched: V observations, whose updates are matched.
 
-    Attributes
-    ----------
-    observations : list of Observation
-        V victims; their updates are what is matched.
-    labels : Tensor
-        int64 (V, B).
-    starts : Tensor
-        float32 (R, V, B, C, H, W), of the recipe.
-    options : dict
-        Further arguments of :func:`adversaries.inversion.matching.match.match`.
+    `labels` are int64 (V, B), `starts` float32 (R, V, B, C, H, W), and `options` go to
+    :func:`adversaries.inversion.matching.match.match`.
     """
 
     observations: list[Observation]
@@ -225,16 +203,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an attack does under one scenario.
-
-    Attributes
-    ----------
-    settings : Matching
-        The recipe's, as the scenario needs them.
-    unrolled : bool
-        Whether local steps are simulated.
-    notes : list of str
-        What was changed and assumed, for the record.
+    """What an attack does under one scenario: the recipe's settings as the scenario needs them, and whether local steps
+    are simulated; the notes say what was changed and assumed.
     """
 
     recipe: Recipe
@@ -244,13 +214,7 @@ class Plan:
 
 
 def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
-    """Settle protocol and compression.
-
-    Raises
-    ------
-    NotApplicable
-        If the update cannot be matched.
-    """
+    """Settle protocol and compression; NotApplicable for updates that cannot be matched."""
     recipe, notes = attack.recipe(), []
     settings, training = recipe.matching, scenario.training
     several = training.local_steps > 1

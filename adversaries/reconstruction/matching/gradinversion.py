@@ -91,13 +91,7 @@ class GradInversion(OptimisationAttack):
 
 
 def statistics_known(observation: Observation) -> bool:
-    """Whether the client sent its batch's BatchNorm statistics, or those sent to it come from some data at all.
-
-    Parameters
-    ----------
-    observation : Observation
-        Of a model with BatchNorm.
-    """
+    """Whether the client sent its batch's BatchNorm statistics, or those sent to it come from some data at all."""
     training = observation.scenario.training
     if observation.buffers and training.batch_norm == "train" and training.local_steps == 1:
         return True

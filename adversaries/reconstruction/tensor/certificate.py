@@ -81,8 +81,7 @@ def norm_errors(head: TwoLayerHead, inputs: Tensor, counts: Tensor, of_residuals
 def has_twins(head: TwoLayerHead, inputs: Tensor, counts: Tensor) -> bool:
     """Whether an input could as well be another multiple of itself within the range of pixels.
 
-    With a homogeneous activation, ``n delta(n)`` of samples of the head's class has a maximum, and equal values
-    beside.
+    With a homogeneous activation, ``n delta(n)`` of the head's class has a maximum, and equal values on either side.
     """
     if not homogeneous(head.name):
         return False

@@ -55,22 +55,21 @@ class Fishing(MaliciousServer, ReconstructionAttack):
     """Fishing for user data: a malicious server sends a head that all samples of a batch but one leave without error.
 
     All rows of the head are zero but one, in a random direction of the features, so that only this class' residual
-    reaches the body. "class": its bias is low, so that its probability is 0 for every sample, and the residual -1 for
-    the samples of this class and 0 for the others. "feature": its logit is steep and crosses zero where on average
-    one sample of a batch lies, so that its probability is 1 for that sample and 0 for the others. Samples of the
-    class itself are caught on the other side, with the opposite sign; a class that the public labels lack is taken
-    where there is one. What the body
-    sends is then the gradient of what was isolated, whatever the batch size; the head's bias counts it, to the
-    integer, and its weight holds their features, by which the answer is checked. The image is read off a
-    linear first layer, or searched for by another attack on the single gradient.
+    reaches the body. "class": its bias is low, so that its probability is 0 for every sample, and the residual -1
+    for the samples of this class and 0 for the others. "feature": its logit is steep and crosses zero where on
+    average one sample of a batch lies, so that its probability is 1 for that sample and 0 for the others. Samples
+    of the class itself are caught on the other side, with the opposite sign; a class that the public labels lack is
+    taken where there is one. What the body sends is then the gradient of what was isolated, whatever the batch
+    size; the head's bias counts it, to the integer, and its weight holds their features, by which the answer is
+    checked. The image is read off a linear first layer, or searched for by another attack on the single gradient.
 
     Each armed round draws its class, direction and threshold anew and catches one sample or none; of "feature" in
     about 37 of 100 rounds it is one. The other places of the answer hold the prior.
 
-    "rounds" goes on for as many rounds as are armed, with one row and a threshold that is moved by what each client's
-    earlier counts told. It asks for a batch that stays the same (batch_size 0) and catches sample after sample,
-    whatever their labels: see :mod:`~adversaries.reconstruction.malicious.fishing.bisection`. The answer of
-    a round holds what the rounds up to it isolated; the first finds where nothing is above.
+    "rounds" keeps one row over all armed rounds and moves each client's threshold by what its earlier counts told.
+    It asks for a batch that stays the same (batch_size 0) and catches sample after sample, whatever their labels:
+    see :mod:`~adversaries.reconstruction.malicious.fishing.bisection`. The answer of a round holds what the rounds
+    up to it isolated; the first finds where nothing is above.
 
     Parameters
     ----------
