@@ -30,7 +30,7 @@ Draw = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to solve; beyond what :class:`~adversaries.reconstruction.gauss_newton.attack.GaussNewton` says of its settings:
+    """How to solve; for most settings see :class:`~adversaries.reconstruction.gauss_newton.attack.GaussNewton`.
 
     Half of the `products` go to the `starts` in equal shares, and the one of lowest residual goes on; none is tried
     after one that has come below :data:`PROMISING`. Below `hybrid_below` the image is whitened by half.
@@ -204,7 +204,7 @@ def solve(
     settings: Settings,
     progress: Progress = no_progress,
 ) -> Solution:
-    """Find images whose gradient is what was sent, chosen among starts and hops, made by `draw`, by residual alone."""
+    """Find images whose gradient is what was sent, chosen among starts and hops (of `draw`) by residual alone."""
     spent = network.products
     last = spent + settings.products
     residuals: list[float] = []

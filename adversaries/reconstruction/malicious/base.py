@@ -165,7 +165,7 @@ class RowReading(MaliciousServer, ReconstructionAttack):
 
     @abstractmethod
     def _reading(self, client: ReplayedClient) -> Reading:
-        """How the neurons' rows become rows that hold few images; NotApplicable for weights that are not this attack's."""
+        """How the neurons' rows become rows that hold few images; NotApplicable for weights not this attack's."""
 
     @property
     def _sweeps(self) -> int | None:

@@ -203,7 +203,7 @@ def _calm(
 
 
 def alone_share(chance: float, batch: int) -> float:
-    """Expected share of a batch that is alone in its bin, where two images meet with a given chance: the birthday bound."""
+    """Expected share of a batch alone in its bin, where two images meet with a given chance: the birthday bound."""
     return (1 - chance) ** (batch - 1)
 
 
@@ -248,7 +248,7 @@ def _inverse(grid: Tensor, reached: Tensor, count: int) -> Tensor:
 
 
 def bins(client: ReplayedClient) -> list[range]:
-    """The neurons of each measurement, in the order of their thresholds; NotApplicable for weights that are no bins."""
+    """The neurons of each measurement, thresholds ascending; NotApplicable for weights that are no bins."""
     weight, bias = client.weight, client.bias
     unit = weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-300)
     same = (unit[1:] - unit[:-1]).abs().amax(1) < 1e-4

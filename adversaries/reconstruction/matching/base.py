@@ -145,7 +145,7 @@ class OptimisationAttack(ReconstructionAttack):
     def penalty(
         self, observations: Sequence[Observation], labels: Tensor, device: torch.device
     ) -> Penalty | None:
-        """A term of the attack's own, for V victims with one batch size and inferred labels (V, B); None: there is none."""
+        """A term of the attack's own, for V victims with one batch size and labels (V, B); None: there is none."""
         del observations, labels, device
         return None
 
@@ -203,8 +203,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an attack does under one scenario: the recipe's settings as the scenario needs them, and whether local steps
-    are simulated; the notes say what was changed and assumed.
+    """What an attack does under one scenario, and notes on what was changed and assumed.
+
+    `settings` are the recipe's, as the scenario needs them; `unrolled`: whether local steps are simulated.
     """
 
     recipe: Recipe
