@@ -29,7 +29,7 @@ from fedattack.rng import numpy_rng
 
 
 class LowResolution:
-    """A chart whose variables are pixels of images `factor` times smaller each way, enlarged by bicubic interpolation."""
+    """A chart of the pixels of images `factor` times smaller each way, enlarged by bicubic interpolation."""
 
     def __init__(self, shape: tuple[int, ...], factor: int) -> None:
         batch, channels, height, width = shape
