@@ -12,14 +12,11 @@ from torch import Tensor
 
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
 from adversaries.needs import Facts, Needs
-from adversaries.reconstruction.malicious.base import Reading, ReplayedClient, RowReading
+from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH, Reading, ReplayedClient, RowReading
 from fedattack.config import Strength
 from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Candidates, Scenario
 from fedattack.rng import torch_rng
-
-_UNKNOWN_BATCH = 32
-"""Samples expected of a client that trains on all it has, until it declares them."""
 
 _WOKEN = 3
 """Images that wake a neuron on average where they are peeled: neurons that wake for one alone leave images out."""
@@ -103,7 +100,7 @@ class CuriousAbandonHonesty(RowReading):
             # A neuron wakes where s exceeds this ratio.
             ratios = -(images @ negative.T) / (images @ positive.T).clamp_min(1e-9)
             woken = _WOKEN if self.peel and is_complete(scenario) else 1
-            share = woken / (scenario.training.batch_size or _UNKNOWN_BATCH)
+            share = woken / (scenario.training.batch_size or UNKNOWN_BATCH)
             factors = torch.quantile(ratios, min(share, 0.5), dim=0)
         sent = dict(weights)
         sent[layer.weight] = (negative + factors[:, None] * positive).to(weights[layer.weight].dtype)

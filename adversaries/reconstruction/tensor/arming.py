@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adversaries.reconstruction.base import armable
 from fedattack.errors import NotApplicable
-from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
 from fedattack.observation import Auxiliary, Scenario
 from fedattack.rng import torch_rng
@@ -16,16 +16,6 @@ TYPICAL_MEAN, TYPICAL_DEVIATION = 0.3, 0.25
 
 _SHRINK = 1e-2
 _IMAGES = 2048
-
-
-def _stem(scenario: Scenario, weights: dict[str, Tensor]) -> TwoLayer:
-    module = build_model(scenario.model)
-    if not isinstance(module, TwoLayer):
-        raise NotApplicable(
-            f"model.name = {scenario.model.name!r} has no wide two-layer head; use two-layer or lenet-two-layer"
-        )
-    module.load_state_dict(weights)
-    return module.eval()
 
 
 def armed(
@@ -53,7 +43,8 @@ def armed(
     `whiten`: by S of the public images, which must be granted. None: where the attack is inexact enough to need it
     (`spread`), by S of the public images or, without any, of grey noise.
     """
-    module = _stem(scenario, weights)
+    module = armable(scenario, TwoLayer).eval()
+    module.load_state_dict(weights)
     generator = torch_rng(seed, "tensor.arm")
     m, d = module.wide.weight.shape
     granted = auxiliary is not None and len(auxiliary) > 0

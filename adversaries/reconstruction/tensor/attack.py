@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,11 +12,11 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress, share_of
+from adversaries.base import Progress
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.gradients.activations import ACTIVATIONS, homogeneous, is_polynomial, stein_order
 from adversaries.needs import Block, Facts, Needs
-from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, failed, status_of
+from adversaries.reconstruction.base import CERTIFIED, OneByOne, armable, failed, status_of
 from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
@@ -30,10 +29,10 @@ from adversaries.reconstruction.tensor.head import (
     residuals_of,
 )
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
+from adversaries.reconstruction.tensor.stem import invert_stem
 from adversaries.seats import MaliciousServer
-from fedattack.config import Positive, Strength, TrainingConfig
+from fedattack.config import Positive, Strength
 from fedattack.errors import NotApplicable
-from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
 from fedattack.observation import EVERYONE, Auxiliary, Candidates, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
@@ -51,7 +50,7 @@ NO_TRACE = "a sample's label leaves too little trace in the head's gradient to b
 
 
 @dataclass
-class TensorAttack(MaliciousServer, ReconstructionAttack):
+class TensorAttack(MaliciousServer, OneByOne):
     """Tensor: a malicious server sends a wide two-layer head and reads the whole batch off one gradient.
 
     The gradient of the wide layer spans the batch, and its third moment over the Gaussian neurons is a symmetric
@@ -116,8 +115,7 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Refuse what cannot be identified: activation, width, or too few entries."""
         model, training = scenario.model, scenario.training
-        module = build_model(model)
-        assert isinstance(module, TwoLayer)
+        module = armable(scenario, TwoLayer)
         assert model.activation is not None
         order = stein_order(ACTIVATIONS[model.activation])
         if self.method == "published" and order != 3:
@@ -170,31 +168,14 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
             spread=not is_polynomial(activation) or scenario.model.name != "two-layer",
         )
 
-    def run(
-        self,
-        observations: Sequence[Observation],
-        seed: int,
-        device: torch.device,
-        progress: Progress = no_progress,
-    ) -> list[Reconstruction]:
-        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
-        if not observations:
-            return []
-        if device.type == "mps":  # has no float64
-            device = torch.device("cpu")
-        answers = []
-        for number, observation in enumerate(observations):
-            low, high = number / len(observations), (number + 1) / len(observations)
-            told = share_of(progress, low, high, f"client {observation.client}: ")
-            try:
-                answers.append(_Victim(self, observation, seed, device, told).answer())
-            except NotApplicable as reason:
-                answers.append(failed("tensor", observation, str(reason), residual=None))
-        return answers
-
-
-def _one_step(training: TrainingConfig) -> TrainingConfig:
-    return training if training.local_steps == 1 else training.model_copy(update={"local_steps": 1})
+    def one(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
+    ) -> Reconstruction:
+        """Rebuild, label, certify."""
+        try:
+            return _Victim(self, observation, seed, device, progress).answer()
+        except NotApplicable as reason:
+            return failed("tensor", observation, str(reason), residual=None)
 
 
 def _sparse(scenario: Scenario) -> bool:
@@ -256,28 +237,23 @@ class _Victim:
         self._attack, self._observation, self._device = attack, observation, device
         self._progress, self._seed = progress, seed
         scenario = observation.scenario
-        module = build_model(scenario.model)
-        if not isinstance(module, TwoLayer):
-            raise NotApplicable(f"model.name = {scenario.model.name!r} has no wide two-layer head")
-        module.load_state_dict(observation.weights)
-        self._module = module.eval()
+        self._module = armable(scenario, TwoLayer).eval()
+        self._module.load_state_dict(observation.weights)
         assert scenario.model.activation is not None
         weights = {name: tensor.to(device) for name, tensor in observation.weights.items()}
         self._head = TwoLayerHead.of(
             weights["wide.weight"], weights["head.weight"], scenario.model.activation
         )
-        one_step = dataclasses.replace(scenario, training=_one_step(scenario.training))
+        training = scenario.training.model_copy(update={"local_steps": 1})
+        one_step = dataclasses.replace(scenario, training=training)
         one_gradient.check_received(dataclasses.replace(observation, scenario=one_step))
         self._update = one_gradient.mean_gradient(observation)
-        self._samples = observation.num_examples
-        if attack.batch:
-            self._samples = max(attack.batch, 1)
+        self._samples = attack.batch or observation.num_examples
         self._generator = torch_rng(seed, "tensor", observation.round, observation.client)
         self._notes: list[str] = []
         self._figures: dict[str, Any] = {"kept": observation.update.kept}
 
     def answer(self) -> Reconstruction:
-        """Rebuild, label, certify."""
         complete = self._update.indices is None or self._update.kept == self._update.numel
         if self._observation.client == EVERYONE and not complete:
             raise NotApplicable(
@@ -294,8 +270,6 @@ class _Victim:
         else:
             found, method = self._from_gradient(), "tensor"
         return self._finished(found, method)
-
-    # ------------------------------------------------------------------ routes
 
     def _dense(self) -> tuple[Tensor, Tensor]:
         tensors = self._update.dense()
@@ -511,8 +485,6 @@ class _Victim:
             answer.doubts.append("averages over the neurons leave no equations to check the inputs by")
         return answer
 
-    # ------------------------------------------------------------------ pieces
-
     def _entries(self) -> from_entries.Entries:
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name, shape, positions, values in self._update.layers():
@@ -647,8 +619,6 @@ class _Victim:
     def _images(self, inputs: Tensor, shape: tuple[int, int, int]) -> Tensor:
         if isinstance(self._module.stem, torch.nn.Flatten):
             return inputs.reshape(-1, *shape)
-        from adversaries.reconstruction.tensor.stem import invert_stem
-
         images, figures = invert_stem(self._module.stem, inputs, shape, self._observation.auxiliary)
         self._figures |= figures
         return images

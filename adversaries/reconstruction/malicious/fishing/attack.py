@@ -18,6 +18,7 @@ from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
+from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH
 from adversaries.reconstruction.malicious.fishing import bisection
 from adversaries.reconstruction.malicious.fishing.bisection import COUNT_ERROR
 from adversaries.reconstruction.malicious.fishing.isolation import (
@@ -43,9 +44,6 @@ from fedattack.rng import torch_rng
 
 CERTIFIED = 1e-4
 """Relative misfit of features up to which an image that was read off is what was isolated."""
-
-_UNKNOWN_BATCH = 32
-"""Samples expected of a client that trains on all it has, until it declares them."""
 
 _FEW = 2
 
@@ -155,7 +153,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         generator = torch_rng(seed, "fishing.arm")
         row, bias = torch.zeros_like(weights[f"{head}.weight"]), torch.zeros_like(weights[f"{head}.bias"])
         known = [] if auxiliary is None or auxiliary.labels is None else auxiliary.labels.unique().tolist()
-        batch = scenario.training.batch_size or _UNKNOWN_BATCH
+        batch = scenario.training.batch_size or UNKNOWN_BATCH
         mode = self.mode
         if mode == "auto":
             mode = "class" if batch <= _FEW * (len(known) or len(bias)) else "feature"
