@@ -301,13 +301,7 @@ class _Victim:
         found = self._labelled(estimate.inputs, wide, last)
         if self._attack.refine == "off" or found.certified:
             return found
-        fit = refine(
-            self._head,
-            y,
-            estimate.inputs,
-            estimate.weights,
-            progress=lambda part: self._progress(0.5 + 0.5 * part, "refinement"),
-        )
+        fit = refine(self._head, y, estimate.inputs, estimate.weights, progress=self._refining)
         return self._better(found, self._labelled(fit.inputs, wide, last))
 
     def _from_products(self, estimate: Estimate, y: Tensor, wide: Tensor, last: Tensor) -> _Answer:
@@ -380,7 +374,7 @@ class _Victim:
             labels,
             training,
             span.basis[:, :size],
-            progress=lambda part: self._progress(0.5 + 0.5 * part, "refinement"),
+            progress=self._refining,
         )
         return self._better(found, self._replayed(found, inputs, labels, change))
 
@@ -498,6 +492,9 @@ class _Victim:
         if self._attack.view == "last_layer":
             found["wide.weight"] = tuple(part[:0] for part in found["wide.weight"])  # type: ignore[assignment]
         return from_entries.Entries(*found["head.weight"], *found["wide.weight"])
+
+    def _refining(self, share: float) -> None:
+        self._progress(0.5 + 0.5 * share, "refinement")
 
     def _take(self, estimate: Estimate) -> None:
         self._notes += estimate.notes

@@ -24,15 +24,12 @@ _SETTLED = 1e-14
 
 def slices(tensor: Tensor) -> Tensor:
     """The slices (K, B, B) of a symmetric tensor of order 2, 3 or 4 over its last two modes."""
-    size = tensor.shape[-1]
-    return tensor.reshape(-1, size, size)
+    return tensor.reshape(-1, *tensor.shape[-2:])
 
 
 def symmetric(tensor: Tensor) -> Tensor:
     """The mean over the places of the last mode, of a tensor that is symmetric in the others."""
-    order = tensor.ndim
-    parts = [tensor.movedim(-1, place) for place in range(order)]
-    return torch.stack(parts).mean(0)
+    return torch.stack([tensor.movedim(-1, place) for place in range(tensor.ndim)]).mean(0)
 
 
 def off_diagonal(stack: Tensor, directions: Tensor) -> float:
@@ -203,33 +200,27 @@ def decompose(
     `second`, the second-order moment (B, B), is one more slice for "simdiag", and the whitening of "tensorly_power".
     """
     stack = slices(tensor)
-    notes: list[str] = []
     if method == "simdiag":
-        return simdiag(_joined(stack, second), generator), notes
+        if second is not None:
+            typical = stack.square().sum((1, 2)).mean().sqrt()
+            stack = torch.cat([stack, (second * (typical / second.norm().clamp_min(1e-300)))[None]])
+        return simdiag(stack, generator), []
     if method == "jennrich":
-        return jennrich(stack, generator), notes
+        return jennrich(stack, generator), []
     if method == "als":
-        return als(stack, tensor, generator), notes
+        return als(stack, tensor, generator), []
     if tensor.ndim != 3 or second is None:
         raise ConfigError(
             "setting 'tensor.decomposer' = 'tensorly_power': needs whitening by a second-order moment, which this "
             "activation does not give; use 'simdiag'"
         )
     whitener = whitener_of(second)
-    if whitener is None:
-        notes.append(
-            "P indefinite: whitening disabled; the power iteration needs whitening and is wrong on components that "
-            "are not orthogonal"
-        )
-        whitener = torch.eye(len(second), dtype=second.dtype, device=second.device)
-    return tensorly_power(tensor, whitener, seed), notes
-
-
-def _joined(stack: Tensor, second: Tensor | None) -> Tensor:
-    if second is None:
-        return stack
-    typical = stack.square().sum((1, 2)).mean().sqrt()
-    return torch.cat([stack, (second * (typical / second.norm().clamp_min(1e-300)))[None]])
+    if whitener is not None:
+        return tensorly_power(tensor, whitener, seed), []
+    note = (
+        "P indefinite: the power iteration is not whitened, and wrong on components that are not orthogonal"
+    )
+    return tensorly_power(tensor, torch.eye(len(second)).to(second), seed), [note]
 
 
 def _inverse(matrix: Tensor) -> Tensor | None:

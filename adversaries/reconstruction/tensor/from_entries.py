@@ -94,17 +94,20 @@ class Model:
         """The values at x."""
         return self.at(x)[0]
 
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """W x, s and s' of it, the softmax, and its residuals."""
+        u = x @ self._head.wide.T
+        hidden, slope = self._head.activation.value(u), self._head.activation.slope(u)
+        p = (hidden @ self._head.head.T).softmax(1)
+        return u, hidden, slope, p, p - self._hot
+
     def at(self, x: Tensor) -> tuple[Tensor, Function, Function]:
         """Values at x, and the Jacobian there as a map of steps (B, d) and, transposed, of residuals (k,)."""
-        head, e = self._head, self._entries
-        act, (head_norm, wide_norm) = head.activation, self._norms
+        head, e, (head_norm, wide_norm) = self._head, self._entries, self._norms
         size, split = len(x), len(e.head_values)
-        u = x @ head.wide.T
-        hidden, slope = act.value(u), act.slope(u)
-        p = (hidden @ head.head.T).softmax(1)
-        delta = p - self._hot
+        u, hidden, slope, p, delta = self._forward(x)
         back = delta @ head.head
-        bend = act.bend(u) * back if len(e.wide_values) else u
+        bend = head.activation.bend(u) * back if len(e.wide_values) else u
         wide_weights = back * slope
 
         def joined(full: Tensor, wide: Tensor) -> Tensor:
@@ -132,8 +135,8 @@ class Model:
                 (e.head_rows, e.head_columns), left[:split] / head_norm / size, accumulate=True
             )
             dd, dh = hidden @ scattered.T, delta @ scattered
-            direct: Tensor | None = None
-            du_extra: Tensor | None = None
+            direct: Tensor | float = 0.0
+            bent: Tensor | float = 0.0
             if len(e.wide_values):
                 part = left[split:] / wide_norm / size
                 dw = torch.zeros_like(u).index_add_(1, e.wide_rows, x[:, e.wide_columns] * part)
@@ -141,26 +144,18 @@ class Model:
                     1, e.wide_columns, wide_weights[:, e.wide_rows] * part
                 )
                 dd = dd + (dw * slope) @ head.head.T
-                du_extra = dw * bend
+                bent = dw * bend
             dh = dh + through_softmax(dd) @ head.head
-            du = slope * dh
-            if du_extra is not None:
-                du = du + du_extra
-            found = du @ head.wide
-            return found if direct is None else found + direct
+            return (slope * dh + bent) @ head.wide + direct
 
         values = joined(delta.T @ hidden, wide_entries(wide_weights, x))
         return values, push, pull
 
     def normal_equations(self, x: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         """J'J (B d, B d) and J' left (B d,) at x, the Jacobian's rows formed in blocks."""
-        head, e = self._head, self._entries
-        act, (head_norm, wide_norm) = head.activation, self._norms
+        head, e, (head_norm, wide_norm) = self._head, self._entries, self._norms
         size, dimension = x.shape
-        u = x @ head.wide.T
-        hidden, slope = act.value(u), act.slope(u)
-        p = (hidden @ head.head.T).softmax(1)
-        delta = p - self._hot
+        u, hidden, slope, p, delta = self._forward(x)
         # d delta_i / d x_i = (diag p - p p') A diag(s') W, (B, C, d)
         inner = torch.einsum("cm,im,md->icd", head.head, slope, head.wide)
         turn = p[:, :, None] * (inner - torch.einsum("ic,icd->id", p, inner)[:, None])
@@ -185,7 +180,7 @@ class Model:
         for part in torch.arange(len(e.wide_values), device=x.device).split(_ROWS):
             j, k = e.wide_rows[part], e.wide_columns[part]
             through = torch.einsum("cn,icd->nid", head.head[:, j], turn) * slope[:, j].T[:, :, None]
-            bent = (back[:, j] * act.bend(u[:, j])).T[:, :, None] * head.wide[j][:, None]
+            bent = (back[:, j] * head.activation.bend(u[:, j])).T[:, :, None] * head.wide[j][:, None]
             rows = x[:, k].T[:, :, None] * (through + bent)
             rows[torch.arange(len(part), device=x.device), :, k] += (back[:, j] * slope[:, j]).T
             gather(rows / (wide_norm * size), left[split + part])
@@ -441,11 +436,10 @@ def solve(
     for attempt in range(restarts):
         labels = guesses[attempt % len(guesses)]
         function = Model(head, entries, labels)
-        start = next(sources[attempt % len(guesses)])
-        start = _scaled(function, wanted, start)
+        start = _scaled(function, wanted, next(sources[attempt % len(guesses)]))
         x, _ = fit(function, wanted, start, iterations)
-        left, split = wanted - function(x), len(entries.head_values)
-        parts = {"head": float(left[:split].norm()), "wide": float(left[split:].norm())}
+        blocks = (wanted - function(x)).tensor_split([len(entries.head_values)])
+        parts = {name: float(block.norm()) for name, block in zip(("head", "wide"), blocks, strict=True)}
         if best is None or max(parts.values()) < best.residual:
             best = Solution(x, labels, max(parts.values()), parts)
         progress((attempt + 1) / restarts)
@@ -455,10 +449,9 @@ def solve(
     if best.residual > certified:
         return best
     function = Model(head, entries, best.labels)
-    left, split = wanted - function(best.inputs), len(entries.head_values)
-    noise = torch.cat(
-        [part.square().mean().sqrt().expand(len(part)) for part in (left[:split], left[split:])]
-    )
+    left = wanted - function(best.inputs)
+    blocks = left.tensor_split([len(entries.head_values)])
+    noise = torch.cat([part.square().mean().sqrt().expand(len(part)) for part in blocks])
     unseen, found = foundation(function, best.inputs, left, safety * noise, generator)
     return replace(best, unseen=unseen, error=float(found.max()))
 
@@ -481,12 +474,8 @@ def climbed(
     moments that starts are drawn from sharp, and steps cheap: several starts are tried in the smallest space, and
     the best is carried from space to space. What an input has outside of it is noise there.
     """
-    bare = replace(
-        entries,
-        wide_rows=entries.wide_rows[:0],
-        wide_columns=entries.wide_columns[:0],
-        wide_values=entries.wide_values[:0],
-    )
+    none = {name: getattr(entries, name)[:0] for name in ("wide_rows", "wide_columns", "wide_values")}
+    bare = replace(entries, **none)
     wanted = targets(bare)
     point: Tensor | None = None
     for basis in ladder:

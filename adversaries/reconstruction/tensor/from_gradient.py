@@ -17,8 +17,16 @@ from adversaries.inversion.gradients.activations import (
 )
 from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
 from adversaries.reconstruction.tensor import moments
-from adversaries.reconstruction.tensor.decompose import Decomposer, decompose, symmetric
-from adversaries.reconstruction.tensor.head import TwoLayerHead
+from adversaries.reconstruction.tensor.decompose import (
+    Decomposer,
+    decompose,
+    jennrich,
+    off_diagonal,
+    simdiag,
+    slices,
+    symmetric,
+)
+from adversaries.reconstruction.tensor.head import TwoLayerHead, golden_section
 from adversaries.reconstruction.tensor.moments import feature_count, regress
 from fedattack.errors import NotApplicable
 
@@ -117,10 +125,8 @@ def degree_for(head: TwoLayerHead, batch: int) -> int:
         )
     if is_polynomial(head.name):
         return least
-    degree = least
-    while (
-        degree < _MOST_DEGREE and feature_count(batch, degree + 1) <= min(head.width // 3, _MOST_FEATURES)
-    ):  # fmt: skip
+    degree, most = least, min(head.width // 3, _MOST_FEATURES)
+    while degree < _MOST_DEGREE and feature_count(batch, degree + 1) <= most:
         degree += 1
     return degree
 
@@ -141,10 +147,7 @@ def from_wide(
     inside = coordinates.inside(y)
     found, unexplained = regress(coordinates.u, inside, degree)
     tensor = symmetric(found[order - 1])
-    size = hermite_coefficients(head.activation)
-    second = None
-    if abs(size[2]) > 1e-6:
-        second = symmetric(found[1])
+    second = symmetric(found[1]) if abs(hermite_coefficients(head.activation)[2]) > 1e-6 else None
     directions, notes = decompose(decomposer, tensor, second, generator, seed)
     dual = torch.linalg.inv(directions)
     curves = inside @ dual.T  # column i: r_i n_i s'(n_i v_i) of the unit direction i
@@ -152,13 +155,12 @@ def from_wide(
     norms, weights = _fit_curves(head, v, curves)
     if order == 4:
         notes.insert(0, f"activation {head.name} has a zero third Hermite coefficient; using order 4")
-    inputs = coordinates.outside((directions * norms).T)
-    inputs, weights = _upright(inputs, weights, head)
+    inputs, weights = _upright(coordinates.outside((directions * norms).T), weights, head)
     figures: dict[str, object] = {
         "order": order,
         "degree": degree,
         "regression_residual": unexplained,
-        "off_diagonal": _share_off(tensor, directions),
+        "off_diagonal": off_diagonal(slices(tensor), directions),
     }
     return Estimate(inputs, weights, notes, figures)
 
@@ -206,8 +208,6 @@ def from_head(
 def _decompose_stack(
     stack: Tensor, found: dict[int, Tensor], decomposer: Decomposer, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:
-    from adversaries.reconstruction.tensor.decompose import jennrich, simdiag
-
     if decomposer == "jennrich":
         return jennrich(stack, generator), []
     notes = []
@@ -216,9 +216,8 @@ def _decompose_stack(
             f"decomposer {decomposer!r} takes one tensor and the head's change gives one per class: simdiag was used"
         )
     second = found[2].movedim(-1, 0)
-    scale = stack.square().sum((1, 2)).mean().sqrt() / second.square().sum((1, 2)).mean().sqrt().clamp_min(
-        1e-300
-    )
+    typical, other = (part.square().sum((1, 2)).mean().sqrt() for part in (stack, second))
+    scale = typical / other.clamp_min(1e-300)
     return simdiag(torch.cat([stack, second * scale]) if float(scale) < 1e6 else stack, generator), notes
 
 
@@ -250,13 +249,8 @@ def _fit_curves(head: TwoLayerHead, v: Tensor, curves: Tensor) -> tuple[Tensor, 
     scores = torch.stack([explained(n.expand(v.shape[1])) for n in grid])
     best = grid[scores.argmax(0)]
     if not homogeneous(head.name):
-        low, high = best / 10 ** (3.5 / 140), best * 10 ** (3.5 / 140)
-        golden = (5**0.5 - 1) / 2
-        for _ in range(40):
-            left, right = high - golden * (high - low), low + golden * (high - low)
-            better = explained(left) > explained(right)
-            low, high = torch.where(better, low, left), torch.where(better, right, high)
-        best = (low + high) / 2
+        step = 10 ** (3.5 / 140)
+        best = golden_section(lambda n: -explained(n), best / step, best * step, 40)
     slope = act.slope(best * v)
     return best, (slope * curves).sum(0) / slope.square().sum(0).clamp_min(1e-300) / best
 
@@ -271,10 +265,9 @@ def _profile_norms(head: TwoLayerHead, found: dict[int, Tensor], directions: Ten
     orders = [q for q in found if q <= 3 or q == max(found)]
     seen = []
     for q in orders:
-        tensor = found[q]
         letters = "abcd"[:q]
         spec = ",".join(["i" + letter for letter in letters])
-        seen.append(torch.einsum(f"{letters}k,{spec}->ik", tensor, *[dual] * q))
+        seen.append(torch.einsum(f"{letters}k,{spec}->ik", found[q], *[dual] * q))
     measured = torch.stack(seen, 1)  # (B, orders, mixtures)
     grid = torch.logspace(-2, 1.5, 701, dtype=dual.dtype).tolist()
     profiles = torch.tensor(
@@ -302,12 +295,6 @@ def _upright(inputs: Tensor, weights: Tensor, head: TwoLayerHead) -> tuple[Tenso
     return inputs * sign[:, None], weights * sign
 
 
-def _share_off(tensor: Tensor, directions: Tensor) -> float:
-    from adversaries.reconstruction.tensor.decompose import off_diagonal, slices
-
-    return off_diagonal(slices(tensor), directions)
-
-
 def published(
     head: TwoLayerHead, gradient: Tensor, wide: Tensor | None, batch: int, generator: torch.Generator
 ) -> Estimate:
@@ -322,8 +309,6 @@ def published(
     """
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    from adversaries.reconstruction.tensor.decompose import simdiag, slices
-
     coefficients = hermite_coefficients(head.activation)
     if min(abs(coefficients[2]), abs(coefficients[3])) < 1e-6:
         raise NotApplicable(
@@ -333,18 +318,13 @@ def published(
     scale = float(head.wide.square().mean().sqrt())
     w = head.wide / scale
     m = len(w)
-    if wide is None:
-        g = gradient
+    half = None if wide is None else wide.T @ w / m
 
-        def product(vector: object) -> object:
-            x = torch.as_tensor(vector, dtype=torch.float64, device=w.device).flatten()
-            return ((w.T @ (g * (w @ x))) / m - g.mean() * x).cpu().numpy()
-    else:
-        half = wide.T @ w / m
-
-        def product(vector: object) -> object:
-            x = torch.as_tensor(vector, dtype=torch.float64, device=w.device).flatten()
+    def product(vector: object) -> object:
+        x = torch.as_tensor(vector, dtype=torch.float64, device=w.device).flatten()
+        if half is not None:
             return ((half @ x + half.T @ x) / 2).cpu().numpy()
+        return ((w.T @ (gradient * (w @ x))) / m - gradient.mean() * x).cpu().numpy()
 
     d = w.shape[1]
     start = torch.randn(d, dtype=torch.float64, generator=generator).numpy()

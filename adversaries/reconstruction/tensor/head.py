@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -121,8 +122,7 @@ def read_labels(head: TwoLayerHead, inputs: Tensor, delta: Tensor) -> Labelled:
     chosen = torch.where(good.any(0), good.int().argmax(0), torch.zeros_like(good[0], dtype=torch.int64))
     picked = rounded[chosen, torch.arange(len(inputs), device=p.device)].long()
     bad = ~good.any(0)
-    if bool(bad.any()):
-        picked[bad] = torch.nn.functional.one_hot(delta[bad].argmin(1), head.classes)
+    picked[bad] = torch.nn.functional.one_hot(delta[bad].argmin(1), head.classes)
     doubt = distance[chosen, torch.arange(len(inputs), device=p.device)].max()
     return Labelled(picked, float(doubt.clamp(max=1.0)))
 
@@ -151,10 +151,14 @@ def fix_scales(head: TwoLayerHead, directions: Tensor, gradient: Tensor, samples
     first = (dips & (inner <= 100 * floor + 1e-4)).int().argmax(1) + 1
     low = grid.gather(1, (first - 1)[:, None])[:, 0]
     high = grid.gather(1, (first + 1).clamp(max=grid.shape[1] - 1)[:, None])[:, 0]
+    return golden_section(lambda n: misfit(n[:, None])[:, 0], low, high, 80)
+
+
+def golden_section(cost: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int) -> Tensor:
+    """Where each of B functions, of one argument (B,) each, is least between `low` and `high`."""
     golden = (5**0.5 - 1) / 2
-    for _ in range(80):
+    for _ in range(steps):
         left, right = high - golden * (high - low), low + golden * (high - low)
-        pair = misfit(torch.stack([left, right], 1))
-        better = pair[:, 0] < pair[:, 1]
+        better = cost(left) < cost(right)
         low, high = torch.where(better, low, left), torch.where(better, right, high)
     return (low + high) / 2

@@ -49,11 +49,8 @@ class HermiteBasis:
         """All products up to `degree` (at most 4)."""
         chosen: dict[int, Tensor] = {}
         for q in range(1, degree + 1):
-            if q == 2:
-                chosen[q] = torch.triu_indices(dimension, dimension).T.contiguous()
-            else:
-                rows = list(itertools.combinations_with_replacement(range(dimension), q))
-                chosen[q] = torch.tensor(rows, dtype=torch.int64).reshape(-1, q)
+            rows = list(itertools.combinations_with_replacement(range(dimension), q))
+            chosen[q] = torch.tensor(rows, dtype=torch.int64).reshape(-1, q)
         return cls(dimension, degree, chosen, {q: _factors(rows, q) for q, rows in chosen.items()})
 
     @property
@@ -85,47 +82,24 @@ class HermiteBasis:
         for q, monomials in self.monomials.items():
             part = coefficients[start : start + len(monomials)]
             start += len(monomials)
-            factorials = torch.tensor(
-                [
-                    math.prod(math.factorial(n) for n in torch.unique(row, return_counts=True)[1].tolist())
-                    for row in monomials
-                ]
-                if q > 2
-                else _pair_factorials(monomials, q),
-                dtype=coefficients.dtype,
-                device=coefficients.device,
-            )
+            # How often each variable came up to its place, multiplied: the factorials of the multiplicities.
+            factorials = (monomials[:, :, None] == monomials[:, None]).tril().sum(2).prod(1).to(part)
             part = part * (factorials / math.factorial(q)).sqrt()[:, None]
-            full = torch.zeros(
-                *[self.dimension] * q, outputs, dtype=coefficients.dtype, device=coefficients.device
-            )
+            full = part.new_zeros(*[self.dimension] * q, outputs)
             for order in itertools.permutations(range(q)):
                 full[tuple(monomials[:, place] for place in order)] = part
             found[q] = full
         return found
 
 
-def _pair_factorials(monomials: Tensor, q: int) -> list[float]:
-    if q == 1:
-        return [1.0] * len(monomials)
-    return (1.0 + (monomials[:, 0] == monomials[:, 1]).double()).tolist()
-
-
 def _factors(monomials: Tensor, q: int) -> list[tuple[Tensor, int, Tensor]]:
-    if q == 1:
-        return [(monomials[:, 0], 1, torch.arange(len(monomials)))]
-    starts = torch.ones_like(monomials, dtype=torch.bool)
-    starts[:, 1:] = monomials[:, 1:] != monomials[:, :-1]
-    lengths = torch.zeros_like(monomials)
-    for place in range(q):
-        same = torch.ones(len(monomials), dtype=torch.bool)
-        for ahead in range(place, q):
-            same &= monomials[:, ahead] == monomials[:, place]
-            lengths[:, place] += same
+    """(variables, power, products) of the runs of equal variables in each product, by place and length."""
+    same = monomials[:, :, None] == monomials[:, None]
+    begins, lengths = same.tril().sum(2) == 1, same.triu().sum(2)
     factors = []
     for place in range(q):
         for power in range(1, q + 1):
-            where = torch.nonzero(starts[:, place] & (lengths[:, place] == power)).flatten()
+            where = torch.nonzero(begins[:, place] & (lengths[:, place] == power)).flatten()
             if len(where):
                 factors.append((monomials[where, place], power, where))
     return factors

@@ -201,8 +201,6 @@ def relu_masks(
         return products, torch.ones_like(products[:, 0]), 0.0
     sides = (neurons @ (best * signs[:, None]).T > 0).to(y.dtype)
     right = (inside - sides @ best).norm(dim=1) < 1e-5 * typical
-    if int(right.sum()) >= 2 * size:
-        best_full = torch.linalg.lstsq(sides[right], y[right]).solution
-    else:
-        best_full = best @ basis.T
-    return best_full, signs, max(most, 0.0)
+    enough = int(right.sum()) >= 2 * size
+    best = torch.linalg.lstsq(sides[right], y[right]).solution if enough else best @ basis.T
+    return best, signs, max(most, 0.0)

@@ -41,6 +41,10 @@ def _inverted(stem: nn.Module, target: Tensor, shape: tuple[int, int, int], prio
     def answer(x: Tensor) -> Tensor:
         return stem(x.reshape(1, *shape))[0]
 
+    def objective(z: Tensor, tau: float) -> float:
+        left = (answer(prior.mean + factor @ z) - target) / tau
+        return float(left.square().sum() + z.square().sum())
+
     x = prior.mean.clone()
     z = torch.zeros(factor.shape[1], dtype=x.dtype)
     with torch.no_grad():
@@ -59,18 +63,13 @@ def _inverted(stem: nn.Module, target: Tensor, shape: tuple[int, int, int], prio
                     gram = jacobian.T @ jacobian
                     gram.diagonal().add_(1.0)
                     z_new = torch.linalg.solve(gram, jacobian.T @ wanted)
-                before = _objective(answer, prior.mean + factor @ z, z, target, tau)
+                before = objective(z, tau)
                 length = 1.0
                 while length > 1e-3:
                     trial = z + length * (z_new - z)
-                    if _objective(answer, prior.mean + factor @ trial, trial, target, tau) <= before:
+                    if objective(trial, tau) <= before:
                         z = trial
                         break
                     length /= 2
                 x = prior.mean + factor @ z
     return x.reshape(shape)
-
-
-def _objective(answer: object, x: Tensor, z: Tensor, target: Tensor, tau: float) -> float:
-    assert callable(answer)
-    return float(((answer(x) - target) / tau).square().sum() + z.square().sum())
