@@ -15,7 +15,7 @@ from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.first_layer import Player, misfits
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.gradients import closed_form
-from adversaries.inversion.gradients.closed_form import Chain, Convolution
+from adversaries.inversion.gradients.closed_form import Convolution
 from adversaries.needs import Needs
 from adversaries.reconstruction.base import OneByOne, status_of
 from fedattack.config import Strength
@@ -114,7 +114,30 @@ def _recursion(observation: Observation, ridge: float, device: torch.device) -> 
         layers.append({"layer": layer.name, **figures})
         values = solved
         slopes = closed_form.transpose(layer, weights, delta, (solved.shape[2], solved.shape[3]))
-    return _answer(observation, chain, sent, values, label, {"ridge": ridge, "layers": layers}, device)
+    image = values.clamp(0, 1)
+    parts = misfits(
+        sent, Player(observation, chain.convolutions[0].name, device).play(image.flatten(1), label).gradients
+    )
+    left = max(parts.values())
+    status = status_of(left)
+    reason = f"residual {left:.0e}: the image does not explain the update" if status == "failed" else ""
+    return Reconstruction(
+        image.float().cpu(),
+        label,
+        loss=left,
+        label_confidence=1.0,
+        method="rgap",
+        floors=floors(observation, label),
+        details={
+            "status": status,
+            "reason": reason,
+            "residual": left,
+            "residual_parts": parts,
+            "kept": observation.update.kept,
+            "ridge": ridge,
+            "layers": layers,
+        },
+    )
 
 
 def _solve(
@@ -152,37 +175,3 @@ def _solve(
         "unexplained": float(left),
     }
     return typical + found.reshape(typical.shape), figures
-
-
-def _answer(
-    observation: Observation,
-    chain: Chain,
-    sent: dict[str, Tensor],
-    image: Tensor,
-    label: Tensor,
-    figures: dict[str, Any],
-    device: torch.device,
-) -> Reconstruction:
-    image = image.clamp(0, 1)
-    parts = misfits(
-        sent, Player(observation, chain.convolutions[0].name, device).play(image.flatten(1), label).gradients
-    )
-    left = max(parts.values())
-    status = status_of(left)
-    reason = f"residual {left:.0e}: the image does not explain the update" if status == "failed" else ""
-    return Reconstruction(
-        image.float().cpu(),
-        label,
-        loss=left,
-        label_confidence=1.0,
-        method="rgap",
-        floors=floors(observation, label),
-        details={
-            "status": status,
-            "reason": reason,
-            "residual": left,
-            "residual_parts": parts,
-            "kept": observation.update.kept,
-            **figures,
-        },
-    )

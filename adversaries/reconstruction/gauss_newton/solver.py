@@ -14,15 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence.whitening import Whitening, relaxed
 from adversaries.inversion.gradients.products import Linearisation, Network
 from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
-from fedattack.errors import ConfigError
+from fedattack.config import Positive, Share, Strength, Weight
+from fedattack.registry import check_values
 
 Draw = Callable[[], Tensor]
 """A fresh z ~ N(0, I), (B, C, H, W)."""
@@ -38,27 +41,18 @@ class Settings:
     as many after each full step that would have used more. `solved`: a residual that ends the search.
     """
 
-    products: int = 8000
-    starts: int = 3
-    noise: float | None = None
-    kink: float = 1.0
-    hybrid_below: float = 0.05
-    hop: float = 1.0
-    tolerance: float = 0.05
-    inner: int = 25
-    solved: float = 1e-6
+    products: Annotated[int, Field(ge=100)] = 8000
+    starts: Positive = 3
+    noise: Strength | None = None
+    kink: Weight = 1.0
+    hybrid_below: Weight = 0.05
+    hop: Weight = 1.0
+    tolerance: Share = 0.05
+    inner: Positive = 25
+    solved: Weight = 1e-6
 
     def __post_init__(self) -> None:
-        for name, least in (("products", 100), ("starts", 1), ("inner", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must be at least {least}")
-        for name in ("kink", "hybrid_below", "hop", "solved"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must not be negative")
-        if self.noise is not None and not 0 < self.noise < math.inf:
-            raise ConfigError(f"setting 'noise' = {self.noise}: must be positive")
-        if not 0 < self.tolerance < 1:
-            raise ConfigError(f"setting 'tolerance' = {self.tolerance}: must be between 0 and 1")
+        check_values(self, "gauss-newton")
 
 
 GROWTH = 1.5

@@ -40,6 +40,9 @@ _RESTART_DEVIATION = 0.1
 _USUAL_RATES = {"lbfgs": 1.0, "adam": 0.1, "sgd": 0.1}
 """Learning rates for an optimiser that replaces the preset's own."""
 
+_OF_MATCHING = ("iterations", "learning_rate", "objective", "layers", "batch_norm", "patience", "compile")
+_OF_RECIPE = ("tv", "restarts", "start", "labels")
+
 
 @dataclass
 class OptimisationAttack(ReconstructionAttack):
@@ -110,27 +113,19 @@ class OptimisationAttack(ReconstructionAttack):
     def recipe(self) -> Recipe:
         """The preset with this attack's own settings in it."""
         base = self.recipes[self.preset]
-        wanted = {
-            "iterations": self.iterations,
-            "learning_rate": self.learning_rate,
-            "objective": self.objective,
-            "optimiser": self.optimizer,
-            "layers": self.layers,
-            "batch_norm": self.batch_norm,
-            "patience": self.patience,
-            "compile": self.compile,
-        }
-        changes: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+        changes = self._given(_OF_MATCHING)
         if self.optimizer is not None and self.optimizer != base.matching.optimiser:
             kind = self.optimizer.removeprefix("signed-")
-            changes = {"learning_rate": _USUAL_RATES[kind], "momentum": 0.0, "block": 0} | changes
-        outer = {"tv": self.tv, "restarts": self.restarts, "start": self.start, "labels": self.labels}
-        replaced: dict[str, Any] = {name: value for name, value in outer.items() if value is not None}
+            usual = {"learning_rate": _USUAL_RATES[kind], "momentum": 0.0, "block": 0}
+            changes = usual | changes | {"optimiser": self.optimizer}
         matching = dataclasses.replace(base.matching, **changes)
-        recipe = dataclasses.replace(base, matching=matching, **replaced)
+        recipe = dataclasses.replace(base, matching=matching, **self._given(_OF_RECIPE))
         if recipe.labels != "joint":
             label_strategies.STRATEGIES.get(recipe.labels)
         return recipe
+
+    def _given(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """The labels are read as the recipe says; several local steps are more than one gradient."""
@@ -234,11 +229,8 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
             notes.append(f"objective 'sign' instead of {settings.objective!r}: only signs were sent")
             settings = dataclasses.replace(settings, objective="sign")
     cosine = "cosine" if settings.layer_weights == "equal" else "layer-cosine"
-    if (
-        defences.clips(scenario)
-        and attack.objective is None
-        and settings.objective not in defences.DIRECTIONS
-    ):
+    lengthless = settings.objective in defences.DIRECTIONS
+    if defences.clips(scenario) and attack.objective is None and not lengthless:
         notes.append(
             f"objective {cosine!r} instead of {settings.objective!r}: clipping hides the gradient's length"
         )
@@ -321,10 +313,8 @@ class _Run:
             "unroll": schedule_for(scenario, batch) if self._plan.unrolled else None,
             "penalty": self._attack.penalty(observations, labels, self._device),
         }
-        starts = torch.stack([self._starts(victim) for victim in victims], 1)
-        task = Task(
-            observations, labels, starts, self._plan.settings, self._device, told, options, self._seed
-        )
+        starts, settings = torch.stack([self._starts(victim) for victim in victims], 1), self._plan.settings
+        task = Task(observations, labels, starts, settings, self._device, told, options, self._seed)
         matches, details = self._attack.search(task)
         self._details |= dict.fromkeys(members, details)
         return matches
@@ -371,8 +361,7 @@ class _Run:
                 f"client {victim.observation.client}: no image has a finite loss; the weights that were sent, or the "
                 "update, lead to NaN or infinite values"
             )
-        joint = recipe.labels == "joint"
-        values = found.labels if joint else victim.labels.values
+        values = found.labels if recipe.labels == "joint" else victim.labels.values
         pixels = len(values) * math.prod(victim.observation.scenario.image_shape)
         details: dict[str, Any] = {
             "preset": self._attack.preset,

@@ -124,7 +124,9 @@ def as_whole_batch(observation: Observation, isolated: Isolated, count: int) -> 
     residual = torch.full((classes,), 1 / (classes - 1)) if isolated.sign < 0 else torch.zeros(classes)
     residual[target] = isolated.sign
     if isolated.sign > 0:
-        residual[_guess(classes, target)] = -1.0
+        residual[
+            (target + 1) % classes
+        ] = -1.0  # which label leaves no trace in the body: any other class will do
     scale = observation.num_examples / (count * steep)
     tensors = {name: tensor * scale for name, tensor in update.dense().items()}
     tensors[f"{head}.weight"] = torch.outer(residual, isolated.features)
@@ -138,11 +140,6 @@ def as_whole_batch(observation: Observation, isolated: Isolated, count: int) -> 
         update=single,
         num_examples=count,
     )
-
-
-def _guess(classes: int, target: int) -> int:
-    """A label for what was isolated by feature: it leaves no trace in the body, any other class will do."""
-    return (target + 1) % classes
 
 
 def read_off(single: Observation) -> Tensor:
