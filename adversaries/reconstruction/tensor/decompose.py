@@ -218,7 +218,7 @@ def decompose(
     if whitener is not None:
         return tensorly_power(tensor, whitener, seed), []
     note = (
-        "P indefinite: the power iteration is not whitened, and wrong on components that are not orthogonal"
+        "P indefinite: whitening disabled; the power iteration is wrong on components that are not orthogonal"
     )
     return tensorly_power(tensor, torch.eye(len(second)).to(second), seed), [note]
 
