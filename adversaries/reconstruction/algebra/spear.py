@@ -12,13 +12,7 @@ from torch import Tensor
 
 from adversaries.base import Progress
 from adversaries.inversion.evidence import one_gradient
-from adversaries.inversion.evidence.first_layer import (
-    FirstLayer,
-    Player,
-    dense_layer,
-    first_layer,
-    misfits,
-)
+from adversaries.inversion.evidence.first_layer import FirstLayer, Player, dense_layer, first_layer, misfits
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.solvers.span import DEPENDENT, row_space
 from adversaries.inversion.solvers.sparse_directions import Factors, Found, Method, Search, expected_draws
@@ -218,10 +212,10 @@ class _Answer:
     back: Tensor
     parts: dict[str, float]
     doubt: float
-    residual: float = dataclasses.field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "residual", max(self.parts.values()))
+    @property
+    def residual(self) -> float:
+        return max(self.parts.values())
 
 
 def _inputs(factors: Factors, found: Found) -> Tensor:

@@ -78,11 +78,7 @@ class Loki(BinReading):
         return sent
 
     def tailor(
-        self,
-        scenario: Scenario,
-        weights: dict[str, Tensor],
-        place: int,
-        earlier: Sequence[Observation] = (),
+        self, scenario: Scenario, weights: dict[str, Tensor], place: int, earlier: Sequence[Observation] = ()
     ) -> dict[str, Tensor]:
         """The kernels, zero but for the client's own set."""
         del earlier

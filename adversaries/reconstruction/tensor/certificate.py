@@ -23,7 +23,7 @@ SAFETY = 5.0
 COUNT = 0.05
 """Largest predicted error of a softmax residual that a label may be read from."""
 
-_TRACE = 100.0
+TRACE = 100.0
 """How many times the head's residual the trace of a label must be."""
 
 _TWINS = 2e-2
@@ -119,16 +119,6 @@ def traces(head: TwoLayerHead, entries: Entries, inputs: Tensor, labels: Tensor)
     rows[labels, torch.arange(len(labels), device=labels.device)] = torch.inf
     norm = entries.head_values.norm().clamp_min(1e-300)
     return (own + rows.amin(0)).sqrt() / len(inputs) / norm
-
-
-def labels_shown(trace: Tensor, residual: float) -> bool:
-    """Whether every label's trace stands out of a head's relative residual."""
-    return float(trace.min()) > _TRACE * max(residual, 1e-8)
-
-
-def not_pixels(inputs: Tensor) -> float:
-    """By how much inputs leave [0, 1], root mean square over the worst input's entries."""
-    return float((inputs - inputs.clamp(0, 1)).square().mean(1).sqrt().max())
 
 
 def _inverse(columns: Tensor) -> Tensor | None:

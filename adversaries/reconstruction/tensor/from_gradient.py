@@ -16,16 +16,8 @@ from adversaries.inversion.gradients.activations import (
     stein_order,
 )
 from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
-from adversaries.reconstruction.tensor import moments
-from adversaries.reconstruction.tensor.decompose import (
-    Decomposer,
-    decompose,
-    jennrich,
-    off_diagonal,
-    simdiag,
-    slices,
-    symmetric,
-)
+from adversaries.reconstruction.tensor import decompose, moments
+from adversaries.reconstruction.tensor.decompose import Decomposer, simdiag, slices, symmetric
 from adversaries.reconstruction.tensor.head import TwoLayerHead, golden_section
 from adversaries.reconstruction.tensor.moments import feature_count, regress
 from fedattack.errors import NotApplicable
@@ -148,7 +140,7 @@ def from_wide(
     found, unexplained = regress(coordinates.u, inside, degree)
     tensor = symmetric(found[order - 1])
     second = symmetric(found[1]) if abs(hermite_coefficients(head.activation)[2]) > 1e-6 else None
-    directions, notes = decompose(decomposer, tensor, second, generator, seed)
+    directions, notes = decompose.decompose(decomposer, tensor, second, generator, seed)
     dual = torch.linalg.inv(directions)
     curves = inside @ dual.T  # column i: r_i n_i s'(n_i v_i) of the unit direction i
     v = coordinates.u @ directions
@@ -160,7 +152,7 @@ def from_wide(
         "order": order,
         "degree": degree,
         "regression_residual": unexplained,
-        "off_diagonal": off_diagonal(slices(tensor), directions),
+        "off_diagonal": decompose.off_diagonal(slices(tensor), directions),
     }
     return Estimate(inputs, weights, notes, figures)
 
@@ -172,7 +164,6 @@ def from_head(
     batch: int,
     decomposer: Decomposer,
     generator: torch.Generator,
-    seed: int,
 ) -> Estimate:
     """Inputs from the head's gradient (C, m), ``sum_i delta_i s(W x_i)'`` up to a factor, in the wide layer's span.
 
@@ -209,7 +200,7 @@ def _decompose_stack(
     stack: Tensor, found: dict[int, Tensor], decomposer: Decomposer, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:
     if decomposer == "jennrich":
-        return jennrich(stack, generator), []
+        return decompose.jennrich(stack, generator), []
     notes = []
     if decomposer != "simdiag":
         notes.append(

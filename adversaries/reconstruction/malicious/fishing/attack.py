@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -19,22 +19,8 @@ from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH
-from adversaries.reconstruction.malicious.fishing import bisection
-from adversaries.reconstruction.malicious.fishing.bisection import COUNT_ERROR
-from adversaries.reconstruction.malicious.fishing.isolation import (
-    SATURATED,
-    Isolated,
-    as_whole_batch,
-    features_of,
-    is_readable,
-    lone_scenario,
-    misfit_of,
-    name_of_head,
-    public_images,
-    read_head,
-    read_off,
-    row_of,
-)
+from adversaries.reconstruction.malicious.fishing import bisection, isolation
+from adversaries.reconstruction.malicious.fishing.isolation import Isolated
 from adversaries.seats import MaliciousServer
 from fedattack.config import Positive, Share
 from fedattack.errors import ConfigError, NotApplicable
@@ -46,6 +32,8 @@ CERTIFIED = 1e-4
 """Relative misfit of features up to which an image that was read off is what was isolated."""
 
 _FEW = 2
+
+_Find = Callable[[Observation], Reconstruction]
 
 
 @dataclass
@@ -132,8 +120,8 @@ class Fishing(MaliciousServer, ReconstructionAttack):
             raise ConfigError(
                 f"setting 'fishing.target' = {self.target}: the head has classes 0 to {classes - 1}"
             )
-        if not is_readable(scenario):
-            self._inner().check(lone_scenario(scenario, 1))
+        if not isolation.is_readable(scenario):
+            self._inner().check(isolation.lone_scenario(scenario, 1))
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether rounds are read together."""
@@ -149,7 +137,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with its head replaced: one row, and a bias that lets one sample through."""
-        head = name_of_head(scenario)
+        head = isolation.name_of_head(scenario)
         generator = torch_rng(seed, "fishing.arm")
         row, bias = torch.zeros_like(weights[f"{head}.weight"]), torch.zeros_like(weights[f"{head}.bias"])
         known = [] if auxiliary is None or auxiliary.labels is None else auxiliary.labels.unique().tolist()
@@ -162,15 +150,17 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         direction /= direction.norm()
         if mode == "class":
             row[target] = direction
-            bias[target] = -SATURATED
+            bias[target] = -isolation.SATURATED
         else:
             seen = (
-                features_of(scenario, weights, head, public_images(scenario, auxiliary, generator))
+                isolation.features_of(
+                    scenario, weights, head, isolation.public_images(scenario, auxiliary, generator)
+                )
                 @ direction
             )
             share = 1 - 1 / max(batch, 2) if self.quantile is None else self.quantile
             threshold, deviation = torch.quantile(seen, share), seen.std().clamp_min(1e-12)
-            steep = (SATURATED if mode == "feature" else bisection.STEEP) / deviation
+            steep = (isolation.SATURATED if mode == "feature" else bisection.STEEP) / deviation
             if mode == "rounds":
                 threshold = seen.mean() + bisection.BEYOND * deviation
             row[target] = direction * steep
@@ -178,25 +168,21 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         return dict(weights) | {f"{head}.weight": row, f"{head}.bias": bias}
 
     def tailor(
-        self,
-        scenario: Scenario,
-        weights: dict[str, Tensor],
-        place: int,
-        earlier: Sequence[Observation],
+        self, scenario: Scenario, weights: dict[str, Tensor], place: int, earlier: Sequence[Observation]
     ) -> dict[str, Tensor]:
         """Under mode "rounds", the earlier rounds' row with the next threshold, while the body stays the same."""
-        head = name_of_head(scenario)
+        head = isolation.name_of_head(scenario)
         name = f"{head}.weight"
         if self.mode != "rounds" or not earlier:
             return {}
         before = earlier[-1].weights
         if any(not torch.equal(before[n], t) for n, t in weights.items() if not n.startswith(f"{head}.")):
             return {}
-        target = row_of(earlier[-1], head)
+        target = isolation.row_of(earlier[-1], head)
         series = bisection.comparable_rounds(earlier, head)
         steep = before[name][target].norm()
-        public = public_images(scenario, earlier[0].auxiliary, torch_rng(0, "fishing.rounds"))
-        scores = features_of(scenario, before, head, public) @ (before[name][target] / steep)
+        public = isolation.public_images(scenario, earlier[0].auxiliary, torch_rng(0, "fishing.rounds"))
+        scores = isolation.features_of(scenario, before, head, public) @ (before[name][target] / steep)
         known, tried = bisection.threshold_rounds(series, head, target)
         chosen = bisection.next_threshold(known, tried, scores)
         bias = before[f"{head}.bias"].clone()
@@ -225,31 +211,30 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         for number, observation in enumerate(observations):
             self.check(observation.scenario)
             told = share_of(progress, number / len(observations), (number + 1) / len(observations))
+
+            def find(single: Observation, told: Progress = told) -> Reconstruction:
+                return self._inner().run([single], seed, device, told)[0]
+
             series = [observation]
             if self.mode == "rounds":
                 client, latest = observation.client, observation.round
                 up_to = [one for one in observations if one.client == client and one.round <= latest]
                 series = sorted(up_to, key=lambda one: one.round)
-            answers.append(self._several(series, known, seed, device, told))
+            answers.append(self._several(series, known, find))
         return answers
 
     def _several(
-        self,
-        series: list[Observation],
-        known: dict[bytes, Reconstruction],
-        seed: int,
-        device: torch.device,
-        told: Progress,
+        self, series: list[Observation], known: dict[bytes, Reconstruction], find: _Find
     ) -> Reconstruction:
         """One client's rounds up to the one that is answered; searches are kept in `known`."""
-        observation, head = series[-1], name_of_head(series[-1].scenario)
+        observation, head = series[-1], isolation.name_of_head(series[-1].scenario)
         try:
-            target = row_of(observation, head)
+            target = isolation.row_of(observation, head)
         except NotApplicable as refusal:
             return _answer(observation, None, None, {"status": "failed", "reason": str(refusal)})
         series = bisection.comparable_rounds(series, head)
         if len(series) == 1:
-            return self._one(observation, seed, device, told)
+            return self._one(observation, find)
         if not bisection.nothing_above(series[0], head, target):
             reason = "the first of these rounds, whose threshold lies above all samples, is missing"
             return _answer(observation, None, None, {"status": "failed", "reason": reason})
@@ -258,10 +243,12 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         found: list[tuple[Reconstruction, Tensor]] = []
         for single in bisection.alone(thresholds):
             key = single.update.values.numpy().tobytes()
-            isolated = read_head(single)
+            isolated = isolation.read_head(single)
             if key not in known:
-                searched = self._search(single, isolated, 1, seed, device, told)
-                known[key] = dataclasses.replace(searched, loss=misfit_of(single, isolated, searched.images))
+                searched = _search(single, isolated, 1, find)
+                known[key] = dataclasses.replace(
+                    searched, loss=isolation.misfit_of(single, isolated, searched.images)
+                )
             if known[key].method != "read off" or known[key].loss <= CERTIFIED:
                 found.append((known[key], isolated.features))
         if not found:
@@ -274,11 +261,9 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         assert isinstance(inner, ReconstructionAttack)
         return inner
 
-    def _one(
-        self, observation: Observation, seed: int, device: torch.device, told: Progress
-    ) -> Reconstruction:
+    def _one(self, observation: Observation, find: _Find) -> Reconstruction:
         try:
-            isolated = read_head(observation)
+            isolated = isolation.read_head(observation)
         except NotApplicable as refusal:
             return _answer(observation, None, None, {"status": "failed", "reason": str(refusal)})
         count = round(isolated.count)
@@ -290,8 +275,8 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         reason = self._unusable(isolated, count)
         if reason:
             return _answer(observation, isolated, None, figures | {"status": "failed", "reason": reason})
-        found = self._search(observation, isolated, count, seed, device, told)
-        misfit = misfit_of(observation, isolated, found.images)
+        found = _search(observation, isolated, count, find)
+        misfit = isolation.misfit_of(observation, isolated, found.images)
         if found.method == "read off" and misfit > CERTIFIED:
             reason = "what was read has other features than what was caught: samples of the class and of others mixed"
             return _answer(observation, isolated, None, figures | {"status": "failed", "reason": reason})
@@ -304,32 +289,24 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         }
         return _answer(observation, isolated, dataclasses.replace(found, loss=misfit), figures)
 
-    def _search(
-        self,
-        observation: Observation,
-        isolated: Isolated,
-        count: int,
-        seed: int,
-        device: torch.device,
-        told: Progress,
-    ) -> Reconstruction:
-        """The images that were isolated: read off the first layer, or searched for."""
-        single = as_whole_batch(observation, isolated, count)
-        if count == 1 and is_readable(observation.scenario):
-            return Reconstruction(
-                read_off(single)[None], torch.zeros(1, dtype=torch.int64), 0.0, method="read off"
-            )
-        return self._inner().run([single], seed, device, told)[0]
-
     def _unusable(self, isolated: Isolated, count: int) -> str:
         """Why what was isolated cannot be used; empty: it can."""
-        if abs(isolated.count - count) > COUNT_ERROR:
+        if abs(isolated.count - count) > bisection.COUNT_ERROR:
             return f"{isolated.count:.3f} samples were caught, no integer: one lies at the threshold"
         if count < 1:
             return "nothing was caught, or as many of the class as of others"
         if count > self.most:
             return f"{count} samples were caught, more than fishing.most = {self.most}"
         return ""
+
+
+def _search(observation: Observation, isolated: Isolated, count: int, find: _Find) -> Reconstruction:
+    """The images that were isolated: read off the first layer, or searched for."""
+    single = isolation.as_whole_batch(observation, isolated, count)
+    if count > 1 or not isolation.is_readable(observation.scenario):
+        return find(single)
+    label = torch.zeros(1, dtype=torch.int64)
+    return Reconstruction(isolation.read_off(single)[None], label, 0.0, method="read off")
 
 
 def _isolated(
@@ -339,10 +316,10 @@ def _isolated(
     figures: dict[str, Any],
 ) -> Reconstruction:
     """The answer to the latest round of a series: what was isolated, with features (F,), and labels for it."""
-    observation, head = series[-1], name_of_head(series[-1].scenario)
+    observation, head = series[-1], isolation.name_of_head(series[-1].scenario)
     scenario = observation.scenario
-    images = public_images(scenario, observation.auxiliary, torch_rng(0, "fishing.rounds"))
-    public = features_of(scenario, observation.weights, head, images)
+    images = isolation.public_images(scenario, observation.auxiliary, torch_rng(0, "fishing.rounds"))
+    public = isolation.features_of(scenario, observation.weights, head, images)
     together = Reconstruction(
         images=torch.cat([one.images for one, _ in found]),
         labels=torch.zeros(len(found), dtype=torch.int64),
