@@ -106,7 +106,7 @@ class _Descent:
         self._failures = self._last = 0
         self._width = settings.kink * WIDEST
         self._z = prior.whiten(images)
-        self._at = self._linearise(images)
+        self._at = network.linearise(images, self._width)
         self._anneal()
         self.best = Solution(images.detach(), network.rms(images))
         self.best.history.append(self.best.rms)
@@ -133,9 +133,6 @@ class _Descent:
                 best.images, best.rms = self._at.images.detach(), exact
             told(best.rms)
 
-    def _linearise(self, images: Tensor) -> Linearisation:
-        return self._network.linearise(images, self._width)
-
     def _anneal(self) -> None:
         self._noise = min(self._noise, self._ratio * self._at.rms)
         self._width = min(self._width, self._settings.kink * self._noise)
@@ -144,7 +141,7 @@ class _Descent:
         """Smooth less: what smoothing adds to the residual may be most of what is left of it."""
         if self._network.kinked:
             self._width *= factor
-            self._at = self._linearise(self._at.images)
+            self._at = self._network.linearise(self._at.images, self._width)
 
     def _objective(self, at: Linearisation, z: Tensor) -> float:
         return self._network.count * (at.rms / self._noise) ** 2 + float(z.square().sum())
@@ -158,7 +155,7 @@ class _Descent:
         before, step = self._objective(self._at, self._z), 1.0
         while step >= SMALLEST_STEP:
             z = self._z + step * change
-            at = self._linearise(self._centre + self._basis.turn(z))
+            at = self._network.linearise(self._centre + self._basis.turn(z), self._width)
             if self._objective(at, z) < before:
                 break
             step /= 2

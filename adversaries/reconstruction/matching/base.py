@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -206,7 +206,7 @@ class Plan:
     recipe: Recipe
     settings: Matching
     unrolled: bool
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
@@ -246,11 +246,10 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
 
 @dataclass(frozen=True)
 class _Victim:
-    """One observation as it is matched: the update to match, its labels, notes."""
+    """One observation as it is matched: the update to match, its labels."""
 
     observation: Observation
     labels: Labels
-    notes: list[str]
 
 
 class _Run:
@@ -278,7 +277,7 @@ class _Run:
                 labels = Labels(nothing, 1.0, "optimised beside the images")
             else:
                 labels = label_strategies.infer(self._recipe.labels, evidence)
-            self._victims.append(_Victim(self._predicted(evidence), labels, list(self._plan.notes)))
+            self._victims.append(_Victim(self._predicted(evidence), labels))
 
     def _predicted(self, evidence: Evidence) -> Observation:
         """The update as what will be predicted: a gradient, or the delta itself where steps are simulated."""
@@ -350,8 +349,8 @@ class _Run:
         """Logits N(0, 1), float32 (R, B, classes)."""
         observation = victim.observation
         generator = torch_rng(self._seed, "matching-labels", observation.round, observation.client)
-        shape = (self._recipe.restarts, len(victim.labels.values), observation.scenario.model.classes)
-        return torch.randn(*(int(size or 0) for size in shape), generator=generator)
+        classes = observation.scenario.model.classes or 0
+        return torch.randn(self._recipe.restarts, len(victim.labels.values), classes, generator=generator)
 
     def _answer(self, position: int, found: Match) -> Reconstruction:
         victim = self._victims[position]
@@ -374,7 +373,7 @@ class _Run:
             "recoveries": found.recoveries,
             "iterations": len(found.history) - 1,
             "compiled": found.compiled,
-            "notes": "; ".join([recipe.note, *victim.notes]).strip("; "),
+            "notes": "; ".join([recipe.note, *self._plan.notes]).strip("; "),
             **{f"matching.{name}": value for name, value in dataclasses.asdict(self._plan.settings).items()},
             **self._details[position],
         }

@@ -59,8 +59,7 @@ class TensorAttack(MaliciousServer, OneByOne):
     finished by Gauss-Newton on the gradient itself. The answer is put through the model: the residual of the update
     tells "certified" (10^-5 at most), "approximate" and "failed" apart without the truth. A certificate needs more
     than a residual: no other batch may explain the update as well (:mod:`.certificate`); the notes say what speaks
-    against one. It may change the wide layer's and the head's weights; a server learns the batch from an armed round
-    and nothing else, and the global model skips it.
+    against one. The global model skips an armed round, from which a server learns the batch and nothing else.
 
     Parameters
     ----------
@@ -130,9 +129,7 @@ class TensorAttack(MaliciousServer, OneByOne):
         if self.view == "last_layer" or _sparse(scenario):
             _check_entries(self.view, scenario, module, batch)
         elif self.method == "exact":
-            needed = from_gradient.needed_width(model.activation, batch)
-            if training.local_steps > 1:
-                needed = from_gradient.feature_count(batch, order)
+            needed = from_gradient.feature_count(batch, order if training.local_steps > 1 else order - 1)
             if batch > d:
                 raise NotApplicable(
                     f"training.batch_size = {batch} > input dimension {d}: the samples' span is the whole space"
@@ -286,13 +283,13 @@ class _Victim:
         wide, last = self._dense()
         y = self._scaled(wide)
         self._progress(0.0, "span")
-        span, size, notes = from_gradient.find_span(
+        basis, notes = from_gradient.find_span(
             self._head, y, self._attack.batch, self._observation.num_examples, self._generator
         )
         self._notes += notes
         self._progress(0.1, "tensor")
         estimate = from_gradient.from_wide(
-            self._head, y, span, size, self._attack.decomposer, self._generator, self._seed
+            self._head, y, basis, self._attack.decomposer, self._generator, self._seed
         )
         self._take(estimate)
         self._progress(0.5, "labels")
@@ -328,7 +325,7 @@ class _Victim:
             raise NotApplicable("the wide layer did not move: nothing of the batch is in the update")
         # The spectrum of several gradients has no clear end; the declared batch is believed.
         declared = self._observation.num_examples
-        span, size, notes = from_gradient.find_span(
+        basis, notes = from_gradient.find_span(
             self._head, wide, self._attack.batch or declared, declared, self._generator
         )
         self._notes += notes
@@ -337,7 +334,7 @@ class _Victim:
             "tensor from the head's"
         )
         estimate = from_gradient.from_head(
-            self._head, last * self._samples, span, size, self._attack.decomposer, self._generator
+            self._head, last * self._samples, basis, self._attack.decomposer, self._generator
         )
         self._take(estimate)
         found = self._labelled(estimate.inputs, wide, last)
@@ -373,7 +370,7 @@ class _Victim:
             found.inputs,
             labels,
             training,
-            span.basis[:, :size],
+            basis,
             progress=self._refining,
         )
         return self._better(found, self._replayed(found, inputs, labels, change))
@@ -383,13 +380,11 @@ class _Victim:
         wide, last = from_steps.play(
             self._head, self._head.wide, inputs, labels, self._observation.scenario.training
         )
-        parts = {
-            "head": _relative(change["head.weight"], last),
-            "wide": _relative(change["wide.weight"], wide),
-        }
+        seen = change["wide.weight"], change["head.weight"]
+        parts = {"head": _relative(seen[1], last), "wide": _relative(seen[0], wide)}
         # The certificate is that of one gradient, of which several small steps are a multiple.
         factor = 1.0 / one_gradient.gradient_unit(self._observation)
-        left = factor * (change["wide.weight"] - wide), factor * (change["head.weight"] - last)
+        left = factor * (seen[0] - wide), factor * (seen[1] - last)
         residual = max(parts.values())
         labelled = found.labelled
         if residual <= CERTIFIED:  # playing it again has tried the labels, whatever the mean residuals said

@@ -31,6 +31,7 @@ SPARE_COARSE = 2.0
 """Entries of the head per unknown that a small space must have."""
 
 _DAMPING = Damping(1e-2, least=1e-10, rise=6.0, fall=0.1, slow=0.4, tries=6)
+_STEPS = 60
 _COARSE_STARTS = 4
 _COARSE_STEPS = 40
 _ROWS = 512
@@ -419,9 +420,8 @@ def solve(
     generator: torch.Generator,
     certified: float,
     safety: float,
-    iterations: int = 60,
-    ladder: Sequence[Tensor] = (),
-    progress: Callable[[float], None] = lambda share: None,
+    ladder: Sequence[Tensor],
+    progress: Callable[[float], None],
 ) -> Solution:
     """Inputs and labels from the entries: of `restarts` starts the first with residual `certified`, else the lowest.
 
@@ -437,7 +437,7 @@ def solve(
         labels = guesses[attempt % len(guesses)]
         function = Model(head, entries, labels)
         start = _scaled(function, wanted, next(sources[attempt % len(guesses)]))
-        x, _ = fit(function, wanted, start, iterations)
+        x, _ = fit(function, wanted, start, _STEPS)
         blocks = (wanted - function(x)).tensor_split([len(entries.head_values)])
         parts = {name: float(block.norm()) for name, block in zip(("head", "wide"), blocks, strict=True)}
         if best is None or max(parts.values()) < best.residual:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from adversaries.inversion.gradients.activations import (
-    ACTIVATIONS,
     hermite_coefficients,
     homogeneous,
     is_polynomial,
     stein_order,
 )
-from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
+from adversaries.inversion.solvers.span import DEPENDENT, row_space
 from adversaries.reconstruction.tensor import decompose, moments
 from adversaries.reconstruction.tensor.decompose import Decomposer, simdiag, slices, symmetric
 from adversaries.reconstruction.tensor.head import TwoLayerHead, golden_section
@@ -64,15 +63,10 @@ class Whitened:
         return torch.linalg.solve_triangular(self.factor.T, c.T, upper=True).T @ self.basis.T
 
 
-def needed_width(name: str, batch: int) -> int:
-    """Neurons that the regression on a full gradient needs: (B+1)(B+2)/2, or (B+3 choose 3) at order 4."""
-    return feature_count(batch, stein_order(ACTIVATIONS[name]) - 1)
-
-
 def find_span(
     head: TwoLayerHead, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator
-) -> tuple[Span, int, list[str]]:
-    """The span of the batch's `gradient` (m, d), how many samples it holds, and warnings.
+) -> tuple[Tensor, list[str]]:
+    """An orthonormal basis (d, B) of the span of the batch's `gradient` (m, d), and warnings.
 
     `batch` overrides the number of samples; None: by the gap in the spectrum, or `declared` where there is none.
     """
@@ -81,28 +75,25 @@ def find_span(
     most = min(max(declared, batch or 0) + 1, *gradient.shape)
     span = row_space(gradient, most, generator)
     notes: list[str] = []
-    size = batch
+    size = span.rank(declared) if batch is None else batch
     if size is None:
-        size = span.rank(declared)
-        if size is None:
-            size = declared
-            notes.append(
-                f"no gap in the spectrum (noise?): the declared batch of {declared} is taken for its rank"
-            )
-    if size > min(head.inputs, len(span.values)):
+        size = declared
+        notes.append(
+            f"no gap in the spectrum (noise?): the declared batch of {declared} is taken for its rank"
+        )
+    largest = min(head.inputs, len(span.values))
+    if size > largest:
         raise NotApplicable(
-            f"batch {size} > input dimension {min(head.inputs, len(span.values))}: the samples' span is the whole "
-            "space and singles out none"
+            f"batch {size} > input dimension {largest}: the samples' span is the whole space and singles out none"
         )
     if size < declared:
         notes.append(
-            f"batch {declared}, rank {size}: equal or dependent samples (or samples that leave no gradient)"
+            f"batch {declared}, rank {size}: equal or dependent samples (or samples without a gradient)"
         )
     if float(span.values[size - 1]) < DEPENDENT * float(span.values[0]):
-        notes.append(
-            f"samples dependent: s_B / s_1 = {float(span.values[size - 1] / span.values[0]):.1e} < {DEPENDENT:.0e}"
-        )
-    return span, size, notes
+        share = float(span.values[size - 1] / span.values[0])
+        notes.append(f"samples dependent: s_B / s_1 = {share:.1e} < {DEPENDENT:.0e}")
+    return span.basis[:, :size], notes
 
 
 def degree_for(head: TwoLayerHead, batch: int) -> int:
@@ -126,16 +117,15 @@ def degree_for(head: TwoLayerHead, batch: int) -> int:
 def from_wide(
     head: TwoLayerHead,
     y: Tensor,
-    span: Span,
-    batch: int,
+    basis: Tensor,
     decomposer: Decomposer,
     generator: torch.Generator,
     seed: int,
 ) -> Estimate:
     """Inputs from the wide layer's gradient `y` (m, d), ``sum_i r_i s'(W x_i) x_i'``."""
     order = stein_order(head.activation)
-    degree = degree_for(head, batch)
-    coordinates = Whitened.of(head.wide, span.basis[:, :batch])
+    degree = degree_for(head, basis.shape[1])
+    coordinates = Whitened.of(head.wide, basis)
     inside = coordinates.inside(y)
     found, unexplained = regress(coordinates.u, inside, degree)
     tensor = symmetric(found[order - 1])
@@ -148,43 +138,33 @@ def from_wide(
     if order == 4:
         notes.insert(0, f"activation {head.name} has a zero third Hermite coefficient; using order 4")
     inputs, weights = _upright(coordinates.outside((directions * norms).T), weights, head)
-    figures: dict[str, object] = {
-        "order": order,
-        "degree": degree,
-        "regression_residual": unexplained,
-        "off_diagonal": decompose.off_diagonal(slices(tensor), directions),
-    }
+    figures: dict[str, object] = {"order": order, "degree": degree, "regression_residual": unexplained}
+    figures["off_diagonal"] = decompose.off_diagonal(slices(tensor), directions)
     return Estimate(inputs, weights, notes, figures)
 
 
 def from_head(
-    head: TwoLayerHead,
-    gradient: Tensor,
-    span: Span,
-    batch: int,
-    decomposer: Decomposer,
-    generator: torch.Generator,
+    head: TwoLayerHead, gradient: Tensor, basis: Tensor, decomposer: Decomposer, generator: torch.Generator
 ) -> Estimate:
     """Inputs from the head's gradient (C, m), ``sum_i delta_i s(W x_i)'`` up to a factor, in the wide layer's span.
 
     What several local steps leave: the wide layer's change still spans the samples, but its moments drift with the
     head, whose own change stays close to a multiple of one gradient.
     """
-    order = stein_order(head.activation)
+    order, batch = stein_order(head.activation), basis.shape[1]
     needed = feature_count(batch, order)
     if head.width < needed:
         raise NotApplicable(
             f"width {head.width} < {needed}: reading B = {batch} samples off the head's change needs at least that "
             f"many neurons (B+{order} choose {order})"
         )
-    coordinates = Whitened.of(head.wide, span.basis[:, :batch])
+    coordinates = Whitened.of(head.wide, basis)
     # The classes' mixtures all share the samples' directions: one stack of slices for all of them.
     values = gradient.T
     _, strength, mixtures = torch.linalg.svd(values, full_matrices=False)
     kept = max(1, min(batch, int((strength > 1e-7 * strength[0]).sum())))
     found, unexplained = regress(coordinates.u, values @ mixtures[:kept].T, order)
-    size = coordinates.u.shape[1]
-    stack = found[order].movedim(-1, 0).reshape(-1, size, size)
+    stack = found[order].movedim(-1, 0).reshape(-1, batch, batch)
     directions, notes = _decompose_stack(stack, found, decomposer, generator)
     norms = _profile_norms(head, found, directions)
     inputs = coordinates.outside((directions * norms).T)

@@ -111,14 +111,7 @@ def regress(u: Tensor, y: Tensor, degree: int) -> tuple[dict[int, Tensor], float
     The design matrix is formed block by block and never kept. Its Gram matrix is gathered and factored in float32
     where it is large: the products are nearly orthonormal, so that a few steps of iterative refinement in float64
     reach float64's accuracy; where they do not, the Gram matrix is formed again in float64. Memory is that of one
-    Gram matrix and its factor.
-
-    Returns
-    -------
-    tensors : dict of int to Tensor
-        Degree -> (B, ..., B, outputs).
-    unexplained : float
-        |y - fit| / |y|.
+    Gram matrix and its factor. Answers degree -> (B, ..., B, outputs), and |y - fit| / |y|.
     """
     basis = HermiteBasis.build(u.shape[1], degree)
     if len(u) < basis.count:
