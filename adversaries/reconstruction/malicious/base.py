@@ -109,11 +109,12 @@ class Reading:
     """A linear map from neurons to the rows that are read.
 
     `signs` (K,): each neuron's row is multiplied by it first; None: ones. `following`, int64 (K,): the neuron whose
-    row is then taken off, -1 for none; None: for all none.
+    row is then taken off, -1 for none; None: for all none. `sweeps` as for the peeling of the rows.
     """
 
     signs: Tensor | None = None
     following: Tensor | None = None
+    sweeps: int | None = None
 
     def __call__(self, values: Tensor) -> Tensor:
         """Values (..., K) of neurons -> of rows."""
@@ -152,11 +153,6 @@ class RowReading(MaliciousServer, OneByOne):
     def _reading(self, client: ReplayedClient) -> Reading:
         """How the neurons' rows become rows that hold few images; NotApplicable for weights not this attack's."""
 
-    @property
-    def _sweeps(self) -> int | None:
-        """As for :func:`~adversaries.inversion.solvers.peeling.peel`."""
-        return None
-
     def _figures(self, client: ReplayedClient) -> dict[str, Any]:
         """What else goes into the details."""
         return {"rows": len(client.bias)}
@@ -172,7 +168,7 @@ class RowReading(MaliciousServer, OneByOne):
         except NotApplicable as reason:
             return failed(self.name, observation, str(reason))
         unread = float(left.vectors.norm() / rows.vectors.norm().clamp_min(1e-300))
-        return answer(self.name, observation, client.vague, found, unread, self._figures(client))
+        return answer(self.name, observation, client.vague, found, unread, **self._figures(client))
 
     def _read(
         self, client: ReplayedClient, progress: Progress, before: int = 0
@@ -197,19 +193,14 @@ class RowReading(MaliciousServer, OneByOne):
                 int(client.observation.scenario.model.classes or 1),
                 limit,
                 tolerance=self.tolerance,
-                sweeps=self._sweeps,
+                sweeps=reading.sweeps,
                 progress=told,
             )
         return found, rows, left
 
 
 def answer(
-    name: str,
-    observation: Observation,
-    vague: bool,
-    found: Sequence[Sample],
-    unread: float,
-    figures: dict[str, Any],
+    name: str, observation: Observation, vague: bool, found: Sequence[Sample], unread: float, **figures: Any
 ) -> Reconstruction:
     """Found images first; the other places hold the prior, and the details, with `figures` in them, say so.
 

@@ -113,8 +113,4 @@ class CuriousAbandonHonesty(RowReading):
                 "the first layer that was sent holds no trap weights (an honest server's); let the server send the "
                 "attack's weights (attack.names with 'cah' arms the rounds in attack.rounds)"
             )
-        return Reading()
-
-    @property
-    def _sweeps(self) -> int | None:
-        return None if self.peel else 1
+        return Reading(sweeps=None if self.peel else 1)

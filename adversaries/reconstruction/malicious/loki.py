@@ -114,7 +114,7 @@ class Loki(BinReading):
         each = -(-observation.num_examples // len(counts))
         figures |= {"sets": counts, "birthday_bound": alone_share(1 / figures["bins"], each)}
         unread = (left / max(seen, 1e-300)) ** 0.5
-        return answer(self.name, observation, client.vague, found, unread, figures)
+        return answer(self.name, observation, client.vague, found, unread, **figures)
 
 
 def _plain_scenario(scenario: Scenario) -> Scenario:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adversaries.base import Progress
 from adversaries.inversion.evidence import one_gradient
+from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.gradients.activations import ACTIVATIONS, homogeneous, is_polynomial, stein_order
 from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.base import CERTIFIED, OneByOne, armable, failed, status_of
@@ -126,7 +127,7 @@ class TensorAttack(MaliciousServer, OneByOne):
         if not batch:
             return  # all of a client's samples: known when it declares them
         m, d = module.wide.weight.shape
-        if self.view == "last_layer" or _sparse(scenario):
+        if self.view == "last_layer" or not is_complete(scenario):
             _check_entries(self.view, scenario, module, batch)
         elif self.method == "exact":
             needed = from_gradient.feature_count(batch, order if training.local_steps > 1 else order - 1)
@@ -175,18 +176,11 @@ class TensorAttack(MaliciousServer, OneByOne):
             return failed("tensor", observation, str(reason), residual=None)
 
 
-def _sparse(scenario: Scenario) -> bool:
-    return (
-        scenario.compression.name in ("topk", "randomk", "topk-qsgd", "dgc") and scenario.compression.rate < 1
-    )
-
-
 def _check_entries(view: str, scenario: Scenario, module: TwoLayer, batch: int) -> None:
     """Refuse fewer equations than unknowns, as far as the settings tell."""
-    m, d = module.wide.weight.shape
-    classes = module.head.out_features
+    (m, d), classes = module.wide.weight.shape, module.head.out_features
     unknowns = batch * d
-    if _sparse(scenario):
+    if not is_complete(scenario):
         compression = scenario.compression
         entries = round(compression.rate * m * (d + classes))
         if view == "last_layer":
@@ -270,10 +264,8 @@ class _Victim:
 
     def _dense(self) -> tuple[Tensor, Tensor]:
         tensors = self._update.dense()
-        return (
-            tensors["wide.weight"].to(self._device).double(),
-            tensors["head.weight"].to(self._device).double(),
-        )
+        wide, last = (tensors[name].to(self._device).double() for name in ("wide.weight", "head.weight"))
+        return wide, last
 
     def _scaled(self, wide: Tensor) -> Tensor:
         """The wide layer's gradient as ``sum_i r_i s'(W x_i) x_i'``."""
@@ -478,12 +470,8 @@ class _Victim:
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name, shape, positions, values in self._update.layers():
             if name in ("wide.weight", "head.weight"):
-                positions = positions.to(self._device)
-                found[name] = (
-                    positions // shape[1],
-                    positions % shape[1],
-                    values.to(self._device).double(),
-                )
+                at, values = positions.to(self._device), values.to(self._device).double()
+                found[name] = at // shape[1], at % shape[1], values
         if self._attack.view == "last_layer":
             found["wide.weight"] = tuple(part[:0] for part in found["wide.weight"])  # type: ignore[assignment]
         return from_entries.Entries(*found["head.weight"], *found["wide.weight"])
@@ -501,10 +489,8 @@ class _Victim:
             raise NotApplicable("the decomposition is degenerate: the samples cannot be told apart")
         delta = residuals_of(self._head, inputs, last, self._samples)
         labelled = read_labels(self._head, inputs, delta)
-        positions, labels = labelled.expanded()
-        model_wide, model_last = self._head.gradient(
-            inputs[positions.to(inputs.device)], labels.to(inputs.device)
-        )
+        positions, labels = (part.to(inputs.device) for part in labelled.expanded())
+        model_wide, model_last = self._head.gradient(inputs[positions], labels)
         parts = {"head": _relative(last, model_last)}
         if self._attack.view == "full":
             parts["wide"] = _relative(wide, model_wide)
@@ -521,10 +507,8 @@ class _Victim:
         of_counts = certificate.count_errors(head, inputs, last, self._samples)
         errors = certificate.input_errors(head, inputs, delta @ head.row, self._scaled(wide))
         if homogeneous(head.name):
-            errors = (
-                errors
-                + certificate.norm_errors(head, inputs, counts, of_counts) * inputs.square().mean(1).sqrt()
-            )
+            of_norms = certificate.norm_errors(head, inputs, counts, of_counts)
+            errors = errors + of_norms * inputs.square().mean(1).sqrt()
         errors = errors + certificate.merged_errors(inputs, counts, answer.residual)
         answer.error = float(errors.max())
         if max(float(of_counts.max()), answer.labelled.doubt) > certificate.COUNT:

@@ -246,9 +246,8 @@ class Fishing(MaliciousServer, ReconstructionAttack):
             isolated = isolation.read_head(single)
             if key not in known:
                 searched = _search(single, isolated, 1, find)
-                known[key] = dataclasses.replace(
-                    searched, loss=isolation.misfit_of(single, isolated, searched.images)
-                )
+                misfit = isolation.misfit_of(single, isolated, searched.images)
+                known[key] = dataclasses.replace(searched, loss=misfit)
             if known[key].method != "read off" or known[key].loss <= CERTIFIED:
                 found.append((known[key], isolated.features))
         if not found:
