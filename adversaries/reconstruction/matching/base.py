@@ -198,10 +198,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an attack does under one scenario, and notes on what was changed and assumed.
-
-    `settings` are the recipe's, as the scenario needs them; `unrolled`: whether local steps are simulated.
-    """
+    """What an attack does under one scenario: settings as that needs them, and whether local steps are simulated."""
 
     recipe: Recipe
     settings: Matching

@@ -67,16 +67,10 @@ class InvertingGradients(OptimisationAttack):
     (learning rate 0.1 on standardised pixels, a tenth after 3/8, 5/8 and 7/8), pixels clamped to their range after
     each step.
 
-    Presets
-    -------
-    published
-        The authors' setting for 32x32 images: 4,800 iterations, total variation 1e-4, one start.
-    published-large
-        Theirs for large images: 24,000 iterations, total variation 0.1, 8 starts.
-    backtracking
-        Ours: the same cost by L-BFGS with a line search, 1,200 iterations, total variation 1e-3, two starts.
-    inversed, inversed-zero, ..., zhu, ..., inversed_cele
-        Every ``--optim`` of the SemSim benchmark, with its real settings where the names say otherwise.
+    Presets: "published", the authors' for 32x32 images: 4,800 iterations, total variation 1e-4, one start;
+    "published-large", for large ones: 24,000, 0.1, 8 starts; "backtracking", ours: the same cost by L-BFGS with
+    a line search, 1,200 iterations, total variation 1e-3, two starts; "inversed", ..., "zhu", ..., "inversed_cele":
+    every ``--optim`` of the SemSim benchmark, with its real settings where the names say otherwise.
 
     Deviations: images are standardised by 0.5 and 0.25 in every channel rather than by the data set's statistics; the
     answer is the point of lowest loss, not the last one. SemSim attacks networks in evaluation mode with BatchNorm's

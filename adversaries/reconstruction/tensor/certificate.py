@@ -68,10 +68,7 @@ def count_errors(head: TwoLayerHead, inputs: Tensor, left: Tensor, samples: int)
 
 
 def norm_errors(head: TwoLayerHead, inputs: Tensor, counts: Tensor, of_residuals: Tensor) -> Tensor:
-    """Relative error (B,) of norms read from ``n delta(n)``, for homogeneous activations, from :func:`count_errors`.
-
-    As :func:`~.head.fix_scales` reads them: no norm is read well near the curve's maximum.
-    """
+    """Relative error (B,) of norms read by :func:`~.head.fix_scales`, large near the maximum of ``n delta(n)``."""
     z, copies = head.logits(inputs), counts.sum(1, keepdim=True)
     p = z.softmax(1)
     speed = copies * p - counts + copies * p * (z - (p * z).sum(1, keepdim=True))

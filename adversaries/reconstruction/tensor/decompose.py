@@ -159,10 +159,7 @@ def als(stack: Tensor, tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def tensorly_power(tensor: Tensor, whitener: Tensor, seed: int) -> Tensor:
-    """tensorly's symmetric power iteration on the tensor (B, B, B), whitened by W with ``W' P W = I``.
-
-    tensorly draws from NumPy's global generator, which is seeded for the call and restored.
-    """
+    """tensorly's symmetric power iteration on the tensor (B, B, B), whitened; NumPy's generator is restored."""
     from tensorly import backend_context
     from tensorly.decomposition import symmetric_parafac_power_iteration
 

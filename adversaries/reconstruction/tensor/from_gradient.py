@@ -227,11 +227,7 @@ def _fit_curves(head: TwoLayerHead, v: Tensor, curves: Tensor) -> tuple[Tensor, 
 
 
 def _profile_norms(head: TwoLayerHead, found: dict[int, Tensor], directions: Tensor) -> Tensor:
-    """Norms (with sign) from how the coefficients of one sample fall off with the degree.
-
-    That of degree q is ``delta_i h_q(n_i)`` times the q-th power of the unit direction, h_q(n) being the Hermite
-    coefficient of s(n .).
-    """
+    """Norms (with sign) from how one sample's coefficients ``delta_i h_q(n_i)``, h_q Hermite's, fall with the degree."""
     dual = torch.linalg.inv(directions)
     orders = [q for q in found if q <= 3 or q == max(found)]
     seen = []

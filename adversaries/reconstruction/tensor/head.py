@@ -51,10 +51,7 @@ class TwoLayerHead:
 
     @classmethod
     def of(cls, wide: Tensor, head: Tensor, name: str) -> TwoLayerHead:
-        """The head of weights that were sent out; NotApplicable where A is not of rank one.
-
-        Its rows' mixtures then differ from neuron to neuron, and softmax residuals cancel.
-        """
+        """The head of weights that were sent out; NotApplicable where A is not of rank one: residuals then cancel."""
         wide, head = wide.double(), head.double()
         first = head[head.norm(dim=1).argmax()]
         square = first.square().sum()

@@ -114,10 +114,7 @@ def _class_counts(first: Observation, head: str, target: int) -> tuple[Tensor, T
 
 
 def next_threshold(known: Sequence[ThresholdRound], tried: Sequence[float], scores: Tensor) -> float | None:
-    """The threshold to send next, by public images' `scores`; None: every sample lies alone between two thresholds.
-
-    Nothing new would be learnt too close to those `tried`.
-    """
+    """The threshold to send next, off those `tried`, by public `scores`; None: each sample lies alone between two."""
     deviation = float(scores.std().clamp_min(1e-12))
     crowded = [
         (low.above - high.above, -low.threshold, low, high)
@@ -158,10 +155,7 @@ def _inside(low: float, high: float, share: float, scores: Tensor, deviation: fl
 
 
 def alone(known: Sequence[ThresholdRound]) -> list[Observation]:
-    """For every sample alone between two thresholds, the topmost first, its gradient.
-
-    It is answered as an observation of fishing's head that let nothing else through.
-    """
+    """For every sample alone between two thresholds, the topmost first, an observation of its gradient alone."""
     found = []
     for low, high in itertools.pairwise(known):
         if low.above - high.above != 1 or low.observation is None or high.observation is None:
