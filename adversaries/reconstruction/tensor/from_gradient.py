@@ -227,7 +227,7 @@ def _fit_curves(head: TwoLayerHead, v: Tensor, curves: Tensor) -> tuple[Tensor, 
 
 
 def _profile_norms(head: TwoLayerHead, found: dict[int, Tensor], directions: Tensor) -> Tensor:
-    """Norms (with sign) from how one sample's coefficients ``delta_i h_q(n_i)``, h_q Hermite's, fall with the degree."""
+    """Norms (with sign) from how a sample's coefficients ``delta_i h_q(n_i)``, h_q Hermite's, fall with q."""
     dual = torch.linalg.inv(directions)
     orders = [q for q in found if q <= 3 or q == max(found)]
     seen = []
