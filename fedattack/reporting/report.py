@@ -127,10 +127,7 @@ def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstr
 def environment() -> Environment:
     """Where pages are rendered: escaping on, unknown names refused, figures formatted as everywhere."""
     environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     for name in ("decimal", "compact", "percent", "count", "interval", "seconds", "size"):
         environment.filters[name] = getattr(formats, name)

@@ -31,11 +31,7 @@ class Answers:
     """Submits observations to the attacks, saves every answer when it comes, and knows what is finished."""
 
     def __init__(
-        self,
-        config: Config,
-        folder: RunFolder,
-        attacks: Mapping[str, ReconstructionAttack],
-        shown: Stages,
+        self, config: Config, folder: RunFolder, attacks: Mapping[str, ReconstructionAttack], shown: Stages
     ) -> None:
         self._config = config
         self._folder = folder

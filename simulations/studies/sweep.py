@@ -155,9 +155,7 @@ def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _cell(
-    common: Mapping[str, Any],
-    axes: Mapping[str, Any],
-    chosen: Sequence[tuple[str, dict[str, Any]]],
+    common: Mapping[str, Any], axes: Mapping[str, Any], chosen: Sequence[tuple[str, dict[str, Any]]]
 ) -> Cell:
     labels = {axis: label for axis, (label, _) in zip(axes, chosen, strict=True)}
     settings = dict(common)
