@@ -440,6 +440,3 @@ def label_counts(world: World) -> dict[int, dict[int, int]]:
         client: dict(Counter(world.dataset.labels[ids].tolist()))
         for client, ids in enumerate(world.partitions)
     }
-
-
-__all__ = ["RunResult", "attack_folder", "run_directory", "simulate"]

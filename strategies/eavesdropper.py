@@ -595,6 +595,3 @@ def _loss(metrics: MetricRecord) -> float:
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip() if lines else text
-
-
-__all__ = ["CONFIG", "Eavesdropper", "RoundReport", "seeded_sampling"]

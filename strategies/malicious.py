@@ -104,6 +104,3 @@ class MaliciousServer(Eavesdropper):
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ConfigError(f"attack {name} sends NaN or infinite values in {key!r}")
-
-
-__all__ = ["MaliciousServer"]

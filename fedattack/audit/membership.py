@@ -341,5 +341,3 @@ must not be wrong gets.
 Balanced accuracy: With the best threshold for these very candidates, so chance lies above 50 %.
 """,
 )
-
-__all__ = ["MEMBERSHIP", "audit_membership"]

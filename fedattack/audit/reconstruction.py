@@ -700,5 +700,3 @@ k: Numbers that were really sent. A rate alone says nothing: 0.1 % of a model wi
 numbers, of a small one a handful. Only those that are not zero and no bias of the last layer measure the image.
 """,
 )
-
-__all__ = ["AUXILIARY_FLOOR", "GREY_FLOOR", "RECONSTRUCTION", "audit_reconstruction"]

@@ -223,5 +223,3 @@ UNLEARNING: Family = Family(
     types={"run": "Int64", "requests": "Int64", "mechanism": "string"},
     glossary="Damage: Accuracy after deleting as many random samples, minus accuracy after the request.",
 )
-
-__all__ = ["UNLEARNING", "audit_unlearning"]

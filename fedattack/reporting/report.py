@@ -235,6 +235,3 @@ def _federation(
         "rejections": list(federation.get("rejections", []))[:_ROWS],
         "pictures": pictures,
     }
-
-
-__all__ = ["environment", "write_answers", "write_results"]

@@ -507,6 +507,3 @@ def _request(answer: ConfigRecord, samples: ArrayRecord | None, scenario: Scenar
     return dataclasses.replace(
         request, images=torch.from_numpy(images.copy()), labels=torch.from_numpy(labels.copy())
     )
-
-
-__all__ = ["FederationResult", "Judge", "RoundRecord", "ask", "ask_unlearning", "run_federation", "serve"]

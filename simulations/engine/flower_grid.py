@@ -79,6 +79,3 @@ def _wait_for_nodes(grid: Grid, wanted: int) -> list[int]:
     while len(nodes := sorted(grid.get_node_ids())) < wanted and time.monotonic() < deadline:
         time.sleep(0.2)
     return nodes
-
-
-__all__ = ["PartitionedGrid"]

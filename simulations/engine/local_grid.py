@@ -213,6 +213,3 @@ class InlineGrid(LocalGrid):
     def close(self) -> None:
         """Let go of the data."""
         close_workplace(self.run_id)
-
-
-__all__ = ["FIRST_NODE", "InlineGrid", "LocalGrid"]

@@ -33,6 +33,3 @@ def open_grid(config: Config, world: World) -> Iterator[LocalGrid]:
             yield grid
         finally:
             grid.close()
-
-
-__all__ = ["open_grid"]

@@ -337,6 +337,3 @@ def _check_resources(engine: EngineConfig) -> None:
                 f"settings 'engine.actors' = {engine.actors} and 'engine.{setting}' = {share:g} ask for "
                 f"{engine.actors * share:g} {kind}s; the Ray cluster has {found.get(kind, 0.0):g}"
             )
-
-
-__all__ = ["RayGrid"]

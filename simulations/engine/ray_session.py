@@ -87,6 +87,3 @@ def _join(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise BadRequest(f"{refusal} ({_reason(error)})") from error
-
-
-__all__ = ["ray_session"]

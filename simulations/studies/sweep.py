@@ -384,6 +384,3 @@ def _on_ray(cells: Sequence[Cell], place: Path, engine: EngineConfig) -> Outcome
                     reason = f"its worker was lost: {str(error).partition(chr(10))[0]}"
                     outcome = {"status": FAILED, "reason": reason, "seconds": 0.0}
                 yield cell, outcome
-
-
-__all__ = ["Cell", "Sweep", "run_cell", "run_sweep"]

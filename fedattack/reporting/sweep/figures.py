@@ -198,6 +198,3 @@ def _bars(value: float, low: float, high: float) -> list[list[float]] | None:
     if math.isnan(low) or math.isnan(high):
         return None
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
-
-
-__all__ = ["heat_map", "utility_leakage"]

@@ -121,6 +121,3 @@ def _known(value: float) -> float | None:
 def _reasons(frame: pd.DataFrame) -> list[tuple[str, str]]:
     rows = frame[frame["status"] != DONE].drop_duplicates("cell")
     return [(row["cell"], f"{row['status']}: {row['reason']}") for row in _records(rows)]
-
-
-__all__ = ["write_sweep"]

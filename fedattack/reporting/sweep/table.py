@@ -115,6 +115,3 @@ def _ends(leakage: Leakage, found: dict[str, Any]) -> dict[str, float]:
     described = leakage.read(found) or {}
     ends = {"": "mean", "_low": "low", "_high": "high"}
     return {f"{leakage.column}{end}": number(described.get(key)) * leakage.scale for end, key in ends.items()}
-
-
-__all__ = ["DONE", "FAILED", "REFUSED", "CellOutcome", "SweepTable", "sweep_table"]
