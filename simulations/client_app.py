@@ -62,16 +62,8 @@ app = ClientApp()
 class Workplace:
     """What all clients of one process share: settings, the data as stored, one model that is used again and again.
 
-    Parameters
-    ----------
-    config : Config
-    scenario : Scenario
-    images : ndarray
-        uint8 (N, C, S, S), the whole data set; read-only where it lies in Ray's shared memory.
-    labels : ndarray
-        int64 (N,).
-    partitions : tuple of ndarray
-        Sample ids of each client.
+    `images` are the whole data set, uint8 (N, C, S, S), read-only where they lie in Ray's shared memory, `labels`
+    int64 (N,), `partitions` the sample ids of each client.
     """
 
     config: Config
@@ -210,13 +202,7 @@ def remaining_positions(size: int, excluded: Collection[int] = ()) -> NDArray[np
 def round_batches(
     config: Config, size: int, round: int, client: int, excluded: Collection[int] = ()
 ) -> list[NDArray[np.int64]]:
-    """Positions in the client's partition of each local step's batch; a pure function, also for the auditor.
-
-    Raises
-    ------
-    DataError
-        If nothing is left to train on.
-    """
+    """Positions in the client's partition of each local step's batch; a pure function, also for the auditor."""
     if not excluded:
         return batch_positions(size, config.training, config.seed, round, client)
     left = remaining_positions(size, excluded)

@@ -55,16 +55,8 @@ logging.getLogger("flwr").setLevel(logging.ERROR)
 class RunResult:
     """What a run leaves: its folder, the federation's end, and every attack's audit by name.
 
-    Parameters
-    ----------
-    folder : Path
-    federation : FederationResult or None
-        None where saved observations were attacked.
-    audits : dict of str to AuditResult
-    reconstructions : dict of str to dict
-        Attack -> observation key -> answer, of attacks that answer observations.
-    summary : dict
-        The content of ``summary.json``.
+    `federation` is None where saved observations were attacked; `reconstructions` is attack -> observation key ->
+    answer, of attacks that answer observations; `summary` is the content of ``summary.json``.
     """
 
     folder: Path
@@ -75,13 +67,7 @@ class RunResult:
 
 
 def run_directory(config: Config) -> Path:
-    """The configured run folder, or a new one, made here, below ``runs/`` named after the time and the attacks.
-
-    Raises
-    ------
-    RunFailed
-        If it cannot be made.
-    """
+    """The configured run folder, or a new one, made here, below ``runs/`` named after the time and the attacks."""
     if config.output.run_dir is not None:
         return Path(config.output.run_dir)
     stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
@@ -112,18 +98,12 @@ def simulate(
 
     Parameters
     ----------
-    config : Config
-    console : rich Console, optional
+    console
         Where progress and the table go; None: nowhere.
-    command : str
+    command
         The command line, for the report.
-    federate : callable
-        What trains, called like :func:`simulations.engine.federation.run_federation`; ``flwr run`` brings its own
-        grid here.
-
-    Returns
-    -------
-    RunResult
+    federate
+        What trains, called like :func:`simulations.engine.federation.run_federation`.
 
     Raises
     ------
@@ -131,13 +111,6 @@ def simulate(
         If the request cannot be carried out as it was put.
     RunFailed
         If a run that had started could not be finished.
-
-    Examples
-    --------
-    >>> from fedattack.config import Config
-    >>> settings = {"dataset": "digits", "image-size": 16, "attack": "hcgla", "clients": 2, "engine": "inline"}
-    >>> result = simulate(Config.from_mapping(settings))  # doctest: +SKIP
-    >>> result.audits["hcgla"].verdict  # doctest: +SKIP
     """
     console = console or Console(quiet=True)
     named = choose_attacks(config)
@@ -210,19 +183,9 @@ def attack_folder(
 ) -> RunResult:
     """Attack saved observations, without the federation; score the answers where the truth is given.
 
-    Parameters
-    ----------
-    directory : Path
-        An ``observations`` folder of a run, or the run folder itself.
-    config : Config
-        Of which attacks, seed, engine and output are used; the scenario is the observations' own.
-    truth : Path, optional
-        A ``truth`` folder.
-
-    Raises
-    ------
-    BadRequest
-        If the folder holds no observations, or an attack does not apply to them.
+    `directory` is an ``observations`` folder of a run, or the run folder itself, `truth` a ``truth`` folder. Of
+    `config` attacks, seed, engine and output are used. Raises BadRequest where there are no observations, or an
+    attack does not apply to them.
     """
     console = console or Console(quiet=True)
     named = choose_attacks(config)

@@ -59,13 +59,7 @@ def finish(run_dir: Path, result: FederationResult) -> None:
 
 
 def report_folder(config: Config) -> Path:
-    """The run folder.
-
-    Raises
-    ------
-    ConfigError
-        If it is not an absolute path: the app runs from a copy that Flower makes of it.
-    """
+    """The run folder, which must be an absolute path: the app runs from a copy that Flower makes of it."""
     if config.output.run_dir is None or not os.path.isabs(config.output.run_dir):
         raise ConfigError(
             f"setting 'output.run_dir' = {config.output.run_dir!r}: `flwr run` needs an absolute path, "

@@ -63,17 +63,9 @@ def drawn(federation: FederationConfig) -> int:
 def build_strategy(federation: FederationConfig, learning_rate: float) -> Any:
     """The Flower strategy of a configuration, ready to be wrapped by an :class:`~strategies.Eavesdropper`.
 
-    Parameters
-    ----------
-    federation : FederationConfig
-        `strategy` and `strategy_options` (in kebab or snake case), besides clients and participation.
-    learning_rate : float
-        The clients', which q-FedAvg estimates a Lipschitz constant from.
-
-    Raises
-    ------
-    ConfigError
-        If the strategy is unknown or is not one, or an option is unknown, reserved or of the wrong type.
+    Options come in kebab or snake case; q-FedAvg estimates a Lipschitz constant from the clients' `learning_rate`.
+    Raises ConfigError where the strategy is unknown or is not one, or an option is unknown, reserved or of the
+    wrong type.
     """
     from flwr.serverapp.strategy import Strategy
 

@@ -31,7 +31,6 @@ from fedattack.task import tied_names, trained_parameters
 from fedattack.training import weight_step
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
 from strategies.messages import (
-    CONFIG,
     DROPPED_OUT,
     METRICS,
     NUM_EXAMPLES,
@@ -57,23 +56,12 @@ MAX_STEP = float(np.finfo(np.float32).max) / 2**20
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What became of one round's replies.
+    """What became of one round's replies; clients are ascending, `failed` and `rejected` come with the reason.
 
-    Parameters
-    ----------
-    round : int
-    accepted : tuple of int
-        Clients whose updates were aggregated, ascending.
-    failed, rejected : tuple of (int, str)
-        Clients that answered with an error, or with something that was refused, and the reason.
-    dropped : tuple of int
-        Clients that were drawn and did not answer.
-    wire_bytes, buffer_bytes : int
-        Sum over the accepted clients: packed updates, and the BatchNorm buffers beside them.
-    train_loss : float
-        The accepted clients' training loss, averaged by their examples; NaN where nobody was accepted.
-    aggregated : bool
-        False where the weights stayed as they were.
+    `accepted` were aggregated, `failed` answered with an error, `rejected` with something that was refused,
+    `dropped` not at all. Bytes are sums over the accepted: packed updates, and the BatchNorm buffers beside them.
+    `train_loss` is their mean weighted by examples, NaN without any. Not `aggregated`: the weights stayed as they
+    were.
     """
 
     round: int
@@ -104,8 +92,8 @@ class Eavesdropper(Strategy):
 
     Replies may be packed updates (:mod:`fedattack.compression`) or the new weights that an ordinary Flower client
     sends. Hostile ones are rejected with a reason and the round goes on. What the wrapped strategy gets to see is
-    what it expects: dense new weights, ``weights + delta`` under fedavg and
-    ``weights - server_learning_rate * gradient`` under fedsgd, in ascending order of the clients' numbers.
+    what it expects: dense new weights, ``weights + delta`` under fedavg and ``weights - server_learning_rate *
+    gradient`` under fedsgd, in ascending order of the clients' numbers.
 
     Where the scenario's defences include secure aggregation, the replies are summed before anything looks at them:
     there is one observation a round, of :data:`~fedattack.observation.EVERYONE`, and the wrapped strategy gets one
@@ -114,27 +102,23 @@ class Eavesdropper(Strategy):
 
     Parameters
     ----------
-    strategy : Strategy
+    strategy
         Any Flower strategy whose clients send one ArrayRecord.
-    scenario : Scenario
-        Public facts: model, training, compression.
-    on_observation : callable, optional
-        Called with each :class:`~fedattack.observation.Observation`, before the round is aggregated.
-    observe : callable, optional
+    on_observation
+        Called with each observation, before the round is aggregated.
+    observe
         ``observe(round, client)`` selects what is observed; None: everything. Under secure aggregation `client` is
         ``EVERYONE``.
-    auxiliary : Auxiliary, optional
+    auxiliary
         Public data granted to the adversary; put into every observation.
-    seed : int
+    seed
         Keys the sampling of clients: Flower draws them with Python's global generator, which is seeded for the draw
         by (seed, "sampling", round) and restored after it.
-    first_round : int
+    first_round
         Number of the first round of :meth:`start`.
-    on_round : callable, optional
-        Called with a :class:`RoundReport` after each aggregation.
-    client_of : callable, optional
+    client_of
         Node id -> the client's number. None: what the reply declares as "partition-id", else the node id.
-    average_buffers : bool
+    average_buffers
         Average BatchNorm buffers here, by examples, instead of giving them to the wrapped strategy. For server
         optimisers (FedAdam, ...), whose steps would make variances negative.
     """
@@ -226,8 +210,7 @@ class Eavesdropper(Strategy):
     def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """What is sent in this round instead of the global model; None: the global model.
 
-        A round in which something else is sent is observed, and not aggregated unless `aggregates_armed`. Overridden
-        by :class:`strategies.malicious.MaliciousServer`.
+        Such a round is observed, and not aggregated unless `aggregates_armed`.
         """
         del round, weights
         return None

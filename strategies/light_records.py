@@ -16,8 +16,7 @@ _NUMPY = "numpy.ndarray"
 class HeldArray(Array):
     """A Flower array that holds its ndarray and writes the bytes only if somebody asks for them.
 
-    Flower's own :class:`Array` writes and parses the npy format at each step; inside one process that costs more than
-    the arithmetic.
+    Flower's own writes and parses npy at each step; inside one process that costs more than the arithmetic.
     """
 
     def __init__(self, ndarray: NDArray[Any]) -> None:
@@ -72,15 +71,8 @@ class HeldArray(Array):
 class SteppedArray(HeldArray):
     """``base + scale * step`` computed when it is asked for, so that a thousand sparse replies stay sparse.
 
-    Parameters
-    ----------
-    base : ndarray
-        float32, the layer that was sent out; shared, never written to.
-    values : ndarray
-        float32, shape (k,) or (base.size,).
-    positions : ndarray or None
-        int64, shape (k,): flat positions in the layer; None when every entry was sent.
-    scale : float
+    `base` is the layer that was sent out, float32, shared and never written to; `values` float32 (k,) or
+    (base.size,); `positions` int64 (k,), flat in the layer, None when every entry was sent.
     """
 
     def __init__(
@@ -114,11 +106,7 @@ class SteppedArray(HeldArray):
 
 
 class _Light:
-    """Mapping methods over a plain dict, in the place of those of Flower's records, which check each entry's type.
-
-    With a thousand replies a round, the checks cost a fifth of the training. Records built here hold what was checked
-    already.
-    """
+    """A dict's mapping methods in place of those of Flower's records, whose type checks cost a fifth of the training."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         self.__dict__["_light"] = entries

@@ -25,17 +25,8 @@ class MaliciousServer(Eavesdropper):
 
     A gradient at those weights says nothing about the global model, so that an armed round is observed and not
     aggregated, unless the attack says so: the global model, and whatever the wrapped strategy keeps, stay as they
-    were. Training loses that round and is not otherwise harmed. The attack may have each client that is drawn get
-    weights of its own (:meth:`~adversaries.seats.MaliciousServer.tailor`).
-
-    Parameters
-    ----------
-    attack, rounds
-        Whose weights are sent, and in which rounds.
-    candidates
-        The samples that the attack will be asked about.
-    strategy, scenario, **options
-        As for :class:`~strategies.Eavesdropper`.
+    were. The attack may have each client that is drawn get weights of its own
+    (:meth:`~adversaries.seats.MaliciousServer.tailor`), and may know the `candidates` that it will be asked about.
 
     Raises
     ------

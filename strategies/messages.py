@@ -65,24 +65,8 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 def read_dense(array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """Open an array from a client, trusting nothing it declares.
 
-    Parameters
-    ----------
-    array : Array
-        In Flower's npy serialisation.
-    shape : tuple of int
-        The only accepted shape.
-    dtype : str
-        The only accepted data type.
-
-    Returns
-    -------
-    ndarray
-        A read-only view of the array's bytes, of exactly that shape and type, all finite.
-
-    Raises
-    ------
-    PayloadError
-        If the bytes are anything else. No memory is allocated by what the header declares.
+    Read-only, of exactly that shape and type, all finite; PayloadError where the bytes are anything else. No memory
+    is allocated by what the header declares.
     """
     if isinstance(array, HeldArray):
         value = array.view()

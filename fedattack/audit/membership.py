@@ -63,26 +63,19 @@ def audit_membership(
     test_samples: int | None = None,
     seed: int = 0,
 ) -> AuditResult:
-    """Score membership inference against who really was in the clients' data.
+    """Score membership inference against who really was in the clients' data, one record per candidate and target.
 
     The floor is chance: AUC 0.5 with the interval of that many members and non-members, and what a random ranking
-    finds at the same false-positive rate.
+    finds at the same false-positive rate. With several targets the AUC is their mean; as the candidates may be
+    shared, neither its interval nor its floor is narrowed for their number.
 
     Parameters
     ----------
     scores, is_member
         Shape (N,), or one of each per target client; a higher score means "more likely a member".
-    clients
-        The target clients; numbered from 0 where absent.
     accuracy, chance_accuracy
         In [0, 1]: of the model on `test_samples` held-out samples, and the share of the commonest class there. A
         model that cannot be told from chance says nothing about membership.
-
-    Returns
-    -------
-    AuditResult
-        One record per candidate and target. With several targets the AUC is their mean; as the candidates may be
-        shared, neither its interval nor its floor is narrowed for their number.
 
     Raises
     ------

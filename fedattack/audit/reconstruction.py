@@ -82,30 +82,23 @@ def audit_reconstruction(
     reasons: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> AuditResult:
-    """Score reconstructions against the private images, every floor and another victim's images.
+    """Score reconstructions against the private images, every floor and another victim's images; a record per image.
 
     Floors are what the same attacker answers without the update: flat grey, the mean of the auxiliary images it was
-    granted, and whatever the attack itself calls its prior. The control scores each reconstruction against the other
-    victims' private images. Where a defence transforms the images, reconstructions are scored against what the model
-    was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that matching
-    cannot favour the attack.
+    granted, and whatever the attack itself calls its prior. The control scores each reconstruction against the
+    other victims' private images. Where a defence transforms the images, reconstructions are scored against what
+    the model was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that
+    matching cannot favour the attack.
 
     Parameters
     ----------
     reconstructions
-        In the order of the observations. None, and images or floors of the wrong size or not finite, are victims that
-        failed: rows with the status "failed: reason", left out of every mean.
-    truths
-        In any order; found by their key.
+        In the order of the observations. None, and images or floors of the wrong size or not finite, are victims
+        that failed: rows with the status "failed: reason", left out of every mean.
     seconds
         Per observation, or in all.
     reasons
         Key of an observation -> why it has no answer.
-
-    Returns
-    -------
-    AuditResult
-        One record per private image.
 
     Raises
     ------
@@ -476,10 +469,10 @@ def _labels(
 ) -> rule.Labels:
     """Labels right beside the best answer that ignores the update, told apart over the clients.
 
-    That answer is the best fixed multiset for labels that are all equally common, as common as in the public
-    data, or as common as among the other clients. Beyond it lies what beats it in a one-sided paired t test over
-    the clients and is more than so likely a guess would get right by luck, which a t test of a few clients in
-    full agreement cannot know.
+    That answer is the best fixed multiset for labels that are all equally common, as common as in the public data,
+    or as among the other clients. Beyond it lies what beats it in a one-sided paired t test over the clients and is
+    more than so likely a guess would get right by luck, which a t test of a few clients in full agreement cannot
+    know.
     """
     asked = [row for row in records if "label_right" in row]
     if not asked:

@@ -50,25 +50,17 @@ def audit_unlearning(
     seconds: float = 0.0,
     seed: int = 0,
 ) -> AuditResult:
-    """Score a deletion request by the accuracy it costs beyond deleting as many random samples.
+    """Score a deletion request by the accuracy it costs beyond deleting as many random samples; a record per seed.
 
     Parameters
     ----------
     before, after, random
-        Test accuracies in [0, 1], one per seed: before the request, after it was carried out, and after the deletion
-        of as many random samples instead (the floor).
-    requests
-        Samples whose deletion was requested.
+        Test accuracies in [0, 1], one per seed: before the request, after it was carried out, and after the
+        deletion of as many random samples instead (the floor).
     test_samples
         Size of the test set: with a single seed the interval then covers the test samples.
     chance_accuracy
-        In [0, 1]: the share of the commonest class among them. A model that cannot be told from it has no accuracy to
-        lose.
-
-    Returns
-    -------
-    AuditResult
-        One record per seed.
+        In [0, 1]: the share of the commonest class. A model that cannot be told from it has no accuracy to lose.
 
     Raises
     ------

@@ -44,7 +44,7 @@ def png(figure: Figure) -> bytes:
 
 
 def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
-    """Originals, reconstructions and floors one below the other, the PSNR under each, pixels enlarged unsmoothed.
+    """Originals, reconstructions and floors below one another, the PSNR under each, pixels enlarged unsmoothed.
 
     The first `limit` images in the order of clients are shown, never chosen by quality.
     """

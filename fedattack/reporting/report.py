@@ -48,30 +48,20 @@ def write_results(
     notes: Sequence[str] = (),
     left_out: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write records, summary, images, figures and ``report.html`` into a run's folder.
+    """Write records, summary, images, figures and ``report.html`` into a run's folder; the report's path.
 
     Parameters
     ----------
-    folder : RunFolder
-    results : sequence of AuditResult
-        In the order they are to appear.
-    federation : mapping, optional
+    federation
         "rounds": list of {"round", "loss", "accuracy", "train_loss", "answered", "failed", "rejected", "dropped",
-        "wire_bytes", "seconds"} (missing or None where unknown), "rejections": list of {"round", "client", "reason"};
-        every other entry with a plain value is shown as a fact.
-    command : str
-        The command line that repeats the run.
-    label_counts : mapping, optional
+        "wire_bytes", "seconds"} (missing or None where unknown), "rejections": list of {"round", "client",
+        "reason"}; every other entry with a plain value is shown as a fact.
+    label_counts
         Client -> label -> samples.
-    notes : sequence of str
+    notes
         Warnings shown below the verdicts.
-    left_out : mapping, optional
-        Attack -> why it does not apply, for ``summary.json``.
-
-    Returns
-    -------
-    Path
-        The report.
+    left_out
+        Attack -> why it does not apply.
 
     Raises
     ------
@@ -111,13 +101,7 @@ def write_results(
 
 
 def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstruction]]) -> None:
-    """Write unscored reconstructions (attack -> observation key -> answer) as PNG, batches side by side.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full.
-    """
+    """Write unscored reconstructions (attack -> observation key -> answer) as PNG, batches side by side."""
     for attack, by_key in answers.items():
         for key, answer in by_key.items():
             row = torch.cat(list(answer.images.clamp(0, 1)), dim=2)

@@ -26,10 +26,7 @@ WIDTH = 100
 def print_summary(
     console: Console, results: Sequence[AuditResult], federation: Mapping[str, Any] | None = None
 ) -> None:
-    """Print the headline, a table per family of attacks, each score beside its floor, and every verdict below.
-
-    `federation` is as :func:`fedattack.reporting.report.write_results` is given it; for the headline's assumptions.
-    """
+    """Print the headline, a table per family with each score beside its floor, and every verdict below."""
     width = min(WIDTH, console.width)
     if top := headline(results, federation):
         console.print(Text(top["text"], style=STYLES[top["level"]]), width=width)

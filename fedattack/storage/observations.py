@@ -65,24 +65,7 @@ class _TruthDocument(Section):
 
 
 def save_observation(folder: Path | str, observation: Observation) -> Path:
-    """Store one observation; weights and auxiliary data that are already there are not written again.
-
-    Parameters
-    ----------
-    folder : Path or str
-        Made if absent.
-    observation : Observation
-
-    Returns
-    -------
-    Path
-        The observation's JSON file.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full or the folder cannot be written.
-    """
+    """Store one observation, weights and auxiliary data only where they are not there yet; its JSON file's path."""
     folder = Path(folder)
     place = _place(folder, observation.round, observation.client)
     weights = _save_once(place.parent, "weights", observation.weights)
@@ -127,8 +110,7 @@ def load_observations(folder: Path | str) -> list[Observation]:
     Raises
     ------
     DataError
-        Names the file and what is wrong with it: not JSON or safetensors, a field missing or out of range, NaN or
-        infinite values, tensors that do not fit, indices out of range; or that there is no observation.
+        Names the file and what is wrong with it; or there is no observation.
     """
     folder = Path(folder)
     shared: dict[Path, dict[str, Tensor]] = {}
@@ -139,13 +121,7 @@ def load_observations(folder: Path | str) -> list[Observation]:
 
 
 def save_truth(folder: Path | str, truth: GroundTruth) -> Path:
-    """Store the private batch behind one observation, in a folder of its own.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full or the folder cannot be written.
-    """
+    """Store the private batch behind one observation, in a folder of its own."""
     place = _place(Path(folder), truth.round, truth.client)
     tensors = {"images": truth.images, "labels": truth.labels}
     if truth.shown is not None:
@@ -157,13 +133,7 @@ def save_truth(folder: Path | str, truth: GroundTruth) -> Path:
 
 
 def load_truths(folder: Path | str) -> list[GroundTruth]:
-    """All truths of a folder, by round and client.
-
-    Raises
-    ------
-    DataError
-        If one is malformed, or there is none.
-    """
+    """All truths of a folder, by round and client; DataError where one is malformed, or there is none."""
     truths = []
     for path in sorted(Path(folder).glob("round-*/*.json")):
         document = _parse(path, _TruthDocument)
@@ -185,13 +155,7 @@ def load_truths(folder: Path | str) -> list[GroundTruth]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises
-    ------
-    DataError
-        If it is missing or malformed.
-    """
+    """Tensors of a safetensors file; DataError where it is missing or malformed."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -332,13 +296,7 @@ _KEY = re.compile(r"^[A-Za-z0-9_.:-]+$")
 
 
 def safe_name(name: str) -> str:
-    """`name` as part of a path: an attack given as "package.module:Class" has no slash, but a user's might.
-
-    Raises
-    ------
-    DataError
-        If it could leave its folder.
-    """
+    """`name` as part of a path; DataError where it could leave its folder."""
     if not _KEY.match(name) or name.startswith("."):
         raise DataError(f"{name!r} cannot name a file: letters, digits, '_', '-', '.' and ':' only")
     return name.replace(":", "_")

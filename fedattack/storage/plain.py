@@ -19,25 +19,13 @@ from fedattack.files import write_bytes
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write strictly valid JSON (see :func:`plain`), whole or not at all.
-
-    Raises
-    ------
-    RunFailed
-        As in :func:`fedattack.files.write_bytes`.
-    """
+    """Write strictly valid JSON (see :func:`plain`), whole or not at all."""
     text = json.dumps(plain(document), indent=1, allow_nan=False)
     write_bytes(path, text.encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises
-    ------
-    DataError
-        If it is missing or is no JSON.
-    """
+    """Read a JSON file; DataError where it is missing or is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -37,15 +37,9 @@ from fedattack.storage.plain import fedattack_version, number, read_json, write_
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder; make it with :meth:`create`.
+    """A run's folder, made with :meth:`create`; `resumed` where it held a run of the same settings.
 
-    Parameters
-    ----------
-    path : Path
-    config : Config
-        The run's settings.
-    resumed : bool
-        Whether an earlier, unfinished or finished, run of the same settings was found in it.
+    Whatever writes raises RunFailed where the disk is full, whatever reads DataError where a file is malformed.
     """
 
     path: Path
@@ -54,23 +48,13 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | str, config: Config, resume: bool = True) -> RunFolder:
-        """Make the folder, or take up the run that is in it.
-
-        Parameters
-        ----------
-        path : Path or str
-            Absent, empty, or the folder of a run with the same result settings (engine and output may differ).
-        config : Config
-        resume : bool
-            False: refuse a folder that holds a run already.
+        """Make the folder, or take up the run of the same result settings in it (engine and output may differ).
 
         Raises
         ------
         ConfigError
             If the folder holds another configuration's run (names the first settings that differ), is not empty and
             no run folder, cannot be made, or holds a run while `resume` is False.
-        RunFailed
-            If the disk is full.
         """
         path = Path(path)
         stored = path / "config.toml"
@@ -118,13 +102,7 @@ class RunFolder:
         return self.path / "figures"
 
     def log(self, text: str) -> None:
-        """Append a line with the time (UTC) to ``log.txt``.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Append a line with the time (UTC) to ``log.txt``."""
         stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = f"{stamp}  {text}\n"
         try:
@@ -150,21 +128,7 @@ class RunFolder:
         return load_truths(self.truth)
 
     def save_reconstruction(self, attack: str, key: str, answer: Reconstruction, seconds: float) -> None:
-        """Store an attack's answer for one observation, so that a resumed run need not ask again.
-
-        Parameters
-        ----------
-        attack, key : str
-            The attack's name and the observation's key.
-        answer : Reconstruction
-        seconds : float
-            What it took.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store an attack's answer for the observation `key` and its seconds; a resumed run need not ask again."""
         place = self._part(attack, key)
         names = list(answer.floors)
         tensors = {"images": answer.images, "labels": answer.labels}
@@ -185,13 +149,7 @@ class RunFolder:
         place.with_suffix(".failed.json").unlink(missing_ok=True)
 
     def save_failure(self, attack: str, key: str, reason: str) -> None:
-        """Store why an attack has no answer for one observation.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store why an attack has no answer for one observation."""
         write_json(self._part(attack, key).with_suffix(".failed.json"), {"format": 1, "reason": reason})
 
     def has_failed(self, attack: str, key: str) -> bool:
@@ -203,13 +161,7 @@ class RunFolder:
         return self.path / "checkpoints" / safe_name(attack) / safe_name(key)
 
     def load_reconstruction(self, attack: str, key: str) -> tuple[Reconstruction, float] | None:
-        """The stored answer and its seconds, or None where it is not finished.
-
-        Raises
-        ------
-        DataError
-            If the stored answer is malformed.
-        """
+        """The stored answer and its seconds, or None where it is not finished."""
         place = self._part(attack, key)
         if not place.with_suffix(".json").is_file():
             return None
@@ -237,13 +189,7 @@ class RunFolder:
         return answer, seconds
 
     def save_round(self, attack: str, round: int, figures: Mapping[str, torch.Tensor]) -> None:
-        """Store what an attack keeps of one round.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store what an attack keeps of one round."""
         write_tensors(self._part(attack, f"round-{round:05d}").with_suffix(".safetensors"), figures)
 
     def load_rounds(self, attack: str) -> dict[int, dict[str, torch.Tensor]]:
@@ -252,26 +198,14 @@ class RunFolder:
         return {int(path.stem.partition("-")[2]): read_tensors(path) for path in found}
 
     def save_scores(self, attack: str, target: int, scores: MembershipScores, seconds: float) -> None:
-        """Store the membership scores for one target client.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store the membership scores for one target client."""
         place = self._part(attack, f"client-{target:05d}")
         write_tensors(place.with_suffix(".safetensors"), {"scores": scores.scores})
         document = {"format": 1, "statistic": scores.statistic, "details": scores.details, "seconds": seconds}
         write_json(place.with_suffix(".json"), document)
 
     def load_scores(self, attack: str, target: int) -> tuple[MembershipScores, float] | None:
-        """The stored scores and their seconds, or None where they are not finished.
-
-        Raises
-        ------
-        DataError
-            If they are malformed.
-        """
+        """The stored scores and their seconds, or None where they are not finished."""
         place = self._part(attack, f"client-{target:05d}")
         if not place.with_suffix(".json").is_file():
             return None
@@ -286,23 +220,11 @@ class RunFolder:
             raise DataError(f"{place}.json and .safetensors do not hold scores: {error!r}") from None
 
     def save_part(self, name: str, document: Mapping[str, Any]) -> None:
-        """Store any other finished part (the federation's rounds, an unlearning outcome) as JSON.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store any other finished part (the federation's rounds, an unlearning outcome) as JSON."""
         write_json(self.path / "parts" / f"{safe_name(name)}.json", document)
 
     def load_part(self, name: str) -> dict[str, Any] | None:
-        """A part stored by :meth:`save_part` (NaN comes back as None), or None where it is not finished.
-
-        Raises
-        ------
-        DataError
-            If it is no JSON object.
-        """
+        """A part stored by :meth:`save_part` (NaN comes back as None), or None where it is not finished."""
         path = self.path / "parts" / f"{safe_name(name)}.json"
         if not path.is_file():
             return None

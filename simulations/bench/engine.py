@@ -46,21 +46,9 @@ def resnet18(quick: bool = False, data: Path | None = None, peers: bool = False)
 
 @dataclass
 class _Contender:
-    """One engine at work on so many victims.
+    """One engine at work: `run` goes on for so many iterations, `seconds` are those of one in each turn.
 
-    Attributes
-    ----------
-    label : str
-        In the figures' names.
-    victims : int
-    run : callable
-        Goes on for so many iterations.
-    start_s : float
-        Seconds that the first iteration took more than a later one: the compiler's.
-    grown_mib : float
-        Memory.
-    seconds : list of float
-        Of an iteration, each turn.
+    `start_s`: what the first took more than a later one, the compiler's; `grown_mib`: memory.
     """
 
     label: str
@@ -107,30 +95,11 @@ def _compare(
     compiled: bool = True,
     peers: bool = False,
 ) -> dict[str, Any]:
-    """Measure one model.
+    """Measure one model: the engines take turns, so that a busy machine slows all of them alike.
 
-    Parameters
-    ----------
-    name : str
-    iterations : int
-        In each turn of each engine.
-    rounds : int
-        Turns; the engines take turns, so that a busy machine slows all of them alike.
-    quick : bool
-    data : Path, optional
-    descent : int
-        Iterations of a descent from the same start by both engines, whose final objectives are compared.
-    victims : int
-        In the batch.
-    compiled : bool
-        Whether the engine runs compiled too; not in quick runs.
-    peers : bool
-        Whether :mod:`simulations.bench.peers` run too.
-
-    Raises
-    ------
-    RunFailed
-        If the engines disagree about objective or gradient at the start.
+    `iterations` are those of each engine in each of the `rounds` turns; `descent` those from one start by both
+    engines, whose final objectives are compared. RunFailed where they disagree about objective or gradient at the
+    start.
     """
     if quick:
         iterations, rounds, descent = 1, 2, 4

@@ -66,10 +66,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_here(clients: int, actors: int) -> None:
-    """Run the comparison in this process.
-
-    The two apps are imported by name, so that Flower's pickling does not carry this module's globals to the clients.
-    """
+    """The comparison in this process; by name, so that Flower's pickling does not carry this module's globals along."""
     os.environ[_CLIENTS] = str(clients)
     from flwr.simulation import run_simulation
 

@@ -62,13 +62,7 @@ PEERS: dict[str, Callable[[Scene, float], Run]] = {"breaching": breaching}
 
 
 def installed() -> dict[str, Callable[[Scene, float], Run]]:
-    """The peers that can be imported.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
-    """
+    """The peers that can be imported; ConfigError where there is none."""
     found = {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(name) is not None}
     if not found:
         raise ConfigError(f"option '--peers': none is installed; known are {', '.join(PEERS)}")

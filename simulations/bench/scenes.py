@@ -48,14 +48,7 @@ def data_set(name: str, data: Path | None, limit: int | None = None) -> ImageDat
 
 
 def pictures(count: int, data: Path | None) -> Pictures:
-    """Colour pictures of 32x32.
-
-    Parameters
-    ----------
-    count : int
-    data : Path, optional
-        Folder that holds ``CIFAR10/``; None: tiles of four photographs that scikit-image brings.
-    """
+    """Colour pictures of 32x32: CIFAR-10 below `data`, or tiles of four photographs that scikit-image brings."""
     if data is not None:
         dataset = data_set("cifar10", data)
         chosen = numpy_rng(0, "bench.engine").permutation(len(dataset))[:count]
@@ -106,17 +99,8 @@ def scene(model: ModelConfig, private: Pictures, seed: int = 7) -> Scene:
 class Reference:
     """Inverting Gradients the plain way: automatic differentiation twice, one victim, nothing kept but the iterate.
 
-    Parameters
-    ----------
-    seen : Observation
-    label : Tensor
-        int64 (1,).
-    start : Tensor
-        (1, C, H, W).
-    iterations : int
-        Over which the learning rate falls.
-    tv : float
-        Weight of total variation.
+    `label` int64 (1,), `start` (1, C, H, W); the learning rate falls over `iterations`, `tv` weighs total
+    variation.
     """
 
     def __init__(self, seen: Observation, label: Tensor, start: Tensor, iterations: int, tv: float) -> None:

@@ -41,20 +41,10 @@ Images = Literal["digits", "mnist", "cifar10"]
 
 @dataclass(frozen=True)
 class Row:
-    """One scene and what is asked of it.
+    """One scene and what is asked of it: `mean` and `worst` in dB (0: no bar), and the status.
 
-    Attributes
-    ----------
-    mean, worst : float
-        The bar in dB; 0: no bar.
-    expect : str
-        "certified"; "approximate" and better; "not certified": may fail, and must not be called certified.
-    long : bool
-        Left out unless asked for.
-    dependent : bool
-        The last image is the mean of the first two.
-    label : int, optional
-        Of all images.
+    "not certified" may fail, and must not be called certified. `long`: left out unless asked for; `dependent`: the
+    last image is the mean of the first two; `label`: of all images.
     """
 
     name: str
@@ -117,16 +107,8 @@ def run(quick: bool = False, data: Path | None = None, long: bool = False) -> di
 
     Each row is a client's real gradient at the weights that the attack sends, cross-entropy over ten classes with
     the images' own labels, attacked through :class:`TensorAttack` as a run does (labels, certificate and refinement
-    included) and scored here.
-
-    Parameters
-    ----------
-    quick : bool
-        Small scenes on embedded digits.
-    data : Path, optional
-        Folder with ``MNIST/`` and ``CIFAR10/``; needed unless `quick`.
-    long : bool
-        Also the batches of 100 and 128 images and other rows of minutes.
+    included) and scored here. `quick`: small scenes on embedded digits, else `data` holds ``MNIST/`` and
+    ``CIFAR10/``; `long`: also rows of minutes.
 
     Returns
     -------
@@ -134,7 +116,6 @@ def run(quick: bool = False, data: Path | None = None, long: bool = False) -> di
         "rows": one record each with PSNR in dB (mean and worst, cut at 120), labels right, status, residual,
         seconds, memory in MiB that the attack added to the process at its peak, and "met". "met" and "missed":
         numbers of rows; "wrong_certified": certified ones with an image below 60 dB or a wrong label.
-        "decomposers": see :func:`decomposer_table`.
     """
     if data is None and not quick:
         raise ConfigError(

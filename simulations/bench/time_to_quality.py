@@ -59,20 +59,11 @@ def run(quick: bool = False, data: Path | None = None) -> dict[str, Any]:
     """Time to the quality of published Inverting Gradients (3,000 iterations), sigmoid LeNet, batch 1, full gradient.
 
     The reference runs to its end. A solver runs with budgets that grow by half, from the beginning each time, until
-    its answer is as good; counted is the run that was. Labels are known to all, nobody gets public images.
+    its answer is as good; counted is the run that was. Labels are known to all, nobody gets public images. `quick`:
+    two victims, 40 iterations. `data` holds ``CIFAR10/``; None: photographs of scikit-image.
 
-    Parameters
-    ----------
-    quick : bool
-        Two victims, 40 iterations.
-    data : Path, optional
-        Folder with ``CIFAR10/``; None: photographs of scikit-image.
-
-    Returns
-    -------
-    dict
-        Mean seconds of the reference and of each solver, their ratios, how many victims a solver failed to bring that
-        far (its longest run is counted for them), and all single figures.
+    Mean seconds of the reference and of each solver, their ratios, how many victims a solver failed to bring that
+    far (its longest run is counted for them), and all single figures.
     """
     victims, iterations = (2, 40) if quick else (VICTIMS, ITERATIONS)
     private = pictures(victims, data)

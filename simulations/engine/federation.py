@@ -60,27 +60,10 @@ _EVALUATED_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """The figures of one round.
+    """The figures of one round: those of :class:`~strategies.RoundReport` and more.
 
-    Parameters
-    ----------
-    round : int
-    loss, accuracy : float or None
-        Of the global model after the round, on the held-out pool; None where it is not evaluated.
-    train_loss : float or None
-        Mean training loss of the accepted clients, weighted by their examples; None where nobody was accepted.
-    clients : tuple of int
-        Clients whose updates were aggregated, ascending.
-    failed, rejected : tuple of (int, str)
-        Clients whose reply was an error or was refused, with the reason.
-    dropped : tuple of int
-        Clients that were drawn and did not answer.
-    wire_bytes, buffer_bytes : int
-        Sums over the accepted clients: packed updates; BatchNorm buffers beside them.
-    aggregated : bool
-        False where the weights stayed as they were.
-    seconds : float
-        Wall time, evaluation included.
+    `loss` and `accuracy` are the global model's after the round, on the held-out pool, None where it is not
+    evaluated; `train_loss` is None where nobody was accepted; `seconds` is wall time, evaluation included.
     """
 
     round: int
@@ -109,17 +92,10 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class FederationResult:
-    """What a federation leaves.
+    """What a federation leaves: the last global state dict, on the CPU, and the figures of its rounds.
 
-    Parameters
-    ----------
-    weights : dict of str to Tensor
-        The global state dict after the last round, on the CPU.
-    rounds : list of RoundRecord
-    rejections : list of (int, int, str)
-        (round, client, reason) of every refused reply.
-    answers : dict of str to dict of int to dict of str to Tensor
-        Attack -> malicious client -> what it answered, of those that did.
+    `rejections`: (round, client, reason) of every refused reply. `answers`: attack -> malicious client -> what it
+    answered.
     """
 
     weights: dict[str, Tensor]
@@ -133,22 +109,7 @@ def run_federation(
 ) -> FederationResult:
     """Train a federation on the configured engine; `how` and the errors are those of :func:`serve`.
 
-    Parameters
-    ----------
-    config : Config
-    world : World
-        Of the same configuration.
-    grid : LocalGrid, optional
-        An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
-        its start; its clients start with empty memories.
-
-    Examples
-    --------
-    >>> from fedattack.data import build_world
-    >>> config = Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4, "engine": "inline"})
-    >>> result = run_federation(config, build_world(config))
-    >>> result.rounds[0].clients
-    (0, 1, 2, 3)
+    An open `grid` of the same configuration and world saves its start; its clients start with empty memories.
     """
     with ExitStack() as stack:
         if grid is None:
@@ -183,37 +144,31 @@ def serve(
 
     Parameters
     ----------
-    grid : LocalGrid or PartitionedGrid
-    config, world
-        Of one configuration.
-    run_dir : Path, optional
+    run_dir
         Journal the rounds in ``run_dir/journal``, and go on from what is journaled there. Observations, rounds and
         weights of journaled rounds are reported again, the figures as they were. The caller sees to it that the
         folder belongs to this configuration.
-    on_observation : callable, optional
+    on_observation
         Called with what the server sees of each client that `observe` selects, in ascending order within a round.
-    observe : callable, optional
+    observe
         ``observe(round, client)``; None: everything.
-    initial : dict of str to Tensor, optional
+    initial
         State dict to start from; None: the configured initial weights.
-    first_round : int
+    first_round
         The rounds from here to ``config.federation.rounds`` are run.
-    excluded : mapping of int to collection of int, optional
+    excluded
         Client -> positions of its partition that it no longer trains on.
-    local_steps : int, optional
+    local_steps
         How many of the agreed local steps clients take; None: all.
-    on_round : callable, optional
-        Called with each round's record.
-    on_weights : callable, optional
-        ``on_weights(round, weights)`` after each round.
-    on_requests : callable, optional
+    on_round, on_weights
+        Called with each round's record; with the round and its weights.
+    on_requests
         Called with what the clients want forgotten, as they say after round ``config.request_round``.
-    arming : adversaries.seats.MaliciousServer, optional
-        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
-    candidates : Candidates, optional
-        What that attack will be asked about.
-    questions : mapping of str to Candidates, optional
-        What the attacks of the malicious clients are asked about after the last round, by name.
+    arming, candidates
+        The attack whose weights a malicious server sends in ``config.attack.rounds``, and what it will be asked
+        about.
+    questions
+        Attack of the malicious clients -> what they are asked about after the last round.
 
     Raises
     ------
@@ -376,13 +331,7 @@ def _refuse_if_all_failed(report: RoundReport) -> None:
 
 
 class Judge:
-    """The task's figures of global weights on the held-out pool, or on other samples; ``{}`` where there are none.
-
-    Parameters
-    ----------
-    config, world
-        The run's.
-    """
+    """The task's figures of global weights on the held-out pool, or on other samples; ``{}`` where there are none."""
 
     def __init__(self, config: Config, world: World) -> None:
         self._world = world
@@ -412,28 +361,10 @@ def ask(
     records: Mapping[str, ArrayRecord] | None = None,
     through: Grid | None = None,
 ) -> list[tuple[int, Message]]:
-    """Show clients a model and have them answer.
+    """Show clients a model and have them answer: who did, and what; the log says why others could not.
 
-    Parameters
-    ----------
-    grid : LocalGrid or PartitionedGrid
-        An open grid.
-    what : str
-        Type of the message: "evaluate", "query.unlearn", ...
-    weights : mapping of str to Tensor
-    clients : collection of int, optional
-        Who is asked; None: all.
-    settings : mapping, optional
-        The instruction's configuration.
-    records : mapping of str to ArrayRecord, optional
-        What it carries besides.
-    through : Grid, optional
-        A grid around `grid` that the messages go through.
-
-    Returns
-    -------
-    list of (int, Message)
-        Who really answered, and what. Of a client that could not, a line in the log says why.
+    `what` is the message's type ("evaluate", "query.unlearn", ...), `settings` and `records` are what it carries
+    besides; `through` is a grid around `grid` that it goes through. `clients` None: all.
     """
     content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: ConfigRecord(dict(settings or {}))})
     for name, record in (records or {}).items():
@@ -464,20 +395,9 @@ def ask_unlearning(
 ) -> DeletionRequests:
     """Ask all clients whether they want samples forgotten, given the global model after a round.
 
-    Parameters
-    ----------
-    grid, weights, through
-        As for :func:`ask`.
-    scenario : Scenario
-        The shape of samples that a request may bring.
-    excluded : mapping of int to collection of int, optional
-        Client -> positions that are forgotten already.
-
-    Returns
-    -------
-    DeletionRequests
-        Not validated but for arrays that are no images and labels, which are refused with a line in the log: see
-        :func:`fedattack.unlearning.validate_request`.
+    Samples must have the shape of `scenario`'s, else the request is refused with a line in the log; not validated
+    otherwise (:func:`fedattack.unlearning.validate_request`). `excluded`: client -> positions that are forgotten
+    already.
     """
     requests: DeletionRequests = {}
     settings = {ROUND: round, **exclusion_settings(excluded or {})}

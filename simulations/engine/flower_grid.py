@@ -23,19 +23,8 @@ _NODES_SECONDS = 20.0
 class PartitionedGrid(ForwardingGrid):
     """Flower's own grid, seen so that nothing random is left: one node per client, in the order of the clients.
 
-    Under ``flwr run`` node ids are random and their order too. Each node is asked once which partition it has.
-
-    Parameters
-    ----------
-    grid : Grid
-        Flower's; this process must be the server of its run.
-    clients : int
-        Size of the federation; nodes beyond it are left alone.
-
-    Raises
-    ------
-    RunFailed
-        If there are fewer nodes than clients.
+    Under ``flwr run`` node ids are random and their order too: each node is asked once which partition it has.
+    Nodes beyond `clients` are left alone; RunFailed where there are fewer.
     """
 
     def __init__(self, grid: Grid, clients: int) -> None:

@@ -10,12 +10,7 @@ from flwr.serverapp import Grid
 
 
 class ForwardingGrid(Grid):
-    """Leaves everything to another grid; what differs is overridden.
-
-    Parameters
-    ----------
-    grid : Grid
-    """
+    """Leaves everything to another grid; what differs is overridden."""
 
     def __init__(self, grid: Any) -> None:
         self.grid = grid

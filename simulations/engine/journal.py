@@ -25,13 +25,7 @@ from strategies.messages import CONFIG, ROUND
 
 
 class Journal:
-    """A folder with one file of replies per round, what the clients keep after the latest, and the rounds' records.
-
-    Parameters
-    ----------
-    folder : Path
-        Made when the first file is written.
-    """
+    """A folder with one file of replies per round, what the clients keep after the latest, and the rounds' records."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -206,15 +200,8 @@ def _from_jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
 class JournaledGrid(ForwardingGrid):
     """A grid that answers complete rounds from the journal and writes down the others.
 
-    Parameters
-    ----------
-    grid : Grid
-        The one whose clients answer. Its `client_of` tells a node's client: node ids are another run's business.
-    journal : Journal
-    first_round : int
-        First round of the federation.
-    keeper : object or None
-        Has `client_states` and `restore_states`; None where clients keep nothing from round to round.
+    The inner grid's `client_of` tells a node's client: node ids are another run's business. `keeper` has
+    `client_states` and `restore_states`; None where clients keep nothing from round to round.
     """
 
     def __init__(self, grid: Any, journal: Journal, first_round: int, keeper: Any | None) -> None:

@@ -39,12 +39,7 @@ _run_ids = itertools.count(1)
 
 
 class LocalGrid(Grid):
-    """Base of both grids: node ids, message ids, order, and the limit on a reply's size.
-
-    Parameters
-    ----------
-    clients : int
-    """
+    """Base of both grids: node ids, message ids, order, and the limit on a reply's size."""
 
     def __init__(self, clients: int) -> None:
         self.clients = clients
@@ -101,8 +96,8 @@ class LocalGrid(Grid):
     ) -> Iterable[Message]:
         """Have the messages answered, in the order of the clients.
 
-        `timeout` is Flower's and not used: clients cannot be silent here (an exception is an answer too, and the
-        clients of a lost actor are run again), and a deadline would make the result depend on the machine.
+        Flower's `timeout` is not used: clients cannot be silent here, and a deadline would make the result depend
+        on the machine.
         """
         return self.pull_messages(self.push_messages(messages))
 
@@ -164,15 +159,7 @@ def _load_app(target: str) -> ClientApp:
 
 
 class InlineGrid(LocalGrid):
-    """All clients in this process, one after another: for tests, notebooks and breakpoints.
-
-    Parameters
-    ----------
-    place : Workplace
-        Settings and data of the clients.
-    client_app : ClientApp
-        What a client does.
-    """
+    """All clients in this process, one after another: for tests, notebooks and breakpoints."""
 
     def __init__(self, place: Workplace, client_app: ClientApp = app) -> None:
         super().__init__(len(place.partitions))

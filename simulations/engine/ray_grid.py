@@ -31,13 +31,7 @@ _ROOM_SECONDS = 5.0
 class ClientActor:
     """Many clients in one Ray actor: settings and data arrive once, what clients keep stays here.
 
-    Parameters
-    ----------
-    run_id, clients : int
-    client_app : str
-        ``"module:app"``.
-    config, scenario, images, labels, *partitions
-        The fields of a :class:`~simulations.client_app.Workplace`.
+    `client_app` is ``"module:app"``; the rest are the fields of a :class:`~simulations.client_app.Workplace`.
     """
 
     def __init__(
@@ -77,13 +71,9 @@ class ClientActor:
     def work(
         self, orders: Sequence[tuple[int, int, str, str]], stateful: bool, *contents: Plain
     ) -> list[Any] | tuple[Any, ...]:
-        """Have clients answer.
+        """Have clients answer; where `stateful`, also return what each keeps, as an object of its own.
 
-        Parameters
-        ----------
-        orders : sequence of (client, index into `contents`, message type, message id)
-        stateful : bool
-            Also return what each client keeps, as an object of its own.
+        An order is (client, index into `contents`, message type, message id).
         """
         records = [from_plain(content) for content in contents]
         limits = [_limit(record) for record in records]
@@ -113,13 +103,6 @@ class RayGrid(LocalGrid):
 
     Client c works on actor ``c % actors`` and what it keeps stays there; the driver owns a reference to a copy in
     Ray's store, with which another actor takes over when one is lost. Needs a Ray session (:func:`ray_session`).
-
-    Parameters
-    ----------
-    place : Workplace
-        Settings and data of the clients.
-    client_app : str
-        ``"module:app"`` of the ClientApp.
     """
 
     def __init__(self, place: Workplace, client_app: str = "simulations.client_app:app") -> None:

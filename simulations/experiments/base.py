@@ -23,17 +23,7 @@ from simulations.progress import Stages
 
 @dataclass(frozen=True)
 class Plan:
-    """One resolved run, handed to everybody who works in it.
-
-    Parameters
-    ----------
-    config : Config
-    world : World
-        Of the same configuration.
-    folder : RunFolder
-    shown : callable
-        Told (stage, share done, text).
-    """
+    """One resolved run, handed to everybody who works in it; `shown` is told (stage, share done, text)."""
 
     config: Config
     world: World
@@ -50,20 +40,10 @@ class Plan:
 class Experiment(ABC):
     """One family's attacks in a run: what they are shown, what they answer, and the truth it is scored against.
 
-    Parameters
-    ----------
-    plan : Plan
-    attacks : mapping of str to Attack
-        All of the one family, by their name in the run.
-
-    Attributes
-    ----------
-    from_saved : type or None
-        What attacks observations without a federation, where that can be done: made from configuration, run folder,
-        attacks and stages, with `submit`, `collect`, `close`, `audit` and `answers`; see
-        :class:`simulations.experiments.reconstruction.Answers`.
-    failed : dict of str to BaseException
-        Attacks that failed on their own; :meth:`audit` leaves them out.
+    `from_saved` attacks observations without a federation, where that can be done: made from configuration, run
+    folder, attacks and stages, with `submit`, `collect`, `close`, `audit` and `answers`
+    (:class:`~.reconstruction.Answers`). `failed` are attacks that failed on their own; :meth:`audit` leaves them
+    out.
     """
 
     from_saved: ClassVar[type[Any] | None] = None
@@ -75,12 +55,7 @@ class Experiment(ABC):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        """Refuse, before the first round, what the experiment itself cannot do with this federation.
-
-        Raises
-        ------
-        NotApplicable
-        """
+        """Refuse (NotApplicable), before the first round, what the experiment itself cannot do with this federation."""
         del config, world
 
     def questions(self) -> Mapping[str, Candidates]:
@@ -109,13 +84,7 @@ class Experiment(ABC):
         del record
 
     def collect(self) -> None:
-        """Wait for what runs beside the federation, which is over.
-
-        Raises
-        ------
-        RunFailed
-            If there is nothing to score.
-        """
+        """Wait for what runs beside the federation, which is over; RunFailed where there is nothing to score."""
         return None
 
     def close(self) -> None:

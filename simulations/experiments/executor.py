@@ -66,13 +66,7 @@ Done = Callable[[Job, list[Attacked]], None]
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device for "auto", "cpu", "cuda", "cuda:N" or "mps".
-
-    Raises
-    ------
-    BadRequest
-        If the device does not exist on this machine.
-    """
+    """The torch device for "auto", "cpu", "cuda", "cuda:N" or "mps"; BadRequest where it does not exist."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -168,10 +162,7 @@ class InlineExecutor(Executor):
 
 
 class RayExecutor(Executor):
-    """Attacks as Ray tasks beside the running federation; a thread of the driver hands on what is ready.
-
-    The Ray session must be up (see :mod:`simulations.engine.local_grid`).
-    """
+    """Attacks as Ray tasks beside the running federation; a thread of the driver hands on what is ready."""
 
     def __init__(self, engine: EngineConfig, seed: int, shown: Shown, done: Done) -> None:
         super().__init__(engine, seed, shown, done)

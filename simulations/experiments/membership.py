@@ -63,18 +63,10 @@ def expected_rounds(config: Config, world: World) -> dict[int, list[int]]:
 class Question:
     """The one list of candidates of a run, fixed before it starts; which are members is settled by what was seen.
 
-    Members are samples that the target is to train on, at most ``attack.candidates`` of them; as many non-members
-    come from the held-out pool, each with the label and, while there are such, the person of its member: else an
-    attack could score by telling classes apart.
-
-    Parameters
-    ----------
-    target : int
-        The client asked about; :data:`EVERYONE`: all but the malicious ones.
-    members, nonmembers : ndarray
-        int64, shape (N,): sample ids, pair by pair.
-    order : ndarray
-        int64, shape (2N,): the candidates are the members and the non-members in this order.
+    Members are samples that the target (:data:`EVERYONE`: all but the malicious clients) is to train on, at most
+    ``attack.candidates`` of them; as many non-members come from the held-out pool, each with the label and, while
+    there are such, the person of its member: else an attack could score by telling classes apart. `members` and
+    `nonmembers` are sample ids, int64 (N,), pair by pair; the candidates are both, in the `order` int64 (2N,).
     """
 
     target: int
@@ -135,15 +127,7 @@ def trained_on(config: Config, world: World, rounds: Rounds) -> NDArray[np.int64
 
 
 def choose_question(config: Config, world: World, target: int, rounds: Rounds) -> Question:
-    """The candidates about `target`, members drawn from what its clients train on in their `rounds`.
-
-    Raises
-    ------
-    NotApplicable
-        If that is nothing.
-    DataError
-        If no non-member is held out.
-    """
+    """The candidates about `target`, members drawn from what its clients train on in their `rounds`."""
     used, pool = trained_on(config, world, rounds), world.pools.nonmembers
     if not len(used):
         raise NotApplicable("membership: no client that is asked about takes part in the rounds asked about")

@@ -51,28 +51,14 @@ class UnlearningOutcome:
     """What deletion requests did to the global model, beside what it would have done anyway.
 
     Every repeat trains three times with the same random draws: without any deletion ("before"), without what was
-    requested ("after"), and without as many samples of the same clients drawn at random ("random"). The first repeat
-    has the draws of the run itself.
+    requested ("after"), and without as many samples of the same clients drawn at random ("random"). The first
+    repeat has the draws of the run itself. These are accuracies on the held-out pool in [0, 1], one per repeat,
+    `losses` its mean losses under the same names. `drops_out`: a client has no sample left and leaves.
 
-    Parameters
-    ----------
-    requests : tuple of UnlearningRequest
-        As the malicious clients put them.
-    drops_out : bool
-        True when a client has no sample left and leaves the federation.
-    mechanism : str
-        How the server forgets.
-    before, after, random : tuple of float
-        Accuracy on the held-out pool in [0, 1], one per repeat.
-    losses : dict of str to tuple of float
-        Mean loss on the held-out pool under the same three names.
-    test_samples : int
-        Size of the held-out pool.
-    resumed_after, rounds_trained, client_steps : int
-        The last round that the server kept, the rounds that forgetting cost it, and the clients' local steps in them.
-    details : dict
-        JSON-able: `requested_loss`, the mean loss of the requested samples "before" and "after" (first repeat; None
-        where none is named by position), and `random_positions`, one list per repeat.
+    `resumed_after`, `rounds_trained` and `client_steps` are the last round that the server kept, the rounds that
+    forgetting cost, and the clients' local steps in them. `details`: `requested_loss`, the mean loss of the
+    requested samples "before" and "after" (first repeat; None where none is named by position), and
+    `random_positions`, one list per repeat.
     """
 
     requests: tuple[UnlearningRequest, ...]
@@ -90,10 +76,7 @@ class UnlearningOutcome:
 
 
 class FederationTrainer:
-    """How a mechanism reaches the clients of an open grid; see :class:`fedattack.unlearning.Trainer`.
-
-    Counts their local steps in `client_steps`.
-    """
+    """How a mechanism reaches the clients of an open grid (:class:`fedattack.unlearning.Trainer`); counts steps."""
 
     def __init__(self, config: Config, world: World, grid: LocalGrid) -> None:
         self.config, self.world, self.grid = config, world, grid
@@ -235,16 +218,8 @@ class UnlearningExperiment(Experiment):
     def outcome(self, attack: str, final: Weights, repeats: int = 3) -> UnlearningOutcome:
         """Grant what an attack asked for, and measure the damage against random deletions.
 
-        What forgetting leaves depends on the draw of every batch, hence the repeats: the damage of one pair of
-        trainings says little.
-
-        Parameters
-        ----------
-        attack : str
-        final : dict of str to Tensor
-            The run's last global model.
-        repeats : int
-            Pairs of forgettings, at least 1; all but the first train the federation once more.
+        What forgetting leaves depends on the draw of every batch, hence the `repeats`, of which all but the first
+        train the federation once more: the damage of one pair of trainings says little.
 
         Raises
         ------
@@ -252,8 +227,6 @@ class UnlearningExperiment(Experiment):
             If nobody asks, or who asks never took part.
         PayloadError
             If the server rejects a request.
-        RunFailed
-            If a federation fails.
         """
         config, world, history = self.plan.config, self.plan.world, self.history
         requests = tuple(request for _, request in self.asked.get(attack, []))

@@ -60,16 +60,9 @@ _MOST_CELLS = 10_000
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep.
+    """One run of a sweep: its axes' labels, and what :meth:`fedattack.config.Config.from_mapping` is given.
 
-    Parameters
-    ----------
-    name : str
-        Of its folder: the labels and a digest of the settings that can change its result.
-    labels : dict of str to str
-        Axis -> value as it is shown.
-    settings : dict
-        What :meth:`fedattack.config.Config.from_mapping` is given.
+    `name` is that of its folder: the labels and a digest of the settings that can change its result.
     """
 
     name: str
@@ -92,13 +85,7 @@ class Sweep:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Sweep:
-        """Read a sweep's file.
-
-        Raises
-        ------
-        ConfigError
-            If it is missing, malformed, asks for no cell or for too many, or for two cells of the same settings.
-        """
+        """Read a sweep's file; ConfigError where it is malformed, or asks for no cells, too many or equal ones."""
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
             document = tomllib.loads(text)
@@ -250,22 +237,8 @@ def run_sweep(
 ) -> SweepTable:
     """Run what is missing of a sweep, and write its table, figures and page.
 
-    Parameters
-    ----------
-    sweep : Sweep
-    directory : Path
-        Absent, empty, or that of an earlier sweep; cells that it shares with that one are not run again.
-    console : rich Console, optional
-        Where progress goes; None: nowhere.
-    engine : {"ray", "inline"}, optional
-        None: the file's.
-    command : str
-        The command line, for the page.
-
-    Returns
-    -------
-    SweepTable
-        Of all cells, failed and refused ones too.
+    Cells that an earlier sweep in `directory` finished are not run again; the table has failed and refused ones
+    too. `engine` None: the file's. `command` is the command line, for the page. `console` None: nowhere.
 
     Raises
     ------
@@ -325,10 +298,7 @@ def _outcome(cell: Cell, outcome: Mapping[str, Any] | None, place: Path) -> Cell
 def run_cell(cell: Cell, place: str, engine: EngineConfig) -> dict[str, Any]:
     """One cell from its settings to its folder; its outcome, whatever happens.
 
-    Returns
-    -------
-    dict
-        "status" ("done", "failed", "not applicable"), "reason" and "seconds".
+    "status" ("done", "failed", "not applicable"), "reason" and "seconds".
     """
     started = time.perf_counter()
     status, reason = DONE, ""

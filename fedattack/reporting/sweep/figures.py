@@ -112,10 +112,7 @@ def _heat_panel(
 
 
 def utility_leakage(table: SweepTable, family: str) -> Figure:
-    """What protection costs: accuracy of the federation against leakage, a point per cell with 95 % intervals.
-
-    Colours tell the defences apart (or the axis with the most values), markers the attacks.
-    """
+    """What protection costs: accuracy against leakage, a point per cell with 95 % intervals."""
     leakage = get_family(family).leakage
     column, nothing = leakage.column, leakage.nothing
     frame = table.family(family)

@@ -20,18 +20,7 @@ from fedattack.storage.plain import fedattack_version
 
 
 def write_sweep(folder: Path, table: SweepTable, *, command: str = "") -> Path:
-    """Write ``cells.csv``, ``cells.parquet``, ``figures/*.png`` and ``index.html``.
-
-    Returns
-    -------
-    Path
-        The page.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full.
-    """
+    """Write ``cells.csv``, ``cells.parquet``, ``figures/*.png`` and ``index.html``, and say where the page is."""
     write_bytes(folder / "cells.csv", table.frame.to_csv(index=False).encode())
     buffer = io.BytesIO()
     table.frame.to_parquet(buffer, index=False)
