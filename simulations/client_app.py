@@ -28,25 +28,8 @@ from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.task import TASKS, GradientStep, Task, trained_parameters
 from fedattack.training import LocalResult, batch_positions, evaluate, load_weights, local_update
 from simulations.experiments.executor import choose_device
+from strategies import messages as wire
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
-from strategies.messages import (
-    ARRAYS,
-    CONFIG,
-    DROPPED_OUT,
-    EXCLUDED,
-    LOCAL_STEPS,
-    METRICS,
-    NUM_EXAMPLES,
-    PACKED,
-    PARTITION,
-    QUESTION,
-    ROUND,
-    SAMPLES,
-    TRAIN_LOSS,
-    UPDATE,
-    to_record,
-    to_tensors,
-)
 
 if TYPE_CHECKING:
     from fedattack.data import World
@@ -133,7 +116,7 @@ class Workplace:
     def weights(self, record: ArrayRecord) -> dict[str, Tensor]:
         """The broadcast as tensors, opened once for all clients that got the same one."""
         if self._latest is None or self._latest[0] is not record:
-            self._latest = record, to_tensors(record)
+            self._latest = record, wire.to_tensors(record)
         return self._latest[1]
 
     def samples(self, client: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -186,9 +169,9 @@ def _built(settings: str) -> Workplace:
 
 
 def _identity(message: Message, context: Context) -> tuple[int, ConfigRecord]:
-    client = context.node_config[PARTITION]
+    client = context.node_config[wire.PARTITION]
     assert isinstance(client, int)
-    config = message.content[CONFIG]
+    config = message.content[wire.CONFIG]
     assert isinstance(config, ConfigRecord)
     return client, config
 
@@ -221,7 +204,7 @@ def drops_out(config: Config, round: int, client: int) -> bool:
 
 
 def _excluded(config: ConfigRecord, client: int) -> list[int]:
-    positions = config.get(EXCLUDED.format(client=client), [])
+    positions = config.get(wire.EXCLUDED.format(client=client), [])
     assert isinstance(positions, list)
     return [int(position) for position in positions]
 
@@ -229,7 +212,7 @@ def _excluded(config: ConfigRecord, client: int) -> list[int]:
 def exclusion_settings(excluded: Mapping[int, Collection[int]]) -> dict[str, Any]:
     """The entries of the train configuration that tell clients what they no longer train on."""
     return {
-        EXCLUDED.format(client=client): sorted(int(p) for p in positions)
+        wire.EXCLUDED.format(client=client): sorted(int(p) for p in positions)
         for client, positions in sorted(excluded.items())
         if positions
     }
@@ -243,16 +226,16 @@ def train(message: Message, context: Context) -> Message:
     """Train on the round's batches and answer with the compressed update."""
     place = _workplace(context)
     client, settings = _identity(message, context)
-    round = settings[ROUND]
+    round = settings[wire.ROUND]
     assert isinstance(round, int)
     if drops_out(place.config, round, client):
-        return Message(Error(DROPPED_OUT, "dropped out"), reply_to=message)
-    arrays = message.content[ARRAYS]
+        return Message(Error(wire.DROPPED_OUT, "dropped out"), reply_to=message)
+    arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
     batches = round_batches(
         place.config, len(place.partitions[client]), round, client, _excluded(settings, client)
     )
-    steps_asked = settings.get(LOCAL_STEPS)
+    steps_asked = settings.get(wire.LOCAL_STEPS)
     assert steps_asked is None or isinstance(steps_asked, int)
     batches = batches[:steps_asked]
     used = used_positions(batches)
@@ -282,11 +265,13 @@ def train(message: Message, context: Context) -> Message:
                 f"attack {name!r} keeps memory and does not say so: set 'keeps_memory' of its class"
             )
         _remember(context, _ATTACK_MEMORY.format(attack=name), view.memory)
-    reply = {PACKED: to_array(encode(packet), place.compressor.numel)}
+    reply = {wire.PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():
         reply[name] = HeldArray(buffer.cpu().numpy())
-    metrics = LightMetrics({NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client})
-    return Message(LightRecords({UPDATE: LightArrays(reply), METRICS: metrics}), reply_to=message)
+    metrics = LightMetrics(
+        {wire.NUM_EXAMPLES: result.num_examples, wire.TRAIN_LOSS: result.loss, wire.PARTITION: client}
+    )
+    return Message(LightRecords({wire.UPDATE: LightArrays(reply), wire.METRICS: metrics}), reply_to=message)
 
 
 def _train(
@@ -352,7 +337,7 @@ def _writable(array: Any) -> NDArray[Any]:
 
 def _remember(context: Context, key: str, tensors: dict[str, Tensor]) -> None:
     if tensors:
-        context.state[key] = to_record(tensors)
+        context.state[key] = wire.to_record(tensors)
 
 
 def _seats(
@@ -393,19 +378,19 @@ def evaluate_global(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global model on the client's own samples."""
     place = _workplace(context)
     client, _ = _identity(message, context)
-    arrays = message.content[ARRAYS]
+    arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
     images, labels = place.samples(client, remaining_positions(len(place.partitions[client])))
     figures = evaluate(place.model, place.weights(arrays), images, labels, task=place.task)
-    metrics = MetricRecord({NUM_EXAMPLES: len(labels), **figures})
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    metrics = MetricRecord({wire.NUM_EXAMPLES: len(labels), **figures})
+    return Message(RecordDict({wire.METRICS: metrics}), reply_to=message)
 
 
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Which client of the federation this node is."""
     client, _ = _identity(message, context)
-    return Message(RecordDict({METRICS: MetricRecord({PARTITION: client})}), reply_to=message)
+    return Message(RecordDict({wire.METRICS: MetricRecord({wire.PARTITION: client})}), reply_to=message)
 
 
 @app.query("answer")
@@ -416,15 +401,15 @@ def answer(message: Message, context: Context) -> Message:
     """
     place = _workplace(context)
     client, settings = _identity(message, context)
-    round, name = settings[ROUND], settings["attack"]
-    arrays, asked = message.content[ARRAYS], message.content[QUESTION]
+    round, name = settings[wire.ROUND], settings["attack"]
+    arrays, asked = message.content[wire.ARRAYS], message.content[wire.QUESTION]
     assert isinstance(round, int)
     assert isinstance(arrays, ArrayRecord)
     assert isinstance(asked, ArrayRecord)
     attack, view = _seats(place, context, round, client, place.weights(arrays))[str(name)]
-    question = to_tensors(asked)
+    question = wire.to_tensors(asked)
     answers = attack.answer(view, Candidates(question["images"], question["labels"]))
-    return Message(RecordDict({UPDATE: to_record(answers)}), reply_to=message)
+    return Message(RecordDict({wire.UPDATE: wire.to_record(answers)}), reply_to=message)
 
 
 @app.query("unlearn")
@@ -435,7 +420,7 @@ def unlearn(message: Message, context: Context) -> Message:
     """
     place = _workplace(context)
     client, settings = _identity(message, context)
-    round, arrays, content = settings[ROUND], message.content[ARRAYS], RecordDict()
+    round, arrays, content = settings[wire.ROUND], message.content[wire.ARRAYS], RecordDict()
     assert isinstance(round, int)
     assert isinstance(arrays, ArrayRecord)
     weights = place.weights(arrays)
@@ -451,8 +436,10 @@ def unlearn(message: Message, context: Context) -> Message:
         own = range(len(left))
         positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
         content[name] = ConfigRecord(
-            {"client": request.client, "positions": positions, "reason": request.reason, SAMPLES: count}
+            {"client": request.client, "positions": positions, "reason": request.reason, wire.SAMPLES: count}
         )
         if request.images is not None and request.labels is not None:
-            content[f"{name}.{SAMPLES}"] = to_record({"images": request.images, "labels": request.labels})
+            content[f"{name}.{wire.SAMPLES}"] = wire.to_record(
+                {"images": request.images, "labels": request.labels}
+            )
     return Message(content, reply_to=message)

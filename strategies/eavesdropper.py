@@ -29,21 +29,8 @@ from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Up
 from fedattack.rng import numpy_rng
 from fedattack.task import tied_names, trained_parameters
 from fedattack.training import weight_step
+from strategies import messages as wire
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
-from strategies.messages import (
-    DROPPED_OUT,
-    METRICS,
-    NUM_EXAMPLES,
-    OVERSIZED,
-    PACKED,
-    PARTITION,
-    ROUND,
-    TRAIN_LOSS,
-    UPDATE,
-    read_dense,
-    to_record,
-    to_tensors,
-)
 
 log = logging.getLogger("fedattack.strategies")
 
@@ -174,7 +161,7 @@ class Eavesdropper(Strategy):
         """Keep the weights that go out, and let the wrapped strategy draw the clients."""
         round = self._number(server_round)
         self._keep(arrays)
-        config[ROUND] = round
+        config[wire.ROUND] = round
         offered = arrays
         if self.average_buffers and self._float_buffers:
             offered = ArrayRecord()
@@ -185,7 +172,7 @@ class Eavesdropper(Strategy):
         sent = self.outgoing(round, self._sent)
         self._armed = sent is not None and not self.aggregates_armed
         if sent is not None:
-            arrays = to_record(sent)
+            arrays = wire.to_record(sent)
             self._keep(arrays)
         if offered is not arrays:
             _exchange(messages, offered, arrays)
@@ -202,7 +189,7 @@ class Eavesdropper(Strategy):
             changed = self.tailored(sent, place, node)
             if changed:
                 own[node] = changed
-                _exchange([numbers[node]], arrays, to_record(sent | changed))
+                _exchange([numbers[node]], arrays, wire.to_record(sent | changed))
         if self.aggregated and len(own) == len(numbers) and _all_equal(list(own.values())):
             own[EVERYONE] = next(iter(own.values()))
         return own
@@ -231,7 +218,7 @@ class Eavesdropper(Strategy):
                 f"the arrays sent out lack {missing[0]!r}, a parameter of model {self.scenario.model.name!r}: "
                 "give the Eavesdropper the scenario of the model that is trained"
             )
-        self._sent = to_tensors(arrays)
+        self._sent = wire.to_tensors(arrays)
         self._sent_arrays = {name: tensor.numpy() for name, tensor in self._sent.items()}
         self._float_buffers = [
             name
@@ -257,9 +244,9 @@ class Eavesdropper(Strategy):
             try:
                 if message.has_error():
                     reason = message.error.reason or "no reason given"
-                    if message.error.code == OVERSIZED:
+                    if message.error.code == wire.OVERSIZED:
                         raise PayloadError(reason)
-                    if message.error.code == DROPPED_OUT:
+                    if message.error.code == wire.DROPPED_OUT:
                         dropped.append(client)
                         continue
                     log.warning("round %d: client %d failed: %s", round, client, _last_line(reason))
@@ -305,15 +292,15 @@ class Eavesdropper(Strategy):
         """A reply as an update; raises PayloadError for everything that an honest client would not send."""
         records = message.content
         arrays, metrics = _only(records, ArrayRecord), _only(records, MetricRecord)
-        examples = _examples(metrics.get(NUM_EXAMPLES))
+        examples = _examples(metrics.get(wire.NUM_EXAMPLES))
         loss = _loss(metrics)
-        client = self._client(message.metadata.src_node_id, metrics.get(PARTITION))
-        if PACKED in arrays and arrays[PACKED].stype == STYPE:
-            payload = from_array(arrays[PACKED])
+        client = self._client(message.metadata.src_node_id, metrics.get(wire.PARTITION))
+        if wire.PACKED in arrays and arrays[wire.PACKED].stype == STYPE:
+            payload = from_array(arrays[wire.PACKED])
             update = decode(
                 payload, self.names, self.shapes, self.kind, self.scenario.compression, round=round
             )
-            others, wire_bytes = set(arrays) - {PACKED}, len(payload)
+            others, wire_bytes = set(arrays) - {wire.PACKED}, len(payload)
         else:
             update, wire_bytes = self._difference(arrays, message.metadata.src_node_id)
             others = set(arrays) - set(self.names)
@@ -359,7 +346,7 @@ class Eavesdropper(Strategy):
                 or not isinstance(declared, int)
                 or not 0 <= declared <= MAX_EXAMPLES
             ):
-                raise PayloadError(f"declares {PARTITION!r} {declared!r}")
+                raise PayloadError(f"declares {wire.PARTITION!r} {declared!r}")
             client = declared
         if self._claims.setdefault(client, node) != node:
             raise PayloadError(f"claims to be client {client}, which another node is")
@@ -395,8 +382,8 @@ class Eavesdropper(Strategy):
         if not replies:
             return None, None
         for reply in replies:
-            metrics = LightMetrics({NUM_EXAMPLES: reply.num_examples, TRAIN_LOSS: reply.loss})
-            reply.message.content = LightRecords({UPDATE: self._stepped(reply), METRICS: metrics})
+            metrics = LightMetrics({wire.NUM_EXAMPLES: reply.num_examples, wire.TRAIN_LOSS: reply.loss})
+            reply.message.content = LightRecords({wire.UPDATE: self._stepped(reply), wire.METRICS: metrics})
         try:
             arrays, aggregated = self.strategy.aggregate_train(round, [reply.message for reply in replies])
         except AppExitException as error:
@@ -450,7 +437,7 @@ class Eavesdropper(Strategy):
                 f"the global model has NaN or infinite values in {broken[0]!r} after round {round}; "
                 "lower 'training.learning_rate'"
             )
-        return to_record(result)
+        return wire.to_record(result)
 
     # ------------------------------------------------------------------ what is passed through
 
@@ -459,7 +446,7 @@ class Eavesdropper(Strategy):
     ) -> Iterable[Message]:
         """Left to the wrapped strategy, with the same care for the random draw."""
         round = self._number(server_round)
-        config[ROUND] = round
+        config[wire.ROUND] = round
         with seeded_sampling(self.seed, round, "sampling.evaluate"):
             return list(self.strategy.configure_evaluate(round, arrays, config, grid))
 
@@ -557,21 +544,21 @@ def _only(records: RecordDict, kind: type[Any]) -> Any:
 
 def _labelled(name: str, arrays: ArrayRecord, sent: NDArray[Any]) -> NDArray[Any]:
     try:
-        return read_dense(arrays[name], sent.shape, str(sent.dtype))
+        return wire.read_dense(arrays[name], sent.shape, str(sent.dtype))
     except PayloadError as error:
         raise PayloadError(f"{name!r}: {error}") from None
 
 
 def _examples(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_EXAMPLES:
-        raise PayloadError(f"declares {NUM_EXAMPLES!r} {value!r}, expected 1 to {MAX_EXAMPLES}")
+        raise PayloadError(f"declares {wire.NUM_EXAMPLES!r} {value!r}, expected 1 to {MAX_EXAMPLES}")
     return value
 
 
 def _loss(metrics: MetricRecord) -> float:
-    value = metrics.get(TRAIN_LOSS, metrics.get("loss", 0.0))
+    value = metrics.get(wire.TRAIN_LOSS, metrics.get("loss", 0.0))
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PayloadError(f"declares {TRAIN_LOSS!r} {value!r}, expected a finite number")
+        raise PayloadError(f"declares {wire.TRAIN_LOSS!r} {value!r}, expected a finite number")
     return float(value)
 
 

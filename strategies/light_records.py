@@ -106,7 +106,7 @@ class SteppedArray(HeldArray):
 
 
 class _Light:
-    """A dict's mapping methods in place of those of Flower's records, whose type checks cost a fifth of the training."""
+    """A dict's mapping methods in place of those of Flower's records: their type checks cost a fifth of training."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         self.__dict__["_light"] = entries

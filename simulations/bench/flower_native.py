@@ -66,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_here(clients: int, actors: int) -> None:
-    """The comparison in this process; by name, so that Flower's pickling does not carry this module's globals along."""
+    """The comparison in this process; by name, so that Flower's pickling does not carry this module's globals."""
     os.environ[_CLIENTS] = str(clients)
     from flwr.simulation import run_simulation
 

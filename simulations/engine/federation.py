@@ -36,18 +36,7 @@ from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
-from strategies.messages import (
-    ARRAYS,
-    CONFIG,
-    LOCAL_STEPS,
-    QUESTION,
-    ROUND,
-    SAMPLES,
-    UPDATE,
-    read_dense,
-    to_record,
-    to_tensors,
-)
+from strategies import messages as wire
 
 log = logging.getLogger("fedattack.federation")
 
@@ -225,7 +214,7 @@ def serve(
             return None
         report = reports[-1]
         _refuse_if_all_failed(report)
-        weights = to_tensors(arrays)
+        weights = wire.to_tensors(arrays)
         known = journal.read_record(report.round) if journal and report.round <= replayed else None
         if known is not None:
             record = RoundRecord.from_json(known)
@@ -249,22 +238,24 @@ def serve(
     with _settled_heap():
         strategy.start(
             grid=served,
-            initial_arrays=to_record(weights),
+            initial_arrays=wire.to_record(weights),
             num_rounds=total,
             timeout=_PATIENCE_SECONDS,
             train_config=ConfigRecord(
-                exclusion_settings(excluded or {}) | ({LOCAL_STEPS: local_steps} if local_steps else {})
+                exclusion_settings(excluded or {}) | ({wire.LOCAL_STEPS: local_steps} if local_steps else {})
             ),
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
     answers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, question in (questions or {}).items():
-        settings = {"attack": name, ROUND: config.federation.rounds}
-        records = {QUESTION: to_record({"images": question.images, "labels": question.labels})}
+        settings = {"attack": name, wire.ROUND: config.federation.rounds}
+        records = {wire.QUESTION: wire.to_record({"images": question.images, "labels": question.labels})}
         clients = config.attack.malicious_clients
         said = ask(grid, "query.answer", weights, clients, settings, records, through=served)
-        answers[name] = {client: to_tensors(reply.content.array_records[UPDATE]) for client, reply in said}
+        answers[name] = {
+            client: wire.to_tensors(reply.content.array_records[wire.UPDATE]) for client, reply in said
+        }
     return FederationResult(weights, rounds, rejections, answers)
 
 
@@ -366,7 +357,9 @@ def ask(
     `what` is the message's type ("evaluate", "query.unlearn", ...), `settings` and `records` are what it carries
     besides; `through` is a grid around `grid` that it goes through. `clients` None: all.
     """
-    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: ConfigRecord(dict(settings or {}))})
+    content = RecordDict(
+        {wire.ARRAYS: wire.to_record(dict(weights)), wire.CONFIG: ConfigRecord(dict(settings or {}))}
+    )
     for name, record in (records or {}).items():
         content[name] = record
     answers: list[tuple[int, Message]] = []
@@ -400,11 +393,13 @@ def ask_unlearning(
     already.
     """
     requests: DeletionRequests = {}
-    settings = {ROUND: round, **exclusion_settings(excluded or {})}
+    settings = {wire.ROUND: round, **exclusion_settings(excluded or {})}
     for sender, reply in ask(grid, "query.unlearn", weights, settings=settings, through=through):
         for name, answer in reply.content.config_records.items():
             try:
-                request = _request(answer, reply.content.array_records.get(f"{name}.{SAMPLES}"), scenario)
+                request = _request(
+                    answer, reply.content.array_records.get(f"{name}.{wire.SAMPLES}"), scenario
+                )
             except PayloadError as error:
                 log.warning("deletion request from client %d rejected: %s", sender, error)
                 continue
@@ -414,16 +409,16 @@ def ask_unlearning(
 
 def _request(answer: ConfigRecord, samples: ArrayRecord | None, scenario: Scenario) -> UnlearningRequest:
     """A deletion request as it was received."""
-    said: Any = {"client": None, "positions": [], "reason": "", SAMPLES: 0, **answer}
+    said: Any = {"client": None, "positions": [], "reason": "", wire.SAMPLES: 0, **answer}
     positions = tuple(said["positions"]) if isinstance(said["positions"], list) else (said["positions"],)
     request = UnlearningRequest(said["client"], positions, str(said["reason"]))
     if samples is None:
         return request
-    count = said[SAMPLES]
+    count = said[wire.SAMPLES]
     if not isinstance(count, int) or count < 1 or samples.keys() != {"images", "labels"}:
         raise PayloadError(f"{count!r} samples in arrays {sorted(samples)}; accepted: images and labels")
-    images = read_dense(samples["images"], (count, *scenario.image_shape), "float32")
-    labels = read_dense(samples["labels"], (count,), "int64")
+    images = wire.read_dense(samples["images"], (count, *scenario.image_shape), "float32")
+    labels = wire.read_dense(samples["labels"], (count,), "int64")
     return dataclasses.replace(
         request, images=torch.from_numpy(images.copy()), labels=torch.from_numpy(labels.copy())
     )

@@ -25,7 +25,7 @@ from strategies.messages import CONFIG, ROUND
 
 
 class Journal:
-    """A folder with one file of replies per round, what the clients keep after the latest, and the rounds' records."""
+    """A folder with a file of replies per round, what the clients keep after the latest, and the rounds' records."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -55,7 +55,7 @@ class Experiment(ABC):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        """Refuse (NotApplicable), before the first round, what the experiment itself cannot do with this federation."""
+        """Refuse (NotApplicable), before the first round, what the experiment itself cannot do with this run."""
         del config, world
 
     def questions(self) -> Mapping[str, Candidates]:
