@@ -120,7 +120,6 @@ def simulate(
     check_defenses(world.scenario)
 
     def check(name: str, attack: Attack) -> None:
-        del name
         EXPERIMENTS.get(attack.family).check(config, world)
 
     attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -45,20 +45,20 @@ MAX_STEP = float(np.finfo(np.float32).max) / 2**20
 class RoundReport:
     """What became of one round's replies; clients are ascending, `failed` and `rejected` come with the reason.
 
-    `accepted` were aggregated, `failed` answered with an error, `rejected` with something that was refused,
-    `dropped` not at all. Bytes are sums over the accepted: packed updates, and the BatchNorm buffers beside them.
-    `train_loss` is their mean weighted by examples, NaN without any. Not `aggregated`: the weights stayed as they
-    were.
+    The replies of `clients` were aggregated, the `failed` answered with an error, the `rejected` with something
+    that was refused, the `dropped` not at all. Bytes are sums over the first: packed updates, and the BatchNorm
+    buffers beside them. `train_loss` is their mean weighted by examples, None without any. Not `aggregated`: the
+    weights stayed.
     """
 
     round: int
-    accepted: tuple[int, ...]
+    clients: tuple[int, ...]
     failed: tuple[tuple[int, str], ...]
     rejected: tuple[tuple[int, str], ...]
     dropped: tuple[int, ...]
     wire_bytes: int
     buffer_bytes: int
-    train_loss: float
+    train_loss: float | None
     aggregated: bool
 
 
@@ -74,6 +74,7 @@ class _Reply:
     buffer_bytes: int
 
 
+@dataclass(eq=False, repr=False)
 class Eavesdropper(Strategy):
     """Makes any Flower strategy curious: reads each reply, hands out observations, then lets it aggregate.
 
@@ -110,31 +111,20 @@ class Eavesdropper(Strategy):
         optimisers (FedAdam, ...), whose steps would make variances negative.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        scenario: Scenario,
-        *,
-        on_observation: Callable[[Observation], None] | None = None,
-        observe: Callable[[int, int], bool] | None = None,
-        auxiliary: Auxiliary | None = None,
-        seed: int = 0,
-        first_round: int = 1,
-        on_round: Callable[[RoundReport], None] | None = None,
-        client_of: Callable[[int], int] | None = None,
-        average_buffers: bool = False,
-    ) -> None:
-        self.strategy = strategy
-        self.scenario = scenario
-        self.on_observation = on_observation
-        self.observe = observe
-        self.auxiliary = auxiliary
-        self.seed = seed
-        self.first_round = first_round
-        self.on_round = on_round
-        self.client_of = client_of
-        self.average_buffers = average_buffers
-        module = build_model(scenario.model)
+    strategy: Strategy
+    scenario: Scenario
+    _: KW_ONLY
+    on_observation: Callable[[Observation], None] | None = None
+    observe: Callable[[int, int], bool] | None = None
+    auxiliary: Auxiliary | None = None
+    seed: int = 0
+    first_round: int = 1
+    on_round: Callable[[RoundReport], None] | None = None
+    client_of: Callable[[int], int] | None = None
+    average_buffers: bool = False
+
+    def __post_init__(self) -> None:
+        module = build_model(self.scenario.model)
         trained = trained_parameters(module)
         self.names = tuple(trained)
         self.shapes = tuple(tuple(parameter.shape) for parameter in trained.values())
@@ -142,8 +132,8 @@ class Eavesdropper(Strategy):
         self._tied = tied_names(module)
         self._offsets = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)])
         self._numel = int(self._offsets[-1])
-        self.kind: UpdateKind = "gradient" if scenario.training.protocol == "fedsgd" else "delta"
-        self.aggregated = hides_clients(scenario.defense)
+        self.kind: UpdateKind = "gradient" if self.scenario.training.protocol == "fedsgd" else "delta"
+        self.aggregated = hides_clients(self.scenario.defense)
         self._claims: dict[int, int] = {}  # client number -> the node that goes by it
         self._sent: dict[str, Tensor] = {}
         self._sent_arrays: dict[str, NDArray[Any]] = {}
@@ -199,17 +189,14 @@ class Eavesdropper(Strategy):
 
         Such a round is observed, and not aggregated unless `aggregates_armed`.
         """
-        del round, weights
         return None
 
     def tailored(self, weights: dict[str, Tensor], place: int, node: int) -> dict[str, Tensor]:
         """Tensors that the client at `node`, the `place`-th of those drawn by number, is sent instead; overridden."""
-        del weights, place, node
         return {}
 
     def seen(self, observation: Observation, node: int) -> None:
         """Told the observations, where :attr:`remembers` is set all, and the node (EVERYONE of a sum); overridden."""
-        del observation, node
 
     def _keep(self, arrays: ArrayRecord) -> None:
         missing = [name for name in self.names if name not in arrays]
@@ -271,12 +258,12 @@ class Eavesdropper(Strategy):
         if not accepted:
             log.warning("round %d: no reply was accepted; the weights stay as they were", round)
         examples = sum(reply.num_examples for reply in accepted)
-        loss = sum(reply.loss * reply.num_examples for reply in accepted) / examples if accepted else math.nan
+        loss = sum(reply.loss * reply.num_examples for reply in accepted) / examples if accepted else None
         if self.on_round is not None:
             self.on_round(
                 RoundReport(
                     round=round,
-                    accepted=tuple(reply.client for reply in accepted),
+                    clients=tuple(reply.client for reply in accepted),
                     failed=tuple(sorted(failed)),
                     rejected=tuple(sorted(rejected)),
                     dropped=tuple(sorted(dropped)),

@@ -62,6 +62,15 @@ def number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
+def flat(document: Mapping[str, Any], joint: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, their keys joined."""
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, joint, name + joint) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def fedattack_version() -> str:
     """The installed version, or that of the checkout the code runs from."""
     try:

@@ -22,17 +22,9 @@ import torch
 from fedattack.config import Config
 from fedattack.errors import ConfigError, DataError
 from fedattack.files import cannot_write, write_bytes, write_tensors
-from fedattack.groundtruth import GroundTruth
-from fedattack.observation import MembershipScores, Observation, Reconstruction
-from fedattack.storage.observations import (
-    load_observations,
-    load_truths,
-    read_tensors,
-    safe_name,
-    save_observation,
-    save_truth,
-)
-from fedattack.storage.plain import fedattack_version, number, read_json, write_json
+from fedattack.observation import MembershipScores, Reconstruction
+from fedattack.storage.observations import read_tensors, safe_name
+from fedattack.storage.plain import fedattack_version, flat, number, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -111,22 +103,6 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path / "log.txt", error, len(line)) from error
 
-    def save_observation(self, observation: Observation) -> None:
-        """Store an observation below ``observations/``."""
-        save_observation(self.observations, observation)
-
-    def load_observations(self) -> list[Observation]:
-        """All stored observations; see :func:`fedattack.storage.load_observations`."""
-        return load_observations(self.observations)
-
-    def save_truth(self, truth: GroundTruth) -> None:
-        """Store a private batch below ``truth/``."""
-        save_truth(self.truth, truth)
-
-    def load_truths(self) -> list[GroundTruth]:
-        """All stored truths."""
-        return load_truths(self.truth)
-
     def save_reconstruction(self, attack: str, key: str, answer: Reconstruction, seconds: float) -> None:
         """Store an attack's answer for the observation `key` and its seconds; a resumed run need not ask again."""
         place = self._part(attack, key)
@@ -165,10 +141,7 @@ class RunFolder:
         place = self._part(attack, key)
         if not place.with_suffix(".json").is_file():
             return None
-        document, tensors = (
-            read_json(place.with_suffix(".json")),
-            read_tensors(place.with_suffix(".safetensors")),
-        )
+        document, tensors = _read_pair(place)
         try:
             loss, confidence, seconds = tensors["scalars"].tolist()
             answer = Reconstruction(
@@ -209,10 +182,7 @@ class RunFolder:
         place = self._part(attack, f"client-{target:05d}")
         if not place.with_suffix(".json").is_file():
             return None
-        document, tensors = (
-            read_json(place.with_suffix(".json")),
-            read_tensors(place.with_suffix(".safetensors")),
-        )
+        document, tensors = _read_pair(place)
         try:
             scores = MembershipScores(tensors["scores"], document["statistic"], document["details"])
             return scores, float(document["seconds"])
@@ -237,6 +207,10 @@ class RunFolder:
         return self.path / "parts" / safe_name(attack) / safe_name(key)
 
 
+def _read_pair(place: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    return read_json(place.with_suffix(".json")), read_tensors(place.with_suffix(".safetensors"))
+
+
 def _check_same(stored: Path, config: Config, resume: bool) -> None:
     if not resume:
         raise ConfigError(
@@ -248,7 +222,7 @@ def _check_same(stored: Path, config: Config, resume: bool) -> None:
         raise ConfigError(
             f"setting 'output.run_dir': {stored} is not readable: {error}; give another folder"
         ) from None
-    there, here = _flat(earlier.result_settings()), _flat(config.result_settings())
+    there, here = flat(earlier.result_settings()), flat(config.result_settings())
     differing = [name for name in [*here, *(set(there) - set(here))] if there.get(name) != here.get(name)]
     if differing:
         shown = "; ".join(
@@ -259,13 +233,3 @@ def _check_same(stored: Path, config: Config, resume: bool) -> None:
             f"setting 'output.run_dir' = {str(stored.parent)!r}: holds a run with other settings: {shown}{more}. "
             "Give another folder, or the same settings to resume"
         )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

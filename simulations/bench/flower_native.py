@@ -52,8 +52,8 @@ def main(grid: Grid, context: Context) -> None:
     marks: list[tuple[float, float]] = []
 
     def on_round(report: RoundReport) -> None:
-        if len(report.accepted) != config.federation.clients:
-            raise RuntimeError(f"{len(report.accepted)} of {config.federation.clients} clients were accepted")
+        if len(report.clients) != config.federation.clients:
+            raise RuntimeError(f"{len(report.clients)} of {config.federation.clients} clients were accepted")
         marks.append((tree_cpu_seconds(), time.perf_counter()))
 
     strategy = Eavesdropper(

@@ -48,24 +48,14 @@ _EVALUATED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class RoundRecord:
-    """The figures of one round: those of :class:`~strategies.RoundReport` and more.
+class RoundRecord(RoundReport):
+    """A round's report with the global model's figures after it, and its wall time, evaluation included.
 
-    `loss` and `accuracy` are the global model's after the round, on the held-out pool, None where it is not
-    evaluated; `train_loss` is None where nobody was accepted; `seconds` is wall time, evaluation included.
+    `loss` and `accuracy` are those on the held-out pool, None where it is not evaluated.
     """
 
-    round: int
     loss: float | None
     accuracy: float | None
-    train_loss: float | None
-    clients: tuple[int, ...]
-    failed: tuple[tuple[int, str], ...]
-    rejected: tuple[tuple[int, str], ...]
-    dropped: tuple[int, ...]
-    wire_bytes: int
-    buffer_bytes: int
-    aggregated: bool
     seconds: float
 
     @classmethod
@@ -220,7 +210,9 @@ def serve(
             record = RoundRecord.from_json(known)
         else:
             figures = judge(weights) if config.federation.evaluate else {}
-            record = _record(report, figures, time.perf_counter() - clock)
+            loss, accuracy = figures.get("loss"), figures.get("accuracy")
+            seconds = time.perf_counter() - clock
+            record = RoundRecord(**vars(report), loss=loss, accuracy=accuracy, seconds=seconds)
             if journal is not None:
                 journal.write_record(record.round, dataclasses.asdict(record))
         clock = time.perf_counter()
@@ -295,26 +287,9 @@ def _journaled(
     return served
 
 
-def _record(report: RoundReport, figures: Mapping[str, float], seconds: float) -> RoundRecord:
-    return RoundRecord(
-        round=report.round,
-        loss=figures.get("loss"),
-        accuracy=figures.get("accuracy"),
-        train_loss=report.train_loss if report.accepted else None,
-        clients=report.accepted,
-        failed=report.failed,
-        rejected=report.rejected,
-        dropped=report.dropped,
-        wire_bytes=report.wire_bytes,
-        buffer_bytes=report.buffer_bytes,
-        aggregated=report.aggregated,
-        seconds=seconds,
-    )
-
-
 def _refuse_if_all_failed(report: RoundReport) -> None:
     """A round in which nothing but errors came back is a fault of the set-up, not an event of the federation."""
-    if report.failed and not (report.accepted or report.rejected or report.dropped):
+    if report.failed and not (report.clients or report.rejected or report.dropped):
         client, reason = report.failed[0]
         raise RunFailed(
             f"all {len(report.failed)} clients of round {report.round} failed; client {client}: {reason}"

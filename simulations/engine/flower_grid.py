@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedattack.errors import RunFailed
 from simulations.engine.forwarding import ForwardingGrid
-from strategies.messages import CONFIG, METRICS, PARTITION
-
-if TYPE_CHECKING:
-    pass
 from simulations.engine.ray_grid import _START_SECONDS
+from strategies.messages import CONFIG, METRICS, PARTITION
 
 _NODES_SECONDS = 20.0
 

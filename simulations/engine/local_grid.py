@@ -12,7 +12,7 @@ import logging
 import traceback
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,10 +23,6 @@ from simulations.engine import flower_internals as internals
 from simulations.engine.environment import cpu_threads
 from simulations.engine.flower_internals import Plain, from_plain, to_plain
 from strategies.messages import OVERSIZED, PARTITION
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger("fedattack.grid")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from flwr.app import Context, Error, Message
@@ -15,9 +15,6 @@ from fedattack.errors import BadRequest, RunFailed
 from simulations.client_app import Workplace, open_workplace
 from simulations.engine import flower_internals as internals
 from simulations.engine.flower_internals import Answer, Plain, from_plain, to_plain
-
-if TYPE_CHECKING:
-    pass
 from simulations.engine.local_grid import FIRST_NODE, LocalGrid, _answer, _limit, _load_app, _new_context
 from simulations.engine.ray_session import _reason, _resources
 

@@ -52,11 +52,12 @@ class Experiment(ABC):
         self.plan = plan
         self.attacks = dict(attacks)
         self.failed: dict[str, BaseException] = {}
+        self.this_round: list[Observation] = []
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
         """Refuse (NotApplicable), before the first round, what the experiment itself cannot do with this run."""
-        del config, world
+        return None
 
     def questions(self) -> Mapping[str, Candidates]:
         """Attack -> the samples that it is asked about, where its question has some; known before the first round."""
@@ -64,24 +65,23 @@ class Experiment(ABC):
 
     def wants(self, round: int, client: int) -> bool:
         """Whether an update is to be observed; `client` is ``EVERYONE`` under secure aggregation."""
-        del round, client
         return False
 
     def observe(self, observation: Observation) -> None:
-        """Take one of the observations that :meth:`wants` asked for; within a round in ascending order."""
-        del observation
+        """Keep one of those that :meth:`wants` asked for, ascending within a round, until the round is over."""
+        self.this_round.append(observation)
 
     def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
         """Look at the global model after a round, just before :meth:`after_round`."""
-        del round, weights
+        return None
 
     def requests(self, requests: DeletionRequests) -> None:
         """Take what the clients want forgotten, as they say after round ``config.request_round``."""
-        del requests
+        return None
 
     def after_round(self, record: RoundRecord) -> None:
         """Take note that a round is over."""
-        del record
+        return None
 
     def collect(self) -> None:
         """Wait for what runs beside the federation, which is over; RunFailed where there is nothing to score."""

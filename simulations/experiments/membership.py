@@ -24,7 +24,7 @@ from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.models import initial_weights
-from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
+from fedattack.observation import EVERYONE, Candidates, MembershipScores
 from fedattack.rng import adversary_seed, numpy_rng
 from simulations.client_app import drops_out, round_batches
 from simulations.engine.federation import FederationResult, RoundRecord
@@ -184,7 +184,6 @@ class MembershipExperiment(Experiment):
 
     def __init__(self, plan: Plan, attacks: Mapping[str, MembershipAttack]) -> None:
         super().__init__(plan, attacks)
-        self._this_round: list[Observation] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._figures: dict[str, dict[int, Figures]] = {
             name: dict(plan.folder.load_rounds(name)) for name in self._serving()
@@ -229,19 +228,14 @@ class MembershipExperiment(Experiment):
 
     def wants(self, round: int, client: int) -> bool:
         """Everything of the rounds that an attack of the server has yet to read."""
-        del client
         return any(
             round not in self._figures[name] and round in self._rounds(self.attacks[name])
             for name in self._serving()
         )
 
-    def observe(self, observation: Observation) -> None:
-        """Keep it until the round is over."""
-        self._this_round.append(observation)
-
     def after_round(self, record: RoundRecord) -> None:
         """Show it to the attacks, and let go of it."""
-        seen, self._this_round = self._this_round, []
+        seen, self.this_round = self.this_round, []
         number, config = record.round, self.plan.config
         device = choose_device(config.engine.device)
         for name in self._serving():

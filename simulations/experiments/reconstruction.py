@@ -19,7 +19,7 @@ from fedattack.errors import RunFailed
 from fedattack.groundtruth import GroundTruth
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
-from fedattack.storage import RunFolder
+from fedattack.storage import RunFolder, save_observation, save_truth
 from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.base import Experiment, Plan
@@ -154,7 +154,6 @@ class ReconstructionExperiment(Experiment):
         super().__init__(plan, attacks)
         self.work = Answers(plan.config, plan.folder, attacks, plan.shown)
         self.truths: list[GroundTruth] = []
-        self._this_round: list[Observation] = []
         self._defenses = tuple(build_defenses(plan.config.defense).values())
 
     def wants(self, round: int, client: int) -> bool:
@@ -163,21 +162,17 @@ class ReconstructionExperiment(Experiment):
         history = round < max(rounds, default=0) and self.work.need_history(self.plan.world.scenario)
         return (round in rounds or history) and (client == EVERYONE or client < self.plan.config.victims)
 
-    def observe(self, observation: Observation) -> None:
-        """Keep it until the round is over."""
-        self._this_round.append(observation)
-
     def after_round(self, record: RoundRecord) -> None:
         """Attack the round's victims."""
-        victims, self._this_round = self._this_round, []
+        victims, self.this_round = self.this_round, []
         asked = record.round in self.plan.config.attack.rounds
         for observation in victims:
             truth = self._truth(observation, record.clients)
             if asked:
                 self.truths.append(truth)
             if self.plan.config.output.save_observations:
-                self.plan.folder.save_observation(observation)
-                self.plan.folder.save_truth(truth)
+                save_observation(self.plan.folder.observations, observation)
+                save_truth(self.plan.folder.truth, truth)
         self.work.submit(victims, asked)
         if asked and not hides_clients(self.plan.config.defense):
             for client, reason in (*record.rejected, *record.failed):
@@ -238,7 +233,6 @@ class ReconstructionExperiment(Experiment):
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Score every attack's images."""
-        del federation
         return {name: self.work.audit(name, self.truths) for name in self.attacks}
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:

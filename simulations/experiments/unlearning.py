@@ -166,7 +166,6 @@ class UnlearningExperiment(Experiment):
 
     def wants(self, round: int, client: int) -> bool:
         """The updates that the mechanism needs."""
-        del client
         return round <= self.plan.config.request_round and self.history.wants_updates(round)
 
     def observe(self, observation: Observation) -> None:

@@ -47,7 +47,7 @@ from fedattack.files import write_bytes
 from fedattack.registry import Registry, plugin_options
 from fedattack.reporting.sweep.page import write_sweep
 from fedattack.reporting.sweep.table import DONE, FAILED, REFUSED, CellOutcome, SweepTable, sweep_table
-from fedattack.storage.plain import read_json, write_json
+from fedattack.storage.plain import flat, read_json, write_json
 from simulations.engine.ray_session import ray_session
 from simulations.pipeline import simulate
 from simulations.progress import stages
@@ -104,7 +104,10 @@ class Sweep:
             raise ConfigError(
                 f"a sweep has the sections 'settings' and 'axes', with one axis or more; {found}"
             )
-        common = _flat(document.get("settings", {}))
+        common = document.get("settings", {})
+        if not isinstance(common, Mapping):
+            raise ConfigError(f"section 'settings' of the sweep is no table: {common!r}")
+        common = flat(common)
         axes = {name: _values(name, values) for name, values in document["axes"].items()}
         count = 1
         for values in axes.values():
@@ -128,7 +131,7 @@ def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     result: list[tuple[str, dict[str, Any]]] = []
     for value in values:
         if isinstance(value, Mapping):
-            settings = _flat({key: inner for key, inner in value.items() if key != "label"})
+            settings = flat({key: inner for key, inner in value.items() if key != "label"})
             label = str(value.get("label", ", ".join(f"{key} {_shown(v)}" for key, v in settings.items())))
         else:
             settings, label = {axis: value}, _shown(value)
@@ -205,17 +208,6 @@ def _resolved(key: str) -> str:
 
 def _outer(key: str) -> bool:
     return _resolved(key).partition(".")[0] in ("engine", "output")
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(settings, Mapping):
-        raise ConfigError(
-            f"section {prefix.rstrip('.') or 'settings'!r} of the sweep is no table: {settings!r}"
-        )
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _shown(value: Any) -> str:
