@@ -438,11 +438,9 @@ class Eavesdropper(Strategy):
             return list(self.strategy.configure_evaluate(round, arrays, config, grid))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Left to the wrapped strategy."""
         return self.strategy.aggregate_evaluate(self._number(server_round), replies)
 
     def summary(self) -> None:
-        """Left to the wrapped strategy."""
         self.strategy.summary()
 
     def _number(self, server_round: int) -> int:

@@ -24,22 +24,18 @@ class HeldArray(Array):
 
     @property
     def dtype(self) -> str:
-        """Name of the data type."""
         return str(self._value().dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
         return tuple(self._value().shape)
 
     @property
     def stype(self) -> str:
-        """Flower's name for the npy format, which `data` is in."""
         return _NUMPY
 
     @property
     def data(self) -> bytes:
-        """The array in npy format."""
         if self.__dict__["_written"] is None:
             buffer = io.BytesIO()
             np.save(buffer, self._value(), allow_pickle=False)
@@ -64,7 +60,6 @@ class HeldArray(Array):
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
     def deflate(self) -> bytes:
-        """Flower's wire format."""
         return Array(self.dtype, self.shape, self.stype, self.data).deflate()
 
 
@@ -82,12 +77,10 @@ class SteppedArray(HeldArray):
 
     @property
     def dtype(self) -> str:
-        """Name of the data type."""
         return str(self.__dict__["_base"].dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
         return tuple(self.__dict__["_base"].shape)
 
     def _value(self) -> NDArray[Any]:
@@ -116,7 +109,6 @@ class _Light:
         return type(self).__mro__[2], (self._entries(),)
 
     def deflate(self) -> bytes:
-        """Flower's wire format."""
         whole: bytes = type(self).__mro__[2](self._entries()).deflate()
         return whole
 
@@ -179,17 +171,14 @@ class LightRecords(_Light, RecordDict):
 
     @property
     def array_records(self) -> Any:
-        """The ArrayRecords among them; writing here writes there."""
         return _Part(self._entries(), ArrayRecord)
 
     @property
     def metric_records(self) -> Any:
-        """The MetricRecords among them; writing here writes there."""
         return _Part(self._entries(), MetricRecord)
 
     @property
     def config_records(self) -> Any:
-        """The ConfigRecords among them; writing here writes there."""
         return _Part(self._entries(), ConfigRecord)
 
 

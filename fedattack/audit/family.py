@@ -18,6 +18,7 @@ from fedattack.metrics import Interval, bootstrap_mean, units_needed, wilson
 from fedattack.registry import Registry
 from fedattack.reporting import formats
 
+End = Literal["min", "max"]
 Level = Literal["leak", "partial", "none", "undecided", "failed"]
 
 SEVERITY: tuple[Level, ...] = ("leak", "partial", "undecided", "none", "failed")
@@ -45,7 +46,7 @@ class Metric:
     unit: str = ""
     scale: float = 1.0
     digits: int = 1
-    worst: Literal["min", "max"] = "min"
+    worst: End = "min"
     floor: str = ""
     note: Callable[[Figures], str] = lambda _: ""
 
@@ -270,10 +271,7 @@ def at_chance(accuracy: float | None, chance: float | None, samples: int | None)
 
 
 def describe(
-    values: Sequence[float],
-    seed: int,
-    groups: Sequence[int] | None = None,
-    worst: Literal["min", "max"] = "min",
+    values: Sequence[float], seed: int, groups: Sequence[int] | None = None, worst: End = "min"
 ) -> dict[str, float | int | None]:
     """Mean, worst (for the attacker), best, count and bootstrap interval of a metric, None where unknown.
 
@@ -287,8 +285,8 @@ def describe(
         return {"mean": None, "worst": None, "best": None, "low": None, "high": None, "count": 0}
     finite = np.isfinite(array)
     ends = extremes(array.tolist(), worst)
-    described: dict[str, float | int | None] = {"mean": float(array[0]), **ends}
-    described |= {"low": None, "high": None, "count": len(array)}
+    described: dict[str, float | int | None] = {"mean": float(array[0]), **ends, "low": None, "high": None}
+    described["count"] = len(array)
     if finite.any():
         described |= interval_fields(bootstrap_mean(array[finite], seed, place[finite]))
     if not finite.all():
@@ -296,7 +294,7 @@ def describe(
     return described
 
 
-def extremes(values: Sequence[float], worst: Literal["min", "max"] = "min") -> dict[str, float]:
+def extremes(values: Sequence[float], worst: End = "min") -> dict[str, float]:
     """ "worst" and "best" of some values, for the attacker."""
     ends = (float(min(values)), float(max(values)))
     return dict(zip(("worst", "best"), ends if worst == "min" else ends[::-1], strict=True))
@@ -328,13 +326,8 @@ def headline(results: Sequence[AuditResult], federation: Figures | None = None) 
         unsure = [r.attack for r in results if r.level in ("undecided", "failed") and r is not worst]
         text += f"; {', '.join(unsure)} cannot tell either" if unsure else ""
     text += f" ({'; '.join(assumptions)})" if assumptions else ""
-    return {
-        "level": worst.level,
-        "attack": worst.attack,
-        "seat": seat,
-        "assumptions": assumptions,
-        "text": text,
-    }
+    found = {"level": worst.level, "attack": worst.attack, "seat": seat}
+    return found | {"assumptions": assumptions, "text": text}
 
 
 def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
@@ -355,9 +348,8 @@ def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
         batch = " or ".join(map(str, s["batch"]))
         steps = training["local_steps"] if training["protocol"] == "fedavg" else 1
         told.append(f"batch {batch}, {steps} local step{'s' if steps != 1 else ''}")
-        told += (
-            [f"defences: {', '.join(scenario['defense']['names'])}"] if scenario["defense"]["names"] else []
-        )
+        if names := scenario["defense"]["names"]:
+            told.append(f"defences: {', '.join(names)}")
         granted = s["auxiliary"]
         told.append(f"{granted['count']:,} public images granted" if granted else "no public images granted")
     return told + [str(one) for one in result.threat.get("assumptions", ())]

@@ -145,16 +145,8 @@ def audit_reconstruction(
         for name in names
     }
     summary = _summarise(observations, answers, records, failed, seed)
-    return AuditResult(
-        attack_name,
-        "reconstruction",
-        records,
-        summary,
-        summary["verdict"],
-        summary["level"],
-        images,
-        {"histories": histories},
-    )
+    level, verdict, curves = summary["level"], summary["verdict"], {"histories": histories}
+    return AuditResult(attack_name, "reconstruction", records, summary, verdict, level, images, curves)
 
 
 def _fault(answer: Reconstruction | None, private: Tensor, reason: str | None) -> str:
@@ -223,15 +215,9 @@ def _score_victim(
         add("shown.", _scores(_align(answer.images.to(private).clamp(0, 1), shown), shown))
         guesses = [_scores(_align(images, shown), shown)["psnr"] for images in floors.values()]
         add("shown.", {"floor": np.max(guesses, axis=0).tolist()})
+    said = {name: getattr(answer, name) for name in ("label_confidence", "loss", "certificate", "method")}
     for row, right in zip(rows, named, strict=True):
-        row |= {
-            "label_right": right,
-            "label_confidence": answer.label_confidence,
-            "loss": answer.loss,
-            "certificate": answer.certificate,
-            "method": answer.method,
-            "notes": _why(answer),
-        }
+        row |= {"label_right": right, **said, "notes": _why(answer)}
     for position, index in enumerate(chosen):
         rows[index] |= {field: values[position] for field, values in scores.items()}
         rows[index] |= {
@@ -284,12 +270,9 @@ def _align(images: Tensor, private: Tensor) -> Tensor:
 
 
 def _scores(images: Tensor, private: Tensor) -> dict[str, list[float]]:
-    window = ssim_window(*private.shape[-2:])
-    return {
-        "mse": mse(images, private).tolist(),
-        "psnr": psnr(images, private).tolist(),
-        "ssim": ssim(images, private, window=window).tolist(),
-    }
+    similar = ssim(images, private, window=ssim_window(*private.shape[-2:]))
+    scores = {"mse": mse(images, private), "psnr": psnr(images, private), "ssim": similar}
+    return {name: values.tolist() for name, values in scores.items()}
 
 
 def _control(answer: Reconstruction, victim: int, batches: Sequence[GroundTruth]) -> float | None:
@@ -399,18 +382,16 @@ def _judge(
     ours = np.minimum(_column(scored, "psnr"), rule.COUNTED_DB)
     best = max(capped, key=lambda name: float(capped[name].mean()))
     over_floor = paired_difference(ours, capped[best], seed, victims, confidence)
-    control = np.asarray(_column(scored, "control_psnr"))
-    over_control = (
-        None if np.isnan(control).any() else paired_difference(ours, control, seed, victims, confidence)
-    )
+    over_control, control = None, np.asarray(_column(scored, "control_psnr"))
+    if not np.isnan(control).any():
+        over_control = paired_difference(ours, control, seed, victims, confidence)
     shown = None
     if not np.isnan(against := np.asarray(_column(scored, "shown.psnr"))).any():
         rows = zip(against, _column(scored, "shown.ssim"), _column(scored, "shown.floor"), strict=True)
         shown = (_mean(against), sum(rule.image_recovered(p, s, f, None) for p, s, f in rows))
     guesses = np.max(list(capped.values()), axis=0)
-    lost = {
-        row["victim"]: row["status"].removeprefix("failed: ") for row in records if "label_right" not in row
-    }
+    failed = [row for row in records if "label_right" not in row]
+    lost = {row["victim"]: row["status"].removeprefix("failed: ") for row in failed}
     found = rule.Findings(
         images=len(records),
         recovered=sum(
@@ -429,18 +410,14 @@ def _judge(
         methods=_methods(scored),
     )
     level, text = rule.reconstruction(found)
+    told = found.labels
     return over_floor, {
         "recovered": found.recovered,
         "psnr": found.psnr,
         "best_floor": best,
         "above_best_floor": interval_fields(over_floor),
         "above_control": None if over_control is None else interval_fields(over_control),
-        "labels": {
-            "right": found.labels.right,
-            "of": found.labels.of,
-            "floor": found.labels.floor,
-            "beyond_guessing": found.labels.beyond,
-        },
+        "labels": {"right": told.right, "of": told.of, "floor": told.floor, "beyond_guessing": told.beyond},
         "level": level,
         "verdict": text,
     }

@@ -83,9 +83,8 @@ def audit_unlearning(
         damage = paired_difference(floor, changed, seed)
         covers = "seeds"
     idle = at_chance(float(first.mean()), chance_accuracy, test_samples)
-    level, verdict = verdict_of(
-        float(first.mean()), float(changed.mean()), float(floor.mean()), damage, runs, idle
-    )
+    means = (float(c.mean()) for c in columns)
+    level, verdict = verdict_of(*means, damage, runs, idle)
 
     def accuracy(values: np.ndarray) -> dict[str, Any]:
         return describe(values.tolist(), seed, worst="max")
@@ -99,11 +98,9 @@ def audit_unlearning(
         "metrics": {
             "accuracy_before": accuracy(first),
             "accuracy_after": accuracy(changed),
-            "damage": {
-                **interval_fields(damage),
-                **extremes((floor - changed).tolist()),
-                "interval_over": covers,
-            },
+            "damage": interval_fields(damage)
+            | extremes((floor - changed).tolist())
+            | {"interval_over": covers},
         },
         "floors": {"random deletion": {"accuracy": accuracy(floor)}},
         "best_floor": "random deletion",
@@ -118,11 +115,9 @@ def audit_unlearning(
             "run": index,
             "mechanism": mechanism,
             "requests": requests,
-            "accuracy_before": float(b),
-            "accuracy_after": float(a),
-            "floor.random deletion.accuracy": float(r),
-            "damage": float(r - a),
         }
+        | {"accuracy_before": float(b), "accuracy_after": float(a)}
+        | {"floor.random deletion.accuracy": float(r), "damage": float(r - a)}
         for index, (b, a, r) in enumerate(zip(first, changed, floor, strict=True))
     ]
     return AuditResult(attack_name, "unlearning", records, summary, verdict, level)

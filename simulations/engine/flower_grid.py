@@ -49,13 +49,11 @@ class PartitionedGrid(ForwardingGrid):
         return self._client_of[node]
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids in the order of the clients."""
         return [self._node_of[client] for client in sorted(self._node_of)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Have the messages answered, in the order of the clients."""
         replies = self.grid.send_and_receive(list(messages), timeout=timeout)
         return sorted(replies, key=lambda reply: self.client_of(reply.metadata.src_node_id))
 

@@ -45,12 +45,10 @@ class LocalGrid(Grid):
         self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
-        """Set the run."""
         self._run = run
 
     @property
     def run(self) -> Any:
-        """The run."""
         return self._run
 
     def create_message(
@@ -61,11 +59,9 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A new instruction."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids of all clients, ascending."""
         return range(FIRST_NODE, FIRST_NODE + self.clients)
 
     def client_of(self, node: int) -> int:
@@ -84,7 +80,6 @@ class LocalGrid(Grid):
         return [message.metadata.message_id for message in instructions]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages, once."""
         return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
     def send_and_receive(
@@ -181,18 +176,14 @@ class InlineGrid(LocalGrid):
         return replies
 
     def client_states(self) -> dict[int, Plain]:
-        """What each client keeps; see :class:`LocalGrid`."""
         return {client: to_plain(c.state) for client, c in sorted(self._contexts.items()) if len(c.state)}
 
     def restore_states(self, states: Mapping[int, Plain]) -> None:
-        """Give clients what they kept; see :class:`LocalGrid`."""
         for client, state in states.items():
             self._context(client).state = from_plain(state)
 
     def reset(self) -> None:
-        """Have all clients forget what they kept."""
         self._contexts.clear()
 
     def close(self) -> None:
-        """Let go of the data."""
         close_workplace(self.run_id)

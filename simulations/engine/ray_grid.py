@@ -256,20 +256,17 @@ class RayGrid(LocalGrid):
             return False
 
     def client_states(self) -> dict[int, Plain]:
-        """What each client keeps; see :class:`LocalGrid`."""
         clients = sorted(self._states)
         states = self._ray.get([self._states[client] for client in clients])
         return {client: state for client, state in zip(clients, states, strict=True) if state}
 
     def restore_states(self, states: Mapping[int, Plain]) -> None:
-        """Give clients what they kept; see :class:`LocalGrid`."""
         for slot, actor in enumerate(self._actors):
             mine = {c: self._ray.put(s) for c, s in states.items() if c % len(self._actors) == slot}
             self._states |= mine
             self._ray.get(actor.restore.remote(list(mine), *mine.values()))
 
     def reset(self) -> None:
-        """Have all clients forget what they kept."""
         self._states.clear()
         for slot, actor in enumerate(self._actors):
             try:
@@ -278,7 +275,6 @@ class RayGrid(LocalGrid):
                 self._replace(slot)
 
     def close(self) -> None:
-        """Stop the actors and let go of the data."""
         for actor in getattr(self, "_actors", []):
             self._ray.kill(actor)
         self._states.clear()

@@ -220,7 +220,6 @@ class MembershipExperiment(Experiment):
         )
 
     def questions(self) -> dict[str, Candidates]:
-        """What each attack is asked about."""
         return {
             name: Candidates(*self.plan.world.dataset.tensors(asked.ids))
             for name, asked in self._asked.items()

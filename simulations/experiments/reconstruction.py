@@ -95,7 +95,6 @@ class Answers:
             self._executor.finish()
 
     def close(self) -> None:
-        """Wait for nothing any more."""
         if self._executor is not None:
             self._executor.close()
 
@@ -163,7 +162,6 @@ class ReconstructionExperiment(Experiment):
         return (round in rounds or history) and (client == EVERYONE or client < self.plan.config.victims)
 
     def after_round(self, record: RoundRecord) -> None:
-        """Attack the round's victims."""
         victims, self.this_round = self.this_round, []
         asked = record.round in self.plan.config.attack.rounds
         for observation in victims:
@@ -219,7 +217,6 @@ class ReconstructionExperiment(Experiment):
         return used[order], defended.images(images)[torch.from_numpy(order)]
 
     def collect(self) -> None:
-        """Wait for the answers."""
         self.work.collect()
         if not self.truths:
             raise RunFailed(
@@ -228,13 +225,10 @@ class ReconstructionExperiment(Experiment):
             )
 
     def close(self) -> None:
-        """Wait for no answer any more."""
         self.work.close()
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Score every attack's images."""
         return {name: self.work.audit(name, self.truths) for name in self.attacks}
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
-        """Attack -> observation key -> answer."""
         return self.work.answers()

@@ -161,7 +161,6 @@ class UnlearningExperiment(Experiment):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        """Refuse a mechanism that lacks what it needs."""
         build_mechanism(config.unlearning).check(config.unlearning.mechanism, world.scenario)
 
     def wants(self, round: int, client: int) -> bool:
@@ -169,22 +168,18 @@ class UnlearningExperiment(Experiment):
         return round <= self.plan.config.request_round and self.history.wants_updates(round)
 
     def observe(self, observation: Observation) -> None:
-        """Keep an update."""
         if self.wants(observation.round, observation.client):
             self.history.keep_update(observation)
 
     def global_model(self, round: int, weights: Weights) -> None:
-        """Keep a checkpoint."""
         if round <= self.plan.config.request_round:
             self.history.keep_weights(round, weights)
 
     def after_round(self, record: RoundRecord) -> None:
-        """Note who took part."""
         if record.round <= self.plan.config.request_round:
             self.history.note_round(record.round, record.clients, record.aggregated)
 
     def requests(self, requests: DeletionRequests) -> None:
-        """Keep what is asked for."""
         self.asked = requests
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
