@@ -29,6 +29,17 @@ _IMAGES = 256
 
 _ROUNDS = 100
 _ROWS = 200
+_COLUMNS = (
+    "accuracy",
+    "loss",
+    "train_loss",
+    "answered",
+    "dropped",
+    "failed",
+    "rejected",
+    "wire_bytes",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -166,56 +177,24 @@ def _png(image: Tensor) -> bytes:
 def _federation(
     folder: RunFolder, federation: Mapping[str, Any], label_counts: Mapping[int, Mapping[int, int]] | None
 ) -> dict[str, Any]:
-    names = (
-        "accuracy",
-        "loss",
-        "train_loss",
-        "answered",
-        "dropped",
-        "failed",
-        "rejected",
-        "wire_bytes",
-        "seconds",
-    )
-    rounds = [dict.fromkeys(names) | dict(row) for row in federation.get("rounds", [])]
+    rounds = [dict.fromkeys(_COLUMNS) | dict(row) for row in federation.get("rounds", [])]
     facts = [
-        (
-            name.replace("_", " "),
-            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value),
-        )
+        (name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
         for name, value in federation.items()
         if isinstance(value, str | int | float)
     ]
     pictures = []
     if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
-        pictures.append(
-            _figure(
-                folder,
-                "accuracy",
-                figures.accuracy_over_rounds(rounds),
-                "Accuracy and loss over the rounds",
-                "The global model on held-out samples: an attacked federation that learns nothing proves little.",
-            )
+        told = (
+            "The global model on held-out samples: an attacked federation that learns nothing proves little."
         )
+        drawn = figures.accuracy_over_rounds(rounds)
+        pictures.append(_figure(folder, "accuracy", drawn, "Accuracy and loss over the rounds", told))
     if label_counts:
-        pictures.append(
-            _figure(
-                folder,
-                "labels",
-                figures.label_histogram(label_counts),
-                "Samples of each label at each client",
-                "How the samples are dealt out.",
-            )
-        )
-    left_out = (
-        f"The first {_ROUNDS} of {len(rounds)} rounds; all are in summary.json."
-        if len(rounds) > _ROUNDS
-        else ""
-    )
-    return {
-        "facts": facts,
-        "rounds": rounds[:_ROUNDS],
-        "left_out": left_out,
-        "rejections": list(federation.get("rejections", []))[:_ROWS],
-        "pictures": pictures,
-    }
+        alt, told = "Samples of each label at each client", "How the samples are dealt out."
+        pictures.append(_figure(folder, "labels", figures.label_histogram(label_counts), alt, told))
+    more = f"The first {_ROUNDS} of {len(rounds)} rounds; all are in summary.json."
+    left_out = more if len(rounds) > _ROUNDS else ""
+    rejections = list(federation.get("rejections", []))[:_ROWS]
+    shown = {"facts": facts, "rounds": rounds[:_ROUNDS], "left_out": left_out}
+    return shown | {"rejections": rejections, "pictures": pictures}

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from flwr.app import Error, Message
+from flwr.app import Message
 from safetensors import SafetensorError, safe_open
 
 from fedattack.errors import RunFailed
-from simulations.engine.flower_internals import Answer, Plain, from_plain, to_plain
+from simulations.engine.flower_internals import Answer, Plain, plain_answer, reply_of
 from simulations.engine.forwarding import ForwardingGrid
 from strategies.messages import CONFIG, ROUND
 
@@ -109,11 +109,8 @@ class Journal:
                         what = [dtype, list(shape), stype]
                     arrays[array_name] = [len(blobs), *what]
                     end = position + len(blob)
-                    header[str(len(blobs))] = {
-                        "dtype": "U8",
-                        "shape": [len(blob)],
-                        "data_offsets": [position, end],
-                    }
+                    place = {"shape": [len(blob)], "data_offsets": [position, end]}
+                    header[str(len(blobs))] = {"dtype": "U8"} | place
                     position = end
                     blobs.append(blob)
                 records.append([name, kind, arrays])
@@ -229,7 +226,7 @@ class JournaledGrid(ForwardingGrid):
         # The states first: where they lack, their round's replies lack too, and the round is run again.
         if self.keeper is not None:
             self.journal.write_states(number, self.keeper.client_states())
-        answers = {self.grid.client_of(reply.metadata.src_node_id): _plain(reply) for reply in replies}
+        answers = {self.grid.client_of(reply.metadata.src_node_id): plain_answer(reply) for reply in replies}
         self.journal.write_replies(number, answers)
         if self.keeper is not None:
             self.journal.drop_states(before=number)
@@ -243,12 +240,7 @@ class JournaledGrid(ForwardingGrid):
                 f"the journal's round {number} was answered by other clients than those drawn now: it belongs to "
                 "another run"
             )
-        replies = []
-        for client, message in sorted(drawn.items()):
-            answer = answers[client]
-            content = Error(*answer) if isinstance(answer, tuple) else from_plain(answer)
-            replies.append(Message(content, reply_to=message))
-        return replies
+        return [reply_of(message, answers[client]) for client, message in sorted(drawn.items())]
 
 
 def _round(messages: Sequence[Message]) -> int | None:
@@ -258,9 +250,3 @@ def _round(messages: Sequence[Message]) -> int | None:
     number = messages[0].content[CONFIG][ROUND]
     assert isinstance(number, int)
     return number
-
-
-def _plain(reply: Message) -> Answer:
-    if reply.has_error():
-        return reply.error.code, reply.error.reason
-    return to_plain(reply.content)

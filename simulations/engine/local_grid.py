@@ -132,14 +132,17 @@ def _limit(content: RecordDict) -> int:
     return 4 * internals.size_of(content) + _SPARE_BYTES
 
 
-def _new_context(run_id: int, client: int, clients: int) -> Context:
-    return Context(
-        run_id=run_id,
-        node_id=FIRST_NODE + client,
-        node_config={PARTITION: client, "num-partitions": clients},
-        state=RecordDict(),
-        run_config={},
-    )
+class Contexts(dict[int, Context]):
+    """What the clients of one process keep, by number; a client has its own from the first look on."""
+
+    def __init__(self, run_id: int, clients: int) -> None:
+        super().__init__()
+        self.run_id, self.clients = run_id, clients
+
+    def __missing__(self, client: int) -> Context:
+        node = {PARTITION: client, "num-partitions": self.clients}
+        self[client] = Context(self.run_id, FIRST_NODE + client, node, RecordDict(), {})
+        return self[client]
 
 
 def _load_app(target: str) -> ClientApp:
@@ -155,13 +158,8 @@ class InlineGrid(LocalGrid):
     def __init__(self, place: Workplace, client_app: ClientApp = app) -> None:
         super().__init__(len(place.partitions))
         self._app = client_app
-        self._contexts: dict[int, Context] = {}
+        self._contexts = Contexts(self.run_id, self.clients)
         open_workplace(self.run_id, place)
-
-    def _context(self, client: int) -> Context:
-        if client not in self._contexts:
-            self._contexts[client] = _new_context(self.run_id, client, self.clients)
-        return self._contexts[client]
 
     def _execute(self, messages: Sequence[Message]) -> list[Message]:
         limits: dict[int, int] = {}
@@ -171,7 +169,7 @@ class InlineGrid(LocalGrid):
                 content = message.content
                 if id(content) not in limits:
                     limits[id(content)] = _limit(content)
-                context = self._context(self.client_of(message.metadata.dst_node_id))
+                context = self._contexts[self.client_of(message.metadata.dst_node_id)]
                 replies.append(_answer(self._app, message, context, limits[id(content)]))
         return replies
 
@@ -180,7 +178,7 @@ class InlineGrid(LocalGrid):
 
     def restore_states(self, states: Mapping[int, Plain]) -> None:
         for client, state in states.items():
-            self._context(client).state = from_plain(state)
+            self._contexts[client].state = from_plain(state)
 
     def reset(self) -> None:
         self._contexts.clear()
