@@ -18,7 +18,7 @@ from adversaries import ATTACKS
 from adversaries.seats import ClientView, MaliciousClient
 from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
-from fedattack.config import Config, EngineConfig, TrainingConfig
+from fedattack.config import Config, EngineConfig
 from fedattack.defenses import ClientDefenses, Defense, build_defenses
 from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
@@ -79,9 +79,8 @@ class Workplace:
     def compressor(self) -> Compressor:
         """The agreed compressor."""
         sent = trained_parameters(build_model(self.scenario.model))
-        return build_compressor(
-            self.scenario.compression, list(sent), [tuple(parameter.shape) for parameter in sent.values()]
-        )
+        shapes = [tuple(parameter.shape) for parameter in sent.values()]
+        return build_compressor(self.scenario.compression, list(sent), shapes)
 
     @cached_property
     def task(self) -> Task:
@@ -97,16 +96,11 @@ class Workplace:
     def attackers(self) -> dict[str, MaliciousClient]:
         """What the run's malicious clients carry out, by name."""
         options = self.config.attack
-        return {
-            name: attack
-            for name in options.names
-            if isinstance(
-                attack := build_plugin(
-                    ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options
-                ),
-                MaliciousClient,
-            )
+        own, shared = options.options, options.shared_options
+        built = {
+            name: build_plugin(ATTACKS.get(name), name, own.get(name, {}), shared) for name in options.names
         }
+        return {name: attack for name, attack in built.items() if isinstance(attack, MaliciousClient)}
 
     @property
     def stateful(self) -> bool:
@@ -232,9 +226,8 @@ def train(message: Message, context: Context) -> Message:
         return Message(Error(wire.DROPPED_OUT, "dropped out"), reply_to=message)
     arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
-    batches = round_batches(
-        place.config, len(place.partitions[client]), round, client, _excluded(settings, client)
-    )
+    excluded, size = _excluded(settings, client), len(place.partitions[client])
+    batches = round_batches(place.config, size, round, client, excluded)
     steps_asked = settings.get(wire.LOCAL_STEPS)
     assert steps_asked is None or isinstance(steps_asked, int)
     batches = batches[:steps_asked]
@@ -251,19 +244,22 @@ def train(message: Message, context: Context) -> Message:
     mu = float(settings.get("proximal-mu", 0.0))
     defended = ClientDefenses(place.defenses, place.config.seed, round, client, place.task.gradient)
     shown = defended.images(images)
-    result = _train(place, weights, shown, labels, steps, mu, defended.gradient)
+    if mu == 0.0 or len(steps) == 1:  # the proximal term has no gradient at the received weights
+        training = place.scenario.training
+        result = local_update(place.model, weights, shown, labels, steps, training, defended.gradient)
+    else:
+        result = _train_proximal(place, weights, shown, labels, steps, mu, defended.gradient)
     update = defended.update(result.update)
     for attack, view in seats.values():
         update = _alike(attack, update, attack.reply(view, update))
     draws = place.compressor.draws
     generator = torch_rng(place.config.seed, "compression", round, client) if draws else _UNUSED
-    packet, memory = place.compressor.compress(update, _recall(context), round, generator)
+    packet, memory = place.compressor.compress(update, Memory(_recalled(context, _MEMORY)), round, generator)
     _remember(context, _MEMORY, memory.tensors)
     for name, (attack, view) in seats.items():
         if view.memory and not attack.keeps_memory:
-            raise ConfigError(
-                f"attack {name!r} keeps memory and does not say so: set 'keeps_memory' of its class"
-            )
+            why = "keeps memory and does not say so: set 'keeps_memory' of its class"
+            raise ConfigError(f"attack {name!r} {why}")
         _remember(context, _ATTACK_MEMORY.format(attack=name), view.memory)
     reply = {wire.PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():
@@ -274,32 +270,17 @@ def train(message: Message, context: Context) -> Message:
     return Message(LightRecords({wire.UPDATE: LightArrays(reply), wire.METRICS: metrics}), reply_to=message)
 
 
-def _train(
-    place: Workplace,
-    weights: dict[str, Tensor],
-    images: Tensor,
-    labels: Tensor,
-    batches: list[NDArray[np.int64]],
-    mu: float,
-    step: GradientStep,
-) -> LocalResult:
-    training = place.scenario.training
-    if mu == 0.0 or len(batches) == 1:  # the proximal term has no gradient at the received weights
-        return local_update(place.model, weights, images, labels, batches, training, step)
-    return _train_proximal(place, weights, images, labels, batches, training, mu, step)
-
-
 def _train_proximal(
     place: Workplace,
     weights: dict[str, Tensor],
     images: Tensor,
     labels: Tensor,
     batches: list[NDArray[np.int64]],
-    training: TrainingConfig,
     mu: float,
     step: GradientStep,
 ) -> LocalResult:
     """SGD on the loss plus ``mu / 2 * |w - received|^2`` (Li et al., FedProx, 2020), one plain step at a time."""
+    training = place.scenario.training
     if training.momentum:
         raise ConfigError(
             f"setting 'training.momentum' = {training.momentum}: strategy 'fedprox' needs 0 here"
@@ -316,10 +297,6 @@ def _train_proximal(
             drift[name] = drift[name] + result.update[name] - training.learning_rate * mu * drift[name]
             current[name] = tensor + drift[name]
     return replace(result, update=drift, loss=float(np.mean(losses)), num_examples=len(images))
-
-
-def _recall(context: Context) -> Memory:
-    return Memory(_recalled(context, _MEMORY))
 
 
 def _recalled(context: Context, key: str) -> dict[str, Tensor]:
@@ -346,21 +323,13 @@ def _seats(
     """What a malicious client carries out, by name, each with its view; nothing for an honest one."""
     if client not in place.config.attack.malicious_clients:
         return {}
-    return {
-        name: (
-            attack,
-            ClientView(
-                round,
-                client,
-                place.scenario,
-                dict(weights),
-                adversary_seed(place.config.seed, f"client seat of {name}", round, client),
-                _recalled(context, _ATTACK_MEMORY.format(attack=name)),
-                place.config.attack.requests,
-            ),
-        )
-        for name, attack in place.attackers.items()
-    }
+    seats, requests = {}, place.config.attack.requests
+    for name, attack in place.attackers.items():
+        seed = adversary_seed(place.config.seed, f"client seat of {name}", round, client)
+        memory = _recalled(context, _ATTACK_MEMORY.format(attack=name))
+        view = ClientView(round, client, place.scenario, dict(weights), seed, memory, requests)
+        seats[name] = attack, view
+    return seats
 
 
 def _alike(attack: MaliciousClient, before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:

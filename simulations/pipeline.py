@@ -119,7 +119,7 @@ def simulate(
     world = build_world(config)
     check_defenses(world.scenario)
 
-    def check(name: str, attack: Attack) -> None:
+    def check(_: str, attack: Attack) -> None:
         EXPERIMENTS.get(attack.family).check(config, world)
 
     attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
@@ -160,9 +160,8 @@ def simulate(
     results = _with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
     notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
-    _report(
-        console, folder, results, figures, command, left_out, notes=notes, label_counts=label_counts(world)
-    )
+    more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world)}
+    _report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
     if ended is not None:
@@ -193,16 +192,14 @@ def attack_folder(
         raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
     for name, attack in named.items():
         if EXPERIMENTS.get(attack.family).from_saved is None:
-            raise ConfigError(
-                f"attack {name!r} needs a running federation; saved observations can be reconstructed"
-            )
+            what = "needs a running federation; saved observations can be reconstructed"
+            raise ConfigError(f"attack {name!r} {what}")
     inner = directory / "observations"
     by_round: dict[int, list[Observation]] = defaultdict(list)
     for observation in read_observations(inner if inner.is_dir() else directory):
         by_round[observation.round].append(observation)
     truths = read_truths(truth) if truth is not None else None
-    attacks: dict[str, Attack] = named
-    left_out: dict[str, str] = {}
+    attacks, left_out = named, dict[str, str]()
     for batch in by_round.values():
         attacks, more = applicable(attacks, batch[0].scenario, Facts(rounds=(batch[0].round,)))
         left_out |= more
@@ -248,10 +245,10 @@ def _with_threats(
     scored: Mapping[str, AuditResult],
     attacks: Mapping[str, Attack],
     scenario: Scenario,
-    auxiliary: Auxiliary | None,
+    public: Auxiliary | None,
 ) -> list[AuditResult]:
     """What was scored, in the order of the attacks, each with its threat model."""
-    threats = {n: threat_model(one, one.needs_now(scenario), bool(auxiliary)) for n, one in attacks.items()}
+    threats = {n: threat_model(one, one.needs_now(scenario), bool(public)) for n, one in attacks.items()}
     return [replace(scored[name], threat=threats[name]) for name in attacks if name in scored]
 
 
@@ -357,19 +354,11 @@ def _train(
 
 def federation_figures(config: Config, world: World, federation: FederationResult) -> dict[str, Any]:
     """The federation as the report and ``summary.json`` show it."""
+    figures = ("round", "loss", "accuracy", "train_loss", "wire_bytes", "seconds")
     rounds = [
-        {
-            "round": record.round,
-            "loss": record.loss,
-            "accuracy": record.accuracy,
-            "train_loss": record.train_loss,
-            "answered": len(record.clients),
-            "failed": len(record.failed),
-            "rejected": len(record.rejected),
-            "dropped": len(record.dropped),
-            "wire_bytes": record.wire_bytes,
-            "seconds": record.seconds,
-        }
+        {name: getattr(record, name) for name in figures}
+        | {name: len(getattr(record, name)) for name in ("failed", "rejected", "dropped")}
+        | {"answered": len(record.clients)}
         for record in federation.rounds
     ]
     refused = [
@@ -398,7 +387,5 @@ def federation_figures(config: Config, world: World, federation: FederationResul
 
 def label_counts(world: World) -> dict[int, dict[int, int]]:
     """Client -> label -> samples, of the clients' partitions."""
-    return {
-        client: dict(Counter(world.dataset.labels[ids].tolist()))
-        for client, ids in enumerate(world.partitions)
-    }
+    labels = world.dataset.labels
+    return {client: dict(Counter(labels[ids].tolist())) for client, ids in enumerate(world.partitions)}

@@ -83,8 +83,8 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
         for p in inspect.signature(function).parameters.values()
         if p.name != "config"
     ]
-    for name, kind in (("file", ConfigFile), ("assignments", SetOptions)):
-        own = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    for name, hint in (("file", ConfigFile), ("assignments", SetOptions)):
+        own = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
         parameters.append(own)
     options: list[inspect.Parameter] = []
     # Prominent ones first and in their order, so that the help reads as a page.

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -207,11 +207,8 @@ class Eavesdropper(Strategy):
             )
         self._sent = wire.to_tensors(arrays)
         self._sent_arrays = {name: tensor.numpy() for name, tensor in self._sent.items()}
-        self._float_buffers = [
-            name
-            for name, tensor in self._sent.items()
-            if name in self._buffer_names and tensor.is_floating_point()
-        ]
+        buffers = [name for name in self._sent if name in self._buffer_names]
+        self._float_buffers = [name for name in buffers if self._sent[name].is_floating_point()]
 
     # ------------------------------------------------------------------ what comes back
 
@@ -284,9 +281,8 @@ class Eavesdropper(Strategy):
         client = self._client(message.metadata.src_node_id, metrics.get(wire.PARTITION))
         if wire.PACKED in arrays and arrays[wire.PACKED].stype == STYPE:
             payload = from_array(arrays[wire.PACKED])
-            update = decode(
-                payload, self.names, self.shapes, self.kind, self.scenario.compression, round=round
-            )
+            agreed = self.scenario.compression
+            update = decode(payload, self.names, self.shapes, self.kind, agreed, round=round)
             others, wire_bytes = set(arrays) - {wire.PACKED}, len(payload)
         else:
             update, wire_bytes = self._difference(arrays, message.metadata.src_node_id)
@@ -328,11 +324,7 @@ class Eavesdropper(Strategy):
             return self.client_of(node)
         client = node
         if declared is not None:
-            if (
-                isinstance(declared, bool)
-                or not isinstance(declared, int)
-                or not 0 <= declared <= MAX_EXAMPLES
-            ):
+            if not _is_count(declared, 0):
                 raise PayloadError(f"declares {wire.PARTITION!r} {declared!r}")
             client = declared
         if self._claims.setdefault(client, node) != node:
@@ -341,9 +333,8 @@ class Eavesdropper(Strategy):
 
     def _hand_out(self, round: int, replies: list[_Reply]) -> None:
         for reply in replies:
-            wanted = self.on_observation is not None and (
-                self.observe is None or self.observe(round, reply.client)
-            )
+            chosen = self.observe is None or self.observe(round, reply.client)
+            wanted = self.on_observation is not None and chosen
             if not wanted and not self.remembers:
                 continue
             node = EVERYONE if self.aggregated else reply.message.metadata.src_node_id
@@ -534,8 +525,12 @@ def _labelled(name: str, arrays: ArrayRecord, sent: NDArray[Any]) -> NDArray[Any
         raise PayloadError(f"{name!r}: {error}") from None
 
 
+def _is_count(value: object, least: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_EXAMPLES
+
+
 def _examples(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_EXAMPLES:
+    if not _is_count(value, 1):
         raise PayloadError(f"declares {wire.NUM_EXAMPLES!r} {value!r}, expected 1 to {MAX_EXAMPLES}")
     return value
 

@@ -45,9 +45,8 @@ class MaliciousServer(Eavesdropper):
         **options: Any,
     ) -> None:
         if not isinstance(attack, seats.MaliciousServer):
-            raise ConfigError(
-                f"attack {type(attack).__name__} changes nothing in the model: use Eavesdropper"
-            )
+            name = type(attack).__name__
+            raise ConfigError(f"attack {name} changes nothing in the model: use Eavesdropper")
         super().__init__(strategy, scenario, **options)
         self.attack = attack
         self.rounds = frozenset(rounds)

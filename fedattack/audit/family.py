@@ -185,10 +185,8 @@ def score_rows(result: AuditResult) -> list[Row]:
     """The attack's figures, then its floors, the highest first."""
     lead, floors = get_family(result.family).metrics[0], result.summary["floors"]
     order = sorted(floors, key=lambda name: -((lead.of(floors[name]) or {}).get("mean") or 0.0))
-    return [
-        (result.attack, True, result.summary["metrics"]),
-        *((f"floor: {name}", False, floors[name]) for name in order),
-    ]
+    rows = [(f"floor: {name}", False, floors[name]) for name in order]
+    return [(result.attack, True, result.summary["metrics"]), *rows]
 
 
 FAMILIES: Registry[Family] = Registry(

@@ -218,15 +218,11 @@ def _score_victim(
     said = {name: getattr(answer, name) for name in ("label_confidence", "loss", "certificate", "method")}
     for row, right in zip(rows, named, strict=True):
         row |= {"label_right": right, **said, "notes": _why(answer)}
+    scores |= {"out_of_range_share": outside.tolist(), "psnr_paper_scale": inflated.tolist()}
+    scores["ssim_paper_scale"] = wide_ssim.tolist()
     for position, index in enumerate(chosen):
+        rows[index] |= {"status": "scored", "matched_by": pairing.matched_by}
         rows[index] |= {field: values[position] for field, values in scores.items()}
-        rows[index] |= {
-            "status": "scored",
-            "matched_by": pairing.matched_by,
-            "out_of_range_share": float(outside[position]),
-            "psnr_paper_scale": float(inflated[position]),
-            "ssim_paper_scale": float(wide_ssim[position]),
-        }
     for row in rows:
         if row["status"] != "scored":
             row["status"] = f"failed: {len(answer.images)} images for a batch of {len(private)}"

@@ -83,8 +83,8 @@ def audit_unlearning(
         damage = paired_difference(floor, changed, seed)
         covers = "seeds"
     idle = at_chance(float(first.mean()), chance_accuracy, test_samples)
-    means = (float(c.mean()) for c in columns)
-    level, verdict = verdict_of(*means, damage, runs, idle)
+    was, now, guess = (float(c.mean()) for c in columns)
+    level, verdict = verdict_of(was, now, guess, damage, runs, idle)
 
     def accuracy(values: np.ndarray) -> dict[str, Any]:
         return describe(values.tolist(), seed, worst="max")

@@ -61,9 +61,8 @@ class RunFolder:
             for leftover in path.rglob(".*.part"):
                 leftover.unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"setting 'output.run_dir' = {str(path)!r}: {error.strerror}; give a folder"
-            ) from None
+            what = f"{error.strerror}; give a folder"
+            raise ConfigError(f"setting 'output.run_dir' = {str(path)!r}: {what}") from None
         if resumed:
             _check_same(stored, config, resume)
         else:
@@ -156,9 +155,8 @@ class RunFolder:
                 details=document["details"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{place}.json and .safetensors do not hold one reconstruction: {error!r}"
-            ) from None
+            what = "do not hold one reconstruction"
+            raise DataError(f"{place}.json and .safetensors {what}: {error!r}") from None
         return answer, seconds
 
     def save_round(self, attack: str, round: int, figures: Mapping[str, torch.Tensor]) -> None:
@@ -219,15 +217,13 @@ def _check_same(stored: Path, config: Config, resume: bool) -> None:
     try:
         earlier = Config.from_toml(stored)
     except ConfigError as error:
-        raise ConfigError(
-            f"setting 'output.run_dir': {stored} is not readable: {error}; give another folder"
-        ) from None
+        what = f"{stored} is not readable: {error}; give another folder"
+        raise ConfigError(f"setting 'output.run_dir': {what}") from None
     there, here = flat(earlier.result_settings()), flat(config.result_settings())
     differing = [name for name in [*here, *(set(there) - set(here))] if there.get(name) != here.get(name)]
     if differing:
-        shown = "; ".join(
-            f"{name} = {there.get(name)!r} there, {here.get(name)!r} here" for name in differing[:3]
-        )
+        both = [f"{name} = {there.get(name)!r} there, {here.get(name)!r} here" for name in differing[:3]]
+        shown = "; ".join(both)
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ConfigError(
             f"setting 'output.run_dir' = {str(stored.parent)!r}: holds a run with other settings: {shown}{more}. "

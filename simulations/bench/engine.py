@@ -173,9 +173,8 @@ def _engine(everyone: Scene, count: int, iterations: int) -> Minimiser:
 
 def _problem(everyone: Scene, count: int, settings: Matching) -> tuple[Problem, torch.Tensor]:
     cpu = torch.device("cpu")
-    gradients = gradient_model(
-        everyone.observations[:count], everyone.labels[:count], batch_norm="eval", device=cpu
-    )
+    seen, labels = everyone.observations[:count], everyone.labels[:count]
+    gradients = gradient_model(seen, labels, batch_norm="eval", device=cpu)
     problem = Problem(gradients, Standardised(tuple(everyone.starts.shape[1:])), settings)
     return problem, problem.variables(everyone.starts[:count])
 

@@ -158,9 +158,8 @@ def serve(
         cannot be kept alive, or the journal cannot be written.
     """
     if config.federation.strategy == "fedprox" and config.training.momentum:
-        raise ConfigError(
-            f"setting 'training.momentum' = {config.training.momentum}: strategy 'fedprox' needs 0 here"
-        )
+        momentum = config.training.momentum
+        raise ConfigError(f"setting 'training.momentum' = {momentum}: strategy 'fedprox' needs 0 here")
     weights = initial if initial is not None else initial_weights(world.scenario.model, config.seed)
     total = config.federation.rounds - first_round + 1
     if total < 1:
@@ -227,15 +226,14 @@ def serve(
             return None
         return MetricRecord({"loss": record.loss, "accuracy": record.accuracy})
 
+    shortened = {wire.LOCAL_STEPS: local_steps} if local_steps else {}
     with _settled_heap():
         strategy.start(
             grid=served,
             initial_arrays=wire.to_record(weights),
             num_rounds=total,
             timeout=_PATIENCE_SECONDS,
-            train_config=ConfigRecord(
-                exclusion_settings(excluded or {}) | ({wire.LOCAL_STEPS: local_steps} if local_steps else {})
-            ),
+            train_config=ConfigRecord(exclusion_settings(excluded or {}) | shortened),
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
@@ -245,9 +243,8 @@ def serve(
         records = {wire.QUESTION: wire.to_record({"images": question.images, "labels": question.labels})}
         clients = config.attack.malicious_clients
         said = ask(grid, "query.answer", weights, clients, settings, records, through=served)
-        answers[name] = {
-            client: wire.to_tensors(reply.content.array_records[wire.UPDATE]) for client, reply in said
-        }
+        replies = {client: reply.content.array_records[wire.UPDATE] for client, reply in said}
+        answers[name] = {client: wire.to_tensors(record) for client, record in replies.items()}
     return FederationResult(weights, rounds, rejections, answers)
 
 
@@ -291,9 +288,8 @@ def _refuse_if_all_failed(report: RoundReport) -> None:
     """A round in which nothing but errors came back is a fault of the set-up, not an event of the federation."""
     if report.failed and not (report.clients or report.rejected or report.dropped):
         client, reason = report.failed[0]
-        raise RunFailed(
-            f"all {len(report.failed)} clients of round {report.round} failed; client {client}: {reason}"
-        )
+        which = f"all {len(report.failed)} clients of round {report.round}"
+        raise RunFailed(f"{which} failed; client {client}: {reason}")
 
 
 class Judge:
@@ -394,6 +390,5 @@ def _request(answer: ConfigRecord, samples: ArrayRecord | None, scenario: Scenar
         raise PayloadError(f"{count!r} samples in arrays {sorted(samples)}; accepted: images and labels")
     images = wire.read_dense(samples["images"], (count, *scenario.image_shape), "float32")
     labels = wire.read_dense(samples["labels"], (count,), "int64")
-    return dataclasses.replace(
-        request, images=torch.from_numpy(images.copy()), labels=torch.from_numpy(labels.copy())
-    )
+    brought = {"images": torch.from_numpy(images.copy()), "labels": torch.from_numpy(labels.copy())}
+    return dataclasses.replace(request, **brought)

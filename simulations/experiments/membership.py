@@ -215,22 +215,19 @@ class MembershipExperiment(Experiment):
         if not isinstance(attack, MaliciousClient):
             each = {c: len(self._asked_about(attack, c, self._expected)[c]) for c in self._expected}
             target = min(each, key=lambda client: (-each[client], client), default=0)
-        return choose_question(
-            self.plan.config, self.plan.world, target, self._asked_about(attack, target, self._expected)
-        )
+        rounds = self._asked_about(attack, target, self._expected)
+        return choose_question(self.plan.config, self.plan.world, target, rounds)
 
     def questions(self) -> dict[str, Candidates]:
-        return {
-            name: Candidates(*self.plan.world.dataset.tensors(asked.ids))
-            for name, asked in self._asked.items()
-        }
+        tensors = self.plan.world.dataset.tensors
+        return {name: Candidates(*tensors(asked.ids)) for name, asked in self._asked.items()}
 
     def wants(self, round: int, client: int) -> bool:
         """Everything of the rounds that an attack of the server has yet to read."""
-        return any(
-            round not in self._figures[name] and round in self._rounds(self.attacks[name])
-            for name in self._serving()
-        )
+        return any(self._lacks(name, round) for name in self._serving())
+
+    def _lacks(self, name: str, round: int) -> bool:
+        return round not in self._figures[name] and round in self._rounds(self.attacks[name])
 
     def after_round(self, record: RoundRecord) -> None:
         """Show it to the attacks, and let go of it."""
@@ -239,8 +236,7 @@ class MembershipExperiment(Experiment):
         device = choose_device(config.engine.device)
         for name in self._serving():
             attack, asked = self.attacks[name], self._asked[name]
-            wanted = number not in self._figures[name] and number in self._rounds(attack)
-            if seen and wanted and name not in self.failed:
+            if seen and self._lacks(name, number) and name not in self.failed:
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
                 seed, started = adversary_seed(config.seed, "watch", number), time.perf_counter()
                 try:

@@ -88,14 +88,9 @@ class FederationTrainer:
         """Train the rounds from `first_round` up to the request; `history` keeps of them what it is for."""
         kept: dict[str, Any] = {}
         if history is not None:
-            kept = {
-                "on_weights": history.keep_weights,
-                "on_observation": history.keep_update,
-                "observe": lambda round, _: history.wants_updates(round),
-                "on_round": lambda record: history.note_round(
-                    record.round, record.clients, record.aggregated
-                ),
-            }
+            kept = {"on_weights": history.keep_weights, "on_observation": history.keep_update}
+            kept["observe"] = lambda round, _: history.wants_updates(round)
+            kept["on_round"] = lambda r: history.note_round(r.round, r.clients, r.aggregated)
         return self._run(excluded, weights, first_round, self.config.request_round, **kept)
 
     def go_on(self, excluded: Excluded, weights: Weights) -> Weights:
@@ -260,9 +255,8 @@ class UnlearningExperiment(Experiment):
                 answer = self.mechanism.forget(deletions, kept, trainer)
                 spent = trainer.client_steps - spent
                 report(2, "random samples")
-                others, positions = self._random(
-                    deletions, numpy_rng(config.seed, "unlearning floor", repeat)
-                )
+                rng = numpy_rng(config.seed, "unlearning floor", repeat)
+                others, positions = self._random(deletions, rng)
                 floor = self.mechanism.forget(others, kept, trainer)
                 after, random = (trainer.go_on(left.excluded, left.weights) for left in (answer, floor))
             if repeat == 0:

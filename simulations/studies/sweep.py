@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import time
 import tomllib
@@ -109,9 +110,7 @@ class Sweep:
             raise ConfigError(f"section 'settings' of the sweep is no table: {common!r}")
         common = flat(common)
         axes = {name: _values(name, values) for name, values in document["axes"].items()}
-        count = 1
-        for values in axes.values():
-            count *= len(values)
+        count = math.prod(map(len, axes.values()))
         if count > _MOST_CELLS:
             raise ConfigError(f"the sweep has {count:,} cells; at most {_MOST_CELLS:,} are accepted")
         cells = [_cell(common, axes, chosen) for chosen in itertools.product(*axes.values())]
@@ -138,9 +137,8 @@ def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
         result.append((label, settings))
     labels = [label for label, _ in result]
     if len(set(labels)) != len(labels):
-        raise ConfigError(
-            f"axis {axis!r}: two values are called the same: {', '.join(labels)}; give them labels"
-        )
+        same = ", ".join(labels)
+        raise ConfigError(f"axis {axis!r}: two values are called the same: {same}; give them labels")
     return result
 
 
@@ -162,6 +160,7 @@ def _applicable(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` without the parameters of attacks and defences that they do not name."""
     attacks = _named(settings, "attack", "attack.names")
     defenses = [name for name in _named(settings, "defense", "defense.names") if name != NONE]
+    kinds: dict[str, Any] = {"attack": (attacks, ATTACKS), "defense": (defenses, DEFENSES)}
     kept: dict[str, Any] = {}
     for key, value in settings.items():
         parts = key.split(".")
@@ -173,13 +172,7 @@ def _applicable(settings: dict[str, Any]) -> dict[str, Any]:
         elif len(parts) == 3 and parts[0] == "defense":
             if parts[1] in defenses:
                 kept[key] = value
-        elif not (
-            len(parts) == 2
-            and (
-                (parts[0] == "attack" and _foreign(parts[1], "attack", attacks, ATTACKS))
-                or (parts[0] == "defense" and _foreign(parts[1], "defense", defenses, DEFENSES))
-            )
-        ):
+        elif len(parts) != 2 or parts[0] not in kinds or not _foreign(parts[1], parts[0], *kinds[parts[0]]):
             kept[key] = value
     return kept
 
@@ -255,7 +248,9 @@ def run_sweep(
             outcomes[cell.name] = outcome
             write_json(place / f"{cell.name}.json", {"format": 1, **outcome})
             shown("cells", done / total, f"{done} of {total}: {cell.name} {outcome['status']}")
-    _refuse_if_all_refused([o for o in outcomes.values() if o is not None])
+    found = [outcome for outcome in outcomes.values() if outcome is not None]
+    if all(outcome["status"] == REFUSED for outcome in found):
+        raise ConfigError(f"no cell of the sweep can be run: {found[0]['reason']}")
     told = [_outcome(cell, outcomes[cell.name], place) for cell in sweep.cells]
     table = sweep_table(sweep.axes, told)
     page = write_sweep(directory, table, command=command)
@@ -263,11 +258,6 @@ def run_sweep(
     console.print("; ".join(f"{number} {status}" for status, number in states.items()), highlight=False)
     console.print(f"page [bold]{page}[/]", highlight=False, soft_wrap=True)
     return table
-
-
-def _refuse_if_all_refused(outcomes: Sequence[Mapping[str, Any]]) -> None:
-    if all(outcome["status"] == REFUSED for outcome in outcomes):
-        raise ConfigError(f"no cell of the sweep can be run: {outcomes[0]['reason']}")
 
 
 def _earlier(cell: Cell, place: Path) -> dict[str, Any] | None:
@@ -282,9 +272,8 @@ def _earlier(cell: Cell, place: Path) -> dict[str, Any] | None:
 def _outcome(cell: Cell, outcome: Mapping[str, Any] | None, place: Path) -> CellOutcome:
     assert outcome is not None
     summary = read_json(place / cell.name / "summary.json") if outcome["status"] == DONE else None
-    return CellOutcome(
-        cell.name, cell.labels, outcome["status"], outcome["reason"], outcome["seconds"], summary
-    )
+    status, reason, seconds = (outcome[name] for name in ("status", "reason", "seconds"))
+    return CellOutcome(cell.name, cell.labels, status, reason, seconds, summary)
 
 
 def run_cell(cell: Cell, place: str, engine: EngineConfig) -> dict[str, Any]:
@@ -299,11 +288,9 @@ def run_cell(cell: Cell, place: str, engine: EngineConfig) -> dict[str, Any]:
     try:
         config = cell.config(folder, engine.threads)
         result = simulate(config, command=f"fedattack --config {folder / 'config.toml'}")
-        faults = [one.summary.get("failed", []) for one in result.audits.values()]
-        if faults and all(
-            len(f) == one.summary["count"] for f, one in zip(faults, result.audits.values(), strict=True)
-        ):
-            status, reason = FAILED, faults[0][0]["reason"]
+        faults = [(one.summary.get("failed", []), one.summary["count"]) for one in result.audits.values()]
+        if faults and all(len(lost) == count for lost, count in faults):
+            status, reason = FAILED, faults[0][0][0]["reason"]
     except BadRequest as error:
         status, reason = REFUSED, str(error)
     except RunFailed as error:
