@@ -99,9 +99,8 @@ def build_strategy(federation: FederationConfig, learning_rate: float) -> Any:
         arguments[key] = _checked(setting, value, accepted[key].annotation)
     lacking = [k for k in free if accepted[k].default is inspect.Parameter.empty and k not in arguments]
     if lacking:
-        raise ConfigError(
-            f"setting 'federation.strategy' = {name!r} needs 'federation.strategy_options.{lacking[0]}'"
-        )
+        needed = f"federation.strategy_options.{lacking[0]}"
+        raise ConfigError(f"setting 'federation.strategy' = {name!r} needs {needed!r}")
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:

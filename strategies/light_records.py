@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -40,12 +40,10 @@ class HeldArray(Array):
             buffer = io.BytesIO()
             np.save(buffer, self._value(), allow_pickle=False)
             self.__dict__["_written"] = buffer.getvalue()
-        written: bytes = self.__dict__["_written"]
-        return written
+        return bytes(self.__dict__["_written"])
 
     def _value(self) -> NDArray[Any]:
-        value: NDArray[Any] = self.__dict__["_held"]
-        return value
+        return np.asarray(self.__dict__["_held"])
 
     def view(self) -> NDArray[Any]:
         """The array itself, not to be written to."""
@@ -109,12 +107,10 @@ class _Light:
         return type(self).__mro__[2], (self._entries(),)
 
     def deflate(self) -> bytes:
-        whole: bytes = type(self).__mro__[2](self._entries()).deflate()
-        return whole
+        return bytes(type(self).__mro__[2](self._entries()).deflate())
 
     def _entries(self) -> dict[str, Any]:
-        entries: dict[str, Any] = self.__dict__["_light"]
-        return entries
+        return cast("dict[str, Any]", self.__dict__["_light"])
 
     def __getitem__(self, key: str) -> Any:
         return self.__dict__["_light"][key]

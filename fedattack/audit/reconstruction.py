@@ -280,8 +280,8 @@ def _control(answer: Reconstruction, victim: int, batches: Sequence[GroundTruth]
         if other.shape == own.shape and torch.equal(other, own):
             continue
         order = match(answer.images, other).order
-        pairs = [(place, index) for index, place in enumerate(order) if place >= 0]
-        scored = psnr(answer.images[[a for a, _ in pairs]].cpu(), other[[b for _, b in pairs]])
+        matched = [index for index, place in enumerate(order) if place >= 0]
+        scored = psnr(answer.images[[order[index] for index in matched]].cpu(), other[matched])
         values.append(float(scored.clamp(max=rule.COUNTED_DB).mean()))
     return float(np.mean(values)) if values else None
 
@@ -345,13 +345,12 @@ def _summarise(
 
 def _by_round(told: Mapping[int, dict[str, Any]]) -> tuple[Level, str]:
     """The worst round for whoever defends in full, the others in short."""
-    order = sorted(
-        told, key=lambda r: (SEVERITY.index(told[r]["level"]), -told[r]["above_best_floor"]["mean"])
-    )
+    gains = {r: told[r]["above_best_floor"]["mean"] for r in told}
+    order = sorted(told, key=lambda r: (SEVERITY.index(told[r]["level"]), -gains[r]))
     worst = told[order[0]]
     text = f"{RECONSTRUCTION.words(worst['level'])} in round {order[0]}: {worst['verdict']}"
     for r in order[1:]:
-        gap = rule.signed_gap(told[r]["above_best_floor"]["mean"])
+        gap = rule.signed_gap(gains[r])
         score = f"mean {rule.decibel(told[r]['psnr'])}, {gap} the floor"
         text += f"; in round {r} {RECONSTRUCTION.words(told[r]['level'])}: {score}"
     return worst["level"], text
@@ -443,9 +442,8 @@ def _labels(
     """Labels right beside the best answer that ignores the update, told apart over the clients.
 
     That answer is the best fixed multiset for labels that are all equally common, as common as in the public data,
-    or as among the other clients. Beyond it lies what beats it in a one-sided paired t test over the clients and is
-    more than so likely a guess would get right by luck, which a t test of a few clients in full agreement cannot
-    know.
+    or as among the other clients. Beyond it lies what beats it in a one-sided paired t test over the clients and by
+    more than a guess's luck, which a t test of a few clients in full agreement cannot know.
     """
     asked = [row for row in records if "label_right" in row]
     if not asked:

@@ -127,8 +127,7 @@ def _level(found: Findings) -> Level:
         return "partial"
     level, control = gain_level(found.over_floor, MARGIN), found.over_control
     if level in ("partial", "undecided"):
-        beside = control is not None and control.mean < found.over_floor.mean
-        if control is not None and beside and control.high < MARGIN:
+        if control is not None and control.mean < found.over_floor.mean and control.high < MARGIN:
             level = "none"
         elif control is None or not control.low > 0:
             level = "undecided"

@@ -23,10 +23,9 @@ def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
     types = dict.fromkeys(("attack", "family", "status"), "string")
     for family, _ in by_family(results):
         types |= family.types
-    frame = pd.DataFrame([row for result in results for row in result.records])
-    texts = {
-        name for result in results for row in result.records for name in row if isinstance(row[name], str)
-    }
+    rows = [row for result in results for row in result.records]
+    frame = pd.DataFrame(rows)
+    texts = {name for row in rows for name in row if isinstance(row[name], str)}
     chosen = {name: types.get(name, "string" if name in texts else "float64") for name in frame.columns}
     return frame.astype(chosen)
 

@@ -192,11 +192,7 @@ def _reference(everyone: Scene, iterations: int, victim: int = 0) -> Reference:
 
 
 def _agreement(everyone: Scene, problem: Problem, start: torch.Tensor) -> dict[str, float]:
-    """Relative difference of objective and gradient between the engines, median over the problem's victims.
-
-    A ReLU whose input is zero to the last digit may fall on either side, which changes one victim's gradient by a
-    per cent; all of them at once do not.
-    """
+    """Relative errors of objective and gradient, medians over victims: a ReLU at 0 may fall on either side in one."""
     losses, slopes = problem.evaluate(start)
     objectives, gradients = [], []
     for victim in range(len(start)):

@@ -390,5 +390,8 @@ def _request(answer: ConfigRecord, samples: ArrayRecord | None, scenario: Scenar
         raise PayloadError(f"{count!r} samples in arrays {sorted(samples)}; accepted: images and labels")
     images = wire.read_dense(samples["images"], (count, *scenario.image_shape), "float32")
     labels = wire.read_dense(samples["labels"], (count,), "int64")
-    brought = {"images": torch.from_numpy(images.copy()), "labels": torch.from_numpy(labels.copy())}
+    brought: dict[str, Any] = {
+        "images": torch.from_numpy(images.copy()),
+        "labels": torch.from_numpy(labels.copy()),
+    }
     return dataclasses.replace(request, **brought)

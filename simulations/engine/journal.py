@@ -148,11 +148,9 @@ class Journal:
                 arrays: dict[str, Any] = {}
                 for array_name, (number, dtype, shape, stype) in entries.items():
                     data = file.get_tensor(str(number)).tobytes()
-                    arrays[array_name] = (
-                        np.frombuffer(data, np.dtype(dtype)).reshape(shape)
-                        if stype is None
-                        else (dtype, tuple(shape), stype, data)
-                    )
+                    arrays[array_name] = (dtype, tuple(shape), stype, data)
+                    if stype is None:
+                        arrays[array_name] = np.frombuffer(data, np.dtype(dtype)).reshape(shape)
                 plain.append((name, kind, arrays))
             else:
                 plain.append((name, kind, _from_jsonable(entries)))
@@ -179,15 +177,12 @@ class Journal:
 
 
 def _damaged(path: Path, error: Exception) -> RunFailed:
-    return RunFailed(
-        f"the journal file {str(path)!r} is damaged ({error}); delete it to run that round again"
-    )
+    what = f"is damaged ({error}); delete it to run that round again"
+    return RunFailed(f"the journal file {str(path)!r} {what}")
 
 
 def _jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: {"hex": value.hex()} if isinstance(value, bytes) else value for key, value in entries.items()
-    }
+    return {key: {"hex": v.hex()} if isinstance(v, bytes) else v for key, v in entries.items()}
 
 
 def _from_jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:

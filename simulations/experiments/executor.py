@@ -68,9 +68,7 @@ Done = Callable[[Job, list[Attacked]], None]
 def choose_device(name: str) -> torch.device:
     """The torch device for "auto", "cpu", "cuda", "cuda:N" or "mps"; BadRequest where it does not exist."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

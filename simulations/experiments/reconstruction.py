@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,15 +129,9 @@ class Answers:
         answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
         found = [answers.get(o.key, (None, 0.0)) for o in observations]
-        return audit_reconstruction(
-            name,
-            observations,
-            [answer for answer, _ in found],
-            truths,
-            [seconds for _, seconds in found],
-            seed=self._config.seed,
-            reasons=self._failed[name],
-        )
+        images, seconds = [answer for answer, _ in found], [spent for _, spent in found]
+        more: dict[str, Any] = {"seed": self._config.seed, "reasons": self._failed[name]}
+        return audit_reconstruction(name, observations, images, truths, seconds, **more)
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         """Attack -> observation key -> answer."""
@@ -195,14 +190,8 @@ class ReconstructionExperiment(Experiment):
         ids = np.concatenate([ids for ids, _ in batches])
         images, labels = self.plan.world.dataset.tensors(ids)
         shown = [part for _, part in batches if part is not None]
-        return GroundTruth(
-            observation.round,
-            observation.client,
-            images,
-            labels,
-            tuple(ids.tolist()),
-            torch.cat(shown) if shown else None,
-        )
+        who, seen = (observation.round, observation.client), torch.cat(shown) if shown else None
+        return GroundTruth(*who, images, labels, tuple(ids.tolist()), seen)
 
     def _batch(self, round: int, client: int) -> tuple[NDArray[np.int64], Tensor | None]:
         """Sample ids that a client trained on in a round, ascending, and what the model was shown, if not those."""
