@@ -77,15 +77,14 @@ SetOptions = Annotated[
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     """Give `function` --config, --set and an option per short setting name; it receives the `config` they make."""
     panels = {name: (panel, text) for panel, group in PROMINENT.items() for name, text in group.items()}
-    hints = get_type_hints(function, include_extras=True)
+    hints, keyword = get_type_hints(function, include_extras=True), inspect.Parameter.KEYWORD_ONLY
     parameters = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name])
+        p.replace(kind=keyword, annotation=hints[p.name])
         for p in inspect.signature(function).parameters.values()
         if p.name != "config"
     ]
     for name, hint in (("file", ConfigFile), ("assignments", SetOptions)):
-        own = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
-        parameters.append(own)
+        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=hint))
     options: list[inspect.Parameter] = []
     # Prominent ones first and in their order, so that the help reads as a page.
     for name in [*panels, *(n for n in SHORT_NAMES if n not in panels)]:
@@ -98,14 +97,8 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
             metavar=None if flag else "VALUE",
         )  # fmt: skip
         kind = bool | None if flag else str | None
-        options.append(
-            inspect.Parameter(
-                name.replace("-", "_"),
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind, option],
-            )
-        )
+        place = name.replace("-", "_")
+        options.append(inspect.Parameter(place, keyword, default=None, annotation=Annotated[kind, option]))
 
     def wrapper(file: Path | None = None, assignments: list[str] | None = None, **arguments: Any) -> None:
         settings = {
