@@ -18,7 +18,7 @@ from adversaries import ATTACKS
 from adversaries.seats import ClientView, MaliciousClient
 from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
-from fedattack.config import Config, EngineConfig, TrainingConfig
+from fedattack.config import Config, EngineConfig
 from fedattack.defenses import ClientDefenses, Defense, build_defenses
 from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
@@ -28,25 +28,8 @@ from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.task import TASKS, GradientStep, Task, trained_parameters
 from fedattack.training import LocalResult, batch_positions, evaluate, load_weights, local_update
 from simulations.experiments.executor import choose_device
+from strategies import messages as wire
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
-from strategies.messages import (
-    ARRAYS,
-    CONFIG,
-    DROPPED_OUT,
-    EXCLUDED,
-    LOCAL_STEPS,
-    METRICS,
-    NUM_EXAMPLES,
-    PACKED,
-    PARTITION,
-    QUESTION,
-    ROUND,
-    SAMPLES,
-    TRAIN_LOSS,
-    UPDATE,
-    to_record,
-    to_tensors,
-)
 
 if TYPE_CHECKING:
     from fedattack.data import World
@@ -62,16 +45,8 @@ app = ClientApp()
 class Workplace:
     """What all clients of one process share: settings, the data as stored, one model that is used again and again.
 
-    Parameters
-    ----------
-    config : Config
-    scenario : Scenario
-    images : ndarray
-        uint8 (N, C, S, S), the whole data set; read-only where it lies in Ray's shared memory.
-    labels : ndarray
-        int64 (N,).
-    partitions : tuple of ndarray
-        Sample ids of each client.
+    `images` are the whole data set, uint8 (N, C, S, S), read-only where they lie in Ray's shared memory, `labels`
+    int64 (N,), `partitions` the sample ids of each client.
     """
 
     config: Config
@@ -104,9 +79,8 @@ class Workplace:
     def compressor(self) -> Compressor:
         """The agreed compressor."""
         sent = trained_parameters(build_model(self.scenario.model))
-        return build_compressor(
-            self.scenario.compression, list(sent), [tuple(parameter.shape) for parameter in sent.values()]
-        )
+        shapes = [tuple(parameter.shape) for parameter in sent.values()]
+        return build_compressor(self.scenario.compression, list(sent), shapes)
 
     @cached_property
     def task(self) -> Task:
@@ -122,16 +96,11 @@ class Workplace:
     def attackers(self) -> dict[str, MaliciousClient]:
         """What the run's malicious clients carry out, by name."""
         options = self.config.attack
-        return {
-            name: attack
-            for name in options.names
-            if isinstance(
-                attack := build_plugin(
-                    ATTACKS.get(name), name, options.options.get(name, {}), options.shared_options
-                ),
-                MaliciousClient,
-            )
+        own, shared = options.options, options.shared_options
+        built = {
+            name: build_plugin(ATTACKS.get(name), name, own.get(name, {}), shared) for name in options.names
         }
+        return {name: attack for name, attack in built.items() if isinstance(attack, MaliciousClient)}
 
     @property
     def stateful(self) -> bool:
@@ -141,7 +110,7 @@ class Workplace:
     def weights(self, record: ArrayRecord) -> dict[str, Tensor]:
         """The broadcast as tensors, opened once for all clients that got the same one."""
         if self._latest is None or self._latest[0] is not record:
-            self._latest = record, to_tensors(record)
+            self._latest = record, wire.to_tensors(record)
         return self._latest[1]
 
     def samples(self, client: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -194,9 +163,9 @@ def _built(settings: str) -> Workplace:
 
 
 def _identity(message: Message, context: Context) -> tuple[int, ConfigRecord]:
-    client = context.node_config[PARTITION]
+    client = context.node_config[wire.PARTITION]
     assert isinstance(client, int)
-    config = message.content[CONFIG]
+    config = message.content[wire.CONFIG]
     assert isinstance(config, ConfigRecord)
     return client, config
 
@@ -210,13 +179,7 @@ def remaining_positions(size: int, excluded: Collection[int] = ()) -> NDArray[np
 def round_batches(
     config: Config, size: int, round: int, client: int, excluded: Collection[int] = ()
 ) -> list[NDArray[np.int64]]:
-    """Positions in the client's partition of each local step's batch; a pure function, also for the auditor.
-
-    Raises
-    ------
-    DataError
-        If nothing is left to train on.
-    """
+    """Positions in the client's partition of each local step's batch; a pure function, also for the auditor."""
     if not excluded:
         return batch_positions(size, config.training, config.seed, round, client)
     left = remaining_positions(size, excluded)
@@ -235,7 +198,7 @@ def drops_out(config: Config, round: int, client: int) -> bool:
 
 
 def _excluded(config: ConfigRecord, client: int) -> list[int]:
-    positions = config.get(EXCLUDED.format(client=client), [])
+    positions = config.get(wire.EXCLUDED.format(client=client), [])
     assert isinstance(positions, list)
     return [int(position) for position in positions]
 
@@ -243,7 +206,7 @@ def _excluded(config: ConfigRecord, client: int) -> list[int]:
 def exclusion_settings(excluded: Mapping[int, Collection[int]]) -> dict[str, Any]:
     """The entries of the train configuration that tell clients what they no longer train on."""
     return {
-        EXCLUDED.format(client=client): sorted(int(p) for p in positions)
+        wire.EXCLUDED.format(client=client): sorted(int(p) for p in positions)
         for client, positions in sorted(excluded.items())
         if positions
     }
@@ -257,16 +220,15 @@ def train(message: Message, context: Context) -> Message:
     """Train on the round's batches and answer with the compressed update."""
     place = _workplace(context)
     client, settings = _identity(message, context)
-    round = settings[ROUND]
+    round = settings[wire.ROUND]
     assert isinstance(round, int)
     if drops_out(place.config, round, client):
-        return Message(Error(DROPPED_OUT, "dropped out"), reply_to=message)
-    arrays = message.content[ARRAYS]
+        return Message(Error(wire.DROPPED_OUT, "dropped out"), reply_to=message)
+    arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
-    batches = round_batches(
-        place.config, len(place.partitions[client]), round, client, _excluded(settings, client)
-    )
-    steps_asked = settings.get(LOCAL_STEPS)
+    excluded, size = _excluded(settings, client), len(place.partitions[client])
+    batches = round_batches(place.config, size, round, client, excluded)
+    steps_asked = settings.get(wire.LOCAL_STEPS)
     assert steps_asked is None or isinstance(steps_asked, int)
     batches = batches[:steps_asked]
     used = used_positions(batches)
@@ -282,40 +244,30 @@ def train(message: Message, context: Context) -> Message:
     mu = float(settings.get("proximal-mu", 0.0))
     defended = ClientDefenses(place.defenses, place.config.seed, round, client, place.task.gradient)
     shown = defended.images(images)
-    result = _train(place, weights, shown, labels, steps, mu, defended.gradient)
+    if mu == 0.0 or len(steps) == 1:  # the proximal term has no gradient at the received weights
+        training = place.scenario.training
+        result = local_update(place.model, weights, shown, labels, steps, training, defended.gradient)
+    else:
+        result = _train_proximal(place, weights, shown, labels, steps, mu, defended.gradient)
     update = defended.update(result.update)
     for attack, view in seats.values():
         update = _alike(attack, update, attack.reply(view, update))
     draws = place.compressor.draws
     generator = torch_rng(place.config.seed, "compression", round, client) if draws else _UNUSED
-    packet, memory = place.compressor.compress(update, _recall(context), round, generator)
+    packet, memory = place.compressor.compress(update, Memory(_recalled(context, _MEMORY)), round, generator)
     _remember(context, _MEMORY, memory.tensors)
     for name, (attack, view) in seats.items():
         if view.memory and not attack.keeps_memory:
-            raise ConfigError(
-                f"attack {name!r} keeps memory and does not say so: set 'keeps_memory' of its class"
-            )
+            why = "keeps memory and does not say so: set 'keeps_memory' of its class"
+            raise ConfigError(f"attack {name!r} {why}")
         _remember(context, _ATTACK_MEMORY.format(attack=name), view.memory)
-    reply = {PACKED: to_array(encode(packet), place.compressor.numel)}
+    reply = {wire.PACKED: to_array(encode(packet), place.compressor.numel)}
     for name, buffer in result.buffers.items():
         reply[name] = HeldArray(buffer.cpu().numpy())
-    metrics = LightMetrics({NUM_EXAMPLES: result.num_examples, TRAIN_LOSS: result.loss, PARTITION: client})
-    return Message(LightRecords({UPDATE: LightArrays(reply), METRICS: metrics}), reply_to=message)
-
-
-def _train(
-    place: Workplace,
-    weights: dict[str, Tensor],
-    images: Tensor,
-    labels: Tensor,
-    batches: list[NDArray[np.int64]],
-    mu: float,
-    step: GradientStep,
-) -> LocalResult:
-    training = place.scenario.training
-    if mu == 0.0 or len(batches) == 1:  # the proximal term has no gradient at the received weights
-        return local_update(place.model, weights, images, labels, batches, training, step)
-    return _train_proximal(place, weights, images, labels, batches, training, mu, step)
+    metrics = LightMetrics(
+        {wire.NUM_EXAMPLES: result.num_examples, wire.TRAIN_LOSS: result.loss, wire.PARTITION: client}
+    )
+    return Message(LightRecords({wire.UPDATE: LightArrays(reply), wire.METRICS: metrics}), reply_to=message)
 
 
 def _train_proximal(
@@ -324,11 +276,11 @@ def _train_proximal(
     images: Tensor,
     labels: Tensor,
     batches: list[NDArray[np.int64]],
-    training: TrainingConfig,
     mu: float,
     step: GradientStep,
 ) -> LocalResult:
     """SGD on the loss plus ``mu / 2 * |w - received|^2`` (Li et al., FedProx, 2020), one plain step at a time."""
+    training = place.scenario.training
     if training.momentum:
         raise ConfigError(
             f"setting 'training.momentum' = {training.momentum}: strategy 'fedprox' needs 0 here"
@@ -347,10 +299,6 @@ def _train_proximal(
     return replace(result, update=drift, loss=float(np.mean(losses)), num_examples=len(images))
 
 
-def _recall(context: Context) -> Memory:
-    return Memory(_recalled(context, _MEMORY))
-
-
 def _recalled(context: Context, key: str) -> dict[str, Tensor]:
     record = context.state.get(key)
     if not isinstance(record, ArrayRecord):
@@ -366,7 +314,7 @@ def _writable(array: Any) -> NDArray[Any]:
 
 def _remember(context: Context, key: str, tensors: dict[str, Tensor]) -> None:
     if tensors:
-        context.state[key] = to_record(tensors)
+        context.state[key] = wire.to_record(tensors)
 
 
 def _seats(
@@ -375,21 +323,13 @@ def _seats(
     """What a malicious client carries out, by name, each with its view; nothing for an honest one."""
     if client not in place.config.attack.malicious_clients:
         return {}
-    return {
-        name: (
-            attack,
-            ClientView(
-                round,
-                client,
-                place.scenario,
-                dict(weights),
-                adversary_seed(place.config.seed, f"client seat of {name}", round, client),
-                _recalled(context, _ATTACK_MEMORY.format(attack=name)),
-                place.config.attack.requests,
-            ),
-        )
-        for name, attack in place.attackers.items()
-    }
+    seats, requests = {}, place.config.attack.requests
+    for name, attack in place.attackers.items():
+        seed = adversary_seed(place.config.seed, f"client seat of {name}", round, client)
+        memory = _recalled(context, _ATTACK_MEMORY.format(attack=name))
+        view = ClientView(round, client, place.scenario, dict(weights), seed, memory, requests)
+        seats[name] = attack, view
+    return seats
 
 
 def _alike(attack: MaliciousClient, before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -407,19 +347,19 @@ def evaluate_global(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global model on the client's own samples."""
     place = _workplace(context)
     client, _ = _identity(message, context)
-    arrays = message.content[ARRAYS]
+    arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
     images, labels = place.samples(client, remaining_positions(len(place.partitions[client])))
     figures = evaluate(place.model, place.weights(arrays), images, labels, task=place.task)
-    metrics = MetricRecord({NUM_EXAMPLES: len(labels), **figures})
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    metrics = MetricRecord({wire.NUM_EXAMPLES: len(labels), **figures})
+    return Message(RecordDict({wire.METRICS: metrics}), reply_to=message)
 
 
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Which client of the federation this node is."""
     client, _ = _identity(message, context)
-    return Message(RecordDict({METRICS: MetricRecord({PARTITION: client})}), reply_to=message)
+    return Message(RecordDict({wire.METRICS: MetricRecord({wire.PARTITION: client})}), reply_to=message)
 
 
 @app.query("answer")
@@ -430,15 +370,15 @@ def answer(message: Message, context: Context) -> Message:
     """
     place = _workplace(context)
     client, settings = _identity(message, context)
-    round, name = settings[ROUND], settings["attack"]
-    arrays, asked = message.content[ARRAYS], message.content[QUESTION]
+    round, name = settings[wire.ROUND], settings["attack"]
+    arrays, asked = message.content[wire.ARRAYS], message.content[wire.QUESTION]
     assert isinstance(round, int)
     assert isinstance(arrays, ArrayRecord)
     assert isinstance(asked, ArrayRecord)
     attack, view = _seats(place, context, round, client, place.weights(arrays))[str(name)]
-    question = to_tensors(asked)
+    question = wire.to_tensors(asked)
     answers = attack.answer(view, Candidates(question["images"], question["labels"]))
-    return Message(RecordDict({UPDATE: to_record(answers)}), reply_to=message)
+    return Message(RecordDict({wire.UPDATE: wire.to_record(answers)}), reply_to=message)
 
 
 @app.query("unlearn")
@@ -449,7 +389,7 @@ def unlearn(message: Message, context: Context) -> Message:
     """
     place = _workplace(context)
     client, settings = _identity(message, context)
-    round, arrays, content = settings[ROUND], message.content[ARRAYS], RecordDict()
+    round, arrays, content = settings[wire.ROUND], message.content[wire.ARRAYS], RecordDict()
     assert isinstance(round, int)
     assert isinstance(arrays, ArrayRecord)
     weights = place.weights(arrays)
@@ -465,8 +405,10 @@ def unlearn(message: Message, context: Context) -> Message:
         own = range(len(left))
         positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
         content[name] = ConfigRecord(
-            {"client": request.client, "positions": positions, "reason": request.reason, SAMPLES: count}
+            {"client": request.client, "positions": positions, "reason": request.reason, wire.SAMPLES: count}
         )
         if request.images is not None and request.labels is not None:
-            content[f"{name}.{SAMPLES}"] = to_record({"images": request.images, "labels": request.labels})
+            content[f"{name}.{wire.SAMPLES}"] = wire.to_record(
+                {"images": request.images, "labels": request.labels}
+            )
     return Message(content, reply_to=message)

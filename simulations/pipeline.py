@@ -55,16 +55,8 @@ logging.getLogger("flwr").setLevel(logging.ERROR)
 class RunResult:
     """What a run leaves: its folder, the federation's end, and every attack's audit by name.
 
-    Parameters
-    ----------
-    folder : Path
-    federation : FederationResult or None
-        None where saved observations were attacked.
-    audits : dict of str to AuditResult
-    reconstructions : dict of str to dict
-        Attack -> observation key -> answer, of attacks that answer observations.
-    summary : dict
-        The content of ``summary.json``.
+    `federation` is None where saved observations were attacked; `reconstructions` is attack -> observation key ->
+    answer, of attacks that answer observations; `summary` is the content of ``summary.json``.
     """
 
     folder: Path
@@ -75,13 +67,7 @@ class RunResult:
 
 
 def run_directory(config: Config) -> Path:
-    """The configured run folder, or a new one, made here, below ``runs/`` named after the time and the attacks.
-
-    Raises
-    ------
-    RunFailed
-        If it cannot be made.
-    """
+    """The configured run folder, or a new one, made here, below ``runs/`` named after the time and the attacks."""
     if config.output.run_dir is not None:
         return Path(config.output.run_dir)
     stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
@@ -112,18 +98,12 @@ def simulate(
 
     Parameters
     ----------
-    config : Config
-    console : rich Console, optional
+    console
         Where progress and the table go; None: nowhere.
-    command : str
+    command
         The command line, for the report.
-    federate : callable
-        What trains, called like :func:`simulations.engine.federation.run_federation`; ``flwr run`` brings its own
-        grid here.
-
-    Returns
-    -------
-    RunResult
+    federate
+        What trains, called like :func:`simulations.engine.federation.run_federation`.
 
     Raises
     ------
@@ -131,13 +111,6 @@ def simulate(
         If the request cannot be carried out as it was put.
     RunFailed
         If a run that had started could not be finished.
-
-    Examples
-    --------
-    >>> from fedattack.config import Config
-    >>> settings = {"dataset": "digits", "image-size": 16, "attack": "hcgla", "clients": 2, "engine": "inline"}
-    >>> result = simulate(Config.from_mapping(settings))  # doctest: +SKIP
-    >>> result.audits["hcgla"].verdict  # doctest: +SKIP
     """
     console = console or Console(quiet=True)
     named = choose_attacks(config)
@@ -146,8 +119,7 @@ def simulate(
     world = build_world(config)
     check_defenses(world.scenario)
 
-    def check(name: str, attack: Attack) -> None:
-        del name
+    def check(_: str, attack: Attack) -> None:
         EXPERIMENTS.get(attack.family).check(config, world)
 
     attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
@@ -188,9 +160,8 @@ def simulate(
     results = _with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
     notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
-    _report(
-        console, folder, results, figures, command, left_out, notes=notes, label_counts=label_counts(world)
-    )
+    more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world)}
+    _report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
     if ended is not None:
@@ -210,19 +181,9 @@ def attack_folder(
 ) -> RunResult:
     """Attack saved observations, without the federation; score the answers where the truth is given.
 
-    Parameters
-    ----------
-    directory : Path
-        An ``observations`` folder of a run, or the run folder itself.
-    config : Config
-        Of which attacks, seed, engine and output are used; the scenario is the observations' own.
-    truth : Path, optional
-        A ``truth`` folder.
-
-    Raises
-    ------
-    BadRequest
-        If the folder holds no observations, or an attack does not apply to them.
+    `directory` is an ``observations`` folder of a run, or the run folder itself, `truth` a ``truth`` folder. Of
+    `config` attacks, seed, engine and output are used. Raises BadRequest where there are no observations, or an
+    attack does not apply to them.
     """
     console = console or Console(quiet=True)
     named = choose_attacks(config)
@@ -231,16 +192,14 @@ def attack_folder(
         raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
     for name, attack in named.items():
         if EXPERIMENTS.get(attack.family).from_saved is None:
-            raise ConfigError(
-                f"attack {name!r} needs a running federation; saved observations can be reconstructed"
-            )
+            what = "needs a running federation; saved observations can be reconstructed"
+            raise ConfigError(f"attack {name!r} {what}")
     inner = directory / "observations"
     by_round: dict[int, list[Observation]] = defaultdict(list)
     for observation in read_observations(inner if inner.is_dir() else directory):
         by_round[observation.round].append(observation)
     truths = read_truths(truth) if truth is not None else None
-    attacks: dict[str, Attack] = named
-    left_out: dict[str, str] = {}
+    attacks, left_out = named, dict[str, str]()
     for batch in by_round.values():
         attacks, more = applicable(attacks, batch[0].scenario, Facts(rounds=(batch[0].round,)))
         left_out |= more
@@ -286,10 +245,10 @@ def _with_threats(
     scored: Mapping[str, AuditResult],
     attacks: Mapping[str, Attack],
     scenario: Scenario,
-    auxiliary: Auxiliary | None,
+    public: Auxiliary | None,
 ) -> list[AuditResult]:
     """What was scored, in the order of the attacks, each with its threat model."""
-    threats = {n: threat_model(one, one.needs_now(scenario), bool(auxiliary)) for n, one in attacks.items()}
+    threats = {n: threat_model(one, one.needs_now(scenario), bool(public)) for n, one in attacks.items()}
     return [replace(scored[name], threat=threats[name]) for name in attacks if name in scored]
 
 
@@ -395,19 +354,11 @@ def _train(
 
 def federation_figures(config: Config, world: World, federation: FederationResult) -> dict[str, Any]:
     """The federation as the report and ``summary.json`` show it."""
+    figures = ("round", "loss", "accuracy", "train_loss", "wire_bytes", "seconds")
     rounds = [
-        {
-            "round": record.round,
-            "loss": record.loss,
-            "accuracy": record.accuracy,
-            "train_loss": record.train_loss,
-            "answered": len(record.clients),
-            "failed": len(record.failed),
-            "rejected": len(record.rejected),
-            "dropped": len(record.dropped),
-            "wire_bytes": record.wire_bytes,
-            "seconds": record.seconds,
-        }
+        {name: getattr(record, name) for name in figures}
+        | {name: len(getattr(record, name)) for name in ("failed", "rejected", "dropped")}
+        | {"answered": len(record.clients)}
         for record in federation.rounds
     ]
     refused = [
@@ -436,10 +387,5 @@ def federation_figures(config: Config, world: World, federation: FederationResul
 
 def label_counts(world: World) -> dict[int, dict[int, int]]:
     """Client -> label -> samples, of the clients' partitions."""
-    return {
-        client: dict(Counter(world.dataset.labels[ids].tolist()))
-        for client, ids in enumerate(world.partitions)
-    }
-
-
-__all__ = ["RunResult", "attack_folder", "run_directory", "simulate"]
+    labels = world.dataset.labels
+    return {client: dict(Counter(labels[ids].tolist())) for client, ids in enumerate(world.partitions)}

@@ -59,51 +59,7 @@ app = typer.Typer(
 learn = typer.Typer(help="Train and test HCGLA's generator and denoiser.", no_args_is_help=True)
 app.add_typer(learn, name="hcgla")
 console = Console()
-
-
-def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """Give `function` one command-line option per short setting name; it receives them as ``settings``."""
-    panels = {name: (panel, text) for panel, group in PROMINENT.items() for name, text in group.items()}
-    hints = get_type_hints(function, include_extras=True)
-    parameters = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name])
-        for p in inspect.signature(function).parameters.values()
-        if p.name != "settings"
-    ]
-    options: list[inspect.Parameter] = []
-    # Prominent ones first and in their order, so that the help reads as a page.
-    for name in [*panels, *(n for n in SHORT_NAMES if n not in panels)]:
-        annotation, description = field_type(SHORT_NAMES[name])
-        panel, text = panels.get(name, ("More", description))
-        flag = annotation is bool
-        declaration = f"--{name}/--no-{name}" if flag else f"--{name}"
-        option = typer.Option(
-            declaration, help=text, rich_help_panel=panel, hidden=name not in panels, show_default=False,
-            metavar=None if flag else "VALUE",
-        )  # fmt: skip
-        kind = bool | None if flag else str | None
-        options.append(
-            inspect.Parameter(
-                name.replace("-", "_"),
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind, option],
-            )
-        )
-
-    def wrapper(**arguments: Any) -> None:
-        settings = {
-            name: value
-            for name in SHORT_NAMES
-            if (value := arguments.pop(name.replace("-", "_"), None)) is not None
-        }
-        function(**arguments, settings=settings)
-
-    wrapper.__name__ = function.__name__
-    wrapper.__doc__ = function.__doc__
-    wrapper.__signature__ = inspect.Signature([*parameters, *options])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in [*parameters, *options]}
-    return wrapper
+PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 
 
 ConfigFile = Annotated[
@@ -116,6 +72,51 @@ SetOptions = Annotated[
         "--set", help="any setting: hcgla.iterations=300", rich_help_panel="The run", metavar="NAME=VALUE"
     ),
 ]
+
+
+def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Give `function` --config, --set and an option per short setting name; it receives the `config` they make."""
+    panels = {name: (panel, text) for panel, group in PROMINENT.items() for name, text in group.items()}
+    hints, keyword = get_type_hints(function, include_extras=True), inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        p.replace(kind=keyword, annotation=hints[p.name])
+        for p in inspect.signature(function).parameters.values()
+        if p.name != "config"
+    ]
+    for name, hint in (("file", ConfigFile), ("assignments", SetOptions)):
+        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=hint))
+    options: list[inspect.Parameter] = []
+    # Prominent ones first and in their order, so that the help reads as a page.
+    for name in [*panels, *(n for n in SHORT_NAMES if n not in panels)]:
+        annotation, description = field_type(SHORT_NAMES[name])
+        panel, text = panels.get(name, ("More", description))
+        flag = annotation is bool
+        declaration = f"--{name}/--no-{name}" if flag else f"--{name}"
+        option = typer.Option(
+            declaration, help=text, rich_help_panel=panel, hidden=name not in panels, show_default=False,
+            metavar=None if flag else "VALUE",
+        )  # fmt: skip
+        kind = bool | None if flag else str | None
+        place = name.replace("-", "_")
+        options.append(inspect.Parameter(place, keyword, default=None, annotation=Annotated[kind, option]))
+
+    def wrapper(file: Path | None = None, assignments: list[str] | None = None, **arguments: Any) -> None:
+        settings = {
+            name: value
+            for name in SHORT_NAMES
+            if (value := arguments.pop(name.replace("-", "_"), None)) is not None
+        }
+        if getattr(arguments.get("context"), "invoked_subcommand", None) is not None:
+            if settings or file or assignments:
+                raise ConfigError("put options after the sub-command, not before it")
+            return
+        function(**arguments, config=read_config(file, assignments, settings))
+
+    wrapper.__name__ = function.__name__
+    wrapper.__doc__ = function.__doc__
+    wrapper.__signature__ = inspect.Signature([*parameters, *options])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*parameters, *options]}
+    return wrapper
 
 
 def read_config(config: Path | None, assignments: list[str] | None, settings: dict[str, Any]) -> Config:
@@ -132,24 +133,19 @@ def read_config(config: Path | None, assignments: list[str] | None, settings: di
 
 @app.callback(invoke_without_command=True, epilog=EXAMPLE)
 @with_settings
-def run(
-    context: typer.Context,
-    config: ConfigFile = None,
-    assignments: SetOptions = None,
-    settings: dict[str, Any] | None = None,
-) -> None:
+def run(context: typer.Context, config: Config) -> None:
     """Train a federation for real, attack it for real, and report what leaked beside what would have anyway.
 
     `fedattack settings` lists every setting; sub-commands have their own --help.
     """
-    if context.invoked_subcommand is not None:
-        if settings or config or assignments:
-            raise ConfigError("put options after the sub-command, not before it")
-        return
-    chosen = read_config(config, assignments, settings or {})
     from simulations.pipeline import simulate
 
-    simulate(chosen, console=console, command=shlex.join(["fedattack", *sys.argv[1:]]))
+    simulate(config, console=console, command=typed())
+
+
+def typed() -> str:
+    """The command line, as it can be typed again."""
+    return shlex.join(["fedattack", *sys.argv[1:]])
 
 
 Kind = Annotated[
@@ -160,15 +156,10 @@ Name = Annotated[str | None, typer.Argument(help="an attack or a defence", show_
 
 def show_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """Print a table without lines; its first column is not cut."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=title, **PLAIN)
     for number, column in enumerate(columns):
-        table.add_column(
-            column,
-            style=None if number else "cyan",
-            no_wrap=not number,
-            overflow="fold",
-            max_width=16 if column == "default" else None,
-        )
+        style, widest = None if number else "cyan", 16 if column == "default" else None
+        table.add_column(column, style=style, no_wrap=not number, overflow="fold", max_width=widest)
     for row in rows:
         table.add_row(*row)
     console.print(table, "")
@@ -197,14 +188,7 @@ def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `feda
     """What one attack, defence, model, ... does, who runs it and what it needs."""
     from simulations.cli.catalogue import described, settings_tables
 
-    table = Table(
-        title=name,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        show_header=False,
-    )
+    table = Table(title=name, show_header=False, **PLAIN)
     for title, text in described(name):
         table.add_row(f"[cyan]{title}[/]", Text(text))
     console.print(table, "")
@@ -238,17 +222,13 @@ def attack_saved(
         Path, typer.Argument(help="folder written by --save-observations", show_default=False)
     ],
     truth: Annotated[Path | None, typer.Option(help="folder of the private truth, to score against")] = None,
-    config: ConfigFile = None,
-    assignments: SetOptions = None,
-    settings: dict[str, Any] | None = None,
+    *,
+    config: Config,
 ) -> None:
     """Attack saved observations later, without the federation."""
-    chosen = read_config(config, assignments, settings or {})
     from simulations.pipeline import attack_folder
 
-    attack_folder(
-        observations, chosen, console=console, truth=truth, command=shlex.join(["fedattack", *sys.argv[1:]])
-    )
+    attack_folder(observations, config, console=console, truth=truth, command=typed())
 
 
 @app.command("sweep")
@@ -263,13 +243,7 @@ def sweep(
     from simulations.studies.sweep import Sweep, run_sweep
 
     folder = out or Path("runs") / file.stem
-    run_sweep(
-        Sweep.from_toml(file),
-        folder,
-        console=console,
-        engine=engine,
-        command=shlex.join(["fedattack", *sys.argv[1:]]),
-    )
+    run_sweep(Sweep.from_toml(file), folder, console=console, engine=engine, command=typed())
 
 
 Output = Annotated[Path, typer.Option("--out", help="file to write", show_default=False)]
@@ -281,14 +255,13 @@ def collect_pairs(
     out: Output,
     count: Annotated[int, typer.Option(min=2, help="pairs to collect")] = 112,
     iterations: Annotated[int, typer.Option(min=1, help="matching iterations before a pair is taken")] = 40,
-    config: ConfigFile = None,
-    assignments: SetOptions = None,
-    settings: dict[str, Any] | None = None,
+    *,
+    config: Config,
 ) -> None:
     """Attack public images for a few iterations and keep (intermediate reconstruction, truth) pairs."""
     from simulations.cli.hcgla import run_collect_pairs
 
-    run_collect_pairs(read_config(config, assignments, settings or {}), out, count, iterations, console)
+    run_collect_pairs(config, out, count, iterations, console)
 
 
 @learn.command("train-denoiser")
@@ -320,28 +293,26 @@ def check_denoiser(
 def train_generator(
     out: Output,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    config: ConfigFile = None,
-    assignments: SetOptions = None,
-    settings: dict[str, Any] | None = None,
+    *,
+    config: Config,
 ) -> None:
     """Train the generator that turns an intercepted update into an image, through the same compressor."""
     from simulations.cli.hcgla import run_train_generator
 
-    run_train_generator(read_config(config, assignments, settings or {}), out, epochs, console)
+    run_train_generator(config, out, epochs, console)
 
 
 @learn.command("test-generator")
 @with_settings
 def check_generator(
     generator: Annotated[Path, typer.Argument(help="file written by train-generator", show_default=False)],
-    config: ConfigFile = None,
-    assignments: SetOptions = None,
-    settings: dict[str, Any] | None = None,
+    *,
+    config: Config,
 ) -> None:
     """PSNR of the generator on held-out public people, beside its floor."""
     from simulations.cli.hcgla import run_test_generator
 
-    run_test_generator(read_config(config, assignments, settings or {}), generator, console)
+    run_test_generator(config, generator, console)
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ is written to a file: ``flower-run.json`` in `run-dir`.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors.torch import save_file
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import ConfigError, FedattackError
+from fedattack.storage.plain import write_json
 from simulations.engine.federation import FederationResult, serve
 from simulations.engine.flower_grid import PartitionedGrid
 from simulations.pipeline import simulate
@@ -45,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
         assert result is not None
     except BaseException as error:
         reason = str(error) if isinstance(error, FedattackError) else f"{type(error).__name__}: {error}"
-        _write(run_dir, {"status": "failed", "reason": reason})
+        write_json(run_dir / REPORT, {"status": "failed", "reason": reason})
         raise
     finish(run_dir, result)
 
@@ -55,27 +54,14 @@ def finish(run_dir: Path, result: FederationResult) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     save_file(result.weights, run_dir / WEIGHTS)
     rounds = [dataclasses.asdict(record) for record in result.rounds]
-    _write(run_dir, {"status": "finished", "rounds": rounds})
+    write_json(run_dir / REPORT, {"status": "finished", "rounds": rounds})
 
 
 def report_folder(config: Config) -> Path:
-    """The run folder.
-
-    Raises
-    ------
-    ConfigError
-        If it is not an absolute path: the app runs from a copy that Flower makes of it.
-    """
-    if config.output.run_dir is None or not os.path.isabs(config.output.run_dir):
+    """The run folder, which must be an absolute path: the app runs from a copy that Flower makes of it."""
+    if config.output.run_dir is None or not Path(config.output.run_dir).is_absolute():
         raise ConfigError(
             f"setting 'output.run_dir' = {config.output.run_dir!r}: `flwr run` needs an absolute path, "
             "for example -c 'run-dir=\"/tmp/my-run\"'"
         )
     return Path(config.output.run_dir)
-
-
-def _write(run_dir: Path, report: dict[str, Any]) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / (REPORT + ".part")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / REPORT)

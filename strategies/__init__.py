@@ -63,17 +63,9 @@ def drawn(federation: FederationConfig) -> int:
 def build_strategy(federation: FederationConfig, learning_rate: float) -> Any:
     """The Flower strategy of a configuration, ready to be wrapped by an :class:`~strategies.Eavesdropper`.
 
-    Parameters
-    ----------
-    federation : FederationConfig
-        `strategy` and `strategy_options` (in kebab or snake case), besides clients and participation.
-    learning_rate : float
-        The clients', which q-FedAvg estimates a Lipschitz constant from.
-
-    Raises
-    ------
-    ConfigError
-        If the strategy is unknown or is not one, or an option is unknown, reserved or of the wrong type.
+    Options come in kebab or snake case; q-FedAvg estimates a Lipschitz constant from the clients' `learning_rate`.
+    Raises ConfigError where the strategy is unknown or is not one, or an option is unknown, reserved or of the
+    wrong type.
     """
     from flwr.serverapp.strategy import Strategy
 
@@ -107,9 +99,8 @@ def build_strategy(federation: FederationConfig, learning_rate: float) -> Any:
         arguments[key] = _checked(setting, value, accepted[key].annotation)
     lacking = [k for k in free if accepted[k].default is inspect.Parameter.empty and k not in arguments]
     if lacking:
-        raise ConfigError(
-            f"setting 'federation.strategy' = {name!r} needs 'federation.strategy_options.{lacking[0]}'"
-        )
+        needed = f"federation.strategy_options.{lacking[0]}"
+        raise ConfigError(f"setting 'federation.strategy' = {name!r} needs {needed!r}")
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:

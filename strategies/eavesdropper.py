@@ -8,8 +8,8 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -29,22 +29,8 @@ from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Up
 from fedattack.rng import numpy_rng
 from fedattack.task import tied_names, trained_parameters
 from fedattack.training import weight_step
+from strategies import messages as wire
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
-from strategies.messages import (
-    CONFIG,
-    DROPPED_OUT,
-    METRICS,
-    NUM_EXAMPLES,
-    OVERSIZED,
-    PACKED,
-    PARTITION,
-    ROUND,
-    TRAIN_LOSS,
-    UPDATE,
-    read_dense,
-    to_record,
-    to_tensors,
-)
 
 log = logging.getLogger("fedattack.strategies")
 
@@ -57,33 +43,22 @@ MAX_STEP = float(np.finfo(np.float32).max) / 2**20
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What became of one round's replies.
+    """What became of one round's replies; clients are ascending, `failed` and `rejected` come with the reason.
 
-    Parameters
-    ----------
-    round : int
-    accepted : tuple of int
-        Clients whose updates were aggregated, ascending.
-    failed, rejected : tuple of (int, str)
-        Clients that answered with an error, or with something that was refused, and the reason.
-    dropped : tuple of int
-        Clients that were drawn and did not answer.
-    wire_bytes, buffer_bytes : int
-        Sum over the accepted clients: packed updates, and the BatchNorm buffers beside them.
-    train_loss : float
-        The accepted clients' training loss, averaged by their examples; NaN where nobody was accepted.
-    aggregated : bool
-        False where the weights stayed as they were.
+    The replies of `clients` were aggregated, the `failed` answered with an error, the `rejected` with something
+    that was refused, the `dropped` not at all. Bytes are sums over the first: packed updates, and the BatchNorm
+    buffers beside them. `train_loss` is their mean weighted by examples, None without any. Not `aggregated`: the
+    weights stayed.
     """
 
     round: int
-    accepted: tuple[int, ...]
+    clients: tuple[int, ...]
     failed: tuple[tuple[int, str], ...]
     rejected: tuple[tuple[int, str], ...]
     dropped: tuple[int, ...]
     wire_bytes: int
     buffer_bytes: int
-    train_loss: float
+    train_loss: float | None
     aggregated: bool
 
 
@@ -99,13 +74,14 @@ class _Reply:
     buffer_bytes: int
 
 
+@dataclass(eq=False, repr=False)
 class Eavesdropper(Strategy):
     """Makes any Flower strategy curious: reads each reply, hands out observations, then lets it aggregate.
 
     Replies may be packed updates (:mod:`fedattack.compression`) or the new weights that an ordinary Flower client
     sends. Hostile ones are rejected with a reason and the round goes on. What the wrapped strategy gets to see is
-    what it expects: dense new weights, ``weights + delta`` under fedavg and
-    ``weights - server_learning_rate * gradient`` under fedsgd, in ascending order of the clients' numbers.
+    what it expects: dense new weights, ``weights + delta`` under fedavg and ``weights - server_learning_rate *
+    gradient`` under fedsgd, in ascending order of the clients' numbers.
 
     Where the scenario's defences include secure aggregation, the replies are summed before anything looks at them:
     there is one observation a round, of :data:`~fedattack.observation.EVERYONE`, and the wrapped strategy gets one
@@ -114,56 +90,41 @@ class Eavesdropper(Strategy):
 
     Parameters
     ----------
-    strategy : Strategy
+    strategy
         Any Flower strategy whose clients send one ArrayRecord.
-    scenario : Scenario
-        Public facts: model, training, compression.
-    on_observation : callable, optional
-        Called with each :class:`~fedattack.observation.Observation`, before the round is aggregated.
-    observe : callable, optional
+    on_observation
+        Called with each observation, before the round is aggregated.
+    observe
         ``observe(round, client)`` selects what is observed; None: everything. Under secure aggregation `client` is
         ``EVERYONE``.
-    auxiliary : Auxiliary, optional
+    auxiliary
         Public data granted to the adversary; put into every observation.
-    seed : int
+    seed
         Keys the sampling of clients: Flower draws them with Python's global generator, which is seeded for the draw
         by (seed, "sampling", round) and restored after it.
-    first_round : int
+    first_round
         Number of the first round of :meth:`start`.
-    on_round : callable, optional
-        Called with a :class:`RoundReport` after each aggregation.
-    client_of : callable, optional
+    client_of
         Node id -> the client's number. None: what the reply declares as "partition-id", else the node id.
-    average_buffers : bool
+    average_buffers
         Average BatchNorm buffers here, by examples, instead of giving them to the wrapped strategy. For server
         optimisers (FedAdam, ...), whose steps would make variances negative.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        scenario: Scenario,
-        *,
-        on_observation: Callable[[Observation], None] | None = None,
-        observe: Callable[[int, int], bool] | None = None,
-        auxiliary: Auxiliary | None = None,
-        seed: int = 0,
-        first_round: int = 1,
-        on_round: Callable[[RoundReport], None] | None = None,
-        client_of: Callable[[int], int] | None = None,
-        average_buffers: bool = False,
-    ) -> None:
-        self.strategy = strategy
-        self.scenario = scenario
-        self.on_observation = on_observation
-        self.observe = observe
-        self.auxiliary = auxiliary
-        self.seed = seed
-        self.first_round = first_round
-        self.on_round = on_round
-        self.client_of = client_of
-        self.average_buffers = average_buffers
-        module = build_model(scenario.model)
+    strategy: Strategy
+    scenario: Scenario
+    _: KW_ONLY
+    on_observation: Callable[[Observation], None] | None = None
+    observe: Callable[[int, int], bool] | None = None
+    auxiliary: Auxiliary | None = None
+    seed: int = 0
+    first_round: int = 1
+    on_round: Callable[[RoundReport], None] | None = None
+    client_of: Callable[[int], int] | None = None
+    average_buffers: bool = False
+
+    def __post_init__(self) -> None:
+        module = build_model(self.scenario.model)
         trained = trained_parameters(module)
         self.names = tuple(trained)
         self.shapes = tuple(tuple(parameter.shape) for parameter in trained.values())
@@ -171,8 +132,8 @@ class Eavesdropper(Strategy):
         self._tied = tied_names(module)
         self._offsets = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)])
         self._numel = int(self._offsets[-1])
-        self.kind: UpdateKind = "gradient" if scenario.training.protocol == "fedsgd" else "delta"
-        self.aggregated = hides_clients(scenario.defense)
+        self.kind: UpdateKind = "gradient" if self.scenario.training.protocol == "fedsgd" else "delta"
+        self.aggregated = hides_clients(self.scenario.defense)
         self._claims: dict[int, int] = {}  # client number -> the node that goes by it
         self._sent: dict[str, Tensor] = {}
         self._sent_arrays: dict[str, NDArray[Any]] = {}
@@ -190,7 +151,7 @@ class Eavesdropper(Strategy):
         """Keep the weights that go out, and let the wrapped strategy draw the clients."""
         round = self._number(server_round)
         self._keep(arrays)
-        config[ROUND] = round
+        config[wire.ROUND] = round
         offered = arrays
         if self.average_buffers and self._float_buffers:
             offered = ArrayRecord()
@@ -201,7 +162,7 @@ class Eavesdropper(Strategy):
         sent = self.outgoing(round, self._sent)
         self._armed = sent is not None and not self.aggregates_armed
         if sent is not None:
-            arrays = to_record(sent)
+            arrays = wire.to_record(sent)
             self._keep(arrays)
         if offered is not arrays:
             _exchange(messages, offered, arrays)
@@ -218,7 +179,7 @@ class Eavesdropper(Strategy):
             changed = self.tailored(sent, place, node)
             if changed:
                 own[node] = changed
-                _exchange([numbers[node]], arrays, to_record(sent | changed))
+                _exchange([numbers[node]], arrays, wire.to_record(sent | changed))
         if self.aggregated and len(own) == len(numbers) and _all_equal(list(own.values())):
             own[EVERYONE] = next(iter(own.values()))
         return own
@@ -226,20 +187,16 @@ class Eavesdropper(Strategy):
     def outgoing(self, round: int, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """What is sent in this round instead of the global model; None: the global model.
 
-        A round in which something else is sent is observed, and not aggregated unless `aggregates_armed`. Overridden
-        by :class:`strategies.malicious.MaliciousServer`.
+        Such a round is observed, and not aggregated unless `aggregates_armed`.
         """
-        del round, weights
         return None
 
     def tailored(self, weights: dict[str, Tensor], place: int, node: int) -> dict[str, Tensor]:
         """Tensors that the client at `node`, the `place`-th of those drawn by number, is sent instead; overridden."""
-        del weights, place, node
         return {}
 
     def seen(self, observation: Observation, node: int) -> None:
         """Told the observations, where :attr:`remembers` is set all, and the node (EVERYONE of a sum); overridden."""
-        del observation, node
 
     def _keep(self, arrays: ArrayRecord) -> None:
         missing = [name for name in self.names if name not in arrays]
@@ -248,13 +205,10 @@ class Eavesdropper(Strategy):
                 f"the arrays sent out lack {missing[0]!r}, a parameter of model {self.scenario.model.name!r}: "
                 "give the Eavesdropper the scenario of the model that is trained"
             )
-        self._sent = to_tensors(arrays)
+        self._sent = wire.to_tensors(arrays)
         self._sent_arrays = {name: tensor.numpy() for name, tensor in self._sent.items()}
-        self._float_buffers = [
-            name
-            for name, tensor in self._sent.items()
-            if name in self._buffer_names and tensor.is_floating_point()
-        ]
+        buffers = [name for name in self._sent if name in self._buffer_names]
+        self._float_buffers = [name for name in buffers if self._sent[name].is_floating_point()]
 
     # ------------------------------------------------------------------ what comes back
 
@@ -274,9 +228,9 @@ class Eavesdropper(Strategy):
             try:
                 if message.has_error():
                     reason = message.error.reason or "no reason given"
-                    if message.error.code == OVERSIZED:
+                    if message.error.code == wire.OVERSIZED:
                         raise PayloadError(reason)
-                    if message.error.code == DROPPED_OUT:
+                    if message.error.code == wire.DROPPED_OUT:
                         dropped.append(client)
                         continue
                     log.warning("round %d: client %d failed: %s", round, client, _last_line(reason))
@@ -301,12 +255,12 @@ class Eavesdropper(Strategy):
         if not accepted:
             log.warning("round %d: no reply was accepted; the weights stay as they were", round)
         examples = sum(reply.num_examples for reply in accepted)
-        loss = sum(reply.loss * reply.num_examples for reply in accepted) / examples if accepted else math.nan
+        loss = sum(reply.loss * reply.num_examples for reply in accepted) / examples if accepted else None
         if self.on_round is not None:
             self.on_round(
                 RoundReport(
                     round=round,
-                    accepted=tuple(reply.client for reply in accepted),
+                    clients=tuple(reply.client for reply in accepted),
                     failed=tuple(sorted(failed)),
                     rejected=tuple(sorted(rejected)),
                     dropped=tuple(sorted(dropped)),
@@ -322,15 +276,14 @@ class Eavesdropper(Strategy):
         """A reply as an update; raises PayloadError for everything that an honest client would not send."""
         records = message.content
         arrays, metrics = _only(records, ArrayRecord), _only(records, MetricRecord)
-        examples = _examples(metrics.get(NUM_EXAMPLES))
+        examples = _examples(metrics.get(wire.NUM_EXAMPLES))
         loss = _loss(metrics)
-        client = self._client(message.metadata.src_node_id, metrics.get(PARTITION))
-        if PACKED in arrays and arrays[PACKED].stype == STYPE:
-            payload = from_array(arrays[PACKED])
-            update = decode(
-                payload, self.names, self.shapes, self.kind, self.scenario.compression, round=round
-            )
-            others, wire_bytes = set(arrays) - {PACKED}, len(payload)
+        client = self._client(message.metadata.src_node_id, metrics.get(wire.PARTITION))
+        if wire.PACKED in arrays and arrays[wire.PACKED].stype == STYPE:
+            payload = from_array(arrays[wire.PACKED])
+            agreed = self.scenario.compression
+            update = decode(payload, self.names, self.shapes, self.kind, agreed, round=round)
+            others, wire_bytes = set(arrays) - {wire.PACKED}, len(payload)
         else:
             update, wire_bytes = self._difference(arrays, message.metadata.src_node_id)
             others = set(arrays) - set(self.names)
@@ -371,12 +324,8 @@ class Eavesdropper(Strategy):
             return self.client_of(node)
         client = node
         if declared is not None:
-            if (
-                isinstance(declared, bool)
-                or not isinstance(declared, int)
-                or not 0 <= declared <= MAX_EXAMPLES
-            ):
-                raise PayloadError(f"declares {PARTITION!r} {declared!r}")
+            if not _is_count(declared, 0):
+                raise PayloadError(f"declares {wire.PARTITION!r} {declared!r}")
             client = declared
         if self._claims.setdefault(client, node) != node:
             raise PayloadError(f"claims to be client {client}, which another node is")
@@ -384,9 +333,8 @@ class Eavesdropper(Strategy):
 
     def _hand_out(self, round: int, replies: list[_Reply]) -> None:
         for reply in replies:
-            wanted = self.on_observation is not None and (
-                self.observe is None or self.observe(round, reply.client)
-            )
+            chosen = self.observe is None or self.observe(round, reply.client)
+            wanted = self.on_observation is not None and chosen
             if not wanted and not self.remembers:
                 continue
             node = EVERYONE if self.aggregated else reply.message.metadata.src_node_id
@@ -412,8 +360,8 @@ class Eavesdropper(Strategy):
         if not replies:
             return None, None
         for reply in replies:
-            metrics = LightMetrics({NUM_EXAMPLES: reply.num_examples, TRAIN_LOSS: reply.loss})
-            reply.message.content = LightRecords({UPDATE: self._stepped(reply), METRICS: metrics})
+            metrics = LightMetrics({wire.NUM_EXAMPLES: reply.num_examples, wire.TRAIN_LOSS: reply.loss})
+            reply.message.content = LightRecords({wire.UPDATE: self._stepped(reply), wire.METRICS: metrics})
         try:
             arrays, aggregated = self.strategy.aggregate_train(round, [reply.message for reply in replies])
         except AppExitException as error:
@@ -467,7 +415,7 @@ class Eavesdropper(Strategy):
                 f"the global model has NaN or infinite values in {broken[0]!r} after round {round}; "
                 "lower 'training.learning_rate'"
             )
-        return to_record(result)
+        return wire.to_record(result)
 
     # ------------------------------------------------------------------ what is passed through
 
@@ -476,16 +424,14 @@ class Eavesdropper(Strategy):
     ) -> Iterable[Message]:
         """Left to the wrapped strategy, with the same care for the random draw."""
         round = self._number(server_round)
-        config[ROUND] = round
+        config[wire.ROUND] = round
         with seeded_sampling(self.seed, round, "sampling.evaluate"):
             return list(self.strategy.configure_evaluate(round, arrays, config, grid))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Left to the wrapped strategy."""
         return self.strategy.aggregate_evaluate(self._number(server_round), replies)
 
     def summary(self) -> None:
-        """Left to the wrapped strategy."""
         self.strategy.summary()
 
     def _number(self, server_round: int) -> int:
@@ -574,27 +520,28 @@ def _only(records: RecordDict, kind: type[Any]) -> Any:
 
 def _labelled(name: str, arrays: ArrayRecord, sent: NDArray[Any]) -> NDArray[Any]:
     try:
-        return read_dense(arrays[name], sent.shape, str(sent.dtype))
+        return wire.read_dense(arrays[name], sent.shape, str(sent.dtype))
     except PayloadError as error:
         raise PayloadError(f"{name!r}: {error}") from None
 
 
+def _is_count(value: object, least: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_EXAMPLES
+
+
 def _examples(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_EXAMPLES:
-        raise PayloadError(f"declares {NUM_EXAMPLES!r} {value!r}, expected 1 to {MAX_EXAMPLES}")
+    if not _is_count(value, 1):
+        raise PayloadError(f"declares {wire.NUM_EXAMPLES!r} {value!r}, expected 1 to {MAX_EXAMPLES}")
     return value
 
 
 def _loss(metrics: MetricRecord) -> float:
-    value = metrics.get(TRAIN_LOSS, metrics.get("loss", 0.0))
+    value = metrics.get(wire.TRAIN_LOSS, metrics.get("loss", 0.0))
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PayloadError(f"declares {TRAIN_LOSS!r} {value!r}, expected a finite number")
+        raise PayloadError(f"declares {wire.TRAIN_LOSS!r} {value!r}, expected a finite number")
     return float(value)
 
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip() if lines else text
-
-
-__all__ = ["CONFIG", "Eavesdropper", "RoundReport", "seeded_sampling"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -16,8 +16,7 @@ _NUMPY = "numpy.ndarray"
 class HeldArray(Array):
     """A Flower array that holds its ndarray and writes the bytes only if somebody asks for them.
 
-    Flower's own :class:`Array` writes and parses the npy format at each step; inside one process that costs more than
-    the arithmetic.
+    Flower's own writes and parses npy at each step; inside one process that costs more than the arithmetic.
     """
 
     def __init__(self, ndarray: NDArray[Any]) -> None:
@@ -25,32 +24,26 @@ class HeldArray(Array):
 
     @property
     def dtype(self) -> str:
-        """Name of the data type."""
         return str(self._value().dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
         return tuple(self._value().shape)
 
     @property
     def stype(self) -> str:
-        """Flower's name for the npy format, which `data` is in."""
         return _NUMPY
 
     @property
     def data(self) -> bytes:
-        """The array in npy format."""
         if self.__dict__["_written"] is None:
             buffer = io.BytesIO()
             np.save(buffer, self._value(), allow_pickle=False)
             self.__dict__["_written"] = buffer.getvalue()
-        written: bytes = self.__dict__["_written"]
-        return written
+        return bytes(self.__dict__["_written"])
 
     def _value(self) -> NDArray[Any]:
-        value: NDArray[Any] = self.__dict__["_held"]
-        return value
+        return np.asarray(self.__dict__["_held"])
 
     def view(self) -> NDArray[Any]:
         """The array itself, not to be written to."""
@@ -65,22 +58,14 @@ class HeldArray(Array):
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
     def deflate(self) -> bytes:
-        """Flower's wire format."""
         return Array(self.dtype, self.shape, self.stype, self.data).deflate()
 
 
 class SteppedArray(HeldArray):
     """``base + scale * step`` computed when it is asked for, so that a thousand sparse replies stay sparse.
 
-    Parameters
-    ----------
-    base : ndarray
-        float32, the layer that was sent out; shared, never written to.
-    values : ndarray
-        float32, shape (k,) or (base.size,).
-    positions : ndarray or None
-        int64, shape (k,): flat positions in the layer; None when every entry was sent.
-    scale : float
+    `base` is the layer that was sent out, float32, shared and never written to; `values` float32 (k,) or
+    (base.size,); `positions` int64 (k,), flat in the layer, None when every entry was sent.
     """
 
     def __init__(
@@ -90,12 +75,10 @@ class SteppedArray(HeldArray):
 
     @property
     def dtype(self) -> str:
-        """Name of the data type."""
         return str(self.__dict__["_base"].dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
         return tuple(self.__dict__["_base"].shape)
 
     def _value(self) -> NDArray[Any]:
@@ -114,11 +97,7 @@ class SteppedArray(HeldArray):
 
 
 class _Light:
-    """Mapping methods over a plain dict, in the place of those of Flower's records, which check each entry's type.
-
-    With a thousand replies a round, the checks cost a fifth of the training. Records built here hold what was checked
-    already.
-    """
+    """A dict's mapping methods in place of those of Flower's records: their type checks cost a fifth of training."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         self.__dict__["_light"] = entries
@@ -128,13 +107,10 @@ class _Light:
         return type(self).__mro__[2], (self._entries(),)
 
     def deflate(self) -> bytes:
-        """Flower's wire format."""
-        whole: bytes = type(self).__mro__[2](self._entries()).deflate()
-        return whole
+        return bytes(type(self).__mro__[2](self._entries()).deflate())
 
     def _entries(self) -> dict[str, Any]:
-        entries: dict[str, Any] = self.__dict__["_light"]
-        return entries
+        return cast("dict[str, Any]", self.__dict__["_light"])
 
     def __getitem__(self, key: str) -> Any:
         return self.__dict__["_light"][key]
@@ -191,17 +167,14 @@ class LightRecords(_Light, RecordDict):
 
     @property
     def array_records(self) -> Any:
-        """The ArrayRecords among them; writing here writes there."""
         return _Part(self._entries(), ArrayRecord)
 
     @property
     def metric_records(self) -> Any:
-        """The MetricRecords among them; writing here writes there."""
         return _Part(self._entries(), MetricRecord)
 
     @property
     def config_records(self) -> Any:
-        """The ConfigRecords among them; writing here writes there."""
         return _Part(self._entries(), ConfigRecord)
 
 

@@ -25,17 +25,8 @@ class MaliciousServer(Eavesdropper):
 
     A gradient at those weights says nothing about the global model, so that an armed round is observed and not
     aggregated, unless the attack says so: the global model, and whatever the wrapped strategy keeps, stay as they
-    were. Training loses that round and is not otherwise harmed. The attack may have each client that is drawn get
-    weights of its own (:meth:`~adversaries.seats.MaliciousServer.tailor`).
-
-    Parameters
-    ----------
-    attack, rounds
-        Whose weights are sent, and in which rounds.
-    candidates
-        The samples that the attack will be asked about.
-    strategy, scenario, **options
-        As for :class:`~strategies.Eavesdropper`.
+    were. The attack may have each client that is drawn get weights of its own
+    (:meth:`~adversaries.seats.MaliciousServer.tailor`), and may know the `candidates` that it will be asked about.
 
     Raises
     ------
@@ -54,9 +45,8 @@ class MaliciousServer(Eavesdropper):
         **options: Any,
     ) -> None:
         if not isinstance(attack, seats.MaliciousServer):
-            raise ConfigError(
-                f"attack {type(attack).__name__} changes nothing in the model: use Eavesdropper"
-            )
+            name = type(attack).__name__
+            raise ConfigError(f"attack {name} changes nothing in the model: use Eavesdropper")
         super().__init__(strategy, scenario, **options)
         self.attack = attack
         self.rounds = frozenset(rounds)
@@ -104,6 +94,3 @@ class MaliciousServer(Eavesdropper):
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ConfigError(f"attack {name} sends NaN or infinite values in {key!r}")
-
-
-__all__ = ["MaliciousServer"]

@@ -47,6 +47,7 @@ DROPPED_OUT = 1001
 OVERSIZED = 1002
 """Error code that the grid puts in the place of a reply longer than any honest one."""
 _MAX_HEADER = 4096
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def to_record(tensors: dict[str, Tensor]) -> ArrayRecord:
@@ -65,24 +66,8 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 def read_dense(array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """Open an array from a client, trusting nothing it declares.
 
-    Parameters
-    ----------
-    array : Array
-        In Flower's npy serialisation.
-    shape : tuple of int
-        The only accepted shape.
-    dtype : str
-        The only accepted data type.
-
-    Returns
-    -------
-    ndarray
-        A read-only view of the array's bytes, of exactly that shape and type, all finite.
-
-    Raises
-    ------
-    PayloadError
-        If the bytes are anything else. No memory is allocated by what the header declares.
+    Read-only, of exactly that shape and type, all finite; PayloadError where the bytes are anything else. No memory
+    is allocated by what the header declares.
     """
     if isinstance(array, HeldArray):
         value = array.view()
@@ -97,10 +82,7 @@ def read_dense(array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[Any]
     stream = io.BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(stream)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-            version
-        ]
-        found, fortran, kind = reader(stream, max_header_size=_MAX_HEADER)
+        found, fortran, kind = _READERS[version](stream, max_header_size=_MAX_HEADER)
     except (ValueError, KeyError) as error:
         raise PayloadError(f"an array is not readable as npy ({_first_line(error)})") from None
     if tuple(found) != tuple(shape) or str(kind) != dtype:

@@ -1,7 +1,7 @@
 """A family of attacks as data, and what the audits of all families have in common.
 
-Tables, figures, report, records and sweeps read a :class:`Family` and know none by name. A new family is one file
-that defines one, and one line in :data:`FAMILIES`.
+Tables, figures, report, records and sweeps read a :class:`Family` and know none by name: a new one is one file,
+and one line in :data:`FAMILIES`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fedattack.metrics import Interval, bootstrap_mean, units_needed, wilson
 from fedattack.registry import Registry
 from fedattack.reporting import formats
 
+End = Literal["min", "max"]
 Level = Literal["leak", "partial", "none", "undecided", "failed"]
 
 SEVERITY: tuple[Level, ...] = ("leak", "partial", "undecided", "none", "failed")
@@ -35,16 +36,9 @@ Column = tuple[str, Callable[[Figures], str]]
 class Metric:
     """One figure of a family, shown as ``scale * value`` with `digits` decimals.
 
-    Parameters
-    ----------
-    key, floor : str
-        In the summary's "metrics" and in each floor; `floor` where the key differs there.
-    title, unit : str
-        Heading of its column in the report; no title: no column.
-    worst : {"min", "max"}
-        Which end is the attacker's worst: "min" where more means more leakage.
-    note : callable
-        Further words from the described metric.
+    `key` stands in the summary's "metrics" and in each floor, there as `floor` where that is given. No `title`: no
+    column in the report. `worst` is the attacker's: "min" where more means more leakage. `note` adds words from the
+    described metric.
     """
 
     key: str
@@ -52,7 +46,7 @@ class Metric:
     unit: str = ""
     scale: float = 1.0
     digits: int = 1
-    worst: Literal["min", "max"] = "min"
+    worst: End = "min"
     floor: str = ""
     note: Callable[[Figures], str] = lambda _: ""
 
@@ -90,15 +84,10 @@ class Metric:
 class Leakage:
     """The one figure that says how much leaked, as a sweep compares it.
 
-    Parameters
-    ----------
-    column, label, title : str
-        Of the sweep's table, its name with the unit for a person, and the title of the figure that compares runs.
-    read : callable
-        Summary -> described figure; None where there is none.
-    nothing, span : float
-        The value where nothing leaks, and how much the colours span at least, so that noise does not look like a
-        result; in the unit of the label, which is `scale` times the summary's.
+    `column` and `title` are those of the sweep's table and of its figure, `label` is the figure's name with the
+    unit, and `read` turns a summary into it. `nothing` is its value where nothing leaks, `span` what the colours
+    span at least, so that noise does not look like a result; both in the unit of the label, `scale` times the
+    summary's.
     """
 
     column: str
@@ -113,15 +102,7 @@ class Leakage:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the report.
-
-    Parameters
-    ----------
-    name, alt, caption : str
-        Of its file and on the page; where there is one for `each` attack, its name stands before them.
-    target : str
-        ``"package.module:function"``: a result (`each`) or all of the family -> a figure or None.
-    """
+    """A figure of the report. `target`: ``"package.module:function"``, a result (`each`) or all -> figure or None."""
 
     name: str
     target: str
@@ -140,23 +121,21 @@ class Family:
 
     Parameters
     ----------
-    name, question, title : str
-        The title is that of its table.
-    metrics : tuple of Metric
+    metrics
         The leading one first.
-    floors : mapping of str to str
+    floors
         Floors every audit of the family has -> what they are.
-    headlines : mapping
+    headlines
         Level -> the words of a verdict; "undecided" and "failed" have words already.
-    columns : tuple of Column
+    columns
         Of the terminal's table, from a summary; None: made from the metrics.
-    rows, remarks, details : callable
+    rows, remarks, details
         For the report, from a result: rows of scores, sentences below them, columns of a table of its records.
-    sweep : callable
+    sweep
         Further columns of a sweep's table, from a summary.
-    types : mapping of str to str
+    types
         Column of the records -> pandas type; others are floats, or texts.
-    glossary : str
+    glossary
         How to read its figures: "term: text" in each paragraph.
     """
 
@@ -206,10 +185,8 @@ def score_rows(result: AuditResult) -> list[Row]:
     """The attack's figures, then its floors, the highest first."""
     lead, floors = get_family(result.family).metrics[0], result.summary["floors"]
     order = sorted(floors, key=lambda name: -((lead.of(floors[name]) or {}).get("mean") or 0.0))
-    return [
-        (result.attack, True, result.summary["metrics"]),
-        *((f"floor: {name}", False, floors[name]) for name in order),
-    ]
+    rows = [(f"floor: {name}", False, floors[name]) for name in order]
+    return [(result.attack, True, result.summary["metrics"]), *rows]
 
 
 FAMILIES: Registry[Family] = Registry(
@@ -225,13 +202,7 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def get_family(name: str) -> Family:
-    """The family of that name.
-
-    Raises
-    ------
-    ConfigError
-        If nobody registered it, or what is registered is no family.
-    """
+    """The family of that name; raises ConfigError where there is none."""
     found = FAMILIES.get(name)
     if not isinstance(found, Family):
         raise ConfigError(f"family {name!r} is a {type(found).__name__}: fedattack.audit.Family is accepted")
@@ -240,22 +211,12 @@ def get_family(name: str) -> Family:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """One attack, scored.
+    """One attack, scored: one flat record per private image, candidate or seed, and what they come to.
 
-    Parameters
-    ----------
-    attack, family : str
-        Its name in this run, and one of :data:`FAMILIES`.
-    records : list of dict
-        One flat row per private image, candidate or seed.
-    summary : dict
-        Means, worst cases, floors and intervals by name; see :func:`fedattack.storage.records.summary_document`.
-    verdict : str
-        What the figures say: the words of its level, a colon, the reasons.
-    images : dict of str to Tensor
-        Panels for figures, float32 (N, C, H, W), in the order of `records`; a row of NaN where there is no image.
-    threat : dict
-        "seat" (str), "needs", "letters", "assumptions" (lists of str), where the run says so.
+    `summary` is as :func:`fedattack.storage.records.summary_document` has it; `verdict` the words of its level, a
+    colon, the reasons. `images` are panels for figures, float32 (N, C, H, W) in the order of `records`, NaN where
+    there is none. `threat` has "seat" (str), "needs", "letters", "assumptions" (lists of str), where the run says
+    so.
     """
 
     attack: str
@@ -276,14 +237,10 @@ def by_family(results: Sequence[AuditResult]) -> list[tuple[Family, list[AuditRe
 
 
 def gain_level(gain: Interval, margin: float) -> Level:
-    """What an interval of the gain over the best floor says, as equivalence within a margin.
+    """What an interval of the gain over the best floor says, as equivalence within a margin (Schuirmann 1987).
 
-    "partial": it lies above 0. "failed": below 0, or its mean a margin or more below. "none": its upper end is below
-    the margin. "undecided": anything else, an unknown interval included.
-
-    References
-    ----------
-    Schuirmann, A comparison of the two one-sided tests procedure and the power approach, 1987.
+    "partial": it lies above 0. "failed": below 0, or its mean a margin or more below. "none": its upper end is
+    below the margin. "undecided": anything else, an unknown interval included.
     """
     if gain.mean <= -margin or gain.high < 0:
         return "failed"
@@ -300,7 +257,7 @@ def further_units(gain: Interval, margin: float) -> int:
 def at_chance(accuracy: float | None, chance: float | None, samples: int | None) -> str:
     """Words where a model's accuracy cannot be told from the share of the commonest class; else empty.
 
-    Both in [0, 1]; None: unknown, nothing is said. Wilson's interval over the samples decides, where there are any.
+    Both in [0, 1], None where unknown. Wilson's interval over the samples decides, where there are any.
     """
     if accuracy is None or chance is None:
         return ""
@@ -312,10 +269,7 @@ def at_chance(accuracy: float | None, chance: float | None, samples: int | None)
 
 
 def describe(
-    values: Sequence[float],
-    seed: int,
-    groups: Sequence[int] | None = None,
-    worst: Literal["min", "max"] = "min",
+    values: Sequence[float], seed: int, groups: Sequence[int] | None = None, worst: End = "min"
 ) -> dict[str, float | int | None]:
     """Mean, worst (for the attacker), best, count and bootstrap interval of a metric, None where unknown.
 
@@ -329,8 +283,8 @@ def describe(
         return {"mean": None, "worst": None, "best": None, "low": None, "high": None, "count": 0}
     finite = np.isfinite(array)
     ends = extremes(array.tolist(), worst)
-    described: dict[str, float | int | None] = {"mean": float(array[0]), **ends}
-    described |= {"low": None, "high": None, "count": len(array)}
+    described: dict[str, float | int | None] = {"mean": float(array[0]), **ends, "low": None, "high": None}
+    described["count"] = len(array)
     if finite.any():
         described |= interval_fields(bootstrap_mean(array[finite], seed, place[finite]))
     if not finite.all():
@@ -338,7 +292,7 @@ def describe(
     return described
 
 
-def extremes(values: Sequence[float], worst: Literal["min", "max"] = "min") -> dict[str, float]:
+def extremes(values: Sequence[float], worst: End = "min") -> dict[str, float]:
     """ "worst" and "best" of some values, for the attacker."""
     ends = (float(min(values)), float(max(values)))
     return dict(zip(("worst", "best"), ends if worst == "min" else ends[::-1], strict=True))
@@ -351,11 +305,9 @@ def interval_fields(interval: Interval) -> dict[str, float | None]:
 
 
 def headline(results: Sequence[AuditResult], federation: Figures | None = None) -> dict[str, Any] | None:
-    """The worst that was found by any attack, from which seat, and under which assumptions.
+    """The worst that was found by any attack, from which seat, and under which assumptions; None without results.
 
-    `federation` is as :func:`fedattack.reporting.report.write_results` is given it. None without results; else
-    "level",
-    "attack", "seat" (empty where unknown), "assumptions" (list of str) and "text".
+    "level", "attack", "seat" (empty where unknown), "assumptions" (list of str) and "text".
     """
     if not results:
         return None
@@ -372,13 +324,8 @@ def headline(results: Sequence[AuditResult], federation: Figures | None = None) 
         unsure = [r.attack for r in results if r.level in ("undecided", "failed") and r is not worst]
         text += f"; {', '.join(unsure)} cannot tell either" if unsure else ""
     text += f" ({'; '.join(assumptions)})" if assumptions else ""
-    return {
-        "level": worst.level,
-        "attack": worst.attack,
-        "seat": seat,
-        "assumptions": assumptions,
-        "text": text,
-    }
+    found = {"level": worst.level, "attack": worst.attack, "seat": seat}
+    return found | {"assumptions": assumptions, "text": text}
 
 
 def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
@@ -399,9 +346,8 @@ def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
         batch = " or ".join(map(str, s["batch"]))
         steps = training["local_steps"] if training["protocol"] == "fedavg" else 1
         told.append(f"batch {batch}, {steps} local step{'s' if steps != 1 else ''}")
-        told += (
-            [f"defences: {', '.join(scenario['defense']['names'])}"] if scenario["defense"]["names"] else []
-        )
+        if names := scenario["defense"]["names"]:
+            told.append(f"defences: {', '.join(names)}")
         granted = s["auxiliary"]
         told.append(f"{granted['count']:,} public images granted" if granted else "no public images granted")
     return told + [str(one) for one in result.threat.get("assumptions", ())]

@@ -63,26 +63,19 @@ def audit_membership(
     test_samples: int | None = None,
     seed: int = 0,
 ) -> AuditResult:
-    """Score membership inference against who really was in the clients' data.
+    """Score membership inference against who really was in the clients' data, one record per candidate and target.
 
     The floor is chance: AUC 0.5 with the interval of that many members and non-members, and what a random ranking
-    finds at the same false-positive rate.
+    finds at the same false-positive rate. With several targets the AUC is their mean; as the candidates may be
+    shared, neither its interval nor its floor is narrowed for their number.
 
     Parameters
     ----------
     scores, is_member
         Shape (N,), or one of each per target client; a higher score means "more likely a member".
-    clients
-        The target clients; numbered from 0 where absent.
     accuracy, chance_accuracy
         In [0, 1]: of the model on `test_samples` held-out samples, and the share of the commonest class there. A
         model that cannot be told from chance says nothing about membership.
-
-    Returns
-    -------
-    AuditResult
-        One record per candidate and target. With several targets the AUC is their mean; as the candidates may be
-        shared, neither its interval nor its floor is narrowed for their number.
 
     Raises
     ------
@@ -124,12 +117,8 @@ def audit_membership(
             "auc": {**interval_fields(area), **extremes([a.mean for a in areas])},
             "tpr_at_1_percent_fpr": _point_fields(points[0.01]),
             "tpr_at_0.1_percent_fpr": _point_fields(points[0.001]),
-            "balanced_accuracy": {
-                "mean": float(np.mean(shares)),
-                **extremes(shares),
-                "low": None,
-                "high": None,
-            },
+            "balanced_accuracy": extremes(shares)
+            | {"mean": float(np.mean(shares)), "low": None, "high": None},
         },
         "floors": {
             "chance": {
@@ -147,27 +136,16 @@ def audit_membership(
         "level": level,
         "verdict": verdict,
     }
+    common = {"attack": attack_name, "family": "membership"}
     records = [
-        {
-            "attack": attack_name,
-            "family": "membership",
-            "client": client,
-            "candidate": index,
-            "score": float(score),
-            "is_member": bool(member),
-        }
+        common | {"client": client, "candidate": index, "score": float(score), "is_member": bool(member)}
         for client, (v, m) in zip(targets, pairs, strict=True)
         for index, (score, member) in enumerate(zip(v, m, strict=True))
     ]
     roc = {}
     for client, (v, m) in zip(targets, pairs, strict=True):
-        fpr, tpr = roc_points(v, m)
-        roc[f"client {client}"] = {
-            "fpr": fpr,
-            "tpr": tpr,
-            "members": int(m.sum()),
-            "nonmembers": int((~m).sum()),
-        }
+        curve = dict(zip(("fpr", "tpr"), roc_points(v, m), strict=True))
+        roc[f"client {client}"] = curve | {"members": int(m.sum()), "nonmembers": int((~m).sum())}
     return AuditResult(attack_name, "membership", records, summary, verdict, level, curves={"roc": roc})
 
 
@@ -185,13 +163,11 @@ def _average(intervals: Sequence[Interval]) -> Interval:
 
 def _point_fields(points: Sequence[OperatingPoint]) -> dict[str, Any]:
     rates = [point.tpr.mean for point in points]
+    counts = ("true_positives", "members", "false_positives", "nonmembers")
     return {
         **interval_fields(_average([point.tpr for point in points])),
         **extremes(rates),
-        "true_positives": sum(point.true_positives for point in points),
-        "members": sum(point.members for point in points),
-        "false_positives": sum(point.false_positives for point in points),
-        "nonmembers": sum(point.nonmembers for point in points),
+        **{name: sum(getattr(point, name) for point in points) for name in counts},
         "p_value": min(1.0, len(points) * min(point.p_value for point in points)),
     }
 
@@ -230,17 +206,14 @@ def verdict_of(
         why += f"; {idle}"
     figures = f"AUC {auc.mean:.3f} [{auc.low:.3f}, {auc.high:.3f}]"
     figures += f", chance 0.500 [{chance.low:.3f}, {chance.high:.3f}]"
-    found = (
-        f"at {formats.rate(tail.max_fpr)} false positives {tail.true_positives} of {tail.members} members found "
-        f"(chance: {tail.chance_mean * tail.members:.1f})"
-    )
+    found = f"at {formats.rate(tail.max_fpr)} false positives {tail.true_positives} of {tail.members} members found"
+    found += f" (chance: {tail.chance_mean * tail.members:.1f})"
     return level, f"{MEMBERSHIP.words(level)}: {figures}{why}; {found}"
 
 
 def _unseen(high: float, candidates: tuple[int, int]) -> bool:
     """Whether an AUC with this upper end is no leakage."""
-    powerful = high < SEEN_AUC and auc_power(*candidates, SEEN_AUC) >= POWER
-    return high < MARGIN_AUC or powerful
+    return high < MARGIN_AUC or (high < SEEN_AUC and auc_power(*candidates, SEEN_AUC) >= POWER)
 
 
 def _candidates_needed(area: float) -> int:
@@ -325,9 +298,7 @@ MEMBERSHIP: Family = Family(
             "roc",
             "fedattack.reporting.figures:roc",
             "ROC curves of the membership attacks, linear and log-log",
-            "Bands: exact pointwise 95 % intervals over the members. An attack is worth fearing at the left "
-            "edge of the "
-            "right panel.",
+            "Bands: exact pointwise 95 % intervals over the members. Fear an attack at the left of the right panel.",
             each=False,
         ),
     ),
@@ -341,5 +312,3 @@ must not be wrong gets.
 Balanced accuracy: With the best threshold for these very candidates, so chance lies above 50 %.
 """,
 )
-
-__all__ = ["MEMBERSHIP", "audit_membership"]

@@ -82,30 +82,23 @@ def audit_reconstruction(
     reasons: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> AuditResult:
-    """Score reconstructions against the private images, every floor and another victim's images.
+    """Score reconstructions against the private images, every floor and another victim's images; a record per image.
 
     Floors are what the same attacker answers without the update: flat grey, the mean of the auxiliary images it was
-    granted, and whatever the attack itself calls its prior. The control scores each reconstruction against the other
-    victims' private images. Where a defence transforms the images, reconstructions are scored against what the model
-    was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that matching
-    cannot favour the attack.
+    granted, and whatever the attack itself calls its prior. The control scores each reconstruction against the
+    other victims' private images. Where a defence transforms the images, reconstructions are scored against what
+    the model was shown, too ("shown"). Floors and controls are matched to the batch as freely as possible, so that
+    matching cannot favour the attack.
 
     Parameters
     ----------
     reconstructions
-        In the order of the observations. None, and images or floors of the wrong size or not finite, are victims that
-        failed: rows with the status "failed: reason", left out of every mean.
-    truths
-        In any order; found by their key.
+        In the order of the observations. None, and images or floors of the wrong size or not finite, are victims
+        that failed: rows with the status "failed: reason", left out of every mean.
     seconds
         Per observation, or in all.
     reasons
         Key of an observation -> why it has no answer.
-
-    Returns
-    -------
-    AuditResult
-        One record per private image.
 
     Raises
     ------
@@ -152,16 +145,8 @@ def audit_reconstruction(
         for name in names
     }
     summary = _summarise(observations, answers, records, failed, seed)
-    return AuditResult(
-        attack_name,
-        "reconstruction",
-        records,
-        summary,
-        summary["verdict"],
-        summary["level"],
-        images,
-        {"histories": histories},
-    )
+    level, verdict, curves = summary["level"], summary["verdict"], {"histories": histories}
+    return AuditResult(attack_name, "reconstruction", records, summary, verdict, level, images, curves)
 
 
 def _fault(answer: Reconstruction | None, private: Tensor, reason: str | None) -> str:
@@ -230,24 +215,14 @@ def _score_victim(
         add("shown.", _scores(_align(answer.images.to(private).clamp(0, 1), shown), shown))
         guesses = [_scores(_align(images, shown), shown)["psnr"] for images in floors.values()]
         add("shown.", {"floor": np.max(guesses, axis=0).tolist()})
+    said = {name: getattr(answer, name) for name in ("label_confidence", "loss", "certificate", "method")}
     for row, right in zip(rows, named, strict=True):
-        row |= {
-            "label_right": right,
-            "label_confidence": answer.label_confidence,
-            "loss": answer.loss,
-            "certificate": answer.certificate,
-            "method": answer.method,
-            "notes": _why(answer),
-        }
+        row |= {"label_right": right, **said, "notes": _why(answer)}
+    scores |= {"out_of_range_share": outside.tolist(), "psnr_paper_scale": inflated.tolist()}
+    scores["ssim_paper_scale"] = wide_ssim.tolist()
     for position, index in enumerate(chosen):
+        rows[index] |= {"status": "scored", "matched_by": pairing.matched_by}
         rows[index] |= {field: values[position] for field, values in scores.items()}
-        rows[index] |= {
-            "status": "scored",
-            "matched_by": pairing.matched_by,
-            "out_of_range_share": float(outside[position]),
-            "psnr_paper_scale": float(inflated[position]),
-            "ssim_paper_scale": float(wide_ssim[position]),
-        }
     for row in rows:
         if row["status"] != "scored":
             row["status"] = f"failed: {len(answer.images)} images for a batch of {len(private)}"
@@ -291,12 +266,9 @@ def _align(images: Tensor, private: Tensor) -> Tensor:
 
 
 def _scores(images: Tensor, private: Tensor) -> dict[str, list[float]]:
-    window = ssim_window(*private.shape[-2:])
-    return {
-        "mse": mse(images, private).tolist(),
-        "psnr": psnr(images, private).tolist(),
-        "ssim": ssim(images, private, window=window).tolist(),
-    }
+    similar = ssim(images, private, window=ssim_window(*private.shape[-2:]))
+    scores = {"mse": mse(images, private), "psnr": psnr(images, private), "ssim": similar}
+    return {name: values.tolist() for name, values in scores.items()}
 
 
 def _control(answer: Reconstruction, victim: int, batches: Sequence[GroundTruth]) -> float | None:
@@ -308,8 +280,8 @@ def _control(answer: Reconstruction, victim: int, batches: Sequence[GroundTruth]
         if other.shape == own.shape and torch.equal(other, own):
             continue
         order = match(answer.images, other).order
-        pairs = [(place, index) for index, place in enumerate(order) if place >= 0]
-        scored = psnr(answer.images[[a for a, _ in pairs]].cpu(), other[[b for _, b in pairs]])
+        matched = [index for index, place in enumerate(order) if place >= 0]
+        scored = psnr(answer.images[[order[index] for index in matched]].cpu(), other[matched])
         values.append(float(scored.clamp(max=rule.COUNTED_DB).mean()))
     return float(np.mean(values)) if values else None
 
@@ -373,13 +345,12 @@ def _summarise(
 
 def _by_round(told: Mapping[int, dict[str, Any]]) -> tuple[Level, str]:
     """The worst round for whoever defends in full, the others in short."""
-    order = sorted(
-        told, key=lambda r: (SEVERITY.index(told[r]["level"]), -told[r]["above_best_floor"]["mean"])
-    )
+    gains = {r: told[r]["above_best_floor"]["mean"] for r in told}
+    order = sorted(told, key=lambda r: (SEVERITY.index(told[r]["level"]), -gains[r]))
     worst = told[order[0]]
     text = f"{RECONSTRUCTION.words(worst['level'])} in round {order[0]}: {worst['verdict']}"
     for r in order[1:]:
-        gap = rule.signed_gap(told[r]["above_best_floor"]["mean"])
+        gap = rule.signed_gap(gains[r])
         score = f"mean {rule.decibel(told[r]['psnr'])}, {gap} the floor"
         text += f"; in round {r} {RECONSTRUCTION.words(told[r]['level'])}: {score}"
     return worst["level"], text
@@ -406,18 +377,16 @@ def _judge(
     ours = np.minimum(_column(scored, "psnr"), rule.COUNTED_DB)
     best = max(capped, key=lambda name: float(capped[name].mean()))
     over_floor = paired_difference(ours, capped[best], seed, victims, confidence)
-    control = np.asarray(_column(scored, "control_psnr"))
-    over_control = (
-        None if np.isnan(control).any() else paired_difference(ours, control, seed, victims, confidence)
-    )
+    over_control, control = None, np.asarray(_column(scored, "control_psnr"))
+    if not np.isnan(control).any():
+        over_control = paired_difference(ours, control, seed, victims, confidence)
     shown = None
     if not np.isnan(against := np.asarray(_column(scored, "shown.psnr"))).any():
         rows = zip(against, _column(scored, "shown.ssim"), _column(scored, "shown.floor"), strict=True)
         shown = (_mean(against), sum(rule.image_recovered(p, s, f, None) for p, s, f in rows))
     guesses = np.max(list(capped.values()), axis=0)
-    lost = {
-        row["victim"]: row["status"].removeprefix("failed: ") for row in records if "label_right" not in row
-    }
+    failed = [row for row in records if "label_right" not in row]
+    lost = {row["victim"]: row["status"].removeprefix("failed: ") for row in failed}
     found = rule.Findings(
         images=len(records),
         recovered=sum(
@@ -436,18 +405,14 @@ def _judge(
         methods=_methods(scored),
     )
     level, text = rule.reconstruction(found)
+    told = found.labels
     return over_floor, {
         "recovered": found.recovered,
         "psnr": found.psnr,
         "best_floor": best,
         "above_best_floor": interval_fields(over_floor),
         "above_control": None if over_control is None else interval_fields(over_control),
-        "labels": {
-            "right": found.labels.right,
-            "of": found.labels.of,
-            "floor": found.labels.floor,
-            "beyond_guessing": found.labels.beyond,
-        },
+        "labels": {"right": told.right, "of": told.of, "floor": told.floor, "beyond_guessing": told.beyond},
         "level": level,
         "verdict": text,
     }
@@ -476,10 +441,9 @@ def _labels(
 ) -> rule.Labels:
     """Labels right beside the best answer that ignores the update, told apart over the clients.
 
-    That answer is the best fixed multiset for labels that are all equally common, as common as in the public
-    data, or as common as among the other clients. Beyond it lies what beats it in a one-sided paired t test over
-    the clients and is more than so likely a guess would get right by luck, which a t test of a few clients in
-    full agreement cannot know.
+    That answer is the best fixed multiset for labels that are all equally common, as common as in the public data,
+    or as among the other clients. Beyond it lies what beats it in a one-sided paired t test over the clients and by
+    more than a guess's luck, which a t test of a few clients in full agreement cannot know.
     """
     asked = [row for row in records if "label_right" in row]
     if not asked:
@@ -700,5 +664,3 @@ k: Numbers that were really sent. A rate alone says nothing: 0.1 % of a model wi
 numbers, of a small one a handful. Only those that are not zero and no bias of the last layer measure the image.
 """,
 )
-
-__all__ = ["AUXILIARY_FLOOR", "GREY_FLOOR", "RECONSTRUCTION", "audit_reconstruction"]

@@ -40,10 +40,7 @@ HEADLINES: dict[Level, str] = {
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels right of those asked for, those that the best answer without the update names, and what that says.
-
-    `beyond` is None where there are too few clients to tell.
-    """
+    """Labels right of those asked for, the best answer without the update, whether it is beaten (None: unknown)."""
 
     right: int = 0
     of: int = 0
@@ -55,16 +52,9 @@ class Labels:
 class Findings:
     """What a verdict is given: images asked for and recovered, means over the scored ones, and the best floor.
 
-    Parameters
-    ----------
-    over_floor, over_control : Interval
-        PSNR above that floor and above the control, over the victims; no control where there is no other victim.
-    failed : sequence of mapping
-        "key" and "reason" of the victims without a usable answer.
-    shown : tuple of float and int, optional
-        Mean PSNR against what a defence showed the model, and the images of that which were recovered.
-    methods : str
-        What answered, and why.
+    `over_floor` and `over_control` are PSNRs above those, over the victims; no control where there is no other
+    victim. `failed` has "key" and "reason" of the victims without an answer, `shown` the mean PSNR against what a
+    defence showed the model and how many images of that were recovered, `methods` what answered, and why.
     """
 
     images: int
@@ -84,8 +74,7 @@ class Findings:
 def image_recovered(psnr: float, ssim: float, best_floor: float, control: float | None) -> bool:
     """Whether one image is recovered beyond doubt.
 
-    `best_floor` is the highest PSNR of any floor on the same image, `control` that of the reconstruction against
-    other victims' images (None where there is none), all in dB.
+    In dB: `best_floor` on the same image, and `control`, against other victims' images (None where there is none).
     """
     above = psnr - best_floor >= RECOVERED_MARGIN and (control is None or psnr - control >= RECOVERED_MARGIN)
     return psnr >= RECOVERED_PSNR and ssim >= RECOVERED_SSIM and above
@@ -138,8 +127,7 @@ def _level(found: Findings) -> Level:
         return "partial"
     level, control = gain_level(found.over_floor, MARGIN), found.over_control
     if level in ("partial", "undecided"):
-        beside = control is not None and control.mean < found.over_floor.mean
-        if control is not None and beside and control.high < MARGIN:
+        if control is not None and control.mean < found.over_floor.mean and control.high < MARGIN:
             level = "none"
         elif control is None or not control.low > 0:
             level = "undecided"

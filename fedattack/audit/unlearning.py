@@ -50,25 +50,17 @@ def audit_unlearning(
     seconds: float = 0.0,
     seed: int = 0,
 ) -> AuditResult:
-    """Score a deletion request by the accuracy it costs beyond deleting as many random samples.
+    """Score a deletion request by the accuracy it costs beyond deleting as many random samples; a record per seed.
 
     Parameters
     ----------
     before, after, random
-        Test accuracies in [0, 1], one per seed: before the request, after it was carried out, and after the deletion
-        of as many random samples instead (the floor).
-    requests
-        Samples whose deletion was requested.
+        Test accuracies in [0, 1], one per seed: before the request, after it was carried out, and after the
+        deletion of as many random samples instead (the floor).
     test_samples
         Size of the test set: with a single seed the interval then covers the test samples.
     chance_accuracy
-        In [0, 1]: the share of the commonest class among them. A model that cannot be told from it has no accuracy to
-        lose.
-
-    Returns
-    -------
-    AuditResult
-        One record per seed.
+        In [0, 1]: the share of the commonest class. A model that cannot be told from it has no accuracy to lose.
 
     Raises
     ------
@@ -91,9 +83,8 @@ def audit_unlearning(
         damage = paired_difference(floor, changed, seed)
         covers = "seeds"
     idle = at_chance(float(first.mean()), chance_accuracy, test_samples)
-    level, verdict = verdict_of(
-        float(first.mean()), float(changed.mean()), float(floor.mean()), damage, runs, idle
-    )
+    was, now, guess = (float(c.mean()) for c in columns)
+    level, verdict = verdict_of(was, now, guess, damage, runs, idle)
 
     def accuracy(values: np.ndarray) -> dict[str, Any]:
         return describe(values.tolist(), seed, worst="max")
@@ -107,11 +98,9 @@ def audit_unlearning(
         "metrics": {
             "accuracy_before": accuracy(first),
             "accuracy_after": accuracy(changed),
-            "damage": {
-                **interval_fields(damage),
-                **extremes((floor - changed).tolist()),
-                "interval_over": covers,
-            },
+            "damage": interval_fields(damage)
+            | extremes((floor - changed).tolist())
+            | {"interval_over": covers},
         },
         "floors": {"random deletion": {"accuracy": accuracy(floor)}},
         "best_floor": "random deletion",
@@ -126,11 +115,9 @@ def audit_unlearning(
             "run": index,
             "mechanism": mechanism,
             "requests": requests,
-            "accuracy_before": float(b),
-            "accuracy_after": float(a),
-            "floor.random deletion.accuracy": float(r),
-            "damage": float(r - a),
         }
+        | {"accuracy_before": float(b), "accuracy_after": float(a)}
+        | {"floor.random deletion.accuracy": float(r), "damage": float(r - a)}
         for index, (b, a, r) in enumerate(zip(first, changed, floor, strict=True))
     ]
     return AuditResult(attack_name, "unlearning", records, summary, verdict, level)
@@ -223,5 +210,3 @@ UNLEARNING: Family = Family(
     types={"run": "Int64", "requests": "Int64", "mechanism": "string"},
     glossary="Damage: Accuracy after deleting as many random samples, minus accuracy after the request.",
 )
-
-__all__ = ["UNLEARNING", "audit_unlearning"]

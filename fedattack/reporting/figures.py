@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,18 +22,12 @@ from fedattack.audit.reconstruction_verdict import COUNTED_DB, RECOVERED_PSNR
 from fedattack.metrics import clopper_pearson
 from fedattack.reporting import formats
 
-BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#767676",
-)
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#767676"
 _SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _FLOOR_MARKS = (("s", ORANGE), ("D", GREEN), ("^", PURPLE), ("v", SKY), ("P", VERMILLION))
 _DPI = 130
+_NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555"}
 
 
 def png(figure: Figure) -> bytes:
@@ -44,16 +39,15 @@ def png(figure: Figure) -> bytes:
 
 
 def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
-    """Originals, reconstructions and floors one below the other, the PSNR under each, pixels enlarged unsmoothed.
+    """Originals, reconstructions and floors below one another, the PSNR under each, pixels enlarged unsmoothed.
 
     The first `limit` images in the order of clients are shown, never chosen by quality.
     """
     total = len(result.records)
     shown = min(limit, total)
     best = result.summary.get("best_floor")
-    others = [
-        n for n in result.images if n not in (ORIGINAL, REBUILT, GREY_FLOOR, AUXILIARY_FLOOR, SHOWN, best)
-    ]
+    known = (ORIGINAL, REBUILT, GREY_FLOOR, AUXILIARY_FLOOR, SHOWN, best)
+    others = [name for name in result.images if name not in known]
     seen_row = [SHOWN] if SHOWN in result.images else []
     names = [ORIGINAL, *seen_row, REBUILT, *([best] if best in result.images else [])]
     for name in others:  # a prior that is flat grey, say, need not be shown twice
@@ -67,10 +61,8 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
             _image(axes, result.images[name][column])
             if row == 0:
                 several = result.summary["batch"] != [1]
-                place = f", image {record['image']}" if several else ""
-                axes.set_title(
-                    f"{formats.seat(record['client'])}{place}\nround {record['round']}", fontsize=8
-                )
+                place = formats.seat(record["client"]) + (f", image {record['image']}" if several else "")
+                axes.set_title(f"{place}\nround {record['round']}", fontsize=8)
             elif name != SHOWN:
                 key = "psnr" if name == REBUILT else f"floor.{name}.psnr"
                 axes.set_xlabel(f"{formats.decimal(record.get(key))} dB", fontsize=9, labelpad=2)
@@ -93,50 +85,32 @@ def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
     figure = Figure(figsize=(max(6.0, min(12.0, 0.42 * len(records) + 3.4)), 3.9), layout="constrained")
     axes = figure.subplots()
     x = np.arange(len(records))
+    ours = [min(row.get("psnr", math.nan), COUNTED_DB) for row in records]
     if result.summary["floors"]:
         floors = [f"floor.{name}.psnr" for name in result.summary["floors"]]
         top = [np.nanmax([row.get(key, np.nan) for key in floors]) for row in records]
-        axes.vlines(
-            x,
-            top,
-            [min(row.get("psnr", math.nan), COUNTED_DB) for row in records],
-            color="#c4c4c4",
-            linewidth=1.5,
-            zorder=1,
-        )
+        axes.vlines(x, top, ours, color="#c4c4c4", linewidth=1.5, zorder=1)
     for (marker, colour), name in zip(_FLOOR_MARKS, result.summary["floors"], strict=False):
         values = [_finite(row.get(f"floor.{name}.psnr")) for row in records]
         axes.plot(x, values, marker, color=colour, mfc="none", ms=6, label=f"floor: {name}")
     control = [_finite(row.get("control_psnr")) for row in records]
     if not np.isnan(control).all():
         axes.plot(x, control, "x", color=GREY, ms=6, label="control: against other victims")
-    ours = [min(row.get("psnr", math.nan), COUNTED_DB) for row in records]
     exact = any(value == COUNTED_DB for value in ours)
     name = f"{REBUILT}{' (identical: drawn at 100)' if exact else ''}"
     axes.plot(x, ours, "o", color=BLUE, ms=7, label=name)
     axes.axhline(RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
-    axes.annotate(
-        f"recovered from {RECOVERED_PSNR:.0f} dB",
-        (0.995, RECOVERED_PSNR),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        fontsize=8,
-        color="#555555",
-    )
+    text, ends = f"recovered from {RECOVERED_PSNR:.0f} dB", ("axes fraction", "data")
+    axes.annotate(text, (0.995, RECOVERED_PSNR), xycoords=ends, ha="right", va="bottom", **_NOTE)
     several_rounds = len({row["round"] for row in records}) > 1
     seats = [formats.seat(row["client"]).removeprefix("client ").removesuffix(" clients") for row in records]
-    labels = [
-        f"{row['round']}/{who}" if several_rounds else who for row, who in zip(records, seats, strict=True)
-    ]
-    axes.set_xticks(x, labels, fontsize=8, rotation=90 if len(records) > 20 else 0)
+    if several_rounds:
+        seats = [f"{row['round']}/{who}" for row, who in zip(records, seats, strict=True)]
+    axes.set_xticks(x, seats, fontsize=8, rotation=90 if len(records) > 20 else 0)
     axes.set_xlabel("round/client" if several_rounds else "client")
     axes.set_ylabel("PSNR, dB (higher: more leaked)")
-    more = (
-        f" (first {len(records)} of {len(result.records)} images)"
-        if len(records) < len(result.records)
-        else ""
-    )
+    total = len(result.records)
+    more = f" (first {len(records)} of {total} images)" if len(records) < total else ""
     axes.set_title(f"{result.attack}: each image beside what could be guessed{more}", fontsize=10, loc="left")
     axes.grid(axis="y", color="#e3e3e3")
     axes.set_axisbelow(True)
@@ -157,17 +131,8 @@ def loss_history(result: AuditResult, limit: int = 16) -> Figure | None:
     values = [value for _, history in histories for value in history if np.isfinite(value)]
     for index, (label, history) in enumerate(histories[:limit]):
         colour, style = _SERIES[index % len(_SERIES)], ("-", "--", ":")[index // len(_SERIES) % 3]
-        marker = "o" if len(history) < 40 else None
-        axes.plot(
-            np.arange(1, len(history) + 1),
-            history,
-            style,
-            color=colour,
-            marker=marker,
-            ms=3.5,
-            lw=1.4,
-            label=label,
-        )
+        look: dict[str, Any] = {"color": colour, "marker": "o" if len(history) < 40 else None, "label": label}
+        axes.plot(np.arange(1, len(history) + 1), history, style, ms=3.5, lw=1.4, **look)
     if values and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.set_xlabel("iteration")
@@ -211,15 +176,7 @@ def roc(results: Sequence[AuditResult]) -> Figure:
     log.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1))
     log.set_aspect("equal")
     log.axvline(0.01, color=GREY, linewidth=0.8, linestyle=":")
-    log.annotate(
-        "1 %",
-        (0.01, low * 1.15),
-        fontsize=8,
-        color="#555555",
-        ha="left",
-        xytext=(3, 0),
-        textcoords="offset points",
-    )
+    log.annotate("1 %", (0.01, low * 1.15), ha="left", xytext=(3, 0), textcoords="offset points", **_NOTE)
     linear.set_title("linear", fontsize=10, loc="left")
     log.set_title("log-log: what a cautious attacker finds", fontsize=10, loc="left")
     linear.legend(fontsize=8, loc="lower right")
@@ -231,14 +188,10 @@ def unlearning_bars(results: Sequence[AuditResult]) -> Figure:
     figure = Figure(figsize=(max(5.2, 2.0 * len(results) + 3.0), 3.8), layout="constrained")
     axes = figure.subplots()
     x = np.arange(len(results))
+    floors = [r.summary["floors"]["random deletion"]["accuracy"] for r in results]
     series = (
         ("before", GREY, "", [r.summary["metrics"]["accuracy_before"] for r in results]),
-        (
-            "after random deletion (floor)",
-            ORANGE,
-            "//",
-            [r.summary["floors"]["random deletion"]["accuracy"] for r in results],
-        ),
+        ("after random deletion (floor)", ORANGE, "//", floors),
         ("after the request", BLUE, "", [r.summary["metrics"]["accuracy_after"] for r in results]),
     )
     for offset, (label, colour, hatch, described) in zip((-0.27, 0.0, 0.27), series, strict=True):
@@ -249,11 +202,8 @@ def unlearning_bars(results: Sequence[AuditResult]) -> Figure:
                 ends = [[height - d["low"] * 100], [d["high"] * 100 - height]]
                 axes.errorbar(place, height, yerr=np.maximum(ends, 0), color="black", capsize=3, linewidth=1)
         axes.bar_label(bars, fmt="%.1f", padding=5, fontsize=9)
-    axes.set_xticks(
-        x,
-        [f"{r.attack}\n({r.summary['mechanism']}, {r.summary['count']} samples)" for r in results],
-        fontsize=9,
-    )
+    names = [f"{r.attack}\n({r.summary['mechanism']}, {r.summary['count']} samples)" for r in results]
+    axes.set_xticks(x, names, fontsize=9)
     axes.set_ylabel("test accuracy, %")
     axes.set_ylim(0, 110)
     axes.set_yticks(range(0, 101, 20))
@@ -272,10 +222,8 @@ def accuracy_over_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     marker = "o" if len(x) < 40 else None
     left.plot(x, [_finite(row.get("accuracy")) * 100 for row in rounds], color=BLUE, marker=marker, ms=4)
     left.set(ylabel="test accuracy, %", ylim=(0, 100))
-    for key, label, colour, style in (
-        ("loss", "test loss", BLUE, "-"),
-        ("train_loss", "training loss", ORANGE, "--"),
-    ):
+    losses = (("loss", "test loss", BLUE, "-"), ("train_loss", "training loss", ORANGE, "--"))
+    for key, label, colour, style in losses:
         values = [_finite(row.get(key)) for row in rounds]
         if not np.isnan(values).all():
             right.plot(x, values, style, color=colour, marker=marker, ms=4, label=label)
@@ -292,38 +240,28 @@ def accuracy_over_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure:
 def label_histogram(counts: Mapping[int, Mapping[int, int]], limit: int = 40) -> Figure:
     """Samples of each label at each client (client -> label -> samples); the first clients, the commonest labels."""
     clients = sorted(counts)[:limit]
-    totals: dict[int, int] = {}
+    totals: Counter[int] = Counter()
     for client in clients:
-        for label, number in counts[client].items():
-            totals[label] = totals.get(label, 0) + number
+        totals.update(counts[client])
     labels = sorted(sorted(totals, key=lambda label: (-totals[label], label))[:limit])
     table = np.array([[counts[client].get(label, 0) for label in labels] for client in clients], dtype=float)
-    figure = Figure(
-        figsize=(min(11.0, 2.6 + 0.32 * len(labels)), min(8.0, 1.5 + 0.26 * len(clients))),
-        layout="constrained",
-    )
+    size = min(11.0, 2.6 + 0.32 * len(labels)), min(8.0, 1.5 + 0.26 * len(clients))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
     if table.size <= 400:
         for row, column in zip(*np.nonzero(table), strict=True):
-            dark = table[row, column] > 0.55 * table.max()
-            colour = "white" if dark else "#333333"
-            axes.text(
-                column, row, f"{table[row, column]:.0f}", ha="center", va="center", fontsize=7, color=colour
-            )
+            number = table[row, column]
+            colour = "white" if number > 0.55 * table.max() else "#333333"
+            axes.text(column, row, f"{number:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(
-        range(len(labels)),
-        [str(label) for label in labels],
-        fontsize=8,
-        rotation=90 if len(labels) > 12 else 0,
+        range(len(labels)), list(map(str, labels)), fontsize=8, rotation=90 if len(labels) > 12 else 0
     )
-    axes.set_yticks(range(len(clients)), [str(client) for client in clients], fontsize=8)
-    axes.set_xlabel(
-        "label" if len(labels) == len(totals) else f"label ({len(labels)} commonest of {len(totals)})"
-    )
-    axes.set_ylabel(
-        "client" if len(clients) == len(counts) else f"client (first {len(clients)} of {len(counts)})"
-    )
+    axes.set_yticks(range(len(clients)), list(map(str, clients)), fontsize=8)
+    some = f" ({len(labels)} commonest of {len(totals)})" if len(labels) < len(totals) else ""
+    axes.set_xlabel(f"label{some}")
+    some = f" (first {len(clients)} of {len(counts)})" if len(clients) < len(counts) else ""
+    axes.set_ylabel(f"client{some}")
     figure.colorbar(drawn, ax=axes, label="samples")
     return figure
 

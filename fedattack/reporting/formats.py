@@ -27,10 +27,7 @@ def signed(value: float, digits: int = 1) -> str:
 
 def span(described: Mapping[str, Any], digits: int = 1, scale: float = 1.0) -> str:
     """``12.1…14.9`` of a described metric, a dash where unknown: for narrow columns."""
-    low, high = described.get("low"), described.get("high")
-    if low is None or high is None:
-        return NONE
-    return f"{decimal(low * scale, digits)}…{decimal(high * scale, digits)}"
+    return "…".join(_ends(described, digits, scale)) or NONE
 
 
 def compact(value: Any) -> str:
@@ -76,10 +73,14 @@ def seat(client: int) -> str:
 
 def interval(described: Mapping[str, Any], digits: int = 1, scale: float = 1.0) -> str:
     """``[12.1, 14.9]`` of a described metric, a dash where unknown."""
-    low, high = described.get("low"), described.get("high")
-    if low is None or high is None:
-        return NONE
-    return f"[{decimal(low * scale, digits)}, {decimal(high * scale, digits)}]"
+    ends = ", ".join(_ends(described, digits, scale))
+    return f"[{ends}]" if ends else NONE
+
+
+def _ends(described: Mapping[str, Any], digits: int, scale: float) -> list[str]:
+    """Lower and upper end, or nothing where one is unknown."""
+    ends = [described.get("low"), described.get("high")]
+    return [] if None in ends else [decimal(end * scale, digits) for end in ends if end is not None]
 
 
 def seconds(value: Any) -> str:

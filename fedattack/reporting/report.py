@@ -29,6 +29,17 @@ _IMAGES = 256
 
 _ROUNDS = 100
 _ROWS = 200
+_COLUMNS = (
+    "accuracy",
+    "loss",
+    "train_loss",
+    "answered",
+    "dropped",
+    "failed",
+    "rejected",
+    "wire_bytes",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -48,30 +59,20 @@ def write_results(
     notes: Sequence[str] = (),
     left_out: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write records, summary, images, figures and ``report.html`` into a run's folder.
+    """Write records, summary, images, figures and ``report.html`` into a run's folder; the report's path.
 
     Parameters
     ----------
-    folder : RunFolder
-    results : sequence of AuditResult
-        In the order they are to appear.
-    federation : mapping, optional
+    federation
         "rounds": list of {"round", "loss", "accuracy", "train_loss", "answered", "failed", "rejected", "dropped",
-        "wire_bytes", "seconds"} (missing or None where unknown), "rejections": list of {"round", "client", "reason"};
-        every other entry with a plain value is shown as a fact.
-    command : str
-        The command line that repeats the run.
-    label_counts : mapping, optional
+        "wire_bytes", "seconds"} (missing or None where unknown), "rejections": list of {"round", "client",
+        "reason"}; every other entry with a plain value is shown as a fact.
+    label_counts
         Client -> label -> samples.
-    notes : sequence of str
+    notes
         Warnings shown below the verdicts.
-    left_out : mapping, optional
-        Attack -> why it does not apply, for ``summary.json``.
-
-    Returns
-    -------
-    Path
-        The report.
+    left_out
+        Attack -> why it does not apply.
 
     Raises
     ------
@@ -111,13 +112,7 @@ def write_results(
 
 
 def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstruction]]) -> None:
-    """Write unscored reconstructions (attack -> observation key -> answer) as PNG, batches side by side.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full.
-    """
+    """Write unscored reconstructions (attack -> observation key -> answer) as PNG, batches side by side."""
     for attack, by_key in answers.items():
         for key, answer in by_key.items():
             row = torch.cat(list(answer.images.clamp(0, 1)), dim=2)
@@ -127,10 +122,7 @@ def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstr
 def environment() -> Environment:
     """Where pages are rendered: escaping on, unknown names refused, figures formatted as everywhere."""
     environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     for name in ("decimal", "compact", "percent", "count", "interval", "seconds", "size"):
         environment.filters[name] = getattr(formats, name)
@@ -185,59 +177,24 @@ def _png(image: Tensor) -> bytes:
 def _federation(
     folder: RunFolder, federation: Mapping[str, Any], label_counts: Mapping[int, Mapping[int, int]] | None
 ) -> dict[str, Any]:
-    names = (
-        "accuracy",
-        "loss",
-        "train_loss",
-        "answered",
-        "dropped",
-        "failed",
-        "rejected",
-        "wire_bytes",
-        "seconds",
-    )
-    rounds = [dict.fromkeys(names) | dict(row) for row in federation.get("rounds", [])]
+    rounds = [dict.fromkeys(_COLUMNS) | dict(row) for row in federation.get("rounds", [])]
     facts = [
-        (
-            name.replace("_", " "),
-            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value),
-        )
+        (name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
         for name, value in federation.items()
         if isinstance(value, str | int | float)
     ]
     pictures = []
     if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
-        pictures.append(
-            _figure(
-                folder,
-                "accuracy",
-                figures.accuracy_over_rounds(rounds),
-                "Accuracy and loss over the rounds",
-                "The global model on held-out samples: an attacked federation that learns nothing proves little.",
-            )
+        told = (
+            "The global model on held-out samples: an attacked federation that learns nothing proves little."
         )
+        drawn = figures.accuracy_over_rounds(rounds)
+        pictures.append(_figure(folder, "accuracy", drawn, "Accuracy and loss over the rounds", told))
     if label_counts:
-        pictures.append(
-            _figure(
-                folder,
-                "labels",
-                figures.label_histogram(label_counts),
-                "Samples of each label at each client",
-                "How the samples are dealt out.",
-            )
-        )
-    left_out = (
-        f"The first {_ROUNDS} of {len(rounds)} rounds; all are in summary.json."
-        if len(rounds) > _ROUNDS
-        else ""
-    )
-    return {
-        "facts": facts,
-        "rounds": rounds[:_ROUNDS],
-        "left_out": left_out,
-        "rejections": list(federation.get("rejections", []))[:_ROWS],
-        "pictures": pictures,
-    }
-
-
-__all__ = ["environment", "write_answers", "write_results"]
+        alt, told = "Samples of each label at each client", "How the samples are dealt out."
+        pictures.append(_figure(folder, "labels", figures.label_histogram(label_counts), alt, told))
+    more = f"The first {_ROUNDS} of {len(rounds)} rounds; all are in summary.json."
+    left_out = more if len(rounds) > _ROUNDS else ""
+    rejections = list(federation.get("rejections", []))[:_ROWS]
+    shown = {"facts": facts, "rounds": rounds[:_ROUNDS], "left_out": left_out}
+    return shown | {"rejections": rejections, "pictures": pictures}

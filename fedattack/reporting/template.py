@@ -1,7 +1,4 @@
-"""The page of a run's report, as a Jinja template.
-
-It is Python, not a file of its own, because Flower packs no other kind of file into what `flwr run` runs.
-"""
+"""The report's page as a Jinja template; Python, because Flower packs no other kind of file into what it runs."""
 
 from __future__ import annotations
 

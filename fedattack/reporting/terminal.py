@@ -13,23 +13,15 @@ from rich.text import Text
 
 from fedattack.audit.family import AuditResult, Family, by_family, headline
 
-STYLES = {
-    "leak": "bold red",
-    "partial": "bold yellow",
-    "none": "bold green",
-    "undecided": "bold",
-    "failed": "bold",
-}
+STYLES = {"leak": "bold red", "partial": "bold yellow", "none": "bold green"}
+STYLES |= {"undecided": "bold", "failed": "bold"}
 WIDTH = 100
 
 
 def print_summary(
     console: Console, results: Sequence[AuditResult], federation: Mapping[str, Any] | None = None
 ) -> None:
-    """Print the headline, a table per family of attacks, each score beside its floor, and every verdict below.
-
-    `federation` is as :func:`fedattack.reporting.report.write_results` is given it; for the headline's assumptions.
-    """
+    """Print the headline, a table per family with each score beside its floor, and every verdict below."""
     width = min(WIDTH, console.width)
     if top := headline(results, federation):
         console.print(Text(top["text"], style=STYLES[top["level"]]), width=width)
@@ -37,26 +29,18 @@ def print_summary(
         console.print(_table(family, chosen, width))
     for result in results:
         words, separator, rest = result.verdict.partition(":")
-        line = Text.from_markup(
-            f"[bold]{escape(result.attack)}[/]  [{STYLES[result.level]}]{escape(words)}[/]{separator}"
-        )
+        style = STYLES[result.level]
+        line = Text.from_markup(f"[bold]{escape(result.attack)}[/]  [{style}]{escape(words)}[/]{separator}")
         line.append(rest)
         console.print(line, width=width)
         if result.threat.get("letters"):
-            console.print(
-                Text(f"  seen as {result.threat.get('seat', '')}: {', '.join(result.threat['letters'])}")
-            )
+            letters = ", ".join(result.threat["letters"])
+            console.print(Text(f"  seen as {result.threat.get('seat', '')}: {letters}"))
 
 
 def _table(family: Family, results: Sequence[AuditResult], width: int) -> Table:
-    table = Table(
-        title=family.title,
-        title_justify="left",
-        title_style="bold",
-        width=width,
-        box=box.SIMPLE_HEAD,
-        padding=0,
-    )
+    heading: dict[str, Any] = {"title": family.title, "title_justify": "left", "title_style": "bold"}
+    table = Table(**heading, width=width, box=box.SIMPLE_HEAD, padding=0)
     columns = family.table_columns()
     for index, name in enumerate(["attack", *(name for name, _ in columns)]):
         # Headings are broken by hand, so that the columns are as narrow as their figures and nothing folds at 80.

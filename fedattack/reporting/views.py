@@ -13,6 +13,7 @@ from fedattack.reporting import formats
 from fedattack.storage.plain import fedattack_version
 
 _ROWS = 200
+_MEASURING = "not zero, and no bias of the last layer"
 _LIBRARIES = ("torch", "flwr", "ray", "numpy", "scipy", "scikit-learn")
 
 
@@ -32,14 +33,9 @@ def subtitle(config: Config) -> str:
 
 def attack_view(result: AuditResult) -> dict[str, Any]:
     words, _, explanation = result.verdict.partition(": ")
-    return {
-        "name": result.attack,
-        "level": result.level,
-        "question": get_family(result.family).question,
-        "headline": words,
-        "explanation": explanation,
-        "badge": _badge(result.threat),
-    }
+    question = get_family(result.family).question
+    told = {"headline": words, "explanation": explanation, "badge": _badge(result.threat)}
+    return {"name": result.attack, "level": result.level, "question": question, **told}
 
 
 def _badge(threat: Mapping[str, Any]) -> str:
@@ -57,17 +53,10 @@ def family_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
         for metric in family.titled:
             columns += [metric.heading, "95 % interval"]
             columns += ["worst", "best"] if metric is family.titled[0] else []
-        rows = [
-            {
-                "name": title,
-                "main": main,
-                "cells": [
-                    cell for m in family.titled for cell in m.cells(figures, ends=m is family.titled[0])
-                ],
-            }
-            for result in chosen
-            for title, main, figures in family.rows(result)
-        ]
+        rows = []
+        for title, main, figures in (row for result in chosen for row in family.rows(result)):
+            cells = [cell for m in family.titled for cell in m.cells(figures, ends=m is family.titled[0])]
+            rows.append({"name": title, "main": main, "cells": cells})
         remarks = [_sentence(result.attack, family.remarks(result)) for result in chosen]
         views.append({"title": family.title, "columns": columns, "rows": rows, "remarks": remarks})
     return views
@@ -90,14 +79,10 @@ def seen_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
         images = "none"
         if granted:
             labels = "with labels" if granted["labelled"] else "without labels"
-            images = (
-                f"{granted['count']:,} public images {labels}; source: {granted['source'] or 'not stated'}"
-            )
-        kind = (
-            "gradient of the mean loss over one batch"
-            if s["update_kind"] == "gradient"
-            else "weight difference"
-        )
+            source = granted["source"] or "not stated"
+            images = f"{granted['count']:,} public images {labels}; source: {source}"
+        step, measuring = s["update_kind"] == "gradient", formats.count(s["k_measuring"])
+        kind = "gradient of the mean loss over one batch" if step else "weight difference"
         batch = " or ".join(str(b) for b in s["batch"])
         local = f", {training['local_steps']} local steps of learning rate {training['learning_rate']}"
         facts = [
@@ -111,11 +96,7 @@ def seen_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
                 f"{formats.count(s['k'])} of {s['parameters']:,} numbers, {formats.rate(s['rate'])}",
             ),
             ("k per pixel", f"{formats.compact(s['k_per_pixel'])} numbers sent for each private pixel value"),
-            (
-                "of the image",
-                f"{formats.count(s['k_measuring'])} of those numbers measure the image: not zero, and no bias "
-                f"of the last layer",
-            ),
+            ("of the image", f"{measuring} of those numbers measure the image: {_MEASURING}"),
             ("On the wire", f"{formats.size(s['wire_bytes'])} per update"),
             ("Auxiliary data", images),
         ]
@@ -155,11 +136,8 @@ def versions(config: Config) -> list[tuple[str, str]]:
             found.append((name, version(name)))
         except PackageNotFoundError:
             continue
-    return [
-        *found,
-        ("Python", platform.python_version()),
-        ("System", f"{platform.system()} {platform.machine()}"),
-    ]
+    system = f"{platform.system()} {platform.machine()}"
+    return [*found, ("Python", platform.python_version()), ("System", system)]
 
 
 def _defenses(settings: Mapping[str, Any]) -> str:
@@ -174,10 +152,8 @@ def _defenses(settings: Mapping[str, Any]) -> str:
 def _compression(settings: Mapping[str, Any]) -> str:
     name = settings["name"]
     if name in ("topk", "randomk", "dgc"):
-        text = (
-            f"{name}, {formats.rate(settings['rate'])} of all entries, chosen per {settings['scope']} scope"
-        )
-        text = text.replace("per global scope", "over all layers").replace("per layer scope", "in each layer")
+        where = {"global": "over all layers", "layer": "in each layer"}[settings["scope"]]
+        text = f"{name}, {formats.rate(settings['rate'])} of all entries, chosen {where}"
     elif name == "topk-qsgd":
         text = f"{settings['rate']:.2%} top-k with {settings['levels']} levels per sign"
     elif name == "qsgd":

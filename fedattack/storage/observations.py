@@ -65,42 +65,20 @@ class _TruthDocument(Section):
 
 
 def save_observation(folder: Path | str, observation: Observation) -> Path:
-    """Store one observation; weights and auxiliary data that are already there are not written again.
-
-    Parameters
-    ----------
-    folder : Path or str
-        Made if absent.
-    observation : Observation
-
-    Returns
-    -------
-    Path
-        The observation's JSON file.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full or the folder cannot be written.
-    """
+    """Store one observation, weights and auxiliary data only where they are not there yet; its JSON file's path."""
     folder = Path(folder)
     place = _place(folder, observation.round, observation.client)
     weights = _save_once(place.parent, "weights", observation.weights)
-    auxiliary = None
-    if observation.auxiliary is not None:
-        tensors = {"images": observation.auxiliary.images}
-        if observation.auxiliary.labels is not None:
-            tensors["labels"] = observation.auxiliary.labels
-        if observation.auxiliary.groups is not None:
-            tensors["groups"] = observation.auxiliary.groups
-        auxiliary = _save_once(folder, "auxiliary", tensors)
+    auxiliary, public = None, observation.auxiliary
+    if public is not None:
+        tensors = {"images": public.images, "labels": public.labels, "groups": public.groups}
+        auxiliary = _save_once(folder, "auxiliary", {n: t for n, t in tensors.items() if t is not None})
     update = observation.update
     sent = {"values": update.values}
     if update.indices is not None:
         sent["indices"] = update.indices
     sent |= {f"buffer.{name}": tensor for name, tensor in observation.buffers.items()}
     write_tensors(place.with_suffix(".safetensors"), sent)
-    scenario = observation.scenario
     document = {
         "format": 1,
         "round": observation.round,
@@ -112,8 +90,8 @@ def save_observation(folder: Path | str, observation: Observation) -> Path:
         "shapes": update.shapes,
         "weights": weights,
         "auxiliary": auxiliary,
-        "auxiliary_source": observation.auxiliary.source if observation.auxiliary else "",
-        "scenario": scenario.record(),
+        "auxiliary_source": public.source if public else "",
+        "scenario": observation.scenario.record(),
     }
     write_json(place.with_suffix(".json"), document)
     return place.with_suffix(".json")
@@ -127,8 +105,7 @@ def load_observations(folder: Path | str) -> list[Observation]:
     Raises
     ------
     DataError
-        Names the file and what is wrong with it: not JSON or safetensors, a field missing or out of range, NaN or
-        infinite values, tensors that do not fit, indices out of range; or that there is no observation.
+        Names the file and what is wrong with it; or there is no observation.
     """
     folder = Path(folder)
     shared: dict[Path, dict[str, Tensor]] = {}
@@ -139,13 +116,7 @@ def load_observations(folder: Path | str) -> list[Observation]:
 
 
 def save_truth(folder: Path | str, truth: GroundTruth) -> Path:
-    """Store the private batch behind one observation, in a folder of its own.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full or the folder cannot be written.
-    """
+    """Store the private batch behind one observation, in a folder of its own."""
     place = _place(Path(folder), truth.round, truth.client)
     tensors = {"images": truth.images, "labels": truth.labels}
     if truth.shown is not None:
@@ -157,18 +128,12 @@ def save_truth(folder: Path | str, truth: GroundTruth) -> Path:
 
 
 def load_truths(folder: Path | str) -> list[GroundTruth]:
-    """All truths of a folder, by round and client.
-
-    Raises
-    ------
-    DataError
-        If one is malformed, or there is none.
-    """
+    """All truths of a folder, by round and client; DataError where one is malformed, or there is none."""
     truths = []
     for path in sorted(Path(folder).glob("round-*/*.json")):
         document = _parse(path, _TruthDocument)
         tensors = read_tensors(path.with_suffix(".safetensors"))
-        images, labels = _images(path, tensors, None), tensors.get("labels")
+        images, labels = _check_images(path, "images", tensors.get("images"), None), tensors.get("labels")
         if labels is None or labels.dtype != torch.int64 or labels.shape != (len(images),):
             raise DataError(f"{path}: labels must be int64 of shape ({len(images)},)")
         if len(document.sample_ids) != len(images):
@@ -176,22 +141,15 @@ def load_truths(folder: Path | str) -> list[GroundTruth]:
         shown = tensors.get("shown")
         if shown is not None:
             _check_images(path, "shown", shown, tuple(images.shape[1:]))
-        truths.append(
-            GroundTruth(document.round, document.client, images, labels, document.sample_ids, shown)
-        )
+        who = document.round, document.client
+        truths.append(GroundTruth(*who, images, labels, document.sample_ids, shown))
     if not truths:
         raise DataError(f"no truth in {folder}: expected round-*/*.json")
     return sorted(truths, key=lambda truth: (truth.round, truth.client))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises
-    ------
-    DataError
-        If it is missing or malformed.
-    """
+    """Tensors of a safetensors file; DataError where it is missing or malformed."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -224,7 +182,7 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
     if document.auxiliary is not None:
         source = folder / document.auxiliary
         public = _read_once(source, shared)
-        images = _images(source, public, scenario.image_shape)
+        images = _check_images(source, "images", public.get("images"), scenario.image_shape)
         for name in ("labels", "groups"):
             numbers = public.get(name)
             if numbers is not None and (numbers.dtype != torch.int64 or numbers.shape != (len(images),)):
@@ -246,11 +204,10 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
 def _checked_update(
     path: Path, document: _Document, tensors: dict[str, Tensor], weights: dict[str, Tensor]
 ) -> Update:
-    if len(document.names) != len(document.shapes) or len(set(document.names)) != len(document.names):
-        raise DataError(
-            f"{path}: {len(document.names)} parameter names (repeated?) for {len(document.shapes)} shapes"
-        )
-    for name, shape in zip(document.names, document.shapes, strict=True):
+    names, shapes = document.names, document.shapes
+    if len(names) != len(shapes) or len(set(names)) != len(names):
+        raise DataError(f"{path}: {len(names)} parameter names (repeated?) for {len(shapes)} shapes")
+    for name, shape in zip(names, shapes, strict=True):
         if name not in weights or tuple(weights[name].shape) != shape:
             held = tuple(weights[name].shape) if name in weights else "nothing"
             raise DataError(f"{path}: parameter {name!r} has shape {shape}, but the weights hold {held}")
@@ -258,7 +215,7 @@ def _checked_update(
     if values is None or values.dtype != torch.float32 or values.ndim != 1:
         raise DataError(f"{path}: 'values' must be float32 in one dimension")
     _check_finite(path, "values", values)
-    update = Update(document.names, document.shapes, indices, values, document.kind)
+    update = Update(names, shapes, indices, values, document.kind)
     if indices is None:
         if values.numel() != update.numel:
             raise DataError(f"{path}: {values.numel()} values for a dense update of {update.numel}")
@@ -269,10 +226,6 @@ def _checked_update(
     ):
         raise DataError(f"{path}: 'indices' must rise strictly within [0, {update.numel})")
     return update
-
-
-def _images(path: Path, tensors: Mapping[str, Tensor], shape: tuple[int, int, int] | None) -> Tensor:
-    return _check_images(path, "images", tensors.get("images"), shape)
 
 
 def _check_images(path: Path, name: str, images: Tensor | None, shape: tuple[int, ...] | None) -> Tensor:
@@ -332,13 +285,7 @@ _KEY = re.compile(r"^[A-Za-z0-9_.:-]+$")
 
 
 def safe_name(name: str) -> str:
-    """`name` as part of a path: an attack given as "package.module:Class" has no slash, but a user's might.
-
-    Raises
-    ------
-    DataError
-        If it could leave its folder.
-    """
+    """`name` as part of a path; DataError where it could leave its folder."""
     if not _KEY.match(name) or name.startswith("."):
         raise DataError(f"{name!r} cannot name a file: letters, digits, '_', '-', '.' and ':' only")
     return name.replace(":", "_")

@@ -19,25 +19,13 @@ from fedattack.files import write_bytes
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write strictly valid JSON (see :func:`plain`), whole or not at all.
-
-    Raises
-    ------
-    RunFailed
-        As in :func:`fedattack.files.write_bytes`.
-    """
+    """Write strictly valid JSON (see :func:`plain`), whole or not at all."""
     text = json.dumps(plain(document), indent=1, allow_nan=False)
     write_bytes(path, text.encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises
-    ------
-    DataError
-        If it is missing or is no JSON.
-    """
+    """Read a JSON file; DataError where it is missing or is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -72,6 +60,15 @@ def plain(value: Any) -> Any:
 def number(value: Any) -> float:
     """A float back from :func:`plain`'s spelling of it."""
     return math.nan if value is None else float(value)
+
+
+def flat(document: Mapping[str, Any], joint: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, their keys joined."""
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, joint, name + joint) if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def fedattack_version() -> str:

@@ -16,17 +16,16 @@ from fedattack.storage.run_folder import RunFolder
 
 
 def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
-    """All records in one table: a row per private image, candidate or seed; columns that do not apply are empty.
+    """All records in one table; columns that do not apply are empty.
 
     Column types do not depend on what a run happens to hold, so that tables of several runs concatenate.
     """
     types = dict.fromkeys(("attack", "family", "status"), "string")
     for family, _ in by_family(results):
         types |= family.types
-    frame = pd.DataFrame([row for result in results for row in result.records])
-    texts = {
-        name for result in results for row in result.records for name in row if isinstance(row[name], str)
-    }
+    rows = [row for result in results for row in result.records]
+    frame = pd.DataFrame(rows)
+    texts = {name for row in rows for name in row if isinstance(row[name], str)}
     chosen = {name: types.get(name, "string" if name in texts else "float64") for name in frame.columns}
     return frame.astype(chosen)
 
@@ -37,16 +36,12 @@ def summary_document(
     federation: Mapping[str, Any] | None,
     left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of ``summary.json``, already in JSON's own types.
+    """The content of ``summary.json``, already in JSON's own types: NaN is null, infinities "inf", "-inf".
 
-    Returns
-    -------
-    dict
-        "version", "config", "federation" (as given), "headline" (:func:`fedattack.audit.family.headline`),
-        "left_out" (attack -> why it does not apply) and "attacks": name -> the audit's summary with "family",
-        "count", "metrics" (metric -> "mean", "worst", "best", "low", "high"), "floors" (floor -> metric -> the
-        same), "k", "k_per_pixel", "seconds", "level", "verdict" and more. "worst" is the attacker's worst. NaN
-        is null, infinities "inf", "-inf".
+    "version", "config", "federation" (as given), "headline" (:func:`fedattack.audit.family.headline`), "left_out"
+    (attack -> why it does not apply) and "attacks": name -> the audit's summary with "family", "count", "metrics"
+    (metric -> "mean", "worst" for whoever attacks, "best", "low", "high"), "floors" (floor -> metric -> the same),
+    "seconds", "level" and more.
     """
     document = {
         "version": fedattack_version(),
@@ -60,13 +55,7 @@ def summary_document(
 
 
 def write_records(folder: RunFolder, results: Sequence[AuditResult]) -> None:
-    """Write ``records.csv`` and ``records.parquet``.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full.
-    """
+    """Write ``records.csv`` and ``records.parquet``."""
     frame = records_frame(results)
     write_bytes(folder.path / "records.csv", frame.to_csv(index=False).encode())
     buffer = io.BytesIO()
@@ -80,11 +69,5 @@ def write_summary(
     federation: Mapping[str, Any] | None,
     left_out: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``summary.json``; see :func:`summary_document`.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full.
-    """
+    """Write ``summary.json``; see :func:`summary_document`."""
     write_json(folder.path / "summary.json", summary_document(folder.config, results, federation, left_out))

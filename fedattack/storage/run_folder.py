@@ -22,30 +22,16 @@ import torch
 from fedattack.config import Config
 from fedattack.errors import ConfigError, DataError
 from fedattack.files import cannot_write, write_bytes, write_tensors
-from fedattack.groundtruth import GroundTruth
-from fedattack.observation import MembershipScores, Observation, Reconstruction
-from fedattack.storage.observations import (
-    load_observations,
-    load_truths,
-    read_tensors,
-    safe_name,
-    save_observation,
-    save_truth,
-)
-from fedattack.storage.plain import fedattack_version, number, read_json, write_json
+from fedattack.observation import MembershipScores, Reconstruction
+from fedattack.storage.observations import read_tensors, safe_name
+from fedattack.storage.plain import fedattack_version, flat, number, read_json, write_json
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder; make it with :meth:`create`.
+    """A run's folder, made with :meth:`create`; `resumed` where it held a run of the same settings.
 
-    Parameters
-    ----------
-    path : Path
-    config : Config
-        The run's settings.
-    resumed : bool
-        Whether an earlier, unfinished or finished, run of the same settings was found in it.
+    Whatever writes raises RunFailed where the disk is full, whatever reads DataError where a file is malformed.
     """
 
     path: Path
@@ -54,23 +40,13 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | str, config: Config, resume: bool = True) -> RunFolder:
-        """Make the folder, or take up the run that is in it.
-
-        Parameters
-        ----------
-        path : Path or str
-            Absent, empty, or the folder of a run with the same result settings (engine and output may differ).
-        config : Config
-        resume : bool
-            False: refuse a folder that holds a run already.
+        """Make the folder, or take up the run of the same result settings in it (engine and output may differ).
 
         Raises
         ------
         ConfigError
             If the folder holds another configuration's run (names the first settings that differ), is not empty and
             no run folder, cannot be made, or holds a run while `resume` is False.
-        RunFailed
-            If the disk is full.
         """
         path = Path(path)
         stored = path / "config.toml"
@@ -85,9 +61,8 @@ class RunFolder:
             for leftover in path.rglob(".*.part"):
                 leftover.unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"setting 'output.run_dir' = {str(path)!r}: {error.strerror}; give a folder"
-            ) from None
+            what = f"{error.strerror}; give a folder"
+            raise ConfigError(f"setting 'output.run_dir' = {str(path)!r}: {what}") from None
         if resumed:
             _check_same(stored, config, resume)
         else:
@@ -118,13 +93,7 @@ class RunFolder:
         return self.path / "figures"
 
     def log(self, text: str) -> None:
-        """Append a line with the time (UTC) to ``log.txt``.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Append a line with the time (UTC) to ``log.txt``."""
         stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = f"{stamp}  {text}\n"
         try:
@@ -133,38 +102,8 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path / "log.txt", error, len(line)) from error
 
-    def save_observation(self, observation: Observation) -> None:
-        """Store an observation below ``observations/``."""
-        save_observation(self.observations, observation)
-
-    def load_observations(self) -> list[Observation]:
-        """All stored observations; see :func:`fedattack.storage.load_observations`."""
-        return load_observations(self.observations)
-
-    def save_truth(self, truth: GroundTruth) -> None:
-        """Store a private batch below ``truth/``."""
-        save_truth(self.truth, truth)
-
-    def load_truths(self) -> list[GroundTruth]:
-        """All stored truths."""
-        return load_truths(self.truth)
-
     def save_reconstruction(self, attack: str, key: str, answer: Reconstruction, seconds: float) -> None:
-        """Store an attack's answer for one observation, so that a resumed run need not ask again.
-
-        Parameters
-        ----------
-        attack, key : str
-            The attack's name and the observation's key.
-        answer : Reconstruction
-        seconds : float
-            What it took.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store an attack's answer for the observation `key` and its seconds; a resumed run need not ask again."""
         place = self._part(attack, key)
         names = list(answer.floors)
         tensors = {"images": answer.images, "labels": answer.labels}
@@ -185,13 +124,7 @@ class RunFolder:
         place.with_suffix(".failed.json").unlink(missing_ok=True)
 
     def save_failure(self, attack: str, key: str, reason: str) -> None:
-        """Store why an attack has no answer for one observation.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store why an attack has no answer for one observation."""
         write_json(self._part(attack, key).with_suffix(".failed.json"), {"format": 1, "reason": reason})
 
     def has_failed(self, attack: str, key: str) -> bool:
@@ -203,20 +136,11 @@ class RunFolder:
         return self.path / "checkpoints" / safe_name(attack) / safe_name(key)
 
     def load_reconstruction(self, attack: str, key: str) -> tuple[Reconstruction, float] | None:
-        """The stored answer and its seconds, or None where it is not finished.
-
-        Raises
-        ------
-        DataError
-            If the stored answer is malformed.
-        """
+        """The stored answer and its seconds, or None where it is not finished."""
         place = self._part(attack, key)
         if not place.with_suffix(".json").is_file():
             return None
-        document, tensors = (
-            read_json(place.with_suffix(".json")),
-            read_tensors(place.with_suffix(".safetensors")),
-        )
+        document, tensors = _read_pair(place)
         try:
             loss, confidence, seconds = tensors["scalars"].tolist()
             answer = Reconstruction(
@@ -231,19 +155,12 @@ class RunFolder:
                 details=document["details"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{place}.json and .safetensors do not hold one reconstruction: {error!r}"
-            ) from None
+            what = "do not hold one reconstruction"
+            raise DataError(f"{place}.json and .safetensors {what}: {error!r}") from None
         return answer, seconds
 
     def save_round(self, attack: str, round: int, figures: Mapping[str, torch.Tensor]) -> None:
-        """Store what an attack keeps of one round.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store what an attack keeps of one round."""
         write_tensors(self._part(attack, f"round-{round:05d}").with_suffix(".safetensors"), figures)
 
     def load_rounds(self, attack: str) -> dict[int, dict[str, torch.Tensor]]:
@@ -252,33 +169,18 @@ class RunFolder:
         return {int(path.stem.partition("-")[2]): read_tensors(path) for path in found}
 
     def save_scores(self, attack: str, target: int, scores: MembershipScores, seconds: float) -> None:
-        """Store the membership scores for one target client.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store the membership scores for one target client."""
         place = self._part(attack, f"client-{target:05d}")
         write_tensors(place.with_suffix(".safetensors"), {"scores": scores.scores})
         document = {"format": 1, "statistic": scores.statistic, "details": scores.details, "seconds": seconds}
         write_json(place.with_suffix(".json"), document)
 
     def load_scores(self, attack: str, target: int) -> tuple[MembershipScores, float] | None:
-        """The stored scores and their seconds, or None where they are not finished.
-
-        Raises
-        ------
-        DataError
-            If they are malformed.
-        """
+        """The stored scores and their seconds, or None where they are not finished."""
         place = self._part(attack, f"client-{target:05d}")
         if not place.with_suffix(".json").is_file():
             return None
-        document, tensors = (
-            read_json(place.with_suffix(".json")),
-            read_tensors(place.with_suffix(".safetensors")),
-        )
+        document, tensors = _read_pair(place)
         try:
             scores = MembershipScores(tensors["scores"], document["statistic"], document["details"])
             return scores, float(document["seconds"])
@@ -286,23 +188,11 @@ class RunFolder:
             raise DataError(f"{place}.json and .safetensors do not hold scores: {error!r}") from None
 
     def save_part(self, name: str, document: Mapping[str, Any]) -> None:
-        """Store any other finished part (the federation's rounds, an unlearning outcome) as JSON.
-
-        Raises
-        ------
-        RunFailed
-            If the disk is full.
-        """
+        """Store any other finished part (the federation's rounds, an unlearning outcome) as JSON."""
         write_json(self.path / "parts" / f"{safe_name(name)}.json", document)
 
     def load_part(self, name: str) -> dict[str, Any] | None:
-        """A part stored by :meth:`save_part` (NaN comes back as None), or None where it is not finished.
-
-        Raises
-        ------
-        DataError
-            If it is no JSON object.
-        """
+        """A part stored by :meth:`save_part` (NaN comes back as None), or None where it is not finished."""
         path = self.path / "parts" / f"{safe_name(name)}.json"
         if not path.is_file():
             return None
@@ -315,6 +205,10 @@ class RunFolder:
         return self.path / "parts" / safe_name(attack) / safe_name(key)
 
 
+def _read_pair(place: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    return read_json(place.with_suffix(".json")), read_tensors(place.with_suffix(".safetensors"))
+
+
 def _check_same(stored: Path, config: Config, resume: bool) -> None:
     if not resume:
         raise ConfigError(
@@ -323,30 +217,15 @@ def _check_same(stored: Path, config: Config, resume: bool) -> None:
     try:
         earlier = Config.from_toml(stored)
     except ConfigError as error:
-        raise ConfigError(
-            f"setting 'output.run_dir': {stored} is not readable: {error}; give another folder"
-        ) from None
-    there, here = _flat(earlier.result_settings()), _flat(config.result_settings())
+        what = f"{stored} is not readable: {error}; give another folder"
+        raise ConfigError(f"setting 'output.run_dir': {what}") from None
+    there, here = flat(earlier.result_settings()), flat(config.result_settings())
     differing = [name for name in [*here, *(set(there) - set(here))] if there.get(name) != here.get(name)]
     if differing:
-        shown = "; ".join(
-            f"{name} = {there.get(name)!r} there, {here.get(name)!r} here" for name in differing[:3]
-        )
+        both = [f"{name} = {there.get(name)!r} there, {here.get(name)!r} here" for name in differing[:3]]
+        shown = "; ".join(both)
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ConfigError(
             f"setting 'output.run_dir' = {str(stored.parent)!r}: holds a run with other settings: {shown}{more}. "
             "Give another folder, or the same settings to resume"
         )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-__all__ = ["RunFolder"]

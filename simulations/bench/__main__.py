@@ -53,18 +53,9 @@ def bench(
             console.print(f"[cyan]{name:18}[/]{CASES.summary(name)}")
         return
     figures = CASES.get(case)(quick=quick, **_accepted(case, data=data, long=long, peers=peers))
-    figures = {
-        "case": case,
-        "quick": quick,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "load": os.getloadavg(),
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        },
-        **figures,
-    }
+    machine = {"cpus": os.cpu_count(), "load": os.getloadavg(), "platform": platform.platform()}
+    machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    figures = {"case": case, "quick": quick, "machine": machine, **figures}
     table = Table("figure", "value", title=case, title_justify="left")
     for name, value in figures.items():
         if not isinstance(value, dict | list):

@@ -46,21 +46,9 @@ def resnet18(quick: bool = False, data: Path | None = None, peers: bool = False)
 
 @dataclass
 class _Contender:
-    """One engine at work on so many victims.
+    """One engine at work: `run` goes on for so many iterations, `seconds` are those of one in each turn.
 
-    Attributes
-    ----------
-    label : str
-        In the figures' names.
-    victims : int
-    run : callable
-        Goes on for so many iterations.
-    start_s : float
-        Seconds that the first iteration took more than a later one: the compiler's.
-    grown_mib : float
-        Memory.
-    seconds : list of float
-        Of an iteration, each turn.
+    `start_s`: what the first took more than a later one, the compiler's; `grown_mib`: memory.
     """
 
     label: str
@@ -107,30 +95,11 @@ def _compare(
     compiled: bool = True,
     peers: bool = False,
 ) -> dict[str, Any]:
-    """Measure one model.
+    """Measure one model: the engines take turns, so that a busy machine slows all of them alike.
 
-    Parameters
-    ----------
-    name : str
-    iterations : int
-        In each turn of each engine.
-    rounds : int
-        Turns; the engines take turns, so that a busy machine slows all of them alike.
-    quick : bool
-    data : Path, optional
-    descent : int
-        Iterations of a descent from the same start by both engines, whose final objectives are compared.
-    victims : int
-        In the batch.
-    compiled : bool
-        Whether the engine runs compiled too; not in quick runs.
-    peers : bool
-        Whether :mod:`simulations.bench.peers` run too.
-
-    Raises
-    ------
-    RunFailed
-        If the engines disagree about objective or gradient at the start.
+    `iterations` are those of each engine in each of the `rounds` turns; `descent` those from one start by both
+    engines, whose final objectives are compared. RunFailed where they disagree about objective or gradient at the
+    start.
     """
     if quick:
         iterations, rounds, descent = 1, 2, 4
@@ -204,9 +173,8 @@ def _engine(everyone: Scene, count: int, iterations: int) -> Minimiser:
 
 def _problem(everyone: Scene, count: int, settings: Matching) -> tuple[Problem, torch.Tensor]:
     cpu = torch.device("cpu")
-    gradients = gradient_model(
-        everyone.observations[:count], everyone.labels[:count], batch_norm="eval", device=cpu
-    )
+    seen, labels = everyone.observations[:count], everyone.labels[:count]
+    gradients = gradient_model(seen, labels, batch_norm="eval", device=cpu)
     problem = Problem(gradients, Standardised(tuple(everyone.starts.shape[1:])), settings)
     return problem, problem.variables(everyone.starts[:count])
 
@@ -224,11 +192,7 @@ def _reference(everyone: Scene, iterations: int, victim: int = 0) -> Reference:
 
 
 def _agreement(everyone: Scene, problem: Problem, start: torch.Tensor) -> dict[str, float]:
-    """Relative difference of objective and gradient between the engines, median over the problem's victims.
-
-    A ReLU whose input is zero to the last digit may fall on either side, which changes one victim's gradient by a
-    per cent; all of them at once do not.
-    """
+    """Relative errors of objective and gradient, medians over victims: a ReLU at 0 may fall on either side in one."""
     losses, slopes = problem.evaluate(start)
     objectives, gradients = [], []
     for victim in range(len(start)):

@@ -52,8 +52,8 @@ def main(grid: Grid, context: Context) -> None:
     marks: list[tuple[float, float]] = []
 
     def on_round(report: RoundReport) -> None:
-        if len(report.accepted) != config.federation.clients:
-            raise RuntimeError(f"{len(report.accepted)} of {config.federation.clients} clients were accepted")
+        if len(report.clients) != config.federation.clients:
+            raise RuntimeError(f"{len(report.clients)} of {config.federation.clients} clients were accepted")
         marks.append((tree_cpu_seconds(), time.perf_counter()))
 
     strategy = Eavesdropper(
@@ -66,10 +66,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_here(clients: int, actors: int) -> None:
-    """Run the comparison in this process.
-
-    The two apps are imported by name, so that Flower's pickling does not carry this module's globals to the clients.
-    """
+    """The comparison in this process; by name, so that Flower's pickling does not carry this module's globals."""
     os.environ[_CLIENTS] = str(clients)
     from flwr.simulation import run_simulation
 

@@ -29,25 +29,11 @@ Evaluation = Callable[[], tuple[Tensor, Tensor]]
 def run(quick: bool = False) -> dict[str, Any]:
     """Objective and gradient of HCGLA at 0.1 % of a 10,177-class LeNet, sparse against dense.
 
-    The dense reference is the objective as published: the whole gradient with ``create_graph``, masked, compared and
-    differentiated again. Both evaluate the same victims at the same points in the same run, in turns; the figures are
-    medians. Rounds in which the machine was busy raise all of them alike.
-
-    Parameters
-    ----------
-    quick : bool
-        Few repeats and victims.
-
-    Returns
-    -------
-    dict
-        Milliseconds for one victim dense, for one victim sparse, and for each of 32 victims in one batch, the two
-        ratios, and the largest relative difference of objective and gradient.
-
-    Raises
-    ------
-    RunFailed
-        If the two formulations disagree by more than 1e-4 in the objective or 1e-3 in its gradient.
+    The dense reference is the objective as published: the whole gradient with ``create_graph``, masked, compared
+    and differentiated again. Both evaluate the same victims at the same points in the same run, in turns.
+    Milliseconds, medians: one victim dense, one sparse, each of 32 victims in one batch, the two ratios, and the
+    largest relative difference. RunFailed where the two disagree by more than 1e-4 in the objective or 1e-3 in its
+    gradient.
     """
     victims = 4 if quick else VICTIMS
     weights = initial_weights(MODEL, 7)

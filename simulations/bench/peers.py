@@ -30,22 +30,14 @@ def breaching(everyone: Scene, tv: float) -> Run:
     module.load_state_dict(seen.weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its configuration library, about itself
-        settings = package.get_attack_config(
-            "invertinggradients", [f"regularization.total_variation.scale={tv}"]
-        )
+        changed = [f"regularization.total_variation.scale={tv}"]
+        settings = package.get_attack_config("invertinggradients", changed)
     attacker = package.attacks.prepare_attack(module, torch.nn.CrossEntropyLoss(), settings)
     channels = seen.scenario.image_shape[0]
-    metadata = SimpleNamespace(
-        shape=seen.scenario.image_shape,
-        mean=[PIXEL_MEAN] * channels,
-        std=[PIXEL_DEVIATION] * channels,
-        modality="vision",
-    )
-    payload = {
-        "parameters": list(module.parameters()),
-        "buffers": list(module.buffers()),
-        "metadata": metadata,
-    }
+    mean, std = [PIXEL_MEAN] * channels, [PIXEL_DEVIATION] * channels
+    metadata = SimpleNamespace(shape=seen.scenario.image_shape, mean=mean, std=std, modality="vision")
+    parameters, buffers = list(module.parameters()), list(module.buffers())
+    payload = {"parameters": parameters, "buffers": buffers, "metadata": metadata}
     about = {"num_data_points": len(label), "labels": label, "local_hyperparams": None}
     shared = {"gradients": list(seen.update.dense().values()), "buffers": None, "metadata": about}
 
@@ -62,13 +54,7 @@ PEERS: dict[str, Callable[[Scene, float], Run]] = {"breaching": breaching}
 
 
 def installed() -> dict[str, Callable[[Scene, float], Run]]:
-    """The peers that can be imported.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
-    """
+    """The peers that can be imported; ConfigError where there is none."""
     found = {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(name) is not None}
     if not found:
         raise ConfigError(f"option '--peers': none is installed; known are {', '.join(PEERS)}")

@@ -48,14 +48,7 @@ def data_set(name: str, data: Path | None, limit: int | None = None) -> ImageDat
 
 
 def pictures(count: int, data: Path | None) -> Pictures:
-    """Colour pictures of 32x32.
-
-    Parameters
-    ----------
-    count : int
-    data : Path, optional
-        Folder that holds ``CIFAR10/``; None: tiles of four photographs that scikit-image brings.
-    """
+    """Colour pictures of 32x32: CIFAR-10 below `data`, or tiles of four photographs that scikit-image brings."""
     if data is not None:
         dataset = data_set("cifar10", data)
         chosen = numpy_rng(0, "bench.engine").permutation(len(dataset))[:count]
@@ -68,13 +61,10 @@ def pictures(count: int, data: Path | None) -> Pictures:
         photo = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)[None].float() / 255
         side = min(photo.shape[2:])
         small = F.interpolate(photo[:, :, :side, :side], size=(4 * SIZE, 4 * SIZE), mode="area")
-        tiles.append(
-            small.unfold(2, SIZE, SIZE).unfold(3, SIZE, SIZE).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-        )
-    spread = torch.stack(tiles, 1).flatten(0, 1)
-    return Pictures(
-        spread[:count], torch.arange(count) % CLASSES, "photographs of scikit-image, tiles of 32x32"
-    )
+        cut = small.unfold(2, SIZE, SIZE).unfold(3, SIZE, SIZE)
+        tiles.append(cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+    spread, source = torch.stack(tiles, 1).flatten(0, 1), "photographs of scikit-image, tiles of 32x32"
+    return Pictures(spread[:count], torch.arange(count) % CLASSES, source)
 
 
 @dataclass(frozen=True)
@@ -106,17 +96,8 @@ def scene(model: ModelConfig, private: Pictures, seed: int = 7) -> Scene:
 class Reference:
     """Inverting Gradients the plain way: automatic differentiation twice, one victim, nothing kept but the iterate.
 
-    Parameters
-    ----------
-    seen : Observation
-    label : Tensor
-        int64 (1,).
-    start : Tensor
-        (1, C, H, W).
-    iterations : int
-        Over which the learning rate falls.
-    tv : float
-        Weight of total variation.
+    `label` int64 (1,), `start` (1, C, H, W); the learning rate falls over `iterations`, `tv` weighs total
+    variation.
     """
 
     def __init__(self, seen: Observation, label: Tensor, start: Tensor, iterations: int, tv: float) -> None:
@@ -137,11 +118,8 @@ class Reference:
 
     def loss(self) -> Tensor:
         """One minus the cosine, plus total variation."""
-        predicted = torch.autograd.grad(
-            F.cross_entropy(self._module(PIXEL_MEAN + PIXEL_DEVIATION * self.x), self._label),
-            self._parameters,
-            create_graph=True,
-        )
+        own = F.cross_entropy(self._module(PIXEL_MEAN + PIXEL_DEVIATION * self.x), self._label)
+        predicted = torch.autograd.grad(own, self._parameters, create_graph=True)
         product = predicted_square = target_square = torch.zeros(())
         for ours, theirs in zip(predicted, self._target, strict=True):
             product = product + (ours * theirs).sum()

@@ -30,19 +30,8 @@ _QUICK = {"dataset": "digits", "model": "tiny-cnn", "clients": 8, "rounds": 12}
 def run(quick: bool = False, data: Path | None = None, rounds: int = 100) -> dict[str, Any]:
     """10,000 updates of ResNet-20 under `fedmia`: the driver's memory after round 100 beside that after round 10.
 
-    Parameters
-    ----------
-    quick : bool
-        8 clients on digits, 12 rounds.
-    data : Path, optional
-        Folder with CIFAR10/; needed unless `quick`.
-    rounds : int
-        More than 10.
-
-    Returns
-    -------
-    dict
-        ``resident_mib`` after each round, and ``grown_mib``: after the last one, less after round 10.
+    ``resident_mib`` after each round, and ``grown_mib``: after the last one, less after round 10. `data` holds
+    CIFAR10/, needed unless `quick` (8 clients on digits, 12 rounds); `rounds` is more than 10.
     """
     process, resident = psutil.Process(), []
 

@@ -41,20 +41,10 @@ Images = Literal["digits", "mnist", "cifar10"]
 
 @dataclass(frozen=True)
 class Row:
-    """One scene and what is asked of it.
+    """One scene and what is asked of it: `mean` and `worst` in dB (0: no bar), and the status.
 
-    Attributes
-    ----------
-    mean, worst : float
-        The bar in dB; 0: no bar.
-    expect : str
-        "certified"; "approximate" and better; "not certified": may fail, and must not be called certified.
-    long : bool
-        Left out unless asked for.
-    dependent : bool
-        The last image is the mean of the first two.
-    label : int, optional
-        Of all images.
+    "not certified" may fail, and must not be called certified. `long`: left out unless asked for; `dependent`: the
+    last image is the mean of the first two; `label`: of all images.
     """
 
     name: str
@@ -117,16 +107,8 @@ def run(quick: bool = False, data: Path | None = None, long: bool = False) -> di
 
     Each row is a client's real gradient at the weights that the attack sends, cross-entropy over ten classes with
     the images' own labels, attacked through :class:`TensorAttack` as a run does (labels, certificate and refinement
-    included) and scored here.
-
-    Parameters
-    ----------
-    quick : bool
-        Small scenes on embedded digits.
-    data : Path, optional
-        Folder with ``MNIST/`` and ``CIFAR10/``; needed unless `quick`.
-    long : bool
-        Also the batches of 100 and 128 images and other rows of minutes.
+    included) and scored here. `quick`: small scenes on embedded digits, else `data` holds ``MNIST/`` and
+    ``CIFAR10/``; `long`: also rows of minutes.
 
     Returns
     -------
@@ -134,12 +116,10 @@ def run(quick: bool = False, data: Path | None = None, long: bool = False) -> di
         "rows": one record each with PSNR in dB (mean and worst, cut at 120), labels right, status, residual,
         seconds, memory in MiB that the attack added to the process at its peak, and "met". "met" and "missed":
         numbers of rows; "wrong_certified": certified ones with an image below 60 dB or a wrong label.
-        "decomposers": see :func:`decomposer_table`.
     """
     if data is None and not quick:
-        raise ConfigError(
-            "benchmark case 'tensor' needs the folder with MNIST/ and CIFAR10/ (--data); or use --quick"
-        )
+        need = "needs the folder with MNIST/ and CIFAR10/ (--data); or use --quick"
+        raise ConfigError(f"benchmark case 'tensor' {need}")
     rows = [row for row in (QUICK if quick else FULL) if long or not row.long]
     records = [_measured(row, seed, data) for row in rows for seed in range(row.seeds)]
     _print(records)
@@ -165,11 +145,7 @@ def _measured(row: Row, seed: int, data: Path | None) -> dict[str, Any]:
             refused = str(reason)
         seconds = time.perf_counter() - begin
     record: dict[str, Any] = {
-        "name": row.name,
-        "images": row.images,
-        "batch": row.batch,
-        "width": row.width,
-        "activation": row.activation,
+        **{name: getattr(row, name) for name in ("name", "images", "batch", "width", "activation")},
         "seed": seed,
         "equal_labels": len(labels.unique()) < len(labels),
         "seconds": seconds,
@@ -185,10 +161,8 @@ def _scores(answer: Reconstruction | None, images: Tensor, labels: Tensor) -> di
     if answer is None or not len(answer.images):
         return {"psnr_mean": None, "psnr_worst": None, "labels_right": None, "residual": None}
     order = match(answer.images, images, answer.labels, labels).order
-    found = [place for place in order if place >= 0]
-    values = psnr(answer.images[found], images[[n for n, place in enumerate(order) if place >= 0]]).clamp(
-        max=CAP
-    )
+    found, matched = [p for p in order if p >= 0], [n for n, p in enumerate(order) if p >= 0]
+    values = psnr(answer.images[found], images[matched]).clamp(max=CAP)
     return {
         "psnr_mean": float(values.mean()),
         "psnr_worst": float(values.min()) if len(found) == len(order) else 0.0,
@@ -228,12 +202,8 @@ def _observed(
     images, labels = images[chosen], labels[chosen]
     if row.dependent:
         images = torch.cat([images[:-1], images[:2].mean(0, keepdim=True)])
-    model = resolve(
-        ModelConfig(name="two-layer", width=row.width, activation=row.activation),
-        images.shape[1],
-        images.shape[-1],
-        10,
-    )
+    wanted = ModelConfig(name="two-layer", width=row.width, activation=row.activation)
+    model = resolve(wanted, images.shape[1], images.shape[-1], 10)
     training = TrainingConfig(batch_size=row.batch)
     scenario = Scenario(model, training, row.compression)
     weights = attack.arm(scenario, initial_weights(model, seed), seed, None)
@@ -254,14 +224,11 @@ def _pictures(name: Images, data: Path | None) -> tuple[Tensor, Tensor]:
 
 
 def _print(records: list[dict[str, Any]]) -> None:
-    table = Table(
-        "case", "images", "B", "m", "activation", "dB mean", "worst", "labels", "status", "s", "MiB", "met"
-    )
+    score_names = ("dB mean", "worst", "labels")
+    table = Table("case", "images", "B", "m", "activation", *score_names, "status", "s", "MiB", "met")
+    forms = (("psnr_mean", "{:.1f}"), ("psnr_worst", "{:.1f}"), ("labels_right", "{:.0%}"))
     for r in records:
-        score = [
-            "" if r[name] is None else form.format(r[name])
-            for name, form in (("psnr_mean", "{:.1f}"), ("psnr_worst", "{:.1f}"), ("labels_right", "{:.0%}"))
-        ]
+        score = ["" if r[name] is None else form.format(r[name]) for name, form in forms]
         place = [r["name"], r["images"], str(r["batch"]), str(r["width"]), r["activation"]]
         end = [r["status"], f"{r['seconds']:.2f}", f"{r['memory_mib']:.0f}", "yes" if r["met"] else "NO"]
         table.add_row(*place, *score, *end)
@@ -297,15 +264,8 @@ def decomposer_table(
             found, _ = decompose(method, third, second, torch_rng(seed, "bench.tensor.draws"), seed)
             seconds += time.perf_counter() - begin
             values.append(float(_aligned(inputs, (basis @ found).T).mean()))
-        records.append(
-            {
-                "decomposer": method,
-                "batch": size,
-                "noise": noise,
-                "psnr_mean": sum(values) / seeds,
-                "seconds": seconds / seeds,
-            }
-        )
+        means = {"psnr_mean": sum(values) / seeds, "seconds": seconds / seeds}
+        records.append({"decomposer": method, "batch": size, "noise": noise, **means})
     return records
 
 

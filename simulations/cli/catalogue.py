@@ -44,9 +44,8 @@ _ROLE = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`")
 def catalogue() -> dict[str, list[tuple[str, str]]]:
     """Kind -> (name, first line of its docstring) of everything that can be named; for attacks, who and what for."""
     rows = {title: [(n, registry.summary(n)) for n in registry] for title, registry in KINDS.items()}
-    rows["Attacks"] = [
-        (one.name, f"{one.summary} {one.seat.capitalize()}; needs: {one.needs}.") for one in attacks()
-    ]
+    told = ((one.name, one.summary, one.seat.capitalize(), one.needs) for one in attacks())
+    rows["Attacks"] = [(name, f"{text} {seat}; needs: {needs}.") for name, text, seat, needs in told]
     return rows
 
 
@@ -64,10 +63,9 @@ class AttackRow:
 def attacks() -> list[AttackRow]:
     """Every registered attack: those on images first, then by seat and name."""
     rows = []
-    for name in sorted(
-        ATTACKS, key=lambda name: (not ATTACKS.get(name).inverts, ATTACKS.get(name).seat, name)
-    ):
-        cls, summary = ATTACKS.get(name), ATTACKS.summary(name)
+    classes = {name: ATTACKS.get(name) for name in ATTACKS}
+    for name in sorted(classes, key=lambda name: (not classes[name].inverts, classes[name].seat, name)):
+        cls, summary = classes[name], ATTACKS.summary(name)
         needs = ", ".join(words(cls.needs)) or "its own samples and the global model"
         references = (inspect.getdoc(cls) or "").partition("References\n----------\n")[2]
         found = _SOURCE.match(" ".join(references.split())) or _CITED.search(summary)
@@ -164,9 +162,8 @@ def _meanings(cls: type[Any]) -> dict[str, str]:
         for names, kind, text in _PARAMETER.findall(section[1] if section else ""):
             meaning = _ROLE.sub(r"\1", " ".join(text.split())).replace("``", "")
             meaning = _SENTENCE.split(meaning)[0].rstrip(".")
-            choices = (
-                kind[1 : kind.index("}")].replace('"', "").replace(", ", " | ") if kind[:1] == "{" else ""
-            )
+            listed = kind[1 : kind.index("}")] if kind[:1] == "{" else ""
+            choices = listed.replace('"', "").replace(", ", " | ")
             found |= dict.fromkeys(names.split(", "), ". ".join(part for part in (choices, meaning) if part))
     return found
 

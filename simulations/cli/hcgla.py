@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from fedattack.errors import DataError
 from fedattack.models import initial_weights
 from fedattack.observation import Auxiliary
 from fedattack.rng import adversary_seed
+from fedattack.storage.plain import flat
 from simulations.experiments.executor import choose_device
-from simulations.progress import Stages, stages
+from simulations.progress import stages
 
 
 def run_collect_pairs(config: Config, out: Path, count: int, iterations: int, console: Console) -> None:
@@ -33,7 +35,7 @@ def run_collect_pairs(config: Config, out: Path, count: int, iterations: int, co
             out,
             adversary_seed(config.seed, "pairs"),
             device=choose_device(config.engine.device),
-            progress=_stage(shown, "collecting pairs"),
+            progress=partial(shown, "collecting pairs"),
         )
     console.print(f"{count} pairs of {auxiliary.source} written to [bold]{out}[/]", highlight=False)
 
@@ -46,7 +48,7 @@ def run_train_denoiser(pairs: Path, out: Path, epochs: int | None, seed: int, co
             out,
             adversary_seed(seed, "denoiser"),
             epochs=epochs,
-            progress=_stage(shown, "training denoiser"),
+            progress=partial(shown, "training denoiser"),
         )
     _show(console, f"denoiser written to {out}", figures)
 
@@ -68,7 +70,7 @@ def run_train_generator(config: Config, out: Path, epochs: int | None, console: 
             adversary_seed(config.seed, "generator"),
             epochs=epochs,
             device=choose_device(config.engine.device),
-            progress=_stage(shown, "training generator"),
+            progress=partial(shown, "training generator"),
         )
     _show(console, f"generator written to {out}", figures)
 
@@ -99,25 +101,8 @@ def _public(config: Config) -> tuple[World, Auxiliary]:
     return world, world.auxiliary
 
 
-def _stage(shown: Stages, name: str) -> Any:
-    def progress(share: float, text: str) -> None:
-        shown(name, share, text)
-
-    return progress
-
-
 def _show(console: Console, title: str, figures: dict[str, Any]) -> None:
     table = Table("figure", "value", title=title, title_justify="left")
-    for name, value in _flat(figures):
+    for name, value in flat(figures, ", ").items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
-
-
-def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name}, ")
-        else:
-            rows.append((prefix + name, value))
-    return rows

@@ -36,18 +36,7 @@ from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
-from strategies.messages import (
-    ARRAYS,
-    CONFIG,
-    LOCAL_STEPS,
-    QUESTION,
-    ROUND,
-    SAMPLES,
-    UPDATE,
-    read_dense,
-    to_record,
-    to_tensors,
-)
+from strategies import messages as wire
 
 log = logging.getLogger("fedattack.federation")
 
@@ -59,41 +48,14 @@ _EVALUATED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class RoundRecord:
-    """The figures of one round.
+class RoundRecord(RoundReport):
+    """A round's report with the global model's figures after it, and its wall time, evaluation included.
 
-    Parameters
-    ----------
-    round : int
-    loss, accuracy : float or None
-        Of the global model after the round, on the held-out pool; None where it is not evaluated.
-    train_loss : float or None
-        Mean training loss of the accepted clients, weighted by their examples; None where nobody was accepted.
-    clients : tuple of int
-        Clients whose updates were aggregated, ascending.
-    failed, rejected : tuple of (int, str)
-        Clients whose reply was an error or was refused, with the reason.
-    dropped : tuple of int
-        Clients that were drawn and did not answer.
-    wire_bytes, buffer_bytes : int
-        Sums over the accepted clients: packed updates; BatchNorm buffers beside them.
-    aggregated : bool
-        False where the weights stayed as they were.
-    seconds : float
-        Wall time, evaluation included.
+    `loss` and `accuracy` are those on the held-out pool, None where it is not evaluated.
     """
 
-    round: int
     loss: float | None
     accuracy: float | None
-    train_loss: float | None
-    clients: tuple[int, ...]
-    failed: tuple[tuple[int, str], ...]
-    rejected: tuple[tuple[int, str], ...]
-    dropped: tuple[int, ...]
-    wire_bytes: int
-    buffer_bytes: int
-    aggregated: bool
     seconds: float
 
     @classmethod
@@ -109,17 +71,10 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class FederationResult:
-    """What a federation leaves.
+    """What a federation leaves: the last global state dict, on the CPU, and the figures of its rounds.
 
-    Parameters
-    ----------
-    weights : dict of str to Tensor
-        The global state dict after the last round, on the CPU.
-    rounds : list of RoundRecord
-    rejections : list of (int, int, str)
-        (round, client, reason) of every refused reply.
-    answers : dict of str to dict of int to dict of str to Tensor
-        Attack -> malicious client -> what it answered, of those that did.
+    `rejections`: (round, client, reason) of every refused reply. `answers`: attack -> malicious client -> what it
+    answered.
     """
 
     weights: dict[str, Tensor]
@@ -133,22 +88,7 @@ def run_federation(
 ) -> FederationResult:
     """Train a federation on the configured engine; `how` and the errors are those of :func:`serve`.
 
-    Parameters
-    ----------
-    config : Config
-    world : World
-        Of the same configuration.
-    grid : LocalGrid, optional
-        An open grid of the same configuration and world (:func:`simulations.engine.open_grid.open_grid`), to save
-        its start; its clients start with empty memories.
-
-    Examples
-    --------
-    >>> from fedattack.data import build_world
-    >>> config = Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4, "engine": "inline"})
-    >>> result = run_federation(config, build_world(config))
-    >>> result.rounds[0].clients
-    (0, 1, 2, 3)
+    An open `grid` of the same configuration and world saves its start; its clients start with empty memories.
     """
     with ExitStack() as stack:
         if grid is None:
@@ -183,37 +123,31 @@ def serve(
 
     Parameters
     ----------
-    grid : LocalGrid or PartitionedGrid
-    config, world
-        Of one configuration.
-    run_dir : Path, optional
+    run_dir
         Journal the rounds in ``run_dir/journal``, and go on from what is journaled there. Observations, rounds and
         weights of journaled rounds are reported again, the figures as they were. The caller sees to it that the
         folder belongs to this configuration.
-    on_observation : callable, optional
+    on_observation
         Called with what the server sees of each client that `observe` selects, in ascending order within a round.
-    observe : callable, optional
+    observe
         ``observe(round, client)``; None: everything.
-    initial : dict of str to Tensor, optional
+    initial
         State dict to start from; None: the configured initial weights.
-    first_round : int
+    first_round
         The rounds from here to ``config.federation.rounds`` are run.
-    excluded : mapping of int to collection of int, optional
+    excluded
         Client -> positions of its partition that it no longer trains on.
-    local_steps : int, optional
+    local_steps
         How many of the agreed local steps clients take; None: all.
-    on_round : callable, optional
-        Called with each round's record.
-    on_weights : callable, optional
-        ``on_weights(round, weights)`` after each round.
-    on_requests : callable, optional
+    on_round, on_weights
+        Called with each round's record; with the round and its weights.
+    on_requests
         Called with what the clients want forgotten, as they say after round ``config.request_round``.
-    arming : adversaries.seats.MaliciousServer, optional
-        The server is malicious and sends this attack's weights in the rounds of ``config.attack.rounds``.
-    candidates : Candidates, optional
-        What that attack will be asked about.
-    questions : mapping of str to Candidates, optional
-        What the attacks of the malicious clients are asked about after the last round, by name.
+    arming, candidates
+        The attack whose weights a malicious server sends in ``config.attack.rounds``, and what it will be asked
+        about.
+    questions
+        Attack of the malicious clients -> what they are asked about after the last round.
 
     Raises
     ------
@@ -224,9 +158,8 @@ def serve(
         cannot be kept alive, or the journal cannot be written.
     """
     if config.federation.strategy == "fedprox" and config.training.momentum:
-        raise ConfigError(
-            f"setting 'training.momentum' = {config.training.momentum}: strategy 'fedprox' needs 0 here"
-        )
+        momentum = config.training.momentum
+        raise ConfigError(f"setting 'training.momentum' = {momentum}: strategy 'fedprox' needs 0 here")
     weights = initial if initial is not None else initial_weights(world.scenario.model, config.seed)
     total = config.federation.rounds - first_round + 1
     if total < 1:
@@ -270,13 +203,15 @@ def serve(
             return None
         report = reports[-1]
         _refuse_if_all_failed(report)
-        weights = to_tensors(arrays)
+        weights = wire.to_tensors(arrays)
         known = journal.read_record(report.round) if journal and report.round <= replayed else None
         if known is not None:
             record = RoundRecord.from_json(known)
         else:
             figures = judge(weights) if config.federation.evaluate else {}
-            record = _record(report, figures, time.perf_counter() - clock)
+            loss, accuracy = figures.get("loss"), figures.get("accuracy")
+            seconds = time.perf_counter() - clock
+            record = RoundRecord(**vars(report), loss=loss, accuracy=accuracy, seconds=seconds)
             if journal is not None:
                 journal.write_record(record.round, dataclasses.asdict(record))
         clock = time.perf_counter()
@@ -291,25 +226,25 @@ def serve(
             return None
         return MetricRecord({"loss": record.loss, "accuracy": record.accuracy})
 
+    shortened = {wire.LOCAL_STEPS: local_steps} if local_steps else {}
     with _settled_heap():
         strategy.start(
             grid=served,
-            initial_arrays=to_record(weights),
+            initial_arrays=wire.to_record(weights),
             num_rounds=total,
             timeout=_PATIENCE_SECONDS,
-            train_config=ConfigRecord(
-                exclusion_settings(excluded or {}) | ({LOCAL_STEPS: local_steps} if local_steps else {})
-            ),
+            train_config=ConfigRecord(exclusion_settings(excluded or {}) | shortened),
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
     answers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, question in (questions or {}).items():
-        settings = {"attack": name, ROUND: config.federation.rounds}
-        records = {QUESTION: to_record({"images": question.images, "labels": question.labels})}
+        settings = {"attack": name, wire.ROUND: config.federation.rounds}
+        records = {wire.QUESTION: wire.to_record({"images": question.images, "labels": question.labels})}
         clients = config.attack.malicious_clients
         said = ask(grid, "query.answer", weights, clients, settings, records, through=served)
-        answers[name] = {client: to_tensors(reply.content.array_records[UPDATE]) for client, reply in said}
+        replies = {client: reply.content.array_records[wire.UPDATE] for client, reply in said}
+        answers[name] = {client: wire.to_tensors(record) for client, record in replies.items()}
     return FederationResult(weights, rounds, rejections, answers)
 
 
@@ -349,40 +284,16 @@ def _journaled(
     return served
 
 
-def _record(report: RoundReport, figures: Mapping[str, float], seconds: float) -> RoundRecord:
-    return RoundRecord(
-        round=report.round,
-        loss=figures.get("loss"),
-        accuracy=figures.get("accuracy"),
-        train_loss=report.train_loss if report.accepted else None,
-        clients=report.accepted,
-        failed=report.failed,
-        rejected=report.rejected,
-        dropped=report.dropped,
-        wire_bytes=report.wire_bytes,
-        buffer_bytes=report.buffer_bytes,
-        aggregated=report.aggregated,
-        seconds=seconds,
-    )
-
-
 def _refuse_if_all_failed(report: RoundReport) -> None:
     """A round in which nothing but errors came back is a fault of the set-up, not an event of the federation."""
-    if report.failed and not (report.accepted or report.rejected or report.dropped):
+    if report.failed and not (report.clients or report.rejected or report.dropped):
         client, reason = report.failed[0]
-        raise RunFailed(
-            f"all {len(report.failed)} clients of round {report.round} failed; client {client}: {reason}"
-        )
+        which = f"all {len(report.failed)} clients of round {report.round}"
+        raise RunFailed(f"{which} failed; client {client}: {reason}")
 
 
 class Judge:
-    """The task's figures of global weights on the held-out pool, or on other samples; ``{}`` where there are none.
-
-    Parameters
-    ----------
-    config, world
-        The run's.
-    """
+    """The task's figures of global weights on the held-out pool, or on other samples; ``{}`` where there are none."""
 
     def __init__(self, config: Config, world: World) -> None:
         self._world = world
@@ -412,30 +323,14 @@ def ask(
     records: Mapping[str, ArrayRecord] | None = None,
     through: Grid | None = None,
 ) -> list[tuple[int, Message]]:
-    """Show clients a model and have them answer.
+    """Show clients a model and have them answer: who did, and what; the log says why others could not.
 
-    Parameters
-    ----------
-    grid : LocalGrid or PartitionedGrid
-        An open grid.
-    what : str
-        Type of the message: "evaluate", "query.unlearn", ...
-    weights : mapping of str to Tensor
-    clients : collection of int, optional
-        Who is asked; None: all.
-    settings : mapping, optional
-        The instruction's configuration.
-    records : mapping of str to ArrayRecord, optional
-        What it carries besides.
-    through : Grid, optional
-        A grid around `grid` that the messages go through.
-
-    Returns
-    -------
-    list of (int, Message)
-        Who really answered, and what. Of a client that could not, a line in the log says why.
+    `what` is the message's type ("evaluate", "query.unlearn", ...), `settings` and `records` are what it carries
+    besides; `through` is a grid around `grid` that it goes through. `clients` None: all.
     """
-    content = RecordDict({ARRAYS: to_record(dict(weights)), CONFIG: ConfigRecord(dict(settings or {}))})
+    content = RecordDict(
+        {wire.ARRAYS: wire.to_record(dict(weights)), wire.CONFIG: ConfigRecord(dict(settings or {}))}
+    )
     for name, record in (records or {}).items():
         content[name] = record
     answers: list[tuple[int, Message]] = []
@@ -464,27 +359,18 @@ def ask_unlearning(
 ) -> DeletionRequests:
     """Ask all clients whether they want samples forgotten, given the global model after a round.
 
-    Parameters
-    ----------
-    grid, weights, through
-        As for :func:`ask`.
-    scenario : Scenario
-        The shape of samples that a request may bring.
-    excluded : mapping of int to collection of int, optional
-        Client -> positions that are forgotten already.
-
-    Returns
-    -------
-    DeletionRequests
-        Not validated but for arrays that are no images and labels, which are refused with a line in the log: see
-        :func:`fedattack.unlearning.validate_request`.
+    Samples must have the shape of `scenario`'s, else the request is refused with a line in the log; not validated
+    otherwise (:func:`fedattack.unlearning.validate_request`). `excluded`: client -> positions that are forgotten
+    already.
     """
     requests: DeletionRequests = {}
-    settings = {ROUND: round, **exclusion_settings(excluded or {})}
+    settings = {wire.ROUND: round, **exclusion_settings(excluded or {})}
     for sender, reply in ask(grid, "query.unlearn", weights, settings=settings, through=through):
         for name, answer in reply.content.config_records.items():
             try:
-                request = _request(answer, reply.content.array_records.get(f"{name}.{SAMPLES}"), scenario)
+                request = _request(
+                    answer, reply.content.array_records.get(f"{name}.{wire.SAMPLES}"), scenario
+                )
             except PayloadError as error:
                 log.warning("deletion request from client %d rejected: %s", sender, error)
                 continue
@@ -494,19 +380,18 @@ def ask_unlearning(
 
 def _request(answer: ConfigRecord, samples: ArrayRecord | None, scenario: Scenario) -> UnlearningRequest:
     """A deletion request as it was received."""
-    said: Any = {"client": None, "positions": [], "reason": "", SAMPLES: 0, **answer}
+    said: Any = {"client": None, "positions": [], "reason": "", wire.SAMPLES: 0, **answer}
     positions = tuple(said["positions"]) if isinstance(said["positions"], list) else (said["positions"],)
     request = UnlearningRequest(said["client"], positions, str(said["reason"]))
     if samples is None:
         return request
-    count = said[SAMPLES]
+    count = said[wire.SAMPLES]
     if not isinstance(count, int) or count < 1 or samples.keys() != {"images", "labels"}:
         raise PayloadError(f"{count!r} samples in arrays {sorted(samples)}; accepted: images and labels")
-    images = read_dense(samples["images"], (count, *scenario.image_shape), "float32")
-    labels = read_dense(samples["labels"], (count,), "int64")
-    return dataclasses.replace(
-        request, images=torch.from_numpy(images.copy()), labels=torch.from_numpy(labels.copy())
-    )
-
-
-__all__ = ["FederationResult", "Judge", "RoundRecord", "ask", "ask_unlearning", "run_federation", "serve"]
+    images = wire.read_dense(samples["images"], (count, *scenario.image_shape), "float32")
+    labels = wire.read_dense(samples["labels"], (count,), "int64")
+    brought: dict[str, Any] = {
+        "images": torch.from_numpy(images.copy()),
+        "labels": torch.from_numpy(labels.copy()),
+    }
+    return dataclasses.replace(request, **brought)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedattack.errors import RunFailed
 from simulations.engine.forwarding import ForwardingGrid
-from strategies.messages import CONFIG, METRICS, PARTITION
-
-if TYPE_CHECKING:
-    pass
 from simulations.engine.ray_grid import _START_SECONDS
+from strategies.messages import CONFIG, METRICS, PARTITION
 
 _NODES_SECONDS = 20.0
 
@@ -23,19 +20,8 @@ _NODES_SECONDS = 20.0
 class PartitionedGrid(ForwardingGrid):
     """Flower's own grid, seen so that nothing random is left: one node per client, in the order of the clients.
 
-    Under ``flwr run`` node ids are random and their order too. Each node is asked once which partition it has.
-
-    Parameters
-    ----------
-    grid : Grid
-        Flower's; this process must be the server of its run.
-    clients : int
-        Size of the federation; nodes beyond it are left alone.
-
-    Raises
-    ------
-    RunFailed
-        If there are fewer nodes than clients.
+    Under ``flwr run`` node ids are random and their order too: each node is asked once which partition it has.
+    Nodes beyond `clients` are left alone; RunFailed where there are fewer.
     """
 
     def __init__(self, grid: Grid, clients: int) -> None:
@@ -63,13 +49,11 @@ class PartitionedGrid(ForwardingGrid):
         return self._client_of[node]
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids in the order of the clients."""
         return [self._node_of[client] for client in sorted(self._node_of)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Have the messages answered, in the order of the clients."""
         replies = self.grid.send_and_receive(list(messages), timeout=timeout)
         return sorted(replies, key=lambda reply: self.client_of(reply.metadata.src_node_id))
 
@@ -79,6 +63,3 @@ def _wait_for_nodes(grid: Grid, wanted: int) -> list[int]:
     while len(nodes := sorted(grid.get_node_ids())) < wanted and time.monotonic() < deadline:
         time.sleep(0.2)
     return nodes
-
-
-__all__ = ["PartitionedGrid"]

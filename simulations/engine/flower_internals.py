@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.metadata import Metadata
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -78,10 +78,9 @@ def to_plain(records: RecordDict) -> Plain:
     for name, record in records.items():
         if isinstance(record, ArrayRecord):
             plain.append((name, "arrays", {key: _plain_array(array) for key, array in record.items()}))
-        elif isinstance(record, MetricRecord):
-            plain.append((name, "metrics", dict(record.items())))
         else:
-            plain.append((name, "config", dict(record.items())))
+            kind = "metrics" if isinstance(record, MetricRecord) else "config"
+            plain.append((name, kind, dict(record.items())))
     return plain
 
 
@@ -97,6 +96,17 @@ def from_plain(plain: Plain) -> RecordDict:
         else:
             records[name] = _KINDS[kind](entries)
     return records
+
+
+def plain_answer(reply: Message) -> Answer:
+    """A reply as it travels."""
+    return (reply.error.code, reply.error.reason) if reply.has_error() else to_plain(reply.content)
+
+
+def reply_of(message: Message, answer: Answer) -> Message:
+    """The reply to a message again."""
+    content = Error(*answer) if isinstance(answer, tuple) else from_plain(answer)
+    return Message(content, reply_to=message)
 
 
 def _plain_array(array: Array) -> Any:

@@ -10,23 +10,16 @@ from flwr.serverapp import Grid
 
 
 class ForwardingGrid(Grid):
-    """Leaves everything to another grid; what differs is overridden.
-
-    Parameters
-    ----------
-    grid : Grid
-    """
+    """Leaves everything to another grid; what differs is overridden."""
 
     def __init__(self, grid: Any) -> None:
         self.grid = grid
 
     def set_run(self, run: Any) -> None:
-        """As the other grid."""
         self.grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """As the other grid."""
         return self.grid.run
 
     def create_message(
@@ -37,23 +30,18 @@ class ForwardingGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """As the other grid."""
         return self.grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """As the other grid."""
         return self.grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the other grid."""
         return self.grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the other grid."""
         return self.grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """As the other grid."""
         return self.grid.send_and_receive(messages, timeout=timeout)

@@ -15,23 +15,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from flwr.app import Error, Message
+from flwr.app import Message
 from safetensors import SafetensorError, safe_open
 
 from fedattack.errors import RunFailed
-from simulations.engine.flower_internals import Answer, Plain, from_plain, to_plain
+from simulations.engine.flower_internals import Answer, Plain, plain_answer, reply_of
 from simulations.engine.forwarding import ForwardingGrid
 from strategies.messages import CONFIG, ROUND
 
 
 class Journal:
-    """A folder with one file of replies per round, what the clients keep after the latest, and the rounds' records.
-
-    Parameters
-    ----------
-    folder : Path
-        Made when the first file is written.
-    """
+    """A folder with a file of replies per round, what the clients keep after the latest, and the rounds' records."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,11 +109,8 @@ class Journal:
                         what = [dtype, list(shape), stype]
                     arrays[array_name] = [len(blobs), *what]
                     end = position + len(blob)
-                    header[str(len(blobs))] = {
-                        "dtype": "U8",
-                        "shape": [len(blob)],
-                        "data_offsets": [position, end],
-                    }
+                    place = {"shape": [len(blob)], "data_offsets": [position, end]}
+                    header[str(len(blobs))] = {"dtype": "U8"} | place
                     position = end
                     blobs.append(blob)
                 records.append([name, kind, arrays])
@@ -157,11 +148,9 @@ class Journal:
                 arrays: dict[str, Any] = {}
                 for array_name, (number, dtype, shape, stype) in entries.items():
                     data = file.get_tensor(str(number)).tobytes()
-                    arrays[array_name] = (
-                        np.frombuffer(data, np.dtype(dtype)).reshape(shape)
-                        if stype is None
-                        else (dtype, tuple(shape), stype, data)
-                    )
+                    arrays[array_name] = (dtype, tuple(shape), stype, data)
+                    if stype is None:
+                        arrays[array_name] = np.frombuffer(data, np.dtype(dtype)).reshape(shape)
                 plain.append((name, kind, arrays))
             else:
                 plain.append((name, kind, _from_jsonable(entries)))
@@ -188,15 +177,12 @@ class Journal:
 
 
 def _damaged(path: Path, error: Exception) -> RunFailed:
-    return RunFailed(
-        f"the journal file {str(path)!r} is damaged ({error}); delete it to run that round again"
-    )
+    what = f"is damaged ({error}); delete it to run that round again"
+    return RunFailed(f"the journal file {str(path)!r} {what}")
 
 
 def _jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: {"hex": value.hex()} if isinstance(value, bytes) else value for key, value in entries.items()
-    }
+    return {key: {"hex": v.hex()} if isinstance(v, bytes) else v for key, v in entries.items()}
 
 
 def _from_jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,15 +192,8 @@ def _from_jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
 class JournaledGrid(ForwardingGrid):
     """A grid that answers complete rounds from the journal and writes down the others.
 
-    Parameters
-    ----------
-    grid : Grid
-        The one whose clients answer. Its `client_of` tells a node's client: node ids are another run's business.
-    journal : Journal
-    first_round : int
-        First round of the federation.
-    keeper : object or None
-        Has `client_states` and `restore_states`; None where clients keep nothing from round to round.
+    The inner grid's `client_of` tells a node's client: node ids are another run's business. `keeper` has
+    `client_states` and `restore_states`; None where clients keep nothing from round to round.
     """
 
     def __init__(self, grid: Any, journal: Journal, first_round: int, keeper: Any | None) -> None:
@@ -242,7 +221,7 @@ class JournaledGrid(ForwardingGrid):
         # The states first: where they lack, their round's replies lack too, and the round is run again.
         if self.keeper is not None:
             self.journal.write_states(number, self.keeper.client_states())
-        answers = {self.grid.client_of(reply.metadata.src_node_id): _plain(reply) for reply in replies}
+        answers = {self.grid.client_of(reply.metadata.src_node_id): plain_answer(reply) for reply in replies}
         self.journal.write_replies(number, answers)
         if self.keeper is not None:
             self.journal.drop_states(before=number)
@@ -256,12 +235,7 @@ class JournaledGrid(ForwardingGrid):
                 f"the journal's round {number} was answered by other clients than those drawn now: it belongs to "
                 "another run"
             )
-        replies = []
-        for client, message in sorted(drawn.items()):
-            answer = answers[client]
-            content = Error(*answer) if isinstance(answer, tuple) else from_plain(answer)
-            replies.append(Message(content, reply_to=message))
-        return replies
+        return [reply_of(message, answers[client]) for client, message in sorted(drawn.items())]
 
 
 def _round(messages: Sequence[Message]) -> int | None:
@@ -271,9 +245,3 @@ def _round(messages: Sequence[Message]) -> int | None:
     number = messages[0].content[CONFIG][ROUND]
     assert isinstance(number, int)
     return number
-
-
-def _plain(reply: Message) -> Answer:
-    if reply.has_error():
-        return reply.error.code, reply.error.reason
-    return to_plain(reply.content)

@@ -12,7 +12,7 @@ import logging
 import traceback
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,10 +23,6 @@ from simulations.engine import flower_internals as internals
 from simulations.engine.environment import cpu_threads
 from simulations.engine.flower_internals import Plain, from_plain, to_plain
 from strategies.messages import OVERSIZED, PARTITION
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger("fedattack.grid")
 
@@ -39,12 +35,7 @@ _run_ids = itertools.count(1)
 
 
 class LocalGrid(Grid):
-    """Base of both grids: node ids, message ids, order, and the limit on a reply's size.
-
-    Parameters
-    ----------
-    clients : int
-    """
+    """Base of both grids: node ids, message ids, order, and the limit on a reply's size."""
 
     def __init__(self, clients: int) -> None:
         self.clients = clients
@@ -54,12 +45,10 @@ class LocalGrid(Grid):
         self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
-        """Set the run."""
         self._run = run
 
     @property
     def run(self) -> Any:
-        """The run."""
         return self._run
 
     def create_message(
@@ -70,11 +59,9 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A new instruction."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids of all clients, ascending."""
         return range(FIRST_NODE, FIRST_NODE + self.clients)
 
     def client_of(self, node: int) -> int:
@@ -93,7 +80,6 @@ class LocalGrid(Grid):
         return [message.metadata.message_id for message in instructions]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages, once."""
         return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
     def send_and_receive(
@@ -101,8 +87,8 @@ class LocalGrid(Grid):
     ) -> Iterable[Message]:
         """Have the messages answered, in the order of the clients.
 
-        `timeout` is Flower's and not used: clients cannot be silent here (an exception is an answer too, and the
-        clients of a lost actor are run again), and a deadline would make the result depend on the machine.
+        Flower's `timeout` is not used: clients cannot be silent here, and a deadline would make the result depend
+        on the machine.
         """
         return self.pull_messages(self.push_messages(messages))
 
@@ -146,14 +132,17 @@ def _limit(content: RecordDict) -> int:
     return 4 * internals.size_of(content) + _SPARE_BYTES
 
 
-def _new_context(run_id: int, client: int, clients: int) -> Context:
-    return Context(
-        run_id=run_id,
-        node_id=FIRST_NODE + client,
-        node_config={PARTITION: client, "num-partitions": clients},
-        state=RecordDict(),
-        run_config={},
-    )
+class Contexts(dict[int, Context]):
+    """What the clients of one process keep, by number; a client has its own from the first look on."""
+
+    def __init__(self, run_id: int, clients: int) -> None:
+        super().__init__()
+        self.run_id, self.clients = run_id, clients
+
+    def __missing__(self, client: int) -> Context:
+        node = {PARTITION: client, "num-partitions": self.clients}
+        self[client] = Context(self.run_id, FIRST_NODE + client, node, RecordDict(), {})
+        return self[client]
 
 
 def _load_app(target: str) -> ClientApp:
@@ -164,26 +153,13 @@ def _load_app(target: str) -> ClientApp:
 
 
 class InlineGrid(LocalGrid):
-    """All clients in this process, one after another: for tests, notebooks and breakpoints.
-
-    Parameters
-    ----------
-    place : Workplace
-        Settings and data of the clients.
-    client_app : ClientApp
-        What a client does.
-    """
+    """All clients in this process, one after another: for tests, notebooks and breakpoints."""
 
     def __init__(self, place: Workplace, client_app: ClientApp = app) -> None:
         super().__init__(len(place.partitions))
         self._app = client_app
-        self._contexts: dict[int, Context] = {}
+        self._contexts = Contexts(self.run_id, self.clients)
         open_workplace(self.run_id, place)
-
-    def _context(self, client: int) -> Context:
-        if client not in self._contexts:
-            self._contexts[client] = _new_context(self.run_id, client, self.clients)
-        return self._contexts[client]
 
     def _execute(self, messages: Sequence[Message]) -> list[Message]:
         limits: dict[int, int] = {}
@@ -193,26 +169,19 @@ class InlineGrid(LocalGrid):
                 content = message.content
                 if id(content) not in limits:
                     limits[id(content)] = _limit(content)
-                context = self._context(self.client_of(message.metadata.dst_node_id))
+                context = self._contexts[self.client_of(message.metadata.dst_node_id)]
                 replies.append(_answer(self._app, message, context, limits[id(content)]))
         return replies
 
     def client_states(self) -> dict[int, Plain]:
-        """What each client keeps; see :class:`LocalGrid`."""
         return {client: to_plain(c.state) for client, c in sorted(self._contexts.items()) if len(c.state)}
 
     def restore_states(self, states: Mapping[int, Plain]) -> None:
-        """Give clients what they kept; see :class:`LocalGrid`."""
         for client, state in states.items():
-            self._context(client).state = from_plain(state)
+            self._contexts[client].state = from_plain(state)
 
     def reset(self) -> None:
-        """Have all clients forget what they kept."""
         self._contexts.clear()
 
     def close(self) -> None:
-        """Let go of the data."""
         close_workplace(self.run_id)
-
-
-__all__ = ["FIRST_NODE", "InlineGrid", "LocalGrid"]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import closing, contextmanager, nullcontext
 
 from fedattack.config import Config
+from fedattack.data import World
 from simulations.client_app import Workplace
-
-if TYPE_CHECKING:
-    from fedattack.data import World
 from simulations.engine.local_grid import InlineGrid, LocalGrid
 from simulations.engine.ray_grid import RayGrid
 from simulations.engine.ray_session import ray_session
@@ -19,20 +16,7 @@ from simulations.engine.ray_session import ray_session
 @contextmanager
 def open_grid(config: Config, world: World) -> Iterator[LocalGrid]:
     """The grid of the configured engine, with the session it needs, for the block."""
-    place = Workplace.of(config, world)
-    if config.engine.name == "inline":
-        grid: LocalGrid = InlineGrid(place)
-        try:
-            yield grid
-        finally:
-            grid.close()
-        return
-    with ray_session(config.engine):
-        grid = RayGrid(place)
-        try:
-            yield grid
-        finally:
-            grid.close()
-
-
-__all__ = ["open_grid"]
+    place, inline = Workplace.of(config, world), config.engine.name == "inline"
+    session = nullcontext() if inline else ray_session(config.engine)
+    with session, closing(InlineGrid(place) if inline else RayGrid(place)) as grid:
+        yield grid

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Message
 
 from fedattack.config import Config, EngineConfig
 from fedattack.errors import BadRequest, RunFailed
 from simulations.client_app import Workplace, open_workplace
 from simulations.engine import flower_internals as internals
-from simulations.engine.flower_internals import Answer, Plain, from_plain, to_plain
-
-if TYPE_CHECKING:
-    pass
-from simulations.engine.local_grid import FIRST_NODE, LocalGrid, _answer, _limit, _load_app, _new_context
+from simulations.engine.flower_internals import Answer, Plain, from_plain, plain_answer, reply_of, to_plain
+from simulations.engine.local_grid import FIRST_NODE, Contexts, LocalGrid, _answer, _limit, _load_app
 from simulations.engine.ray_session import _reason, _resources
 
 log = logging.getLogger("fedattack.grid")
@@ -31,13 +28,7 @@ _ROOM_SECONDS = 5.0
 class ClientActor:
     """Many clients in one Ray actor: settings and data arrive once, what clients keep stays here.
 
-    Parameters
-    ----------
-    run_id, clients : int
-    client_app : str
-        ``"module:app"``.
-    config, scenario, images, labels, *partitions
-        The fields of a :class:`~simulations.client_app.Workplace`.
+    `client_app` is ``"module:app"``; the rest are the fields of a :class:`~simulations.client_app.Workplace`.
     """
 
     def __init__(
@@ -53,8 +44,7 @@ class ClientActor:
         torch.set_num_threads(1)
         self._run_id = run_id
         self._app = _load_app(client_app)
-        self._clients = len(partitions)
-        self._contexts: dict[int, Context] = {}
+        self._contexts = Contexts(run_id, len(partitions))
         open_workplace(run_id, Workplace(config, scenario, images, labels, tuple(partitions)))
 
     def ready(self) -> str:
@@ -66,7 +56,7 @@ class ClientActor:
     def restore(self, clients: Sequence[int], *states: Plain) -> bool:
         """Take over clients of a lost actor, or of a run that was interrupted."""
         for client, state in zip(clients, states, strict=True):
-            self._context(client).state = from_plain(state)
+            self._contexts[client].state = from_plain(state)
         return True
 
     def reset(self) -> bool:
@@ -77,13 +67,9 @@ class ClientActor:
     def work(
         self, orders: Sequence[tuple[int, int, str, str]], stateful: bool, *contents: Plain
     ) -> list[Any] | tuple[Any, ...]:
-        """Have clients answer.
+        """Have clients answer; where `stateful`, also return what each keeps, as an object of its own.
 
-        Parameters
-        ----------
-        orders : sequence of (client, index into `contents`, message type, message id)
-        stateful : bool
-            Also return what each client keeps, as an object of its own.
+        An order is (client, index into `contents`, message type, message id).
         """
         records = [from_plain(content) for content in contents]
         limits = [_limit(record) for record in records]
@@ -93,19 +79,12 @@ class ClientActor:
             message = internals.received(
                 records[index], self._run_id, FIRST_NODE + client, message_type, message_id
             )
-            context = self._context(client)
+            context = self._contexts[client]
             answer = _answer(self._app, message, context, limits[index])
-            answers.append(
-                (answer.error.code, answer.error.reason) if answer.has_error() else to_plain(answer.content)
-            )
+            answers.append(plain_answer(answer))
             if stateful:
                 states.append(to_plain(context.state))
         return (answers, *states) if states else answers
-
-    def _context(self, client: int) -> Context:
-        if client not in self._contexts:
-            self._contexts[client] = _new_context(self._run_id, client, self._clients)
-        return self._contexts[client]
 
 
 class RayGrid(LocalGrid):
@@ -113,13 +92,6 @@ class RayGrid(LocalGrid):
 
     Client c works on actor ``c % actors`` and what it keeps stays there; the driver owns a reference to a copy in
     Ray's store, with which another actor takes over when one is lost. Needs a Ray session (:func:`ray_session`).
-
-    Parameters
-    ----------
-    place : Workplace
-        Settings and data of the clients.
-    client_app : str
-        ``"module:app"`` of the ClientApp.
     """
 
     def __init__(self, place: Workplace, client_app: str = "simulations.client_app:app") -> None:
@@ -132,12 +104,8 @@ class RayGrid(LocalGrid):
         self._stateful = place.stateful
         self._states: dict[int, Any] = {}
         _check_resources(engine)
-        self._actor_class = ray.remote(
-            num_cpus=engine.cpus_per_actor,
-            num_gpus=engine.gpus_per_actor,
-            max_restarts=0,
-            scheduling_strategy="SPREAD",
-        )(ClientActor)
+        share = {"num_cpus": engine.cpus_per_actor, "num_gpus": engine.gpus_per_actor}
+        self._actor_class = ray.remote(**share, max_restarts=0, scheduling_strategy="SPREAD")(ClientActor)
         self._arguments: tuple[Any, ...] = (
             self.run_id,
             client_app,
@@ -181,15 +149,10 @@ class RayGrid(LocalGrid):
 
         def submit(slot: int, numbers: list[int], attempt: int) -> None:
             used = list(dict.fromkeys(id(messages[n].content) for n in numbers))
-            orders = [
-                (
-                    self.client_of(messages[n].metadata.dst_node_id),
-                    used.index(id(messages[n].content)),
-                    messages[n].metadata.message_type,
-                    messages[n].metadata.message_id,
-                )
-                for n in numbers
-            ]
+            orders = []
+            for about, content in ((messages[n].metadata, id(messages[n].content)) for n in numbers):
+                client = self.client_of(about.dst_node_id)
+                orders.append((client, used.index(content), about.message_type, about.message_id))
             returns = 1 + len(numbers) if self._stateful else 1
             call = self._actors[slot].work.options(num_returns=returns)
             references = call.remote(orders, self._stateful, *(contents[key] for key in used))
@@ -198,7 +161,7 @@ class RayGrid(LocalGrid):
 
         for slot, numbers in batches.items():
             submit(slot, numbers, 1)
-        answers: list[Answer | None] = [None] * len(messages)
+        answers: dict[int, Answer] = {}
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             slot, numbers, states, attempt = pending.pop(done)
@@ -210,9 +173,8 @@ class RayGrid(LocalGrid):
                         f"a Ray actor with {len(numbers)} clients was lost {_RETRIES} times in one round "
                         f"({_reason(error)}); is there enough memory for {len(self._actors)} actors?"
                     ) from error
-                log.warning(
-                    "a Ray actor was lost (%s); its %d clients are run again", _reason(error), len(numbers)
-                )
+                why = _reason(error)
+                log.warning("a Ray actor was lost (%s); its %d clients are run again", why, len(numbers))
                 self._replace(slot)
                 submit(slot, numbers, attempt + 1)
                 continue
@@ -222,7 +184,7 @@ class RayGrid(LocalGrid):
                 answers[number] = answer
             for number, state in zip(numbers, states, strict=bool(states)):
                 self._states[self.client_of(messages[number].metadata.dst_node_id)] = state
-        return [_reply(message, answer) for message, answer in zip(messages, answers, strict=True)]
+        return [reply_of(message, answers[number]) for number, message in enumerate(messages)]
 
     def _replace(self, slot: int) -> None:
         """A new actor in the place of a lost one, or, where the cluster has no room for it, one that is left."""
@@ -230,15 +192,13 @@ class RayGrid(LocalGrid):
         lost = self._actors[slot]
         chosen = self._fresh()
         if chosen is None:
-            others = [
-                actor for actor in dict.fromkeys(self._actors) if actor is not lost and self._alive(actor)
-            ]
-            if not others:
-                raise RunFailed(
-                    "all Ray actors were lost and no new one could be started; the cluster has "
-                    f"{_resources(ray.available_resources())} left"
-                )
-            chosen = others[0]
+            others = (actor for actor in self._actors if actor is not lost and self._alive(actor))
+            chosen = next(others, None)
+        if chosen is None:
+            raise RunFailed(
+                "all Ray actors were lost and no new one could be started; the cluster has "
+                f"{_resources(ray.available_resources())} left"
+            )
         slots = [number for number, actor in enumerate(self._actors) if actor is lost]
         for number in slots:
             self._actors[number] = chosen
@@ -276,20 +236,17 @@ class RayGrid(LocalGrid):
             return False
 
     def client_states(self) -> dict[int, Plain]:
-        """What each client keeps; see :class:`LocalGrid`."""
         clients = sorted(self._states)
         states = self._ray.get([self._states[client] for client in clients])
         return {client: state for client, state in zip(clients, states, strict=True) if state}
 
     def restore_states(self, states: Mapping[int, Plain]) -> None:
-        """Give clients what they kept; see :class:`LocalGrid`."""
         for slot, actor in enumerate(self._actors):
             mine = {c: self._ray.put(s) for c, s in states.items() if c % len(self._actors) == slot}
             self._states |= mine
             self._ray.get(actor.restore.remote(list(mine), *mine.values()))
 
     def reset(self) -> None:
-        """Have all clients forget what they kept."""
         self._states.clear()
         for slot, actor in enumerate(self._actors):
             try:
@@ -298,45 +255,27 @@ class RayGrid(LocalGrid):
                 self._replace(slot)
 
     def close(self) -> None:
-        """Stop the actors and let go of the data."""
         for actor in getattr(self, "_actors", []):
             self._ray.kill(actor)
         self._states.clear()
         self._arguments = ()
 
 
-def _reply(message: Message, answer: Answer | None) -> Message:
-    assert answer is not None
-    if isinstance(answer, tuple):
-        return Message(Error(*answer), reply_to=message)
-    return Message(from_plain(answer), reply_to=message)
-
-
 def _lost_actor_errors() -> tuple[type[Exception], ...]:
     from ray import exceptions
 
-    return (
-        exceptions.RayActorError,
-        exceptions.ObjectLostError,
-        exceptions.NodeDiedError,
-        exceptions.OutOfMemoryError,
-        exceptions.WorkerCrashedError,
-    )
+    lost = (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.NodeDiedError)
+    return (*lost, exceptions.OutOfMemoryError, exceptions.WorkerCrashedError)
 
 
 def _check_resources(engine: EngineConfig) -> None:
     import ray
 
     found = ray.cluster_resources()
-    for kind, setting, share in (
-        ("CPU", "cpus_per_actor", engine.cpus_per_actor),
-        ("GPU", "gpus_per_actor", engine.gpus_per_actor),
-    ):
+    for kind, setting in (("CPU", "cpus_per_actor"), ("GPU", "gpus_per_actor")):
+        share = getattr(engine, setting)
         if engine.actors * share > found.get(kind, 0.0) + 1e-9:
             raise BadRequest(
                 f"settings 'engine.actors' = {engine.actors} and 'engine.{setting}' = {share:g} ask for "
                 f"{engine.actors * share:g} {kind}s; the Ray cluster has {found.get(kind, 0.0):g}"
             )
-
-
-__all__ = ["RayGrid"]

@@ -31,14 +31,8 @@ def ray_session(engine: EngineConfig) -> Iterator[None]:
     """A Ray session for the block: the one that is there, the cluster at `ray_address`, or a private local one.
 
     The private one listens on the loopback interface only and has logical CPUs for all actors and for one attack
-    beside them.
-
-    Raises
-    ------
-    BadRequest
-        If there is no cluster at `ray_address`.
-    RunFailed
-        If none can be started here.
+    beside them. Raises BadRequest where there is no cluster at `ray_address`, RunFailed where none can be started
+    here.
     """
     import ray
 
@@ -87,6 +81,3 @@ def _join(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise BadRequest(f"{refusal} ({_reason(error)})") from error
-
-
-__all__ = ["ray_session"]

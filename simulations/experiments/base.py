@@ -23,17 +23,7 @@ from simulations.progress import Stages
 
 @dataclass(frozen=True)
 class Plan:
-    """One resolved run, handed to everybody who works in it.
-
-    Parameters
-    ----------
-    config : Config
-    world : World
-        Of the same configuration.
-    folder : RunFolder
-    shown : callable
-        Told (stage, share done, text).
-    """
+    """One resolved run, handed to everybody who works in it; `shown` is told (stage, share done, text)."""
 
     config: Config
     world: World
@@ -50,20 +40,10 @@ class Plan:
 class Experiment(ABC):
     """One family's attacks in a run: what they are shown, what they answer, and the truth it is scored against.
 
-    Parameters
-    ----------
-    plan : Plan
-    attacks : mapping of str to Attack
-        All of the one family, by their name in the run.
-
-    Attributes
-    ----------
-    from_saved : type or None
-        What attacks observations without a federation, where that can be done: made from configuration, run folder,
-        attacks and stages, with `submit`, `collect`, `close`, `audit` and `answers`; see
-        :class:`simulations.experiments.reconstruction.Answers`.
-    failed : dict of str to BaseException
-        Attacks that failed on their own; :meth:`audit` leaves them out.
+    `from_saved` attacks observations without a federation, where that can be done: made from configuration, run
+    folder, attacks and stages, with `submit`, `collect`, `close`, `audit` and `answers`
+    (:class:`~.reconstruction.Answers`). `failed` are attacks that failed on their own; :meth:`audit` leaves them
+    out.
     """
 
     from_saved: ClassVar[type[Any] | None] = None
@@ -72,16 +52,12 @@ class Experiment(ABC):
         self.plan = plan
         self.attacks = dict(attacks)
         self.failed: dict[str, BaseException] = {}
+        self.this_round: list[Observation] = []
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        """Refuse, before the first round, what the experiment itself cannot do with this federation.
-
-        Raises
-        ------
-        NotApplicable
-        """
-        del config, world
+        """Refuse (NotApplicable), before the first round, what the experiment itself cannot do with this run."""
+        return None
 
     def questions(self) -> Mapping[str, Candidates]:
         """Attack -> the samples that it is asked about, where its question has some; known before the first round."""
@@ -89,33 +65,26 @@ class Experiment(ABC):
 
     def wants(self, round: int, client: int) -> bool:
         """Whether an update is to be observed; `client` is ``EVERYONE`` under secure aggregation."""
-        del round, client
         return False
 
     def observe(self, observation: Observation) -> None:
-        """Take one of the observations that :meth:`wants` asked for; within a round in ascending order."""
-        del observation
+        """Keep one of those that :meth:`wants` asked for, ascending within a round, until the round is over."""
+        self.this_round.append(observation)
 
     def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
         """Look at the global model after a round, just before :meth:`after_round`."""
-        del round, weights
+        return None
 
     def requests(self, requests: DeletionRequests) -> None:
         """Take what the clients want forgotten, as they say after round ``config.request_round``."""
-        del requests
+        return None
 
     def after_round(self, record: RoundRecord) -> None:
         """Take note that a round is over."""
-        del record
+        return None
 
     def collect(self) -> None:
-        """Wait for what runs beside the federation, which is over.
-
-        Raises
-        ------
-        RunFailed
-            If there is nothing to score.
-        """
+        """Wait for what runs beside the federation, which is over; RunFailed where there is nothing to score."""
         return None
 
     def close(self) -> None:

@@ -27,13 +27,7 @@ _DRY_IMAGES = 16
 
 
 def choose_attacks(config: Config) -> dict[str, Attack]:
-    """The configured attacks, built and ready.
-
-    Raises
-    ------
-    ConfigError
-        If a name or a parameter is unknown, or an attack's parameters are given without the attack.
-    """
+    """The configured attacks, built and ready."""
     chosen = config.attack
     for name in chosen.names:
         check_class(name, ATTACKS.get(name), AttackConfig.model_fields, EXPERIMENTS.names())
@@ -41,13 +35,7 @@ def choose_attacks(config: Config) -> dict[str, Attack]:
 
 
 def arming_attack(attacks: Mapping[str, Attack]) -> MaliciousServer | None:
-    """The one attack that needs the server to send other weights; None where the server stays honest.
-
-    Raises
-    ------
-    ConfigError
-        If there are two: a round carries one model.
-    """
+    """The one attack that needs the server to send other weights, None where it stays honest; two are refused."""
     arming = {n: a for n, a in attacks.items() if isinstance(a, MaliciousServer)}
     if len(arming) > 1:
         raise ConfigError(
@@ -58,12 +46,7 @@ def arming_attack(attacks: Mapping[str, Attack]) -> MaliciousServer | None:
 
 
 def check_names(config: Config) -> None:
-    """Refuse unknown names and devices before anything is read.
-
-    Raises
-    ------
-    BadRequest
-    """
+    """Refuse unknown names and devices before anything is read."""
     build_strategy(config.federation, config.training.learning_rate)
     COMPRESSORS.get(config.compression.name)
     TASKS.get(config.training.task)
@@ -77,13 +60,7 @@ def check_names(config: Config) -> None:
 
 
 def check_model(config: Config, world: World) -> list[str]:
-    """Run the named model once, dry, on the largest and the smallest batch of a client; what to know of it.
-
-    Raises
-    ------
-    BadRequest
-        If no client can train it.
-    """
+    """Run the named model once, dry, on the largest and the smallest batch of a client; what to know of it."""
     sizes = {
         min(len(batch), _DRY_IMAGES)
         for count in {len(part) for part in world.partitions} - {0}

@@ -66,17 +66,9 @@ Done = Callable[[Job, list[Attacked]], None]
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device for "auto", "cpu", "cuda", "cuda:N" or "mps".
-
-    Raises
-    ------
-    BadRequest
-        If the device does not exist on this machine.
-    """
+    """The torch device for "auto", "cpu", "cuda", "cuda:N" or "mps"; BadRequest where it does not exist."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -168,10 +160,7 @@ class InlineExecutor(Executor):
 
 
 class RayExecutor(Executor):
-    """Attacks as Ray tasks beside the running federation; a thread of the driver hands on what is ready.
-
-    The Ray session must be up (see :mod:`simulations.engine.local_grid`).
-    """
+    """Attacks as Ray tasks beside the running federation; a thread of the driver hands on what is ready."""
 
     def __init__(self, engine: EngineConfig, seed: int, shown: Shown, done: Done) -> None:
         super().__init__(engine, seed, shown, done)

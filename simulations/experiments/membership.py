@@ -24,7 +24,7 @@ from fedattack.config import Config
 from fedattack.data import ImageDataset, World
 from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.models import initial_weights
-from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
+from fedattack.observation import EVERYONE, Candidates, MembershipScores
 from fedattack.rng import adversary_seed, numpy_rng
 from simulations.client_app import drops_out, round_batches
 from simulations.engine.federation import FederationResult, RoundRecord
@@ -63,18 +63,10 @@ def expected_rounds(config: Config, world: World) -> dict[int, list[int]]:
 class Question:
     """The one list of candidates of a run, fixed before it starts; which are members is settled by what was seen.
 
-    Members are samples that the target is to train on, at most ``attack.candidates`` of them; as many non-members
-    come from the held-out pool, each with the label and, while there are such, the person of its member: else an
-    attack could score by telling classes apart.
-
-    Parameters
-    ----------
-    target : int
-        The client asked about; :data:`EVERYONE`: all but the malicious ones.
-    members, nonmembers : ndarray
-        int64, shape (N,): sample ids, pair by pair.
-    order : ndarray
-        int64, shape (2N,): the candidates are the members and the non-members in this order.
+    Members are samples that the target (:data:`EVERYONE`: all but the malicious clients) is to train on, at most
+    ``attack.candidates`` of them; as many non-members come from the held-out pool, each with the label and, while
+    there are such, the person of its member: else an attack could score by telling classes apart. `members` and
+    `nonmembers` are sample ids, int64 (N,), pair by pair; the candidates are both, in the `order` int64 (2N,).
     """
 
     target: int
@@ -135,15 +127,7 @@ def trained_on(config: Config, world: World, rounds: Rounds) -> NDArray[np.int64
 
 
 def choose_question(config: Config, world: World, target: int, rounds: Rounds) -> Question:
-    """The candidates about `target`, members drawn from what its clients train on in their `rounds`.
-
-    Raises
-    ------
-    NotApplicable
-        If that is nothing.
-    DataError
-        If no non-member is held out.
-    """
+    """The candidates about `target`, members drawn from what its clients train on in their `rounds`."""
     used, pool = trained_on(config, world, rounds), world.pools.nonmembers
     if not len(used):
         raise NotApplicable("membership: no client that is asked about takes part in the rounds asked about")
@@ -200,7 +184,6 @@ class MembershipExperiment(Experiment):
 
     def __init__(self, plan: Plan, attacks: Mapping[str, MembershipAttack]) -> None:
         super().__init__(plan, attacks)
-        self._this_round: list[Observation] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._figures: dict[str, dict[int, Figures]] = {
             name: dict(plan.folder.load_rounds(name)) for name in self._serving()
@@ -232,38 +215,28 @@ class MembershipExperiment(Experiment):
         if not isinstance(attack, MaliciousClient):
             each = {c: len(self._asked_about(attack, c, self._expected)[c]) for c in self._expected}
             target = min(each, key=lambda client: (-each[client], client), default=0)
-        return choose_question(
-            self.plan.config, self.plan.world, target, self._asked_about(attack, target, self._expected)
-        )
+        rounds = self._asked_about(attack, target, self._expected)
+        return choose_question(self.plan.config, self.plan.world, target, rounds)
 
     def questions(self) -> dict[str, Candidates]:
-        """What each attack is asked about."""
-        return {
-            name: Candidates(*self.plan.world.dataset.tensors(asked.ids))
-            for name, asked in self._asked.items()
-        }
+        tensors = self.plan.world.dataset.tensors
+        return {name: Candidates(*tensors(asked.ids)) for name, asked in self._asked.items()}
 
     def wants(self, round: int, client: int) -> bool:
         """Everything of the rounds that an attack of the server has yet to read."""
-        del client
-        return any(
-            round not in self._figures[name] and round in self._rounds(self.attacks[name])
-            for name in self._serving()
-        )
+        return any(self._lacks(name, round) for name in self._serving())
 
-    def observe(self, observation: Observation) -> None:
-        """Keep it until the round is over."""
-        self._this_round.append(observation)
+    def _lacks(self, name: str, round: int) -> bool:
+        return round not in self._figures[name] and round in self._rounds(self.attacks[name])
 
     def after_round(self, record: RoundRecord) -> None:
         """Show it to the attacks, and let go of it."""
-        seen, self._this_round = self._this_round, []
+        seen, self.this_round = self.this_round, []
         number, config = record.round, self.plan.config
         device = choose_device(config.engine.device)
         for name in self._serving():
             attack, asked = self.attacks[name], self._asked[name]
-            wanted = number not in self._figures[name] and number in self._rounds(attack)
-            if seen and wanted and name not in self.failed:
+            if seen and self._lacks(name, number) and name not in self.failed:
                 candidates = Candidates(*self.plan.world.dataset.tensors(asked.ids))
                 seed, started = adversary_seed(config.seed, "watch", number), time.perf_counter()
                 try:

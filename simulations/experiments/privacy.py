@@ -57,6 +57,3 @@ def privacy_text(account: Privacy) -> str:
     if account.sampled_epsilon is not None:
         text += f" ({formats.decimal(account.sampled_epsilon, 2)} if batches were Poisson samples)"
     return text
-
-
-__all__ = ["privacy_accounts", "privacy_record", "privacy_text"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from fedattack.errors import RunFailed
 from fedattack.groundtruth import GroundTruth
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
-from fedattack.storage import RunFolder
+from fedattack.storage import RunFolder, save_observation, save_truth
 from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.base import Experiment, Plan
@@ -31,11 +32,7 @@ class Answers:
     """Submits observations to the attacks, saves every answer when it comes, and knows what is finished."""
 
     def __init__(
-        self,
-        config: Config,
-        folder: RunFolder,
-        attacks: Mapping[str, ReconstructionAttack],
-        shown: Stages,
+        self, config: Config, folder: RunFolder, attacks: Mapping[str, ReconstructionAttack], shown: Stages
     ) -> None:
         self._config = config
         self._folder = folder
@@ -99,7 +96,6 @@ class Answers:
             self._executor.finish()
 
     def close(self) -> None:
-        """Wait for nothing any more."""
         if self._executor is not None:
             self._executor.close()
 
@@ -133,15 +129,9 @@ class Answers:
         answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
         found = [answers.get(o.key, (None, 0.0)) for o in observations]
-        return audit_reconstruction(
-            name,
-            observations,
-            [answer for answer, _ in found],
-            truths,
-            [seconds for _, seconds in found],
-            seed=self._config.seed,
-            reasons=self._failed[name],
-        )
+        images, seconds = [answer for answer, _ in found], [spent for _, spent in found]
+        more: dict[str, Any] = {"seed": self._config.seed, "reasons": self._failed[name]}
+        return audit_reconstruction(name, observations, images, truths, seconds, **more)
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         """Attack -> observation key -> answer."""
@@ -158,7 +148,6 @@ class ReconstructionExperiment(Experiment):
         super().__init__(plan, attacks)
         self.work = Answers(plan.config, plan.folder, attacks, plan.shown)
         self.truths: list[GroundTruth] = []
-        self._this_round: list[Observation] = []
         self._defenses = tuple(build_defenses(plan.config.defense).values())
 
     def wants(self, round: int, client: int) -> bool:
@@ -167,21 +156,16 @@ class ReconstructionExperiment(Experiment):
         history = round < max(rounds, default=0) and self.work.need_history(self.plan.world.scenario)
         return (round in rounds or history) and (client == EVERYONE or client < self.plan.config.victims)
 
-    def observe(self, observation: Observation) -> None:
-        """Keep it until the round is over."""
-        self._this_round.append(observation)
-
     def after_round(self, record: RoundRecord) -> None:
-        """Attack the round's victims."""
-        victims, self._this_round = self._this_round, []
+        victims, self.this_round = self.this_round, []
         asked = record.round in self.plan.config.attack.rounds
         for observation in victims:
             truth = self._truth(observation, record.clients)
             if asked:
                 self.truths.append(truth)
             if self.plan.config.output.save_observations:
-                self.plan.folder.save_observation(observation)
-                self.plan.folder.save_truth(truth)
+                save_observation(self.plan.folder.observations, observation)
+                save_truth(self.plan.folder.truth, truth)
         self.work.submit(victims, asked)
         if asked and not hides_clients(self.plan.config.defense):
             for client, reason in (*record.rejected, *record.failed):
@@ -206,14 +190,8 @@ class ReconstructionExperiment(Experiment):
         ids = np.concatenate([ids for ids, _ in batches])
         images, labels = self.plan.world.dataset.tensors(ids)
         shown = [part for _, part in batches if part is not None]
-        return GroundTruth(
-            observation.round,
-            observation.client,
-            images,
-            labels,
-            tuple(ids.tolist()),
-            torch.cat(shown) if shown else None,
-        )
+        who, seen = (observation.round, observation.client), torch.cat(shown) if shown else None
+        return GroundTruth(*who, images, labels, tuple(ids.tolist()), seen)
 
     def _batch(self, round: int, client: int) -> tuple[NDArray[np.int64], Tensor | None]:
         """Sample ids that a client trained on in a round, ascending, and what the model was shown, if not those."""
@@ -228,7 +206,6 @@ class ReconstructionExperiment(Experiment):
         return used[order], defended.images(images)[torch.from_numpy(order)]
 
     def collect(self) -> None:
-        """Wait for the answers."""
         self.work.collect()
         if not self.truths:
             raise RunFailed(
@@ -237,14 +214,10 @@ class ReconstructionExperiment(Experiment):
             )
 
     def close(self) -> None:
-        """Wait for no answer any more."""
         self.work.close()
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Score every attack's images."""
-        del federation
         return {name: self.work.audit(name, self.truths) for name in self.attacks}
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
-        """Attack -> observation key -> answer."""
         return self.work.answers()

@@ -51,28 +51,14 @@ class UnlearningOutcome:
     """What deletion requests did to the global model, beside what it would have done anyway.
 
     Every repeat trains three times with the same random draws: without any deletion ("before"), without what was
-    requested ("after"), and without as many samples of the same clients drawn at random ("random"). The first repeat
-    has the draws of the run itself.
+    requested ("after"), and without as many samples of the same clients drawn at random ("random"). The first
+    repeat has the draws of the run itself. These are accuracies on the held-out pool in [0, 1], one per repeat,
+    `losses` its mean losses under the same names. `drops_out`: a client has no sample left and leaves.
 
-    Parameters
-    ----------
-    requests : tuple of UnlearningRequest
-        As the malicious clients put them.
-    drops_out : bool
-        True when a client has no sample left and leaves the federation.
-    mechanism : str
-        How the server forgets.
-    before, after, random : tuple of float
-        Accuracy on the held-out pool in [0, 1], one per repeat.
-    losses : dict of str to tuple of float
-        Mean loss on the held-out pool under the same three names.
-    test_samples : int
-        Size of the held-out pool.
-    resumed_after, rounds_trained, client_steps : int
-        The last round that the server kept, the rounds that forgetting cost it, and the clients' local steps in them.
-    details : dict
-        JSON-able: `requested_loss`, the mean loss of the requested samples "before" and "after" (first repeat; None
-        where none is named by position), and `random_positions`, one list per repeat.
+    `resumed_after`, `rounds_trained` and `client_steps` are the last round that the server kept, the rounds that
+    forgetting cost, and the clients' local steps in them. `details`: `requested_loss`, the mean loss of the
+    requested samples "before" and "after" (first repeat; None where none is named by position), and
+    `random_positions`, one list per repeat.
     """
 
     requests: tuple[UnlearningRequest, ...]
@@ -90,10 +76,7 @@ class UnlearningOutcome:
 
 
 class FederationTrainer:
-    """How a mechanism reaches the clients of an open grid; see :class:`fedattack.unlearning.Trainer`.
-
-    Counts their local steps in `client_steps`.
-    """
+    """How a mechanism reaches the clients of an open grid (:class:`fedattack.unlearning.Trainer`); counts steps."""
 
     def __init__(self, config: Config, world: World, grid: LocalGrid) -> None:
         self.config, self.world, self.grid = config, world, grid
@@ -105,14 +88,9 @@ class FederationTrainer:
         """Train the rounds from `first_round` up to the request; `history` keeps of them what it is for."""
         kept: dict[str, Any] = {}
         if history is not None:
-            kept = {
-                "on_weights": history.keep_weights,
-                "on_observation": history.keep_update,
-                "observe": lambda round, _: history.wants_updates(round),
-                "on_round": lambda record: history.note_round(
-                    record.round, record.clients, record.aggregated
-                ),
-            }
+            kept = {"on_weights": history.keep_weights, "on_observation": history.keep_update}
+            kept["observe"] = lambda round, _: history.wants_updates(round)
+            kept["on_round"] = lambda r: history.note_round(r.round, r.clients, r.aggregated)
         return self._run(excluded, weights, first_round, self.config.request_round, **kept)
 
     def go_on(self, excluded: Excluded, weights: Weights) -> Weights:
@@ -178,31 +156,25 @@ class UnlearningExperiment(Experiment):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        """Refuse a mechanism that lacks what it needs."""
         build_mechanism(config.unlearning).check(config.unlearning.mechanism, world.scenario)
 
     def wants(self, round: int, client: int) -> bool:
         """The updates that the mechanism needs."""
-        del client
         return round <= self.plan.config.request_round and self.history.wants_updates(round)
 
     def observe(self, observation: Observation) -> None:
-        """Keep an update."""
         if self.wants(observation.round, observation.client):
             self.history.keep_update(observation)
 
     def global_model(self, round: int, weights: Weights) -> None:
-        """Keep a checkpoint."""
         if round <= self.plan.config.request_round:
             self.history.keep_weights(round, weights)
 
     def after_round(self, record: RoundRecord) -> None:
-        """Note who took part."""
         if record.round <= self.plan.config.request_round:
             self.history.note_round(record.round, record.clients, record.aggregated)
 
     def requests(self, requests: DeletionRequests) -> None:
-        """Keep what is asked for."""
         self.asked = requests
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
@@ -235,16 +207,8 @@ class UnlearningExperiment(Experiment):
     def outcome(self, attack: str, final: Weights, repeats: int = 3) -> UnlearningOutcome:
         """Grant what an attack asked for, and measure the damage against random deletions.
 
-        What forgetting leaves depends on the draw of every batch, hence the repeats: the damage of one pair of
-        trainings says little.
-
-        Parameters
-        ----------
-        attack : str
-        final : dict of str to Tensor
-            The run's last global model.
-        repeats : int
-            Pairs of forgettings, at least 1; all but the first train the federation once more.
+        What forgetting leaves depends on the draw of every batch, hence the `repeats`, of which all but the first
+        train the federation once more: the damage of one pair of trainings says little.
 
         Raises
         ------
@@ -252,8 +216,6 @@ class UnlearningExperiment(Experiment):
             If nobody asks, or who asks never took part.
         PayloadError
             If the server rejects a request.
-        RunFailed
-            If a federation fails.
         """
         config, world, history = self.plan.config, self.plan.world, self.history
         requests = tuple(request for _, request in self.asked.get(attack, []))
@@ -293,9 +255,8 @@ class UnlearningExperiment(Experiment):
                 answer = self.mechanism.forget(deletions, kept, trainer)
                 spent = trainer.client_steps - spent
                 report(2, "random samples")
-                others, positions = self._random(
-                    deletions, numpy_rng(config.seed, "unlearning floor", repeat)
-                )
+                rng = numpy_rng(config.seed, "unlearning floor", repeat)
+                others, positions = self._random(deletions, rng)
                 floor = self.mechanism.forget(others, kept, trainer)
                 after, random = (trainer.go_on(left.excluded, left.weights) for left in (answer, floor))
             if repeat == 0:

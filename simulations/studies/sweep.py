@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import time
 import tomllib
@@ -47,7 +48,7 @@ from fedattack.files import write_bytes
 from fedattack.registry import Registry, plugin_options
 from fedattack.reporting.sweep.page import write_sweep
 from fedattack.reporting.sweep.table import DONE, FAILED, REFUSED, CellOutcome, SweepTable, sweep_table
-from fedattack.storage.plain import read_json, write_json
+from fedattack.storage.plain import flat, read_json, write_json
 from simulations.engine.ray_session import ray_session
 from simulations.pipeline import simulate
 from simulations.progress import stages
@@ -60,16 +61,9 @@ _MOST_CELLS = 10_000
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep.
+    """One run of a sweep: its axes' labels, and what :meth:`fedattack.config.Config.from_mapping` is given.
 
-    Parameters
-    ----------
-    name : str
-        Of its folder: the labels and a digest of the settings that can change its result.
-    labels : dict of str to str
-        Axis -> value as it is shown.
-    settings : dict
-        What :meth:`fedattack.config.Config.from_mapping` is given.
+    `name` is that of its folder: the labels and a digest of the settings that can change its result.
     """
 
     name: str
@@ -92,13 +86,7 @@ class Sweep:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Sweep:
-        """Read a sweep's file.
-
-        Raises
-        ------
-        ConfigError
-            If it is missing, malformed, asks for no cell or for too many, or for two cells of the same settings.
-        """
+        """Read a sweep's file; ConfigError where it is malformed, or asks for no cells, too many or equal ones."""
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
             document = tomllib.loads(text)
@@ -117,11 +105,12 @@ class Sweep:
             raise ConfigError(
                 f"a sweep has the sections 'settings' and 'axes', with one axis or more; {found}"
             )
-        common = _flat(document.get("settings", {}))
+        common = document.get("settings", {})
+        if not isinstance(common, Mapping):
+            raise ConfigError(f"section 'settings' of the sweep is no table: {common!r}")
+        common = flat(common)
         axes = {name: _values(name, values) for name, values in document["axes"].items()}
-        count = 1
-        for values in axes.values():
-            count *= len(values)
+        count = math.prod(map(len, axes.values()))
         if count > _MOST_CELLS:
             raise ConfigError(f"the sweep has {count:,} cells; at most {_MOST_CELLS:,} are accepted")
         cells = [_cell(common, axes, chosen) for chosen in itertools.product(*axes.values())]
@@ -141,23 +130,20 @@ def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     result: list[tuple[str, dict[str, Any]]] = []
     for value in values:
         if isinstance(value, Mapping):
-            settings = _flat({key: inner for key, inner in value.items() if key != "label"})
+            settings = flat({key: inner for key, inner in value.items() if key != "label"})
             label = str(value.get("label", ", ".join(f"{key} {_shown(v)}" for key, v in settings.items())))
         else:
             settings, label = {axis: value}, _shown(value)
         result.append((label, settings))
     labels = [label for label, _ in result]
     if len(set(labels)) != len(labels):
-        raise ConfigError(
-            f"axis {axis!r}: two values are called the same: {', '.join(labels)}; give them labels"
-        )
+        same = ", ".join(labels)
+        raise ConfigError(f"axis {axis!r}: two values are called the same: {same}; give them labels")
     return result
 
 
 def _cell(
-    common: Mapping[str, Any],
-    axes: Mapping[str, Any],
-    chosen: Sequence[tuple[str, dict[str, Any]]],
+    common: Mapping[str, Any], axes: Mapping[str, Any], chosen: Sequence[tuple[str, dict[str, Any]]]
 ) -> Cell:
     labels = {axis: label for axis, (label, _) in zip(axes, chosen, strict=True)}
     settings = dict(common)
@@ -174,6 +160,7 @@ def _applicable(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` without the parameters of attacks and defences that they do not name."""
     attacks = _named(settings, "attack", "attack.names")
     defenses = [name for name in _named(settings, "defense", "defense.names") if name != NONE]
+    kinds: dict[str, Any] = {"attack": (attacks, ATTACKS), "defense": (defenses, DEFENSES)}
     kept: dict[str, Any] = {}
     for key, value in settings.items():
         parts = key.split(".")
@@ -185,13 +172,7 @@ def _applicable(settings: dict[str, Any]) -> dict[str, Any]:
         elif len(parts) == 3 and parts[0] == "defense":
             if parts[1] in defenses:
                 kept[key] = value
-        elif not (
-            len(parts) == 2
-            and (
-                (parts[0] == "attack" and _foreign(parts[1], "attack", attacks, ATTACKS))
-                or (parts[0] == "defense" and _foreign(parts[1], "defense", defenses, DEFENSES))
-            )
-        ):
+        elif len(parts) != 2 or parts[0] not in kinds or not _foreign(parts[1], parts[0], *kinds[parts[0]]):
             kept[key] = value
     return kept
 
@@ -222,17 +203,6 @@ def _outer(key: str) -> bool:
     return _resolved(key).partition(".")[0] in ("engine", "output")
 
 
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(settings, Mapping):
-        raise ConfigError(
-            f"section {prefix.rstrip('.') or 'settings'!r} of the sweep is no table: {settings!r}"
-        )
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or NONE
@@ -252,22 +222,8 @@ def run_sweep(
 ) -> SweepTable:
     """Run what is missing of a sweep, and write its table, figures and page.
 
-    Parameters
-    ----------
-    sweep : Sweep
-    directory : Path
-        Absent, empty, or that of an earlier sweep; cells that it shares with that one are not run again.
-    console : rich Console, optional
-        Where progress goes; None: nowhere.
-    engine : {"ray", "inline"}, optional
-        None: the file's.
-    command : str
-        The command line, for the page.
-
-    Returns
-    -------
-    SweepTable
-        Of all cells, failed and refused ones too.
+    Cells that an earlier sweep in `directory` finished are not run again; the table has failed and refused ones
+    too. `engine` None: the file's. `command` is the command line, for the page. `console` None: nowhere.
 
     Raises
     ------
@@ -292,7 +248,9 @@ def run_sweep(
             outcomes[cell.name] = outcome
             write_json(place / f"{cell.name}.json", {"format": 1, **outcome})
             shown("cells", done / total, f"{done} of {total}: {cell.name} {outcome['status']}")
-    _refuse_if_all_refused([o for o in outcomes.values() if o is not None])
+    found = [outcome for outcome in outcomes.values() if outcome is not None]
+    if all(outcome["status"] == REFUSED for outcome in found):
+        raise ConfigError(f"no cell of the sweep can be run: {found[0]['reason']}")
     told = [_outcome(cell, outcomes[cell.name], place) for cell in sweep.cells]
     table = sweep_table(sweep.axes, told)
     page = write_sweep(directory, table, command=command)
@@ -300,11 +258,6 @@ def run_sweep(
     console.print("; ".join(f"{number} {status}" for status, number in states.items()), highlight=False)
     console.print(f"page [bold]{page}[/]", highlight=False, soft_wrap=True)
     return table
-
-
-def _refuse_if_all_refused(outcomes: Sequence[Mapping[str, Any]]) -> None:
-    if all(outcome["status"] == REFUSED for outcome in outcomes):
-        raise ConfigError(f"no cell of the sweep can be run: {outcomes[0]['reason']}")
 
 
 def _earlier(cell: Cell, place: Path) -> dict[str, Any] | None:
@@ -319,18 +272,14 @@ def _earlier(cell: Cell, place: Path) -> dict[str, Any] | None:
 def _outcome(cell: Cell, outcome: Mapping[str, Any] | None, place: Path) -> CellOutcome:
     assert outcome is not None
     summary = read_json(place / cell.name / "summary.json") if outcome["status"] == DONE else None
-    return CellOutcome(
-        cell.name, cell.labels, outcome["status"], outcome["reason"], outcome["seconds"], summary
-    )
+    status, reason, seconds = (outcome[name] for name in ("status", "reason", "seconds"))
+    return CellOutcome(cell.name, cell.labels, status, reason, seconds, summary)
 
 
 def run_cell(cell: Cell, place: str, engine: EngineConfig) -> dict[str, Any]:
     """One cell from its settings to its folder; its outcome, whatever happens.
 
-    Returns
-    -------
-    dict
-        "status" ("done", "failed", "not applicable"), "reason" and "seconds".
+    "status" ("done", "failed", "not applicable"), "reason" and "seconds".
     """
     started = time.perf_counter()
     status, reason = DONE, ""
@@ -339,11 +288,9 @@ def run_cell(cell: Cell, place: str, engine: EngineConfig) -> dict[str, Any]:
     try:
         config = cell.config(folder, engine.threads)
         result = simulate(config, command=f"fedattack --config {folder / 'config.toml'}")
-        faults = [one.summary.get("failed", []) for one in result.audits.values()]
-        if faults and all(
-            len(f) == one.summary["count"] for f, one in zip(faults, result.audits.values(), strict=True)
-        ):
-            status, reason = FAILED, faults[0][0]["reason"]
+        faults = [(one.summary.get("failed", []), one.summary["count"]) for one in result.audits.values()]
+        if faults and all(len(lost) == count for lost, count in faults):
+            status, reason = FAILED, faults[0][0][0]["reason"]
     except BadRequest as error:
         status, reason = REFUSED, str(error)
     except RunFailed as error:
@@ -386,6 +333,3 @@ def _on_ray(cells: Sequence[Cell], place: Path, engine: EngineConfig) -> Outcome
                     reason = f"its worker was lost: {str(error).partition(chr(10))[0]}"
                     outcome = {"status": FAILED, "reason": reason, "seconds": 0.0}
                 yield cell, outcome
-
-
-__all__ = ["Cell", "Sweep", "run_cell", "run_sweep"]

@@ -125,7 +125,7 @@ def test_listening_does_not_change_the_result(name: str) -> None:
         assert together[key].dtype == torch.float32
         torch.testing.assert_close(together[key], tensor.float(), rtol=1e-5, atol=2e-6)
     assert len(seen) == 3 * CLIENTS
-    assert all(report.aggregated and len(report.accepted) == CLIENTS for report in reports)
+    assert all(report.aggregated and len(report.clients) == CLIENTS for report in reports)
     assert reports[0].train_loss == pytest.approx(
         sum((1.0 + c) * (c + 1) for c in range(CLIENTS)) / sum(c + 1 for c in range(CLIENTS))
     )
@@ -192,7 +192,7 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone() -> None:
         reports: list[RoundReport] = []
         strategy = FedAvg(fraction_train=0.5, fraction_evaluate=0.0)
         start(Eavesdropper(strategy, SCENARIO, seed=seed, on_round=reports.append))
-        return [report.accepted for report in reports]
+        return [report.clients for report in reports]
 
     random.seed(1)
     before = random.getstate()
@@ -236,10 +236,10 @@ def test_claims_to_be_somebody_else_are_rejected() -> None:
     server = Eavesdropper(FedAvg(), SCENARIO, on_round=reports.append)
     server._keep(ArrayRecord(initial_weights(MODEL, 0)))
     server.aggregate_train(1, replies((11, 0), (12, 1), (13, 1)))
-    assert reports[-1].accepted == (0, 1)
+    assert reports[-1].clients == (0, 1)
     assert reports[-1].rejected == ((13, "claims to be client 1, which another node is"),)
     server.aggregate_train(2, replies((13, 0), (11, 0), (12, -1), (14, 2**40)))
-    assert reports[-1].accepted == (0,)
+    assert reports[-1].clients == (0,)
     assert [client for client, _ in reports[-1].rejected] == [12, 13, 14]
 
 
@@ -248,7 +248,7 @@ def test_two_replies_of_one_node_count_once() -> None:
     server = Eavesdropper(FedAvg(), SCENARIO, on_round=reports.append)
     server._keep(ArrayRecord(initial_weights(MODEL, 0)))
     server.aggregate_train(1, replies((11, 0), (11, 0)))
-    assert reports[-1].accepted == (0,)
+    assert reports[-1].clients == (0,)
     assert reports[-1].rejected == ((11, "client 0 has answered already"),)
 
 

@@ -112,10 +112,7 @@ def _heat_panel(
 
 
 def utility_leakage(table: SweepTable, family: str) -> Figure:
-    """What protection costs: accuracy of the federation against leakage, a point per cell with 95 % intervals.
-
-    Colours tell the defences apart (or the axis with the most values), markers the attacks.
-    """
+    """What protection costs: accuracy against leakage, a point per cell with 95 % intervals."""
     leakage = get_family(family).leakage
     column, nothing = leakage.column, leakage.nothing
     frame = table.family(family)
@@ -129,18 +126,11 @@ def utility_leakage(table: SweepTable, family: str) -> Figure:
     sizes = dict(zip(colours, np.linspace(11, 6, max(1, len(colours))), strict=False))
     for row in frame.to_dict("records"):
         x, y = row["accuracy"] * 100, row[column]
-        axes.errorbar(
-            x,
-            y,
-            xerr=_bars(x, row["accuracy_low"] * 100, row["accuracy_high"] * 100),
-            yerr=_bars(y, row[f"{column}_low"], row[f"{column}_high"]),
-            fmt=markers[row[f"axis.{marked}"]],
-            color=colours[row[f"axis.{coloured}"]],
-            mec="white",
-            ms=sizes[row[f"axis.{coloured}"]],
-            elinewidth=0.8,
-            alpha=0.9,
-        )
+        across = _bars(x, row["accuracy_low"] * 100, row["accuracy_high"] * 100)
+        upright = _bars(y, row[f"{column}_low"], row[f"{column}_high"])
+        told, marker = row[f"axis.{coloured}"], markers[row[f"axis.{marked}"]]
+        look: dict[str, Any] = {"fmt": marker, "color": colours[told], "ms": sizes[told], "mec": "white"}
+        axes.errorbar(x, y, xerr=across, yerr=upright, elinewidth=0.8, alpha=0.9, **look)
     axes.axhline(nothing, color=GREY, linewidth=1.2, linestyle="--")
     axes.annotate("no leakage beyond the floor", (1.0, nothing), xycoords=("axes fraction", "data"), ha="right",
                   va="bottom", fontsize=8, color="#555555", xytext=(-3, 2), textcoords="offset points")  # fmt: skip
@@ -198,6 +188,3 @@ def _bars(value: float, low: float, high: float) -> list[list[float]] | None:
     if math.isnan(low) or math.isnan(high):
         return None
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
-
-
-__all__ = ["heat_map", "utility_leakage"]

@@ -20,35 +20,21 @@ from fedattack.storage.plain import fedattack_version
 
 
 def write_sweep(folder: Path, table: SweepTable, *, command: str = "") -> Path:
-    """Write ``cells.csv``, ``cells.parquet``, ``figures/*.png`` and ``index.html``.
-
-    Returns
-    -------
-    Path
-        The page.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full.
-    """
+    """Write ``cells.csv``, ``cells.parquet``, ``figures/*.png`` and ``index.html``, and say where the page is."""
     write_bytes(folder / "cells.csv", table.frame.to_csv(index=False).encode())
     buffer = io.BytesIO()
     table.frame.to_parquet(buffer, index=False)
     write_bytes(folder / "cells.parquet", buffer.getvalue())
     counts = table.frame.drop_duplicates("cell")["status"].value_counts()
-    page = (
-        environment()
-        .from_string(SWEEP)
-        .render(
-            summary="; ".join(f"{number} runs {status}" for status, number in counts.items()),
-            pictures=_pictures(folder, table),
-            columns=[*_labels(table), "outcome", *_FIGURES],
-            rows=[_row(table, row) for row in _records(table.frame)],
-            reasons=_reasons(table.frame),
-            command=command or "fedattack sweep FILE",
-            version=fedattack_version(),
-        )
+    template = environment().from_string(SWEEP)
+    page = template.render(
+        summary="; ".join(f"{number} runs {status}" for status, number in counts.items()),
+        pictures=_pictures(folder, table),
+        columns=[*_labels(table), "outcome", *_FIGURES],
+        rows=[_row(table, row) for row in _records(table.frame)],
+        reasons=_reasons(table.frame),
+        command=command or "fedattack sweep FILE",
+        version=fedattack_version(),
     )
     path = folder / "index.html"
     write_bytes(path, page.encode())
@@ -91,22 +77,16 @@ def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
         leakage = family.leakage
         outcome = family.words(row["level"])
         ends = {end: _known(row[f"{leakage.column}_{end}"]) for end in ("low", "high")}
-        leaked = [
-            formats.decimal(row[leakage.column], leakage.digits),
-            formats.interval(ends, leakage.digits),
-            *(formats.decimal(row.get(name, float("nan"))) for name in ("psnr", "floor_psnr")),
-        ]
+        scores = [formats.decimal(row.get(name, float("nan"))) for name in ("psnr", "floor_psnr")]
+        shown = formats.decimal(row[leakage.column], leakage.digits)
+        leaked = [shown, formats.interval(ends, leakage.digits), *scores]
+    figures = [*leaked, formats.percent(row["accuracy"]), formats.decimal(row["epsilon"], 2)]
     return {
         "labels": labels,
         "outcome": outcome,
         "level": row["level"] if attacked else "",
         "link": f"cells/{row['cell']}/report.html" if done else "",
-        "figures": [
-            *leaked,
-            formats.percent(row["accuracy"]),
-            formats.decimal(row["epsilon"], 2),
-            formats.seconds(row["seconds"]),
-        ],
+        "figures": [*figures, formats.seconds(row["seconds"])],
     }
 
 
@@ -121,6 +101,3 @@ def _known(value: float) -> float | None:
 def _reasons(frame: pd.DataFrame) -> list[tuple[str, str]]:
     rows = frame[frame["status"] != DONE].drop_duplicates("cell")
     return [(row["cell"], f"{row['status']}: {row['reason']}") for row in _records(rows)]
-
-
-__all__ = ["write_sweep"]

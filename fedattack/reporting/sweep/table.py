@@ -52,11 +52,9 @@ def sweep_table(axes: Sequence[str], outcomes: Sequence[CellOutcome]) -> SweepTa
     """The table of a sweep's cells.
 
     Columns: ``cell``, ``status``, ``reason``, ``axis.*``, ``attack``, ``family``, ``level``, ``verdict``,
-    ``seconds``; ``accuracy`` of the global model after the last round with ``accuracy_low`` and ``accuracy_high``
-    (95 %, over the held-out samples; in [0, 1]), ``loss``, ``epsilon`` (worst client).
-
-    What leaked stands in the column that the family's :class:`fedattack.audit.family.Leakage` names (``gain``,
-    ``auc``, ``damage``), with ``_low`` and ``_high`` (95 %), beside the family's further columns.
+    ``seconds``; ``accuracy`` in [0, 1] of the last global model with ``accuracy_low`` and ``accuracy_high`` (95 %,
+    over the held-out samples), ``loss``, ``epsilon`` (worst client). What leaked stands in the column that the
+    family's :class:`Leakage` names, with ``_low`` and ``_high`` (95 %), beside the family's further columns.
     """
     values = {axis: list(dict.fromkeys(o.labels[axis] for o in outcomes)) for axis in axes}
     frame = pd.DataFrame([row for outcome in outcomes for row in _rows(outcome)])
@@ -115,6 +113,3 @@ def _ends(leakage: Leakage, found: dict[str, Any]) -> dict[str, float]:
     described = leakage.read(found) or {}
     ends = {"": "mean", "_low": "low", "_high": "high"}
     return {f"{leakage.column}{end}": number(described.get(key)) * leakage.scale for end, key in ends.items()}
-
-
-__all__ = ["DONE", "FAILED", "REFUSED", "CellOutcome", "SweepTable", "sweep_table"]
