@@ -1,13 +1,7 @@
 """The ways to compute what a client with given images would have sent.
 
 A back-end holds what V victims sent (:class:`Sent`) and predicts the same entries from candidate images,
-differentiably (:class:`GradientModel`):
-
-* :class:`ExplicitGradients`: feed-forward networks of common layers, the second derivative written out;
-* :class:`ChainGradients`: chains of convolutions of which few entries were sent; never forms the head's gradient;
-* :class:`AutogradGradients`: any model, differentiated twice;
-* :class:`UnrolledGradients`: any model, several local steps.
-* :class:`CompiledSlope`: the explicit passes, compiled.
+differentiably (:class:`GradientModel`). :func:`gradient_model` chooses it.
 """
 
 from __future__ import annotations
@@ -53,13 +47,12 @@ def gradient_model(
     unroll: Schedule | None = None,
     device: torch.device,
 ) -> GradientModel:
-    """The back-end for these victims.
+    """The back-end for these victims, V of equal weights and scenario.
 
     Parameters
     ----------
     observations : sequence of Observation
-        One per victim, with equal weights and scenario. Their updates are gradients (``engine.as_gradient``), or
-        weight deltas as they came under `unroll`.
+        Their updates are gradients, or weight deltas as they came under `unroll`.
     labels : Tensor or None
         int64 (V, B); None where every call of `predict` brings soft targets.
     layers : {"all", "last"}

@@ -28,18 +28,7 @@ from fedattack.observation import Update
 class AutogradGradients:
     """Any differentiable model, by a backward pass that is itself differentiated.
 
-    No running statistics are written, whatever the BatchNorm mode.
-
-    Parameters
-    ----------
-    model : ModelConfig
-        Resolved.
-    weights : mapping of str to Tensor
-        State dict that was sent out.
-    updates, labels, layers, device
-        As for :class:`~adversaries.inversion.gradients.chain.ChainGradients`.
-    batch_norm : {"train", "eval"}
-        Whether BatchNorm uses the batch's statistics, as a client in training mode does, or the running ones.
+    No running statistics are written, whatever the BatchNorm mode. Arguments as for :func:`gradient_model`.
     """
 
     joint = False
@@ -73,7 +62,6 @@ class AutogradGradients:
         shares: Tensor | None = None,
         statistics: bool = False,
     ) -> Prediction:
-        """See :meth:`~adversaries.inversion.gradients.GradientModel.predict`."""
         targets = targets_of(shares, self._labels, victims)
         first = victims.indices(len(self.sent.values))[0]
         rows, squares, seen = [], [], []
@@ -106,21 +94,10 @@ class AutogradGradients:
 
 
 class UnrolledGradients(AutogradGradients):
-    """Several local steps of SGD, simulated from the received weights and differentiated through.
+    """Several local steps of SGD, simulated from the received weights and differentiated through; updates are deltas.
 
     Predicted and compared is the mean step in units of a gradient, -delta / (learning rate * steps), so that
     objectives and regularisers weigh as they do for one gradient. BatchNorm statistics are means over the steps.
-
-    Parameters
-    ----------
-    model, weights, labels, layers, device, batch_norm
-        As for :class:`AutogradGradients`.
-    updates : sequence of Update
-        Weight deltas, one per victim.
-    training : TrainingConfig
-        Learning rate, momentum and weight decay of the clients.
-    schedule : Schedule
-        Which images are in which step's batch.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Gradients of a chain of convolutions in closed form, for all victims in one pass."""
+"""Gradients of a chain of convolutions of which few entries were sent; never forms the head's gradient."""
 
 from __future__ import annotations
 
@@ -18,21 +18,7 @@ _TALL_FROM = 16
 
 
 class ChainGradients:
-    """Closed form for a chain of convolutions: all victims in one pass.
-
-    Parameters
-    ----------
-    chain : Chain
-        From :func:`adversaries.inversion.gradients.closed_form.describe`.
-    weights : mapping of str to Tensor
-        The weights that were sent out, float32.
-    updates : sequence of Update
-        One gradient per victim.
-    labels : Tensor
-        int64 (V, B).
-    layers : {"all", "last"}
-        Which tensors take part; "last" is the head's weight alone.
-    """
+    """Closed form for a chain of convolutions (float32); arguments as for :func:`gradient_model`."""
 
     joint = True
 
@@ -65,7 +51,6 @@ class ChainGradients:
         shares: Tensor | None = None,
         statistics: bool = False,
     ) -> Prediction:
-        """See :meth:`GradientModel.predict`; a chain has no BatchNorm and so no statistics."""
         chain, weights = self._chain, self._weights
         count, batch = images.shape[:2]
         targets = targets_of(shares, self._labels, victims)

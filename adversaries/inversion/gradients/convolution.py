@@ -27,21 +27,7 @@ _MANY = 4
 
 
 class Convolution(Layer):
-    """A two-dimensional convolution with zero padding.
-
-    Parameters
-    ----------
-    layer : nn.Conv2d
-    weights : dict of str to Tensor
-        State dict.
-    fold : Fold, optional
-        A BatchNorm with running statistics that follows and is taken into the kernel and bias.
-
-    Attributes
-    ----------
-    inputs : int
-        Numbers in one receptive field.
-    """
+    """A two-dimensional convolution with zero padding; `fold`, a BatchNorm that follows, is taken into its weights."""
 
     def __init__(
         self, name: str, layer: nn.Conv2d, weights: dict[str, Tensor], fold: Fold | None = None
@@ -62,7 +48,7 @@ class Convolution(Layer):
             self._weight, self._bias = fold.weights(self._weight, self._bias)
         self._last = self._weight.contiguous(memory_format=torch.channels_last)
         self._flat = self._weight.flatten(1)
-        self.inputs = self._flat.shape[1]
+        self.inputs = self._flat.shape[1]  # numbers in one receptive field
         self._adjoints = Adjoint(self._weight.shape, self._geometry, self._weight.device)
         self._turned = self._adjoints.matrices(self._weight[None])
 
@@ -279,18 +265,12 @@ def _together(samples: int) -> bool:
 
 
 class Adjoint:
-    """The adjoint of a strided convolution as a product with receptive fields, like the convolution itself.
+    """The adjoint of a strided convolution (no dilation) as a product with receptive fields, like itself.
 
-    A stride s leaves s * s kinds of input pixels, by their place modulo s. Each kind is reached by every s-th row and
-    column of the kernel, from a window of outputs that all kinds of one place share. So all of them come from the
-    same fields, as s * s times as many channels, which are then dealt out over the plane.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        (O, C, kh, kw) of the kernel.
-    geometry : Geometry
-        Dilation must be 1 where it is used.
+    A stride s leaves s * s kinds of input pixels, by their place modulo s. Each kind is reached by every s-th
+    row and column of the kernel (O, C, kh, kw), from a window of outputs that all kinds of one place share.
+    So all of them come from the same fields, as s * s times as many channels, which are then dealt out over
+    the plane.
     """
 
     def __init__(self, shape: Sequence[int], geometry: Geometry, device: torch.device) -> None:
@@ -391,14 +371,9 @@ def _format(x: Tensor) -> torch.memory_format:
 class Fold:
     """BatchNorm with running statistics as part of the convolution before it.
 
-    y = gamma (W x + b - m) / s + beta is a convolution with kernel (gamma / s) W and bias beta + (b - m) gamma / s.
-    Gradients G, g of that kernel and bias give those of the four tensors by the chain rule, which touches tensors of
-    the weights' size and no activations.
-
-    Parameters
-    ----------
-    name : str
-        Of the BatchNorm.
+    y = gamma (W x + b - m) / s + beta is a convolution with kernel (gamma / s) W and bias beta + (b - m)
+    gamma / s. Gradients G, g of that kernel and bias give those of the four tensors by the chain rule, which
+    touches tensors of the weights' size and no activations.
     """
 
     def __init__(self, name: str, layer: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -27,21 +27,10 @@ _JOINT_UP_TO = 32_000_000
 
 
 class Passes:
-    """The first two passes at some images, and the other two on request.
+    """The first two passes at images (V, B, C, H, W) and targets (V, B, classes), and the other two on request.
 
-    Parameters
-    ----------
-    images : Tensor
-        (V, B, C, H, W).
-    targets : Tensor
-        (V, B, classes).
-    room : Tensor, optional
-        (V, network.size) to write the gradients to.
-
-    Attributes
-    ----------
-    gradients : Tensor
-        (V, network.size): of the mean cross-entropy, the wanted tensors side by side.
+    `gradients` (V, network.size) are those of the mean cross-entropy, the wanted tensors side by side, in
+    `room` if given.
     """
 
     def __init__(self, network: Network, images: Tensor, targets: Tensor, room: Tensor | None = None) -> None:
@@ -138,23 +127,9 @@ class _Gradients(torch.autograd.Function):
 
 
 class ExplicitGradients:
-    """A network of common layers: all victims in one pass, where they are not too heavy.
+    """A network of common layers: all victims in one pass, where they are not too heavy; see :func:`gradient_model`.
 
-    Parameters
-    ----------
-    model : ModelConfig
-        Resolved.
-    weights : mapping of str to Tensor
-        State dict that was sent out.
-    updates, labels, layers, device
-        As for :class:`~adversaries.inversion.gradients.chain.ChainGradients`.
-    batch_norm : {"train", "eval"}
-        Whether BatchNorm uses the batch's statistics, as a client in training mode does, or the running ones.
-
-    Raises
-    ------
-    NotApplicable
-        If the network holds a layer that :func:`trace` does not know.
+    NotApplicable if the network holds a layer that :func:`trace` does not know.
     """
 
     def __init__(
@@ -198,7 +173,6 @@ class ExplicitGradients:
         shares: Tensor | None = None,
         statistics: bool = False,
     ) -> Prediction:
-        """See :meth:`~adversaries.inversion.gradients.GradientModel.predict`."""
         targets = targets_of(shares, self._targets, victims)
         network = self._whole if statistics else self._folded
         gradients, *moments = _Gradients.apply(network, statistics, images, targets)
@@ -210,7 +184,6 @@ class ExplicitGradients:
     def slope(
         self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`~adversaries.inversion.gradients.DirectGradients.slope`."""
         targets = targets_of(None, self._targets, victims)
         passes = Passes(self._folded, images, targets, self._gradient_room(images))
         losses, weights = distance(self._entries(passes.gradients, victims), victims)

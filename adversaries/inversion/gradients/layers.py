@@ -39,13 +39,7 @@ _masked = torch.ops.aten.threshold_backward
 
 
 class Layer(ABC):
-    """One operation of a network.
-
-    Attributes
-    ----------
-    names : tuple of str
-        State-dict names of its weights.
-    """
+    """One operation of a network; `names` are the state-dict names of its weights."""
 
     names: tuple[str, ...] = ()
 
@@ -191,12 +185,7 @@ class Relu(Layer):
 class Rearrangement(Layer):
     """A linear map without weights, which is its own derivative.
 
-    Parameters
-    ----------
-    apply : callable
-        (inputs) -> output.
-    adjoint : callable
-        (output-shaped, an input for its shape) -> input-shaped.
+    `adjoint` takes what is shaped like an output, and an input for its shape.
     """
 
     def __init__(

@@ -41,10 +41,8 @@ class Sent:
 
     Attributes
     ----------
-    values : Tensor
-        float32 (V, K), zero where `valid` is.
-    valid : Tensor
-        float32 (V, K), 1 where the entry was sent and 0 where it is padding.
+    values, valid : Tensor
+        float32 (V, K): what was sent, and 1; zeros where it is padding.
     segments : tuple of Segment
         Tensor by tensor, covering the K columns.
     rows : Tensor
@@ -76,8 +74,8 @@ class Prediction:
     square : Tensor or None
         (V,): squared norm of the whole gradient, unsent entries included, where it was asked for.
     statistics : tuple of (Tensor, Tensor)
-        Mean and biased variance of each BatchNorm layer's input over the victim's batch, (V, channels) each, first
-        layer first; empty where they were not asked for or the model has no BatchNorm.
+        Mean and biased variance (V, channels) of each BatchNorm layer's input over the victim's batch, first layer
+        first; empty where they were not asked for or the model has no BatchNorm.
     """
 
     entries: Tensor
@@ -88,10 +86,8 @@ class Prediction:
 class GradientModel(Protocol):
     """A back-end: what was sent and how to predict it.
 
-    Attributes
-    ----------
-    joint : bool
-        Whether all victims are best predicted in one call; otherwise one call per victim keeps the memory down.
+    `joint`: whether all victims are best predicted in one call; otherwise one call per victim keeps the
+    memory down.
     """
 
     sent: Sent
@@ -106,37 +102,21 @@ class GradientModel(Protocol):
         shares: Tensor | None = None,
         statistics: bool = False,
     ) -> Prediction:
-        """What `images` of the given victims would have sent, differentiable in them and in `shares`.
+        """What images (V', B, C, H, W) of the given victims would have sent, differentiable in them and in `shares`.
 
-        Parameters
-        ----------
-        images : Tensor
-            float32 (V', B, C, H, W).
-        victims : slice
-            Which of the V victims these are.
-        whole : bool
-            Whether the squared norm of the whole gradient is wanted.
-        shares : Tensor, optional
-            float32 (V', B, classes), rows sum to 1: the targets of the cross-entropy. None: the labels given at
-            construction.
-        statistics : bool
-            Whether the BatchNorm inputs' means and variances are wanted.
+        `shares`, float32 (V', B, classes) of rows that sum to 1, are the targets of the cross-entropy in
+        place of the labels given at construction. `whole` asks for the whole gradient's squared norm,
+        `statistics` for the BatchNorm inputs'.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sent entries of V victims lie, tensor by tensor.
+    """Where the sent entries of V victims lie, tensor by tensor in the model's order.
 
-    Attributes
-    ----------
-    names : tuple of str
-        The tensors that take part, in the model's order.
-    flat : tuple of Tensor or None
-        For each: int64 (V, K_l) flat positions inside the tensor, or None where it is handled densely.
-    sent : Sent
-        The values there, side by side.
+    `flat` holds for each tensor int64 (V, K_l) flat positions inside it, or None where it is handled densely;
+    `sent` the values there, side by side.
     """
 
     names: tuple[str, ...]
@@ -170,10 +150,7 @@ class Layout:
 def lay_out(updates: Sequence[Update], layers: Layers, device: torch.device) -> Layout:
     """Put what V victims sent side by side, each tensor padded to the longest.
 
-    Raises
-    ------
-    NotApplicable
-        If `layers` is "last" and the model has no linear layer.
+    NotApplicable if `layers` is "last" and the model has no linear layer.
     """
     names = _chosen(updates[0].names, updates[0].shapes, layers)
     by_tensor = {
@@ -242,14 +219,9 @@ class DirectGradients(GradientModel, Protocol):
     def slope(
         self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Losses (V',) and their gradient at the images (V', B, C, H, W), for the labels given at construction.
+        """Losses (V',) and their gradient at images (V', B, C, H, W), for the labels given at construction.
 
-        Parameters
-        ----------
-        images, victims
-            As for :meth:`GradientModel.predict`.
-        distance : callable
-            (entries (V', K), victims) -> losses (V',) and their gradient at the entries (V', K).
+        `distance` gives losses (V',) and their gradient at the entries (V', K) from these and the victims.
         """
         ...
 
