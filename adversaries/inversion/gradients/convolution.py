@@ -27,7 +27,7 @@ _MANY = 4
 
 
 class Convolution(Layer):
-    """A two-dimensional convolution with zero padding; `fold`, a BatchNorm that follows, is taken into its weights."""
+    """A two-dimensional convolution with zero padding; a BatchNorm after it, `fold`, goes into its weights."""
 
     def __init__(
         self, name: str, layer: nn.Conv2d, weights: dict[str, Tensor], fold: Fold | None = None

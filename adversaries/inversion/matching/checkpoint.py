@@ -80,14 +80,9 @@ def digest(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
 class Checkpoint:
     """One file with the tensors of one optimisation, replaced as a whole.
 
-    What cannot be read, belongs to something else or cannot be written is passed over with a warning: the answer is
-    the same without.
-
-    Parameters
-    ----------
-    path : Path
-    problem : callable
-        Gives the :func:`digest` of what is solved; asked at the first state, for it costs a while.
+    What cannot be read, belongs to something else or cannot be written is passed over with a warning: the
+    answer is the same without. `problem` gives the :func:`digest` of what is solved; asked at the first
+    state, for it costs a while.
     """
 
     def __init__(self, path: Path, problem: Callable[[], str]) -> None:

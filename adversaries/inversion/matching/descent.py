@@ -61,20 +61,10 @@ def descend(
     noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Outcome:
-    """Run the optimiser in one go, or in stretches with `transform` between them; the last stretch matches.
+    """Run the optimiser from variables (rows, N), in one go or in stretches with `transform` between them.
 
-    Parameters
-    ----------
-    start : Tensor
-        Variables (rows, N).
-    transform, noise, checkpoint
-        See :func:`adversaries.inversion.matching.match.match`; the decay of the learning rate begins anew in each
-        stretch.
-
-    Returns
-    -------
-    Outcome
-        Its history covers all stretches.
+    The last stretch matches, and the history covers all; the decay of the learning rate begins anew in each.
+    `transform`, `noise` and `checkpoint` are as for :func:`adversaries.inversion.matching.match.match`.
     """
     ends = _ends(settings, transform is not None)
     kept = checkpoint.load(start.device) if checkpoint is not None else None

@@ -1,13 +1,12 @@
 """Gradient matching: find images whose gradient is the one that was sent.
 
-An attack of this family is a choice of objective, regularisers, parametrisation, start and optimiser
-(:class:`~adversaries.inversion.matching.settings.Matching`) and a call of :func:`match`. Several victims are
-attacked in one batched optimisation, each with its own decisions; restarts are compared by the attack's own
-loss alone.
+An attack of this family is a choice (:class:`~adversaries.inversion.matching.settings.Matching`) and a call
+of :func:`match`. Several victims are attacked in one batched optimisation, each with its own decisions;
+restarts are compared by the attack's own loss alone.
 
-The engine leaves torch's number of threads as it finds it. One thread is best for small networks (LeNet, ResNet20),
-above all where several processes share a machine: a second one gains little when the machine is quiet and costs an
-order of magnitude when it is not.
+The engine leaves torch's number of threads as it finds it. One thread is best for small networks (LeNet,
+ResNet20), above all where several processes share a machine: a second one gains little when the machine is
+quiet and costs an order of magnitude when it is not.
 """
 
 from __future__ import annotations
@@ -37,15 +36,14 @@ __all__ = ["Match", "Matching", "Penalty", "Problem", "Transform", "match"]
 
 @dataclass(frozen=True)
 class Match:
-    """What matching found for one victim.
+    """What matching found for one victim; tensors are on the CPU.
 
     Attributes
     ----------
     images : Tensor
-        float32 (B, C, H, W) on the CPU, not clamped: the point of lowest loss that was met.
+        float32 (B, C, H, W), not clamped: the point of lowest loss that was met.
     loss : float
-        Objective plus regularisers there; infinite where they were not finite at any point, and then `images` is the
-        start.
+        Objective plus regularisers there; infinite where they were finite at no point: then `images` is the start.
     history : list of float
         Loss per iteration of the chosen restart.
     restart : int
@@ -53,11 +51,11 @@ class Match:
     recoveries : int
         How often the optimiser had to go back to its best point because its loss was not finite.
     labels : Tensor
-        int64 (B,) on the CPU: those that were given, or the largest of the optimised logits under joint labels.
+        int64 (B,): those that were given, or the largest of the optimised logits under joint labels.
     losses : list of float
         Lowest loss from each start.
     variables : Tensor or None
-        float32 (N,) on the CPU: what the chart drew `images` from.
+        float32 (N,): what the chart drew `images` from.
     compiled : str
         "compiled", "no", or why not.
     """
@@ -90,8 +88,8 @@ def match(
 ) -> list[Match]:
     """Match the updates of V victims with the same batch size, from R starts each, in one batched optimisation.
 
-    Within :func:`~adversaries.inversion.matching.checkpoint.checkpoints_in` its state is kept from time to time, and
-    it goes on from what was kept; the answer is that of an unbroken run, bit for bit.
+    Within :func:`~adversaries.inversion.matching.checkpoint.checkpoints_in` its state is kept from time to
+    time, and it goes on from what was kept; the answer is that of an unbroken run, bit for bit.
 
     Parameters
     ----------
@@ -109,16 +107,11 @@ def match(
     chart : Chart, optional
         Replaces the settings' parametrisation, as by a generator's latent space.
     unroll : Schedule, optional
-        Which images are in each local step's batch; see :func:`~adversaries.inversion.gradients.gradient_model`.
+        Which images are in each local step's batch.
     penalty : Penalty, optional
         A term of the attack's own, in the units of the regularisers.
     seed : int
         Of the noise, under `settings.noise`; its stream depends on round, client, restart and iteration alone.
-
-    Returns
-    -------
-    list of Match
-        In the order of `observations`.
 
     Raises
     ------

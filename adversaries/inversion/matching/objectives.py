@@ -1,8 +1,8 @@
 """How far a predicted update is from the one that was sent: the objectives of gradient matching.
 
-An objective is built once for what V victims sent (:class:`~adversaries.inversion.gradients.Sent`), so that all
-that does not depend on the candidate images is computed once, and then measures predictions. "Layer" means one tensor
-of the model throughout; layers are numbered 1 to L from the input on.
+An objective is built once for what V victims sent, so that all that does not depend on the candidate images
+is computed once, and then measures predictions. "Layer" means one tensor of the model throughout, numbered 1
+to L from the input on.
 """
 
 from __future__ import annotations
@@ -33,19 +33,7 @@ _TINY = 1e-30
 
 
 def layer_weights(kind: LayerWeights, sent: Sent) -> Tensor:
-    """Weight of each layer, float32 (L,).
-
-    Parameters
-    ----------
-    kind : {"equal", "falling"}
-        1; or (L + 1 - l) / L.
-    sent : Sent
-
-    Raises
-    ------
-    ConfigError
-        If `kind` is unknown.
-    """
+    """Weight of each layer, float32 (L,): 1, or (L + 1 - l) / L for "falling"."""
     count = len(sent.segments)
     rank = torch.arange(1.0, count + 1, device=sent.values.device)
     if kind == "equal":
@@ -59,16 +47,8 @@ LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("equal", "falling")
 
 
 class Layout:
-    """What the objectives need to know of the sent entries, computed once.
-
-    Parameters
-    ----------
-    sent : Sent
-        values and valid (V, K).
-    kind : str
-        Of :func:`layer_weights`.
-    l1_share : float
-        Of the absolute differences in "l2-l1".
+    """What the objectives need to know of the sent entries, computed once; `kind` is that of
+    :func:`layer_weights`, and `l1_share` of the absolute differences in "l2-l1".
     """
 
     def __init__(self, sent: Sent, kind: LayerWeights = "equal", l1_share: float = 0.1) -> None:
@@ -307,8 +287,6 @@ class Objective:
 
     Attributes
     ----------
-    build : callable
-        Layout -> Distance.
     whole : bool
         Whether the predicted gradient's whole norm is needed.
     unit : bool

@@ -32,21 +32,9 @@ Rows are restart-major: row r V + v is victim v from start r. Shares are the sof
 class Problem:
     """Objective and gradient of all rows as a function of the optimiser's variables (rows, N).
 
-    A row is one victim from one start; the rows of one start lie together. Its variables are those of the chart, and
-    under joint labels after them the label logits.
-
-    Parameters
-    ----------
-    gradients : GradientModel
-        Of all rows.
-    restarts : int
-        Starts of each victim.
-    label_shape : tuple of int, optional
-        (B, classes) of the label logits, where labels are optimised too.
-    targets : tuple of (Tensor, Tensor)
-        Of :func:`~adversaries.inversion.matching.regularisers.batch_norm_targets`, for all rows.
-    penalty : Penalty, optional
-        Added to the objective.
+    A row is one victim from one start; the rows of one start lie together. Its variables are those of the
+    chart, and under joint labels after them the label logits, (B, classes) = `label_shape`. `targets` are
+    those of :func:`~adversaries.inversion.matching.regularisers.batch_norm_targets`, for all rows.
     """
 
     def __init__(
@@ -99,15 +87,7 @@ class Problem:
         return self._compiled if isinstance(self._compiled, str) else self._compiled.outcome
 
     def variables(self, start: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Variables (rows, N) of images (rows, B, C, H, W) or the chart's variables, and label logits.
-
-        Parameters
-        ----------
-        start : Tensor
-            Images, where the chart can be inverted; or its variables (rows, N').
-        logits : Tensor, optional
-            (rows, B, classes).
-        """
+        """Variables (rows, N) of images, or the chart's variables, and label logits (rows, B, classes)."""
         if start.ndim > 2:
             if not isinstance(self._chart, ImageChart):
                 raise ConfigError("this parametrisation cannot start from images; give its variables")
@@ -119,7 +99,6 @@ class Problem:
         return variables.shape[1] - self._label_count
 
     def images(self, variables: Tensor) -> Tensor:
-        """Images (rows, B, C, H, W)."""
         return self._chart.images(variables[:, : self.width(variables)])
 
     def projection(self, clamp: bool) -> Callable[[Tensor], Tensor] | None:

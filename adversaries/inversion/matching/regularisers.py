@@ -66,11 +66,6 @@ def group(images: Tensor, centres: Tensor, weight: float = 1.0) -> tuple[Tensor,
     """Mean squared distance to the mean image of a victim's restarts, and its gradient (Yin et al. 2021, eq. 11).
 
     Unlike there the restarts are not registered to each other first, and the mean is held fixed.
-
-    Parameters
-    ----------
-    images, centres : Tensor
-        (V, B, C, H, W).
     """
     return l2(images - centres, weight)
 
@@ -85,19 +80,9 @@ SPECIAL = ("batch-norm", "group")
 
 
 def batch_norm(statistics: Statistics, targets: Statistics) -> Tensor:
-    """Distance between BatchNorm inputs' statistics and their targets (Yin et al. 2021, eq. 6).
+    """Distances (V,) between BatchNorm inputs' statistics and their targets (Yin et al. 2021, eq. 6).
 
-    Parameters
-    ----------
-    statistics : tuple of (Tensor, Tensor)
-        Mean and biased variance of each layer's input, (V, channels) each.
-    targets : tuple of (Tensor, Tensor)
-        What they should be, same shapes.
-
-    Returns
-    -------
-    Tensor
-        (V,): sum over layers of the Euclidean distances of means and of variances.
+    The sum over layers of the Euclidean distances of means and of variances, (V, channels) each.
     """
     terms = [
         (found - wanted).norm(dim=1)
@@ -110,27 +95,13 @@ def batch_norm(statistics: Statistics, targets: Statistics) -> Tensor:
 def batch_norm_targets(observations: Sequence[Observation], batch: int, device: torch.device) -> Statistics:
     """What the private batch's BatchNorm statistics are, or the best guess at them.
 
-    A client that sends its buffers after one step gives its batch's statistics away exactly: new = (1 - m) old +
-    m batch, with the unbiased variance. Without them, under frozen statistics or after several steps, they are taken
-    to be those of the data that the model was trained on before, the running statistics that were sent out (as Yin
-    et al. 2021 do).
+    A client that sends its buffers after one step gives its batch's statistics away exactly: new = (1 - m)
+    old + m batch, with the unbiased variance. Without them, under frozen statistics or after several steps,
+    they are taken to be those of the data that the model was trained on before, the running statistics that
+    were sent out (as Yin et al. 2021 do).
 
-    Parameters
-    ----------
-    observations : sequence of Observation
-        V victims with equal weights and scenario.
-    batch : int
-        Images per victim.
-
-    Returns
-    -------
-    tuple of (Tensor, Tensor)
-        Mean and biased variance of each layer's input, first layer first, (V, channels) each, float32.
-
-    Raises
-    ------
-    NotApplicable
-        If the model has no BatchNorm with running statistics.
+    Answers mean and biased variance of each layer's input, first layer first, float32 (V, channels) each;
+    NotApplicable if the model has no BatchNorm with running statistics.
     """
     first = observations[0]
     layers = _batch_norm_layers(first)

@@ -18,19 +18,16 @@ Optimiser = Literal["lbfgs", "adam", "sgd", "signed-lbfgs", "signed-adam", "sign
 
 @dataclass(frozen=True)
 class Matching:
-    """How to match.
+    """How to match; unknown names, values out of range and combinations that mean nothing are a ConfigError.
 
     Attributes
     ----------
-    objective : str
-        A key of :data:`~adversaries.inversion.matching.objectives.OBJECTIVES`.
     layer_weights : {"equal", "falling"}
         How much each tensor counts; see :func:`~adversaries.inversion.matching.objectives.layer_weights`.
     l1_share : float
         Weight of the absolute differences under objective "l2-l1".
     regularisers : dict of str to float
-        Names of :data:`~adversaries.inversion.matching.regularisers.PIXEL_TERMS`, "batch-norm" or "group", and
-        their weights.
+        Weights of :data:`~adversaries.inversion.matching.regularisers.PIXEL_TERMS`, "batch-norm" and "group".
     units : {"relative", "absolute"}
         "relative": weights are in units of the objective at a prediction of zeros (the sent entries' squared norm
         under the squared ones, 1 under cosines), so that a weight means the same whatever the model and the
@@ -47,36 +44,24 @@ class Matching:
         "signed": it is shown the sign of the gradient alone.
     line_search : {"none", "armijo"}
         For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
-    momentum : float
-        Of SGD.
     decay : bool
         Whether the learning rate falls to a tenth after 3/8, 5/8 and 7/8 of the iterations (not L-BFGS).
     clamp : bool
         Whether pixels are clamped to [0, 1] after each step (parametrisation "pixels" or "standardised").
     noise : float
-        Standard deviation of the normal noise that is added to each step, in units of the learning rate (Yin et al.
-        2021); 0: none.
+        Deviation of the normal noise added to each step, in units of the learning rate (Yin et al. 2021).
     iterations : int
         Evaluations of objective and gradient after the first; 0 answers the start.
-    memory : int
-        Pairs that L-BFGS keeps.
-    block : int
+    memory, block : int
         See :class:`adversaries.inversion.solvers.lbfgs.Lbfgs`.
-    stop : float
-        A victim below this loss has finished.
-    patience : int
-        A victim whose lowest loss has not fallen by a thousandth for this many iterations has finished; 0: never.
+    stop, patience : float, int
+        See :class:`adversaries.inversion.solvers.minimiser.Rules`.
     compile : {"auto", "always", "never"}
         Whether the network's passes are compiled (``torch.compile``); "auto": in runs of
         :data:`~adversaries.inversion.gradients.compiled.LONG` iterations and more. Where it cannot be done the
         passes run as they are, and the log says why.
     transform_every : int
         Apply `transform` to the images after each this many iterations and start the optimiser afresh; 0: never.
-
-    Raises
-    ------
-    ConfigError
-        For unknown names, values out of range and combinations that mean nothing.
     """
 
     objective: str = "masked-l2"

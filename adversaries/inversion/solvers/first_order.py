@@ -13,10 +13,7 @@ from adversaries.inversion.solvers.minimiser import Evaluate, Minimiser, Rules
 
 
 class _FirstOrder(Minimiser):
-    """Steps along a direction made from the gradient; a row that meets NaN goes back to its best point, half as fast.
-
-    Subclasses keep what the direction is made of (momentum, ...) in tensors named in `MOMENTS`.
-    """
+    """Steps along a direction made from the gradient; a row that meets NaN goes back to its best, half as fast."""
 
     STATE = (*Minimiser.STATE, "damping")
     MOMENTS: ClassVar[tuple[str, ...]] = ()
@@ -28,11 +25,9 @@ class _FirstOrder(Minimiser):
             setattr(self, name, torch.zeros_like(start))
 
     def state(self) -> dict[str, Tensor]:
-        """See :meth:`Minimiser.state`."""
         return super().state() | {name: getattr(self, name) for name in self.MOMENTS}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """See :meth:`Minimiser.restore`."""
         super().restore(state)
         for name in self.MOMENTS:
             setattr(self, name, state[name])
@@ -90,13 +85,7 @@ class Adam(_FirstOrder):
 
 
 class Sgd(_FirstOrder):
-    """Gradient descent with momentum, as ``torch.optim.SGD``.
-
-    Parameters
-    ----------
-    evaluate, start, rules
-        See :class:`Minimiser`.
-    """
+    """Gradient descent with momentum, as ``torch.optim.SGD``."""
 
     MOMENTS = ("velocity",)
     velocity: Tensor

@@ -1,10 +1,8 @@
 """Minimisers that treat many independent problems side by side.
 
-Row v of a (V, N) tensor is one problem's variables. Evaluations are shared, decisions are not: every row has its own
-step length, its own L-BFGS memory and its own best point, so that a row's result does not depend on its companions.
-
-A minimiser is its state: everything it knows between two iterations is in tensors that :meth:`Minimiser.state` hands
-out and :meth:`Minimiser.restore` takes back, and a minimiser that was restored goes on as if it had never stopped.
+Row v of a (V, N) tensor is one problem's variables. Evaluations are shared, decisions are not: every row has
+its own step length, its own L-BFGS memory and its own best point, so that a row's result does not depend on
+its companions.
 """
 
 from __future__ import annotations
@@ -38,24 +36,12 @@ def ignore(iteration: int, losses: Tensor) -> None:
 
 @dataclass
 class Outcome:
-    """What a minimiser leaves.
+    """What a minimiser leaves."""
 
-    Attributes
-    ----------
-    variables : Tensor
-        (V, N): each row's point of lowest loss.
-    losses : Tensor
-        (V,): its loss; infinite where no finite value was ever met.
-    history : list of Tensor
-        (V,) per iteration: the loss of each row's current point.
-    recoveries : Tensor
-        int64 (V,): how often a row had to go back to its best point because its loss was not finite.
-    """
-
-    variables: Tensor
-    losses: Tensor
-    history: list[Tensor]
-    recoveries: Tensor
+    variables: Tensor  # (V, N): each row's point of lowest loss
+    losses: Tensor  # (V,): its loss; infinite where no finite value was ever met
+    history: list[Tensor]  # (V,) per iteration: the loss of each row's current point
+    recoveries: Tensor  # int64 (V,): how often a row went back to its best point as its loss was not finite
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,7 @@ class Rules:
     Attributes
     ----------
     stop : float
-        A row below this loss has finished; minus infinity: never.
+        A row below this loss has finished.
     patience : int
         A row whose lowest loss has not fallen by a thousandth for this many iterations has finished; 0: never.
     decay : int
@@ -93,12 +79,10 @@ class Rules:
 
 
 class Minimiser(ABC):
-    """A minimiser of V independent problems and its whole state.
+    """A minimiser of V independent problems from `start` (V, N), and its whole state.
 
-    Parameters
-    ----------
-    start : Tensor
-        (V, N).
+    Everything it knows between two iterations is in the tensors of :meth:`state`; one that was restored from
+    them goes on as if it had never stopped.
     """
 
     STATE: ClassVar[tuple[str, ...]] = (
@@ -144,13 +128,7 @@ class Minimiser(ABC):
         return kept
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` handed out.
-
-        Raises
-        ------
-        KeyError
-            If something is missing.
-        """
+        """Take over what :meth:`state` handed out."""
         for name in self.STATE:
             setattr(self, name, state[name])
         self.history = list(state["history"])
