@@ -73,7 +73,7 @@ def test_segments_and_rows_address_the_update() -> None:
         assert sent.segments[0].start == 0
         assert sent.segments[-1].stop == sent.values.shape[1]
         for segment in sent.segments:
-            columns = segment.columns
+            columns = slice(segment.start, segment.stop)
             known = sent.valid[0, columns] > 0
             rows, values = sent.rows[0, columns][known], sent.values[0, columns][known]
             tensor = pieces[segment.name]

@@ -67,7 +67,10 @@ class ChainGradients:
             if name == "head.weight":
                 entries.append(_head_weight(predicted, targets, features, flat))
             elif name == "head.bias":
-                entries.append(_head_bias(predicted, targets, flat))
+                residual = (
+                    _residual(predicted, targets) if flat is None else _residual_at(predicted, targets, flat)
+                )
+                entries.append(residual.mean(1))
             else:
                 entries.append(found[name] if flat is None else found[name].gather(1, flat))
         square = None
@@ -93,20 +96,13 @@ class ChainGradients:
 
     def _convolutions(self, forward: ForwardPass, pulled: Tensor, batch: int) -> dict[str, Tensor]:
         """Gradients (V, size) of the convolutions' tensors, means over each batch."""
-        chain = self._chain
-        top = forward.outputs[-1]
+        chain, top = self._chain, forward.outputs[-1]
         last = pulled.reshape(top.shape) * (chain.activation.slope(top) / batch)
-        found: dict[str, Tensor] = {}
-        for layer, inputs, delta in zip(
-            chain.convolutions,
-            forward.inputs,
-            closed_form.deltas(chain, self._weights, forward, last),
-            strict=True,
-        ):
-            kernels = closed_form.correlate(layer, delta, closed_form.patches(layer, inputs))
-            for name, samples in ((layer.weight, kernels.flatten(1)), (layer.bias, delta.sum((2, 3)))):
-                found[name] = samples if batch == 1 else samples.unflatten(0, (-1, batch)).sum(1)
-        return found
+        delta = closed_form.deltas(chain, self._weights, forward, last)
+        samples = closed_form.kernel_gradients(chain, forward, delta)
+        if batch == 1:
+            return {name: each.flatten(1) for name, each in samples.items()}
+        return {name: each.flatten(1).unflatten(0, (-1, batch)).sum(1) for name, each in samples.items()}
 
 
 def _residual(shares: Tensor, targets: Tensor) -> Tensor:
@@ -122,12 +118,6 @@ def _residual_at(shares: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
     if targets.is_floating_point():
         return (shares - targets).gather(2, where)
     return shares.gather(2, where) - (rows[:, None] == targets[:, :, None]).to(shares.dtype)
-
-
-def _head_bias(shares: Tensor, targets: Tensor, flat: Tensor | None) -> Tensor:
-    """Sent entries of the mean of p - y over each batch."""
-    residual = _residual(shares, targets) if flat is None else _residual_at(shares, targets, flat)
-    return residual.mean(1)
 
 
 def _head_weight(shares: Tensor, targets: Tensor, features: Tensor, flat: Tensor | None) -> Tensor:

@@ -46,10 +46,6 @@ def _sigmoid_bend(u: Tensor) -> Tensor:
     return a * (1 - a) * (1 - 2 * a)
 
 
-def _tanh_slope(u: Tensor) -> Tensor:
-    return 1 - torch.tanh(u) ** 2
-
-
 def _tanh_bend(u: Tensor) -> Tensor:
     a = torch.tanh(u)
     return -2 * a * (1 - a**2)
@@ -59,20 +55,8 @@ def _normal_density(u: Tensor) -> Tensor:
     return torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
 
 
-def _normal_distribution(u: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(u / math.sqrt(2)))
-
-
 def _gelu_slope(u: Tensor) -> Tensor:
-    return _normal_distribution(u) + u * _normal_density(u)
-
-
-def _gelu_bend(u: Tensor) -> Tensor:
-    return _normal_density(u) * (2 - u**2)
-
-
-def _relu_slope(u: Tensor) -> Tensor:
-    return (u > 0).to(u.dtype)
+    return 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * _normal_density(u)
 
 
 @dataclass(frozen=True)
@@ -86,10 +70,10 @@ class Activation:
 
 ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, _sigmoid_slope, _sigmoid_bend),
-    "tanh": Activation(torch.tanh, _tanh_slope, _tanh_bend),
+    "tanh": Activation(torch.tanh, lambda u: 1 - torch.tanh(u) ** 2, _tanh_bend),
     "softplus": Activation(F.softplus, torch.sigmoid, _sigmoid_slope),
-    "gelu": Activation(F.gelu, _gelu_slope, _gelu_bend),
-    "relu": Activation(torch.relu, _relu_slope, torch.zeros_like),
+    "gelu": Activation(F.gelu, _gelu_slope, lambda u: _normal_density(u) * (2 - u**2)),
+    "relu": Activation(torch.relu, lambda u: (u > 0).to(u.dtype), torch.zeros_like),
 }
 
 

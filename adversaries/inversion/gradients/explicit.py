@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adversaries.inversion.gradients.batch_norm import BatchNorm
 from adversaries.inversion.gradients.closed_form import Weights
-from adversaries.inversion.gradients.layers import Saved
+from adversaries.inversion.gradients.layers import Directions, Maybe, Saved, add
 from adversaries.inversion.gradients.network import Network, fold, trace
 from adversaries.inversion.gradients.sent import BatchNormMode, Layers, Prediction, lay_out, targets_of
 from fedattack.config import ModelConfig
@@ -42,7 +42,7 @@ class Passes:
         for step, saved in zip(steps, self._saved, strict=True):
             values.append(step.layer.forward(saved, victims, *[values[i] for i in step.inputs]))
         self._shares = values[-1].softmax(1)
-        self._deltas: list[Tensor | None] = [None] * len(values)
+        self._deltas: list[Maybe] = [None] * len(values)
         self._deltas[-1] = (self._shares - targets.flatten(0, 1)) / batch
         # A compiler cannot write into pieces of one tensor, but joins separate ones at no cost.
         compiling = torch.compiler.is_compiling()
@@ -61,8 +61,7 @@ class Passes:
             if any(reached[i] for i in step.inputs):
                 for i, below in zip(step.inputs, step.layer.backward(saved, delta), strict=True):
                     if reached[i]:
-                        held = self._deltas[i]
-                        self._deltas[i] = below if held is None else held + below
+                        self._deltas[i] = add(self._deltas[i], below)
         if compiling:
             self.gradients = torch.cat([piece.flatten(1) for piece in pieces], 1)
 
@@ -71,14 +70,12 @@ class Passes:
         pairs = zip(self._network.steps, self._saved, strict=True)
         return [step.layer.moments(saved) for step, saved in pairs if isinstance(step.layer, BatchNorm)]
 
-    def pull(
-        self, directions: Tensor | None, moments: Sequence[tuple[Tensor | None, Tensor | None]] = ()
-    ) -> tuple[Tensor, Tensor]:
+    def pull(self, directions: Maybe, moments: Sequence[tuple[Maybe, Maybe]] = ()) -> tuple[Tensor, Tensor]:
         """Gradient of <gradients, directions> + <moments, their weights> at the images and at the targets."""
         steps = self._network.steps
         victims, batch = self._shape[:2]
-        tangents: list[Tensor | None] = [None] * (len(steps) + 1)
-        along: Sequence[Sequence[Tensor | None]] = [[None] * len(step.layer.names) for step in steps]
+        tangents: list[Maybe] = [None] * (len(steps) + 1)
+        along: Sequence[Directions] = [[None] * len(step.layer.names) for step in steps]
         if directions is not None:
             given = self._network.parts(directions)
             along = [[*ours, *none[len(ours) :]] for ours, none in zip(given, along, strict=True)]
@@ -86,7 +83,7 @@ class Passes:
                 below = [tangents[i] for i in step.inputs]
                 tangents[position + 1] = step.layer.push(self._saved[position], below, along[position])
         top = tangents[-1]
-        shifts: list[Tensor | None] = [None] * len(tangents)
+        shifts: list[Maybe] = [None] * len(tangents)
         if top is not None:
             weighted = self._shares * top
             shifts[-1] = (weighted - self._shares * weighted.sum(1, keepdim=True)) / batch
@@ -99,10 +96,7 @@ class Passes:
             if held and isinstance(step.layer, BatchNorm):
                 extra = step.layer.moments_adjoint(saved, *held.pop())
             for i, below_shift in zip(step.inputs, found, strict=True):
-                for part in (below_shift, extra):
-                    if part is not None:
-                        before = shifts[i]
-                        shifts[i] = part if before is None else before + part
+                shifts[i] = add(shifts[i], below_shift, extra)
         at_images = shifts[0]
         images = self._shares.new_zeros(self._shape) if at_images is None else at_images.reshape(self._shape)
         targets = torch.zeros_like(self._shares) if top is None else -top / batch

@@ -158,11 +158,9 @@ def _activation(part: nn.Module) -> Layer:
         raise NotApplicable(f"{part} has no explicit second derivative")
     if isinstance(part, nn.ReLU):
         return Relu()
-    return (
-        Sigmoid()
-        if isinstance(part, nn.Sigmoid)
-        else Elementwise(ACTIVATIONS[_ACTIVATION_MODULES[type(part)]])
-    )
+    if isinstance(part, nn.Sigmoid):
+        return Sigmoid()
+    return Elementwise(ACTIVATIONS[_ACTIVATION_MODULES[type(part)]])
 
 
 def _flatten() -> Layer:

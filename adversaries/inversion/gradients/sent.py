@@ -29,11 +29,6 @@ class Segment:
     start: int
     stop: int
 
-    @property
-    def columns(self) -> slice:
-        """Its columns."""
-        return slice(self.start, self.stop)
-
 
 @dataclass(frozen=True)
 class Sent:

@@ -31,8 +31,6 @@ from fedattack.errors import ConfigError, PayloadError
 from fedattack.observation import Observation
 from fedattack.rng import torch_rng
 
-__all__ = ["Match", "Matching", "Penalty", "Problem", "Transform", "match"]
-
 
 @dataclass(frozen=True)
 class Match:

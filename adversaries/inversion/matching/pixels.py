@@ -123,10 +123,7 @@ class Spectrum:
             deviation = self._analyse(centred).square().mean(0).sqrt()
         else:
             self._colours = torch.eye(channels)
-            vertical, horizontal = (
-                torch.arange(height)[:, None] / height,
-                torch.arange(width)[None, :] / width,
-            )
+            vertical, horizontal = torch.arange(height)[:, None] / height, torch.arange(width)[None] / width
             frequency = (vertical**2 + horizontal**2 + 1 / max(height, width) ** 2).sqrt()
             deviation = (1 / frequency).expand(channels, -1, -1)
         deviation = deviation / deviation.square().mean().sqrt()

@@ -16,6 +16,7 @@ from adversaries.inversion.gradients import (
     Statistics,
 )
 from adversaries.inversion.gradients.compiled import LONG
+from adversaries.inversion.gradients.layers import add
 from adversaries.inversion.matching.objectives import OBJECTIVES, Layout, scale
 from adversaries.inversion.matching.pixels import Bounded, Chart, ImageChart, Pixels, Priced, Standardised
 from adversaries.inversion.matching.regularisers import PIXEL_TERMS, SPECIAL, batch_norm, group
@@ -219,11 +220,11 @@ class Problem:
         losses = self._distance(prediction, rows) if self._slope is None else None
         if self._statistics:
             aims = tuple((mean[rows], variance[rows]) for mean, variance in self._targets)
-            losses = _sum(losses, self._statistics * unit * batch_norm(prediction.statistics, aims))
+            losses = add(losses, self._statistics * unit * batch_norm(prediction.statistics, aims))
         if self._cost is not None:
-            losses = _sum(losses, unit * self._cost(variables[:, : self.width(variables)]))
+            losses = add(losses, unit * self._cost(variables[:, : self.width(variables)]))
         if self._penalty is not None:
-            losses = _sum(losses, unit * self._penalty(images, shares, rows))
+            losses = add(losses, unit * self._penalty(images, shares, rows))
         return losses
 
     def _on_pixels(self, images: Tensor, rows: slice, centres: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -249,7 +250,3 @@ def _compiled(settings: Matching, direct: DirectGradients | None, written: bool)
     if not direct.joint:
         return "not compiled: victims of this size are evaluated one by one"
     return CompiledSlope(direct)
-
-
-def _sum(losses: Tensor | None, more: Tensor) -> Tensor:
-    return more if losses is None else losses + more

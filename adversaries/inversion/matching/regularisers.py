@@ -23,37 +23,27 @@ PixelTerm = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 def tv_l2(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean squared difference of neighbouring pixels, vertical plus horizontal, and its gradient."""
-    slope = torch.zeros_like(images)
-    values = []
-    for axis in (3, 4):
-        steps, share = _steps(images, axis, weight)
-        values.append(steps.square().sum((1, 2, 3, 4)) * share)
-        _push_apart(slope, steps.mul_(2 * share), axis)
-    return values[0] + values[1], slope
+    return _variation(images, weight, torch.square, lambda steps, share: steps.mul_(2 * share))
 
 
 def tv_l1(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean absolute difference of neighbouring pixels, vertical plus horizontal, and its gradient."""
-    slope = torch.zeros_like(images)
-    values = []
+    return _variation(images, weight, torch.abs, lambda steps, share: steps.sign_().mul_(share))
+
+
+def _variation(
+    images: Tensor, weight: float, cost: Callable[[Tensor], Tensor], pull: Callable[[Tensor, float], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What neighbours' differences cost, and its gradient; `pull` is that at the differences, made in place."""
+    slope, values = torch.zeros_like(images), []
     for axis in (3, 4):
-        steps, share = _steps(images, axis, weight)
-        values.append(steps.abs().sum((1, 2, 3, 4)) * share)
-        _push_apart(slope, steps.sign_().mul_(share), axis)
+        steps, count = images.diff(dim=axis), images.shape[axis] - 1
+        share = weight * len(steps) / max(steps.numel(), 1)
+        values.append(cost(steps).sum((1, 2, 3, 4)) * share)
+        steps = pull(steps, share)
+        slope.narrow(axis, 1, count).add_(steps)
+        slope.narrow(axis, 0, count).sub_(steps)
     return values[0] + values[1], slope
-
-
-def _steps(images: Tensor, axis: int, weight: float) -> tuple[Tensor, float]:
-    """Differences of neighbours along an axis, and the weight over their number in each victim."""
-    steps = images.diff(dim=axis)
-    return steps, weight * len(steps) / max(steps.numel(), 1)
-
-
-def _push_apart(slope: Tensor, steps: Tensor, axis: int) -> None:
-    """Add the gradient that belongs to that of neighbours' differences, in place."""
-    count = slope.shape[axis] - 1
-    slope.narrow(axis, 1, count).add_(steps)
-    slope.narrow(axis, 0, count).sub_(steps)
 
 
 def l2(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from adversaries.inversion.gradients import BatchNormMode, Compile, Layers
-from adversaries.inversion.matching.objectives import LAYER_WEIGHTS, OBJECTIVES, LayerWeights
+from adversaries.inversion.matching.objectives import OBJECTIVES, LayerWeights
 from adversaries.inversion.matching.pixels import Parametrisation
 from adversaries.inversion.matching.regularisers import PIXEL_TERMS, SPECIAL
 from adversaries.inversion.solvers.minimiser import LineSearch
 from fedattack.errors import ConfigError, unknown_name
 
 Optimiser = Literal["lbfgs", "adam", "sgd", "signed-lbfgs", "signed-adam", "signed-sgd"]
+
+_CHOICES = {
+    "layer_weights": LayerWeights,
+    "optimiser": Optimiser,
+    "line_search": LineSearch,
+    "compile": Compile,
+    "parametrisation": Parametrisation,
+}
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,9 @@ class Matching:
                 f"objective {self.objective!r} is over all layers at once, and layer_weights is "
                 f"{self.layer_weights!r}; use another objective, as 'masked-l2' or 'layer-cosine'"
             )
-        _known("layer_weights", self.layer_weights, LAYER_WEIGHTS)
-        _known("optimiser", self.optimiser, get_args(Optimiser))
-        _known("line_search", self.line_search, get_args(LineSearch))
-        _known("compile", self.compile, get_args(Compile))
-        _known("parametrisation", self.parametrisation, get_args(Parametrisation))
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in get_args(known):
+                raise unknown_name(name, getattr(self, name), get_args(known))
         for name in self.regularisers:
             if name not in SPECIAL:
                 PIXEL_TERMS.get(name)
@@ -123,8 +128,3 @@ class Matching:
             raise ConfigError(
                 f"setting 'clamp' needs parametrisation 'pixels' or 'standardised', not {self.parametrisation!r}"
             )
-
-
-def _known(what: str, name: str, names: Iterable[str]) -> None:
-    if name not in names:
-        raise unknown_name(what, name, names)

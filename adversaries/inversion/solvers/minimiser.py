@@ -30,10 +30,6 @@ _PROGRESS = 1e-3
 """Share of the loss by which it must fall to count as progress, under patience."""
 
 
-def ignore(iteration: int, losses: Tensor) -> None:
-    """A :data:`Notify` that does nothing."""
-
-
 @dataclass
 class Outcome:
     """What a minimiser leaves."""
@@ -105,7 +101,7 @@ class Minimiser(ABC):
         # Where no row can finish before its time nobody has to ask whether it has.
         self._masked = rules.stop > -math.inf or rules.patience > 0
 
-    def run(self, iterations: int, notify: Notify = ignore) -> Outcome:
+    def run(self, iterations: int, notify: Notify = lambda iteration, losses: None) -> Outcome:
         """Go on until so many iterations have passed in all, or every row has finished."""
         if not self.history:
             self._begin()
