@@ -28,9 +28,10 @@ from adversaries.inversion.gradients.sent import (
     Segment,
     Sent,
     Statistics,
+    lay_out,
 )
 from fedattack.errors import NotApplicable
-from fedattack.observation import Observation
+from fedattack.observation import Observation, Update
 
 LOG = logging.getLogger("fedattack.attacks")
 
@@ -72,18 +73,19 @@ def gradient_model(
     updates = [observation.update for observation in observations]
     if unroll is not None:
         training = first.scenario.training
-        return UnrolledGradients(
-            model, weights, updates, labels, layers, device, batch_norm, training, unroll
-        )
+        unit = -training.learning_rate * unroll.steps
+        updates = [Update(u.names, u.shapes, u.indices, u.values / unit, "gradient") for u in updates]
+    layout = lay_out(updates, layers, device)
+    if unroll is not None:
+        return UnrolledGradients(model, weights, layout, labels, batch_norm, training, unroll)
     if layers == "last" or max(update.kept for update in updates) < updates[0].numel * _SPARSE_SHARE:
         with contextlib.suppress(NotApplicable):
-            chain = closed_form.describe(model)
-            return ChainGradients(chain, weights, updates, labels, layers, device)
+            return ChainGradients(closed_form.describe(model), weights, layout, labels)
     try:
-        return ExplicitGradients(model, weights, updates, labels, layers, device, batch_norm)
+        return ExplicitGradients(model, weights, layout, labels, batch_norm)
     except NotApplicable as reason:
         LOG.info("gradients of model %r by automatic differentiation, twice: %s", model.name, reason)
-    return AutogradGradients(model, weights, updates, labels, layers, device, batch_norm)
+    return AutogradGradients(model, weights, layout, labels, batch_norm)
 
 
 __all__ = [

@@ -14,15 +14,13 @@ from adversaries.inversion.gradients.closed_form import Weights
 from adversaries.inversion.gradients.schedule import Schedule
 from adversaries.inversion.gradients.sent import (
     BatchNormMode,
-    Layers,
+    Layout,
     Prediction,
     Statistics,
-    lay_out,
     targets_of,
 )
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.models import build_model
-from fedattack.observation import Update
 
 
 class AutogradGradients:
@@ -37,14 +35,12 @@ class AutogradGradients:
         self,
         model: ModelConfig,
         weights: Weights,
-        updates: Sequence[Update],
+        layout: Layout,
         labels: Tensor | None,
-        layers: Layers,
-        device: torch.device,
-        batch_norm: BatchNormMode = "train",
+        batch_norm: BatchNormMode,
     ) -> None:
-        self._layout = lay_out(updates, layers, device)
-        self.sent = self._layout.sent
+        self._layout, self.sent = layout, layout.sent
+        device = self.sent.values.device
         self._module = build_model(model).to(device).train(batch_norm == "train")
         self._module.load_state_dict(dict(weights))
         self._inputs = _BatchNormInputs(self._module)
@@ -94,9 +90,9 @@ class AutogradGradients:
 
 
 class UnrolledGradients(AutogradGradients):
-    """Several local steps of SGD, simulated from the received weights and differentiated through; updates are deltas.
+    """Several local steps of SGD, simulated from the received weights and differentiated through.
 
-    Predicted and compared is the mean step in units of a gradient, -delta / (learning rate * steps), so that
+    Predicted and laid out is the mean step in units of a gradient, -delta / (learning rate * steps), so that
     objectives and regularisers weigh as they do for one gradient. BatchNorm statistics are means over the steps.
     """
 
@@ -104,19 +100,15 @@ class UnrolledGradients(AutogradGradients):
         self,
         model: ModelConfig,
         weights: Weights,
-        updates: Sequence[Update],
+        layout: Layout,
         labels: Tensor | None,
-        layers: Layers,
-        device: torch.device,
         batch_norm: BatchNormMode,
         training: TrainingConfig,
         schedule: Schedule,
     ) -> None:
-        unit = -training.learning_rate * schedule.steps
-        updates = [Update(u.names, u.shapes, u.indices, u.values / unit, "gradient") for u in updates]
-        super().__init__(model, weights, updates, labels, layers, device, batch_norm)
+        super().__init__(model, weights, layout, labels, batch_norm)
         self._training = training
-        self._batches = [torch.tensor(order, device=device) for order in schedule.orders]
+        self._batches = [torch.tensor(order, device=self.sent.values.device) for order in schedule.orders]
 
     def _moves(self, name: str) -> bool:
         return True

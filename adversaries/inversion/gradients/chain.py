@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adversaries.inversion.gradients import closed_form
 from adversaries.inversion.gradients.closed_form import Chain, ForwardPass, Weights
-from adversaries.inversion.gradients.sent import Layers, Prediction, lay_out, targets_of
-from fedattack.observation import Update
+from adversaries.inversion.gradients.sent import Layout, Prediction, targets_of
 
 _TALL_FROM = 16
 """From this many samples on, BLAS is faster with the classes as rows of the product than with the samples."""
@@ -22,19 +19,11 @@ class ChainGradients:
 
     joint = True
 
-    def __init__(
-        self,
-        chain: Chain,
-        weights: Weights,
-        updates: Sequence[Update],
-        labels: Tensor | None,
-        layers: Layers,
-        device: torch.device,
-    ) -> None:
-        self._chain = chain
-        self._weights = {name: weights[name].detach().float().to(device) for name in updates[0].names}
+    def __init__(self, chain: Chain, weights: Weights, layout: Layout, labels: Tensor | None) -> None:
+        self._chain, device = chain, layout.sent.values.device
+        names = (*chain.names, "head.weight", "head.bias")
+        self._weights = {name: weights[name].detach().float().to(device) for name in names}
         self._labels = None if labels is None else labels.to(device)
-        layout = lay_out(updates, layers, device)
         self._names, self.sent = layout.names, layout.sent
         self._flat = dict(zip(layout.names, layout.flat, strict=True))
         head = self._weights["head.weight"]

@@ -51,12 +51,13 @@ def _tanh_bend(u: Tensor) -> Tensor:
     return -2 * a * (1 - a**2)
 
 
-def _normal_density(u: Tensor) -> Tensor:
+def normal_density(u: Tensor) -> Tensor:
+    """Of the standard normal distribution."""
     return torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
 
 
 def _gelu_slope(u: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * _normal_density(u)
+    return 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * normal_density(u)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, _sigmoid_slope, _sigmoid_bend),
     "tanh": Activation(torch.tanh, lambda u: 1 - torch.tanh(u) ** 2, _tanh_bend),
     "softplus": Activation(F.softplus, torch.sigmoid, _sigmoid_slope),
-    "gelu": Activation(F.gelu, _gelu_slope, lambda u: _normal_density(u) * (2 - u**2)),
+    "gelu": Activation(F.gelu, _gelu_slope, lambda u: normal_density(u) * (2 - u**2)),
     "relu": Activation(torch.relu, lambda u: (u > 0).to(u.dtype), torch.zeros_like),
 }
 

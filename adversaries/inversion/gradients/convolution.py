@@ -354,13 +354,10 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _last(x: Tensor) -> bool:
-    """Whether the memory of (N, C, H, W) is channels-last, and not planes too."""
-    return x.is_cpu and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if _last(x) else torch.contiguous_format
+    """Of the memory of (N, C, H, W): channels-last, and not planes too; else planes."""
+    last = x.is_cpu and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from adversaries.inversion.gradients.batch_norm import BatchNorm
 from adversaries.inversion.gradients.closed_form import Weights
 from adversaries.inversion.gradients.layers import Directions, Maybe, Saved, add
 from adversaries.inversion.gradients.network import Network, fold, trace
-from adversaries.inversion.gradients.sent import BatchNormMode, Layers, Prediction, lay_out, targets_of
+from adversaries.inversion.gradients.sent import BatchNormMode, Layout, Prediction, targets_of
 from fedattack.config import ModelConfig
 from fedattack.models import build_model
-from fedattack.observation import Update
 
 _JOINT_UP_TO = 32_000_000
 """Numbers, over all victims, of the gradients that are worth holding at once."""
@@ -130,20 +129,18 @@ class ExplicitGradients:
         self,
         model: ModelConfig,
         weights: Weights,
-        updates: Sequence[Update],
+        layout: Layout,
         labels: Tensor | None,
-        layers: Layers,
-        device: torch.device,
-        batch_norm: BatchNormMode = "train",
+        batch_norm: BatchNormMode,
     ) -> None:
+        device = layout.sent.values.device
         own = {
             name: tensor.detach().float().to(device)
             for name, tensor in weights.items()
             if tensor.is_floating_point()
         }
         steps = trace(build_model(model), own, batch_norm)
-        self._layout = lay_out(updates, layers, device)
-        self.sent = self._layout.sent
+        self._layout, self.sent = layout, layout.sent
         shapes = {segment.name: segment.shape for segment in self.sent.segments}
         assert model.channels is not None
         assert model.image_size is not None
@@ -151,7 +148,7 @@ class ExplicitGradients:
         self._folded = Network(fold(steps, image_shape, device), shapes)
         # Folded layers have no BatchNorm inputs to take statistics of.
         self._whole = Network(steps, shapes)
-        self.joint = len(updates) * self._whole.size <= _JOINT_UP_TO
+        self.joint = len(self.sent.values) * self._whole.size <= _JOINT_UP_TO
         self._room: Tensor | None = None
         self._targets: Tensor | None = None
         if labels is not None:

@@ -19,17 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adversaries.inversion.gradients import BatchNormMode
+from adversaries.inversion.gradients.closed_form import normal_density
+from adversaries.inversion.gradients.sent import BatchNormMode
 from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Update
 from fedattack.task import objective
-
-
-def _density(t: Tensor) -> Tensor:
-    """Of the standard normal distribution."""
-    return torch.exp(-0.5 * t.square()) / math.sqrt(2 * math.pi)
 
 
 class _Slope(torch.autograd.Function):
@@ -38,7 +34,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, grad: Tensor, width: float) -> Tensor:
         t = u / width
-        above, density = torch.special.ndtr(t), _density(t) / width
+        above, density = torch.special.ndtr(t), normal_density(t) / width
         ctx.save_for_backward(above, density * grad)
         return grad * above
 
@@ -56,7 +52,7 @@ class _Value(torch.autograd.Function):
         ctx.save_for_backward(u)
         ctx.width = width
         t = u / width
-        return u * torch.special.ndtr(t) + width * _density(t)
+        return u * torch.special.ndtr(t) + width * normal_density(t)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -133,10 +133,8 @@ class NetworkWeights:
                 "a deep image prior must not keep running statistics: use GroupNorm or no normalisation at all"
             )
         self._network = copy.deepcopy(network).to(device).requires_grad_(False)
-        parameters = dict(self._network.named_parameters())
-        self._names = list(parameters)
-        self._shapes = [parameter.shape for parameter in parameters.values()]
-        self._sizes = [parameter.numel() for parameter in parameters.values()]
+        self._shapes = {name: parameter.shape for name, parameter in self._network.named_parameters()}
+        self._sizes = [shape.numel() for shape in self._shapes.values()]
         self._noise = noise.to(device)
         self._draw = vmap(self._draw_one)
 
@@ -166,9 +164,6 @@ class NetworkWeights:
         return [self._noise]
 
     def _draw_one(self, weights: Tensor) -> Tensor:
-        pieces = weights.split(self._sizes)
-        named = {
-            name: piece.reshape(shape)
-            for name, shape, piece in zip(self._names, self._shapes, pieces, strict=True)
-        }
+        pieces = zip(self._shapes.items(), weights.split(self._sizes), strict=True)
+        named = {name: piece.reshape(shape) for (name, shape), piece in pieces}
         return functional_call(self._network, named, (self._noise,))

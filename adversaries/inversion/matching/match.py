@@ -11,7 +11,7 @@ quiet and costs an order of magnitude when it is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -122,59 +122,43 @@ def match(
     restarts = len(starts)
     rows = [observation for _ in range(restarts) for observation in observations]
     logits = label_starts if settings.labels == "joint" else None
-    problem = _problem(rows, labels, starts, logits, settings, device, chart, unroll, penalty)
-    first = starts.flatten(0, 1).float().to(device)
-    begin = problem.variables(first, None if logits is None else logits.flatten(0, 1).float().to(device))
-    noise = _noise(rows, len(observations), problem.width(begin), seed, begin) if settings.noise else None
-
-    def identity() -> str:
-        words = [repr(settings), repr(unroll), type(chart).__name__, str(device), str(seed)]
-        tensors = [*_tensors(observations, labels, starts, logits)]
-        return digest(words, tensors + (chart.tensors() if isinstance(chart, pixels.Drawn) else []))
-
-    kept = open_checkpoint(identity)
-    outcome = descend(problem, begin, settings, progress, transform=transform, noise=noise, checkpoint=kept)
-    return _answers(problem, outcome, restarts, None if logits is not None else labels)
-
-
-def _problem(
-    rows: Sequence[Observation],
-    labels: Tensor | None,
-    starts: Tensor,
-    logits: Tensor | None,
-    settings: Matching,
-    device: torch.device,
-    chart: Chart | None,
-    unroll: Schedule | None,
-    penalty: Penalty | None,
-) -> Problem:
-    """The problem of all rows, one per victim and start."""
-    restarts = len(starts)
-    given = None if logits is not None or labels is None else labels.repeat(restarts, 1)
     gradients = gradient_model(
         rows,
-        given,
+        None if logits is not None or labels is None else labels.repeat(restarts, 1),
         layers=settings.layers,
         batch_norm=settings.batch_norm or rows[0].scenario.training.batch_norm,
         unroll=unroll,
         device=device,
     )
-    if chart is None:
-        shape = tuple(starts.shape[2:])
-        chart = pixels.chart(settings.parametrisation, shape, rows[0].auxiliary, device)
     targets: Statistics = ()
     if settings.regularisers.get("batch-norm"):
         batch = (labels if logits is None else logits[0]).shape[1]  # type: ignore[union-attr]
         targets = batch_norm_targets(rows, batch, device)
-    return Problem(
+    problem = Problem(
         gradients,
-        chart,
+        chart or pixels.chart(settings.parametrisation, tuple(starts.shape[2:]), rows[0].auxiliary, device),
         settings,
         restarts=restarts,
         label_shape=None if logits is None else (logits.shape[2], logits.shape[3]),
         targets=targets,
         penalty=penalty,
     )
+    first = starts.flatten(0, 1).float().to(device)
+    begin = problem.variables(first, None if logits is None else logits.flatten(0, 1).float().to(device))
+    noise = _noise(rows, len(observations), problem.width(begin), seed, begin) if settings.noise else None
+
+    def identity() -> str:
+        words = [repr(settings), repr(unroll), type(chart).__name__, str(device), str(seed)]
+        tensors = [tensor for tensor in (labels, starts, logits) if tensor is not None]
+        tensors += observations[0].weights.values()
+        for observation in observations:
+            sent, indices = observation.update, observation.update.indices
+            tensors += [sent.values, *([] if indices is None else [indices]), *observation.buffers.values()]
+        return digest(words, tensors + (chart.tensors() if isinstance(chart, pixels.Drawn) else []))
+
+    kept = open_checkpoint(identity)
+    outcome = descend(problem, begin, settings, progress, transform=transform, noise=noise, checkpoint=kept)
+    return _answers(problem, outcome, restarts, None if logits is not None else labels)
 
 
 def _noise(rows: Sequence[Observation], victims: int, width: int, seed: int, like: Tensor) -> Noise:
@@ -188,19 +172,6 @@ def _noise(rows: Sequence[Observation], victims: int, width: int, seed: int, lik
         return drawn.to(like)
 
     return noise
-
-
-def _tensors(
-    observations: Sequence[Observation], labels: Tensor | None, starts: Tensor, logits: Tensor | None
-) -> Iterator[Tensor]:
-    """Everything numeric that a match depends on."""
-    yield from (tensor for tensor in (labels, starts, logits) if tensor is not None)
-    yield from observations[0].weights.values()
-    for observation in observations:
-        yield observation.update.values
-        if observation.update.indices is not None:
-            yield observation.update.indices
-        yield from observation.buffers.values()
 
 
 def _answers(problem: Problem, outcome: Outcome, restarts: int, labels: Tensor | None) -> list[Match]:

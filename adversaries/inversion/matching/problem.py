@@ -187,17 +187,6 @@ class Problem:
         prediction = self._gradients.predict(
             images, rows, whole=self._whole, shares=shares, statistics=self._statistics > 0
         )
-        losses, roots, pulls = self._roots(variables, images, shares, prediction, rows)
-        if self._pixels_only:
-            (at_images,) = torch.autograd.grad(roots, images, pulls)
-            return losses, at_images, None
-        at_images, at_variables = torch.autograd.grad(roots, (images, variables), pulls, allow_unused=True)
-        return losses, at_images, at_variables
-
-    def _roots(
-        self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice
-    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """Losses (rows,) of all terms but those of the pixels, and the tensors and cotangents to differentiate."""
         rest = self._differentiated(variables, images, shares, prediction, rows)
         roots: list[Tensor] = []
         pulls: list[Tensor | None] = []
@@ -205,12 +194,18 @@ class Problem:
             roots, pulls = [rest.sum()], [None]
         if self._slope is None:
             assert rest is not None
-            return rest.detach(), roots, pulls
-        with torch.no_grad():
-            losses, pull = self._slope(prediction.entries, rows)
-        if rest is not None:
-            losses = losses + rest.detach()
-        return losses, [prediction.entries, *roots], [pull, *pulls]
+            losses = rest.detach()
+        else:
+            with torch.no_grad():
+                losses, pull = self._slope(prediction.entries, rows)
+            if rest is not None:
+                losses = losses + rest.detach()
+            roots, pulls = [prediction.entries, *roots], [pull, *pulls]
+        if self._pixels_only:
+            (at_images,) = torch.autograd.grad(roots, images, pulls)
+            return losses, at_images, None
+        at_images, at_variables = torch.autograd.grad(roots, (images, variables), pulls, allow_unused=True)
+        return losses, at_images, at_variables
 
     def _differentiated(
         self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice

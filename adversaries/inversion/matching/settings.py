@@ -110,20 +110,16 @@ class Matching:
         for name in ("iterations", "l1_share", "noise", "patience", "momentum", "transform_every"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must not be negative")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"setting 'learning_rate' = {self.learning_rate}: must be positive")
-        if self.memory < 1:
-            raise ConfigError(f"setting 'memory' = {self.memory}: must be at least 1")
-        if self.momentum >= 1:
-            raise ConfigError(f"setting 'momentum' = {self.momentum}: must be below 1")
-        if self.momentum and not self.optimiser.endswith("sgd"):
-            raise ConfigError(
-                f"setting 'momentum' = {self.momentum}: is for optimiser 'sgd', not {self.optimiser!r}"
-            )
-        if self.noise and self.optimiser.endswith("lbfgs"):
-            raise ConfigError(
-                f"setting 'noise' = {self.noise}: L-BFGS cannot bear noise; use optimiser 'adam' or 'sgd'"
-            )
+        lbfgs, sgd = (self.optimiser.endswith(kind) for kind in ("lbfgs", "sgd"))
+        for name, wrong, reason in (
+            ("learning_rate", not self.learning_rate > 0, "must be positive"),
+            ("memory", self.memory < 1, "must be at least 1"),
+            ("momentum", self.momentum >= 1, "must be below 1"),
+            ("momentum", self.momentum and not sgd, f"is for optimiser 'sgd', not {self.optimiser!r}"),
+            ("noise", self.noise and lbfgs, "L-BFGS cannot bear noise; use optimiser 'adam' or 'sgd'"),
+        ):
+            if wrong:
+                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: {reason}")
         if self.clamp and self.parametrisation not in ("pixels", "standardised"):
             raise ConfigError(
                 f"setting 'clamp' needs parametrisation 'pixels' or 'standardised', not {self.parametrisation!r}"

@@ -107,9 +107,8 @@ class Search:
         """
         best = self._best()
         if self._factors.samples == 1:
-            self._keep(
-                torch.ones_like(self._factors.values), self._zeros(torch.ones_like(self._rows[:1])), True
-            )
+            only = torch.ones_like(self._factors.values)
+            self._keep(only, self._zeros(only[None]), True)
             return self._pool
         easy = expected_draws(self._factors.samples) < _DRAWS
         for turn in range(rounds):
@@ -122,8 +121,6 @@ class Search:
             if len(best) == self._factors.samples and accept(best):
                 break
         return best
-
-    # ------------------------------------------------------------------ draws
 
     def _random_rows(self) -> None:
         size, count = self._factors.samples, len(self._rows)
@@ -152,8 +149,6 @@ class Search:
             size_of = (q @ self._rows.T).abs()
             middle = size_of.median(1, keepdim=True).values.clamp_min(1e-300)
             v = torch.tanh(size_of / middle - 1) @ self._factors.neurons
-
-    # ------------------------------------------------------------------ judgement
 
     def _zeros(self, q: Tensor, loose: float = 0.0) -> Tensor:
         """Where U q is zero up to noise, or below the share `loose` of its median; bool (n, m), for unit q (n, B)."""
