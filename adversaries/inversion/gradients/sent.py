@@ -15,6 +15,7 @@ from fedattack.observation import Update
 Layers = Literal["all", "last"]
 BatchNormMode = Literal["train", "eval"]
 Statistics = tuple[tuple[Tensor, Tensor], ...]
+"""Mean and biased variance (V, channels) of layers' inputs over each victim's batch."""
 
 _SPARSE_SHARE = 1 / 8
 """Above this sent share a tensor is handled densely: gathering would cost more than it saves."""
@@ -32,25 +33,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sent:
-    """What V victims sent, side by side and padded.
+    """What V victims sent, side by side and padded."""
 
-    Attributes
-    ----------
-    values, valid : Tensor
-        float32 (V, K): what was sent, and 1; zeros where it is padding.
-    segments : tuple of Segment
-        Tensor by tensor, covering the K columns.
-    rows : Tensor
-        int64 (V, K): the output row (first index) of each entry inside its tensor; arbitrary where it is padding.
-    complete : bool
-        Whether every column was sent by every victim, so that `valid` is 1 everywhere and need not be multiplied by.
-    """
-
-    values: Tensor
-    valid: Tensor
-    segments: tuple[Segment, ...]
-    rows: Tensor
-    complete: bool = False
+    values: Tensor  # float32 (V, K), zero where it is padding
+    valid: Tensor  # float32 (V, K), 1 where the entry was sent and 0 where it is padding
+    segments: tuple[Segment, ...]  # tensor by tensor, covering the K columns
+    rows: Tensor  # int64 (V, K): each entry's output row (first index) in its tensor; arbitrary at padding
+    complete: bool = False  # every column was sent by every victim: `valid` need not be multiplied by
 
     def __getitem__(self, victims: slice) -> Sent:
         return Sent(
@@ -60,22 +49,13 @@ class Sent:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What candidate images would have sent.
+    """What candidate images would have sent."""
 
-    Attributes
-    ----------
-    entries : Tensor
-        (V, K), aligned with :attr:`Sent.values`; arbitrary where that is padding.
-    square : Tensor or None
-        (V,): squared norm of the whole gradient, unsent entries included, where it was asked for.
-    statistics : tuple of (Tensor, Tensor)
-        Mean and biased variance (V, channels) of each BatchNorm layer's input over the victim's batch, first layer
-        first; empty where they were not asked for or the model has no BatchNorm.
-    """
-
-    entries: Tensor
-    square: Tensor | None = None
-    statistics: Statistics = ()
+    entries: Tensor  # (V, K), aligned with :attr:`Sent.values`; arbitrary where that is padding
+    square: Tensor | None = (
+        None  # (V,): squared norm of the whole gradient, unsent entries included, if asked for
+    )
+    statistics: Statistics = ()  # of each BatchNorm layer's input, first layer first, if asked for
 
 
 class GradientModel(Protocol):

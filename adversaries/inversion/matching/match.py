@@ -34,39 +34,17 @@ from fedattack.rng import torch_rng
 
 @dataclass(frozen=True)
 class Match:
-    """What matching found for one victim; tensors are on the CPU.
+    """What matching found for one victim; tensors are on the CPU."""
 
-    Attributes
-    ----------
-    images : Tensor
-        float32 (B, C, H, W), not clamped: the point of lowest loss that was met.
-    loss : float
-        Objective plus regularisers there; infinite where they were finite at no point: then `images` is the start.
-    history : list of float
-        Loss per iteration of the chosen restart.
-    restart : int
-        Which start was chosen, by its loss.
-    recoveries : int
-        How often the optimiser had to go back to its best point because its loss was not finite.
-    labels : Tensor
-        int64 (B,): those that were given, or the largest of the optimised logits under joint labels.
-    losses : list of float
-        Lowest loss from each start.
-    variables : Tensor or None
-        float32 (N,): what the chart drew `images` from.
-    compiled : str
-        "compiled", "no", or why not.
-    """
-
-    images: Tensor
-    loss: float
-    history: list[float]
-    restart: int
-    recoveries: int
-    labels: Tensor
-    losses: list[float] = field(default_factory=list)
-    variables: Tensor | None = None
-    compiled: str = "no"
+    images: Tensor  # float32 (B, C, H, W), not clamped: the point of lowest loss that was met
+    loss: float  # objective plus regularisers there; infinite where they never were finite: `images` is the start
+    history: list[float]  # loss per iteration of the chosen restart
+    restart: int  # which start was chosen, by its loss
+    recoveries: int  # how often the optimiser had to go back to its best point as its loss was not finite
+    labels: Tensor  # int64 (B,): those given, or the largest of the optimised logits under joint labels
+    losses: list[float] = field(default_factory=list)  # lowest loss from each start
+    variables: Tensor | None = None  # float32 (N,): what the chart drew `images` from
+    compiled: str = "no"  # "compiled", "no", or why not
 
 
 def match(

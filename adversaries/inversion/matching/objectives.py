@@ -283,25 +283,16 @@ def sign(layout: Layout) -> Distance:
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of :data:`OBJECTIVES`.
-
-    Attributes
-    ----------
-    whole : bool
-        Whether the predicted gradient's whole norm is needed.
-    unit : bool
-        Whether regularisers are measured in units of 1 rather than of the objective at a prediction of zeros.
-    weighted : bool
-        Whether layers may be given weights: it is not over all of them at once.
-    slope : callable, optional
-        Layout -> Slope, where the gradient is worth writing out: differentiating a dozen small operations takes as
-        long as a small network's whole gradient.
-    """
+    """An entry of :data:`OBJECTIVES`."""
 
     build: Callable[[Layout], Distance]
-    whole: bool = False
-    unit: bool = False
-    weighted: bool = True
+    whole: bool = False  # the predicted gradient's whole norm is needed
+    unit: bool = (
+        False  # regularisers are measured in units of 1, not of the objective at a prediction of zeros
+    )
+    weighted: bool = True  # layers may be given weights: it is not over all of them at once
+    # Where the gradient is worth writing out: differentiating a dozen small operations takes as long as a small
+    # network's whole gradient.
     slope: Callable[[Layout], Slope] | None = None
 
 

@@ -25,75 +25,39 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Matching:
-    """How to match; unknown names, values out of range and combinations that mean nothing are a ConfigError.
-
-    Attributes
-    ----------
-    layer_weights : {"equal", "falling"}
-        How much each tensor counts; see :func:`~adversaries.inversion.matching.objectives.layer_weights`.
-    l1_share : float
-        Weight of the absolute differences under objective "l2-l1".
-    regularisers : dict of str to float
-        Weights of :data:`~adversaries.inversion.matching.regularisers.PIXEL_TERMS`, "batch-norm" and "group".
-    units : {"relative", "absolute"}
-        "relative": weights are in units of the objective at a prediction of zeros (the sent entries' squared norm
-        under the squared ones, 1 under cosines), so that a weight means the same whatever the model and the
-        compression. "absolute": as written in most papers.
-    layers : {"all", "last"}
-        Which tensors are matched.
-    batch_norm : {"train", "eval"}, optional
-        Whether the client's BatchNorm used its batch's statistics or the running ones; None: as declared.
-    parametrisation : {"pixels", "standardised", "box", "spectrum"}
-        What the optimiser turns; see :mod:`adversaries.inversion.matching.pixels`.
-    labels : {"given", "joint"}
-        "joint": soft labels are optimised beside the images (DLG).
-    optimiser : {"lbfgs", "adam", "sgd", "signed-lbfgs", "signed-adam", "signed-sgd"}
-        "signed": it is shown the sign of the gradient alone.
-    line_search : {"none", "armijo"}
-        For L-BFGS; "none" steps as ``torch.optim.LBFGS`` does.
-    decay : bool
-        Whether the learning rate falls to a tenth after 3/8, 5/8 and 7/8 of the iterations (not L-BFGS).
-    clamp : bool
-        Whether pixels are clamped to [0, 1] after each step (parametrisation "pixels" or "standardised").
-    noise : float
-        Deviation of the normal noise added to each step, in units of the learning rate (Yin et al. 2021).
-    iterations : int
-        Evaluations of objective and gradient after the first; 0 answers the start.
-    memory, block : int
-        See :class:`adversaries.inversion.solvers.lbfgs.Lbfgs`.
-    stop, patience : float, int
-        See :class:`adversaries.inversion.solvers.minimiser.Rules`.
-    compile : {"auto", "always", "never"}
-        Whether the network's passes are compiled (``torch.compile``); "auto": in runs of
-        :data:`~adversaries.inversion.gradients.compiled.LONG` iterations and more. Where it cannot be done the
-        passes run as they are, and the log says why.
-    transform_every : int
-        Apply `transform` to the images after each this many iterations and start the optimiser afresh; 0: never.
-    """
+    """How to match; unknown names, values out of range and combinations that mean nothing are a ConfigError."""
 
     objective: str = "masked-l2"
-    regularisers: dict[str, float] = field(default_factory=dict)
-    layers: Layers = "all"
+    regularisers: dict[str, float] = field(
+        default_factory=dict
+    )  # weights; :data:`PIXEL_TERMS` and :data:`SPECIAL`
+    layers: Layers = "all"  # which tensors are matched
     parametrisation: Parametrisation = "pixels"
-    optimiser: Optimiser = "lbfgs"
-    line_search: LineSearch = "armijo"
+    optimiser: Optimiser = "lbfgs"  # "signed": it is shown the sign of the gradient alone
+    line_search: LineSearch = "armijo"  # for L-BFGS; "none" steps as ``torch.optim.LBFGS`` does
     learning_rate: float = 1.0
-    iterations: int = 400
-    memory: int = 20
+    iterations: int = 400  # evaluations of objective and gradient after the first; 0 answers the start
+    memory: int = 20  # see :class:`~adversaries.inversion.solvers.lbfgs.Lbfgs`, as for `block`
     block: int = 0
-    stop: float = 0.0
-    transform_every: int = 0
+    stop: float = 0.0  # a victim below this loss has finished
+    transform_every: int = 0  # `transform` the images after this many iterations, then start afresh; 0: never
     layer_weights: LayerWeights = "equal"
-    l1_share: float = 0.1
+    l1_share: float = 0.1  # weight of the absolute differences under objective "l2-l1"
+    # "relative": weights are in units of the objective at a prediction of zeros (the sent entries' squared norm under
+    # the squared ones, 1 under cosines) and mean the same whatever model and compression; "absolute": as in papers.
     units: Literal["relative", "absolute"] = "relative"
-    batch_norm: BatchNormMode | None = None
-    labels: Literal["given", "joint"] = "given"
-    momentum: float = 0.0
-    decay: bool = True
-    clamp: bool = False
-    noise: float = 0.0
-    patience: int = 0
-    compile: Compile = "auto"
+    batch_norm: BatchNormMode | None = None  # of the client; None: as declared
+    labels: Literal["given", "joint"] = "given"  # "joint": soft labels are optimised beside the images (DLG)
+    momentum: float = 0.0  # of SGD
+    decay: bool = (
+        True  # of the learning rate, to a tenth after 3/8, 5/8 and 7/8 of the iterations (not L-BFGS)
+    )
+    clamp: bool = False  # pixels to [0, 1] after each step, under "pixels" or "standardised"
+    noise: float = (
+        0.0  # deviation of that added to each step, in units of the learning rate (Yin et al. 2021)
+    )
+    patience: int = 0  # see :class:`~adversaries.inversion.solvers.minimiser.Rules`
+    compile: Compile = "auto"  # the network's passes; "auto": in runs of :data:`LONG` iterations and more
 
     def __post_init__(self) -> None:
         if not OBJECTIVES.get(self.objective).weighted and self.layer_weights != "equal":

@@ -42,30 +42,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Rules:
-    """What all minimisers have in common.
-
-    Attributes
-    ----------
-    stop : float
-        A row below this loss has finished.
-    patience : int
-        A row whose lowest loss has not fallen by a thousandth for this many iterations has finished; 0: never.
-    decay : int
-        Divide the learning rate by ten after 3/8, 5/8 and 7/8 of this many iterations; 0: keep it. Not L-BFGS.
-    project : callable, optional
-        (V, N) -> (V, N), row by row: where each step is put back to, as into a box.
-    noise : callable, optional
-        Iteration -> (V, N), added to that iteration's step in units of the learning rate. Not L-BFGS.
-    rest : callable, optional
-        Told now and then which rows have finished (list of V bool); `evaluate` may answer zeros for these then.
-    """
+    """What all minimisers have in common; L-BFGS knows no decay and no noise."""
 
     learning_rate: float = 1.0
-    stop: float = -math.inf
-    patience: int = 0
-    decay: int = 0
-    project: Callable[[Tensor], Tensor] | None = None
-    noise: Callable[[int], Tensor] | None = None
+    stop: float = -math.inf  # a row below this loss has finished
+    patience: int = 0  # so has one whose lowest loss has not fallen by a thousandth for this long; 0: never
+    decay: int = (
+        0  # divide the learning rate by ten after 3/8, 5/8 and 7/8 of this many iterations; 0: keep it
+    )
+    project: Callable[[Tensor], Tensor] | None = (
+        None  # row by row: where each step is put back to, as into a box
+    )
+    noise: Callable[[int], Tensor] | None = None  # iteration -> (V, N) added to the step, in learning rates
+    # Told now and then which rows have finished (list of V bool); `evaluate` may answer zeros for these then.
     rest: Callable[[list[bool]], None] | None = None
 
     def rate(self, iteration: int) -> float:
