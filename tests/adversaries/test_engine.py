@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.gradients import AutogradGradients, Prediction, schedule_for
+from adversaries.inversion.gradients.sent import lay_out
 from adversaries.inversion.matching import checkpoint as keeping
 from adversaries.inversion.matching import match as match_module
 from adversaries.inversion.matching.charts import Latent, LatentBall, NetworkWeights, project_l1
@@ -200,7 +201,7 @@ def test_victims_that_have_finished_cost_nothing_more(monkeypatch: pytest.Monkey
 
     def build(rows: list[Observation], y: Tensor, **settings: Any) -> Counted:
         model, updates = rows[0].scenario.model, [row.update for row in rows]
-        return Counted(model, rows[0].weights, updates, y, "all", CPU)
+        return Counted(model, rows[0].weights, lay_out(updates, "all", CPU), y, "train")
 
     monkeypatch.setattr(match_module, "gradient_model", build)
     start = torch.cat([truth(0)[None, None] + 1e-4, begin(1, 1)], 1)

@@ -20,6 +20,7 @@ from adversaries.inversion.gradients import (
     gradient_model,
     schedule_for,
 )
+from adversaries.inversion.gradients.sent import lay_out
 from adversaries.inversion.matching.match import match
 from adversaries.inversion.matching.settings import Matching
 from fedattack.config import TrainingConfig
@@ -73,7 +74,7 @@ def test_segments_and_rows_address_the_update() -> None:
         assert sent.segments[0].start == 0
         assert sent.segments[-1].stop == sent.values.shape[1]
         for segment in sent.segments:
-            columns = segment.columns
+            columns = slice(segment.start, segment.stop)
             known = sent.valid[0, columns] > 0
             rows, values = sent.rows[0, columns][known], sent.values[0, columns][known]
             tensor = pieces[segment.name]
@@ -205,7 +206,8 @@ def test_explicit_is_autograd_twice(
     point = smooth_images(victims * batch, 16, seed=5).reshape(images.shape)
     found = []
     for kind in (ExplicitGradients, AutogradGradients):
-        backend = kind(scene.model, weights, updates, labels, layers, CPU, mode)  # type: ignore[arg-type]
+        layout = lay_out(updates, layers, CPU)  # type: ignore[arg-type]
+        backend = kind(scene.model, weights, layout, labels, mode)  # type: ignore[arg-type]
         x = point.clone().requires_grad_()
         shares = (0.9 * F.one_hot(labels, 10) + 0.01).requires_grad_()
         prediction = backend.predict(x, slice(0, victims), whole=True, shares=shares, statistics=statistics)

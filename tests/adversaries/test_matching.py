@@ -20,6 +20,7 @@ from adversaries.inversion.gradients import (
     gradient_model,
 )
 from adversaries.inversion.gradients.closed_form import describe
+from adversaries.inversion.gradients.sent import lay_out
 from adversaries.inversion.matching import pixels
 from adversaries.inversion.matching.match import Matching, match
 from adversaries.inversion.matching.objectives import OBJECTIVES, Layout
@@ -91,8 +92,9 @@ def test_back_ends_agree_with_each_other_and_with_autograd(
     labels = torch.tensor([(7 * i) % classes for i in range(2 * batch)]).reshape(2, batch)
     images = candidates(scene, 2, batch)
     updates = [one.update for one in seen]
-    closed = ChainGradients(describe(scene.model), seen[0].weights, updates, labels, layers, CPU)  # type: ignore[arg-type]
-    plain = AutogradGradients(scene.model, seen[0].weights, updates, labels, layers, CPU)  # type: ignore[arg-type]
+    layout = lay_out(updates, layers, CPU)  # type: ignore[arg-type]
+    closed = ChainGradients(describe(scene.model), seen[0].weights, layout, labels)
+    plain = AutogradGradients(scene.model, seen[0].weights, layout, labels, "train")
     assert torch.equal(closed.sent.values, plain.sent.values)
     assert torch.equal(closed.sent.valid, plain.sent.valid)
     slopes = []

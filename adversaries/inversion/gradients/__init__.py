@@ -1,13 +1,7 @@
 """The ways to compute what a client with given images would have sent.
 
 A back-end holds what V victims sent (:class:`Sent`) and predicts the same entries from candidate images,
-differentiably (:class:`GradientModel`):
-
-* :class:`ExplicitGradients`: feed-forward networks of common layers, the second derivative written out;
-* :class:`ChainGradients`: chains of convolutions of which few entries were sent; never forms the head's gradient;
-* :class:`AutogradGradients`: any model, differentiated twice;
-* :class:`UnrolledGradients`: any model, several local steps.
-* :class:`CompiledSlope`: the explicit passes, compiled.
+differentiably (:class:`GradientModel`). :func:`gradient_model` chooses it.
 """
 
 from __future__ import annotations
@@ -34,9 +28,10 @@ from adversaries.inversion.gradients.sent import (
     Segment,
     Sent,
     Statistics,
+    lay_out,
 )
 from fedattack.errors import NotApplicable
-from fedattack.observation import Observation
+from fedattack.observation import Observation, Update
 
 LOG = logging.getLogger("fedattack.attacks")
 
@@ -53,13 +48,12 @@ def gradient_model(
     unroll: Schedule | None = None,
     device: torch.device,
 ) -> GradientModel:
-    """The back-end for these victims.
+    """The back-end for these victims, V of equal weights and scenario.
 
     Parameters
     ----------
     observations : sequence of Observation
-        One per victim, with equal weights and scenario. Their updates are gradients (``engine.as_gradient``), or
-        weight deltas as they came under `unroll`.
+        Their updates are gradients, or weight deltas as they came under `unroll`.
     labels : Tensor or None
         int64 (V, B); None where every call of `predict` brings soft targets.
     layers : {"all", "last"}
@@ -79,18 +73,19 @@ def gradient_model(
     updates = [observation.update for observation in observations]
     if unroll is not None:
         training = first.scenario.training
-        return UnrolledGradients(
-            model, weights, updates, labels, layers, device, batch_norm, training, unroll
-        )
+        unit = -training.learning_rate * unroll.steps
+        updates = [Update(u.names, u.shapes, u.indices, u.values / unit, "gradient") for u in updates]
+    layout = lay_out(updates, layers, device)
+    if unroll is not None:
+        return UnrolledGradients(model, weights, layout, labels, batch_norm, training, unroll)
     if layers == "last" or max(update.kept for update in updates) < updates[0].numel * _SPARSE_SHARE:
         with contextlib.suppress(NotApplicable):
-            chain = closed_form.describe(model)
-            return ChainGradients(chain, weights, updates, labels, layers, device)
+            return ChainGradients(closed_form.describe(model), weights, layout, labels)
     try:
-        return ExplicitGradients(model, weights, updates, labels, layers, device, batch_norm)
+        return ExplicitGradients(model, weights, layout, labels, batch_norm)
     except NotApplicable as reason:
         LOG.info("gradients of model %r by automatic differentiation, twice: %s", model.name, reason)
-    return AutogradGradients(model, weights, updates, labels, layers, device, batch_norm)
+    return AutogradGradients(model, weights, layout, labels, batch_norm)
 
 
 __all__ = [

@@ -27,7 +27,7 @@ _ZERO = 1e-6
 def hermite_coefficients(activation: Activation, scale: float = 1.0) -> list[float]:
     """Coefficients E[s(scale Z) h_p(Z)] of an activation, p = 0 .. :data:`MAX_ORDER`, Z standard normal.
 
-    h_p is the orthonormal (probabilists') Hermite polynomial, so that by Stein's lemma the p-th coefficient is
+    h_p is the orthonormal (probabilists') Hermite polynomial; by Stein's lemma the p-th coefficient is
     ``scale^p E[s^(p)(scale Z)] / sqrt(p!)``. Gauss-Hermite quadrature: exact for polynomials, and its symmetric nodes
     keep the coefficients that vanish by parity at rounding level.
     """
@@ -48,10 +48,7 @@ def _quadrature() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def stein_order(activation: Activation) -> int:
     """The order of the tensor to decompose: 3, or 4 where the third Hermite coefficient vanishes.
 
-    Raises
-    ------
-    NotApplicable
-        If both vanish, as for linear and quadratic activations: then only sums over the batch leak.
+    NotApplicable where both vanish, as for linear and quadratic activations: then only sums over the batch leak.
     """
     coefficients = hermite_coefficients(activation)
     scale = max(abs(c) for c in coefficients)

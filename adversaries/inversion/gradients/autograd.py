@@ -14,32 +14,19 @@ from adversaries.inversion.gradients.closed_form import Weights
 from adversaries.inversion.gradients.schedule import Schedule
 from adversaries.inversion.gradients.sent import (
     BatchNormMode,
-    Layers,
+    Layout,
     Prediction,
     Statistics,
-    lay_out,
     targets_of,
 )
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.models import build_model
-from fedattack.observation import Update
 
 
 class AutogradGradients:
     """Any differentiable model, by a backward pass that is itself differentiated.
 
-    No running statistics are written, whatever the BatchNorm mode.
-
-    Parameters
-    ----------
-    model : ModelConfig
-        Resolved.
-    weights : mapping of str to Tensor
-        State dict that was sent out.
-    updates, labels, layers, device
-        As for :class:`~adversaries.inversion.gradients.chain.ChainGradients`.
-    batch_norm : {"train", "eval"}
-        Whether BatchNorm uses the batch's statistics, as a client in training mode does, or the running ones.
+    No running statistics are written, whatever the BatchNorm mode. Arguments as for :func:`gradient_model`.
     """
 
     joint = False
@@ -48,14 +35,12 @@ class AutogradGradients:
         self,
         model: ModelConfig,
         weights: Weights,
-        updates: Sequence[Update],
+        layout: Layout,
         labels: Tensor | None,
-        layers: Layers,
-        device: torch.device,
-        batch_norm: BatchNormMode = "train",
+        batch_norm: BatchNormMode,
     ) -> None:
-        self._layout = lay_out(updates, layers, device)
-        self.sent = self._layout.sent
+        self._layout, self.sent = layout, layout.sent
+        device = self.sent.values.device
         self._module = build_model(model).to(device).train(batch_norm == "train")
         self._module.load_state_dict(dict(weights))
         self._inputs = _BatchNormInputs(self._module)
@@ -73,7 +58,6 @@ class AutogradGradients:
         shares: Tensor | None = None,
         statistics: bool = False,
     ) -> Prediction:
-        """See :meth:`~adversaries.inversion.gradients.GradientModel.predict`."""
         targets = targets_of(shares, self._labels, victims)
         first = victims.indices(len(self.sent.values))[0]
         rows, squares, seen = [], [], []
@@ -108,38 +92,23 @@ class AutogradGradients:
 class UnrolledGradients(AutogradGradients):
     """Several local steps of SGD, simulated from the received weights and differentiated through.
 
-    Predicted and compared is the mean step in units of a gradient, -delta / (learning rate * steps), so that
+    Predicted and laid out is the mean step in units of a gradient, -delta / (learning rate * steps), so that
     objectives and regularisers weigh as they do for one gradient. BatchNorm statistics are means over the steps.
-
-    Parameters
-    ----------
-    model, weights, labels, layers, device, batch_norm
-        As for :class:`AutogradGradients`.
-    updates : sequence of Update
-        Weight deltas, one per victim.
-    training : TrainingConfig
-        Learning rate, momentum and weight decay of the clients.
-    schedule : Schedule
-        Which images are in which step's batch.
     """
 
     def __init__(
         self,
         model: ModelConfig,
         weights: Weights,
-        updates: Sequence[Update],
+        layout: Layout,
         labels: Tensor | None,
-        layers: Layers,
-        device: torch.device,
         batch_norm: BatchNormMode,
         training: TrainingConfig,
         schedule: Schedule,
     ) -> None:
-        unit = -training.learning_rate * schedule.steps
-        updates = [Update(u.names, u.shapes, u.indices, u.values / unit, "gradient") for u in updates]
-        super().__init__(model, weights, updates, labels, layers, device, batch_norm)
+        super().__init__(model, weights, layout, labels, batch_norm)
         self._training = training
-        self._batches = [torch.tensor(order, device=device) for order in schedule.orders]
+        self._batches = [torch.tensor(order, device=self.sent.values.device) for order in schedule.orders]
 
     def _moves(self, name: str) -> bool:
         return True

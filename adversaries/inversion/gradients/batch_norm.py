@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.inversion.gradients.convolution import Fold
-from adversaries.inversion.gradients.layers import Directions, Layer, Saved, add
+from adversaries.inversion.gradients.layers import Directions, Layer, Maybe, Saved, add
 
 
 class BatchNorm(Layer):
@@ -32,7 +32,6 @@ class BatchNorm(Layer):
         self._beta = weights[beta] if layer.affine else torch.zeros_like(like)
         self._eps = layer.eps
         self._train = train or layer.running_mean is None
-        self._source = (name, layer, weights)
         if not self._train:
             self._mean = weights[f"{name}.running_mean"]
             self._scale = (weights[f"{name}.running_var"] + self._eps).rsqrt()
@@ -41,7 +40,9 @@ class BatchNorm(Layer):
 
     def fold(self) -> Fold | None:
         """What a convolution needs to take this layer in; None where it cannot."""
-        return Fold(*self._source) if not self._train and self.names else None
+        if self._train or not self.names:
+            return None
+        return Fold(self.names, self._beta, self._mean, self._scale, self._gain)
 
     def moments(self, saved: Saved) -> tuple[Tensor, Tensor]:
         """Mean and biased variance (V, channels) of the input over each victim's batch."""
@@ -51,7 +52,7 @@ class BatchNorm(Layer):
             saved["var"] = (blocks - saved["mean"]).square().mean((1, 3), keepdim=True)
         return saved["mean"][:, 0, :, 0], saved["var"][:, 0, :, 0]
 
-    def moments_adjoint(self, saved: Saved, mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
+    def moments_adjoint(self, saved: Saved, mean: Maybe, variance: Maybe) -> Maybe:
         """Gradient at the input of a function of :meth:`moments`."""
         blocks = _blocks(saved["x"], saved["victims"])
         count = blocks.shape[1] * blocks.shape[3]
@@ -91,7 +92,7 @@ class BatchNorm(Layer):
             torch.mul(along - self._mean * total, self._scale, out=out[0])
         out[1].copy_(total)
 
-    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
         moved = tangents[0]
         x, victims = saved["x"], saved["victims"]
         gamma, beta = directions if self.names else (None, None)
@@ -115,9 +116,7 @@ class BatchNorm(Layer):
             found = spread.expand_as(saved["normal"]) if found is None else found + spread
         return None if found is None else found.reshape(x.shape)
 
-    def pull(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
-    ) -> Sequence[Tensor | None]:
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
         victims, gamma = saved["victims"], directions[0] if self.names else None
         if not self._train:
             found = None if shift is None else shift * _channels(self._gain, shift)

@@ -1,8 +1,6 @@
-"""Gradients of a chain of convolutions in closed form, for all victims in one pass."""
+"""Gradients of a chain of convolutions of which few entries were sent; never forms the head's gradient."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,45 +8,22 @@ from torch import Tensor
 
 from adversaries.inversion.gradients import closed_form
 from adversaries.inversion.gradients.closed_form import Chain, ForwardPass, Weights
-from adversaries.inversion.gradients.sent import Layers, Prediction, lay_out, targets_of
-from fedattack.observation import Update
+from adversaries.inversion.gradients.sent import Layout, Prediction, targets_of
 
 _TALL_FROM = 16
 """From this many samples on, BLAS is faster with the classes as rows of the product than with the samples."""
 
 
 class ChainGradients:
-    """Closed form for a chain of convolutions: all victims in one pass.
-
-    Parameters
-    ----------
-    chain : Chain
-        From :func:`adversaries.inversion.gradients.closed_form.describe`.
-    weights : mapping of str to Tensor
-        The weights that were sent out, float32.
-    updates : sequence of Update
-        One gradient per victim.
-    labels : Tensor
-        int64 (V, B).
-    layers : {"all", "last"}
-        Which tensors take part; "last" is the head's weight alone.
-    """
+    """Closed form for a chain of convolutions (float32); arguments as for :func:`gradient_model`."""
 
     joint = True
 
-    def __init__(
-        self,
-        chain: Chain,
-        weights: Weights,
-        updates: Sequence[Update],
-        labels: Tensor | None,
-        layers: Layers,
-        device: torch.device,
-    ) -> None:
-        self._chain = chain
-        self._weights = {name: weights[name].detach().float().to(device) for name in updates[0].names}
+    def __init__(self, chain: Chain, weights: Weights, layout: Layout, labels: Tensor | None) -> None:
+        self._chain, device = chain, layout.sent.values.device
+        names = (*chain.names, "head.weight", "head.bias")
+        self._weights = {name: weights[name].detach().float().to(device) for name in names}
         self._labels = None if labels is None else labels.to(device)
-        layout = lay_out(updates, layers, device)
         self._names, self.sent = layout.names, layout.sent
         self._flat = dict(zip(layout.names, layout.flat, strict=True))
         head = self._weights["head.weight"]
@@ -65,7 +40,6 @@ class ChainGradients:
         shares: Tensor | None = None,
         statistics: bool = False,
     ) -> Prediction:
-        """See :meth:`GradientModel.predict`; a chain has no BatchNorm and so no statistics."""
         chain, weights = self._chain, self._weights
         count, batch = images.shape[:2]
         targets = targets_of(shares, self._labels, victims)
@@ -82,7 +56,10 @@ class ChainGradients:
             if name == "head.weight":
                 entries.append(_head_weight(predicted, targets, features, flat))
             elif name == "head.bias":
-                entries.append(_head_bias(predicted, targets, flat))
+                residual = (
+                    _residual(predicted, targets) if flat is None else _residual_at(predicted, targets, flat)
+                )
+                entries.append(residual.mean(1))
             else:
                 entries.append(found[name] if flat is None else found[name].gather(1, flat))
         square = None
@@ -108,20 +85,13 @@ class ChainGradients:
 
     def _convolutions(self, forward: ForwardPass, pulled: Tensor, batch: int) -> dict[str, Tensor]:
         """Gradients (V, size) of the convolutions' tensors, means over each batch."""
-        chain = self._chain
-        top = forward.outputs[-1]
+        chain, top = self._chain, forward.outputs[-1]
         last = pulled.reshape(top.shape) * (chain.activation.slope(top) / batch)
-        found: dict[str, Tensor] = {}
-        for layer, inputs, delta in zip(
-            chain.convolutions,
-            forward.inputs,
-            closed_form.deltas(chain, self._weights, forward, last),
-            strict=True,
-        ):
-            kernels = closed_form.correlate(layer, delta, closed_form.patches(layer, inputs))
-            for name, samples in ((layer.weight, kernels.flatten(1)), (layer.bias, delta.sum((2, 3)))):
-                found[name] = samples if batch == 1 else samples.unflatten(0, (-1, batch)).sum(1)
-        return found
+        delta = closed_form.deltas(chain, self._weights, forward, last)
+        samples = closed_form.kernel_gradients(chain, forward, delta)
+        if batch == 1:
+            return {name: each.flatten(1) for name, each in samples.items()}
+        return {name: each.flatten(1).unflatten(0, (-1, batch)).sum(1) for name, each in samples.items()}
 
 
 def _residual(shares: Tensor, targets: Tensor) -> Tensor:
@@ -137,12 +107,6 @@ def _residual_at(shares: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
     if targets.is_floating_point():
         return (shares - targets).gather(2, where)
     return shares.gather(2, where) - (rows[:, None] == targets[:, :, None]).to(shares.dtype)
-
-
-def _head_bias(shares: Tensor, targets: Tensor, flat: Tensor | None) -> Tensor:
-    """Sent entries of the mean of p - y over each batch."""
-    residual = _residual(shares, targets) if flat is None else _residual_at(shares, targets, flat)
-    return residual.mean(1)
 
 
 def _head_weight(shares: Tensor, targets: Tensor, features: Tensor, flat: Tensor | None) -> Tensor:

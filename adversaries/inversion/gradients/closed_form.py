@@ -1,10 +1,9 @@
 """Per-sample gradients of a convolutional chain, written out as functions of the images.
 
-Gradient matching differentiates a gradient. Doing that with two passes of autograd keeps the whole graph of
-the first pass alive, forms the dense gradient of the head (classes x features, 7.8 million numbers for a
-10,177-class LeNet) and cannot be batched over samples. For a chain of convolutions with one elementwise
-activation after each and one linear head, the chain rule is a few lines, and every line here is an ordinary
-differentiable operation: reverse mode, forward mode and ``torch.func.vmap`` all pass through it.
+Two passes of autograd keep the whole graph of the first alive, form the dense gradient of the head (7.8 million
+numbers for a 10,177-class LeNet) and cannot be batched over samples. For convolutions with one elementwise activation
+after each and one linear head the chain rule is a few lines of ordinary differentiable operations, through which
+reverse mode, forward mode and ``torch.func.vmap`` pass.
 
 With u_l the l-th convolution's output, a_l = phi(u_l) (a_0 = x), h = a_L flattened, z = W h + b and the
 cross-entropy of label y::
@@ -15,6 +14,7 @@ cross-entropy of label y::
     delta_{l-1}   = (K_l transposed applied to delta_l) * phi'(u_{l-1})
 
 dL/dW is never formed: :func:`head_entries` gathers the entries that are asked for.
+Weights are state dicts of the images' dtype and device throughout.
 """
 
 from __future__ import annotations
@@ -46,42 +46,23 @@ def _sigmoid_bend(u: Tensor) -> Tensor:
     return a * (1 - a) * (1 - 2 * a)
 
 
-def _tanh_slope(u: Tensor) -> Tensor:
-    return 1 - torch.tanh(u) ** 2
-
-
 def _tanh_bend(u: Tensor) -> Tensor:
     a = torch.tanh(u)
     return -2 * a * (1 - a**2)
 
 
-def _normal_density(u: Tensor) -> Tensor:
+def normal_density(u: Tensor) -> Tensor:
+    """Of the standard normal distribution."""
     return torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
 
 
-def _normal_distribution(u: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(u / math.sqrt(2)))
-
-
 def _gelu_slope(u: Tensor) -> Tensor:
-    return _normal_distribution(u) + u * _normal_density(u)
-
-
-def _gelu_bend(u: Tensor) -> Tensor:
-    return _normal_density(u) * (2 - u**2)
-
-
-def _relu_slope(u: Tensor) -> Tensor:
-    return (u > 0).to(u.dtype)
+    return 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * normal_density(u)
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise activation phi with its first and second derivative.
-
-    ReLU's second derivative is zero almost everywhere, which is what autograd answers too: matching sees no
-    curvature through it.
-    """
+    """An elementwise phi with its first and second derivative; ReLU's second is zero, as autograd has it too."""
 
     value: Elementwise
     slope: Elementwise
@@ -90,16 +71,16 @@ class Activation:
 
 ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, _sigmoid_slope, _sigmoid_bend),
-    "tanh": Activation(torch.tanh, _tanh_slope, _tanh_bend),
+    "tanh": Activation(torch.tanh, lambda u: 1 - torch.tanh(u) ** 2, _tanh_bend),
     "softplus": Activation(F.softplus, torch.sigmoid, _sigmoid_slope),
-    "gelu": Activation(F.gelu, _gelu_slope, _gelu_bend),
-    "relu": Activation(torch.relu, _relu_slope, torch.zeros_like),
+    "gelu": Activation(F.gelu, _gelu_slope, lambda u: normal_density(u) * (2 - u**2)),
+    "relu": Activation(torch.relu, lambda u: (u > 0).to(u.dtype), torch.zeros_like),
 }
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution of a chain: its name in the state dict and its geometry (height, width)."""
+    """A layer of the chain; pairs are (height, width), `output` is (channels, height, width)."""
 
     name: str
     kernel: tuple[int, int]
@@ -120,20 +101,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Chain:
-    """What the closed form needs to know about a :class:`~fedattack.models.classifiers.lenet.ConvChain`;
-    holds no weights.
-
-    Attributes
-    ----------
-    convolutions : tuple of Convolution
-        First to last.
-    activation : Activation
-        After each convolution.
-    image_shape : tuple of int
-        (channels, height, width).
-    classes : int
-        Width of the head.
-    """
+    """What the closed form needs of a :class:`~fedattack.models.classifiers.lenet.ConvChain`; no weights."""
 
     convolutions: tuple[Convolution, ...]
     activation: Activation
@@ -168,10 +136,7 @@ def _convolution(name: str, layer: nn.Module, output: Tensor) -> Convolution:
 def describe(model: ModelConfig) -> Chain:
     """Read the chain off a resolved model configuration.
 
-    Raises
-    ------
-    NotApplicable
-        If the model is no chain of plain convolutions with one activation after each and one linear head.
+    NotApplicable if the model is no chain of plain convolutions with one activation after each and one linear head.
     """
     module = build_model(model)
     if not isinstance(module, ConvChain):
@@ -235,32 +200,14 @@ def run_forward(chain: Chain, weights: Weights, images: Tensor) -> ForwardPass:
 
 
 def features(chain: Chain, weights: Weights, images: Tensor) -> Tensor:
-    """What the head sees.
-
-    Parameters
-    ----------
-    weights : mapping of str to Tensor
-        The state dict, of the images' dtype and device.
-    images : Tensor
-        (N, C, H, W).
-
-    Returns
-    -------
-    Tensor
-        (N, F).
-    """
+    """What the head sees of images (N, C, H, W): (N, F)."""
     return chain.activation.value(run_forward(chain, weights, images).outputs[-1]).flatten(1)
 
 
 def head_residual(weights: Weights, features: Tensor, labels: Tensor) -> Tensor:
-    """dL/dlogits of each sample's cross-entropy: softmax(W h + b) - e_y, shape (N, classes).
+    """dL/dlogits of each sample's cross-entropy: softmax(W h + b) - e_y, shape (N, classes), from features (N, F).
 
-    Parameters
-    ----------
-    features : Tensor
-        (N, F).
-    labels : Tensor
-        int64 (N,), or class probabilities (N, classes) for soft labels.
+    Labels are int64 (N,), or class probabilities (N, classes).
     """
     logits = F.linear(features, weights["head.weight"], weights["head.bias"])
     target = labels if labels.is_floating_point() else F.one_hot(labels, logits.shape[1]).to(logits.dtype)
@@ -273,21 +220,9 @@ def feature_gradient(weights: Weights, residual: Tensor) -> Tensor:
 
 
 def head_entries(residual: Tensor, features: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Entries of each sample's head-weight gradient r h^T, without forming it.
+    """Entries (N, E) of each sample's head-weight gradient r h^T, without forming it.
 
-    Parameters
-    ----------
-    residual : Tensor
-        (N, classes), from :func:`head_residual`.
-    features : Tensor
-        (N, F).
-    rows, cols : Tensor
-        int64 (E,): class and feature of each entry.
-
-    Returns
-    -------
-    Tensor
-        (N, E).
+    From residuals (N, classes), features (N, F), and int64 (E,) classes and features of the entries.
     """
     return residual[:, rows] * features[:, cols]
 
@@ -326,21 +261,9 @@ def correlate_directions(layer: Convolution, delta: Tensor, inputs: Tensor) -> T
 def conv_gradients(
     chain: Chain, weights: Weights, images: Tensor, feature_gradient: Tensor
 ) -> dict[str, Tensor]:
-    """Per-sample gradients of the convolutions' kernels and biases.
+    """Per-sample gradients (N, *shape) of the convolutions' kernels and biases, by state-dict name.
 
-    Parameters
-    ----------
-    weights : mapping of str to Tensor
-        The state dict, of the images' dtype and device.
-    images : Tensor
-        (N, C, H, W).
-    feature_gradient : Tensor
-        (N, F): dL/dh of each sample, from :func:`feature_gradient`.
-
-    Returns
-    -------
-    dict of str to Tensor
-        State-dict name -> (N, *shape of the parameter), differentiable in `images` and `feature_gradient`.
+    From images (N, C, H, W) and dL/dh (N, F) of :func:`feature_gradient`; differentiable in both.
     """
     forward = run_forward(chain, weights, images)
     top = forward.outputs[-1]
@@ -358,20 +281,7 @@ def kernel_gradients(chain: Chain, forward: ForwardPass, delta: Sequence[Tensor]
 
 
 def forward_tangents(chain: Chain, weights: Weights, forward: ForwardPass, tangents: Tensor) -> list[Tensor]:
-    """Directional derivatives of every convolution's output at one image, for many directions at once.
-
-    Parameters
-    ----------
-    forward : ForwardPass
-        Of a single image.
-    tangents : Tensor
-        (R, C, H, W): directions in image space.
-
-    Returns
-    -------
-    list of Tensor
-        du_1 .. du_L, each (R, channels, H', W').
-    """
+    """Derivatives du_1 .. du_L of the convolutions' outputs at one image along R directions (R, C, H, W)."""
     found = [convolve(chain.convolutions[0], weights, tangents, bias=False)]
     for layer, below in zip(chain.convolutions[1:], forward.outputs, strict=False):
         found.append(convolve(layer, weights, found[-1] * chain.activation.slope(below), bias=False))
@@ -387,26 +297,19 @@ def conv_gradient_tangents(
     output_tangents: Sequence[Tensor],
     last_tangent: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Directional derivatives of one sample's convolution gradients: the columns of a Jacobian, many at once.
+    """Directional derivatives (R, *shape) of one sample's convolution gradients: columns of a Jacobian.
 
-    Forward mode by hand: the tangents of a whole chunk of directions go through each convolution as one batch,
-    which costs as much as that many forward and backward passes, without a graph.
+    Forward mode by hand: the tangents of a whole chunk of directions go through each convolution as one
+    batch, which costs as much as that many forward and backward passes, without a graph.
 
     Parameters
     ----------
     forward, delta : ForwardPass, sequence of Tensor
         Of a single image, from :func:`run_forward` and :func:`deltas`.
-    tangents : Tensor
-        (R, C, H, W): directions in image space.
-    output_tangents : sequence of Tensor
-        From :func:`forward_tangents`.
+    tangents, output_tangents : Tensor, sequence of Tensor
+        Directions in image space (R, C, H, W), and what :func:`forward_tangents` makes of them.
     last_tangent : Tensor or None
         Derivative of delta_L, shape (R, channels, H', W'); None where delta_L does not move.
-
-    Returns
-    -------
-    dict of str to Tensor
-        State-dict name -> (R, *shape of the parameter).
     """
     activation = chain.activation
     gradients: dict[str, Tensor] = {}

@@ -25,14 +25,9 @@ one victim, which saves 0.8 and 7 ms; networks whose convolutions take all the t
 
 
 class CompiledSlope:
-    """The explicit passes, compiled when they are first called; as they are, where that fails.
+    """The explicit passes, compiled when they are first called; as they are, with a logged reason, where that fails.
 
-    A failure is logged with its reason, and costs nothing but the time.
-
-    Attributes
-    ----------
-    outcome : str
-        "compiled", "not yet", or why not.
+    Its `outcome` is "compiled", "not yet", or why not.
     """
 
     def __init__(self, plain: DirectGradients) -> None:
@@ -42,7 +37,6 @@ class CompiledSlope:
     def slope(
         self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`~adversaries.inversion.gradients.DirectGradients.slope`."""
         if self.outcome == "not yet":
             compiled = torch.compile(self._slope, fullgraph=True, dynamic=False)
             try:

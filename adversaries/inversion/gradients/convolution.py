@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adversaries.inversion.gradients.layers import Directions, Geometry, Layer, Saved
+from adversaries.inversion.gradients.layers import Directions, Geometry, Layer, Maybe, Saved
 
 _backward = torch.ops.aten.convolution_backward
 
@@ -27,21 +28,7 @@ _MANY = 4
 
 
 class Convolution(Layer):
-    """A two-dimensional convolution with zero padding.
-
-    Parameters
-    ----------
-    layer : nn.Conv2d
-    weights : dict of str to Tensor
-        State dict.
-    fold : Fold, optional
-        A BatchNorm with running statistics that follows and is taken into the kernel and bias.
-
-    Attributes
-    ----------
-    inputs : int
-        Numbers in one receptive field.
-    """
+    """A two-dimensional convolution with zero padding; a BatchNorm after it, `fold`, goes into its weights."""
 
     def __init__(
         self, name: str, layer: nn.Conv2d, weights: dict[str, Tensor], fold: Fold | None = None
@@ -62,7 +49,7 @@ class Convolution(Layer):
             self._weight, self._bias = fold.weights(self._weight, self._bias)
         self._last = self._weight.contiguous(memory_format=torch.channels_last)
         self._flat = self._weight.flatten(1)
-        self.inputs = self._flat.shape[1]
+        self.inputs = self._flat.shape[1]  # numbers in one receptive field
         self._adjoints = Adjoint(self._weight.shape, self._geometry, self._weight.device)
         self._turned = self._adjoints.matrices(self._weight[None])
 
@@ -111,7 +98,7 @@ class Convolution(Layer):
         if self._fold is not None:
             self._fold.gradients(self._plain, self._plain_bias, weight, bias, out)
 
-    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
         moved = tangents[0]
         kernels, offset = saved["along"] = self._along(directions)
         if "columns" in saved:
@@ -129,9 +116,7 @@ class Convolution(Layer):
             found = through if found is None else found.add_(through)
         return found
 
-    def pull(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
-    ) -> Sequence[Tensor | None]:
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
         kernels = saved["along"][0]
         if "columns" in saved:
             return [self._pull_columns(saved, shift, delta, kernels)]
@@ -236,9 +221,7 @@ class Convolution(Layer):
         tall, wide = self._geometry[1]
         return _patches(x, self._weight.shape[2:], self._geometry[0], [wide, wide, tall, tall])
 
-    def _push_columns(
-        self, saved: Saved, moved: Tensor | None, kernels: Tensor | None, offset: Tensor | None
-    ) -> Tensor | None:
+    def _push_columns(self, saved: Saved, moved: Maybe, kernels: Maybe, offset: Maybe) -> Maybe:
         columns, samples = saved["columns"], len(saved["x"])
         found = None
         if kernels is not None:
@@ -258,9 +241,7 @@ class Convolution(Layer):
             whole = through if whole is None else whole.add_(through)
         return whole
 
-    def _pull_columns(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, kernels: Tensor | None
-    ) -> Tensor | None:
+    def _pull_columns(self, saved: Saved, shift: Maybe, delta: Maybe, kernels: Maybe) -> Maybe:
         samples, size = len(saved["x"]), saved["x"].shape
         found = None
         if shift is not None:
@@ -279,18 +260,12 @@ def _together(samples: int) -> bool:
 
 
 class Adjoint:
-    """The adjoint of a strided convolution as a product with receptive fields, like the convolution itself.
+    """The adjoint of a strided convolution (no dilation) as a product with receptive fields, like itself.
 
-    A stride s leaves s * s kinds of input pixels, by their place modulo s. Each kind is reached by every s-th row and
-    column of the kernel, from a window of outputs that all kinds of one place share. So all of them come from the
-    same fields, as s * s times as many channels, which are then dealt out over the plane.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        (O, C, kh, kw) of the kernel.
-    geometry : Geometry
-        Dilation must be 1 where it is used.
+    A stride s leaves s * s kinds of input pixels, by their place modulo s. Each kind is reached by every s-th
+    row and column of the kernel (O, C, kh, kw), from a window of outputs that all kinds of one place share.
+    So all of them come from the same fields, as s * s times as many channels, which are then dealt out over
+    the plane.
     """
 
     def __init__(self, shape: Sequence[int], geometry: Geometry, device: torch.device) -> None:
@@ -379,52 +354,43 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _last(x: Tensor) -> bool:
-    """Whether the memory of (N, C, H, W) is channels-last, and not planes too."""
-    return x.is_cpu and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if _last(x) else torch.contiguous_format
+    """Of the memory of (N, C, H, W): channels-last, and not planes too; else planes."""
+    last = x.is_cpu and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
+@dataclass(frozen=True)
 class Fold:
     """BatchNorm with running statistics as part of the convolution before it.
 
-    y = gamma (W x + b - m) / s + beta is a convolution with kernel (gamma / s) W and bias beta + (b - m) gamma / s.
-    Gradients G, g of that kernel and bias give those of the four tensors by the chain rule, which touches tensors of
-    the weights' size and no activations.
-
-    Parameters
-    ----------
-    name : str
-        Of the BatchNorm.
+    y = gamma (W x + b - m) / s + beta is a convolution with kernel (gamma / s) W and bias beta + (b - m)
+    gamma / s. Gradients G, g of that kernel and bias give those of the four tensors by the chain rule, which
+    touches tensors of the weights' size and no activations.
     """
 
-    def __init__(self, name: str, layer: nn.Module, weights: dict[str, Tensor]) -> None:
-        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        self.names = (f"{name}.weight", f"{name}.bias")
-        self._gamma, self._beta = (weights[part] for part in self.names)
-        self._mean = weights[f"{name}.running_mean"]
-        self._scale = (weights[f"{name}.running_var"] + layer.eps).rsqrt()
-        self._gain = self._gamma * self._scale
+    names: tuple[str, ...]
+    beta: Tensor
+    mean: Tensor
+    scale: Tensor  # 1 / s
+    gain: Tensor  # gamma / s
 
     def _centre(self, bias: Tensor | None) -> Tensor:
-        return -self._mean if bias is None else bias - self._mean
+        return -self.mean if bias is None else bias - self.mean
 
     def weights(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Kernel and bias of the folded convolution."""
-        return weight * self._gain[:, None, None, None], self._beta + self._centre(bias) * self._gain
+        return weight * self.gain[:, None, None, None], self.beta + self._centre(bias) * self.gain
 
     def gradients(
         self, weight: Tensor, bias: Tensor | None, kernels: Tensor, offsets: Tensor, out: Sequence[Tensor]
     ) -> None:
         """Write the gradients (V, ...) of kernel, bias (where there is one), gamma and beta into `out`."""
         along = (kernels.flatten(2) * weight.flatten(1)).sum(2)
-        torch.mul(kernels, self._gain[:, None, None, None], out=out[0])
+        torch.mul(kernels, self.gain[:, None, None, None], out=out[0])
         if bias is not None:
-            torch.mul(offsets, self._gain, out=out[1])
-        torch.mul(along.addcmul_(self._centre(bias), offsets), self._scale, out=out[-2])
+            torch.mul(offsets, self.gain, out=out[1])
+        torch.mul(along.addcmul_(self._centre(bias), offsets), self.scale, out=out[-2])
         out[-1].copy_(offsets)
 
     def directions(
@@ -435,11 +401,11 @@ class Fold:
         gamma, beta = directions[-2:]
         assert gamma is not None
         assert beta is not None
-        rate = gamma * self._scale
-        kernels = directions[0] * self._gain[:, None, None, None]
+        rate = gamma * self.scale
+        kernels = directions[0] * self.gain[:, None, None, None]
         kernels = kernels.addcmul_(rate[:, :, None, None, None], weight)
         offsets = torch.addcmul(beta, rate, self._centre(bias))
         if bias is not None:
             assert directions[1] is not None
-            offsets = torch.addcmul(offsets, directions[1], self._gain)
+            offsets = torch.addcmul(offsets, directions[1], self.gain)
         return kernels, offsets

@@ -15,33 +15,21 @@ from torch import Tensor
 
 from adversaries.inversion.gradients.batch_norm import BatchNorm
 from adversaries.inversion.gradients.closed_form import Weights
-from adversaries.inversion.gradients.layers import Saved
+from adversaries.inversion.gradients.layers import Directions, Maybe, Saved, add
 from adversaries.inversion.gradients.network import Network, fold, trace
-from adversaries.inversion.gradients.sent import BatchNormMode, Layers, Prediction, lay_out, targets_of
+from adversaries.inversion.gradients.sent import BatchNormMode, Layout, Prediction, targets_of
 from fedattack.config import ModelConfig
 from fedattack.models import build_model
-from fedattack.observation import Update
 
 _JOINT_UP_TO = 32_000_000
 """Numbers, over all victims, of the gradients that are worth holding at once."""
 
 
 class Passes:
-    """The first two passes at some images, and the other two on request.
+    """The first two passes at images (V, B, C, H, W) and targets (V, B, classes), and the other two on request.
 
-    Parameters
-    ----------
-    images : Tensor
-        (V, B, C, H, W).
-    targets : Tensor
-        (V, B, classes).
-    room : Tensor, optional
-        (V, network.size) to write the gradients to.
-
-    Attributes
-    ----------
-    gradients : Tensor
-        (V, network.size): of the mean cross-entropy, the wanted tensors side by side.
+    `gradients` (V, network.size) are those of the mean cross-entropy, the wanted tensors side by side, in
+    `room` if given.
     """
 
     def __init__(self, network: Network, images: Tensor, targets: Tensor, room: Tensor | None = None) -> None:
@@ -53,7 +41,7 @@ class Passes:
         for step, saved in zip(steps, self._saved, strict=True):
             values.append(step.layer.forward(saved, victims, *[values[i] for i in step.inputs]))
         self._shares = values[-1].softmax(1)
-        self._deltas: list[Tensor | None] = [None] * len(values)
+        self._deltas: list[Maybe] = [None] * len(values)
         self._deltas[-1] = (self._shares - targets.flatten(0, 1)) / batch
         # A compiler cannot write into pieces of one tensor, but joins separate ones at no cost.
         compiling = torch.compiler.is_compiling()
@@ -72,8 +60,7 @@ class Passes:
             if any(reached[i] for i in step.inputs):
                 for i, below in zip(step.inputs, step.layer.backward(saved, delta), strict=True):
                     if reached[i]:
-                        held = self._deltas[i]
-                        self._deltas[i] = below if held is None else held + below
+                        self._deltas[i] = add(self._deltas[i], below)
         if compiling:
             self.gradients = torch.cat([piece.flatten(1) for piece in pieces], 1)
 
@@ -82,14 +69,12 @@ class Passes:
         pairs = zip(self._network.steps, self._saved, strict=True)
         return [step.layer.moments(saved) for step, saved in pairs if isinstance(step.layer, BatchNorm)]
 
-    def pull(
-        self, directions: Tensor | None, moments: Sequence[tuple[Tensor | None, Tensor | None]] = ()
-    ) -> tuple[Tensor, Tensor]:
+    def pull(self, directions: Maybe, moments: Sequence[tuple[Maybe, Maybe]] = ()) -> tuple[Tensor, Tensor]:
         """Gradient of <gradients, directions> + <moments, their weights> at the images and at the targets."""
         steps = self._network.steps
         victims, batch = self._shape[:2]
-        tangents: list[Tensor | None] = [None] * (len(steps) + 1)
-        along: Sequence[Sequence[Tensor | None]] = [[None] * len(step.layer.names) for step in steps]
+        tangents: list[Maybe] = [None] * (len(steps) + 1)
+        along: Sequence[Directions] = [[None] * len(step.layer.names) for step in steps]
         if directions is not None:
             given = self._network.parts(directions)
             along = [[*ours, *none[len(ours) :]] for ours, none in zip(given, along, strict=True)]
@@ -97,7 +82,7 @@ class Passes:
                 below = [tangents[i] for i in step.inputs]
                 tangents[position + 1] = step.layer.push(self._saved[position], below, along[position])
         top = tangents[-1]
-        shifts: list[Tensor | None] = [None] * len(tangents)
+        shifts: list[Maybe] = [None] * len(tangents)
         if top is not None:
             weighted = self._shares * top
             shifts[-1] = (weighted - self._shares * weighted.sum(1, keepdim=True)) / batch
@@ -110,10 +95,7 @@ class Passes:
             if held and isinstance(step.layer, BatchNorm):
                 extra = step.layer.moments_adjoint(saved, *held.pop())
             for i, below_shift in zip(step.inputs, found, strict=True):
-                for part in (below_shift, extra):
-                    if part is not None:
-                        before = shifts[i]
-                        shifts[i] = part if before is None else before + part
+                shifts[i] = add(shifts[i], below_shift, extra)
         at_images = shifts[0]
         images = self._shares.new_zeros(self._shape) if at_images is None else at_images.reshape(self._shape)
         targets = torch.zeros_like(self._shares) if top is None else -top / batch
@@ -138,43 +120,27 @@ class _Gradients(torch.autograd.Function):
 
 
 class ExplicitGradients:
-    """A network of common layers: all victims in one pass, where they are not too heavy.
+    """A network of common layers: all victims in one pass, where they are not too heavy; see :func:`gradient_model`.
 
-    Parameters
-    ----------
-    model : ModelConfig
-        Resolved.
-    weights : mapping of str to Tensor
-        State dict that was sent out.
-    updates, labels, layers, device
-        As for :class:`~adversaries.inversion.gradients.chain.ChainGradients`.
-    batch_norm : {"train", "eval"}
-        Whether BatchNorm uses the batch's statistics, as a client in training mode does, or the running ones.
-
-    Raises
-    ------
-    NotApplicable
-        If the network holds a layer that :func:`trace` does not know.
+    NotApplicable if the network holds a layer that :func:`trace` does not know.
     """
 
     def __init__(
         self,
         model: ModelConfig,
         weights: Weights,
-        updates: Sequence[Update],
+        layout: Layout,
         labels: Tensor | None,
-        layers: Layers,
-        device: torch.device,
-        batch_norm: BatchNormMode = "train",
+        batch_norm: BatchNormMode,
     ) -> None:
+        device = layout.sent.values.device
         own = {
             name: tensor.detach().float().to(device)
             for name, tensor in weights.items()
             if tensor.is_floating_point()
         }
         steps = trace(build_model(model), own, batch_norm)
-        self._layout = lay_out(updates, layers, device)
-        self.sent = self._layout.sent
+        self._layout, self.sent = layout, layout.sent
         shapes = {segment.name: segment.shape for segment in self.sent.segments}
         assert model.channels is not None
         assert model.image_size is not None
@@ -182,7 +148,7 @@ class ExplicitGradients:
         self._folded = Network(fold(steps, image_shape, device), shapes)
         # Folded layers have no BatchNorm inputs to take statistics of.
         self._whole = Network(steps, shapes)
-        self.joint = len(updates) * self._whole.size <= _JOINT_UP_TO
+        self.joint = len(self.sent.values) * self._whole.size <= _JOINT_UP_TO
         self._room: Tensor | None = None
         self._targets: Tensor | None = None
         if labels is not None:
@@ -198,7 +164,6 @@ class ExplicitGradients:
         shares: Tensor | None = None,
         statistics: bool = False,
     ) -> Prediction:
-        """See :meth:`~adversaries.inversion.gradients.GradientModel.predict`."""
         targets = targets_of(shares, self._targets, victims)
         network = self._whole if statistics else self._folded
         gradients, *moments = _Gradients.apply(network, statistics, images, targets)
@@ -210,7 +175,6 @@ class ExplicitGradients:
     def slope(
         self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`~adversaries.inversion.gradients.DirectGradients.slope`."""
         targets = targets_of(None, self._targets, victims)
         passes = Passes(self._folded, images, targets, self._gradient_room(images))
         losses, weights = distance(self._entries(passes.gradients, victims), victims)

@@ -28,7 +28,10 @@ from torch import Tensor
 
 from adversaries.inversion.gradients.closed_form import ACTIVATIONS, Activation
 
-Directions = Sequence[Tensor | None]
+Maybe = Tensor | None
+"""None stands for zero everywhere."""
+
+Directions = Sequence[Maybe]
 Saved = dict[str, Any]
 """What a layer keeps of one evaluation."""
 
@@ -39,13 +42,7 @@ _masked = torch.ops.aten.threshold_backward
 
 
 class Layer(ABC):
-    """One operation of a network.
-
-    Attributes
-    ----------
-    names : tuple of str
-        State-dict names of its weights.
-    """
+    """One operation of a network; `names` are the state-dict names of its weights."""
 
     names: tuple[str, ...] = ()
 
@@ -62,19 +59,17 @@ class Layer(ABC):
         del saved, delta, out  # most have no weights
 
     @abstractmethod
-    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
-        """Derivative of the output; None stands for zero everywhere."""
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
+        """Derivative of the output."""
 
     @abstractmethod
-    def pull(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
-    ) -> Sequence[Tensor | None]:
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
         """Derivative of :meth:`backward`: `shift` is that of `delta`."""
 
 
-def add(*parts: Tensor | None) -> Tensor | None:
-    """The sum of those that are not None, which stands for zero."""
-    total: Tensor | None = None
+def add(*parts: Maybe) -> Maybe:
+    """Their sum."""
+    total: Maybe = None
     for part in parts:
         if part is not None:
             total = part if total is None else total + part
@@ -102,7 +97,7 @@ class Linear(Layer):
         if len(out) == 2:
             torch.sum(ours, 1, out=out[1])
 
-    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
         found = None if tangents[0] is None else F.linear(tangents[0], self._weight)
         victims = saved["victims"]
         if directions[0] is not None:
@@ -113,9 +108,7 @@ class Linear(Layer):
             found = add(found, spread)
         return found
 
-    def pull(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
-    ) -> Sequence[Tensor | None]:
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
         found = None if shift is None else shift @ self._weight
         if directions[0] is not None and delta is not None:
             each = delta.unflatten(0, (saved["victims"], -1)) @ directions[0]
@@ -136,13 +129,11 @@ class Elementwise(Layer):
     def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
         return [delta * saved["slope"]]
 
-    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
         saved["tangent"] = tangents[0]
         return None if tangents[0] is None else tangents[0] * saved["slope"]
 
-    def pull(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
-    ) -> Sequence[Tensor | None]:
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
         found = None if shift is None else shift * saved["slope"]
         if delta is not None and saved["tangent"] is not None:
             bent = delta * saved["tangent"]
@@ -179,24 +170,17 @@ class Relu(Layer):
     def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
         return [_masked(delta, saved["y"], 0)]
 
-    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
         return None if tangents[0] is None else _masked(tangents[0], saved["y"], 0)
 
-    def pull(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
-    ) -> Sequence[Tensor | None]:
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
         return [None if shift is None else _masked(shift, saved["y"], 0)]
 
 
 class Rearrangement(Layer):
     """A linear map without weights, which is its own derivative.
 
-    Parameters
-    ----------
-    apply : callable
-        (inputs) -> output.
-    adjoint : callable
-        (output-shaped, an input for its shape) -> input-shaped.
+    `adjoint` takes what is shaped like an output, and an input for its shape.
     """
 
     def __init__(
@@ -211,12 +195,10 @@ class Rearrangement(Layer):
     def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
         return [self._adjoint(delta, saved["like"])]
 
-    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
         return None if tangents[0] is None else self._apply(tangents[0])
 
-    def pull(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
-    ) -> Sequence[Tensor | None]:
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
         return [None if shift is None else self._adjoint(shift, saved["like"])]
 
 
@@ -229,10 +211,8 @@ class Addition(Layer):
     def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
         return [delta, delta]
 
-    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Tensor | None:
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
         return add(*tangents)
 
-    def pull(
-        self, saved: Saved, shift: Tensor | None, delta: Tensor | None, directions: Directions
-    ) -> Sequence[Tensor | None]:
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
         return [shift, shift]

@@ -45,11 +45,8 @@ class Step:
 def trace(module: nn.Module, weights: dict[str, Tensor], batch_norm: BatchNormMode) -> list[Step]:
     """The network as a list of layers, each after its inputs.
 
-    Raises
-    ------
-    NotApplicable
-        If it holds anything but convolutions, linear layers, BatchNorm, the common activations, average pooling,
-        flattening and sums of two branches.
+    NotApplicable if it holds anything but convolutions, linear layers, BatchNorm, the common activations,
+    average pooling, flattening and sums of two branches.
     """
     try:
         graph = fx.Tracer().trace(module)
@@ -79,13 +76,6 @@ def fold(steps: Sequence[Step], image_shape: Sequence[int], device: torch.device
     """Take BatchNorm with running statistics into the convolution before it, where that saves work.
 
     Folding replaces some nine passes over the activations by five over the weights.
-
-    Parameters
-    ----------
-    image_shape : sequence of int
-        (C, H, W).
-    device : torch.device
-        Of the weights.
     """
     users = [0] * (len(steps) + 1)
     for step in steps:
@@ -168,11 +158,9 @@ def _activation(part: nn.Module) -> Layer:
         raise NotApplicable(f"{part} has no explicit second derivative")
     if isinstance(part, nn.ReLU):
         return Relu()
-    return (
-        Sigmoid()
-        if isinstance(part, nn.Sigmoid)
-        else Elementwise(ACTIVATIONS[_ACTIVATION_MODULES[type(part)]])
-    )
+    if isinstance(part, nn.Sigmoid):
+        return Sigmoid()
+    return Elementwise(ACTIVATIONS[_ACTIVATION_MODULES[type(part)]])
 
 
 def _flatten() -> Layer:
@@ -202,13 +190,7 @@ def _average_pool(part: nn.AvgPool2d) -> Layer:
 
 
 class Network:
-    """A traced network and where each wanted tensor's gradient lies in the flat one.
-
-    Parameters
-    ----------
-    shapes : dict of str to tuple of int
-        The wanted tensors, in order.
-    """
+    """A traced network and where each wanted tensor's gradient lies in the flat one, in the order of `shapes`."""
 
     def __init__(self, steps: Sequence[Step], shapes: dict[str, tuple[int, ...]]) -> None:
         self.steps = tuple(steps)

@@ -19,17 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adversaries.inversion.gradients import BatchNormMode
+from adversaries.inversion.gradients.closed_form import normal_density
+from adversaries.inversion.gradients.sent import BatchNormMode
 from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Update
 from fedattack.task import objective
-
-
-def _density(t: Tensor) -> Tensor:
-    """Of the standard normal distribution."""
-    return torch.exp(-0.5 * t.square()) / math.sqrt(2 * math.pi)
 
 
 class _Slope(torch.autograd.Function):
@@ -38,7 +34,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, grad: Tensor, width: float) -> Tensor:
         t = u / width
-        above, density = torch.special.ndtr(t), _density(t) / width
+        above, density = torch.special.ndtr(t), normal_density(t) / width
         ctx.save_for_backward(above, density * grad)
         return grad * above
 
@@ -56,7 +52,7 @@ class _Value(torch.autograd.Function):
         ctx.save_for_backward(u)
         ctx.width = width
         t = u / width
-        return u * torch.special.ndtr(t) + width * _density(t)
+        return u * torch.special.ndtr(t) + width * normal_density(t)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -67,13 +63,9 @@ class _Value(torch.autograd.Function):
 class SmoothedReLU(nn.Module):
     """ReLU as it is on average over normal noise on its inputs: smooth, and exact at width zero.
 
-    Its kink is a Dirac comb in the second derivative, of which automatic differentiation sees nothing; smoothed it
-    is a normal density. Written out instead of left to automatic differentiation, for speed.
-
-    Attributes
-    ----------
-    width : float
-        Deviation of the noise relative to that of the layer's inputs, which counts as a constant; 0: plain ReLU.
+    Its kink is a Dirac comb in the second derivative, of which automatic differentiation sees nothing;
+    smoothed it is a normal density. Written out instead of left to automatic differentiation, for speed.
+    `width` is the noise's deviation relative to that of the layer's inputs, which counts as a constant.
     """
 
     def __init__(self, width: float = 0.0) -> None:
@@ -90,32 +82,11 @@ class SmoothedReLU(nn.Module):
 class Network:
     """A classifier at fixed weights, what was sent of its gradient, and how much each entry counts.
 
-    Parameters
-    ----------
-    model : ModelConfig
-        Resolved.
-    weights : mapping of str to Tensor
-        State dict that was sent out.
-    update : Update
-        One gradient; entries that were not sent have weight zero.
-    labels : Tensor
-        int64 (B,).
-    batch_norm : {"train", "eval"}
-        Whether BatchNorm uses the batch's statistics, as a client does that trains, or the sent running ones.
+    Entries of the update, one gradient, that were not sent have weight zero. `count` is the number that were,
+    `kinked` tells whether :meth:`linearise` has ReLUs to smooth, `products` counts the Jacobian products made
+    so far.
 
-    Attributes
-    ----------
-    count : int
-        Entries that were sent.
-    kinked : bool
-        Whether the activation is ReLU, so that :meth:`linearise` can smooth its kinks.
-    products : int
-        Jacobian products made so far.
-
-    Raises
-    ------
-    NotApplicable
-        If the gradient of a batch is random (dropout), or nothing but zeros was sent.
+    NotApplicable if the gradient of a batch is random (dropout), or nothing but zeros was sent.
     """
 
     def __init__(
@@ -140,15 +111,7 @@ class Network:
         self.products = 0
 
     def linearise(self, images: Tensor, kink: float = 0.0) -> Linearisation:
-        """Residual and Jacobian of the scaled gradient.
-
-        Parameters
-        ----------
-        images : Tensor
-            (B, C, H, W).
-        kink : float
-            Width of ReLU's kinks; see :class:`SmoothedReLU`.
-        """
+        """Residual and Jacobian of the scaled gradient at images (B, C, H, W), ReLU's kinks as wide as `kink`."""
         images = images.detach().requires_grad_()
         loss = self._loss(images, kink)
         by_image, *by_weight = torch.autograd.grad(loss, [images, *self._parameters], create_graph=True)
@@ -174,14 +137,9 @@ class Network:
 
 @dataclass(frozen=True)
 class Linearisation:
-    """The scaled gradient near one point.
+    """The scaled gradient near images (B, C, H, W).
 
-    Attributes
-    ----------
-    images : Tensor
-        (B, C, H, W): the point.
-    residual : Tensor
-        (N,): scaled prediction minus scaled update, zero where nothing was sent.
+    `residual` (N,) is the scaled prediction minus the scaled update, zero where nothing was sent.
     """
 
     network: Network
@@ -219,10 +177,7 @@ class Linearisation:
 def prepare(model: ModelConfig, weights: Mapping[str, Tensor] | None, batch_norm: BatchNormMode) -> nn.Module:
     """The classifier (with its weights), ReLU exchanged for :class:`SmoothedReLU` and no statistics written.
 
-    Raises
-    ------
-    NotApplicable
-        If the same images do not give the same gradient each time.
+    NotApplicable if the same images do not give the same gradient each time.
     """
     with torch.random.fork_rng(devices=[]):
         module = build_model(model)

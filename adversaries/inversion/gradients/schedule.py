@@ -17,13 +17,7 @@ MOST_ORDERS = 24
 
 @dataclass(frozen=True)
 class Schedule:
-    """Local steps over B distinct images.
-
-    Attributes
-    ----------
-    orders : tuple of tuple of int
-        For each local step the positions, in [0, B), of the images in its batch.
-    """
+    """Local steps over B distinct images: for each step the positions, in [0, B), of its batch."""
 
     orders: tuple[tuple[int, ...], ...]
 
@@ -44,21 +38,14 @@ class Schedule:
 
 
 def schedule_for(scenario: Scenario, num_examples: int) -> Schedule:
-    """What a server can assume about a client's local steps.
+    """What a server can assume about the local steps of a client that declares `num_examples` distinct samples.
 
-    Images have no names, so that in the first pass over the client's data the first batch may be called images 0 to
-    b - 1, the second b to 2b - 1 and so on, without loss of generality. A client that goes through its data more than
-    once shuffles anew each time; that order is not sent, and is assumed to be the first one again.
+    Images have no names, so that in the first pass over the client's data the first batch may be called
+    images 0 to b - 1, the second b to 2b - 1 and so on, without loss of generality. A client that goes
+    through its data more than once shuffles anew each time; that order is not sent, and is assumed to be the
+    first one again.
 
-    Parameters
-    ----------
-    num_examples : int
-        Distinct samples that the client says it used. Fewer than steps times batch size mean that it has no more.
-
-    Raises
-    ------
-    NotApplicable
-        If `num_examples` cannot come from these steps.
+    NotApplicable if `num_examples` cannot come from these steps.
     """
     training = scenario.training
     size, steps = training.batch_size, training.local_steps
@@ -78,12 +65,8 @@ def schedule_for(scenario: Scenario, num_examples: int) -> Schedule:
 def schedules_for(scenario: Scenario, num_examples: int) -> list[Schedule]:
     """Every schedule under which `num_examples` known images may have been seen, that of :func:`schedule_for` first.
 
-    One where all images are in every step; else each assignment of images to steps.
-
-    Raises
-    ------
-    NotApplicable
-        If images are seen again in another batch (several epochs of several batches), or the orders are too many.
+    One where all images are in every step; else each assignment of images to steps. NotApplicable if images
+    are seen again in another batch (several epochs of several batches), or the orders are too many.
     """
     first, training = schedule_for(scenario, num_examples), scenario.training
     size, steps = training.batch_size, training.local_steps

@@ -15,6 +15,7 @@ from fedattack.observation import Update
 Layers = Literal["all", "last"]
 BatchNormMode = Literal["train", "eval"]
 Statistics = tuple[tuple[Tensor, Tensor], ...]
+"""Mean and biased variance (V, channels) of layers' inputs over each victim's batch."""
 
 _SPARSE_SHARE = 1 / 8
 """Above this sent share a tensor is handled densely: gathering would cost more than it saves."""
@@ -29,35 +30,16 @@ class Segment:
     start: int
     stop: int
 
-    @property
-    def columns(self) -> slice:
-        """Its columns."""
-        return slice(self.start, self.stop)
-
 
 @dataclass(frozen=True)
 class Sent:
-    """What V victims sent, side by side and padded.
+    """What V victims sent, side by side and padded."""
 
-    Attributes
-    ----------
-    values : Tensor
-        float32 (V, K), zero where `valid` is.
-    valid : Tensor
-        float32 (V, K), 1 where the entry was sent and 0 where it is padding.
-    segments : tuple of Segment
-        Tensor by tensor, covering the K columns.
-    rows : Tensor
-        int64 (V, K): the output row (first index) of each entry inside its tensor; arbitrary where it is padding.
-    complete : bool
-        Whether every column was sent by every victim, so that `valid` is 1 everywhere and need not be multiplied by.
-    """
-
-    values: Tensor
-    valid: Tensor
-    segments: tuple[Segment, ...]
-    rows: Tensor
-    complete: bool = False
+    values: Tensor  # float32 (V, K), zero where it is padding
+    valid: Tensor  # float32 (V, K), 1 where the entry was sent and 0 where it is padding
+    segments: tuple[Segment, ...]  # tensor by tensor, covering the K columns
+    rows: Tensor  # int64 (V, K): each entry's output row (first index) in its tensor; arbitrary at padding
+    complete: bool = False  # every column was sent by every victim: `valid` need not be multiplied by
 
     def __getitem__(self, victims: slice) -> Sent:
         return Sent(
@@ -67,31 +49,20 @@ class Sent:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What candidate images would have sent.
+    """What candidate images would have sent."""
 
-    Attributes
-    ----------
-    entries : Tensor
-        (V, K), aligned with :attr:`Sent.values`; arbitrary where that is padding.
-    square : Tensor or None
-        (V,): squared norm of the whole gradient, unsent entries included, where it was asked for.
-    statistics : tuple of (Tensor, Tensor)
-        Mean and biased variance of each BatchNorm layer's input over the victim's batch, (V, channels) each, first
-        layer first; empty where they were not asked for or the model has no BatchNorm.
-    """
-
-    entries: Tensor
-    square: Tensor | None = None
-    statistics: Statistics = ()
+    entries: Tensor  # (V, K), aligned with :attr:`Sent.values`; arbitrary where that is padding
+    square: Tensor | None = (
+        None  # (V,): squared norm of the whole gradient, unsent entries included, if asked for
+    )
+    statistics: Statistics = ()  # of each BatchNorm layer's input, first layer first, if asked for
 
 
 class GradientModel(Protocol):
     """A back-end: what was sent and how to predict it.
 
-    Attributes
-    ----------
-    joint : bool
-        Whether all victims are best predicted in one call; otherwise one call per victim keeps the memory down.
+    `joint`: whether all victims are best predicted in one call; otherwise one call per victim keeps the
+    memory down.
     """
 
     sent: Sent
@@ -106,37 +77,21 @@ class GradientModel(Protocol):
         shares: Tensor | None = None,
         statistics: bool = False,
     ) -> Prediction:
-        """What `images` of the given victims would have sent, differentiable in them and in `shares`.
+        """What images (V', B, C, H, W) of the given victims would have sent, differentiable in them and in `shares`.
 
-        Parameters
-        ----------
-        images : Tensor
-            float32 (V', B, C, H, W).
-        victims : slice
-            Which of the V victims these are.
-        whole : bool
-            Whether the squared norm of the whole gradient is wanted.
-        shares : Tensor, optional
-            float32 (V', B, classes), rows sum to 1: the targets of the cross-entropy. None: the labels given at
-            construction.
-        statistics : bool
-            Whether the BatchNorm inputs' means and variances are wanted.
+        `shares`, float32 (V', B, classes) of rows that sum to 1, are the targets of the cross-entropy in
+        place of the labels given at construction. `whole` asks for the whole gradient's squared norm,
+        `statistics` for the BatchNorm inputs'.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sent entries of V victims lie, tensor by tensor.
+    """Where the sent entries of V victims lie, tensor by tensor in the model's order.
 
-    Attributes
-    ----------
-    names : tuple of str
-        The tensors that take part, in the model's order.
-    flat : tuple of Tensor or None
-        For each: int64 (V, K_l) flat positions inside the tensor, or None where it is handled densely.
-    sent : Sent
-        The values there, side by side.
+    `flat` holds for each tensor int64 (V, K_l) flat positions inside it, or None where it is handled densely;
+    `sent` the values there, side by side.
     """
 
     names: tuple[str, ...]
@@ -170,10 +125,7 @@ class Layout:
 def lay_out(updates: Sequence[Update], layers: Layers, device: torch.device) -> Layout:
     """Put what V victims sent side by side, each tensor padded to the longest.
 
-    Raises
-    ------
-    NotApplicable
-        If `layers` is "last" and the model has no linear layer.
+    NotApplicable if `layers` is "last" and the model has no linear layer.
     """
     names = _chosen(updates[0].names, updates[0].shapes, layers)
     by_tensor = {
@@ -242,14 +194,9 @@ class DirectGradients(GradientModel, Protocol):
     def slope(
         self, images: Tensor, victims: slice, distance: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Losses (V',) and their gradient at the images (V', B, C, H, W), for the labels given at construction.
+        """Losses (V',) and their gradient at images (V', B, C, H, W), for the labels given at construction.
 
-        Parameters
-        ----------
-        images, victims
-            As for :meth:`GradientModel.predict`.
-        distance : callable
-            (entries (V', K), victims) -> losses (V',) and their gradient at the entries (V', K).
+        `distance` gives losses (V',) and their gradient at the entries (V', K) from these and the victims.
         """
         ...
 

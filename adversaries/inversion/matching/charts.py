@@ -1,7 +1,7 @@
 """Charts that networks draw: the latent space of a generator, and the weights of an untrained network.
 
-Unlike those of :mod:`adversaries.inversion.matching.pixels` they cannot be inverted: :meth:`start` draws variables,
-which go to :func:`adversaries.inversion.matching.match.match` as its `starts`.
+They cannot be inverted: `start` draws variables, float32 (R, V, N) on the CPU, which go to
+:func:`adversaries.inversion.matching.match.match` as its `starts`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from fedattack.errors import ConfigError
 
 
 class Latent:
-    """Variables are the inputs of a frozen generator, one for each image.
+    """Variables are the inputs of a frozen generator (copied, in evaluation mode), one for each image.
 
     Parameters
     ----------
     generator : nn.Module
-        (N, *latent_shape) -> images (N, C, H, W) in [0, 1]; copied, put in evaluation mode and never trained.
+        (N, *latent_shape) -> images (N, C, H, W) in [0, 1].
     latent_shape : tuple of int
-        Shape of one image's input: a latent vector, or an intermediate feature map of a generator's tail (GIFD).
+        Of one image's input: a latent vector, or an intermediate feature map of a generator's tail (GIFD).
     batch : int
         Images per victim (B).
     prior : float
@@ -54,16 +54,14 @@ class Latent:
         return self._batch * math.prod(self._shape)
 
     def start(self, rng: torch.Generator, restarts: int, victims: int) -> Tensor:
-        """Standard normal variables, float32 (R, V, N) on the CPU."""
+        """Standard normal variables."""
         return torch.randn(restarts, victims, self.width, generator=rng)
 
     def images(self, variables: Tensor) -> Tensor:
-        """(V, N) -> (V, B, C, H, W)."""
         drawn = self._generator(variables.reshape(-1, *self._shape))
         return drawn.unflatten(0, (-1, self._batch))
 
     def tensors(self) -> list[Tensor]:
-        """The generator's weights and buffers."""
         return list(self._generator.state_dict().values())
 
     def cost(self, variables: Tensor) -> Tensor:
@@ -72,21 +70,9 @@ class Latent:
 
 
 class LatentBall(Latent):
-    """A latent space of which only an l1 ball around given points is allowed, as GIFD's feature domains are.
+    """A latent space of which only l1 balls of `radius` around the starts `centre` (R, V, N) are allowed, as in GIFD.
 
-    Parameters
-    ----------
-    generator, latent_shape, batch, device, prior
-        See :class:`Latent`.
-    centre : Tensor
-        float32 (R, V, N): the balls' centres; these are the starts to give.
-    radius : float
-        Of the balls in the l1 norm over one victim's variables.
-
-    Raises
-    ------
-    ConfigError
-        If the radius is not positive.
+    The norm is over one victim's variables.
     """
 
     def __init__(
@@ -105,15 +91,13 @@ class LatentBall(Latent):
         self._centre, self._radius = centre.flatten(0, 1).to(device), radius
 
     def start(self, rng: torch.Generator, restarts: int, victims: int) -> Tensor:
-        """The centres, (R, V, N) on the CPU; nothing is drawn."""
+        """The centres; nothing is drawn."""
         return self._centre.unflatten(0, (restarts, victims)).cpu()
 
     def tensors(self) -> list[Tensor]:
-        """The generator's weights and buffers, and the centres."""
         return [*super().tensors(), self._centre, torch.tensor(self._radius)]
 
     def project(self, variables: Tensor) -> Tensor:
-        """The nearest point of each row's ball."""
         return self._centre + project_l1(variables - self._centre, self._radius)
 
 
@@ -138,11 +122,6 @@ class NetworkWeights:
     noise : Tensor
         (B, ...): its input, the same for all victims.
 
-    Raises
-    ------
-    ConfigError
-        If the network keeps statistics of what it has seen.
-
     References
     ----------
     Ulyanov, Vedaldi, Lempitsky, "Deep Image Prior", CVPR 2018.
@@ -154,10 +133,8 @@ class NetworkWeights:
                 "a deep image prior must not keep running statistics: use GroupNorm or no normalisation at all"
             )
         self._network = copy.deepcopy(network).to(device).requires_grad_(False)
-        parameters = dict(self._network.named_parameters())
-        self._names = list(parameters)
-        self._shapes = [parameter.shape for parameter in parameters.values()]
-        self._sizes = [parameter.numel() for parameter in parameters.values()]
+        self._shapes = {name: parameter.shape for name, parameter in self._network.named_parameters()}
+        self._sizes = [shape.numel() for shape in self._shapes.values()]
         self._noise = noise.to(device)
         self._draw = vmap(self._draw_one)
 
@@ -167,7 +144,7 @@ class NetworkWeights:
         return sum(self._sizes)
 
     def start(self, rng: torch.Generator, restarts: int, victims: int) -> Tensor:
-        """Weights as the layers draw them, float32 (R, V, N) on the CPU."""
+        """Weights as the layers draw them."""
         fresh = copy.deepcopy(self._network).cpu()
         rows = []
         for seed in torch.randint(2**62, (restarts * victims,), generator=rng).tolist():
@@ -181,17 +158,12 @@ class NetworkWeights:
         return torch.stack(rows).unflatten(0, (restarts, victims))
 
     def images(self, variables: Tensor) -> Tensor:
-        """(V, N) -> (V, B, C, H, W)."""
         return self._draw(variables)
 
     def tensors(self) -> list[Tensor]:
-        """The noise."""
         return [self._noise]
 
     def _draw_one(self, weights: Tensor) -> Tensor:
-        pieces = weights.split(self._sizes)
-        named = {
-            name: piece.reshape(shape)
-            for name, shape, piece in zip(self._names, self._shapes, pieces, strict=True)
-        }
+        pieces = zip(self._shapes.items(), weights.split(self._sizes), strict=True)
+        named = {name: piece.reshape(shape) for (name, shape), piece in pieces}
         return functional_call(self._network, named, (self._noise,))

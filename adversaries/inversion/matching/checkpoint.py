@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -32,15 +32,8 @@ SHARE = 0.01
 """Of the time that passes, at most so much is spent on writing states."""
 
 
-@dataclass
-class _Folder:
-    """Where the optimisations of one attack keep their states, and how many there were so far."""
-
-    path: Path
-    opened: int = 0
-
-
-_FOLDER: ContextVar[_Folder | None] = ContextVar("checkpoints", default=None)
+_FILES: ContextVar[Iterator[Path] | None] = ContextVar("checkpoints", default=None)
+"""Where the next optimisations of one attack keep their states."""
 
 
 @contextmanager
@@ -50,20 +43,18 @@ def checkpoints_in(folder: Path | None) -> Iterator[None]:
     What is kept leads to the same bits as an unbroken block only if the block asks the same again, in the same order.
     None: nothing is kept.
     """
-    token = _FOLDER.set(None if folder is None else _Folder(folder))
+    files = None if folder is None else (folder / f"{number:04d}.safetensors" for number in count(1))
+    token = _FILES.set(files)
     try:
         yield
     finally:
-        _FOLDER.reset(token)
+        _FILES.reset(token)
 
 
 def open_checkpoint(problem: Callable[[], str]) -> Checkpoint | None:
     """The next checkpoint in the folder of :func:`checkpoints_in`; None outside such a block."""
-    folder = _FOLDER.get()
-    if folder is None:
-        return None
-    folder.opened += 1
-    return Checkpoint(folder.path / f"{folder.opened:04d}.safetensors", problem)
+    files = _FILES.get()
+    return None if files is None else Checkpoint(next(files), problem)
 
 
 def digest(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
@@ -80,14 +71,9 @@ def digest(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
 class Checkpoint:
     """One file with the tensors of one optimisation, replaced as a whole.
 
-    What cannot be read, belongs to something else or cannot be written is passed over with a warning: the answer is
-    the same without.
-
-    Parameters
-    ----------
-    path : Path
-    problem : callable
-        Gives the :func:`digest` of what is solved; asked at the first state, for it costs a while.
+    What cannot be read, belongs to something else or cannot be written is passed over with a warning: the
+    answer is the same without. `problem` gives the :func:`digest` of what is solved; asked at the first
+    state, for it costs a while.
     """
 
     def __init__(self, path: Path, problem: Callable[[], str]) -> None:

@@ -61,50 +61,53 @@ def descend(
     noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Outcome:
-    """Run the optimiser in one go, or in stretches with `transform` between them; the last stretch matches.
+    """Run the optimiser from variables (rows, N), in one go or in stretches with `transform` between them.
 
-    Parameters
-    ----------
-    start : Tensor
-        Variables (rows, N).
-    transform, noise, checkpoint
-        See :func:`adversaries.inversion.matching.match.match`; the decay of the learning rate begins anew in each
-        stretch.
-
-    Returns
-    -------
-    Outcome
-        Its history covers all stretches.
+    The last stretch matches, and the history covers all; the decay of the learning rate begins anew in each.
+    `transform`, `noise` and `checkpoint` are as for :func:`adversaries.inversion.matching.match.match`.
     """
     ends = _ends(settings, transform is not None)
     kept = checkpoint.load(start.device) if checkpoint is not None else None
-    past = _Past(start) if kept is None else _Past(start, kept)
+    past = {
+        "past.stretch": torch.tensor(0),
+        "past.history": start.new_zeros(0, len(start)),
+        "past.recoveries": torch.zeros(len(start), dtype=torch.int64, device=start.device),
+    }
+    past |= {name: kept[name] for name in past} if kept is not None else {}
     outcome: Outcome | None = None
-    for stretch in range(past.stretch, len(ends)):
+    for stretch in range(int(past["past.stretch"]), len(ends)):
         begin = ends[stretch - 1] if stretch else 0
         if outcome is not None and transform is not None:
             found = problem.images(outcome.variables)
             cleaned = transform(found.flatten(0, 1)).reshape(found.shape).detach()
             start = problem.variables(cleaned, problem.logits(outcome.variables))
-            past.add(outcome, stretch)
+            past = _with(past, outcome)
         part = dataclasses.replace(settings, iterations=ends[stretch] - begin)
         runner = minimiser(problem, start, part, _later(noise, begin))
         if kept is not None:
             runner.restore(kept)
             kept = None
 
-        def notify(iteration: int, losses: Tensor, begin: int = begin, runner: Minimiser = runner) -> None:
+        def save(past: dict[str, Tensor] = past, runner: Minimiser = runner) -> None:
+            if checkpoint is not None and checkpoint.due():
+                checkpoint.save(runner.state() | past)
+
+        def notify(
+            iteration: int, losses: Tensor, begin: int = begin, save: Callable[[], None] = save
+        ) -> None:
             if iteration % 10 == 0:
                 share = (begin + iteration) / settings.iterations
                 progress(share, f"matching {begin + iteration}/{settings.iterations}")
-            if checkpoint is not None and checkpoint.due():
-                checkpoint.save(runner.state() | past.state())
+            save()
 
         outcome = runner.run(part.iterations, notify)
-        if checkpoint is not None and checkpoint.due() and stretch == len(ends) - 1:
-            checkpoint.save(runner.state() | past.state())
+        if stretch == len(ends) - 1:
+            save()
     assert outcome is not None
-    return past.complete(outcome)
+    past = _with(past, outcome)
+    return dataclasses.replace(
+        outcome, history=list(past["past.history"]), recoveries=past["past.recoveries"]
+    )
 
 
 def _ends(settings: Matching, transformed: bool) -> list[int]:
@@ -119,37 +122,12 @@ def _later(noise: Noise | None, by: int) -> Noise | None:
     return None if noise is None else lambda iteration: noise(by + iteration)
 
 
-class _Past:
-    """What the stretches before the present one left: their histories and recoveries."""
-
-    def __init__(self, start: Tensor, kept: dict[str, Tensor] | None = None) -> None:
-        self.stretch = 0
-        self._history = start.new_zeros(0, len(start))
-        self._recoveries = torch.zeros(len(start), dtype=torch.int64, device=start.device)
-        if kept is not None:
-            self.stretch = int(kept["past.stretch"])
-            self._history, self._recoveries = kept["past.history"], kept["past.recoveries"]
-
-    def add(self, outcome: Outcome, stretch: int) -> None:
-        """Count the stretch before number `stretch` as past."""
-        self._history = self._joined(outcome)
-        self._recoveries = self._recoveries + outcome.recoveries
-        self.stretch = stretch
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
-        return {
-            "past.stretch": torch.tensor(self.stretch),
-            "past.history": self._history,
-            "past.recoveries": self._recoveries,
-        }
-
-    def complete(self, outcome: Outcome) -> Outcome:
-        """The last stretch's outcome with the history and recoveries of all."""
-        history, recoveries = self._joined(outcome), self._recoveries + outcome.recoveries
-        return dataclasses.replace(outcome, history=list(history), recoveries=recoveries)
-
-    def _joined(self, outcome: Outcome) -> Tensor:
-        latest = torch.stack(outcome.history)
-        # A stretch begins where the one before ended, at images that were cleaned: its first loss belongs to no step.
-        return torch.cat([self._history, latest[1:] if len(self._history) else latest])
+def _with(past: dict[str, Tensor], outcome: Outcome) -> dict[str, Tensor]:
+    """The number of stretches, their history and recoveries, with one more."""
+    history, latest = past["past.history"], torch.stack(outcome.history)
+    # A stretch begins where the one before ended, at images that were cleaned: its first loss belongs to no step.
+    return {
+        "past.stretch": past["past.stretch"] + 1,
+        "past.history": torch.cat([history, latest[1:] if len(history) else latest]),
+        "past.recoveries": past["past.recoveries"] + outcome.recoveries,
+    }

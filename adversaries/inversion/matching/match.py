@@ -1,18 +1,17 @@
 """Gradient matching: find images whose gradient is the one that was sent.
 
-An attack of this family is a choice of objective, regularisers, parametrisation, start and optimiser
-(:class:`~adversaries.inversion.matching.settings.Matching`) and a call of :func:`match`. Several victims are
-attacked in one batched optimisation, each with its own decisions; restarts are compared by the attack's own
-loss alone.
+An attack of this family is a choice (:class:`~adversaries.inversion.matching.settings.Matching`) and a call
+of :func:`match`. Several victims are attacked in one batched optimisation, each with its own decisions;
+restarts are compared by the attack's own loss alone.
 
-The engine leaves torch's number of threads as it finds it. One thread is best for small networks (LeNet, ResNet20),
-above all where several processes share a machine: a second one gains little when the machine is quiet and costs an
-order of magnitude when it is not.
+The engine leaves torch's number of threads as it finds it. One thread is best for small networks (LeNet,
+ResNet20), above all where several processes share a machine: a second one gains little when the machine is
+quiet and costs an order of magnitude when it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,45 +31,20 @@ from fedattack.errors import ConfigError, PayloadError
 from fedattack.observation import Observation
 from fedattack.rng import torch_rng
 
-__all__ = ["Match", "Matching", "Penalty", "Problem", "Transform", "match"]
-
 
 @dataclass(frozen=True)
 class Match:
-    """What matching found for one victim.
+    """What matching found for one victim; tensors are on the CPU."""
 
-    Attributes
-    ----------
-    images : Tensor
-        float32 (B, C, H, W) on the CPU, not clamped: the point of lowest loss that was met.
-    loss : float
-        Objective plus regularisers there; infinite where they were not finite at any point, and then `images` is the
-        start.
-    history : list of float
-        Loss per iteration of the chosen restart.
-    restart : int
-        Which start was chosen, by its loss.
-    recoveries : int
-        How often the optimiser had to go back to its best point because its loss was not finite.
-    labels : Tensor
-        int64 (B,) on the CPU: those that were given, or the largest of the optimised logits under joint labels.
-    losses : list of float
-        Lowest loss from each start.
-    variables : Tensor or None
-        float32 (N,) on the CPU: what the chart drew `images` from.
-    compiled : str
-        "compiled", "no", or why not.
-    """
-
-    images: Tensor
-    loss: float
-    history: list[float]
-    restart: int
-    recoveries: int
-    labels: Tensor
-    losses: list[float] = field(default_factory=list)
-    variables: Tensor | None = None
-    compiled: str = "no"
+    images: Tensor  # float32 (B, C, H, W), not clamped: the point of lowest loss that was met
+    loss: float  # objective plus regularisers there; infinite where they never were finite: `images` is the start
+    history: list[float]  # loss per iteration of the chosen restart
+    restart: int  # which start was chosen, by its loss
+    recoveries: int  # how often the optimiser had to go back to its best point as its loss was not finite
+    labels: Tensor  # int64 (B,): those given, or the largest of the optimised logits under joint labels
+    losses: list[float] = field(default_factory=list)  # lowest loss from each start
+    variables: Tensor | None = None  # float32 (N,): what the chart drew `images` from
+    compiled: str = "no"  # "compiled", "no", or why not
 
 
 def match(
@@ -90,8 +64,8 @@ def match(
 ) -> list[Match]:
     """Match the updates of V victims with the same batch size, from R starts each, in one batched optimisation.
 
-    Within :func:`~adversaries.inversion.matching.checkpoint.checkpoints_in` its state is kept from time to time, and
-    it goes on from what was kept; the answer is that of an unbroken run, bit for bit.
+    Within :func:`~adversaries.inversion.matching.checkpoint.checkpoints_in` its state is kept from time to
+    time, and it goes on from what was kept; the answer is that of an unbroken run, bit for bit.
 
     Parameters
     ----------
@@ -109,16 +83,11 @@ def match(
     chart : Chart, optional
         Replaces the settings' parametrisation, as by a generator's latent space.
     unroll : Schedule, optional
-        Which images are in each local step's batch; see :func:`~adversaries.inversion.gradients.gradient_model`.
+        Which images are in each local step's batch.
     penalty : Penalty, optional
         A term of the attack's own, in the units of the regularisers.
     seed : int
         Of the noise, under `settings.noise`; its stream depends on round, client, restart and iteration alone.
-
-    Returns
-    -------
-    list of Match
-        In the order of `observations`.
 
     Raises
     ------
@@ -131,59 +100,43 @@ def match(
     restarts = len(starts)
     rows = [observation for _ in range(restarts) for observation in observations]
     logits = label_starts if settings.labels == "joint" else None
-    problem = _problem(rows, labels, starts, logits, settings, device, chart, unroll, penalty)
-    first = starts.flatten(0, 1).float().to(device)
-    begin = problem.variables(first, None if logits is None else logits.flatten(0, 1).float().to(device))
-    noise = _noise(rows, len(observations), problem.width(begin), seed, begin) if settings.noise else None
-
-    def identity() -> str:
-        words = [repr(settings), repr(unroll), type(chart).__name__, str(device), str(seed)]
-        tensors = [*_tensors(observations, labels, starts, logits)]
-        return digest(words, tensors + (chart.tensors() if isinstance(chart, pixels.Drawn) else []))
-
-    kept = open_checkpoint(identity)
-    outcome = descend(problem, begin, settings, progress, transform=transform, noise=noise, checkpoint=kept)
-    return _answers(problem, outcome, restarts, None if logits is not None else labels)
-
-
-def _problem(
-    rows: Sequence[Observation],
-    labels: Tensor | None,
-    starts: Tensor,
-    logits: Tensor | None,
-    settings: Matching,
-    device: torch.device,
-    chart: Chart | None,
-    unroll: Schedule | None,
-    penalty: Penalty | None,
-) -> Problem:
-    """The problem of all rows, one per victim and start."""
-    restarts = len(starts)
-    given = None if logits is not None or labels is None else labels.repeat(restarts, 1)
     gradients = gradient_model(
         rows,
-        given,
+        None if logits is not None or labels is None else labels.repeat(restarts, 1),
         layers=settings.layers,
         batch_norm=settings.batch_norm or rows[0].scenario.training.batch_norm,
         unroll=unroll,
         device=device,
     )
-    if chart is None:
-        shape = tuple(starts.shape[2:])
-        chart = pixels.chart(settings.parametrisation, shape, rows[0].auxiliary, device)
     targets: Statistics = ()
     if settings.regularisers.get("batch-norm"):
         batch = (labels if logits is None else logits[0]).shape[1]  # type: ignore[union-attr]
         targets = batch_norm_targets(rows, batch, device)
-    return Problem(
+    problem = Problem(
         gradients,
-        chart,
+        chart or pixels.chart(settings.parametrisation, tuple(starts.shape[2:]), rows[0].auxiliary, device),
         settings,
         restarts=restarts,
         label_shape=None if logits is None else (logits.shape[2], logits.shape[3]),
         targets=targets,
         penalty=penalty,
     )
+    first = starts.flatten(0, 1).float().to(device)
+    begin = problem.variables(first, None if logits is None else logits.flatten(0, 1).float().to(device))
+    noise = _noise(rows, len(observations), problem.width(begin), seed, begin) if settings.noise else None
+
+    def identity() -> str:
+        words = [repr(settings), repr(unroll), type(chart).__name__, str(device), str(seed)]
+        tensors = [tensor for tensor in (labels, starts, logits) if tensor is not None]
+        tensors += observations[0].weights.values()
+        for observation in observations:
+            sent, indices = observation.update, observation.update.indices
+            tensors += [sent.values, *([] if indices is None else [indices]), *observation.buffers.values()]
+        return digest(words, tensors + (chart.tensors() if isinstance(chart, pixels.Drawn) else []))
+
+    kept = open_checkpoint(identity)
+    outcome = descend(problem, begin, settings, progress, transform=transform, noise=noise, checkpoint=kept)
+    return _answers(problem, outcome, restarts, None if logits is not None else labels)
 
 
 def _noise(rows: Sequence[Observation], victims: int, width: int, seed: int, like: Tensor) -> Noise:
@@ -197,19 +150,6 @@ def _noise(rows: Sequence[Observation], victims: int, width: int, seed: int, lik
         return drawn.to(like)
 
     return noise
-
-
-def _tensors(
-    observations: Sequence[Observation], labels: Tensor | None, starts: Tensor, logits: Tensor | None
-) -> Iterator[Tensor]:
-    """Everything numeric that a match depends on."""
-    yield from (tensor for tensor in (labels, starts, logits) if tensor is not None)
-    yield from observations[0].weights.values()
-    for observation in observations:
-        yield observation.update.values
-        if observation.update.indices is not None:
-            yield observation.update.indices
-        yield from observation.buffers.values()
 
 
 def _answers(problem: Problem, outcome: Outcome, restarts: int, labels: Tensor | None) -> list[Match]:

@@ -1,8 +1,8 @@
 """How far a predicted update is from the one that was sent: the objectives of gradient matching.
 
-An objective is built once for what V victims sent (:class:`~adversaries.inversion.gradients.Sent`), so that all
-that does not depend on the candidate images is computed once, and then measures predictions. "Layer" means one tensor
-of the model throughout; layers are numbered 1 to L from the input on.
+An objective is built once for what V victims sent, so that all that does not depend on the candidate images
+is computed once, and then measures predictions. "Layer" means one tensor of the model throughout, numbered 1
+to L from the input on.
 """
 
 from __future__ import annotations
@@ -33,19 +33,7 @@ _TINY = 1e-30
 
 
 def layer_weights(kind: LayerWeights, sent: Sent) -> Tensor:
-    """Weight of each layer, float32 (L,).
-
-    Parameters
-    ----------
-    kind : {"equal", "falling"}
-        1; or (L + 1 - l) / L.
-    sent : Sent
-
-    Raises
-    ------
-    ConfigError
-        If `kind` is unknown.
-    """
+    """Weight of each layer, float32 (L,): 1, or (L + 1 - l) / L for "falling"."""
     count = len(sent.segments)
     rank = torch.arange(1.0, count + 1, device=sent.values.device)
     if kind == "equal":
@@ -59,16 +47,8 @@ LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("equal", "falling")
 
 
 class Layout:
-    """What the objectives need to know of the sent entries, computed once.
-
-    Parameters
-    ----------
-    sent : Sent
-        values and valid (V, K).
-    kind : str
-        Of :func:`layer_weights`.
-    l1_share : float
-        Of the absolute differences in "l2-l1".
+    """What the objectives need to know of the sent entries, computed once; `kind` is that of
+    :func:`layer_weights`, and `l1_share` of the absolute differences in "l2-l1".
     """
 
     def __init__(self, sent: Sent, kind: LayerWeights = "equal", l1_share: float = 0.1) -> None:
@@ -303,27 +283,16 @@ def sign(layout: Layout) -> Distance:
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of :data:`OBJECTIVES`.
-
-    Attributes
-    ----------
-    build : callable
-        Layout -> Distance.
-    whole : bool
-        Whether the predicted gradient's whole norm is needed.
-    unit : bool
-        Whether regularisers are measured in units of 1 rather than of the objective at a prediction of zeros.
-    weighted : bool
-        Whether layers may be given weights: it is not over all of them at once.
-    slope : callable, optional
-        Layout -> Slope, where the gradient is worth writing out: differentiating a dozen small operations takes as
-        long as a small network's whole gradient.
-    """
+    """An entry of :data:`OBJECTIVES`."""
 
     build: Callable[[Layout], Distance]
-    whole: bool = False
-    unit: bool = False
-    weighted: bool = True
+    whole: bool = False  # the predicted gradient's whole norm is needed
+    unit: bool = (
+        False  # regularisers are measured in units of 1, not of the objective at a prediction of zeros
+    )
+    weighted: bool = True  # layers may be given weights: it is not over all of them at once
+    # Where the gradient is worth writing out: differentiating a dozen small operations takes as long as a small
+    # network's whole gradient.
     slope: Callable[[Layout], Slope] | None = None
 
 

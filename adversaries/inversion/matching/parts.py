@@ -27,12 +27,8 @@ def in_parts(
 ) -> list[T]:
     """What `work` makes of the victims at some positions, for all of them in their order.
 
-    Parameters
-    ----------
-    kinds : sequence of tuple
-        Victims of one kind can be treated together; a kind begins with the batch size.
-    restarts : int
-        Starts of each victim.
+    Victims of one kind can be treated together; a kind begins with the batch size. Each has so many
+    `restarts`.
     """
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for position, kind in enumerate(kinds):

@@ -17,20 +17,16 @@ PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
 
 
 class Chart(Protocol):
-    """A map between variables (V, N) and images (V, B, C, H, W)."""
+    """A map between variables (V, N) and images (V, B, C, H, W); row v depends on row v alone."""
 
-    def images(self, variables: Tensor) -> Tensor:
-        """Images of variables, differentiable; row v depends on row v alone."""
-        ...
+    def images(self, variables: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
 class ImageChart(Chart, Protocol):
     """A chart that can be inverted."""
 
-    def variables(self, images: Tensor) -> Tensor:
-        """Variables of images."""
-        ...
+    def variables(self, images: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
@@ -61,28 +57,18 @@ class Drawn(Chart, Protocol):
 
 
 class Pixels:
-    """Variables are pixels, unbounded.
+    """Variables are pixels, unbounded."""
 
-    Attributes
-    ----------
-    limits : (float, float)
-        The variables of black and white, for clamping.
-    scale : float
-        Pixels are a constant plus this times the variables.
-    """
-
-    limits = (0.0, 1.0)
-    scale = 1.0
+    limits = (0.0, 1.0)  # the variables of black and white, for clamping
+    scale = 1.0  # pixels are a constant plus this times the variables
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
 
     def images(self, variables: Tensor) -> Tensor:
-        """(V, N) -> (V, B, C, H, W)."""
         return variables.unflatten(1, self._shape)
 
     def variables(self, images: Tensor) -> Tensor:
-        """(V, B, C, H, W) -> (V, N)."""
         return images.flatten(1)
 
 
@@ -93,11 +79,9 @@ class Standardised(Pixels):
     scale = PIXEL_DEVIATION
 
     def images(self, variables: Tensor) -> Tensor:
-        """(V, N) -> (V, B, C, H, W)."""
         return PIXEL_MEAN + PIXEL_DEVIATION * super().images(variables)
 
     def variables(self, images: Tensor) -> Tensor:
-        """(V, B, C, H, W) -> (V, N)."""
         return super().variables((images - PIXEL_MEAN) / PIXEL_DEVIATION)
 
 
@@ -105,29 +89,20 @@ class Box(Pixels):
     """Variables are logits of pixels, which stay inside (0, 1)."""
 
     def images(self, variables: Tensor) -> Tensor:
-        """(V, N) -> (V, B, C, H, W)."""
         return super().images(torch.sigmoid(variables))
 
     def variables(self, images: Tensor) -> Tensor:
-        """(V, B, C, H, W) -> (V, N)."""
         return super().variables(torch.logit(images.clamp(0.01, 0.99)))
 
 
 class Spectrum:
     """Variables are cosine coefficients of principal colours, each divided by the root of its usual deviation.
 
-    Natural images have little power at high frequencies. Scaling a coefficient by the power s of its deviation is a
-    preconditioner: s = 1 makes all coefficients equally likely and the gradient's high frequencies slow, s = 0 is
-    the pixels' metric. Half way a first-order optimiser gains most (8 dB on faces after 200 L-BFGS iterations).
-
-    Parameters
-    ----------
-    shape : tuple of int
-        (B, C, H, W).
-    auxiliary : Auxiliary or None
-        Public images that say what is usual; None: deviation falling as 1 / frequency, plain colour channels.
-    exponent : float
-        s, in [0, 1].
+    Natural images have little power at high frequencies. Scaling a coefficient by the power s of its
+    deviation is a preconditioner: s = 1 makes all coefficients equally likely and the gradient's high
+    frequencies slow, s = 0 is the pixels' metric. Half way a first-order optimiser gains most (8 dB on faces
+    after 200 L-BFGS iterations). The public images of `auxiliary` say what is usual; None: deviation falling
+    as 1 / frequency, plain colour channels.
     """
 
     def __init__(
@@ -148,10 +123,7 @@ class Spectrum:
             deviation = self._analyse(centred).square().mean(0).sqrt()
         else:
             self._colours = torch.eye(channels)
-            vertical, horizontal = (
-                torch.arange(height)[:, None] / height,
-                torch.arange(width)[None, :] / width,
-            )
+            vertical, horizontal = torch.arange(height)[:, None] / height, torch.arange(width)[None] / width
             frequency = (vertical**2 + horizontal**2 + 1 / max(height, width) ** 2).sqrt()
             deviation = (1 / frequency).expand(channels, -1, -1)
         deviation = deviation / deviation.square().mean().sqrt()
@@ -166,13 +138,11 @@ class Spectrum:
         return torch.einsum("...chw,cd->...dhw", coefficients, self._colours)
 
     def images(self, variables: Tensor) -> Tensor:
-        """(V, N) -> (V, B, C, H, W)."""
         coefficients = variables.unflatten(1, self._shape) * self._scale
         planes = torch.einsum("...dhw,cd->...chw", coefficients, self._colours)
         return self._down.T @ planes @ self._across
 
     def variables(self, images: Tensor) -> Tensor:
-        """(V, B, C, H, W) -> (V, N)."""
         return (self._analyse(images) / self._scale).flatten(1)
 
 

@@ -16,6 +16,7 @@ from adversaries.inversion.gradients import (
     Statistics,
 )
 from adversaries.inversion.gradients.compiled import LONG
+from adversaries.inversion.gradients.layers import add
 from adversaries.inversion.matching.objectives import OBJECTIVES, Layout, scale
 from adversaries.inversion.matching.pixels import Bounded, Chart, ImageChart, Pixels, Priced, Standardised
 from adversaries.inversion.matching.regularisers import PIXEL_TERMS, SPECIAL, batch_norm, group
@@ -32,21 +33,9 @@ Rows are restart-major: row r V + v is victim v from start r. Shares are the sof
 class Problem:
     """Objective and gradient of all rows as a function of the optimiser's variables (rows, N).
 
-    A row is one victim from one start; the rows of one start lie together. Its variables are those of the chart, and
-    under joint labels after them the label logits.
-
-    Parameters
-    ----------
-    gradients : GradientModel
-        Of all rows.
-    restarts : int
-        Starts of each victim.
-    label_shape : tuple of int, optional
-        (B, classes) of the label logits, where labels are optimised too.
-    targets : tuple of (Tensor, Tensor)
-        Of :func:`~adversaries.inversion.matching.regularisers.batch_norm_targets`, for all rows.
-    penalty : Penalty, optional
-        Added to the objective.
+    A row is one victim from one start; the rows of one start lie together. Its variables are those of the
+    chart, and under joint labels after them the label logits, (B, classes) = `label_shape`. `targets` are
+    those of :func:`~adversaries.inversion.matching.regularisers.batch_norm_targets`, for all rows.
     """
 
     def __init__(
@@ -99,15 +88,7 @@ class Problem:
         return self._compiled if isinstance(self._compiled, str) else self._compiled.outcome
 
     def variables(self, start: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Variables (rows, N) of images (rows, B, C, H, W) or the chart's variables, and label logits.
-
-        Parameters
-        ----------
-        start : Tensor
-            Images, where the chart can be inverted; or its variables (rows, N').
-        logits : Tensor, optional
-            (rows, B, classes).
-        """
+        """Variables (rows, N) of images, or the chart's variables, and label logits (rows, B, classes)."""
         if start.ndim > 2:
             if not isinstance(self._chart, ImageChart):
                 raise ConfigError("this parametrisation cannot start from images; give its variables")
@@ -119,7 +100,6 @@ class Problem:
         return variables.shape[1] - self._label_count
 
     def images(self, variables: Tensor) -> Tensor:
-        """Images (rows, B, C, H, W)."""
         return self._chart.images(variables[:, : self.width(variables)])
 
     def projection(self, clamp: bool) -> Callable[[Tensor], Tensor] | None:
@@ -207,17 +187,6 @@ class Problem:
         prediction = self._gradients.predict(
             images, rows, whole=self._whole, shares=shares, statistics=self._statistics > 0
         )
-        losses, roots, pulls = self._roots(variables, images, shares, prediction, rows)
-        if self._pixels_only:
-            (at_images,) = torch.autograd.grad(roots, images, pulls)
-            return losses, at_images, None
-        at_images, at_variables = torch.autograd.grad(roots, (images, variables), pulls, allow_unused=True)
-        return losses, at_images, at_variables
-
-    def _roots(
-        self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice
-    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """Losses (rows,) of all terms but those of the pixels, and the tensors and cotangents to differentiate."""
         rest = self._differentiated(variables, images, shares, prediction, rows)
         roots: list[Tensor] = []
         pulls: list[Tensor | None] = []
@@ -225,12 +194,18 @@ class Problem:
             roots, pulls = [rest.sum()], [None]
         if self._slope is None:
             assert rest is not None
-            return rest.detach(), roots, pulls
-        with torch.no_grad():
-            losses, pull = self._slope(prediction.entries, rows)
-        if rest is not None:
-            losses = losses + rest.detach()
-        return losses, [prediction.entries, *roots], [pull, *pulls]
+            losses = rest.detach()
+        else:
+            with torch.no_grad():
+                losses, pull = self._slope(prediction.entries, rows)
+            if rest is not None:
+                losses = losses + rest.detach()
+            roots, pulls = [prediction.entries, *roots], [pull, *pulls]
+        if self._pixels_only:
+            (at_images,) = torch.autograd.grad(roots, images, pulls)
+            return losses, at_images, None
+        at_images, at_variables = torch.autograd.grad(roots, (images, variables), pulls, allow_unused=True)
+        return losses, at_images, at_variables
 
     def _differentiated(
         self, variables: Tensor, images: Tensor, shares: Tensor | None, prediction: Prediction, rows: slice
@@ -240,11 +215,11 @@ class Problem:
         losses = self._distance(prediction, rows) if self._slope is None else None
         if self._statistics:
             aims = tuple((mean[rows], variance[rows]) for mean, variance in self._targets)
-            losses = _sum(losses, self._statistics * unit * batch_norm(prediction.statistics, aims))
+            losses = add(losses, self._statistics * unit * batch_norm(prediction.statistics, aims))
         if self._cost is not None:
-            losses = _sum(losses, unit * self._cost(variables[:, : self.width(variables)]))
+            losses = add(losses, unit * self._cost(variables[:, : self.width(variables)]))
         if self._penalty is not None:
-            losses = _sum(losses, unit * self._penalty(images, shares, rows))
+            losses = add(losses, unit * self._penalty(images, shares, rows))
         return losses
 
     def _on_pixels(self, images: Tensor, rows: slice, centres: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -270,7 +245,3 @@ def _compiled(settings: Matching, direct: DirectGradients | None, written: bool)
     if not direct.joint:
         return "not compiled: victims of this size are evaluated one by one"
     return CompiledSlope(direct)
-
-
-def _sum(losses: Tensor | None, more: Tensor) -> Tensor:
-    return more if losses is None else losses + more

@@ -23,37 +23,27 @@ PixelTerm = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 def tv_l2(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean squared difference of neighbouring pixels, vertical plus horizontal, and its gradient."""
-    slope = torch.zeros_like(images)
-    values = []
-    for axis in (3, 4):
-        steps, share = _steps(images, axis, weight)
-        values.append(steps.square().sum((1, 2, 3, 4)) * share)
-        _push_apart(slope, steps.mul_(2 * share), axis)
-    return values[0] + values[1], slope
+    return _variation(images, weight, torch.square, lambda steps, share: steps.mul_(2 * share))
 
 
 def tv_l1(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean absolute difference of neighbouring pixels, vertical plus horizontal, and its gradient."""
-    slope = torch.zeros_like(images)
-    values = []
+    return _variation(images, weight, torch.abs, lambda steps, share: steps.sign_().mul_(share))
+
+
+def _variation(
+    images: Tensor, weight: float, cost: Callable[[Tensor], Tensor], pull: Callable[[Tensor, float], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What neighbours' differences cost, and its gradient; `pull` is that at the differences, made in place."""
+    slope, values = torch.zeros_like(images), []
     for axis in (3, 4):
-        steps, share = _steps(images, axis, weight)
-        values.append(steps.abs().sum((1, 2, 3, 4)) * share)
-        _push_apart(slope, steps.sign_().mul_(share), axis)
+        steps, count = images.diff(dim=axis), images.shape[axis] - 1
+        share = weight * len(steps) / max(steps.numel(), 1)
+        values.append(cost(steps).sum((1, 2, 3, 4)) * share)
+        steps = pull(steps, share)
+        slope.narrow(axis, 1, count).add_(steps)
+        slope.narrow(axis, 0, count).sub_(steps)
     return values[0] + values[1], slope
-
-
-def _steps(images: Tensor, axis: int, weight: float) -> tuple[Tensor, float]:
-    """Differences of neighbours along an axis, and the weight over their number in each victim."""
-    steps = images.diff(dim=axis)
-    return steps, weight * len(steps) / max(steps.numel(), 1)
-
-
-def _push_apart(slope: Tensor, steps: Tensor, axis: int) -> None:
-    """Add the gradient that belongs to that of neighbours' differences, in place."""
-    count = slope.shape[axis] - 1
-    slope.narrow(axis, 1, count).add_(steps)
-    slope.narrow(axis, 0, count).sub_(steps)
 
 
 def l2(images: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -66,11 +56,6 @@ def group(images: Tensor, centres: Tensor, weight: float = 1.0) -> tuple[Tensor,
     """Mean squared distance to the mean image of a victim's restarts, and its gradient (Yin et al. 2021, eq. 11).
 
     Unlike there the restarts are not registered to each other first, and the mean is held fixed.
-
-    Parameters
-    ----------
-    images, centres : Tensor
-        (V, B, C, H, W).
     """
     return l2(images - centres, weight)
 
@@ -85,19 +70,9 @@ SPECIAL = ("batch-norm", "group")
 
 
 def batch_norm(statistics: Statistics, targets: Statistics) -> Tensor:
-    """Distance between BatchNorm inputs' statistics and their targets (Yin et al. 2021, eq. 6).
+    """Distances (V,) between BatchNorm inputs' statistics and their targets (Yin et al. 2021, eq. 6).
 
-    Parameters
-    ----------
-    statistics : tuple of (Tensor, Tensor)
-        Mean and biased variance of each layer's input, (V, channels) each.
-    targets : tuple of (Tensor, Tensor)
-        What they should be, same shapes.
-
-    Returns
-    -------
-    Tensor
-        (V,): sum over layers of the Euclidean distances of means and of variances.
+    The sum over layers of the Euclidean distances of means and of variances, (V, channels) each.
     """
     terms = [
         (found - wanted).norm(dim=1)
@@ -110,27 +85,13 @@ def batch_norm(statistics: Statistics, targets: Statistics) -> Tensor:
 def batch_norm_targets(observations: Sequence[Observation], batch: int, device: torch.device) -> Statistics:
     """What the private batch's BatchNorm statistics are, or the best guess at them.
 
-    A client that sends its buffers after one step gives its batch's statistics away exactly: new = (1 - m) old +
-    m batch, with the unbiased variance. Without them, under frozen statistics or after several steps, they are taken
-    to be those of the data that the model was trained on before, the running statistics that were sent out (as Yin
-    et al. 2021 do).
+    A client that sends its buffers after one step gives its batch's statistics away exactly: new = (1 - m)
+    old + m batch, with the unbiased variance. Without them, under frozen statistics or after several steps,
+    they are taken to be those of the data that the model was trained on before, the running statistics that
+    were sent out (as Yin et al. 2021 do).
 
-    Parameters
-    ----------
-    observations : sequence of Observation
-        V victims with equal weights and scenario.
-    batch : int
-        Images per victim.
-
-    Returns
-    -------
-    tuple of (Tensor, Tensor)
-        Mean and biased variance of each layer's input, first layer first, (V, channels) each, float32.
-
-    Raises
-    ------
-    NotApplicable
-        If the model has no BatchNorm with running statistics.
+    Answers mean and biased variance of each layer's input, first layer first, float32 (V, channels) each;
+    NotApplicable if the model has no BatchNorm with running statistics.
     """
     first = observations[0]
     layers = _batch_norm_layers(first)

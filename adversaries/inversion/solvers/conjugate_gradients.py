@@ -21,14 +21,10 @@ def conjugate_gradients(
     precondition: Linear | None = None,
     stalled: float = 0.0,
 ) -> tuple[Tensor, bool]:
-    """Solve system(x) = right, symmetric and positive (semi-)definite.
+    """Solve system(x) = right, symmetric and positive (semi-)definite; x, and whether it hit `most` iterations.
 
     Parameters
     ----------
-    system : callable
-        x -> A x, both shaped as `right`.
-    most : int
-        Iterations at most.
     tolerance : float
         Relative to the norm of `right`, in the preconditioner's metric.
     precondition : callable, optional
@@ -36,12 +32,6 @@ def conjugate_gradients(
     stalled : float
         Stop where 50 iterations change the norm of x by less than this share, as they do where only the null space
         of a semi-definite system is left; 0: never.
-
-    Returns
-    -------
-    x : Tensor
-    capped : bool
-        Whether it ended before the tolerance was met.
     """
 
     def solved(residual: Tensor) -> Tensor:

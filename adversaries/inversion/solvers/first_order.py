@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -13,10 +12,7 @@ from adversaries.inversion.solvers.minimiser import Evaluate, Minimiser, Rules
 
 
 class _FirstOrder(Minimiser):
-    """Steps along a direction made from the gradient; a row that meets NaN goes back to its best point, half as fast.
-
-    Subclasses keep what the direction is made of (momentum, ...) in tensors named in `MOMENTS`.
-    """
+    """Steps along a direction made from the gradient; a row that meets NaN goes back to its best, half as fast."""
 
     STATE = (*Minimiser.STATE, "damping")
     MOMENTS: ClassVar[tuple[str, ...]] = ()
@@ -26,16 +22,6 @@ class _FirstOrder(Minimiser):
         self.damping = start.new_ones(len(start), 1)
         for name in self.MOMENTS:
             setattr(self, name, torch.zeros_like(start))
-
-    def state(self) -> dict[str, Tensor]:
-        """See :meth:`Minimiser.state`."""
-        return super().state() | {name: getattr(self, name) for name in self.MOMENTS}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """See :meth:`Minimiser.restore`."""
-        super().restore(state)
-        for name in self.MOMENTS:
-            setattr(self, name, state[name])
 
     @abstractmethod
     def _change(self, rate: float) -> Tensor:
@@ -78,6 +64,7 @@ class Adam(_FirstOrder):
     """Adam (Kingma and Ba 2015) with the usual constants, as ``torch.optim.Adam``."""
 
     MOMENTS = ("first", "second")
+    STATE = (*_FirstOrder.STATE, *MOMENTS)
     first: Tensor
     second: Tensor
 
@@ -90,15 +77,10 @@ class Adam(_FirstOrder):
 
 
 class Sgd(_FirstOrder):
-    """Gradient descent with momentum, as ``torch.optim.SGD``.
-
-    Parameters
-    ----------
-    evaluate, start, rules
-        See :class:`Minimiser`.
-    """
+    """Gradient descent with momentum, as ``torch.optim.SGD``."""
 
     MOMENTS = ("velocity",)
+    STATE = (*_FirstOrder.STATE, *MOMENTS)
     velocity: Tensor
 
     def __init__(self, evaluate: Evaluate, start: Tensor, rules: Rules, momentum: float = 0.0) -> None:

@@ -75,16 +75,15 @@ class _Memory:
 
 
 class Lbfgs(Minimiser):
-    """L-BFGS with a line search for each row.
+    """L-BFGS with a line search for each row (Liu and Nocedal 1989).
 
-    One iteration is one evaluation of all rows. A row whose trial point passes its line search takes it and turns to
-    its next direction at once; a row whose trial fails shortens its step, and does not hold the others up.
+    One iteration is one evaluation of all rows. A row whose trial point passes its line search takes it and
+    turns to its next direction at once; a row whose trial fails shortens its step, and does not hold the
+    others up. The learning rate is the first step length tried; torch's first step of all is shorter, by 1 /
+    |gradient|_1 where that is below 1.
 
     Parameters
     ----------
-    evaluate, start, rules
-        See :class:`Minimiser`. The learning rate is the first step length tried; torch's first step of all is
-        shorter, by 1 / |gradient|_1 where that is below 1.
     line_search : {"none", "armijo"}
         "none" takes every step at full length, as ``torch.optim.LBFGS`` does by default; "armijo" backtracks until
         the loss has fallen enough.
@@ -93,10 +92,6 @@ class Lbfgs(Minimiser):
     block : int
         Without a line search: torch looks at its tolerances (1e-9 in step and loss) inside calls of this many
         iterations and gives up the rest of a call when one is met. 0: no tolerances.
-
-    References
-    ----------
-    Liu and Nocedal, "On the limited memory BFGS method for large scale optimization", 1989.
     """
 
     STATE = (*Minimiser.STATE, "rate", "skip_until", "trials", "d", "fresh", "t")
@@ -121,11 +116,9 @@ class Lbfgs(Minimiser):
         self._masked = True
 
     def state(self) -> dict[str, Tensor]:
-        """See :meth:`Minimiser.state`."""
         return super().state() | {f"store.{name}": getattr(self._store, name) for name in _Memory.TENSORS}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """See :meth:`Minimiser.restore`."""
         super().restore(state)
         for name in _Memory.TENSORS:
             setattr(self._store, name, state[f"store.{name}"])

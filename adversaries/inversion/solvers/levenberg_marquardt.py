@@ -16,27 +16,15 @@ Linearise = Callable[[Tensor], tuple[Tensor, Callable[[float], Step]]]
 
 @dataclass(frozen=True)
 class Damping:
-    """How the damping follows what steps bring.
-
-    Attributes
-    ----------
-    rise, jump : float
-        Factor after a step that does not lower the residual, and the least damping then.
-    fall : float
-        Factor after one that does.
-    slow : float, optional
-        Factor after one that lowers it by less than 30 percent; None: `fall`.
-    tries : int
-        Dampings tried for one step.
-    """
+    """How the damping follows what steps bring."""
 
     start: float = 1e-3
     least: float = 1e-12
-    rise: float = 10.0
-    jump: float = 0.0
-    fall: float = 0.1
-    slow: float | None = None
-    tries: int = 7
+    rise: float = 10.0  # factor after a step that does not lower the residual,
+    jump: float = 0.0  # and the least damping then
+    fall: float = 0.1  # factor after one that does,
+    slow: float | None = None  # and by less than 30 percent; None: `fall`
+    tries: int = 7  # dampings tried for one step
 
 
 def levenberg_marquardt(
@@ -50,30 +38,10 @@ def levenberg_marquardt(
     trusted: float = float("inf"),
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[Tensor, Tensor, float]:
-    """Lower the norm of what is left from `x` on, never raising it.
+    """Lower the norm of what is left from `x` on, never raising it (Marquardt 1963).
 
-    Parameters
-    ----------
-    settled : float
-        Norm of what is left below which nothing is to be gained.
-    gain : float
-        End with a step that lowers the norm by less than this share,
-    trusted : float
-        where the damping was below this.
-    progress : callable
-        Told the share of iterations done.
-
-    Returns
-    -------
-    x : Tensor
-    left : Tensor
-        What is left there.
-    damping : float
-        For the next step.
-
-    References
-    ----------
-    Marquardt, "An Algorithm for Least-Squares Estimation of Nonlinear Parameters", 1963.
+    Ends below norm `settled`, and with a step that lowers the norm by less than the share `gain` at a damping
+    below `trusted`. Answers x, what is left there, and the damping for the next step.
     """
     left, prepare = linearise(x)
     size, level, gained = float(left.norm()), damping.start, 1.0

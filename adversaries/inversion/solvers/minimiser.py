@@ -1,10 +1,8 @@
 """Minimisers that treat many independent problems side by side.
 
-Row v of a (V, N) tensor is one problem's variables. Evaluations are shared, decisions are not: every row has its own
-step length, its own L-BFGS memory and its own best point, so that a row's result does not depend on its companions.
-
-A minimiser is its state: everything it knows between two iterations is in tensors that :meth:`Minimiser.state` hands
-out and :meth:`Minimiser.restore` takes back, and a minimiser that was restored goes on as if it had never stopped.
+Row v of a (V, N) tensor is one problem's variables. Evaluations are shared, decisions are not: every row has
+its own step length, its own L-BFGS memory and its own best point, so that a row's result does not depend on
+its companions.
 """
 
 from __future__ import annotations
@@ -32,58 +30,31 @@ _PROGRESS = 1e-3
 """Share of the loss by which it must fall to count as progress, under patience."""
 
 
-def ignore(iteration: int, losses: Tensor) -> None:
-    """A :data:`Notify` that does nothing."""
-
-
 @dataclass
 class Outcome:
-    """What a minimiser leaves.
+    """What a minimiser leaves."""
 
-    Attributes
-    ----------
-    variables : Tensor
-        (V, N): each row's point of lowest loss.
-    losses : Tensor
-        (V,): its loss; infinite where no finite value was ever met.
-    history : list of Tensor
-        (V,) per iteration: the loss of each row's current point.
-    recoveries : Tensor
-        int64 (V,): how often a row had to go back to its best point because its loss was not finite.
-    """
-
-    variables: Tensor
-    losses: Tensor
-    history: list[Tensor]
-    recoveries: Tensor
+    variables: Tensor  # (V, N): each row's point of lowest loss
+    losses: Tensor  # (V,): its loss; infinite where no finite value was ever met
+    history: list[Tensor]  # (V,) per iteration: the loss of each row's current point
+    recoveries: Tensor  # int64 (V,): how often a row went back to its best point as its loss was not finite
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What all minimisers have in common.
-
-    Attributes
-    ----------
-    stop : float
-        A row below this loss has finished; minus infinity: never.
-    patience : int
-        A row whose lowest loss has not fallen by a thousandth for this many iterations has finished; 0: never.
-    decay : int
-        Divide the learning rate by ten after 3/8, 5/8 and 7/8 of this many iterations; 0: keep it. Not L-BFGS.
-    project : callable, optional
-        (V, N) -> (V, N), row by row: where each step is put back to, as into a box.
-    noise : callable, optional
-        Iteration -> (V, N), added to that iteration's step in units of the learning rate. Not L-BFGS.
-    rest : callable, optional
-        Told now and then which rows have finished (list of V bool); `evaluate` may answer zeros for these then.
-    """
+    """What all minimisers have in common; L-BFGS knows no decay and no noise."""
 
     learning_rate: float = 1.0
-    stop: float = -math.inf
-    patience: int = 0
-    decay: int = 0
-    project: Callable[[Tensor], Tensor] | None = None
-    noise: Callable[[int], Tensor] | None = None
+    stop: float = -math.inf  # a row below this loss has finished
+    patience: int = 0  # so has one whose lowest loss has not fallen by a thousandth for this long; 0: never
+    decay: int = (
+        0  # divide the learning rate by ten after 3/8, 5/8 and 7/8 of this many iterations; 0: keep it
+    )
+    project: Callable[[Tensor], Tensor] | None = (
+        None  # row by row: where each step is put back to, as into a box
+    )
+    noise: Callable[[int], Tensor] | None = None  # iteration -> (V, N) added to the step, in learning rates
+    # Told now and then which rows have finished (list of V bool); `evaluate` may answer zeros for these then.
     rest: Callable[[list[bool]], None] | None = None
 
     def rate(self, iteration: int) -> float:
@@ -93,12 +64,10 @@ class Rules:
 
 
 class Minimiser(ABC):
-    """A minimiser of V independent problems and its whole state.
+    """A minimiser of V independent problems from `start` (V, N), and its whole state.
 
-    Parameters
-    ----------
-    start : Tensor
-        (V, N).
+    Everything it knows between two iterations is in the tensors of :meth:`state`; one that was restored from
+    them goes on as if it had never stopped.
     """
 
     STATE: ClassVar[tuple[str, ...]] = (
@@ -121,7 +90,7 @@ class Minimiser(ABC):
         # Where no row can finish before its time nobody has to ask whether it has.
         self._masked = rules.stop > -math.inf or rules.patience > 0
 
-    def run(self, iterations: int, notify: Notify = ignore) -> Outcome:
+    def run(self, iterations: int, notify: Notify = lambda iteration, losses: None) -> Outcome:
         """Go on until so many iterations have passed in all, or every row has finished."""
         if not self.history:
             self._begin()
@@ -144,13 +113,7 @@ class Minimiser(ABC):
         return kept
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` handed out.
-
-        Raises
-        ------
-        KeyError
-            If something is missing.
-        """
+        """Take over what :meth:`state` handed out."""
         for name in self.STATE:
             setattr(self, name, state[name])
         self.history = list(state["history"])

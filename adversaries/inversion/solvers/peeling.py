@@ -36,53 +36,25 @@ _SURE = 3.0
 
 @dataclass(frozen=True)
 class Rows:
-    """What K rows hold, float64.
+    """What K rows hold, float64."""
 
-    Attributes
-    ----------
-    scalars : Tensor
-        (K,): sums of r over the images in each row.
-    vectors : Tensor
-        (K, d): sums of r x.
-    noise : Tensor
-        (K,): what rounding, quantisation or a threshold may have changed in each entry.
-    scale : float
-        The largest scalar that any row started with.
-    """
-
-    scalars: Tensor
-    vectors: Tensor
-    noise: Tensor
-    scale: float
+    scalars: Tensor  # (K,): sums of r over the images in each row
+    vectors: Tensor  # (K, d): sums of r x
+    noise: Tensor  # (K,): what rounding, quantisation or a threshold may have changed in each entry
+    scale: float  # the largest scalar that any row started with
 
 
 @dataclass
 class Sample:
-    """One image that was found.
+    """One image that was found."""
 
-    Attributes
-    ----------
-    input : Tensor
-        float64 (d,).
-    misfit : float
-        Relative difference between the row's scalar and its replay.
-    error : float
-        What noise may have changed in a pixel.
-    sweep : int
-        Images taken out before this one could be seen; 0: it was alone in its row from the start.
-    support : int
-        Rows that showed it alone.
-    shares : Tensor
-        (K,): what it adds to every row's scalar.
-    """
-
-    input: Tensor
+    input: Tensor  # float64 (d,)
     label: int
-    misfit: float
-    error: float
-    sweep: int
-    support: int
-    shares: Tensor
+    misfit: float  # relative difference between the row's scalar and its replay
+    error: float  # what noise may have changed in a pixel
+    sweep: int  # images taken out before this one could be seen; 0: it was alone in its row from the start
+    support: int  # rows that showed it alone
+    shares: Tensor  # (K,): what it adds to every row's scalar
 
 
 def peel(
@@ -96,12 +68,10 @@ def peel(
     sweeps: int | None = None,
     progress: Callable[[int], None] = lambda found: None,
 ) -> tuple[list[Sample], Rows]:
-    """Find up to `limit` images, the surest first in every sweep, until a sweep finds none.
+    """Find up to `limit` images, the surest first in every sweep, until a sweep finds none, and what is left.
 
     Parameters
     ----------
-    classes : int
-        C.
     limit : int
         Images in the batch.
     tolerance : float
@@ -112,11 +82,6 @@ def peel(
         1: only images that are alone in a row from the start. None: until one finds nothing.
     progress : callable
         Told the number of images found.
-
-    Returns
-    -------
-    Rows
-        What is left in the rows.
     """
     scalars, vectors = rows.scalars, rows.vectors
     found: list[Sample] = []
@@ -157,8 +122,8 @@ def agreeing(
 ) -> tuple[list[Sample], Rows]:
     """Find images in rows that are too uncertain for replaying: those that two rows or more show alike.
 
-    Nothing is taken out, and an image that a single row shows is not believed: of many rows and labels, some fit by
-    chance. Parameters and answer as for :func:`peel`; what is left are the rows that no image was read from.
+    Nothing is taken out, and an image that a single row shows is not believed: of many rows and labels, some
+    fit by chance. As :func:`peel`, but what is left are the rows that no image was read from.
     """
     tried = _single(rows, torch.ones(len(rows.scalars), dtype=torch.bool, device=rows.scalars.device))
     scalars = rows.scalars[tried]

@@ -19,18 +19,10 @@ _POWERS = 2
 
 @dataclass(frozen=True)
 class Span:
-    """Leading right singular vectors of a matrix.
+    """Leading right singular vectors of a matrix."""
 
-    Attributes
-    ----------
-    values : Tensor
-        float64 (k,), descending.
-    basis : Tensor
-        float64 (d, k), orthonormal columns.
-    """
-
-    values: Tensor
-    basis: Tensor
+    values: Tensor  # float64 (k,), descending
+    basis: Tensor  # float64 (d, k), orthonormal columns
 
     def rank(self, most: int | None = None) -> int | None:
         """The number of values before the first gap of :data:`GAP`, at most `most`; None where there is none."""
@@ -46,20 +38,11 @@ class Span:
 
 
 def row_space(matrix: Tensor, most: int, generator: torch.Generator) -> Span:
-    """The leading singular values and right singular vectors, by a randomised range finder with power steps.
+    """The leading singular values and right singular vectors of a float64 (m, d), by a randomised range finder.
 
-    Parameters
-    ----------
-    matrix : Tensor
-        float64 (m, d).
-    most : int
-        Singular vectors wanted; a few more are computed, so that the gap after the last one shows.
-    generator : torch.Generator
-        On the CPU.
-
-    References
-    ----------
-    Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 2011, algorithm 4.4.
+    A few more than `most` are computed, so that the gap after the last one shows; the generator is on the
+    CPU. Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 2011, algorithm 4.4, with
+    power steps.
     """
     m, d = matrix.shape
     width = most + _SPARE

@@ -49,27 +49,13 @@ _FLOOR = 2.0**-24
 
 @dataclass(frozen=True)
 class Factors:
-    """``G = left diag(values) right`` for the rows of G that are not zero up to noise, float64 on one device.
+    """``G = left diag(values) right`` for the rows of G that are not zero up to noise, float64 on one device."""
 
-    Attributes
-    ----------
-    left : Tensor
-        U, (m, B).
-    values : Tensor
-        S, (B,), descending.
-    right : Tensor
-        V', (B, d).
-    neurons : Tensor
-        The layer's weights in the span, W V, (m, B).
-    noise : Tensor
-        Standard deviation of the noise of an entry of G, by row, (m,): from what lies outside the span.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    neurons: Tensor
-    noise: Tensor
+    left: Tensor  # U, (m, B)
+    values: Tensor  # S, (B,), descending
+    right: Tensor  # V', (B, d)
+    neurons: Tensor  # the layer's weights in the span, W V, (m, B)
+    noise: Tensor  # (m,): deviation of the noise of an entry of G, by row, from what lies outside the span
 
     @classmethod
     def of(cls, gradient: Tensor, weights: Tensor, basis: Tensor) -> Factors:
@@ -91,21 +77,11 @@ class Factors:
 
 @dataclass
 class Found:
-    """Directions in the order of their zeros.
+    """Directions in the order of their zeros."""
 
-    Attributes
-    ----------
-    directions : Tensor
-        Unit q, (n, B).
-    zeros : Tensor
-        bool (n, m): where U q is zero up to noise.
-    firm : Tensor
-        bool (n,): whether more than one row decides the direction.
-    """
-
-    directions: Tensor
-    zeros: Tensor
-    firm: Tensor
+    directions: Tensor  # unit q, (n, B)
+    zeros: Tensor  # bool (n, m): where U q is zero up to noise
+    firm: Tensor  # bool (n,): whether more than one row decides the direction
 
     def __getitem__(self, rows: Tensor) -> Found:
         return Found(self.directions[rows], self.zeros[rows], self.firm[rows])
@@ -115,14 +91,7 @@ class Found:
 
 
 class Search:
-    """Collects sparse directions until B independent ones are there.
-
-    Parameters
-    ----------
-    method : {"guided", "published"}
-    generator : torch.Generator
-        On the CPU.
-    """
+    """Collects sparse directions until B independent ones are there; the generator is on the CPU."""
 
     def __init__(self, factors: Factors, method: Method, generator: torch.Generator) -> None:
         self._factors, self._method, self._generator = factors, method, generator
@@ -132,23 +101,14 @@ class Search:
         self.draws = 0
 
     def collect(self, rounds: int, accept: Callable[[Found], bool]) -> Found:
-        """Draw in rounds until the best B directions are accepted.
+        """Draw in rounds until `accept` says True to the B independent directions with the most zeros.
 
-        Parameters
-        ----------
-        accept : callable
-            Told B independent directions, those with the most zeros; True ends the search.
-
-        Returns
-        -------
-        Found
-            The independent directions with the most zeros: B, or fewer where no more were found.
+        Answers these, or fewer than B where no more were found.
         """
         best = self._best()
         if self._factors.samples == 1:
-            self._keep(
-                torch.ones_like(self._factors.values), self._zeros(torch.ones_like(self._rows[:1])), True
-            )
+            only = torch.ones_like(self._factors.values)
+            self._keep(only, self._zeros(only[None]), True)
             return self._pool
         easy = expected_draws(self._factors.samples) < _DRAWS
         for turn in range(rounds):
@@ -161,8 +121,6 @@ class Search:
             if len(best) == self._factors.samples and accept(best):
                 break
         return best
-
-    # ------------------------------------------------------------------ draws
 
     def _random_rows(self) -> None:
         size, count = self._factors.samples, len(self._rows)
@@ -191,8 +149,6 @@ class Search:
             size_of = (q @ self._rows.T).abs()
             middle = size_of.median(1, keepdim=True).values.clamp_min(1e-300)
             v = torch.tanh(size_of / middle - 1) @ self._factors.neurons
-
-    # ------------------------------------------------------------------ judgement
 
     def _zeros(self, q: Tensor, loose: float = 0.0) -> Tensor:
         """Where U q is zero up to noise, or below the share `loose` of its median; bool (n, m), for unit q (n, B)."""
