@@ -75,6 +75,7 @@ class FedMIA(CuriousServer, MembershipAttack):
         del seed  # nothing is drawn
         if len(candidates.images) == 0:
             raise NotApplicable("fedmia: no candidate to ask about")
+        observations = list({one.client: one for one in observations}.values())
         clients = [observation.client for observation in observations]
         s = torch.empty(0, len(candidates.images), dtype=torch.float64)
         if target in clients and len(clients) > MIN_SHADOWS:

@@ -299,5 +299,5 @@ def test_refusals(federation: Run, tmp_path: Path) -> None:
     bare_world = build_world(bare)
     with pytest.raises(DataError, match=r"data\.nonmembers"):
         choose_question(bare, bare_world, 0, {0: [1]})
-    with pytest.raises(NotApplicable, match="all are malicious"):
+    with pytest.raises(NotApplicable, match="all clients are malicious"):
         simulate(settings(clients=1, attack="client-loss", **{"run-dir": str(tmp_path / "other")}))

@@ -117,7 +117,7 @@ def test_an_attack_that_does_not_apply_is_left_out_of_the_run(tmp_path: Path) ->
     short = {"ig.iterations": 2, "rounds": 1, "run-dir": str(tmp_path / "run")}
     result = simulate(Config.from_mapping(BASE | settings | short), console=console)
     assert list(result.audits) == ["ig"]
-    assert "attack 'idlg' is left out: " in console.export_text()
+    assert "idlg is left out: " in console.export_text()
 
 
 @pytest.mark.parametrize("prefix", ["outside_plugins:Shifted", "Shifted", "attack"])
