@@ -524,7 +524,9 @@ def test_two_others_are_enough_and_the_same_client_twice_is_one() -> None:
     assert FedMIA.needs.clients == 3
     assert FedMIA().run(small_answers((4, 6, 7)), 6, candidates, 0, CPU).details["shadows"] == [2]
     for clients in ((4, 6), (4, 4, 6)):
-        with pytest.raises(NotApplicable, match=f"at most {len(set(clients))} clients .* at least 3 are needed"):
+        with pytest.raises(
+            NotApplicable, match=f"at most {len(set(clients))} clients .* at least 3 are needed"
+        ):
             FedMIA().run(small_answers(clients), 6, candidates, 0, CPU)
     with pytest.raises(NotApplicable, match="client 5, the target, answered in none of 2 observed rounds"):
         FedMIA().run(small_answers((4, 6, 7), (4, 6, 7)), 5, candidates, 0, CPU)
