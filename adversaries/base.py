@@ -1,7 +1,7 @@
 """What an attack is: a small object with its hyper-parameters as dataclass fields, its needs as data, and a `run`.
 
-A new attack is one file with a dataclass below a seat (:mod:`adversaries.seats`) and a family's base, one line in
-:data:`adversaries.ATTACKS`, and one test.
+A new attack is one file with a dataclass below a seat (:mod:`adversaries.seats`) and a family's base, one
+line in :data:`adversaries.ATTACKS`, and one test.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ class Attack(ABC):
 
     Attributes
     ----------
-    family : str
-        What is asked; set by the family's base.
-    seat : str
-        Who runs it; set by the seats of :mod:`adversaries.seats`.
+    family, seat : str
+        What is asked, set by the family's base; who runs it, set by the seats of :mod:`adversaries.seats`.
     inverts : bool
         Whether it rebuilds images.
     needs : Needs
@@ -55,18 +53,13 @@ class Attack(ABC):
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """What it needs with its own settings in one scenario (a width that grows with the batch, ...)."""
-        del scenario
         return self.needs
 
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Try, where its needs are met, what only trying tells: read the files it names, trace the model.
 
-        Raises
-        ------
-        NotApplicable
-            In one sentence: what stands in the way and what would help.
-        ConfigError, DataError
-            If a setting names what is not there.
+        Raise NotApplicable in one sentence: what stands in the way and what would help; ConfigError or
+        DataError if a setting names what is not there.
         """
         del scenario, facts
 
@@ -75,5 +68,4 @@ class Attack(ABC):
 
         Then the attack is given all updates that the server saw of its victims up to the last attacked round.
         """
-        del scenario
         return False

@@ -10,17 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the model that an attack is made for.
-
-    Attributes
-    ----------
-    kind : type
-        Class of the module that has it.
-    words : str
-        What it is.
-    models : str
-        Names of models with it.
-    """
+    """A part of the model that an attack is made for: its class, what it is, and names of `models` with it."""
 
     kind: type[nn.Module]
     words: str
@@ -100,20 +90,12 @@ class Facts:
 
     Attributes
     ----------
-    rounds : tuple of int
-        Rounds to be attacked.
-    clients, drawn : int
-        In the federation, and drawn each round.
-    samples : tuple of int
-        Of each client that is to be attacked.
-    held_out : int
-        Samples that no client trains on.
-    auxiliary : int
-        Public images granted.
-    labelled : bool
-        Whether these have labels.
-    honest : int
-        Clients that are not malicious.
+    rounds, samples : tuple of int
+        Rounds to be attacked; samples of each client that is to be attacked.
+    clients, drawn, honest : int
+        In the federation; drawn each round; not malicious.
+    held_out, auxiliary, labelled
+        Samples that no client trains on; public images granted; whether these have labels.
     references, members : int
         Reference models, and known members, granted.
     """

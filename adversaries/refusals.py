@@ -1,7 +1,6 @@
-"""The one check of what attacks need against what is known before a federation trains, from one table of sentences.
+"""The one check of what attacks need against what is known before a federation trains.
 
-The same table writes the words of ``fedattack list attacks`` and ``fedattack show``, README's table and the threat
-model of the report.
+Its table of sentences also writes ``fedattack list attacks``, ``show``, README's table and the threat model.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ class Row:
     broken : callable
         (needs n, scenario s, facts f) -> whether it is known not to be met, or at once the sentence that says so.
     sentence : str
-        What stands in the way and what would help; a template over n, s, f, and t, c, m: the scenario's training,
-        compression, model.
+        What stands in the way and what would help; a template over n, s, f, and t, c, m: the scenario's
+        training, compression, model.
     value : object
         Of the field, where the row is for one alone.
     plain : bool
@@ -216,10 +215,7 @@ def refusals(needs: Needs, scenario: Scenario, facts: Facts = NOT_KNOWN) -> list
 def attack_refusals(attack: Attack, scenario: Scenario, facts: Facts = NOT_KNOWN) -> list[str]:
     """What stands in an attack's way: its needs, and where they are met what trying tells (:meth:`Attack.probe`).
 
-    Raises
-    ------
-    ConfigError, DataError
-        If the attack's own settings cannot work: a file that it names is missing, ...
+    ConfigError or DataError if the attack's own settings cannot work: a file that it names is missing, ...
     """
     found = refusals(attack.needs_now(scenario), scenario, facts)
     tried = "" if found else _said(attack.probe, scenario, facts)
@@ -234,20 +230,8 @@ def applicable(
 ) -> tuple[dict[str, A], dict[str, str]]:
     """Attacks that apply, and for each other one the sentence that says why it is left out.
 
-    Parameters
-    ----------
-    attacks : mapping of str to Attack
-    scenario : Scenario
-    facts : Facts
-    also : callable, optional
-        Refuses by NotApplicable what somebody else cannot do with an attack, (name, attack).
-
-    Raises
-    ------
-    NotApplicable
-        If there are attacks and none applies.
-    ConfigError, DataError
-        As :func:`attack_refusals`.
+    `also` refuses by NotApplicable what somebody else cannot do with an attack, (name, attack). NotApplicable
+    if there are attacks and none applies; else errors as :func:`attack_refusals`.
     """
     left_out = {}
     for name, attack in attacks.items():
@@ -271,24 +255,14 @@ def threat_model(
 ) -> dict[str, Any]:
     """Who attacks, what it needs and what it is taken to know, JSON-able.
 
-    Parameters
-    ----------
-    attack : Attack or its class
-    needs : Needs, optional
-        As :meth:`Attack.needs_now` says in one scenario; None: as declared.
-    public : bool, optional
-        Whether public images are granted; None: not known yet.
-
-    Returns
-    -------
-    dict
-        "seat": str; "needs", "assumptions": lists of str; "letters": list of str. Letters are the threat models of
-        Carletti, Foggia, Mazzocca, Parrella, Vento, "SoK: Gradient Inversion Attacks in Federated Learning", USENIX
-        Security 2025: A, model updates; B, and basic knowledge; C, and training details; D, and surrogate data; E,
-        and the clients' data distribution (here: BatchNorm statistics of their data); F, C and active manipulation;
-        G, and surrogate data; H, and the choice of clients. Every attack here is told the training details, so that
-        none is below C. Two letters: without and with the public images that help it. None for other questions than
-        images.
+    `needs` are as :meth:`Attack.needs_now` says in one scenario, `public` says whether public images are
+    granted; None: as declared, not known yet. Returns "seat": str; "needs", "assumptions", "letters": lists
+    of str. Letters are the threat models of Carletti, Foggia, Mazzocca, Parrella, Vento, "SoK: Gradient
+    Inversion Attacks in Federated Learning", USENIX Security 2025: A, model updates; B, and basic knowledge;
+    C, and training details; D, and surrogate data; E, and the clients' data distribution (here: BatchNorm
+    statistics of their data); F, C and active manipulation; G, and surrogate data; H, and the choice of
+    clients. Every attack here is told the training details, so that none is below C. Two letters: without and
+    with the public images that help it. None for other questions than images.
     """
     needs = attack.needs if needs is None else needs
     seat = attack.seat
@@ -328,21 +302,10 @@ _CONTRADICTIONS: tuple[tuple[str, Callable[[Needs], bool]], ...] = (
 
 
 def check_class(name: str, cls: type[Attack], shared: Iterable[str], families: Iterable[str]) -> None:
-    """Refuse an attack class that breaks the contract.
+    """ConfigError for an attack class that breaks the contract.
 
-    Parameters
-    ----------
-    name : str
-        Of the attack in the run.
-    cls : type
-    shared : iterable of str
-        Settings of a run that stand beside the attacks' own (``attack.victims``, ...).
-    families : iterable of str
-        Questions that an auditor can score.
-
-    Raises
-    ------
-    ConfigError
+    `shared` are settings of a run that stand beside the attacks' own (``attack.victims``, ...), `families`
+    the questions that an auditor can score.
     """
     known, own = sorted(families), {field.name for field in dataclasses.fields(cls)}
     if (family := getattr(cls, "family", None)) not in known:

@@ -23,12 +23,8 @@ class CuriousServer(Attack):
 class MaliciousServer(Attack):
     """Sends weights of its own in the armed rounds, and reads what comes back.
 
-    Attributes
-    ----------
-    adapts : bool
-        Whether :meth:`tailor` asks what earlier rounds showed.
-    aggregates : bool
-        Whether the armed weights and the replies to them become the global model. Else it skips armed rounds.
+    `adapts`: whether :meth:`tailor` asks what earlier rounds showed. `aggregates`: whether the armed weights and the
+    replies to them become the global model; else it skips armed rounds.
     """
 
     seat = "malicious server"
@@ -43,25 +39,11 @@ class MaliciousServer(Attack):
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
-        """What is sent instead of the global model in an armed round.
+        """What is sent instead of the global model in an armed round: the same names, shapes and types.
 
-        Parameters
-        ----------
-        weights : dict of str to Tensor
-            The global state dict; not to be modified.
-        seed : int
-            Seeds every draw; differs from round to round.
-        auxiliary : Auxiliary or None
-            Public data granted to the adversary.
-        candidates : Candidates or None
-            The samples it will be asked about, where its question has some.
-
-        Returns
-        -------
-        dict of str to Tensor
-            The same names, shapes and types.
+        `weights` is the global state dict, not to be modified; `seed` seeds every draw and differs from round
+        to round; `candidates` are the samples it will be asked about, where its question has some.
         """
-        del scenario, seed, auxiliary, candidates
         return weights
 
     def tailor(
@@ -69,22 +51,12 @@ class MaliciousServer(Attack):
     ) -> dict[str, Tensor]:
         """What one client is sent differently in an armed round: a server may send each its own model.
 
-        Parameters
-        ----------
-        weights : dict of str to Tensor
-            Those of :meth:`arm`; not to be modified. They are also what an observation of a sum over clients holds.
-        place : int
-            Of the client among those drawn in the round, from 0, in ascending order.
-        earlier : sequence of Observation
-            Where :attr:`adapts` is set, what was seen of this client (of everyone, under secure aggregation) in
-            earlier armed rounds, the latest last.
-
-        Returns
-        -------
-        dict of str to Tensor
-            The tensors that differ, of the same shapes and types; none: all clients get `weights`.
+        `weights` are those of :meth:`arm`, not to be modified; an observation of a sum over clients holds them.
+        `place` is the client's among those drawn in the round, from 0, ascending. `earlier`: where :attr:`adapts`
+        is set, what was seen of this client (of everyone, under secure aggregation) in earlier armed rounds, the
+        latest last. Returns the tensors that differ, of the same shapes and types; none: all clients get
+        `weights`.
         """
-        del scenario, weights, place, earlier
         return {}
 
 
@@ -96,14 +68,12 @@ class ClientView:
     ----------
     round, client : int
         The round (the last one when it is asked at the end), and the client's own number.
-    scenario : Scenario
     weights : dict of str to Tensor
         The global model that it was sent; not to be modified.
     seed : int
         Seeds every draw; differs from round to round and client to client.
     memory : dict of str to Tensor
-        What the attack keeps between rounds, to be written to; empty at first. Needs
-        :attr:`MaliciousClient.keeps_memory`.
+        Kept between rounds, to be written to; empty at first. Needs :attr:`MaliciousClient.keeps_memory`.
     requests : int
         How many deletions it is to ask for (setting ``attack.requests``).
     """
@@ -121,10 +91,7 @@ class ClientView:
 class MaliciousClient(Attack):
     """Takes part as the clients of setting ``attack.malicious_clients``; each hook does nothing unless overridden.
 
-    Attributes
-    ----------
-    keeps_memory : bool
-        Whether :attr:`ClientView.memory` is kept from round to round.
+    `keeps_memory`: whether :attr:`ClientView.memory` is kept from round to round.
     """
 
     seat = "malicious client"
@@ -132,16 +99,13 @@ class MaliciousClient(Attack):
 
     def see(self, view: ClientView) -> None:
         """Look at the global model of a round, before anything else."""
-        del view
 
     def poison(self, view: ClientView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The samples that it trains on: float32 (n, C, H, W) in [0, 1] and int64 (n,), as many as it was given."""
-        del view
         return images, labels
 
     def reply(self, view: ClientView, update: dict[str, Tensor]) -> dict[str, Tensor]:
         """The update that is handed to the compressor: the same names and shapes."""
-        del view
         return update
 
     def request(
@@ -149,18 +113,11 @@ class MaliciousClient(Attack):
     ) -> UnlearningRequest | None:
         """The deletions that it asks for; None: none.
 
-        Parameters
-        ----------
-        model : nn.Module
-            The global one, as `view.weights`.
-        images, labels : Tensor
-            Its samples that are not forgotten yet, float32 (N, C, H, W) in [0, 1] and int64 (N,). Positions of the
-            request count in them.
+        `model` is the global one, as `view.weights`. `images`, float32 (N, C, H, W) in [0, 1], and `labels`,
+        int64 (N,), are its samples that are not forgotten yet; positions of the request count in them.
         """
-        del view, model, images, labels
         return None
 
     def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
         """What it says of the samples it is asked about after the last round, by name; a family says which."""
-        del view, question
         return {}

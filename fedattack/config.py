@@ -15,7 +15,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -109,6 +109,13 @@ class ModelConfig(Section):
         None, description="width of a bottleneck before the head; defence 'precode' sets it"
     )
     weights: str | None = Field(None, description="safetensors file of initial weights; None: seeded random")
+
+    @property
+    def resolved(self) -> tuple[int, int, int]:
+        """Channels, image side and classes; :func:`fedattack.models.resolve` sees to it that they are set."""
+        found = self.channels, self.image_size, self.classes
+        assert None not in found, "resolve the model configuration first"
+        return cast(tuple[int, int, int], found)
 
 
 class TrainingConfig(Section):
@@ -291,20 +298,10 @@ class Config(Section):
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Config:
-        """Build from a flat or nested mapping.
+        """Build from a flat or nested mapping of short or dotted names or sections, over nested `base` settings.
 
-        Parameters
-        ----------
-        settings : mapping
-            Short names, dotted names or nested sections; values may be strings as typed in a shell.
-            An empty string stands for "not set" (Flower's run-config cannot hold null).
-        base : mapping, optional
-            Nested settings that `settings` override.
-
-        Raises
-        ------
-        ConfigError
-            Names the setting, its value and what would be accepted.
+        Values may be strings as typed in a shell; an empty string stands for "not set" (Flower's run-config cannot
+        hold null). Raises ConfigError, which names the setting, its value and what would be accepted.
         """
         tree: dict[str, Any] = _deep_copy(base or {})
         for key, value in settings.items():

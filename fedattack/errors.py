@@ -39,17 +39,7 @@ class RunFailed(FedattackError):
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Error for an unknown name, with the nearest known one.
-
-    Parameters
-    ----------
-    what : str
-        The kind of thing, as a person would call it ("attack", "data set").
-    name : str
-        The name that was asked for.
-    known : iterable of str
-        The names that are accepted.
-    """
+    """Error for an unknown name of a kind of thing ("attack", "data set"), with the nearest known one."""
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""

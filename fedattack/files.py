@@ -23,13 +23,7 @@ _REASONS = {
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary neighbour first, then renamed.
-
-    Raises
-    ------
-    RunFailed
-        If the disk is full, or the file cannot be written; nothing half-written stays behind.
-    """
+    """Write a file whole or not at all (RunFailed): to a temporary neighbour first, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,13 +51,7 @@ def cannot_write(path: Path, error: OSError, size: int) -> RunFailed:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, `metadata` in the header, whole or not at all.
-
-    Raises
-    ------
-    RunFailed
-        As in :func:`write_bytes`.
-    """
+    """Write tensors as safetensors, `metadata` in the header, whole or not at all (RunFailed)."""
     write_bytes(path, save(portable(tensors), metadata))
 
 

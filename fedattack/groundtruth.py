@@ -11,29 +11,14 @@ from fedattack.observation import observation_name
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The private batch behind one observation.
-
-    Parameters
-    ----------
-    round, client : int
-        Which observation it belongs to.
-    images : Tensor
-        float32, shape (B, C, H, W), in [0, 1].
-    labels : Tensor
-        int64, shape (B,).
-    sample_ids : tuple of int
-        Positions in the data set, for the record.
-    shown : Tensor or None
-        float32, shape (B, C, H, W), in [0, 1]: what the model was shown where a defence transforms the images; None
-        where it was shown `images`.
-    """
+    """The private batch behind one observation."""
 
     round: int
     client: int
-    images: Tensor
-    labels: Tensor
-    sample_ids: tuple[int, ...]
-    shown: Tensor | None = None
+    images: Tensor  # float32 (B, C, H, W), in [0, 1]
+    labels: Tensor  # int64 (B,)
+    sample_ids: tuple[int, ...]  # positions in the data set, for the record
+    shown: Tensor | None = None  # as `images`: what the model was shown where a defence transforms them
 
     @property
     def key(self) -> str:

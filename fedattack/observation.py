@@ -7,7 +7,7 @@ gradients and the client's random draws live in :mod:`fedattack.groundtruth`, wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -30,27 +30,14 @@ def observation_name(round: int, client: int) -> str:
 class Update:
     """A decoded client update, sparse where it came sparse.
 
-    Entries are addressed by their flat position in the concatenation of all tensors, in the order of `names`.
-
-    Parameters
-    ----------
-    names : tuple of str
-        Parameter names, in the model's order.
-    shapes : tuple of tuple of int
-        Their shapes.
-    indices : Tensor or None
-        int64, shape (k,), strictly increasing flat positions of the entries that were sent; None when every
-        entry was sent.
-    values : Tensor
-        float32, shape (k,) or (numel,): the entries.
-    kind : {"gradient", "delta"}
-        The gradient of the mean loss over the client's batch, or new weights minus received weights.
+    Entries are addressed by their flat position in the concatenation of all tensors, in the model's order. `kind`:
+    the gradient of the mean loss over the client's batch, or new weights minus received weights.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    indices: Tensor | None
-    values: Tensor
+    indices: Tensor | None  # int64 (k,), strictly increasing: what was sent; None: every entry
+    values: Tensor  # float32 (k,) or (numel,)
     kind: UpdateKind = "gradient"
 
     @property
@@ -118,41 +105,22 @@ class Scenario:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one input, pixels in [0, 1]."""
-        channels, size = self.model.channels, self.model.image_size
-        assert channels is not None
-        assert size is not None
-        return channels, size, size
+        channels, side, _ = self.model.resolved
+        return channels, side, side
 
     def record(self) -> dict[str, Any]:
         """The facts as JSON-able sections: "model", "training", "compression", "defense"."""
-        return {
-            "model": self.model.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json"),
-            "compression": self.compression.model_dump(mode="json"),
-            "defense": self.defense.model_dump(mode="json"),
-        }
+        return {part.name: getattr(self, part.name).model_dump(mode="json") for part in fields(self)}
 
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """Public data granted to the adversary, disjoint from every client's samples.
+    """Public data granted to the adversary, disjoint from every client's samples."""
 
-    Parameters
-    ----------
-    images : Tensor
-        float32, shape (N, C, H, W), values in [0, 1].
-    labels : Tensor or None
-        int64, shape (N,), in the federation's label space; None where the public data has none.
-    source : str
-        Where it came from, for the report.
-    groups : Tensor or None
-        int64, shape (N,): whose image it is (any numbering), so that whole people can be held out; None: unknown.
-    """
-
-    images: Tensor
-    labels: Tensor | None = None
-    source: str = ""
-    groups: Tensor | None = None
+    images: Tensor  # float32 (N, C, H, W) in [0, 1]
+    labels: Tensor | None = None  # int64 (N,), in the federation's label space
+    source: str = ""  # where it came from, for the report
+    groups: Tensor | None = None  # int64 (N,): whose image it is, to hold out whole people
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
@@ -160,40 +128,17 @@ class Auxiliary:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the server's seat really saw of one client in one round.
+    """What the server's seat really saw of one client in one round."""
 
-    Parameters
-    ----------
-    round : int
-        1-based round.
-    client : int
-        The node the reply came from (its number, not its data), or :data:`EVERYONE`.
-    scenario : Scenario
-        Public facts.
-    weights : dict of str to Tensor
-        The model (parameters and buffers) that was sent out.
-    update : Update
-        The reply as it came over the wire.
-    num_examples : int
-        Declared by the client: samples in the batch (fedsgd) or seen in the round (fedavg); their sum under secure
-        aggregation.
-    wire_bytes : int
-        Size of the update on the wire.
-    auxiliary : Auxiliary or None
-        Public data granted to this adversary.
-    buffers : dict of str to Tensor
-        BatchNorm statistics the client sent beside its update, uncompressed; empty where the model has none.
-    """
-
-    round: int
-    client: int
+    round: int  # from 1
+    client: int  # the node the reply came from (its number, not its data), or EVERYONE
     scenario: Scenario
-    weights: dict[str, Tensor]
-    update: Update
-    num_examples: int
+    weights: dict[str, Tensor]  # that were sent out: parameters and buffers
+    update: Update  # the reply as it came over the wire
+    num_examples: int  # declared: samples of the batch or the round; summed under secure aggregation
     wire_bytes: int = 0
     auxiliary: Auxiliary | None = None
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # BatchNorm statistics sent beside it
 
     @property
     def key(self) -> str:
@@ -203,40 +148,17 @@ class Observation:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a reconstruction attack answers for one observation.
+    """What a reconstruction attack answers for one observation."""
 
-    Parameters
-    ----------
-    images : Tensor
-        float32, shape (B, C, H, W), clamped to [0, 1], on the CPU.
-    labels : Tensor
-        int64, shape (B,): the inferred labels, in the order of `images`.
-    loss : float
-        The attack's own final objective; restarts are compared by nothing else.
-    label_confidence : float
-        In [0, 1]: the attack's own measure of how sure the labels are.
-    certificate : float or None
-        The solver's objective per kept number (about 1 or less when its noise model is right), where it has one.
-    method : str
-        The method that was really used ("gauss-newton", "matching", ...).
-    history : list of float
-        Objective per iteration.
-    floors : dict of str to Tensor
-        Images (B, C, H, W) that the same attacker would have answered without the update ("prior", ...), for the
-        auditor to score as floors.
-    details : dict
-        JSON-able extras for the record (iterations, restarts, schedule, notes).
-    """
-
-    images: Tensor
-    labels: Tensor
-    loss: float
-    label_confidence: float = 1.0
-    certificate: float | None = None
-    method: str = ""
-    history: list[float] = field(default_factory=list)
-    floors: dict[str, Tensor] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    images: Tensor  # float32 (B, C, H, W), clamped to [0, 1], on the CPU
+    labels: Tensor  # int64 (B,): inferred, in the order of `images`
+    loss: float  # the attack's own final objective; restarts are compared by nothing else
+    label_confidence: float = 1.0  # in [0, 1], by the attack's own measure
+    certificate: float | None = None  # objective per kept number, about 1 or less if its noise model is right
+    method: str = ""  # that was really used ("gauss-newton", "matching", ...)
+    history: list[float] = field(default_factory=list)  # objective per iteration
+    floors: dict[str, Tensor] = field(default_factory=dict)  # (B, C, H, W): the answer without the update
+    details: dict[str, Any] = field(default_factory=dict)  # JSON-able extras for the record
 
 
 @dataclass(frozen=True)
@@ -263,15 +185,7 @@ class MembershipScores:
 class UnlearningRequest:
     """A client's request to forget samples: by position in its partition, or the samples themselves.
 
-    Parameters
-    ----------
-    client : int
-        Who asks.
-    positions : tuple of int
-        In its partition; empty where samples are sent.
-    reason : str
-    images, labels : Tensor or None
-        float32 (n, C, H, W) in [0, 1] and int64 (n,); nothing says that the client ever trained on them.
+    `images`, float32 (n, C, H, W) in [0, 1], and `labels`, int64 (n,), may be samples it never trained on.
     """
 
     client: int

@@ -33,14 +33,7 @@ class Registry(Generic[T]):
     group : str, optional
         Packaging entry-point group searched after the built-ins, e.g. ``"fedattack.attacks"``.
     base : str, optional
-        ``"package.module:Class"`` that a plug-in from outside must be a subclass of, where it is a class, or else an
-        instance.
-
-    Examples
-    --------
-    >>> models = Registry("codec", {"json": "json:JSONDecoder"})
-    >>> models.get("json").__name__
-    'JSONDecoder'
+        ``"package.module:Class"`` that a plug-in from outside must be a subclass or else an instance of.
     """
 
     def __init__(
@@ -68,11 +61,7 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The object registered as `name`, or the one at ``package.module:Object``.
 
-        Raises
-        ------
-        ConfigError
-            If the name is unknown (with the nearest known one), or the target cannot be imported or is of another
-            kind.
+        Raises ConfigError if the name is unknown, or the target cannot be imported or is of another kind.
         """
         if name in self._targets:
             target = self._targets[name]
@@ -118,24 +107,9 @@ def build_plugin(
 ) -> T:
     """Build a dataclass plug-in from its own options and from those shared by all selected plug-ins of its kind.
 
-    Parameters
-    ----------
-    cls : type
-        A dataclass whose fields are its settings.
-    name : str
-        Its name in this run, for messages.
-    options : mapping
-        Field -> value; values may be strings as typed in a shell.
-    shared : mapping
-        The same for all; fields that it lacks are passed over, and the caller sees to it that each is known to
-        at least one plug-in.
-    prefix : str
-        What stands before the name in the name of a setting.
-
-    Raises
-    ------
-    ConfigError
-        If one of its own options is unknown, or a value is malformed.
+    Values may be strings as typed in a shell. Shared options that it lacks are passed over: the caller sees to it
+    that each is known to at least one plug-in. `prefix` stands before the name in the name of a setting. Raises
+    ConfigError if one of its own options is unknown, or a value is malformed.
     """
     fields = set(plugin_options(cls))
     for option in options:
@@ -159,12 +133,7 @@ def _adapters(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
 
 
 def check_values(plugin: Any, name: str) -> None:
-    """Refuse a dataclass plug-in, built by whomever, of which a field's value is not what its annotation allows.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Refuse (ConfigError) a dataclass plug-in, built by whomever, with a value its annotation does not allow."""
     kind: Any = type(plugin)
     for field, adapter in _adapters(kind).items():
         try:
@@ -186,23 +155,9 @@ def build_plugins(
     shared: Mapping[str, Any],
     section: str,
 ) -> dict[str, T]:
-    """Build the plug-ins that a run names, each from its own options and from those shared by all.
+    """Build the plug-ins that a run names in a section ("attack", "defense"), each as :func:`build_plugin` does.
 
-    Parameters
-    ----------
-    registry : Registry
-    names : iterable of str
-    options : mapping
-        Name -> its own options.
-    shared : mapping
-        As for :func:`build_plugin`.
-    section : str
-        Of the settings: "attack", "defense".
-
-    Raises
-    ------
-    ConfigError
-        If a name or an option is unknown or malformed, or options are given without their plug-in.
+    Raises ConfigError too where options are given without their plug-in, or shared ones that none has.
     """
     classes = {name: registry.get(name) for name in names}
     for name in options.keys() - classes:

@@ -68,7 +68,7 @@ class Task(ABC):
     def gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
         """Loss and gradient of one batch: what an undefended client computes."""
         loss = self.loss(model, images, labels)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = list(trained_parameters(model).values())
         return loss, torch.autograd.grad(loss, parameters, materialize_grads=True)
 
 
@@ -91,8 +91,7 @@ class Classify(Task):
 
     def output(self, model: ModelConfig) -> tuple[int, ...]:
         """One logit for each class."""
-        assert model.classes is not None
-        return (model.classes,)
+        return (model.resolved[2],)
 
 
 TASKS: Registry[type[Task]] = Registry(
@@ -100,17 +99,3 @@ TASKS: Registry[type[Task]] = Registry(
 )
 
 CLASSIFY = Classify()
-
-
-__all__ = [
-    "CLASSIFY",
-    "TASKS",
-    "Classify",
-    "GradientStep",
-    "LossAndGradient",
-    "Penalised",
-    "Task",
-    "objective",
-    "tied_names",
-    "trained_parameters",
-]

@@ -24,53 +24,23 @@ batch_gradient: GradientStep = CLASSIFY.gradient
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training leaves.
+    """What local training leaves."""
 
-    Parameters
-    ----------
-    update : dict of str to Tensor
-        Trained parameter -> gradient (fedsgd) or new minus received weights (fedavg), float32, on the model's
-        device.
-    buffers : dict of str to Tensor
-        The floating-point buffers after training (BatchNorm statistics); empty where the model has none.
-    loss : float
-        Mean loss of the batches, each at the weights it met.
-    num_examples : int
-        Distinct samples used.
-    """
-
-    update: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    loss: float
-    num_examples: int
+    update: dict[str, Tensor]  # trained parameter -> gradient (fedsgd) or weight change (fedavg)
+    buffers: dict[str, Tensor]  # floating-point buffers after training (BatchNorm statistics)
+    loss: float  # mean over the batches, each at the weights it met
+    num_examples: int  # distinct samples used
 
 
 def batch_positions(
     count: int, training: TrainingConfig, seed: int, round: int, client: int
 ) -> list[NDArray[np.int64]]:
-    """Which of a client's samples are in the batch of each local step.
+    """Which of a client's `count` samples are in the batch of each local step: positions, int64, one array a step.
 
-    A pure function of its arguments, so that the auditor can recompute what a client saw.
-
-    Parameters
-    ----------
-    count : int
-        Samples the client has.
-    training : TrainingConfig
-        `batch_size` 0, or no less than `count`, takes all samples in every step.
-    seed, round, client : int
-        Key of the random stream.
-
-    Returns
-    -------
-    list of ndarray of int64
-        Positions in [0, count), one array per local step. Steps walk through a random permutation, which is drawn
-        anew when it is used up; the last batch of such an epoch may be smaller (McMahan et al. 2017).
-
-    Raises
-    ------
-    DataError
-        If the client has no samples.
+    A pure function of its arguments, so that the auditor can recompute what a client saw. Steps walk through a random
+    permutation, which is drawn anew when it is used up; the last batch of such an epoch may be smaller (McMahan et
+    al. 2017). `batch_size` 0, or no less than `count`, takes all samples in every step. Raises DataError without
+    samples.
     """
     if count < 1:
         raise DataError(f"client {client} has no samples to train on; use fewer clients or another partition")
@@ -118,10 +88,8 @@ def local_update(
         numbers (dropout), for those would come from torch's global stream.
     weights : mapping of str to Tensor
         The received state dict; not modified.
-    images : Tensor
-        float32, shape (N, C, H, W), in [0, 1]: all samples of the client.
-    labels : Tensor
-        int64, shape (N,).
+    images, labels : Tensor
+        All samples of the client: float32 (N, C, H, W) in [0, 1] and int64 (N,).
     batches : sequence of ndarray of int64
         Positions in the samples, one array per step (:func:`batch_positions`).
     training : TrainingConfig
@@ -131,10 +99,6 @@ def local_update(
         ``torch.optim.SGD``, its momentum starting at zero.
     step : callable
         How the loss and gradient of one batch are computed; a defence may have a say in it.
-
-    Returns
-    -------
-    LocalResult
 
     Raises
     ------
@@ -194,32 +158,10 @@ def evaluate(
     batch_size: int = 512,
     task: Task = CLASSIFY,
 ) -> dict[str, float]:
-    """The task's figures of `weights` in evaluation mode, as means over the samples.
+    """The task's figures of `weights` in evaluation mode, as means over the samples; `model` is overwritten.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Scratch space; its weights are overwritten.
-    weights : mapping of str to Tensor
-        State dict.
-    images, labels : Tensor
-        float32 (N, C, H, W) in [0, 1] and int64 (N,).
-    batch_size : int
-        Samples in one forward pass; no effect on the result beyond rounding.
-    task : Task
-
-    Returns
-    -------
-    dict
-        Of a classifier "loss", the mean cross-entropy (NaN or infinite where the model has diverged), and "accuracy"
-        in [0, 1].
-
-    Raises
-    ------
-    DataError
-        If there are no samples.
-    RunFailed
-        If the weights do not fit the model.
+    Of a classifier "loss", the mean cross-entropy (NaN or infinite where the model has diverged), and "accuracy" in
+    [0, 1]. Raises DataError without samples, RunFailed if the weights do not fit the model.
     """
     if len(labels) == 0:
         raise DataError("no samples to evaluate on")
@@ -236,13 +178,7 @@ def evaluate(
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy a state dict into the model's own tensors (parameters and buffers).
-
-    Raises
-    ------
-    RunFailed
-        If names or shapes differ.
-    """
+    """Copy a state dict into the model's own tensors, parameters and buffers; RunFailed where it does not fit."""
     own = model.state_dict()
     if own.keys() != weights.keys():
         raise RunFailed(f"weights do not fit the model: tensors {sorted(own.keys() ^ weights.keys())}")

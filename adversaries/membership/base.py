@@ -40,25 +40,13 @@ class MembershipAttack(Attack):
     ) -> Figures:
         """What one round tells.
 
-        Parameters
-        ----------
-        observations : sequence of Observation
-            All that the seat saw in the round, in the order of the clients.
-        target : int
-            The client asked about; it need not be among them.
-        candidates : Candidates
-            One fixed list for the whole run.
+        `observations` are all that the seat saw in the round, in the order of the clients; the client asked
+        about, `target`, need not be among them. `candidates` are one fixed list for the whole run.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no rounds")
 
     def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
-        """The candidates' scores, from the figures of all rounds by their number, ascending.
-
-        Raises
-        ------
-        NotApplicable
-            If they do not allow any.
-        """
+        """The candidates' scores, from the figures of all rounds, ascending; NotApplicable if these allow none."""
         raise NotImplementedError(f"{type(self).__name__} reads no rounds")
 
     def run(

@@ -21,9 +21,9 @@ FIRST = "first."
 class ClientLoss(MaliciousClient, MembershipAttack):
     """Passive attack of a client on all others (Nasr et al., S&P 2019), by the fall of the loss since it joined.
 
-    The score is the candidate's cross-entropy under the first global model that the client was sent, minus that
-    under the last one: members fall further. The first model stands for how hard a sample is in itself (difficulty
-    calibration, Watson et al., ICLR 2022).
+    The score is the candidate's cross-entropy under the first global model that the client was sent, minus
+    that under the last one: members fall further. The first model stands for how hard a sample is in itself
+    (difficulty calibration, Watson et al., ICLR 2022).
 
     Parameters
     ----------

@@ -31,31 +31,25 @@ class FedMIA(CuriousServer, MembershipAttack):
         mean over t of  Phi( (s_target - mean_k s_k) / sqrt(var_k s_k + 1e-8) ),   k over the others,
 
     with the population variance (divisor: number of shadows), as in the authors' code. Every round asks about
-    the same candidates in the same order.
+    the same candidates. Gradients are taken in eval mode: BatchNorm has no per-sample gradient on batch
+    statistics. Rounds in which the target, or fewer than two others, did not answer are passed over.
 
     Parameters
     ----------
     statistic : {"cosine", "loss"}
         ``cosine`` (FedMIA-II): cosine between the gradient ``g_x`` at the weights sent out and the client's
-        update. A gradient update is taken as it is, a weight delta with its sign turned, so that members
-        point along it. A sparse update counts as zero where nothing was sent: inner product over the sent
-        entries, divided by the norm of the *whole* gradient ``g_x`` and the norm of what was sent. An
-        all-zero update or gradient has cosine 0.
+        update, a weight delta with its sign turned, so that members point along it. A sparse update counts as
+        zero where nothing was sent: inner product over the sent entries, divided by the norm of the *whole*
+        gradient ``g_x`` and the norm of what was sent. An all-zero update or gradient has cosine 0.
 
-        ``loss`` (FedMIA-I): minus the cross-entropy of ``x`` under the client's own model, i.e. the weights
-        sent out plus the delta under "fedavg", and minus the server's step times the gradient under "fedsgd"
-        (`server_learning_rate`, else `learning_rate`); unsent entries stay as sent out, and BatchNorm
-        statistics are the client's where it sent them.
+        ``loss`` (FedMIA-I): minus the cross-entropy of ``x`` under the client's own model, i.e. the weights sent
+        out plus the delta under "fedavg", and minus the server's step times the gradient under "fedsgd"
+        (`server_learning_rate`, else `learning_rate`); unsent entries stay as sent out, and BatchNorm statistics
+        are the client's where it sent them.
     drop_members : bool
-        For clients that share samples or classes (non-IID data): per round and candidate, leave out the
-        shadows above mean + 3 standard deviations, which may be members themselves, and take mean and
-        variance again. Among n values none can lie further than sqrt(n - 1) deviations out, so this acts from
-        11 shadows on.
-
-    Notes
-    -----
-    Gradients are taken in eval mode: BatchNorm has no per-sample gradient on batch statistics. Rounds in
-    which the target, or fewer than two others, did not answer are passed over.
+        For clients that share samples or classes (non-IID data): per round and candidate, leave out the shadows
+        above mean + 3 standard deviations, which may be members themselves, and take mean and variance again.
+        Among n values none can lie further than sqrt(n - 1) deviations out, so this acts from 11 shadows on.
     """
 
     statistic: Literal["cosine", "loss"] = "cosine"
@@ -72,7 +66,6 @@ class FedMIA(CuriousServer, MembershipAttack):
         device: torch.device,
     ) -> Figures:
         """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where the round is passed over."""
-        del seed  # nothing is drawn
         if len(candidates.images) == 0:
             raise NotApplicable("fedmia: no candidate to ask about")
         observations = list({one.client: one for one in observations}.values())
@@ -86,16 +79,9 @@ class FedMIA(CuriousServer, MembershipAttack):
     def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
         """The candidates' scores in [0, 1].
 
-        Returns
-        -------
-        MembershipScores
-            `details`: rounds used and passed over, shadows per round, `saturated` (share of per-round values that
-            are exactly 0 or 1, hence cannot be ranked), `dropped` (share of shadow values left out).
-
-        Raises
-        ------
-        NotApplicable
-            If no round was answered by the target and two other clients.
+        `details`: rounds used and passed over, shadows per round, `saturated` (share of per-round values that
+        are exactly 0 or 1, hence cannot be ranked), `dropped` (share of shadow values left out).
+        NotApplicable if no round was answered by the target and two other clients.
         """
         used = {number: figures for number, figures in rounds.items() if len(figures["statistic"])}
         if not used:
@@ -165,16 +151,9 @@ def client_model(observation: Observation) -> dict[str, Tensor]:
 
 
 def one_tailed(own: Tensor, others: Tensor, keep: Tensor) -> Tensor:
-    """Probability that a non-member's statistic is below `own` under a normal fitted to `others`.
+    """Probability that a non-member's statistic is below `own` (N,) under a normal fitted to `others` (K, N).
 
-    Parameters
-    ----------
-    own : Tensor
-        float64 (N,): the target's statistic.
-    others : Tensor
-        float64 (K, N): the shadows'.
-    keep : Tensor
-        bool (K, N): which of them count.
+    `keep`, bool (K, N), says which of the others count.
     """
     count = keep.sum(0)
     mean = (others * keep).sum(0) / count

@@ -1,9 +1,8 @@
-"""Per-sample quantities of a classifier: losses, and inner products of per-sample gradients with updates.
+"""Per-sample losses of a classifier, and inner products of per-sample gradients with updates.
 
-The gradients themselves are never all in memory. In :class:`ConvChain` and :class:`ResNet` the linear head,
-which may hold millions of entries, is not formed at all: its gradient is the outer product of the residual
-``r`` (softmax minus one-hot) and the features ``h``, so that ``<g, U> = r^T U h`` and ``||g|| = ||r||
-||h||``. The rest goes through ``torch.func`` in chunks of samples.
+The gradients themselves are never all in memory, and of :class:`ConvChain` and :class:`ResNet` the linear head's,
+which may hold millions of entries, is not formed at all: it is the outer product of the residual ``r`` (softmax
+minus one-hot) and the features ``h``, so that ``<g, U> = r^T U h`` and ``||g|| = ||r|| ||h||``.
 """
 
 from __future__ import annotations
@@ -121,29 +120,18 @@ def gradient_products(
 ) -> tuple[Tensor, Tensor]:
     """Inner product of every sample's gradient with every update, and the gradients' norms.
 
+    Returns float64 (K, N) and (N,), on the CPU; norms are over all parameters, sent or not. PayloadError if
+    an update is not over the model's parameters.
+
     Parameters
     ----------
     model : nn.Module
         In eval mode, on the device to compute on. Only its architecture is used.
     weights : dict of str to Tensor
         Parameters and buffers to differentiate at.
-    images, labels : Tensor
-        float32 (N, C, H, W) and int64 (N,).
     updates : sequence of Update
         Each over all of the model's parameters, in the model's order; sparse ones count as zero where nothing
         was sent.
-
-    Returns
-    -------
-    products : Tensor
-        float64 (K, N), on the CPU.
-    norms : Tensor
-        float64 (N,), on the CPU: L2 norm of the gradient over all parameters, sent or not.
-
-    Raises
-    ------
-    PayloadError
-        If an update is not over the model's parameters.
     """
     device = next(model.parameters()).device
     state = {name: tensor.to(device) for name, tensor in weights.items()}
@@ -151,11 +139,8 @@ def gradient_products(
     for update in updates:
         if list(update.names) != order:
             raise PayloadError(f"update over tensors {list(update.names)}; the model's are {order}")
-    head = (
-        {name for name in order if name.startswith("head.")}
-        if isinstance(model, ConvChain | ResNet)
-        else set()
-    )
+    splits = isinstance(model, ConvChain | ResNet)
+    head = {name for name in order if splits and name.startswith("head.")}
     rest = [name for name in order if name not in head]
     rest_parts = [_part(update, set(rest), device) for update in updates]
     weight_parts = [_part(update, head - {"head.bias"}, device) for update in updates]

@@ -6,16 +6,19 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
+from torch import nn
 
-from adversaries.base import Attack, Progress, no_progress
+from adversaries.base import Attack, Progress, no_progress, share_of
 from adversaries.needs import Needs
 from adversaries.refusals import attack_refusals
 from fedattack.errors import NotApplicable
+from fedattack.models import build_model
 from fedattack.observation import Observation, Reconstruction, Scenario
 
+Module = TypeVar("Module", bound=nn.Module)
 Status = Literal["certified", "approximate", "failed"]
 
 CERTIFIED = 1e-5
@@ -44,6 +47,16 @@ def failed(method: str, observation: Observation, reason: str, **details: object
     )
 
 
+def armable(scenario: Scenario, kind: type[Module]) -> Module:
+    """The model of a scenario, which must have the block that an attack is made for."""
+    module = build_model(scenario.model)
+    if not isinstance(module, kind):
+        raise NotApplicable(
+            f"model.name = {scenario.model.name!r} is no {kind.__name__}, which this attack needs"
+        )
+    return module
+
+
 @dataclass
 class ReconstructionAttack(Attack):
     """Rebuilds a client's private images from its update."""
@@ -53,12 +66,7 @@ class ReconstructionAttack(Attack):
     needs: ClassVar[Needs] = Needs(sums="dense", fresh=True)
 
     def check(self, scenario: Scenario) -> None:
-        """Refuse a scenario this attack cannot apply to; see :func:`adversaries.refusals.attack_refusals`.
-
-        Raises
-        ------
-        NotApplicable
-        """
+        """Raise NotApplicable where this attack does not fit; see :func:`adversaries.refusals.attack_refusals`."""
         if refused := attack_refusals(self, scenario):
             raise NotApplicable(refused[0])
 
@@ -72,20 +80,34 @@ class ReconstructionAttack(Attack):
     ) -> list[Reconstruction]:
         """Attack observations that share one round's weights, or, under :meth:`needs_history`, of several rounds.
 
-        Parameters
-        ----------
-        observations : sequence of Observation
-            All from the same round unless the attack needs their history; an attack is free to treat them in one
-            batched optimisation.
-        seed : int
-            Seeds every draw of the attack.
-        device : torch.device
-            Where to compute.
-        progress : Progress
-            Told about the share done.
-
-        Returns
-        -------
-        list of Reconstruction
-            In the order of `observations`.
+        An attack is free to treat them in one batched optimisation; answers come in their order. `seed` seeds every
+        draw, and `progress` is told the share done.
         """
+
+
+@dataclass
+class OneByOne(ReconstructionAttack):
+    """Attacks one observation after the other, in float64."""
+
+    @abstractmethod
+    def one(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
+    ) -> Reconstruction:
+        """Attack one observation; `progress` is told the share done of it."""
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> list[Reconstruction]:
+        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
+        if device.type == "mps":  # has no float64
+            device = torch.device("cpu")
+        answers = []
+        for number, observation in enumerate(observations):
+            low, high = number / len(observations), (number + 1) / len(observations)
+            told = share_of(progress, low, high, f"client {observation.client}: ")
+            answers.append(self.one(observation, seed, device, told))
+        return answers

@@ -2,23 +2,8 @@
 
 ``compressor.compress`` turns a client's update into a packet, :func:`encode` the packet into bytes, and the server's
 :func:`decode` the bytes into an :class:`~fedattack.observation.Update`, checked against what was agreed.
-:mod:`fedattack.compression.carrier` puts the bytes into a Flower message.
-
 A new compressor is one subclass of :class:`Compressor` (a `codec` and a `pack` method), registered in
 :data:`COMPRESSORS`, by the entry-point group ``fedattack.compressors``, or named as ``package.module:Class``.
-
-Examples
---------
->>> import torch
->>> from fedattack.config import CompressionConfig
->>> config = CompressionConfig(name="topk", rate=0.25, error_feedback=True)
->>> compressor = build_compressor(config, ["w"], [(4,)])
->>> update = {"w": torch.tensor([1.0, -3.0, 2.0, 0.0])}
->>> packet, memory = compressor.compress(update, Memory(), 1, torch.Generator())
->>> decode(encode(packet), ["w"], [(4,)], "gradient", config, round=1).dense()["w"].tolist()
-[0.0, -3.0, 0.0, 0.0]
->>> memory.tensors["residual"].tolist()
-[1.0, 0.0, 2.0, 0.0]
 """
 
 from __future__ import annotations

@@ -22,35 +22,19 @@ from fedattack.errors import RunFailed
 class Memory:
     """What a client keeps from round to round and never sends.
 
-    Parameters
-    ----------
-    tensors : dict of str to Tensor
-        Flat float32 tensors of shape (numel,) by role ("residual", "momentum"); empty before the first round and for
-        stateless compressors.
+    Flat float32 tensors (numel,) by role ("residual", "momentum"); empty at first and for stateless compressors.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Compressor(ABC):
-    """Turns a client's update into a packet.
+    """Turns a client's update, of the model's `names` and `shapes` in their order, into a packet.
 
     A subclass names its wire `codec` and says in :meth:`pack` what of a flat vector is sent; error feedback is added
-    here. One instance serves all clients: whatever belongs to a client is in its :class:`Memory`.
-
-    Parameters
-    ----------
-    config : CompressionConfig
-        The agreed settings.
-    names : sequence of str
-        Parameter names, in the model's order.
-    shapes : sequence of tuple of int
-        Their shapes.
-
-    Notes
-    -----
-    Error feedback sends ``C(e + g)`` and keeps ``e <- e + g - C(e + g)`` (Stich et al. 2018; Karimireddy et al.
-    2019), so what was sent so far plus the residual is the sum of all updates.
+    here: ``C(e + g)`` is sent and ``e <- e + g - C(e + g)`` kept (Stich et al. 2018; Karimireddy et al. 2019), so
+    what was sent so far plus the residual is the sum of all updates. One instance serves all clients: whatever
+    belongs to a client is in its :class:`Memory`.
     """
 
     codec: ClassVar[str]
@@ -78,39 +62,17 @@ class Compressor(ABC):
         """What is sent of `flat` (float32, shape (numel,), finite, not to be modified) in this 1-based round."""
 
     def quotas(self, round: int) -> list[Quota] | None:
-        """How many entries a sparse packet must hold and where; None: any number.
-
-        The server holds every reply to it.
-        """
+        """How many entries a sparse packet must hold and where (the server checks every reply); None: any number."""
         return None
 
     def compress(
         self, update: Mapping[str, Tensor], memory: Memory, round: int, generator: torch.Generator
     ) -> tuple[Packet, Memory]:
-        """One client's packet of one round.
+        """One client's packet of a 1-based round, and the memory it is to keep.
 
-        Parameters
-        ----------
-        update : mapping of str to Tensor
-            Name -> dense tensor, any device.
-        memory : Memory
-            The client's, as returned in its previous round; ``Memory()`` at first. It is not modified, so that a
-            client whose reply was lost can be run again.
-        round : int
-            1-based round.
-        generator : torch.Generator
-            The client's own stream for this round (CPU).
-
-        Returns
-        -------
-        Packet
-        Memory
-            To be kept by the client.
-
-        Raises
-        ------
-        RunFailed
-            If the update or the memory does not fit the model, or holds NaN or infinite values.
+        `memory` (``Memory()`` at first) is not modified, so that a client whose reply was lost can be run again;
+        `generator` is the client's own CPU stream of this round. Raises RunFailed if the update or the memory does
+        not fit the model, or holds NaN or infinite values.
         """
         flat = self.flatten(update)
         if not self.stateful:

@@ -21,10 +21,7 @@ def to_array(payload: bytes, numel: int) -> Array:
 def from_array(array: Array) -> bytes:
     """The encoded update in a client's array, for :func:`fedattack.compression.decode`.
 
-    Raises
-    ------
-    PayloadError
-        If the array is of another serialisation type (a dense Flower reply, for instance).
+    Raises PayloadError if the array is of another serialisation type (a dense Flower reply, for instance).
     """
     if not isinstance(array, Array) or array.stype != STYPE:
         found = getattr(array, "stype", type(array).__name__)

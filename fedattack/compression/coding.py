@@ -1,7 +1,6 @@
 """Integers as compact bytes: fixed-width fields, and increasing positions in Elias-Fano form.
 
-Both forms have a length that follows from the declared counts alone, so that a decoder can compare it with what it
-was given before it allocates anything.
+The length follows from the declared counts alone: a decoder compares it before it allocates anything.
 """
 
 from __future__ import annotations
@@ -18,19 +17,9 @@ def packed_size(count: int, width: int) -> int:
 
 
 def pack_fields(fields: NDArray[np.uint8], width: int) -> bytes:
-    """Pack small integers into fields of `width` bits.
+    """Pack n integers (uint8, each below ``2**width``, `width` 0 to 8) into ``packed_size(n, width)`` bytes.
 
-    Parameters
-    ----------
-    fields : ndarray of uint8, shape (n,)
-        Each below ``2**width``.
-    width : int
-        0 to 8.
-
-    Returns
-    -------
-    bytes
-        ``packed_size(n, width)`` bytes; the last group is filled up with zeros.
+    The last group is filled up with zeros.
     """
     if width == 0:
         return b""
@@ -48,13 +37,7 @@ def pack_fields(fields: NDArray[np.uint8], width: int) -> bytes:
 
 
 def unpack_fields(data: memoryview, count: int, width: int) -> NDArray[np.uint8]:
-    """Inverse of :func:`pack_fields`.
-
-    Raises
-    ------
-    PayloadError
-        If the padding after the last field is not zero.
-    """
+    """Inverse of :func:`pack_fields`; raises PayloadError if the padding after the last field is not zero."""
     if width == 0:
         return np.zeros(count, np.uint8)
     packed = np.frombuffer(data, np.uint8)
@@ -91,22 +74,11 @@ def positions_size(numel: int, count: int) -> int:
 
 
 def pack_positions(positions: NDArray[np.int64], numel: int) -> bytes:
-    """Elias-Fano code of strictly increasing positions: at most ``2 + log2(numel / count)`` bits each.
+    """Elias-Fano code of strictly increasing positions in [0, numel): at most ``2 + log2(numel / count)`` bits each.
 
     The low ``l = floor(log2(numel / count))`` bits of a position are stored as they are; the high part of position
-    number i sets bit ``high + i`` of a bitmap.
-
-    Parameters
-    ----------
-    positions : ndarray of int64, shape (k,), k >= 1
-        Strictly increasing, in [0, numel).
-    numel : int
-        Size of the universe.
-
-    References
-    ----------
-    P. Elias, "Efficient storage and retrieval by content and address of static files", JACM 1974;
-    S. Vigna, "Quasi-succinct indices", WSDM 2013.
+    number i sets bit ``high + i`` of a bitmap (Elias, "Efficient storage and retrieval by content and address of
+    static files", JACM 1974; Vigna, "Quasi-succinct indices", WSDM 2013).
     """
     count = positions.size
     low_bits = _low_bits(numel, count)
@@ -120,24 +92,9 @@ def pack_positions(positions: NDArray[np.int64], numel: int) -> bytes:
 
 
 def unpack_positions(data: memoryview, numel: int, count: int) -> NDArray[np.int64]:
-    """Inverse of :func:`pack_positions`, for bytes from anywhere.
+    """Inverse of :func:`pack_positions`, for ``positions_size(numel, count)`` bytes from anywhere.
 
-    Parameters
-    ----------
-    data : memoryview
-        Exactly ``positions_size(numel, count)`` bytes.
-    numel, count : int
-        1 <= count <= numel.
-
-    Returns
-    -------
-    ndarray of int64, shape (count,)
-        Strictly increasing, in [0, numel).
-
-    Raises
-    ------
-    PayloadError
-        If a position is repeated, out of order or out of range, or the bitmap is malformed.
+    Raises PayloadError if a position is repeated, out of order or out of range, or the bitmap is malformed.
     """
     low_bits = _low_bits(numel, count)
     whole, rest = divmod(low_bits, 8)

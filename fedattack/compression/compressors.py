@@ -136,12 +136,11 @@ class QuantisedTopK(TopK):
 class DGC(TopK):
     """Deep gradient compression (Lin et al. 2018, arXiv 1712.01887, algorithm 4).
 
-    Local clipping to `clip_norm`, momentum correction ``u <- m u + g``, accumulation ``v <- v + u``, the exact
-    largest entries of v are sent, and both u and v are zeroed where they were (momentum factor masking). The kept
-    share falls from 25 % to `rate` over `warmup_rounds`. Its residual is its error feedback, whatever the setting
-    `error_feedback` says. The momentum is the client's: a server should not add its own.
-
-    `clip_norm` is the local threshold; the paper sets it to ``N**-0.5`` of the global one for N clients.
+    Local clipping to `clip_norm` (the paper's: ``N**-0.5`` of the global one for N clients), momentum correction
+    ``u <- m u + g``, accumulation ``v <- v + u``; the exact largest entries of v are sent, and u and v are zeroed
+    where they were (momentum factor masking). The kept share falls from 25 % to `rate` over `warmup_rounds`. Its
+    residual is its error feedback, whatever the setting `error_feedback` says. The momentum is the client's: a server
+    should not add its own.
     """
 
     @property

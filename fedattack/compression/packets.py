@@ -6,6 +6,7 @@ into values by the same lines, so a client's error feedback knows exactly what t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class _Packet(ABC):
+    """What every packet can say of itself."""
+
+    @abstractmethod
+    def dense(self, sizes: Sequence[int]) -> NDArray[np.float32]:
+        """The values of all entries, zeros where nothing was sent, shape (numel,)."""
+
+    def remainder(self, intended: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
+        """`intended` with what was sent taken out, shape (numel,)."""
+        return intended - self.dense(sizes)
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(_Packet):
     """Every entry as it is: `values` float32, shape (numel,)."""
 
     values: NDArray[np.float32]
@@ -25,16 +38,11 @@ class Dense:
         return self.values.size
 
     def dense(self, sizes: Sequence[int]) -> NDArray[np.float32]:
-        """The values themselves, shape (numel,)."""
         return self.values
-
-    def remainder(self, intended: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
-        """Nothing is left behind: zeros, shape (numel,)."""
-        return np.zeros_like(intended)
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(_Packet):
     """Some entries: `indices` int64 (k,), strictly increasing in [0, numel); `values` float32 (k,)."""
 
     indices: NDArray[np.int64]
@@ -42,7 +50,6 @@ class Sparse:
     numel: int
 
     def dense(self, sizes: Sequence[int]) -> NDArray[np.float32]:
-        """Values at their positions and zeros elsewhere, shape (numel,)."""
         flat = np.zeros(self.numel, np.float32)
         flat[self.indices] = self.values
         return flat
@@ -55,11 +62,8 @@ class Sparse:
 
 
 @dataclass(frozen=True)
-class Signs:
-    """One bit an entry and one scale a tensor: ``scale * (+1 or -1)``.
-
-    `positive` bool (numel,); `scales` float32 (tensors,), finite and not negative.
-    """
+class Signs(_Packet):
+    """``scale * (+1 or -1)``: `positive` bool (numel,); `scales` float32 (tensors,), finite and not negative."""
 
     positive: NDArray[np.bool_]
     scales: NDArray[np.float32]
@@ -70,22 +74,13 @@ class Signs:
         return self.positive.size
 
     def dense(self, sizes: Sequence[int]) -> NDArray[np.float32]:
-        """Signed scales, shape (numel,)."""
         spread = np.repeat(self.scales, sizes)
         return np.where(self.positive, spread, -spread)
 
-    def remainder(self, intended: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
-        """``intended - dense``, shape (numel,)."""
-        return intended - self.dense(sizes)
-
 
 @dataclass(frozen=True)
-class Quantised:
-    """Signed whole steps of each tensor's scale: ``scale * step / levels``.
-
-    `steps` int8 (numel,), in [-levels, levels]; `scales` float32 (tensors,), finite and not negative; `levels` 1 to
-    127.
-    """
+class Quantised(_Packet):
+    """``scale * step / levels``: `steps` int8 (numel,), at most `levels` (1 to 127) in size; `scales` as in Signs."""
 
     steps: NDArray[np.int8]
     scales: NDArray[np.float32]
@@ -97,21 +92,12 @@ class Quantised:
         return self.steps.size
 
     def dense(self, sizes: Sequence[int]) -> NDArray[np.float32]:
-        """Values of the steps, shape (numel,)."""
         return _values(self.steps, self.scales, self.levels, sizes)
-
-    def remainder(self, intended: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
-        """``intended - dense``, shape (numel,)."""
-        return intended - self.dense(sizes)
 
 
 @dataclass(frozen=True)
-class QuantisedSparse:
-    """Some entries, as signed whole steps of their tensor's scale: ``scale * step / levels``.
-
-    `indices` int64 (k,), strictly increasing in [0, numel); `steps` int8 (k,), in [-levels, levels]; `scales` float32
-    (tensors,), finite and not negative; `levels` 1 to 127.
-    """
+class QuantisedSparse(_Packet):
+    """As :class:`Quantised`, of the entries at `indices`, int64 (k,), strictly increasing in [0, numel)."""
 
     indices: NDArray[np.int64]
     steps: NDArray[np.int8]
@@ -125,12 +111,7 @@ class QuantisedSparse:
         return Sparse(self.indices, _values(self.steps, self.scales, self.levels, counts), self.numel)
 
     def dense(self, sizes: Sequence[int]) -> NDArray[np.float32]:
-        """Values at their positions and zeros elsewhere, shape (numel,)."""
         return self.sparse(sizes).dense(sizes)
-
-    def remainder(self, intended: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
-        """`intended` with what was sent taken out, shape (numel,)."""
-        return self.sparse(sizes).remainder(intended, sizes)
 
 
 def counts_inside(indices: NDArray[np.int64], sizes: Sequence[int]) -> NDArray[np.int64]:

@@ -27,11 +27,5 @@ COMPRESSORS: Registry[type[Compressor]] = Registry(
 def build_compressor(
     config: CompressionConfig, names: Sequence[str], shapes: Sequence[Sequence[int]]
 ) -> Compressor:
-    """The compressor of a configuration for tensors of these names and shapes.
-
-    Raises
-    ------
-    ConfigError
-        If `config.name` is unknown.
-    """
+    """The compressor of a configuration for tensors of these names and shapes."""
     return COMPRESSORS.get(config.name)(config, names, shapes)

@@ -36,41 +36,24 @@ def kept_share(config: CompressionConfig, round: int) -> float:
 def quotas(config: CompressionConfig, sizes: Sequence[int], round: int) -> list[Quota]:
     """How many entries are sent from where: ``max(1, round(n * share))`` of all entries, or of each tensor.
 
-    Parameters
-    ----------
-    config : CompressionConfig
-        `scope` "global" gives one quota over everything, "layer" one for each tensor.
-    sizes : sequence of int
-        Entries of each tensor.
-    round : int
-        1-based round, for DGC's warm-up.
+    `scope` "global" gives one quota over everything, "layer" one for each tensor; `round`, 1-based, is for DGC's
+    warm-up.
     """
     share = kept_share(config, round)
     spans = [sum(sizes)] if config.scope == "global" else sizes
     result, start = [], 0
     for size in spans:
         if size:
-            result.append(Quota(start, start + size, max(1, _round(size * share))))
+            result.append(Quota(start, start + size, max(1, int(np.rint(size * share)))))
         start += size
     return result
 
 
 def largest(magnitudes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Positions of the `count` largest entries, exact; of equal entries those with the lowest positions.
+    """Positions, strictly increasing int64, of the `count` (1 to n) largest entries, exact; of equal ones the lowest.
 
-    The answer is a function of the values alone: no thread count, library or sampling can change it.
-
-    Parameters
-    ----------
-    magnitudes : ndarray of float32, shape (n,)
-        Non-negative and free of NaN.
-    count : int
-        1 to n.
-
-    Returns
-    -------
-    ndarray of int64, shape (count,)
-        Strictly increasing.
+    `magnitudes` (n,) is non-negative and free of NaN. The answer is a function of the values alone: no thread count,
+    library or sampling can change it.
     """
     if count >= magnitudes.size:
         return np.arange(magnitudes.size)
@@ -85,11 +68,7 @@ def largest(magnitudes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
 
 def _candidates(magnitudes: NDArray[np.float32], count: int) -> NDArray[np.int64] | None:
-    """Few positions that surely hold the `count` largest, or None where guessing does not pay.
-
-    A strided sample proposes a bar somewhat too low. If at least `count` entries reach it, every one of the largest
-    does; otherwise the caller looks at all entries. Only the time depends on the guess.
-    """
+    """Few positions that surely hold the `count` largest, or None where guessing does not pay or failed."""
     stride = min(magnitudes.size // 65_536, count // 256) | 1
     if stride == 1 or count * 8 > magnitudes.size:
         return None
@@ -103,7 +82,3 @@ def _candidates(magnitudes: NDArray[np.float32], count: int) -> NDArray[np.int64
 def uniform(total: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """`count` distinct positions below `total`, uniformly drawn, strictly increasing (int64)."""
     return np.sort(rng.choice(total, count, replace=False, shuffle=False))
-
-
-def _round(value: float) -> int:
-    return round(value)  # a parameter called `round` hides the built-in above

@@ -79,33 +79,11 @@ def decode(
     config: CompressionConfig,
     round: int,
 ) -> Update:
-    """The update in a client's bytes, checked against what was agreed.
+    """The update in a client's bytes, sparse where it came sparse; values finite, float32, on the CPU.
 
-    Parameters
-    ----------
-    payload : bytes
-        From anywhere.
-    names : sequence of str
-        Parameter names, in the model's order.
-    shapes : sequence of tuple of int
-        Their shapes.
-    kind : {"gradient", "delta"}
-        What the agreed protocol sends.
-    config : CompressionConfig
-        The agreed compression: codec, number of entries (in all, or in each tensor) and levels must match it.
-    round : int
-        1-based round, on which DGC's number of entries depends.
-
-    Returns
-    -------
-    Update
-        Sparse where it came sparse; values finite, float32, on the CPU.
-
-    Raises
-    ------
-    PayloadError
-        If anything about the payload is not as agreed. Nothing is allocated beyond the order of the payload's own
-        length and, for dense, sign and quantised updates, the model's.
+    `names`, `shapes`, `kind`, `config` and the 1-based `round` are what was agreed: codec, number of entries (in all,
+    or in each tensor) and levels must match. Raises PayloadError if anything does not. Nothing is allocated beyond
+    the order of the payload's own length and, for dense, sign and quantised updates, the model's.
     """
     compressor = build_compressor(config, names, shapes)
     packet = _parse(payload, compressor.codec, compressor.sizes, compressor.quotas(round), config.levels)

@@ -25,12 +25,9 @@ _LARGEST = 16 * 2**30
 
 @dataclass(frozen=True, eq=False)
 class _Public:
-    """What a file grants: uint8 (N, C, S, S), labels int64 (N,) or None, everybody it names or None.
+    """What a file grants; `people`: everybody it names, `per_picture` by single pictures and not by class folders."""
 
-    `per_picture`: the names are those of single pictures, not of class folders.
-    """
-
-    images: np.ndarray
+    images: np.ndarray  # uint8 (N, C, S, S)
     labels: np.ndarray | None
     people: set[str] | None
     per_picture: bool = False
@@ -38,27 +35,12 @@ class _Public:
 
 
 def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed: int) -> Auxiliary | None:
-    """The adversary's public images, in the data set's channels and size.
+    """The adversary's public images, in the data set's channels and size; None where none are granted.
 
-    Parameters
-    ----------
-    config : DataConfig
-        `auxiliary` is "split" (the auxiliary pool), an .npz file with `images` (uint8, or float in [0, 1]; (N, H, W)
-        or (N, H, W, C)) and optionally `labels` and `names`, or a folder or archive of pictures. `auxiliary_size`
-        limits a file by a seeded draw; 0 grants nothing.
-    dataset : ImageDataset
-    pools : Pools
-    seed : int
-
-    Returns
-    -------
-    Auxiliary or None
-
-    Raises
-    ------
-    DataError
-        If the file is missing or malformed, holds fewer images than asked for, or overlaps the clients' or
-        non-members' images or people.
+    `auxiliary` is "split" (the auxiliary pool), an .npz file with `images` (uint8, or float in [0, 1]; (N, H, W) or
+    (N, H, W, C)) and optionally `labels` and `names`, or a folder or archive of pictures. `auxiliary_size` limits a
+    file by a seeded draw. Raises DataError if the file is missing or malformed, holds fewer images than asked for, or
+    overlaps the clients' or non-members' images or people.
     """
     if config.auxiliary == "split":
         if not len(pools.auxiliary):
@@ -193,15 +175,12 @@ def _people_of(picture: object) -> set[str]:
 
 
 def _refuse_same_people(place: str, public: _Public, dataset: ImageDataset, victims: np.ndarray) -> str:
-    """Raise if somebody is among the victims and in the auxiliary set; else what is known about it, in words.
-
-    Classes may be people too (a folder of faces), so names of single pictures are compared with them as well; names
-    of folders are not, because public pictures of the federation's classes are no overlap.
-    """
+    """Raise if somebody is among the victims and in the auxiliary set; else what is known about it, in words."""
     certain = dataset.groups is not None and dataset.group_names is not None
     theirs: set[str] = set()
     if dataset.groups is not None and dataset.group_names is not None:
         theirs = {_person(dataset.group_names[i]) for i in np.unique(dataset.groups[victims])}
+    # Classes may be people too, but public class folders of the same name are no overlap.
     elif public.per_picture:
         theirs = {_person(dataset.class_names[i]) for i in np.unique(dataset.labels[victims])}
     both = sorted(theirs & (public.people or set()))

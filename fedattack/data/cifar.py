@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -128,24 +127,9 @@ def _refuse_far_memo(data: bytes) -> None:
 
 
 def load_batch(data: bytes, name: str) -> dict[str, Any]:
-    """Read one pickled batch of numbers, text and lists.
+    """Read one pickled batch of numbers, text and lists; arrays are read-only views of the file's bytes.
 
-    Parameters
-    ----------
-    data : bytes
-        The file.
-    name : str
-        Its name, for the error message.
-
-    Returns
-    -------
-    dict
-        With text keys; arrays are read-only views of the file's bytes.
-
-    Raises
-    ------
-    DataError
-        If the pickle names anything but plain numeric arrays, or is corrupt.
+    Raises DataError if the pickle names anything but plain numeric arrays, or is corrupt.
     """
     try:
         _refuse_far_memo(data)
@@ -233,9 +217,14 @@ def _listing(
     files: list[str],
     keys: tuple[str, str, str],
     classes: int,
-    fetch: Callable[[Path], object],
 ) -> Listing:
     label_key, meta, names_key = keys
+
+    def fetch(folder: Path) -> object:
+        from torchvision import datasets
+
+        kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
+        return datasets.utils.download_url(kind.url, str(folder), kind.filename, kind.tgz_md5)
 
     def read() -> Listing:
         tree = _locate(config, places, inner, {*files, meta}, archive)
@@ -247,34 +236,19 @@ def _listing(
             note=cut_note(len(labels), 50_000),
         )
 
-    listing: Listing = with_download(config, fetch, read)
-    return listing
+    return with_download(config, fetch, read)
 
 
 def cifar10(config: DataConfig) -> Listing:
     """Small colour photographs (CIFAR-10), 50,000 training images, 32x32, 10 classes."""
-
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import CIFAR10
-        from torchvision.datasets.utils import download_url
-
-        return download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
-
     files = [f"data_batch_{i}" for i in range(1, 6)]
     keys = ("labels", "batches.meta", "label_names")
     places = ("CIFAR10", "cifar10", "cifar-10")
-    return _listing(config, places, "cifar-10-batches-py", "cifar-10", files, keys, 10, fetch)
+    return _listing(config, places, "cifar-10-batches-py", "cifar-10", files, keys, 10)
 
 
 def cifar100(config: DataConfig) -> Listing:
     """Small colour photographs (CIFAR-100), 50,000 training images, 32x32, 100 classes."""
-
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import CIFAR100
-        from torchvision.datasets.utils import download_url
-
-        return download_url(CIFAR100.url, str(folder), CIFAR100.filename, CIFAR100.tgz_md5)
-
     keys = ("fine_labels", "meta", "fine_label_names")
     places = ("CIFAR100", "cifar100", "cifar-100")
-    return _listing(config, places, "cifar-100-python", "cifar-100", ["train"], keys, 100, fetch)
+    return _listing(config, places, "cifar-100-python", "cifar-100", ["train"], keys, 100)

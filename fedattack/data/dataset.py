@@ -17,34 +17,16 @@ from fedattack.rng import numpy_rng
 class ImageDataset:
     """Square images in memory, with their labels and, where known, whom they belong to.
 
-    Parameters
-    ----------
-    name : str
-    images : ndarray
-        uint8, shape (N, C, S, S), C 1 or 3.
-    labels : ndarray
-        int64, shape (N,), in ``range(len(class_names))``.
-    class_names : tuple of str
-    groups : ndarray or None
-        int64, shape (N,): the person, writer, ... of each image; None where the source does not say.
-    note : str
-        What a person must know before reading a figure ("cut: 2,500 of 50,000 training images"); may be empty.
-    group_names : tuple of str or None
-        Names that `groups` indexes, where the source names its people.
-
-    Raises
-    ------
-    DataError
-        If the arrays do not fit this description or each other.
+    Raises DataError if the arrays do not fit the description of the fields or each other.
     """
 
     name: str
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # uint8 (N, C, S, S), C 1 or 3
+    labels: np.ndarray  # int64 (N,), in range(len(class_names))
     class_names: tuple[str, ...]
-    groups: np.ndarray | None
-    note: str
-    group_names: tuple[str, ...] | None = None
+    groups: np.ndarray | None  # int64 (N,): the person, writer, ... of each; None: unknown
+    note: str  # what to know before reading a figure ("cut: 2,500 of 50,000 images")
+    group_names: tuple[str, ...] | None = None  # what `groups` indexes, where the source names its people
 
     def __post_init__(self) -> None:
         shape, count = self.images.shape, len(self.images)
@@ -98,11 +80,7 @@ def as_float(images: np.ndarray) -> Tensor:
 
 
 def random_labels(dataset: ImageDataset, classes: int, seed: int) -> ImageDataset:
-    """The same images with labels drawn from ``range(classes)``, distinct while they last.
-
-    One random permutation of all classes after another, so that no label is used twice before every one was used
-    once. Groups are kept.
-    """
+    """The same images with labels drawn from ``range(classes)``; all are used once before one is used twice."""
     rng = numpy_rng(seed, "data.labels")
     rounds = -(-len(dataset) // classes)
     labels = np.concatenate([rng.permutation(classes) for _ in range(rounds)])[: len(dataset)]
@@ -118,28 +96,20 @@ def random_labels(dataset: ImageDataset, classes: int, seed: int) -> ImageDatase
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """A data set whose pixels are read only for the samples that are used.
+    """A data set whose pixels are read only for the samples that are used; otherwise as :class:`ImageDataset`.
 
     What a data-set plug-in returns: a function of a :class:`~fedattack.config.DataConfig` answers a listing, and
     :func:`~fedattack.data.load_dataset` applies `data.limit` and `data.image_size`.
-
-    Parameters
-    ----------
-    labels, class_names, groups, group_names, note
-        As in :class:`ImageDataset`, for all N samples.
-    read : callable
-        ``read(ids, image_size) -> uint8 (n, C, S, S)``; `image_size` None: as stored.
-    image_size : int or None
-        Side to use when the configuration leaves it open; None: as stored.
     """
 
     labels: np.ndarray
     class_names: tuple[str, ...]
+    # (ids, side or None: as stored) -> uint8 (n, C, S, S)
     read: Callable[[np.ndarray, int | None], np.ndarray]
     groups: np.ndarray | None = None
     group_names: tuple[str, ...] | None = None
     note: str = ""
-    image_size: int | None = None
+    image_size: int | None = None  # side where the configuration leaves it open; None: as stored
 
 
 def joined(*notes: str) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from fedattack.config import DataConfig
 from fedattack.data.dataset import Listing, cut_note
-from fedattack.data.files import Missing, data_dir, find_file, with_download
+from fedattack.data.files import Missing, by_torchvision, data_dir, find_file, with_download
 from fedattack.data.pixels import adapt
 from fedattack.errors import DataError
 
@@ -16,10 +14,7 @@ _FACES = 100
 
 
 def digits(config: DataConfig) -> Listing:
-    """Handwritten digits of scikit-learn, 1,797 images, 8x8 grey, 10 classes; no download.
-
-    The stored levels 0..16 become 0..255.
-    """
+    """Handwritten digits of scikit-learn, 1,797 images, 8x8 grey, 10 classes; no download."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -51,11 +46,6 @@ def faces(config: DataConfig) -> Listing:
 def usps(config: DataConfig) -> Listing:
     """Handwritten digits of the US post (USPS), 7,291 training images, 16x16 grey, 10 classes."""
 
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import USPS
-
-        return USPS(str(folder), download=True)
-
     def read() -> Listing:
         from sklearn.datasets import load_svmlight_file
 
@@ -78,5 +68,4 @@ def usps(config: DataConfig) -> Listing:
             note=cut_note(len(targets), 7_291),
         )
 
-    listing: Listing = with_download(config, fetch, read)
-    return listing
+    return with_download(config, by_torchvision("USPS"), read)

@@ -1,13 +1,13 @@
 """Finding and opening a data set's files: folders, archives, compressed files, downloads.
 
-Nothing is unpacked to disk and nothing is unpickled here. Archive members pass tarfile's "data" filter, so a hostile
-name is refused although it would never be written.
+Nothing is unpacked to disk or unpickled. Archive members pass tarfile's "data" filter: a hostile name is refused.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import lzma
 import os
 import tarfile
@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from fedattack.config import DataConfig
 from fedattack.errors import DataError
@@ -23,6 +23,17 @@ from fedattack.errors import DataError
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".zip")
 # A compressed tar can only be read from its start, so its pictures are kept in memory; larger ones must be unpacked.
 _IN_MEMORY_LIMIT = 4 * 2**30
+_UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    lzma.LZMAError,
+    zlib.error,
+    RuntimeError,
+)
+
+T = TypeVar("T")
 
 
 class Missing(DataError):
@@ -30,13 +41,7 @@ class Missing(DataError):
 
 
 def data_dir(config: DataConfig, holds: str) -> Path:
-    """The existing path of `data.dir`.
-
-    Raises
-    ------
-    Missing
-        If it is not set, or does not exist; `holds` says what should be there.
-    """
+    """The existing path of `data.dir`; raises Missing if there is none (`holds` says what should be there)."""
     if config.dir is None:
         raise Missing(f"setting 'data.dir' is not set: data set {config.name!r} is read from {holds}")
     path = Path(config.dir).expanduser()
@@ -45,16 +50,10 @@ def data_dir(config: DataConfig, holds: str) -> Path:
     return path
 
 
-def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, read: Callable[[], Any]) -> Any:
-    """`read()`, after a download where its files are missing and `data.download` allows it.
+def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, read: Callable[[], T]) -> T:
+    """`read()`, after ``fetch(folder)`` where it raises :class:`Missing` and `data.download` allows it.
 
-    Parameters
-    ----------
-    config : DataConfig
-    fetch : callable or None
-        ``fetch(folder)`` downloads; None: this data set cannot be had that way.
-    read : callable
-        Raises :class:`Missing` when there is nothing to read.
+    `fetch` None: this data set cannot be had that way.
     """
     try:
         return read()
@@ -77,21 +76,23 @@ def with_download(config: DataConfig, fetch: Callable[[Path], object] | None, re
     return read()
 
 
+def by_torchvision(name: str, **options: Any) -> Callable[[Path], object]:
+    """A `fetch` of :func:`with_download`, by torchvision's class of that name."""
+
+    def fetch(folder: Path) -> object:
+        kind = getattr(importlib.import_module("torchvision.datasets"), name)
+        return kind(str(folder), download=True, **options)
+
+    return fetch
+
+
 def is_archive(path: Path) -> bool:
     """Whether the name is that of an archive that :func:`open_tree` reads."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 class Tree:
-    """Files below a folder or in an archive, by relative POSIX path.
-
-    Parameters
-    ----------
-    path : Path
-    names : iterable of str
-    read : callable
-        ``read(name) -> bytes``.
-    """
+    """Files below a folder or in an archive, by relative POSIX path; ``read(name) -> bytes``."""
 
     def __init__(self, path: Path, names: Iterable[str], read: Callable[[str], bytes]) -> None:
         self.path = path
@@ -100,14 +101,9 @@ class Tree:
 
 
 def open_tree(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
-    """List the `wanted` files of a folder or an archive (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip).
+    """List the `wanted` files of a folder or an archive (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip) but hidden ones.
 
-    Hidden files and macOS resource forks are left out.
-
-    Raises
-    ------
-    DataError
-        If `path` is neither, cannot be read, or is an archive with a member that points outside it.
+    Raises DataError if `path` is neither, cannot be read, or is an archive with a member that points outside it.
     """
     if path.is_dir():
         names = _walk(path, wanted)
@@ -118,7 +114,7 @@ def open_tree(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
         raise DataError(f"{str(path)!r} is not a folder or an archive ({', '.join(ARCHIVE_SUFFIXES)})")
     try:
         return _open_zip(path, wanted) if path.suffix.lower() == ".zip" else _open_tar(path, wanted)
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(f"cannot read archive {str(path)!r}: {error}") from None
 
 
@@ -154,14 +150,7 @@ def _open_zip(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (
-            zipfile.BadZipFile,
-            OSError,
-            EOFError,
-            zlib.error,
-            RuntimeError,
-            NotImplementedError,
-        ) as error:
+        except _UNREADABLE as error:
             raise DataError(f"cannot read {name!r} of archive {str(path)!r}: {error}") from None
 
     return Tree(path, chosen, read)
@@ -189,13 +178,8 @@ def _open_tar(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
 
 def find_file(folders: Iterable[Path], stems: Iterable[str]) -> Path | None:
     """First existing file of a name among `stems`, plain or .gz/.xz/.bz2, in the folders' order."""
-    wanted = list(stems)
-    for folder in folders:
-        for stem in wanted:
-            for suffix in ("", ".gz", ".xz", ".bz2"):
-                if (folder / f"{stem}{suffix}").is_file():
-                    return folder / f"{stem}{suffix}"
-    return None
+    names = [f"{stem}{suffix}" for stem in stems for suffix in ("", ".gz", ".xz", ".bz2")]
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def open_compressed(path: Path) -> IO[bytes]:

@@ -14,6 +14,7 @@ from fedattack.data.files import (
     ARCHIVE_SUFFIXES,
     Missing,
     Tree,
+    by_torchvision,
     data_dir,
     is_archive,
     open_tree,
@@ -35,10 +36,7 @@ def read_pictures(
 ) -> np.ndarray:
     """Pixels uint8 (n, C, S, S) of the named files: centre-cropped, resized, grey only if all are.
 
-    Raises
-    ------
-    DataError
-        If one cannot be read, or sizes differ and `image_size` is None.
+    Raises DataError if one cannot be read, or sizes differ and `image_size` is None.
     """
     if image_size is not None:
         require_memory(len(names), channels or 3, image_size)
@@ -49,12 +47,7 @@ def by_folder(tree: Tree) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
     """Names, labels int64 (N,) and class names of pictures in class folders, or of one class "all" without folders.
 
     Folders that wrap everything are looked through: all of an archive's, and those of a folder that still leave
-    class folders below.
-
-    Raises
-    ------
-    DataError
-        If there is no picture, or pictures lie beside class folders.
+    class folders below. Raises DataError if there is no picture, or pictures lie beside class folders.
     """
     names = tree.names
     if not names:
@@ -94,8 +87,7 @@ def image_folder(config: DataConfig) -> Listing:
         names, labels, class_names = by_folder(tree)
         return Listing(labels=labels, class_names=class_names, read=_pictures(tree, names, None))
 
-    listing: Listing = with_download(config, None, read)
-    return listing
+    return with_download(config, None, read)
 
 
 def _only_archive(config: DataConfig, root: Path) -> Path:
@@ -162,8 +154,7 @@ def lfw(config: DataConfig) -> Listing:
             ),
         )
 
-    listing: Listing = with_download(config, None, read)
-    return listing
+    return with_download(config, None, read)
 
 
 def celeba(config: DataConfig) -> Listing:
@@ -176,11 +167,6 @@ def celeba(config: DataConfig) -> Listing:
     ----------
     .. [1] Z. Liu, P. Luo, X. Wang, X. Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015.
     """
-
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import CelebA
-
-        return CelebA(str(folder), split="all", target_type="identity", download=True)
 
     def read() -> Listing:
         root = data_dir(config, "a folder with img_align_celeba (folder or .zip) and identity_CelebA.txt")
@@ -210,8 +196,8 @@ def celeba(config: DataConfig) -> Listing:
             note=cut_note(len(labels), 202_599, "images"),
         )
 
-    listing: Listing = with_download(config, fetch, read)
-    return listing
+    fetch = by_torchvision("CelebA", split="all", target_type="identity")
+    return with_download(config, fetch, read)
 
 
 def _identities(path: Path) -> dict[str, int]:
@@ -257,8 +243,7 @@ def imagenet(config: DataConfig) -> Listing:
             note=joined(cut_note(len(labels), 1_281_167), cut_note(len(wnids), 1_000, "classes")),
         )
 
-    listing: Listing = with_download(config, None, read)
-    return listing
+    return with_download(config, None, read)
 
 
 def _imagenet_below(root: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree | None:
@@ -287,11 +272,6 @@ def caltech101(config: DataConfig) -> Listing:
        Workshop 2004.
     """
 
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import Caltech101
-
-        return Caltech101(str(folder), download=True)
-
     def wanted(name: PurePosixPath) -> bool:
         return is_picture(name) and name.parent.name not in ("", "BACKGROUND_Google", "101_ObjectCategories")
 
@@ -311,5 +291,4 @@ def caltech101(config: DataConfig) -> Listing:
             note=joined(cut_note(len(labels), 8_677, "images"), cut_note(len(class_names), 101, "classes")),
         )
 
-    listing: Listing = with_download(config, fetch, read)
-    return listing
+    return with_download(config, by_torchvision("Caltech101"), read)

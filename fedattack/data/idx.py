@@ -14,7 +14,7 @@ import numpy as np
 
 from fedattack.config import DataConfig
 from fedattack.data.dataset import Listing, cut_note, joined
-from fedattack.data.files import Missing, data_dir, find_file, open_compressed, with_download
+from fedattack.data.files import Missing, by_torchvision, data_dir, find_file, open_compressed, with_download
 from fedattack.data.pixels import adapt
 from fedattack.errors import DataError
 
@@ -23,45 +23,17 @@ _LARGEST = 8 * 2**30
 _RELATIVES = {"mnist", "fashionmnist", "qmnist", "emnist", "kmnist"}
 
 DIGITS = tuple("0123456789")
-GARMENTS = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+            "Ankle boot")  # fmt: skip
 _UPPER, _LOWER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
 _BALANCED = tuple("0123456789" + _UPPER + "abdefghnqrt")  # the letters whose two cases look alike are merged
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read an idx file.
+    """An idx file (plain, .gz, .xz or .bz2) of so many dimensions, in its type and native byte order.
 
-    Parameters
-    ----------
-    path : Path
-        Plain, .gz, .xz or .bz2.
-    dimensions : int
-        How many the file must have.
-
-    Returns
-    -------
-    ndarray
-        In the file's type and native byte order.
-
-    Raises
-    ------
-    DataError
-        If the magic number, the number of dimensions or the length is wrong, or the compression is corrupt.
-
-    References
-    ----------
-    .. [1] Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits", file formats.
+    Raises DataError if the magic number, the number of dimensions or the length is wrong, or the compression is
+    corrupt.
     """
     try:
         with open_compressed(path) as stream:
@@ -92,13 +64,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def read_pair(images: Path, labels: Path, label_dimensions: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 1, H, W) and labels (N,) or (N, columns) of two idx files that must agree.
-
-    Raises
-    ------
-    DataError
-        If either is corrupt, or their counts differ.
-    """
+    """Images uint8 (N, 1, H, W) and labels (N,) or (N, columns) of two idx files that must agree (else DataError)."""
     pixels, targets = read_idx(images, 3), read_idx(labels, label_dimensions)
     if pixels.dtype != np.uint8:
         raise DataError(f"{str(images)!r} holds {pixels.dtype} pixels; wanted uint8")
@@ -163,40 +129,24 @@ def _published(
             note=cut_note(len(labels), full),
         )
 
-    listing: Listing = with_download(config, fetch, read)
-    return listing
+    return with_download(config, fetch, read)
 
 
 def mnist(config: DataConfig) -> Listing:
     """Handwritten digits, 60,000 training images, 28x28 grey, 10 classes."""
-
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import MNIST
-
-        return MNIST(str(folder), download=True)
-
-    return _published(config, "MNIST", DIGITS, 60_000, fetch)
+    return _published(config, "MNIST", DIGITS, 60_000, by_torchvision("MNIST"))
 
 
 def fashion_mnist(config: DataConfig) -> Listing:
     """Garments (Fashion-MNIST), 60,000 training images, 28x28 grey, 10 classes."""
-
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import FashionMNIST
-
-        return FashionMNIST(str(folder), download=True)
-
+    fetch = by_torchvision("FashionMNIST")
     return _published(config, "FashionMNIST", GARMENTS, 60_000, fetch)
 
 
 def _emnist(
     config: DataConfig, split: str, class_names: tuple[str, ...], full: int, first_label: int = 0
 ) -> Listing:
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import EMNIST
-
-        return EMNIST(str(folder), split=split, download=True)
-
+    fetch = by_torchvision("EMNIST", split=split)
     # The published pixels lie transposed: the reader turns them upright.
     return _published(config, "EMNIST", class_names, full, fetch, f"emnist-{split}-", False, first_label)
 
@@ -227,11 +177,6 @@ def qmnist(config: DataConfig) -> Listing:
     .. [1] C. Yadav, L. Bottou, "Cold Case: the Lost MNIST Digits", NeurIPS 2019.
     """
 
-    def fetch(folder: Path) -> object:
-        from torchvision.datasets import QMNIST
-
-        return QMNIST(str(folder), what="train", download=True)
-
     def read() -> Listing:
         root = data_dir(config, "a folder with qmnist-train-labels-idx2-int and its images (plain or .gz)")
         folders = _folders(root, "QMNIST")
@@ -259,8 +204,7 @@ def qmnist(config: DataConfig) -> Listing:
             ),
         )
 
-    listing: Listing = with_download(config, fetch, read)
-    return listing
+    return with_download(config, by_torchvision("QMNIST", what="train"), read)
 
 
 def _require_same_digits(image_file: Path, digits: np.ndarray) -> None:

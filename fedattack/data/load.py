@@ -37,30 +37,11 @@ DATASETS: Registry[Callable[[DataConfig], Listing]] = Registry(
 
 
 def load_dataset(config: DataConfig, seed: int, classes: int | None = None) -> ImageDataset:
-    """Load a data set by name.
+    """The data set of `config.name`; DataError if its files are missing, corrupt or of the wrong format.
 
-    Parameters
-    ----------
-    config : DataConfig
-        `limit` draws a seeded subset before any picture is decoded; `image_size` resizes (antialiased bilinear,
-        non-square pictures centre-cropped).
-    seed : int
-    classes : int, optional
-        Width of the label space under ``labels = "random"`` (the model's head); None: the data set's own.
-
-    Raises
-    ------
-    ConfigError
-        If the name is unknown.
-    DataError
-        If the files are missing, corrupt or of the wrong format.
-
-    Examples
-    --------
-    >>> from fedattack.config import DataConfig
-    >>> digits = load_dataset(DataConfig(name="digits"), seed=0)
-    >>> len(digits), digits.channels, digits.image_size, digits.classes
-    (1797, 1, 8, 10)
+    `limit` draws a seeded subset before any picture is decoded; `image_size` resizes (antialiased bilinear,
+    non-square pictures centre-cropped). `classes` is the label space under ``labels = "random"``; None: the data
+    set's own.
     """
     listing = DATASETS.get(config.name)(config)
     count = len(listing.labels)

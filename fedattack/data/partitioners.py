@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 
 from fedattack.config import PartitionConfig
 from fedattack.data.dataset import ImageDataset
@@ -14,9 +15,7 @@ from fedattack.errors import ConfigError, DataError
 from fedattack.registry import Registry
 from fedattack.rng import numpy_rng
 
-Partitioner = Callable[
-    [np.ndarray, np.ndarray | None, int, PartitionConfig, np.random.Generator], list[np.ndarray]
-]
+Partitioner = Callable[[np.ndarray, np.ndarray | None, int, PartitionConfig, Generator], list[np.ndarray]]
 
 PARTITIONERS: Registry[Partitioner] = Registry(
     "partition",
@@ -33,31 +32,12 @@ PARTITIONERS: Registry[Partitioner] = Registry(
 def partition(
     dataset: ImageDataset, ids: np.ndarray, config: PartitionConfig, clients: int, seed: int
 ) -> list[np.ndarray]:
-    """Deal samples out to clients.
+    """Deal the samples `ids`, int64 (n,), out to clients: each one's, disjoint, none empty, in random order.
 
-    Parameters
-    ----------
-    dataset : ImageDataset
-    ids : ndarray
-        int64, shape (n,): the samples to deal out.
-    config : PartitionConfig
-        `name` is a registered partitioner or a flwr-datasets class ("flwr_datasets.partitioner:DirichletPartitioner",
-        constructed with `options`).
-    clients : int
-    seed : int
-
-    Returns
-    -------
-    list of ndarray
-        Sample ids of each client, int64, disjoint, none empty, each in a random order. Together they are `ids`;
-        only a flwr-datasets partitioner may leave samples out.
-
-    Raises
-    ------
-    ConfigError
-        If the partitioner is unknown, or cannot be built from its options.
-    DataError
-        If there are too few samples or groups for so many clients.
+    `config.name` is a registered partitioner or a flwr-datasets class
+    ("flwr_datasets.partitioner:DirichletPartitioner", constructed with `options`); only the latter may leave samples
+    out. Raises ConfigError if it is unknown or cannot be built from its options, DataError if there are too few
+    samples or groups for so many clients.
     """
     ids = np.asarray(ids, dtype=np.int64)
     if clients > len(ids):
@@ -92,22 +72,14 @@ def _check(parts: list[np.ndarray], clients: int, count: int, name: str, complet
 
 
 def iid(
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    clients: int,
-    config: PartitionConfig,
-    rng: np.random.Generator,
+    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
     """Every client a random share of equal size (one sample more for the first few)."""
     return np.array_split(rng.permutation(len(labels)), clients)
 
 
 def dirichlet(
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    clients: int,
-    config: PartitionConfig,
-    rng: np.random.Generator,
+    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
     """Unequal labels and sizes: each class is cut in shares drawn from Dirichlet(alpha).
 
@@ -136,11 +108,8 @@ def _by_owner(owner: np.ndarray, clients: int) -> list[np.ndarray]:
     return np.split(order, np.searchsorted(owner[order], np.arange(1, clients)))
 
 
-def _fill_empty(owner: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
-    """Move one sample to each client that has none, drawn uniformly from those that are not their owner's last.
-
-    A uniform draw thins all clients alike, where taking from the largest would flatten the tail.
-    """
+def _fill_empty(owner: np.ndarray, clients: int, rng: Generator) -> np.ndarray:
+    """Move a uniformly drawn sample, nobody's last, to each client that has none: all clients are thinned alike."""
     sizes = np.bincount(owner, minlength=clients)
     empty = np.flatnonzero(sizes == 0).tolist()
     for sample in rng.permutation(len(owner)):
@@ -154,11 +123,7 @@ def _fill_empty(owner: np.ndarray, clients: int, rng: np.random.Generator) -> np
 
 
 def shards(
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    clients: int,
-    config: PartitionConfig,
-    rng: np.random.Generator,
+    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
     """Few labels a client: samples sorted by label, cut into equal shards, `shards_per_client` dealt to each.
 
@@ -180,11 +145,7 @@ def shards(
 
 
 def natural(
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    clients: int,
-    config: PartitionConfig,
-    rng: np.random.Generator,
+    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
     """Whole people (writers, ...) to a client: groups in random order, equally many to each."""
     if groups is None:
@@ -218,11 +179,7 @@ def _adapted(partitioner: type, name: str) -> Partitioner:
     """A flwr-datasets partitioner class as one of ours; it partitions a table of labels, never pixels."""
 
     def deal(
-        labels: np.ndarray,
-        groups: np.ndarray | None,
-        clients: int,
-        config: PartitionConfig,
-        rng: np.random.Generator,
+        labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
     ) -> list[np.ndarray]:
         from datasets import Dataset
 

@@ -18,18 +18,8 @@ _GREY_MODES = {"1", "L", "LA"}
 def decode(data: bytes, name: str, image_size: int | None) -> Image.Image:
     """One picture, centre-cropped to a square, in mode "L" where it is grey and "RGB" otherwise.
 
-    Parameters
-    ----------
-    data : bytes
-    name : str
-        For the error message.
-    image_size : int or None
-        Side to resize to (antialiased bilinear); None: the shorter side as stored.
-
-    Raises
-    ------
-    DataError
-        If `data` is not a readable picture.
+    It is resized to `image_size` (antialiased bilinear) unless that is None. Raises DataError, with `name`, if it is
+    not a readable picture.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
@@ -50,24 +40,7 @@ def _resized(image: Image.Image, side: int) -> Image.Image:
 
 
 def from_pictures(pictures: list[Image.Image], channels: int | None) -> np.ndarray:
-    """Stack square pictures of one size.
-
-    Parameters
-    ----------
-    pictures : list of PIL images
-    channels : {1, 3} or None
-        None: grey only if every picture is.
-
-    Returns
-    -------
-    ndarray
-        uint8, shape (N, C, S, S).
-
-    Raises
-    ------
-    DataError
-        If their sizes differ.
-    """
+    """uint8 (N, C, S, S) of square pictures of one size (else DataError); `channels` None: grey only if all are."""
     sides = sorted({picture.width for picture in pictures})
     if len(sides) > 1:
         raise DataError(

@@ -15,24 +15,12 @@ from fedattack.rng import numpy_rng
 
 @dataclass(frozen=True, eq=False)
 class Pools:
-    """Disjoint sample ids, int64, sorted.
+    """Disjoint sample ids, int64, sorted."""
 
-    Parameters
-    ----------
-    clients : ndarray
-        To be dealt out to the clients.
-    nonmembers : ndarray
-        Held out: evaluation and membership non-members.
-    auxiliary : ndarray
-        The adversary's; empty when its images come from a file.
-    note : str
-        Samples that were left out of every pool, and why.
-    """
-
-    clients: np.ndarray
-    nonmembers: np.ndarray
-    auxiliary: np.ndarray
-    note: str = ""
+    clients: np.ndarray  # to be dealt out
+    nonmembers: np.ndarray  # held out: evaluation and membership non-members
+    auxiliary: np.ndarray  # the adversary's; empty when its images come from a file
+    note: str = ""  # samples that were left out of every pool, and why
 
 
 def fingerprints(images: np.ndarray) -> list[bytes]:
@@ -41,25 +29,11 @@ def fingerprints(images: np.ndarray) -> list[bytes]:
 
 
 def make_pools(dataset: ImageDataset, config: DataConfig, seed: int) -> Pools:
-    """Cut a data set into its pools.
+    """Cut a data set into its pools; DataError if they leave nothing for the clients.
 
     `nonmembers` defaults to a tenth (at least 1), a split `auxiliary_size` to half of the rest. Where the data set
     knows whose a sample is, nobody is both in the auxiliary pool and in another one. A picture that is stored twice
     never ends up on both sides of a border: its copy is taken out of the auxiliary or the non-member pool.
-
-    Raises
-    ------
-    DataError
-        If the pools leave nothing for the clients.
-
-    Examples
-    --------
-    >>> from fedattack.config import DataConfig
-    >>> from fedattack.data import load_dataset
-    >>> config = DataConfig(name="faces")
-    >>> pools = make_pools(load_dataset(config, 0), config, seed=0)
-    >>> len(pools.clients), len(pools.nonmembers), len(pools.auxiliary)
-    (45, 10, 45)
     """
     count, split = len(dataset), config.auxiliary == "split"
     held_out = max(1, count // 10) if config.nonmembers is None else config.nonmembers
@@ -91,10 +65,7 @@ def make_pools(dataset: ImageDataset, config: DataConfig, seed: int) -> Pools:
 def _by_group(
     groups: np.ndarray, order: np.ndarray, granted: int, held_out: int, config: DataConfig
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Auxiliary ids of whole groups, the other groups' ids, and how many samples belong to neither.
-
-    Groups come in the order of their first sample; one that would leave too little for the others is passed over.
-    """
+    """Auxiliary ids of whole groups in the order of first samples, the other groups' ids, and the size of neither."""
     whose, first = np.unique(groups[order], return_index=True)
     sizes = dict(zip(*np.unique(groups, return_counts=True), strict=True))
     chosen: list[int] = []

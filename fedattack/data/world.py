@@ -21,41 +21,19 @@ from fedattack.observation import Auxiliary, Scenario
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """What exists before the first round.
-
-    Parameters
-    ----------
-    dataset : ImageDataset
-    pools : Pools
-    partitions : tuple of ndarray
-        Sample ids of each client.
-    auxiliary : Auxiliary or None
-        Public images granted to the adversary.
-    scenario : Scenario
-        Public facts, with the resolved model.
-    """
+    """What exists before the first round."""
 
     dataset: ImageDataset
     pools: Pools
-    partitions: tuple[np.ndarray, ...]
-    auxiliary: Auxiliary | None
-    scenario: Scenario
+    partitions: tuple[np.ndarray, ...]  # sample ids of each client
+    auxiliary: Auxiliary | None  # granted to the adversary
+    scenario: Scenario  # public facts, with the resolved model
 
 
 def build_world(config: Config) -> World:
-    """Build the world of a configuration; the same configuration and seed give the same world, bit for bit.
+    """The world of a configuration; the same configuration and seed give the same world, bit for bit.
 
-    Raises
-    ------
-    ConfigError, DataError
-        Before anything is written.
-
-    Examples
-    --------
-    >>> from fedattack.config import Config
-    >>> world = build_world(Config.from_mapping({"dataset": "digits", "model": "tiny-cnn", "clients": 4}))
-    >>> [len(ids) for ids in world.partitions]
-    [203, 202, 202, 202]
+    Raises ConfigError or DataError before anything is written.
     """
     data, seed = config.data, config.seed
     # Random labels need the head's width, and the head may depend on the natural label space.
@@ -74,8 +52,7 @@ def build_world(config: Config) -> World:
                 f"setting 'model.{setting}' = {wanted}: data set {data.name!r} has {found}{hint}; leave it open"
             )
     if data.labels == "random":
-        assert model.classes is not None
-        dataset = random_labels(dataset, model.classes, seed)
+        dataset = random_labels(dataset, model.resolved[2], seed)
     pools = make_pools(dataset, data, seed)
     partitions = partition(dataset, pools.clients, config.partition, config.federation.clients, seed)
     return World(
@@ -108,11 +85,8 @@ def world_record(world: World) -> dict[str, Any]:
         },
         "pools": {
             name: {"size": len(ids), "ids": ids.tolist()}
-            for name, ids in (
-                ("clients", pools.clients),
-                ("nonmembers", pools.nonmembers),
-                ("auxiliary", pools.auxiliary),
-            )
+            for name, ids in vars(pools).items()
+            if name != "note"
         },
         "auxiliary": None
         if auxiliary is None

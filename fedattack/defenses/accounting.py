@@ -28,27 +28,15 @@ _STEPS_PER_SIGMA = 40
 class Privacy:
     """What one client's noise guarantees over the rounds it took part in.
 
-    Parameters
-    ----------
-    epsilon : float
-        At `delta`, for what the client really does: fixed-size batches, no amplification by sampling. Infinite where
-        there is no guarantee.
-    delta : float
-    unit : {"client", "sample"}
-        What may be there or not: all that the client sends, or one of its samples.
-    releases : int
-        Noised releases that can hold the unit.
-    sampled_epsilon : float or None
-        What DP-SGD accountants print: the same noise as if each batch had been a Poisson sample. None for "client",
-        since the server knows who answered.
-    note : str
-        Why there is no guarantee, where there is none.
+    `epsilon`, at `delta`, is for what the client really does: fixed-size batches, no amplification by sampling;
+    infinite where there is no guarantee (`note` says why). `sampled_epsilon` is what DP-SGD accountants print: the
+    same noise as if each batch had been a Poisson sample; None for "client", since the server knows who answered.
     """
 
     epsilon: float
     delta: float
-    unit: Literal["client", "sample"]
-    releases: int
+    unit: Literal["client", "sample"]  # what may be there or not: all a client sends, or one sample
+    releases: int  # noised releases that can hold the unit
     sampled_epsilon: float | None = None
     note: str = ""
 
@@ -56,24 +44,9 @@ class Privacy:
 def gaussian_epsilon(noise: float, releases: int, delta: float) -> float:
     """Smallest epsilon of `releases` composed Gaussian mechanisms of L2 sensitivity 1, exactly.
 
-    Parameters
-    ----------
-    noise : float
-        Standard deviation over sensitivity; 0 or less guarantees nothing.
-    releases : int
-        Of the same data; their composition is one Gaussian mechanism of noise ``noise / sqrt(releases)``.
-    delta : float
-        In (0, 1).
-
-    Returns
-    -------
-    float
-        0 where delta alone covers it, infinity for no noise.
-
-    References
-    ----------
-    Balle and Wang, Improving the Gaussian Mechanism for Differential Privacy, 2018, theorem 8; Dong, Roth and Su,
-    Gaussian Differential Privacy, 2022, corollary 3.3.
+    `noise` is the standard deviation over sensitivity; the composition is one Gaussian mechanism of noise
+    ``noise / sqrt(releases)`` (Balle and Wang, Improving the Gaussian Mechanism for Differential Privacy, 2018,
+    theorem 8; Dong, Roth and Su, Gaussian Differential Privacy, 2022, corollary 3.3).
     """
     _check_delta(delta)
     if releases == 0:
@@ -99,24 +72,9 @@ def gaussian_epsilon(noise: float, releases: int, delta: float) -> float:
 def renyi_divergence(order: float, rate: float, noise: float) -> float:
     """Renyi divergence of one Poisson-sampled Gaussian mechanism of L2 sensitivity 1.
 
-    Parameters
-    ----------
-    order : float
-        Above 1.
-    rate : float
-        Chance of each sample to be drawn, in [0, 1].
-    noise : float
-        Standard deviation over sensitivity, above 0.
-
-    Returns
-    -------
-    float
-        ``log(E[((1 - q) + q exp((2z - 1) / (2 s^2)))^order]) / (order - 1)`` with z ~ N(0, s^2), by the trapezoid
-        rule, which converges geometrically for such integrands.
-
-    References
-    ----------
-    Mironov, Talwar and Zhang, Renyi Differential Privacy of the Sampled Gaussian Mechanism, 2019, equation 2.
+    ``log(E[((1 - q) + q exp((2z - 1) / (2 s^2)))^order]) / (order - 1)`` with z ~ N(0, s^2), order > 1, `rate` q in
+    [0, 1] and `noise` s > 0, by the trapezoid rule, which converges geometrically for such integrands (Mironov,
+    Talwar and Zhang, Renyi Differential Privacy of the Sampled Gaussian Mechanism, 2019, equation 2).
     """
     if rate == 0:
         return 0.0
@@ -135,22 +93,10 @@ def renyi_divergence(order: float, rate: float, noise: float) -> float:
 def sampled_epsilon(
     rate: float, noise: float, releases: int, delta: float, orders: tuple[float, ...] = ORDERS
 ) -> float:
-    """Epsilon of `releases` Poisson-sampled Gaussian mechanisms, by Renyi accounting.
+    """Epsilon of `releases` Poisson-sampled Gaussian mechanisms, by Renyi accounting; the best of `orders` counts.
 
-    Parameters
-    ----------
-    rate, noise
-        As in :func:`renyi_divergence`; no noise guarantees nothing.
-    releases : int
-        Steps of DP-SGD.
-    delta : float
-        In (0, 1).
-    orders : tuple of float
-        Renyi orders that are tried; the best one counts.
-
-    References
-    ----------
-    Conversion: Canonne, Kamath and Steinke, The Discrete Gaussian for Differential Privacy, 2020, proposition 12.
+    `rate` and `noise` as in :func:`renyi_divergence`. Conversion: Canonne, Kamath and Steinke, The Discrete Gaussian
+    for Differential Privacy, 2020, proposition 12.
     """
     _check_delta(delta)
     if releases == 0 or rate == 0:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.defenses.accounting import Privacy
@@ -21,56 +20,34 @@ class Defense:
     Name and parameters are public, so that the server knows them (``Scenario.defense``). Random draws come from the
     given generator, which is keyed by seed, round, client and place in the list, and stay with the client. The
     defences of a run act in the listed order, each hook for itself.
-
-    Attributes
-    ----------
-    draws : bool
-        Whether a hook draws from its generator; where it does not, none is seeded.
-    transforms : bool
-        Whether the model sees other images than the private ones (:meth:`images`).
-    replaces_gradient : bool
-        Whether :meth:`gradient` computes its own and would pass over what comes before it in the list.
-    aggregates : bool
-        Whether the server sees nothing but the round's sum over all clients.
     """
 
-    draws: ClassVar[bool] = False
-    transforms: ClassVar[bool] = False
-    replaces_gradient: ClassVar[bool] = False
-    aggregates: ClassVar[bool] = False
+    draws: ClassVar[bool] = False  # whether a hook draws; where it does not, no generator is seeded
+    transforms: ClassVar[bool] = False  # whether the model sees other images than the private ones
+    replaces_gradient: ClassVar[bool] = False  # `gradient` passes over what comes before it in the list
+    aggregates: ClassVar[bool] = False  # the server sees nothing but the round's sum over all clients
 
     def check(self, scenario: Scenario) -> None:
-        """Refuse a scenario this defence cannot apply to, before anything starts.
-
-        Raises
-        ------
-        NotApplicable
-            In one sentence: what stands in the way and what would help.
-        """
+        """Refuse (NotApplicable) a scenario this defence cannot apply to, before anything starts."""
         del scenario
 
     def model(self, model: ModelConfig) -> ModelConfig:
         """The resolved model, as this defence changes it for everybody."""
         return model
 
-    def images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def images(self, images: Tensor, generator: Generator) -> Tensor:
         """What the model is shown in this round in the place of `images`, float32 (n, C, H, W) in [0, 1]."""
         del generator
         return images
 
     def gradient(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        inner: GradientStep,
-        generator: torch.Generator,
+        self, model: nn.Module, images: Tensor, labels: Tensor, inner: GradientStep, generator: Generator
     ) -> LossAndGradient:
         """One batch's loss and gradient, from that of the defences before it (`inner`)."""
         del generator
         return inner(model, images, labels)
 
-    def update(self, update: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def update(self, update: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """What is sent, before compression, in the place of `update` (name -> tensor; not to be modified)."""
         del generator
         return update
@@ -78,20 +55,9 @@ class Defense:
     def privacy(
         self, training: TrainingConfig, samples: int, rounds: int, statistics_sent: bool
     ) -> Privacy | None:
-        """What is guaranteed to a client; None: nothing is meant to be.
+        """What is guaranteed to a client of so many samples, used in so many rounds; None: nothing is meant to be.
 
-        Parameters
-        ----------
-        training : TrainingConfig
-        samples : int
-            The client has.
-        rounds : int
-            In which its updates were used.
-        statistics_sent : bool
-            Whether BatchNorm statistics travel beside the update, unprotected.
+        `statistics_sent`: BatchNorm statistics travel beside the update, unprotected.
         """
         del training, samples, rounds, statistics_sent
         return None
-
-
-__all__ = ["Defense"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -35,29 +35,18 @@ _UNUSED = torch.Generator()
 
 
 def build_defenses(config: DefenseConfig) -> dict[str, Defense]:
-    """The configured defences by name, in their order.
-
-    Raises
-    ------
-    ConfigError
-        If a name or a parameter is unknown or malformed, parameters are given without the defence, or a defence
-        would undo what an earlier one did.
-    """
+    """The configured defences by name, in their order; ConfigError if one would undo what an earlier one did."""
     built = build_plugins(DEFENSES, config.names, config.options, config.shared_options, "defense")
-    _check_order(built)
-    return built
-
-
-def _check_order(defenses: dict[str, Defense]) -> None:
     earlier: list[str] = []
-    for name, defense in defenses.items():
+    for name, defense in built.items():
         if defense.replaces_gradient and earlier:
             raise ConfigError(
-                f"setting 'defense.names' = {', '.join(defenses)}: {name} computes the gradient anew and would undo "
+                f"setting 'defense.names' = {', '.join(built)}: {name} computes the gradient anew and would undo "
                 f"{' and '.join(earlier)}; name it first"
             )
         if type(defense).gradient is not Defense.gradient:
             earlier.append(name)
+    return built
 
 
 def defended_model(model: ModelConfig, config: DefenseConfig) -> ModelConfig:
@@ -73,28 +62,15 @@ def hides_clients(config: DefenseConfig) -> bool:
 
 
 def check_defenses(scenario: Scenario) -> None:
-    """Refuse a scenario that a configured defence cannot apply to.
-
-    Raises
-    ------
-    NotApplicable
-    """
+    """Refuse (NotApplicable) a scenario that a configured defence cannot apply to."""
     for defense in build_defenses(scenario.defense).values():
         defense.check(scenario)
 
 
 class ClientDefenses:
-    """What one client does in one round.
+    """What one client does in one round; `step` is how an undefended one computes a batch's loss and gradient.
 
     A pure function of its arguments, so that the auditor can recompute what the model was shown.
-
-    Parameters
-    ----------
-    defenses : sequence of Defense
-    seed, round, client : int
-        Key of the random streams.
-    step : callable
-        How an undefended client computes one batch's loss and gradient.
     """
 
     def __init__(
@@ -129,7 +105,7 @@ class ClientDefenses:
         step = self._step
         for defense, generator in zip(self._defenses, self._generators, strict=True):
             if type(defense).gradient is not Defense.gradient:
-                step = _wrapped(defense.gradient, step, generator)
+                step = partial(defense.gradient, inner=step, generator=generator)
         return step
 
     def update(self, update: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,17 +113,3 @@ class ClientDefenses:
         for defense, generator in zip(self._defenses, self._generators, strict=True):
             update = defense.update(update, generator)
         return update
-
-
-def _wrapped(hook: Callable[..., object], inner: GradientStep, generator: torch.Generator) -> GradientStep:
-    return partial(hook, inner=inner, generator=generator)  # type: ignore[return-value]
-
-
-__all__ = [
-    "DEFENSES",
-    "ClientDefenses",
-    "build_defenses",
-    "check_defenses",
-    "defended_model",
-    "hides_clients",
-]

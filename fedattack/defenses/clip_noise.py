@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedattack.config import TrainingConfig
 from fedattack.defenses.accounting import Privacy, gaussian_epsilon, sampled_epsilon
@@ -23,6 +23,9 @@ from fedattack.task import GradientStep, LossAndGradient
 class ClipNoise(Defense):
     """Clip to an L2 norm and add Gaussian noise: each whole update, or each sample's gradient as in DP-SGD.
 
+    The guarantee is about updates. The training loss that clients report goes to the record and to no adversary, but
+    is not noised; BatchNorm statistics void it (epsilon is infinite then).
+
     Parameters
     ----------
     clip_norm : float or None
@@ -34,11 +37,6 @@ class ClipNoise(Defense):
         gradient, add noise to their sum and divide by the batch's size.
     delta : float
         At which epsilon is reported.
-
-    Notes
-    -----
-    The guarantee is about updates. The training loss that clients report goes to the record and to no adversary, but
-    is not noised; BatchNorm statistics void it (epsilon is infinite then).
 
     References
     ----------
@@ -62,12 +60,7 @@ class ClipNoise(Defense):
             )
 
     def gradient(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        inner: GradientStep,
-        generator: torch.Generator,
+        self, model: nn.Module, images: Tensor, labels: Tensor, inner: GradientStep, generator: Generator
     ) -> LossAndGradient:
         """Mean of the clipped gradients of the samples, with noise; `inner` unchanged under unit "update"."""
         if self.unit == "update":
@@ -82,7 +75,7 @@ class ClipNoise(Defense):
         mean = [(part + self._noise(part, generator)) / len(images) for part in total]
         return torch.stack(losses).mean(), tuple(mean)
 
-    def update(self, update: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def update(self, update: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """The clipped update with noise; unchanged under unit "sample"."""
         if self.unit == "sample":
             return update
@@ -121,13 +114,10 @@ class ClipNoise(Defense):
         scale = (self.clip_norm / norm.clamp(min=self.clip_norm)).float()
         return [part * scale for part in parts]
 
-    def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
+    def _noise(self, like: Tensor, generator: Generator) -> Tensor:
         drawn = torch.randn(like.shape, generator=generator)
         return (drawn * (self.noise * (self.clip_norm or 1.0))).to(like)
 
 
 def _mixes_samples(model: nn.Module) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules())
-
-
-__all__ = ["ClipNoise"]

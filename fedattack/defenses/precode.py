@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedattack.config import ModelConfig
 from fedattack.defenses.base import Defense
@@ -49,12 +48,7 @@ class Precode(Defense):
         return model.model_copy(update={"bottleneck": self.width})
 
     def gradient(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        inner: GradientStep,
-        generator: torch.Generator,
+        self, model: nn.Module, images: Tensor, labels: Tensor, inner: GradientStep, generator: Generator
     ) -> LossAndGradient:
         """`inner` with the code drawn, and its divergence in the loss."""
         assert isinstance(model, Bottlenecked)
@@ -63,6 +57,3 @@ class Precode(Defense):
             return inner(model, images, labels)
         finally:
             model.generator = None
-
-
-__all__ = ["Precode"]

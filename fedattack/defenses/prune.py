@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fedattack.compression.selection import largest
 from fedattack.defenses.base import Defense
@@ -32,7 +32,7 @@ class Prune(Defense):
     share: Annotated[float, Field(ge=0, lt=1)] = 0.7
     scope: Literal["layer", "global"] = "layer"
 
-    def update(self, update: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def update(self, update: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """`update` with its smallest entries at zero; of equal ones those at the lowest positions are kept."""
         if self.scope == "layer":
             return {name: self._pruned(tensor) for name, tensor in update.items()}
@@ -47,6 +47,3 @@ class Prune(Defense):
         result = torch.zeros_like(flat)
         result[chosen] = flat[chosen]
         return result.reshape(tensor.shape)
-
-
-__all__ = ["Prune"]

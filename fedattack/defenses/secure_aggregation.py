@@ -22,6 +22,3 @@ class SecureAggregation(Defense):
     """
 
     aggregates: ClassVar[bool] = True
-
-
-__all__ = ["SecureAggregation"]

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedattack.defenses.base import Defense
 from fedattack.models import build_model
@@ -28,17 +28,13 @@ class Soteria(Defense):
 
     Of each sample, feature r_i goes where ``||d r_i / d x|| / |r_i|`` is smallest: setting it to zero then stands for
     the largest change of the image. The head's weight gradient is the sum over the batch of the logits' gradient
-    times the pruned features; all other gradients, the loss and the head's bias are unchanged.
+    times the pruned features; all other gradients, the loss and the head's bias are unchanged. Choices are each
+    sample's own, anew in every step; the authors' code adds the ratios of a batch up.
 
     Parameters
     ----------
     share : float
-        Share of the features that is set to zero. The authors' code has 0.6 against Inverting Gradients and 0.01
-        against DLG.
-
-    Notes
-    -----
-    Choices are each sample's own; the authors' code adds the ratios of a batch up. Several steps prune anew in each.
+        Share of the features set to zero. The authors' code has 0.6 against Inverting Gradients and 0.01 against DLG.
 
     References
     ----------
@@ -55,12 +51,7 @@ class Soteria(Defense):
         headed(build_model(scenario.model), "defence 'soteria'")
 
     def gradient(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        inner: GradientStep,
-        generator: torch.Generator,
+        self, model: nn.Module, images: Tensor, labels: Tensor, inner: GradientStep, generator: Generator
     ) -> LossAndGradient:
         """The batch's gradient with the head's weight gradient from pruned features."""
         network = headed(model, "defence 'soteria'")
@@ -78,12 +69,7 @@ class Soteria(Defense):
     def kept(self, features: Tensor, images: Tensor) -> Tensor:
         """0 where a sample's feature is pruned, 1 elsewhere; float32 (B, features).
 
-        Parameters
-        ----------
-        features : Tensor
-            (B, features), of `images`, with their graph.
-        images : Tensor
-            (B, C, H, W), requiring gradients.
+        `features` (B, features) have their graph from `images` (B, C, H, W), which require gradients.
         """
         count = features.shape[1]
         norms = [self._norms(features, images, rows) for rows in torch.arange(count).split(_AT_ONCE)]
@@ -101,6 +87,3 @@ class Soteria(Defense):
             features, images, directions, retain_graph=True, is_grads_batched=True
         )
         return slopes.flatten(2).norm(dim=2).T
-
-
-__all__ = ["Soteria"]

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 import torchvision.transforms.v2.functional as T
-from torch import Tensor
+from torch import Generator, Tensor
 from torchvision.transforms import InterpolationMode
 
 from fedattack.defenses.base import Defense
@@ -38,6 +38,9 @@ _PADDING = 4
 class Transform(Defense):
     """Show the model transformed images: random crop and flip, then one of the policy's lists of operations.
 
+    Each image is transformed once a round. Operations work on 8-bit pixels as their PIL originals do; what is shifted
+    in is grey. Rotations go one way only and all other directions are drawn, as in the source.
+
     Parameters
     ----------
     policy : str
@@ -45,13 +48,7 @@ class Transform(Defense):
         draws one; its operations are applied in order, always (the published code ignores their probabilities).
         Empty: none.
     crop : bool
-        First pad by 4 pixels, crop at random to the old size and flip with chance 1/2, as the published training does
-        on 32x32 images.
-
-    Notes
-    -----
-    Each image is transformed once a round. Operations work on 8-bit pixels as their PIL originals do; what is shifted
-    in is grey. Rotations go one way only and all other directions are drawn, as in the source.
+        First pad by 4 pixels, crop at random to the old size and flip with chance 1/2, as published for 32x32 images.
 
     References
     ----------
@@ -69,12 +66,12 @@ class Transform(Defense):
     def __post_init__(self) -> None:
         self._lists = parse_policy(self.policy)
 
-    def images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def images(self, images: Tensor, generator: Generator) -> Tensor:
         """The transformed images, on 1/255 steps."""
         shown = [self._one(image, generator) for image in (images * 255).round().to(torch.uint8)]
         return torch.stack(shown).to(images.dtype) / 255
 
-    def _one(self, image: Tensor, generator: torch.Generator) -> Tensor:
+    def _one(self, image: Tensor, generator: Generator) -> Tensor:
         if self.crop:
             image = _crop_and_flip(image, generator)
         if self._lists:
@@ -86,13 +83,7 @@ class Transform(Defense):
 
 
 def parse_policy(text: str) -> tuple[tuple[int, ...], ...]:
-    """The lists of a policy such as ``"3-1-7+43-18-18"``.
-
-    Raises
-    ------
-    ConfigError
-        If it is written otherwise, or an index is not in 0 to 49.
-    """
+    """The lists of a policy such as ``"3-1-7+43-18-18"``, indices 0 to 49."""
     if not text:
         return ()
     if not re.fullmatch(r"\d+(-\d+)*(\+\d+(-\d+)*)*", text):
@@ -108,11 +99,11 @@ def parse_policy(text: str) -> tuple[tuple[int, ...], ...]:
     return lists
 
 
-def _drawn(count: int, generator: torch.Generator) -> int:
+def _drawn(count: int, generator: Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
-def _crop_and_flip(image: Tensor, generator: torch.Generator) -> Tensor:
+def _crop_and_flip(image: Tensor, generator: Generator) -> Tensor:
     height, width = image.shape[-2:]
     top, left = _drawn(2 * _PADDING + 1, generator), _drawn(2 * _PADDING + 1, generator)
     cropped = T.pad(image, [_PADDING])[:, top : top + height, left : left + width]
@@ -130,11 +121,6 @@ def _sheared_y(image: Tensor, strength: float, sign: int) -> Tensor:
                     interpolation=InterpolationMode.BILINEAR)  # fmt: skip
 
 
-def _rotated(image: Tensor, strength: float, sign: int) -> Tensor:
-    del sign
-    return T.rotate(image, strength * _LARGEST["rotate"], InterpolationMode.BILINEAR, fill=[_GREY])
-
-
 def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, int], Tensor]:
     return lambda image, strength, sign: adjust(image, 1 + sign * 0.5 * strength)
 
@@ -143,7 +129,9 @@ _OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "translate_x": lambda image, m, sign: _moved(image, x=sign * m * _LARGEST["translate_x"]),
     "translate_y": lambda image, m, sign: _moved(image, y=sign * m * _LARGEST["translate_y"]),
     "shear_y": _sheared_y,
-    "rotate": _rotated,
+    "rotate": lambda image, m, sign: T.rotate(
+        image, m * _LARGEST["rotate"], InterpolationMode.BILINEAR, fill=[_GREY]
+    ),
     "color": _enhanced(T.adjust_saturation),
     "contrast": _enhanced(T.adjust_contrast),
     "sharpness": _enhanced(T.adjust_sharpness),
@@ -154,5 +142,3 @@ _OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "equalize": lambda image, m, sign: T.equalize(image),
     "invert": lambda image, m, sign: T.invert(image),
 }
-
-__all__ = ["SUB_POLICIES", "Transform", "parse_policy"]

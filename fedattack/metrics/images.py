@@ -24,71 +24,23 @@ SSIM_WINDOW = 7
 
 
 def mse(images: Tensor, truth: Tensor) -> Tensor:
-    """Mean squared error of each pair, after clamping.
-
-    Parameters
-    ----------
-    images, truth : Tensor
-        Shape (B, C, H, W), pixels in [0, 1].
-
-    Returns
-    -------
-    Tensor
-        float64, shape (B,).
-
-    Raises
-    ------
-    DataError
-        If the shapes differ or are not (B, C, H, W).
-    """
+    """Mean squared error of each pair, after clamping, float64 (B,); DataError if they are not both (B, C, H, W)."""
     a, b = _pair(images, truth)
     return (a - b).square().mean(dim=(1, 2, 3))
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair in dB, data range 1; infinite for identical images.
-
-    Returns
-    -------
-    Tensor
-        float64, shape (B,).
-
-    Raises
-    ------
-    DataError
-        As in :func:`mse`.
-    """
+    """Peak signal-to-noise ratio of each pair in dB, data range 1; infinite for identical images. As :func:`mse`."""
     return -10 * torch.log10(mse(images, truth))
 
 
 def ssim(images: Tensor, truth: Tensor, data_range: float = 1.0, window: int = SSIM_WINDOW) -> Tensor:
-    """Structural similarity of each pair, as scikit-image's ``structural_similarity`` computes it by default.
+    """Structural similarity of each pair, float64 (B,), as scikit-image's ``structural_similarity`` by default.
 
-    Uniform window, sample covariance, averaged over the positions where the window fits and over channels.
-    Other libraries average over a padded border or use the population covariance, and differ in the second digit.
-
-    Parameters
-    ----------
-    images, truth : Tensor
-        Shape (B, C, H, W), pixels in [0, 1].
-    data_range : float
-        1 for images in [0, 1].
-    window : int
-        Odd side of the window, at most the image's.
-
-    Returns
-    -------
-    Tensor
-        float64, shape (B,).
-
-    Raises
-    ------
-    DataError
-        As in :func:`mse`, or if the window is even or larger than the image.
-
-    References
-    ----------
-    Wang et al., Image quality assessment: from error visibility to structural similarity, 2004.
+    Uniform window, sample covariance, averaged over the positions where the window fits and over channels (Wang et
+    al., Image quality assessment: from error visibility to structural similarity, 2004). Other libraries average over
+    a padded border or use the population covariance, and differ in the second digit. Raises DataError as :func:`mse`,
+    or if `window`, its odd side, is larger than the image.
     """
     a, b = _pair(images, truth)
     if window % 2 == 0 or window < 3 or window > min(a.shape[-2:]):
@@ -108,13 +60,7 @@ def ssim(images: Tensor, truth: Tensor, data_range: float = 1.0, window: int = S
 
 
 def ssim_window(height: int, width: int) -> int:
-    """scikit-image's window of 7, or the largest odd one that fits a smaller image.
-
-    Raises
-    ------
-    DataError
-        If the image is smaller than 3 pixels.
-    """
+    """scikit-image's window of 7, or the largest odd one that fits a smaller image; DataError below 3 pixels."""
     fitting = min(SSIM_WINDOW, height, width)
     fitting -= 1 - fitting % 2
     if fitting < 3:
@@ -128,20 +74,11 @@ def out_of_range_share(images: Tensor) -> Tensor:
 
 
 def paper_scale(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """PSNR and SSIM as the code released with HCGLA prints them, only for comparison with published tables.
+    """PSNR in dB and SSIM, float64 (B,), as HCGLA's code prints them: only for comparison with published tables.
 
     That code divides 255^2 by the MSE of images in [0, 1], which adds 48.13 dB, and takes SSIM with a data range of 2
-    (the range scikit-image assumes for float images), which raises it.
-
-    Returns
-    -------
-    tuple of Tensor
-        PSNR in dB and SSIM, float64, shape (B,).
-
-    References
-    ----------
-    Yang, Ge, Xiang and Li, Using Highly Compressed Gradients in Federated Learning for Data Reconstruction
-    Attacks, IEEE TIFS 2023.
+    (the range scikit-image assumes for float images), which raises it (Yang, Ge, Xiang and Li, Using Highly
+    Compressed Gradients in Federated Learning for Data Reconstruction Attacks, IEEE TIFS 2023).
     """
     window = ssim_window(*images.shape[-2:])
     return psnr(images, truth) + INFLATION_DB, ssim(images, truth, data_range=2.0, window=window)
@@ -151,13 +88,9 @@ def paper_scale(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 class Match:
     """Which reconstruction was scored against which private image.
 
-    Parameters
-    ----------
-    order : tuple of int
-        For each private image the position of its reconstruction, or -1 where there are fewer reconstructions.
-    matched_by : str
-        "single" (one of each), "labels" (distinct labels, all right), "labels, then MSE" (repeated labels, all
-        right) or "MSE" (best assignment whatever the labels).
+    `order`: for each private image the position of its reconstruction, or -1 where there are fewer reconstructions.
+    `matched_by`: "single" (one of each), "labels" (distinct labels, all right), "labels, then MSE" (repeated labels,
+    all right) or "MSE" (best assignment whatever the labels).
     """
 
     order: tuple[int, ...]
@@ -167,29 +100,11 @@ class Match:
 def match(
     images: Tensor, truth: Tensor, labels: Tensor | None = None, true_labels: Tensor | None = None
 ) -> Match:
-    """Pair a batch of reconstructions with the private batch, whose order no attacker can know.
+    """Pair reconstructions (A, C, H, W) with the private batch (B, C, H, W), whose order no attacker can know.
 
-    Minimises the summed MSE over assignments (Hungarian method). Labels are a hard constraint only when the attack
-    has them all right: then an image may only be scored against a private image of its own label. Assigning on
-    a metric can only raise that metric, so floors and controls must be matched in the same way.
-
-    Parameters
-    ----------
-    images : Tensor
-        Shape (A, C, H, W): reconstructions.
-    truth : Tensor
-        Shape (B, C, H, W): private images.
-    labels, true_labels : Tensor, optional
-        int64, shapes (A,) and (B,).
-
-    Returns
-    -------
-    Match
-
-    Raises
-    ------
-    DataError
-        If the image shapes differ.
+    Minimises the summed MSE over assignments (Hungarian method). Labels, (A,) and (B,), are a hard constraint only
+    when the attack has them all right: then an image may only be scored against a private image of its own label.
+    Assigning on a metric can only raise that metric, so floors and controls must be matched in the same way.
     """
     if images.shape[1:] != truth.shape[1:]:
         raise DataError(
@@ -213,13 +128,7 @@ def match(
 
 
 def labels_right(labels: Tensor, true_labels: Tensor) -> list[bool]:
-    """For each true label whether the attack named it, counting repeats, whatever the order.
-
-    Parameters
-    ----------
-    labels, true_labels : Tensor
-        int64, shapes (A,) and (B,).
-    """
+    """For each of the true labels (B,) whether the attack named it, counting repeats, whatever the order."""
     left = labels.tolist()
     right = []
     for label in true_labels.tolist():

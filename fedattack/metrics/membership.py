@@ -20,49 +20,25 @@ _CELLS = 4_000_000
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """True-positive rate where the false-positive rate is at most a given one.
+    """True-positive rate where the false-positive rate is at most a given one."""
 
-    Parameters
-    ----------
-    max_fpr : float
-        The false-positive rate that was allowed.
-    tpr : Interval
-        Share of members found, with its exact (Clopper-Pearson) interval over the members.
-    fpr : float
-        The false-positive rate really spent.
-    true_positives, false_positives, members, nonmembers : int
-        The counts behind it.
-    chance_mean, chance_high : float
-        Mean and 97.5 % quantile of `tpr` when the scores know nothing (exact, negative hypergeometric).
-    p_value : float
-        Chance of at least this many true positives when the scores know nothing.
-    """
-
-    max_fpr: float
-    tpr: Interval
-    fpr: float
+    max_fpr: float  # the false-positive rate that was allowed
+    tpr: Interval  # share of members found, with its exact (Clopper-Pearson) interval
+    fpr: float  # the false-positive rate really spent
     true_positives: int
     false_positives: int
     members: int
     nonmembers: int
-    chance_mean: float
-    chance_high: float
-    p_value: float
+    chance_mean: float  # of `tpr` when the scores know nothing (exact, negative hypergeometric)
+    chance_high: float  # its 97.5 % quantile
+    p_value: float  # chance of at least this many hits when the scores know nothing
 
 
 def auc(scores: ArrayLike, is_member: ArrayLike) -> float:
     """Area under the ROC curve: the chance that a random member outscores a random non-member.
 
-    Parameters
-    ----------
-    scores : array-like of float, shape (N,)
-        Higher means "more likely a member".
-    is_member : array-like of bool, shape (N,)
-
-    Raises
-    ------
-    DataError
-        If the lengths differ, a score is not a number, or there is no member or no non-member.
+    `scores` (N,): higher means "more likely a member". Raises DataError, as all below that take scores, if the
+    lengths differ, a score is not a number, or there is no member or no non-member.
     """
     values, member = _checked(scores, is_member)
     return float(roc_auc_score(member, values))
@@ -74,17 +50,9 @@ def auc_interval(
     """AUC with the wider, at either end, of two intervals.
 
     One is the percentile bootstrap (members and non-members resampled separately), which shrinks to a point where few
-    candidates are told apart perfectly or not at all. The other is the score interval: every area from which the
-    one that was found is no further than Hanley and McNeil's standard error allows (Newcombe, 2006, method 5).
-
-    Raises
-    ------
-    DataError
-        As in :func:`auc`.
-
-    References
-    ----------
-    Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2, 2006.
+    candidates are told apart perfectly or not at all. The other is the score interval: every area from which the one
+    that was found is no further than Hanley and McNeil's standard error allows (Newcombe, Confidence intervals for an
+    effect size measure based on the Mann-Whitney statistic, part 2, 2006, method 5).
     """
     values, member = _checked(scores, is_member)
     _, place = np.unique(values, return_inverse=True)
@@ -106,11 +74,8 @@ def auc_interval(
 
 
 def auc_deviation(area: float, members: int, nonmembers: int) -> float:
-    """Standard error of an AUC under exponential scores.
-
-    References
-    ----------
-    Hanley and McNeil, The meaning and use of the area under a receiver operating characteristic (ROC) curve, 1982.
+    """Standard error of an AUC under exponential scores (Hanley and McNeil, The meaning and use of the area under a
+    receiver operating characteristic (ROC) curve, 1982).
     """
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     spread = area * (1 - area) + (members - 1) * (q1 - area**2) + (nonmembers - 1) * (q2 - area**2)
@@ -140,13 +105,7 @@ def auc_power(members: int, nonmembers: int, area: float, confidence: float = 0.
 
 
 def chance_auc(members: int, nonmembers: int, confidence: float = 0.95) -> Interval:
-    """The AUC of scores that know nothing: 0.5, with the Mann-Whitney interval of so few samples.
-
-    Raises
-    ------
-    DataError
-        If there is no member or no non-member.
-    """
+    """The AUC of scores that know nothing: 0.5, with the Mann-Whitney interval of so few samples."""
     if members < 1 or nonmembers < 1:
         raise DataError(f"{members} members and {nonmembers} non-members: at least one of each is needed")
     deviation = np.sqrt((members + nonmembers + 1) / (12 * members * nonmembers))
@@ -157,16 +116,8 @@ def chance_auc(members: int, nonmembers: int, confidence: float = 0.95) -> Inter
 def tpr_at_fpr(scores: ArrayLike, is_member: ArrayLike, max_fpr: float) -> OperatingPoint:
     """True-positive rate at the last point of the ROC curve whose false-positive rate is at most `max_fpr`.
 
-    With fewer than ``1 / max_fpr`` non-members the point allows no false positive at all; the counts say so.
-
-    Raises
-    ------
-    DataError
-        As in :func:`auc`.
-
-    References
-    ----------
-    Carlini et al., Membership Inference Attacks From First Principles, 2022.
+    With fewer than ``1 / max_fpr`` non-members the point allows no false positive at all; the counts say so (Carlini
+    et al., Membership Inference Attacks From First Principles, 2022).
     """
     values, member = _checked(scores, is_member)
     fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
@@ -193,13 +144,7 @@ def tpr_at_fpr(scores: ArrayLike, is_member: ArrayLike, max_fpr: float) -> Opera
 def balanced_accuracy(scores: ArrayLike, is_member: ArrayLike) -> float:
     """Largest mean of true-positive and true-negative rate over all thresholds.
 
-    The threshold is chosen on the scored candidates, so chance scores above 0.5: see
-    :func:`chance_balanced_accuracy`.
-
-    Raises
-    ------
-    DataError
-        As in :func:`auc`.
+    The threshold is chosen on the scored candidates: chance is above 0.5, see :func:`chance_balanced_accuracy`.
     """
     values, member = _checked(scores, is_member)
     fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
@@ -209,13 +154,7 @@ def balanced_accuracy(scores: ArrayLike, is_member: ArrayLike) -> float:
 def chance_balanced_accuracy(
     scores: ArrayLike, is_member: ArrayLike, seed: int, replicates: int = 1000
 ) -> tuple[float, float]:
-    """Mean and 97.5 % quantile of :func:`balanced_accuracy` when memberships are shuffled among these scores.
-
-    Raises
-    ------
-    DataError
-        As in :func:`auc`.
-    """
+    """Mean and 97.5 % quantile of :func:`balanced_accuracy` when memberships are shuffled among these scores."""
     values, member = _checked(scores, is_member)
     order = np.argsort(-values, kind="stable")
     last = np.append(np.nonzero(np.diff(values[order]))[0], len(values) - 1)  # last place of each tie
@@ -229,13 +168,7 @@ def chance_balanced_accuracy(
 
 
 def roc_points(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """False- and true-positive rates of the ROC curve, both rising from 0 to 1.
-
-    Raises
-    ------
-    DataError
-        As in :func:`auc`.
-    """
+    """False- and true-positive rates of the ROC curve, both rising from 0 to 1."""
     values, member = _checked(scores, is_member)
     fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
     return fpr, tpr

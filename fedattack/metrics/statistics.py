@@ -21,28 +21,14 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean or a share with its confidence interval.
-
-    Parameters
-    ----------
-    mean : float
-        The estimate.
-    low, high : float
-        Ends of the interval; NaN where there are fewer than :data:`FEWEST` independent units.
-    count : int
-        Independent units behind the estimate (victims, members, seeds).
-    confidence : float
-        In (0, 1).
-    spread : float
-        Standard deviation between the units; NaN where unknown.
-    """
+    """A mean or a share with its confidence interval."""
 
     mean: float
-    low: float
+    low: float  # NaN, as `high`, where there are fewer than FEWEST independent units
     high: float
-    count: int
+    count: int  # independent units behind the estimate (victims, members, seeds)
     confidence: float = 0.95
-    spread: float = float("nan")
+    spread: float = float("nan")  # standard deviation between the units; NaN where unknown
 
     @property
     def known(self) -> bool:
@@ -57,20 +43,12 @@ def bootstrap_mean(
     confidence: float = 0.95,
     replicates: int = REPLICATES,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean of finite figures, one per image, candidate or seed.
+    """Percentile bootstrap interval of a mean of finite figures (else ConfigError), one per image, candidate or seed.
 
     `groups`, shape (N,), names the independent unit of each value (the victim of each image). Whole groups are
     resampled: images of one batch share an update, so counting them as independent would make the interval too
-    narrow. There are no ends when there are fewer than :data:`FEWEST` groups.
-
-    Raises
-    ------
-    ConfigError
-        If there is no value, a value is not finite, or `confidence` is not in (0, 1).
-
-    References
-    ----------
-    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    narrow. There are no ends when there are fewer than :data:`FEWEST` groups. (Efron and Tibshirani, An Introduction
+    to the Bootstrap, 1993, chapter 13.)
     """
     sums, counts = _group_sums(values, groups)
     _check_confidence(confidence)
@@ -92,16 +70,10 @@ def paired_difference(
     confidence: float = 0.95,
     replicates: int = REPLICATES,
 ) -> Interval:
-    """Interval of the mean of ``first - second``, both measured on the same units; arguments of
-    :func:`bootstrap_mean`.
+    """Interval of the mean of ``first - second``, both of the same units; otherwise as :func:`bootstrap_mean`.
 
     The wider, at either end, of the paired percentile bootstrap and Student's t interval over the groups. With the
     handful of victims that one run attacks the percentile bootstrap alone is too narrow.
-
-    Raises
-    ------
-    ConfigError
-        If the shapes differ, or as in :func:`bootstrap_mean`.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
@@ -137,13 +109,7 @@ def units_needed(spread: float, distance: float, confidence: float = 0.95, most:
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """Exact interval of a binomial share (Clopper and Pearson, 1934).
-
-    Raises
-    ------
-    ConfigError
-        If the counts are impossible or `confidence` is not in (0, 1).
-    """
+    """Exact interval of a binomial share (Clopper and Pearson, 1934)."""
     _check_counts(successes, trials)
     _check_confidence(confidence)
     exact = stats.binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="exact")
@@ -151,13 +117,7 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> In
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """Score interval of a binomial share (Wilson, 1927): narrower than the exact one, close to nominal coverage.
-
-    Raises
-    ------
-    ConfigError
-        If the counts are impossible or `confidence` is not in (0, 1).
-    """
+    """Score interval of a binomial share (Wilson, 1927): narrower than the exact one, close to nominal coverage."""
     _check_counts(successes, trials)
     _check_confidence(confidence)
     score = stats.binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="wilson")
@@ -169,18 +129,6 @@ def share_difference(first: float, second: float, trials: int, confidence: float
 
     It treats the two as independent; two models scored on the same test samples agree on many of them, so the
     interval is then wider than need be. It covers the test samples only, not the randomness of training.
-
-    Parameters
-    ----------
-    first, second : float
-        Shares in [0, 1].
-    trials : int
-        Samples behind each.
-
-    Raises
-    ------
-    ConfigError
-        If a share is outside [0, 1] or there are no trials.
     """
     one, two = (wilson(round(share * trials), trials, confidence) for share in (first, second))
     difference = first - second

@@ -48,37 +48,17 @@ MODELS: Registry[Builder] = Registry(
 
 _PUBLISHED_HEADS = {"lenet-zhu": 10_177}
 _PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-two-layer": "poly3"}
-_WIDTHS = {
-    "imprint": 1024,
-    "imprint-sparse": 1024,
-    "loki": 256,
-    "two-layer": 1024,
-    "lenet-two-layer": 1024,
-    "mlp": 64,
-}
+_WIDE = ("imprint", "imprint-sparse", "two-layer", "lenet-two-layer")
+_WIDTHS = {**dict.fromkeys(_WIDE, 1024), "loki": 256, "mlp": 64}
 _HCGLA_RESNETS = {"resnet18", "resnet34"}
 _FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn"}
 
 
 def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) -> ModelConfig:
-    """Fill what the configuration leaves open.
+    """Fill what the configuration leaves open of `classes`, `channels`, `image_size`, `activation` and `width`.
 
-    Parameters
-    ----------
-    model : ModelConfig
-    channels, image_size, classes : int
-        The data set's.
-
-    Returns
-    -------
-    ModelConfig
-        With `classes`, `channels`, `image_size` and `activation` set, and `width` where the model has one.
-
-    Raises
-    ------
-    ConfigError
-        If the model is unknown, its head is narrower than the data's label space, or it has no free width or kernel
-        sets.
+    Raises ConfigError if the model is unknown, its head is narrower than the data's label space, or it has no free
+    width or kernel sets.
     """
     MODELS.get(model.name)
     if model.width is not None and model.name in _FIXED_WIDTH:
@@ -114,29 +94,18 @@ def build_model(model: ModelConfig) -> nn.Module:
     """
     module = MODELS.get(model.name)(model)
     if any(isinstance(part, nn.modules.lazy.LazyModuleMixin) for part in module.modules()):
-        assert model.channels is not None
-        assert model.image_size is not None
+        channels, side, _ = model.resolved
         with torch.no_grad():
-            module.eval()(torch.zeros(1, model.channels, model.image_size, model.image_size))
+            module.eval()(torch.zeros(1, channels, side, side))
         module.train()
     return module if model.bottleneck is None else Bottlenecked(module, model.bottleneck)
 
 
 def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """First global weights: read from `model.weights`, or drawn from (seed, "model").
+    """First global weights: read from `model.weights` (DataError if they do not fit), or drawn from (seed, "model").
 
     A model may bring its published initialisation as a method ``initialise(generator)``; others get Kaiming-uniform
-    weights and zero biases.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The state dict, float32 on the CPU (integer buffers keep their type).
-
-    Raises
-    ------
-    DataError
-        If `model.weights` is missing, is not safetensors, or does not fit.
+    weights and zero biases. A state dict, float32 on the CPU (integer buffers keep their type).
     """
     module = build_model(model)
     if model.weights is not None:
@@ -153,44 +122,19 @@ def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
 def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"], seed: int) -> list[str]:
     """Train the model of a resolved configuration on one batch of noise, in vain, and look at what comes out.
 
-    Parameters
-    ----------
-    batch : int
-        Images.
-    model : ModelConfig
-    batch_norm : str
-        As :class:`~fedattack.config.TrainingConfig` has it.
-    seed : int
-        Of the initial weights.
-
-    Returns
-    -------
-    list of str
-        What a person should know: which parameters are frozen, and which are one under several names.
-
-    Raises
-    ------
-    BadRequest
-        In one sentence: what stands in the way of training it.
+    Answers what a person should know: which parameters are frozen, and which are one under several names. Raises
+    BadRequest, in one sentence, where something stands in the way of training it.
     """
     refusal = f"setting 'model.name' = {model.name!r}:"
     shape = (model.channels or 1, model.image_size or 1, model.image_size or 1)
     try:
         weights = initial_weights(model, seed)
         module = build_model(model)
-        odd = [
-            name
-            for name, tensor in weights.items()
-            if tensor.is_floating_point() and tensor.dtype != torch.float32
-        ]
-        odd += [name for name, tensor in weights.items() if tensor.is_complex()]
-        if odd:
-            raise ConfigError(
-                f"{refusal} {odd[0]!r} is of type {weights[odd[0]].dtype}; only float32 is trained"
-            )
+        for name, tensor in weights.items():
+            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+                raise ConfigError(f"{refusal} {name!r} is of type {tensor.dtype}; only float32 is trained")
         module.load_state_dict(weights)
-        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        if not trained:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ConfigError(f"{refusal} it has no parameter that can be trained")
         images = torch.rand(batch, *shape, generator=torch_rng(seed, "dry run"))
         labels = torch.zeros(batch, dtype=torch.int64)
@@ -203,10 +147,9 @@ def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"]
                 )
             with torch.no_grad():
                 _check_logits(refusal, module.eval()(images), batch, model.classes)
-        after = module.state_dict()
-        if {n: (t.shape, t.dtype) for n, t in after.items()} != {
-            n: (t.shape, t.dtype) for n, t in weights.items()
-        }:
+        states = weights, module.state_dict()
+        before, after = ({n: (t.shape, t.dtype) for n, t in state.items()} for state in states)
+        if before != after:
             raise ConfigError(f"{refusal} its state dict changes names, shapes or types when it is used")
     except BadRequest:
         raise

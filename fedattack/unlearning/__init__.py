@@ -21,13 +21,7 @@ MECHANISMS: Registry[type[Mechanism]] = Registry(
 
 
 def build_mechanism(config: UnlearningConfig) -> Mechanism:
-    """The configured mechanism with its parameters.
-
-    Raises
-    ------
-    ConfigError
-        If the mechanism or one of its parameters is unknown, or a value is malformed.
-    """
+    """The configured mechanism with its parameters."""
     name, cls = config.mechanism, MECHANISMS.get(config.mechanism)
     for other in config.options.keys() - {name}:
         raise unknown_name("setting", f"unlearning.{other}", [f"unlearning.{name}"])

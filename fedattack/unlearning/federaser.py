@@ -37,13 +37,7 @@ class FedEraser(Mechanism):
     calibration: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
-        """Forget the samples of `deletions`; see :meth:`Mechanism.forget`.
-
-        Raises
-        ------
-        RunFailed
-            If no checkpoint is old enough.
-        """
+        """Forget the samples of `deletions`; see :meth:`Mechanism.forget`."""
         excluded = merged(history.excluded, deletions)
         start = history.ignorant([deletion.client for deletion in deletions])
         if start is None:

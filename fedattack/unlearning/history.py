@@ -30,23 +30,12 @@ _BUFFER = "buffer."
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client's reply stands for.
-
-    Parameters
-    ----------
-    client : int
-    change : dict of str to Tensor
-        Trained parameter -> change of the global weights if this client were alone.
-    buffers : dict of str to Tensor
-        BatchNorm statistics sent beside it.
-    examples : int
-        Declared number of samples.
-    """
+    """What one client's reply stands for."""
 
     client: int
-    change: Weights
-    buffers: Weights
-    examples: int
+    change: Weights  # trained parameter -> change of the global weights if it were alone
+    buffers: Weights  # BatchNorm statistics sent beside it
+    examples: int  # declared number of samples
 
     @classmethod
     def of(cls, observation: Observation) -> ClientUpdate:
@@ -60,36 +49,19 @@ class ClientUpdate:
 class History:
     """The global models and client updates of a training, as far as the mechanism declares that it needs them.
 
-    Parameters
-    ----------
-    folder : Path
-        Made when the first file is written; files that are there already are kept.
-    scenario : Scenario
-    keeps : collection of str
-        Of the mechanism. Checkpoint 0, the initial model, is kept in any case.
-    every : int
-        Checkpoints are of rounds 0, n, 2n, ...; updates of the rounds 1, n + 1, 2n + 1, ... that start from them.
-    weights : dict of str to Tensor
-        The current global model.
-    rounds : int
-        Rounds trained so far.
-    first_rounds : dict of int to int
-        Client -> first round whose aggregate its update went into (1-based). Clients that never took part are
-        absent.
-    excluded : mapping of int to frozenset of int
-        Positions that earlier requests had removed; they stay removed.
+    The `folder` is made when the first file is written; files that are there already are kept. Checkpoint 0, the
+    initial model, is kept in any case; with `every` n those of rounds 0, n, 2n, ... and updates of the rounds 1, n +
+    1, 2n + 1, ... that start from them.
     """
 
     folder: Path
     scenario: Scenario
-    keeps: Collection[Kept] = ()
+    keeps: Collection[Kept] = ()  # of the mechanism
     every: int = 1
-    weights: Weights = field(default_factory=dict)
-    rounds: int = 0
-    first_rounds: dict[int, int] = field(default_factory=dict)
-    excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)
-
-    # ------------------------------------------------------------------ what is kept
+    weights: Weights = field(default_factory=dict)  # the current global model
+    rounds: int = 0  # trained so far
+    first_rounds: dict[int, int] = field(default_factory=dict)  # client -> first round its update went into
+    excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)  # removed by earlier requests
 
     def keep_weights(self, round: int, weights: Weights) -> None:
         """Take note of the global model after a round."""
@@ -123,8 +95,6 @@ class History:
             return
         for client in clients:
             self.first_rounds[client] = min(round, self.first_rounds.get(client, round))
-
-    # ------------------------------------------------------------------ what it says
 
     @property
     def checkpoints(self) -> list[int]:
@@ -161,12 +131,7 @@ class History:
         """The newest checkpoint that cannot know any sample of these clients; None where the model never met them.
 
         Which of its samples a client used in a round, the server does not know: the checkpoint is older than the
-        first round in which any of them took part.
-
-        Raises
-        ------
-        RunFailed
-            If no checkpoint is old enough.
+        first round in which any of them took part. Raises RunFailed if none is old enough.
         """
         entered = [self.first_rounds[client] for client in clients if client in self.first_rounds]
         if not entered:

@@ -42,48 +42,29 @@ class Trainer(Protocol):
 class Forgotten:
     """What a mechanism answers.
 
-    Parameters
-    ----------
-    weights : dict of str to Tensor
-        The global model after forgetting.
-    excluded : mapping of int to frozenset of int
-        All positions removed so far, this time's included.
-    resumed_after : int
-        The last round that was kept as it was. What is kept of later rounds still knows the samples: drop it.
-    rounds_trained : int
-        Federation rounds that the answer cost.
+    `resumed_after`: the last round that was kept as it was. What is kept of later rounds still knows the samples:
+    drop it.
     """
 
-    weights: Weights
-    excluded: Excluded
+    weights: Weights  # the global model after forgetting
+    excluded: Excluded  # all positions removed so far, this time's included
     resumed_after: int
-    rounds_trained: int
+    rounds_trained: int  # federation rounds that the answer cost
 
 
 @dataclass
 class Mechanism(ABC):
     """Base of every mechanism: turns accepted deletions into a model that no longer knows the samples.
 
-    A dataclass; its fields are its settings, ``unlearning.NAME.FIELD``.
-
-    Attributes
-    ----------
-    keeps : frozenset of str
-        What of the training it needs; nothing else is kept.
-    by_positions : bool
-        Whether a deletion must name positions; else it may hold samples, which may be anybody's.
+    A dataclass; its fields are its settings, ``unlearning.NAME.FIELD``. `by_positions`: a deletion must name
+    positions; else it may hold samples, which may be anybody's.
     """
 
-    keeps: ClassVar[frozenset[Kept]] = frozenset()
+    keeps: ClassVar[frozenset[Kept]] = frozenset()  # what of the training it needs; nothing else is kept
     by_positions: ClassVar[bool] = True
 
     def check(self, name: str, scenario: Scenario) -> None:
-        """Refuse a federation in which the server cannot keep what is needed.
-
-        Raises
-        ------
-        NotApplicable
-        """
+        """Refuse (NotApplicable) a federation in which the server cannot keep what is needed."""
         if "updates" in self.keeps and hides_clients(scenario.defense):
             raise NotApplicable(
                 f"setting 'unlearning.mechanism' = {name!r} keeps each client's update, which 'secure-aggregation' "
@@ -92,15 +73,9 @@ class Mechanism(ABC):
 
     @abstractmethod
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
-        """Forget what `deletions` name.
+        """Forget what `deletions`, accepted by :func:`fedattack.unlearning.validate_request`, name.
 
-        Parameters
-        ----------
-        deletions : sequence of Deletion
-            Accepted by :func:`fedattack.unlearning.validate_request`.
-        history : History
-            Of the training, as far as :attr:`keeps` asks for it.
-        trainer : Trainer
+        Raises RunFailed if no checkpoint is old enough.
         """
 
 

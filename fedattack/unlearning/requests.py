@@ -18,33 +18,17 @@ from fedattack.task import TASKS
 
 @dataclass(frozen=True)
 class Deletion:
-    """A request that was accepted.
+    """A request that was accepted: positions in the client's partition, new ones, or samples (anybody's)."""
 
-    Parameters
-    ----------
-    client : int
-        Who asked.
-    positions : frozenset of int
-        Positions in the client's partition, newly to be forgotten; empty where it sent samples.
-    drops_out : bool
-        True when the client keeps no sample and therefore leaves the federation.
-    images, labels : Tensor or None
-        The samples that were sent: float32 (n, C, H, W) in [0, 1] and int64 (n,). They may be anybody's.
-    """
-
-    client: int
+    client: int  # who asked
     positions: frozenset[int] = frozenset()
-    drops_out: bool = False
-    images: Tensor | None = field(default=None, compare=False)
-    labels: Tensor | None = field(default=None, compare=False)
+    drops_out: bool = False  # the client keeps no sample and leaves the federation
+    images: Tensor | None = field(default=None, compare=False)  # float32 (n, C, H, W) in [0, 1]
+    labels: Tensor | None = field(default=None, compare=False)  # int64 (n,)
 
 
 def validate_request(
-    request: UnlearningRequest,
-    sender: int,
-    samples: int,
-    scenario: Scenario,
-    forgotten: Collection[int] = (),
+    request: UnlearningRequest, sender: int, samples: int, scenario: Scenario, forgotten: Collection[int] = ()
 ) -> Deletion:
     """Accept a request or reject it with a reason.
 
@@ -54,21 +38,12 @@ def validate_request(
 
     Parameters
     ----------
-    request : UnlearningRequest
-        As received.
     sender : int
         The client that the message really came from.
     samples : int
         Samples that the client registered (its partition's size).
-    scenario : Scenario
-        The shape of an image and the classes.
     forgotten : collection of int
         Positions of this client that earlier requests had removed.
-
-    Returns
-    -------
-    Deletion
-        With `drops_out` set when nothing of the client's partition is left.
 
     Raises
     ------
@@ -114,18 +89,9 @@ def as_positions(
 ) -> Deletion:
     """The deletion with its samples found among those that the client registered; unchanged where it has positions.
 
-    Parameters
-    ----------
-    deletion : Deletion
-    registered : sequence of bytes
-        :func:`sample_digests` of the client's partition, by position.
-    forgotten : collection of int
-        Positions that earlier requests had removed.
-
-    Raises
-    ------
-    PayloadError
-        If a sample is not (or no longer, or not as often) among them: it is another's, changed, or wrongly labelled.
+    `registered` are the :func:`sample_digests` of the client's partition, by position; `forgotten` those removed
+    earlier. Raises PayloadError if a sample is not (or no longer, or not as often) among them: it is another's,
+    changed, or wrongly labelled.
     """
     if deletion.images is None or deletion.labels is None:
         return deletion

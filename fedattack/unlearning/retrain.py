@@ -22,15 +22,7 @@ class Retrain(Mechanism):
     keeps = frozenset({"checkpoints"})
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
-        """Forget the samples of `deletions`; see :meth:`Mechanism.forget`.
-
-        Clients that never took part cost no round: the model cannot know their samples.
-
-        Raises
-        ------
-        RunFailed
-            If no checkpoint is old enough.
-        """
+        """Forget `deletions`; clients that never took part cost no round: the model cannot know their samples."""
         excluded = merged(history.excluded, deletions)
         start = history.ignorant([deletion.client for deletion in deletions])
         if start is None:

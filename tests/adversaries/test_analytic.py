@@ -8,7 +8,7 @@ from hcgla_scenes import observe, psnr, scenario, smooth_images
 
 from adversaries import ATTACKS
 from adversaries.reconstruction.algebra.analytic import Analytic
-from adversaries.reconstruction.algebra.rgap import _UNDO, RGap
+from adversaries.reconstruction.algebra.rgap import _UNDO, RGap, _undone
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models.classifiers.layers import ACTIVATIONS
@@ -79,7 +79,7 @@ def two_layer():
 @pytest.mark.parametrize("name", sorted(_UNDO))
 def test_activations_are_undone(name: str) -> None:
     u = torch.linspace(-4, 4, 41, dtype=torch.float64)
-    found, known = _UNDO[name](ACTIVATIONS[name]()(u))
+    found, known = _undone(name, ACTIVATIONS[name]()(u))
     torch.testing.assert_close(found[known], u[known], rtol=1e-6, atol=1e-6)
     assert int(known.sum()) == (int((u > 0).sum()) if name == "relu" else len(u))
 

@@ -27,7 +27,7 @@ from adversaries.inversion.matching.settings import Optimiser
 from fedattack.config import TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.models import build_model
-from fedattack.models.decoders.deep_prior import ImagePrior
+from fedattack.models.decoders.from_latent import ImageGenerator
 from fedattack.observation import Observation
 
 CPU = torch.device("cpu")
@@ -349,8 +349,8 @@ def test_the_projection_on_an_l1_ball_is_the_nearest_point() -> None:
 
 
 def test_a_deep_image_prior_is_fitted() -> None:
-    network = ImagePrior((3, SIZE, SIZE), width=8, inputs=4)
-    noise = network.noise(1, torch.Generator().manual_seed(0))
+    network = ImageGenerator(16, (3, SIZE, SIZE), width=16)
+    noise = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
     chart = NetworkWeights(network, noise, CPU)
     starts = chart.start(torch.Generator().manual_seed(5), 1, 2)
     assert torch.equal(starts, chart.start(torch.Generator().manual_seed(5), 1, 2))

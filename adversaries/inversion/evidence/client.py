@@ -1,8 +1,4 @@
-"""What the learned parts of HCGLA share: how an update is imitated with public images, and their files.
-
-Everything is learned offline from auxiliary images that the adversary puts through the very client of the scenario
-(the broadcast weights, the local training, the compressor), and is fed online with the intercepted update alone.
-"""
+"""An imitation of the scenario's client on public images, from which learned attacks learn beforehand."""
 
 from __future__ import annotations
 
@@ -31,15 +27,7 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class SignalPairs:
-    """Row signals and the images they came from: what a generator learns from.
-
-    Attributes
-    ----------
-    images : Tensor
-        float32 (N, C, H, W), the targets.
-    positions : Tensor
-        int64 (N,): which auxiliary image each is.
-    """
+    """Row signals and their images, float32 (N, C, H, W), `positions` int64 (N,) in the auxiliary set."""
 
     signals: RowSignals
     images: Tensor
@@ -47,13 +35,7 @@ class SignalPairs:
 
 
 def batch_size_of(scenario: Scenario, batch_size: int | None) -> int:
-    """Images in one client's batch: asked for, or the scenario's.
-
-    Raises
-    ------
-    DataError
-        If the scenario leaves it open (0: all of the client's samples) and it was not given.
-    """
+    """Images in one client's batch: asked for, or the scenario's; DataError where that leaves it open (0)."""
     size = scenario.training.batch_size if batch_size is None else batch_size
     if size < 1:
         raise DataError(
@@ -69,12 +51,7 @@ def draw_labels(count: int, classes: int, rng: np.random.Generator) -> Tensor:
 
 
 def check_memory(scenario: Scenario, round: int) -> None:
-    """Refuse a round in which updates carry what earlier rounds held back: that cannot be imitated from one image.
-
-    Raises
-    ------
-    NotApplicable
-    """
+    """NotApplicable in a round whose updates carry what earlier rounds held back: one image cannot imitate that."""
     if accumulates(scenario) and round > 1:
         raise NotApplicable(
             f"round {round} with error feedback or DGC: updates hold residuals of earlier rounds, which public "
@@ -83,19 +60,9 @@ def check_memory(scenario: Scenario, round: int) -> None:
 
 
 class ImitatedClient:
-    """An imitation of the scenario's client, for auxiliary images.
+    """The scenario's client, from an empty memory, sent the state dict `weights` in 1-based `round`.
 
-    Parameters
-    ----------
-    weights : mapping of str to Tensor
-        The broadcast state dict.
-    round : int
-        1-based round whose compression is imitated. Clients start with an empty memory.
-
-    Raises
-    ------
-    NotApplicable
-        If a client's update of that round would hold residuals of earlier rounds.
+    NotApplicable as :func:`check_memory`.
     """
 
     def __init__(
@@ -151,28 +118,20 @@ def simulate_rows(
 ) -> SignalPairs:
     """Put auxiliary images through the client and read off what it would have given away.
 
+    Exact top-k of one gradient needs only its threshold and the label rows: :func:`topk_rows` finds them
+    without the dense gradient of the head. Any other compression runs client and wire in full for each batch.
+
     Parameters
     ----------
-    images : Tensor
-        float32 (N, C, H, W): all auxiliary images.
-    positions : Tensor
-        int64: which of them to use.
+    images, positions : Tensor
+        All auxiliary images, float32 (N, C, H, W), and which of them to use, int64.
     batch_size : int
-        Images per client. Each pass deals the images out anew, with new labels; what does not fill a batch sits out.
+        Images per client; DataError if there are fewer. Each pass deals the images out anew, with new labels;
+        what does not fill a batch sits out.
     passes : int
         How often each image is used.
     mirror : bool
         Flip the images left to right in every second pass.
-
-    Raises
-    ------
-    DataError
-        If there are fewer images than a batch holds.
-
-    Notes
-    -----
-    Exact top-k of one gradient needs only its threshold and the label rows: :func:`topk_rows` finds them without the
-    dense gradient of the head. Any other compression runs client and wire in full for each batch.
     """
     if len(positions) < batch_size:
         raise DataError(f"{len(positions)} auxiliary images do not fill one batch of {batch_size}")
@@ -248,9 +207,10 @@ def topk_rows(
 ) -> RowSignals:
     """What exact top-k lets through of the label rows, without forming the head's gradient.
 
-    Entry (i, j) of that gradient is sum_b r_bi h_bj, at most ``sum_b |r_bi| max_j |h_bj|``. Rows are taken in the
-    order of that bound until k entries are there; their k-th largest bounds the threshold from below, so rows whose
-    bound stays below it cannot matter, and the k-th largest of the others is the threshold itself.
+    Entry (i, j) of that gradient is sum_b r_bi h_bj, at most ``sum_b |r_bi| max_j |h_bj|``. Rows are taken in
+    the order of that bound until k entries are there; their k-th largest bounds the threshold from below, so
+    rows whose bound stays below it cannot matter, and the k-th largest of the others is the threshold itself.
+    Up to ties at the threshold the answer is :func:`read_rows` of the compressed gradient.
 
     Parameters
     ----------
@@ -258,17 +218,8 @@ def topk_rows(
         Compression "topk" (or "none").
     rest : mapping of str to Tensor
         Gradients of all tensors but the head's; only looked at when entries are chosen over all layers.
-    residual : Tensor
-        (B, classes): (softmax - one-hot) / B.
-    features : Tensor
-        (B, F): the head's input.
-    labels : Tensor
-        int64 (B,).
-
-    Returns
-    -------
-    RowSignals
-        As :func:`read_rows` gives of the compressed gradient, up to ties at the threshold.
+    residual, features : Tensor
+        (softmax - one-hot) / B, (B, classes), and the head's input, (B, F).
     """
     compression, head = client.scenario.compression, client.head
     bias = residual.sum(0)

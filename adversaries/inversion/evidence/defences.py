@@ -44,13 +44,7 @@ def clipping(scenario: Scenario) -> ClientDefenses | None:
 
 
 def noise(received: Observation) -> float:
-    """Standard deviation of the Gaussian noise in each entry, in units of the mean gradient; 0: none is declared.
-
-    Parameters
-    ----------
-    received : Observation
-        As it came: a gradient, or the delta of local steps.
-    """
+    """Standard deviation of the Gaussian noise in each entry, in units of the mean gradient; 0: none is declared."""
     defense, training = _clip_noise(received.scenario), received.scenario.training
     if defense is None:
         return 0.0
@@ -75,8 +69,8 @@ def prunes(scenario: Scenario) -> bool:
 def known_entries(received: Observation) -> Observation:
     """The observation without the zeros that pruning put there: nothing is known of such an entry but its bound.
 
-    Pruning alone is top-k in its own scope. Features that Soteria pruned from the head's gradient have no bound; the
-    scenario then names the compressor whose unsent entries could have any size.
+    Pruning alone is top-k in its own scope. Features that Soteria pruned from the head's gradient have no
+    bound; the scenario then names the compressor whose unsent entries could have any size.
     """
     scenario, update = received.scenario, received.update
     pruning = [d for d in build_defenses(scenario.defense).values() if isinstance(d, Prune | Soteria)]

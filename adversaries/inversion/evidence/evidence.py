@@ -34,16 +34,10 @@ VOTERS = 32
 
 @dataclass(frozen=True)
 class Labels:
-    """Inferred labels of one batch.
+    """Inferred labels of one batch, int64 (B,), sorted.
 
-    Attributes
-    ----------
-    values : Tensor
-        int64 (B,), sorted.
-    confidence : float
-        In [0, 1], from the update alone: 1 where the signs leave no other answer.
-    note : str
-        How they were found.
+    `confidence` in [0, 1] is from the update alone: 1 where the signs leave no other answer. `note`: how they
+    were found.
     """
 
     values: Tensor
@@ -53,17 +47,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the model does on images of this kind, before any update is seen.
-
-    Attributes
-    ----------
-    features : Tensor
-        float32 (F,): mean features.
-    shares : Tensor
-        float32 (classes,): mean predicted probabilities.
-    images : Tensor
-        float32 (N, C, H, W): the images.
-    """
+    """What the model does on public images (N, C, H, W): mean features (F,), mean probabilities (classes,)."""
 
     features: Tensor
     shares: Tensor
@@ -78,8 +62,8 @@ class Evidence:
     carried : Tensor, optional
         float64 (numel,), in units of the mean gradient: what the client held back in earlier rounds.
     followed : bool
-        Whether the client's earlier rounds are accounted for by `carried`. Otherwise later rounds of a client that
-        holds entries back are refused by :attr:`gradient`.
+        Whether the client's earlier rounds are accounted for by `carried`. Otherwise later rounds of a client
+        that holds entries back are refused by :attr:`gradient`.
     like : Evidence, optional
         Of another victim of the same round: what does not depend on the update is taken from there.
     """
@@ -118,13 +102,7 @@ class Evidence:
 
     @cached_property
     def gradient(self) -> Update:
-        """The update as the mean gradient of the local steps, on the CPU: :func:`~.one_gradient.mean_gradient`.
-
-        Raises
-        ------
-        NotApplicable
-            If it also holds residuals of rounds that were not followed.
-        """
+        """The update as the mean gradient of the local steps, on the CPU: :func:`~.one_gradient.mean_gradient`."""
         return one_gradient.mean_gradient(self.observation, self.carried, followed=self._followed).to("cpu")
 
     @cached_property
@@ -165,12 +143,7 @@ class Evidence:
     def rows(self, labels: Tensor) -> RowSignals:
         """The features that each label's row of the head gives away, whatever rounds came before.
 
-        Raises
-        ------
-        DataError
-            If a label is outside the head.
-        NotApplicable
-            If the model has no linear head with a bias.
+        DataError if a label is outside the head; NotApplicable if the model has no linear head with a bias.
         """
         head = head_of(self.observation.scenario.model)
         bad = [label for label in labels.tolist() if not 0 <= label < head.classes]
@@ -196,8 +169,7 @@ class Evidence:
 
     @cached_property
     def expected(self) -> Expectation:
-        """What the client's model does on public images: over several local steps it learns its batch, and its
-        predictions are the mean of those with the weights before and after the round; the server knows both."""
+        """What the client's model does on public images: the mean of what it does before and after the round."""
         return self.expected_on(None)
 
     def expected_on(self, images: Tensor | None) -> Expectation:

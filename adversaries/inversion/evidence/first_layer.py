@@ -22,15 +22,7 @@ from fedattack.training import training_mode
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """A linear layer on the flattened image.
-
-    Attributes
-    ----------
-    name : str
-        Of the module.
-    biased : bool
-        Whether it has a bias.
-    """
+    """A linear layer on the flattened image: the module's `name`, and whether it has a bias."""
 
     name: str
     biased: bool
@@ -48,18 +40,7 @@ class FirstLayer:
 
 @lru_cache(maxsize=16)
 def first_layer(model: ModelConfig) -> FirstLayer:
-    """The first layer of a model, where it is linear and sees the pixels themselves.
-
-    Parameters
-    ----------
-    model : ModelConfig
-        Resolved.
-
-    Raises
-    ------
-    NotApplicable
-        If another kind of layer comes first.
-    """
+    """The first layer of a resolved model, where it is linear and sees the pixels themselves; else NotApplicable."""
     assert model.channels is not None
     assert model.image_size is not None
     with torch.random.fork_rng(devices=[]):
@@ -90,13 +71,7 @@ def is_complete(scenario: Scenario) -> bool:
 
 
 def dense_layer(update: Update, layer: FirstLayer) -> tuple[Tensor, Tensor | None]:
-    """The layer's gradients, float64: of W (m, d) and of c (m,), or None without a bias.
-
-    Raises
-    ------
-    NotApplicable
-        If entries are missing.
-    """
+    """Gradients of W (m, d) and of c (m,), or None without a bias; float64. NotApplicable if entries are missing."""
     wanted = {layer.weight, layer.bias} if layer.biased else {layer.weight}
     found: dict[str, Tensor] = {}
     for name, shape, positions, values in update.layers():
@@ -113,28 +88,14 @@ def dense_layer(update: Update, layer: FirstLayer) -> tuple[Tensor, Tensor | Non
 
 @dataclass(frozen=True)
 class Played:
-    """What a batch does to a model.
-
-    Attributes
-    ----------
-    gradients : dict of str to Tensor
-        Of the mean cross-entropy, by parameter name.
-    back : Tensor
-        dL/dz of the first layer, (B, m).
-    """
+    """What a batch does to a model: `gradients` of mean cross-entropy; `back`, (B, m), dL/dz of the first layer."""
 
     gradients: dict[str, Tensor]
     back: Tensor
 
 
 class Player:
-    """The model that was sent out, in float64 and in the client's mode.
-
-    Parameters
-    ----------
-    first : str
-        Name of the module whose outputs are z.
-    """
+    """The model that was sent out, in float64 and in the client's mode; z are the outputs of module `first`."""
 
     def __init__(self, observation: Observation, first: str, device: torch.device) -> None:
         self._module = build_model(observation.scenario.model).to(device)
@@ -158,12 +119,7 @@ class Player:
     def residuals(self, inputs: Tensor, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Softmax residuals by least squares on the head's gradient, and the logits, both (B, classes).
 
-        Parameters
-        ----------
-        inputs : Tensor
-            Flat images, (B, d).
-        gradients : mapping of str to Tensor
-            As they were sent: means over the batch.
+        `inputs` are flat images, (B, d); `gradients` as they were sent: means over the batch.
         """
         logits = self._forward(inputs)
         features = self._last[0]

@@ -17,20 +17,10 @@ def prior_image(observation: Observation) -> Tensor:
 
 
 def floors(observation: Observation, labels: Tensor) -> dict[str, Tensor]:
-    """Images that need no update, for :attr:`fedattack.observation.Reconstruction.floors`.
+    """Images that need no update, for :attr:`fedattack.observation.Reconstruction.floors`; float32 (B, C, H, W).
 
-    Parameters
-    ----------
-    observation : Observation
-        For the auxiliary images.
-    labels : Tensor
-        int64 (B,): the inferred labels.
-
-    Returns
-    -------
-    dict of str to Tensor
-        "prior", and "label alone" (the mean of each label's auxiliary images) where these have labels and at least
-        two images of each; float32 (B, C, H, W).
+    "prior", and "label alone" (the mean of each inferred label's auxiliary images) where these have labels
+    and at least two images of each.
     """
     found = {"prior": prior_image(observation).expand(len(labels), -1, -1, -1).clone()}
     public = observation.auxiliary

@@ -17,20 +17,9 @@ from fedattack.observation import Update
 
 @dataclass(frozen=True)
 class HeadEntries:
-    """What was sent of the last linear layer.
+    """What was sent of the last linear layer, `name` in the state dict (without ".weight").
 
-    Attributes
-    ----------
-    name : str
-        Its name in the state dict, without ".weight".
-    rows, cols : Tensor
-        int64 (E,): where the sent weight entries lie.
-    values : Tensor
-        float32 (E,): the sent weight entries.
-    bias_rows : Tensor
-        int64 (E',): which bias entries were sent.
-    bias_values : Tensor
-        float32 (E',).
+    E weight entries `values` float32 at `rows`, `cols` int64; E' bias entries `bias_values` at `bias_rows`.
     """
 
     name: str
@@ -50,13 +39,7 @@ class HeadEntries:
 
 
 def head_name(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str:
-    """Name of the last linear layer: "head" where there is one, else that of the last matrix.
-
-    Raises
-    ------
-    NotApplicable
-        If the model has none.
-    """
+    """The last linear layer's name: "head" where there is one, else that of the last matrix; else NotApplicable."""
     if "head.weight" in names:
         return "head"
     matrices = [n for n, s in zip(names, shapes, strict=True) if len(s) == 2 and n.endswith(".weight")]
@@ -70,9 +53,7 @@ def head_entries(update: Update) -> HeadEntries:
     name = head_name(update.names, update.shapes)
     shapes = dict(zip(update.names, update.shapes, strict=True))
     classes, features = shapes[f"{name}.weight"]
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for tensor, _, positions, values in update.layers():
-        found[tensor] = positions.cpu(), values.float().cpu()
+    found = {tensor: (places.cpu(), sent.float().cpu()) for tensor, _, places, sent in update.layers()}
     positions, values = found[f"{name}.weight"]
     nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     bias_rows, bias_values = found.get(f"{name}.bias", nothing)
@@ -108,14 +89,9 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class RowSignals:
-    """What updates give away of the head's input, one row per image.
+    """What updates give away of the head's input, one row per image, (N, F).
 
-    Attributes
-    ----------
-    values : Tensor
-        float32 (N, F): features h_j where they were sent, zero elsewhere.
-    sent : Tensor
-        bool (N, F): which were sent (and are not zero).
+    `values` are the features h_j where they were `sent` (bool; sent and not zero), zero elsewhere.
     """
 
     values: Tensor
@@ -131,10 +107,7 @@ class RowSignals:
 def find_head(module: nn.Module) -> LinearHead:
     """The last linear layer of a classifier.
 
-    Raises
-    ------
-    NotApplicable
-        If it has none, or that has no bias (whose gradient turns a row into features).
+    NotApplicable if it has none, or that has no bias (whose gradient turns a row into features).
     """
     linear = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     if not linear:
@@ -146,26 +119,12 @@ def find_head(module: nn.Module) -> LinearHead:
 
 
 def read_rows(update: Update, head: LinearHead, labels: Tensor, batch_size: int) -> RowSignals:
-    """The features that a gradient gives away for each label.
+    """The features that a gradient gives away for each label, int64 (B,): B rows, on the CPU.
 
-    Row y of the head's gradient is ``r_y h`` and the bias gradient ``r_y``, so their quotient is h wherever both
-    were sent (Geiping et al. 2020, proposition 3.1; Zhao et al. 2020); in a batch with distinct labels, up to what
-    the softmax gives the other images there. Where the bias was not sent, ``r_y`` is taken for ``-1 / batch_size``,
-    its value when the model gives y no probability.
-
-    Parameters
-    ----------
-    update : Update
-        As a gradient.
-    labels : Tensor
-        int64 (B,).
-    batch_size : int
-        Images the gradient is the mean of.
-
-    Returns
-    -------
-    RowSignals
-        B rows, on the CPU.
+    Row y of the head's gradient is ``r_y h`` and the bias gradient ``r_y``, so their quotient is h wherever
+    both were sent (Geiping et al. 2020, proposition 3.1; Zhao et al. 2020); in a batch with distinct labels,
+    up to what the softmax gives the other images there. Where the bias was not sent, ``r_y`` is taken for
+    ``-1 / batch_size``, its value when the model gives y no probability.
     """
     width = head.features
     values = torch.zeros(len(labels), width)

@@ -1,13 +1,14 @@
 """Labels of a client's batch, read from its update before any image is sought: one function per published way.
 
-All of them read the last linear layer, whose gradient is the mean of r_b h_b^T with r_b = softmax(z_b) - e_{y_b}:
-row i, and entry i of the bias gradient, is negative only for the classes in the batch (where features h are not
-negative), and by about 1/B for each sample. :func:`infer` runs a strategy by name.
+All of them read the last linear layer, whose gradient is the mean of r_b h_b^T with r_b =
+softmax(z_b) - e_{y_b}: row i, and entry i of the bias gradient, is negative only for the classes in the batch (where
+features h are not negative), and by about 1/B for each sample. :func:`infer` runs a strategy by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,20 +29,7 @@ _NOISE_IMAGES = 64
 
 
 def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
-    """Refuse a strategy that cannot work under a scenario, whatever is sent.
-
-    Parameters
-    ----------
-    strategy : str
-        A name of :data:`STRATEGIES`; others are passed over.
-    scenario : Scenario
-    batch : int
-        Labels to name; 0: not known yet.
-
-    Raises
-    ------
-    NotApplicable
-    """
+    """NotApplicable where `strategy` cannot work under a scenario, whatever is sent; `batch` 0: not known yet."""
     model = scenario.model
     if strategy == "idlg" and batch > 1:
         raise NotApplicable(
@@ -68,13 +56,7 @@ def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
 
 
 def whole_rows(evidence: Evidence, strategy: str) -> Tensor:
-    """The head's weight gradient, float64 (classes, features).
-
-    Raises
-    ------
-    NotApplicable
-        If entries of it were not sent.
-    """
+    """The head's weight gradient, float64 (classes, features); NotApplicable if entries of it were not sent."""
     head = evidence.head
     if head.values.numel() != head.classes * head.features:
         raise NotApplicable(
@@ -90,12 +72,7 @@ def idlg(evidence: Evidence) -> Labels:
 
     With the bias gradient that is its only negative entry. Without it, row i of the weight gradient is r_i h, and
     r_y alone differs in sign from all others: the row whose inner products with all other rows are not positive,
-    whatever the signs of h. Works from signs alone.
-
-    Raises
-    ------
-    NotApplicable
-        Where entries of the weight gradient are missing and the bias gradient too.
+    whatever the signs of h. Works from signs alone. NotApplicable where entries of both gradients are missing.
     """
     head = evidence.head
     if len(head.bias_rows) == head.classes:
@@ -124,13 +101,7 @@ def idlg(evidence: Evidence) -> Labels:
 
 
 def gradinversion(evidence: Evidence) -> Labels:
-    """The B classes whose rows reach lowest: minimum over features, distinct labels (Yin et al. 2021, eq. 9).
-
-    Raises
-    ------
-    NotApplicable
-        If entries are missing.
-    """
+    """The B classes whose rows reach lowest: minimum over features, distinct labels (Yin et al. 2021, eq. 9)."""
     lowest = whole_rows(evidence, "gradinversion").amin(1)
     chosen = lowest.argsort(stable=True)[: evidence.batch]
     sure = float((lowest[chosen] < 0).float().mean())
@@ -141,15 +112,15 @@ def llg(evidence: Evidence) -> Labels:
     """Counts from the update alone (LLG, Wainakh et al. 2022, algorithm 1).
 
     Every class with a negative row sum g_i is present. One sample's impact is estimated as the sum of the negative
-    g_i times (1 + 1/classes) / B; then the class with the most negative remainder gets the next sample. Batches that
-    hold most classes leave few negative sums and a far too small estimate: use LLG* or LLG+ there.
+    g_i times (1 + 1/classes) / B; then the class with the most negative remainder gets the next sample. Batches
+    that hold most classes leave few negative sums and a far too small estimate: use LLG* or LLG+ there.
     """
     sums = whole_rows(evidence, "llg").sum(1)
     per_batch = -sums.clamp(max=0).sum() * (1 + 1 / len(sums))
     if float(per_batch) <= 0:
         return _nothing_negative(evidence)
-    nothing = torch.zeros(len(sums))
-    return _renamed(counted(-sums / per_batch, nothing, evidence.batch), "negative row sums (LLG)")
+    found = counted(-sums / per_batch, torch.zeros(len(sums)), evidence.batch)
+    return replace(found, note="negative row sums (LLG)")
 
 
 def llg_star(evidence: Evidence) -> Labels:
@@ -160,13 +131,7 @@ def llg_star(evidence: Evidence) -> Labels:
 
 
 def llg_plus(evidence: Evidence) -> Labels:
-    """LLG with impact and offsets from auxiliary images (LLG+, Wainakh et al. 2022).
-
-    Raises
-    ------
-    NotApplicable
-        If no auxiliary images were granted.
-    """
+    """LLG with impact and offsets from auxiliary images (LLG+, Wainakh et al. 2022); NotApplicable without."""
     auxiliary = evidence.observation.auxiliary
     if auxiliary is None or not len(auxiliary):
         raise NotApplicable(
@@ -179,7 +144,7 @@ def _llg_from(evidence: Evidence, expected: Expectation, strategy: str) -> Label
     """Impact: minus the expected sum of features over B. Offset of a class: its probability times that sum."""
     sums = whole_rows(evidence, strategy).sum(1)
     total = float(expected.features.double().sum())
-    return _renamed(counted(-sums / total, expected.shares, evidence.batch), f"row sums ({strategy})")
+    return replace(counted(-sums / total, expected.shares, evidence.batch), note=f"row sums ({strategy})")
 
 
 def auto(evidence: Evidence) -> Labels:
@@ -223,10 +188,6 @@ def _nothing_negative(evidence: Evidence) -> Labels:
     return Labels(ranked[: evidence.batch].sort().values, 0.0, "no row of the head is negative")
 
 
-def _renamed(labels: Labels, note: str) -> Labels:
-    return Labels(labels.values, labels.confidence, note)
-
-
 STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
     "label strategy",
     {
@@ -243,31 +204,14 @@ STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
 
 
 def infer(strategy: str, evidence: Evidence) -> Labels:
-    """The labels of a client's batch by the strategy of that name, inferred once.
+    """Labels of a client's batch by a name of :data:`STRATEGIES` or ``package.module:function``; kept.
 
-    Parameters
-    ----------
-    strategy : str
-        A name of :data:`STRATEGIES`, or ``package.module:function``.
-    evidence : Evidence
+    ConfigError if there is no such strategy; NotApplicable if it does not apply to the observation, or the
+    model has no linear layer.
 
-    Returns
-    -------
-    Labels
-        As many as the client declares examples, sorted, with a confidence in [0, 1] from the update alone.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such strategy.
-    NotApplicable
-        If the strategy does not apply to the observation, or the model has no linear layer.
-
-    References
-    ----------
-    Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020; Yin et al., "See through Gradients:
-    Image Batch Recovery via GradInversion", CVPR 2021; Wainakh et al., "User-Level Label Leakage from Gradients in
-    Federated Learning", PoPETs 2022.
+    Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020; Yin et al., "See through
+    Gradients: Image Batch Recovery via GradInversion", CVPR 2021; Wainakh et al., "User-Level Label Leakage
+    from Gradients in Federated Learning", PoPETs 2022.
     """
     chosen = STRATEGIES.get(strategy)
     if strategy not in evidence.inferred:

@@ -27,10 +27,7 @@ _TRIALS_AT_ONCE = 1024
 def infer_labels(evidence: Evidence) -> Labels:
     """Labels of the batch, duplicates included, by signs and counts; entries that noise explains are passed over.
 
-    References
-    ----------
-    Zhao et al., "iDLG: Improved Deep Leakage from Gradients", 2020 (sign, batch 1); Wainakh et al., "User-Level Label
-    Leakage from Gradients in Federated Learning", PoPETs 2022 (counts).
+    Sign at batch 1: iDLG; counts: Wainakh et al.; see :func:`~.label_strategies.infer`.
     """
     head, expected = evidence.sure_head, evidence.expected
     mass = _missing_mass(head, expected)
@@ -52,11 +49,7 @@ def _unclipped(mass: Tensor, shares: Tensor) -> Tensor:
 
 
 def _missing_mass(head: HeadEntries, expected: Expectation) -> Tensor:
-    """Estimate of -mean_b r_b[i] per class, from the bias where it was sent, else from the weights.
-
-    The weights' row i is a residual times features; projecting it on the expected features at the sent columns
-    leaves the residual. Float64 (classes,); NaN where nothing of a class was sent.
-    """
+    """-mean_b r_b[i], float64 (classes,), from bias else weights on the expected features; NaN: nothing sent."""
     typical = expected.features.double()[head.cols]
     numerator = torch.zeros(head.classes, dtype=torch.float64)
     denominator = torch.zeros_like(numerator)
@@ -88,11 +81,7 @@ def _one(head: HeadEntries, mass: Tensor, signed: bool) -> Labels:
 
 @torch.no_grad()
 def _vote(mass: Tensor, evidence: Evidence) -> Labels:
-    """Batch 1, no negative row: each public image names the class that would explain the convolutions' gradients.
-
-    The score of a class is the cosine, over the sent entries, between what the image would have sent with that label
-    and what was sent.
-    """
+    """Batch 1, no negative row: each public image votes for the label under which its kept entries fit best."""
     candidates = torch.nonzero(mass.isnan())[:, 0]
     if len(candidates) == 0:
         return Labels(mass.argmax()[None], 0.0, "no negative row was sent")
@@ -130,16 +119,8 @@ def _vote(mass: Tensor, evidence: Evidence) -> Labels:
 def counted(mass: Tensor, shares: Tensor, batch: int) -> Labels:
     """Batch > 1: one sample for each negative row, then one at a time for the largest unexplained count.
 
-    The count of class i is B * (-mean r[i]) + sum_b p_b[i].
-
-    Parameters
-    ----------
-    mass : Tensor
-        float64 (classes,): an estimate of -mean_b r_b[i]; NaN where nothing of a class was sent.
-    shares : Tensor
-        float (classes,): the mean predicted probabilities that are expected.
-    batch : int
-        B, the labels to name.
+    The count of class i is B * (-mean r[i]) + sum_b p_b[i], from `mass`, float64 (classes,), an estimate of
+    -mean_b r_b[i] (NaN where nothing was sent), and `shares`, the mean probabilities that are expected.
     """
     missing = mass.nan_to_num(nan=0.0).clamp(min=0)
     rows = torch.nonzero(missing)[:, 0]

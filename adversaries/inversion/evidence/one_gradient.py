@@ -16,17 +16,7 @@ from fedattack.observation import EVERYONE, Observation, Scenario, Update
 
 
 def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
-    """Refuse a scenario in which the update is not (a known multiple of) entries of one gradient.
-
-    Parameters
-    ----------
-    signs : bool
-        Whether the attack can do with the gradient's signs (objective "sign", or a cosine).
-
-    Raises
-    ------
-    NotApplicable
-    """
+    """NotApplicable where the update is not (a known multiple of) entries of one gradient, or of its `signs`."""
     training, compression = scenario.training, scenario.compression
     check_sum(scenario)
     if training.protocol == "fedavg" and training.local_steps > 1:
@@ -47,13 +37,9 @@ def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
 
 
 def check_sum(scenario: Scenario) -> None:
-    """Refuse sums over clients that left out different entries, or sent signs: no entry of them is a gradient's.
+    """NotApplicable for sums over clients that left out different entries, or sent signs.
 
-    Dense sums are: weighted by the clients' examples, they are the gradient over all their batches together.
-
-    Raises
-    ------
-    NotApplicable
+    Dense sums will do: weighted by the clients' examples, they are the gradient over all their batches together.
     """
     compression = scenario.compression
     if not hides_clients(scenario.defense):
@@ -86,13 +72,7 @@ def accumulates(scenario: Scenario) -> bool:
 
 
 def check_received(observation: Observation, *, signs: bool = False) -> None:
-    """:func:`check_one_gradient`, and what only the update tells.
-
-    Raises
-    ------
-    NotApplicable
-        If the update is not made of one gradient.
-    """
+    """:func:`check_one_gradient`, and what only the update tells."""
     scenario, update = observation.scenario, observation.update
     check_one_gradient(scenario, signs=signs)
     if observation.client == EVERYONE and update.kept < update.numel:
@@ -101,12 +81,7 @@ def check_received(observation: Observation, *, signs: bool = False) -> None:
 
 
 def check_declared(observation: Observation) -> None:
-    """Refuse a client that declares more examples than were agreed.
-
-    Raises
-    ------
-    PayloadError
-    """
+    """PayloadError for a client that declares more examples than were agreed."""
     training = observation.scenario.training
     most = training.batch_size * training.local_steps
     if observation.num_examples < 1 or (most and observation.num_examples > most):
@@ -127,10 +102,7 @@ def _check_first(observation: Observation) -> None:
 def as_gradient(observation: Observation, *, signs: bool = False) -> Update:
     """The update as entries of one gradient, or of its signs where these are all that was sent and `signs` is set.
 
-    Raises
-    ------
-    NotApplicable
-        See :func:`check_received`.
+    NotApplicable as :func:`check_received`.
     """
     check_received(observation, signs=signs)
     return mean_gradient(observation)
@@ -159,8 +131,8 @@ def rescaled(observation: Observation) -> Update:
 def beside_gradient(observation: Observation, carried: Tensor | None = None) -> Tensor | None:
     """What :func:`rescaled` holds beside the mean gradient, float64 (numel,); None: nothing.
 
-    Weight decay, where w_t is taken for the mean of the weights before and after the round (exact for one step, and
-    for entries that were sent), and `carried`, what earlier rounds held back, in the same units.
+    Weight decay, where w_t is taken for the mean of the weights before and after the round (exact for one
+    step, and for entries that were sent), and `carried`, what earlier rounds held back, in the same units.
     """
     training, update = observation.scenario.training, observation.update
     if update.kind == "gradient" or not training.weight_decay:
@@ -180,22 +152,8 @@ def mean_gradient(
 ) -> Update:
     """The update as (an approximation of) the mean gradient over the round's local steps; exact for one step.
 
-    Parameters
-    ----------
-    carried : Tensor, optional
-        float64 (numel,), in units of the mean gradient: what earlier rounds held back.
-    followed : bool
-        Whether that, or nothing, is all that they did.
-
-    Returns
-    -------
-    Update
-        Of kind "gradient", the same entries.
-
-    Raises
-    ------
-    NotApplicable
-        If the update also holds what earlier rounds held back, and these were not `followed`.
+    `carried`, float64 (numel,), is what earlier rounds held back, in units of the mean gradient; `followed`:
+    that, or nothing, is all of it. NotApplicable if it is not followed and there is some.
     """
     if not followed:
         _check_first(observation)

@@ -1,8 +1,4 @@
-"""What an adversary knows about images before it sees an update: a Gaussian.
-
-It comes from public auxiliary images. Without any, :func:`smooth_prior` says what every natural image has in
-common: its power falls with spatial frequency.
-"""
+"""What an adversary knows about images before it sees an update: a Gaussian, from public images or in their place."""
 
 from __future__ import annotations
 
@@ -32,19 +28,7 @@ SPECTRUM_WEIGHT = 5.0
 
 @dataclass(frozen=True, eq=False)
 class GaussianPrior:
-    """Images as draws from N(mean, covariance).
-
-    Attributes
-    ----------
-    mean : Tensor
-        float64 (D,), D = C * H * W, on the CPU.
-    covariance : Tensor
-        float64 (D, D), positive definite.
-    image_shape : tuple of int
-        (C, H, W).
-    source : str
-        Where it came from, in words, for the record.
-    """
+    """Images as draws from N(mean, covariance): float64 (D,) and (D, D), positive definite, D = C * H * W."""
 
     mean: Tensor
     covariance: Tensor
@@ -66,18 +50,10 @@ class GaussianPrior:
         return values.flip(0).clamp(min=0), vectors.flip(1)
 
     def factor(self, modes: int | None = None) -> Tensor:
-        """A with x = mean + A z, z ~ N(0, I): computed once and kept, for all victims.
+        """A with x = mean + A z, z ~ N(0, I): float64 (D, D or modes), computed once and kept, for all victims.
 
-        Parameters
-        ----------
-        modes : int or None
-            None: the Cholesky factor, which is cheaper to get than eigenvectors. Otherwise the eigenvectors of so
-            many largest eigenvalues, scaled by their square roots.
-
-        Returns
-        -------
-        Tensor
-            float64 (D, D) or (D, modes).
+        Without `modes` the Cholesky factor, which is cheaper to get than eigenvectors. Otherwise the
+        eigenvectors of so many largest eigenvalues, scaled by their square roots.
         """
         if modes is None:
             return self._cholesky
@@ -88,33 +64,15 @@ class GaussianPrior:
 def gaussian_prior(
     auxiliary: Auxiliary | None, image_shape: tuple[int, int, int], shrinkage: float | None = None
 ) -> GaussianPrior:
-    """Mean and covariance of the auxiliary images, usable from two images up.
+    """Mean and covariance of the auxiliary images, usable from two images up; without any, :func:`smooth_prior`.
 
     Few images say little about D (D + 1) / 2 covariances, but enough about D variances. In the basis of the cosine
     transform (and of the principal colours) the covariance of natural images is nearly diagonal, so the
-    off-diagonal entries are shrunk towards zero there by a factor 1 - `shrinkage`, chosen as the one under which
-    auxiliary images that were held out are most likely; so is whether mirror images count as images too. The
-    variances themselves are averaged with those of :func:`smooth_prior`, which counts for :data:`SPECTRUM_WEIGHT`
-    images. With thousands of images that hardly changes anything; with tens it is what makes the covariance
-    invertible and honest.
-
-    Parameters
-    ----------
-    auxiliary : Auxiliary or None
-        Public images; None or empty: :func:`smooth_prior`.
-    image_shape : tuple of int
-        (C, H, W) of the federation's images.
-    shrinkage : float, optional
-        In (0, 1]; None: chosen by held-out likelihood.
-
-    Raises
-    ------
-    DataError
-        If the auxiliary images have another shape.
-
-    References
-    ----------
-    Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004 (shrinkage).
+    off-diagonal entries are shrunk towards zero there by a factor 1 - `shrinkage` in [0, 1), chosen as the one
+    under which auxiliary images that were held out are most likely (Ledoit and Wolf 2004); so is whether mirror
+    images count as images too. The variances themselves are averaged with those of :func:`smooth_prior`, which
+    counts for :data:`SPECTRUM_WEIGHT` images. With thousands of images that hardly changes anything; with tens it
+    is what makes the covariance invertible and honest. DataError if the auxiliary images have another shape.
     """
     if auxiliary is None or len(auxiliary) < 2:
         return smooth_prior(image_shape)
@@ -128,7 +86,8 @@ def gaussian_prior(
     estimators = [_Estimator(image_shape, mirrored) for mirrored in (False, True)]
     candidates = [(e, *e.choose(coefficients, shrinkage)) for e in estimators]
     estimator, chosen, _ = min(candidates, key=lambda candidate: candidate[2])
-    mean, covariance = estimator.fit(coefficients, chosen)
+    mean, covariance = estimator.moments(coefficients)
+    covariance = estimator.shrink(covariance, len(coefficients), chosen)
     source = f"{len(auxiliary)} auxiliary images ({auxiliary.source or 'unnamed'}), shrinkage {chosen:g}"
     return GaussianPrior(
         _pixels(mean.reshape(1, *image_shape), colours).flatten(),
@@ -143,16 +102,8 @@ def smooth_prior(
 ) -> GaussianPrior:
     """A prior for an adversary without auxiliary data: mid-grey, power falling as 1 / frequency^exponent.
 
-    Parameters
-    ----------
-    image_shape : tuple of int
-        (C, H, W).
-    deviation : float
-        Standard deviation of a pixel.
-    exponent : float
-        Of the power spectrum; 2 is the average of natural images (Field 1987).
-    colour : float
-        Correlation between colour channels.
+    `deviation` is a pixel's, `exponent` 2 the average of natural images (Field 1987), `colour` the
+    correlation between colour channels.
     """
     channels = image_shape[0]
     variances = deviation**2 * _spectrum(image_shape, exponent, colour).flatten()
@@ -203,10 +154,7 @@ def _in_pixels(covariance: Tensor, colours: Tensor, image_shape: tuple[int, int,
 
 @dataclass(frozen=True)
 class _Estimator:
-    """Mean and predictive covariance in the cosine basis; `mirrored` takes an image and its mirror as equally likely.
-
-    Mirroring an image changes the sign of its horizontally odd coefficients, and of nothing else.
-    """
+    """Mean and predictive covariance in the cosine basis; `mirrored`: an image and its mirror are equally likely."""
 
     image_shape: tuple[int, int, int]
     mirrored: bool
@@ -236,11 +184,6 @@ class _Estimator:
         shrunk *= 1 + 1 / count
         shrunk.diagonal().add_(NUGGET)
         return shrunk
-
-    def fit(self, coefficients: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-        """Mean and shrunk covariance."""
-        mean, covariance = self.moments(coefficients)
-        return mean, self.shrink(covariance, len(coefficients), shrinkage)
 
     def choose(self, coefficients: Tensor, shrinkage: float | None) -> tuple[float, float]:
         """The likeliest shrinkage on held-out images (or the given one) and its negative log-likelihood."""

@@ -31,18 +31,12 @@ class Whitening:
 
     Attributes
     ----------
-    mean : Tensor
-        (C, H, W).
-    deviation : Tensor
-        (C, H, W): of each coefficient, colours by rows.
-    modes : Tensor
-        (M, C * H * W), orthonormal: the common directions of scaled coefficients.
-    gains : Tensor
-        (M,): deviations along these.
+    mean, deviation : Tensor
+        (C, H, W): of pixels, and of each coefficient, colours by rows.
+    modes, gains : Tensor
+        Common directions of scaled coefficients, orthonormal (M, C * H * W), and deviations along them, (M,).
     bulk : float
         Deviation of scaled coefficients in all other directions.
-    source : str
-        Where they come from, in words.
     """
 
     mean: Tensor
@@ -89,8 +83,8 @@ def whitening(
     """Mean, deviations and common directions of public images, or what all natural images share without any.
 
     Few images say little about a variance: theirs are averaged with a 1/f^2 spectrum, which counts for
-    :data:`adversaries.inversion.evidence.priors.SPECTRUM_WEIGHT` images. They say less still about covariances; see
-    :func:`common_directions`.
+    :data:`adversaries.inversion.evidence.priors.SPECTRUM_WEIGHT` images. They say less still about
+    covariances; see :func:`common_directions`.
     """
     channels, height, width = image_shape
     modes, gains, bulk = torch.zeros(0, math.prod(image_shape)), torch.zeros(0), 1.0
@@ -122,25 +116,12 @@ def whitening(
 
 
 def common_directions(scaled: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Directions in which numbers of unit variance vary together more than chance explains.
+    """Directions in which numbers `scaled`, float32 (N, D), centred, of unit variance vary together beyond chance.
 
-    With N samples of D numbers the sample covariance of independent ones has eigenvalues up to
-    (1 + sqrt(D / N))^2 (Marchenko and Pastur 1967). Those above are kept, shrunk to the variance that a fresh
-    sample has along the sample's eigenvector (Donoho, Gavish and Johnstone 2018).
-
-    Parameters
-    ----------
-    scaled : Tensor
-        float32 (N, D), centred.
-
-    Returns
-    -------
-    modes : Tensor
-        (M, D), orthonormal rows, M at most :data:`MODES`.
-    gains : Tensor
-        (M,): deviations along them.
-    bulk : float
-        Deviation in all other directions.
+    With N samples of D numbers the sample covariance of independent ones has eigenvalues up to (1 + sqrt(D /
+    N))^2 (Marchenko and Pastur 1967). Those above are kept, shrunk to the variance that a fresh sample has
+    along the sample's eigenvector (Donoho, Gavish and Johnstone 2018). Returns orthonormal rows (M, D), M at
+    most :data:`MODES`, the deviations (M,) along them, and the deviation in all other directions.
     """
     count, size = scaled.shape
     few = min(MODES, count, size)
@@ -173,8 +154,8 @@ def _fresh_variance(values: Tensor, ratio: float) -> Tensor:
 def relaxed(around: Whitening, deviation: float) -> Whitening:
     """The same basis, half as coloured: roots of the deviations, scaled to a pixel's `deviation`; no directions.
 
-    Where the data determine an image its fine detail moves faster so than under the prior, and coarse errors still
-    faster than in plain pixels.
+    Where the data determine an image its fine detail moves faster so than under the prior, and coarse errors
+    still faster than in plain pixels.
     """
     roots = around.deviation.sqrt()
     return dataclasses.replace(

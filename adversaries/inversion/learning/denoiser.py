@@ -4,10 +4,8 @@ It is trained on pairs of (intermediate reconstruction, truth) of auxiliary imag
 client and compressor, never on victims. Unlike the released code it works on floats throughout: that one rounds
 reconstructions to bytes, where pixels outside [0, 1] wrap around and become the "noise" to be learned.
 
-References
-----------
-Yang, Ge, Xiang, Li, "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE
-TIFS 2023. Zhang et al., "Beyond a Gaussian Denoiser", IEEE TIP 2017.
+Yang, Ge, Xiang, Li, "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction
+Attacks", IEEE TIFS 2023. Zhang et al., "Beyond a Gaussian Denoiser", IEEE TIP 2017.
 """
 
 from __future__ import annotations
@@ -42,20 +40,15 @@ BATCH = 16
 STEPS = 600
 """Training steps that the default number of epochs comes to."""
 
+TENSORS = ("noisy", "clean", "groups", "stage", "mean")
+"""Of a file of pairs."""
+
 DenoiserStart = Literal["mean", "grey", "random"]
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A trained denoiser: call it with images.
-
-    Attributes
-    ----------
-    module : nn.Module
-        Predicts the noise; in evaluation mode.
-    metadata : dict
-        What it was trained on, seed, figures.
-    """
+    """A trained denoiser: call it with images. `module` predicts the noise; `metadata`: training, seed, figures."""
 
     module: nn.Module
     metadata: dict[str, Any]
@@ -64,10 +57,7 @@ class Denoiser:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) minus their predicted noise, on the images' device; neither clamped nor rounded.
 
-        Raises
-        ------
-        DataError
-            If it was trained for another number of channels.
+        DataError if it was trained for another number of channels.
         """
         if images.shape[1] != self.metadata["channels"]:
             raise DataError(
@@ -86,14 +76,10 @@ class Pairs:
     ----------
     noisy, clean : Tensor
         float32 (N, C, H, W); `noisy` is not clamped.
-    groups : Tensor
-        int64 (N,): whose image it is.
-    stage : Tensor
-        int64 (N,): after how many stretches of matching.
+    groups, stage : Tensor
+        int64 (N,): whose image it is, and after how many stretches of matching.
     mean : Tensor
         float32 (C, H, W): mean of all auxiliary images.
-    metadata : dict
-        How they were made.
     """
 
     noisy: Tensor
@@ -105,32 +91,19 @@ class Pairs:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
-        tensors = {name: getattr(self, name) for name in ("noisy", "clean", "groups", "stage", "mean")}
-        files.save_learned(path, tensors, self.metadata)
+        files.save_learned(path, {name: getattr(self, name) for name in TENSORS}, self.metadata)
 
     def __getitem__(self, rows: Tensor) -> Pairs:
-        return dataclasses.replace(
-            self,
-            noisy=self.noisy[rows],
-            clean=self.clean[rows],
-            groups=self.groups[rows],
-            stage=self.stage[rows],
-        )
+        chosen: dict[str, Any] = {name: getattr(self, name)[rows] for name in TENSORS[:-1]}
+        return dataclasses.replace(self, **chosen)
 
 
 def load_pairs(path: str | Path) -> Pairs:
-    """Read what :func:`collect_pairs` wrote.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or malformed.
-    """
+    """Read what :func:`collect_pairs` wrote; DataError if the file is missing or malformed."""
     tensors, metadata = files.load_learned(path, PAIRS)
-    wanted = ("noisy", "clean", "groups", "stage", "mean")
-    if set(tensors) != set(wanted):
-        raise DataError(f"{str(path)!r}: holds {sorted(tensors)} instead of {sorted(wanted)}")
-    noisy, clean, groups, stage, mean = (tensors[name] for name in wanted)
+    if set(tensors) != set(TENSORS):
+        raise DataError(f"{str(path)!r}: holds {sorted(tensors)} instead of {sorted(TENSORS)}")
+    noisy, clean, groups, stage, mean = (tensors[name] for name in TENSORS)
     count = len(noisy)
     fits = noisy.ndim == 4 and clean.shape == noisy.shape and mean.shape == noisy.shape[1:] and count > 0
     if not fits or groups.shape != (count,) or stage.shape != (count,):
@@ -157,12 +130,13 @@ def collect_pairs(
 ) -> Pairs:
     """Reconstruct auxiliary images part of the way, to learn what is wrong with them then.
 
+    Labels are drawn at random and taken for known: what the attack infers of them is right in the settings in
+    which a denoiser is of use.
+
     Parameters
     ----------
-    weights : mapping of str to Tensor
-        The broadcast state dict.
     count : int
-        Images to reconstruct, a seeded draw.
+        Images to reconstruct, a seeded draw; DataError if there are fewer.
     iterations : int
         Of matching before each snapshot.
     out : str, Path or None
@@ -179,16 +153,6 @@ def collect_pairs(
         How to match; its `iterations` are replaced.
     together : int
         Clients in one batched optimisation.
-
-    Raises
-    ------
-    DataError, NotApplicable
-        If there are fewer auxiliary images than asked for, or the update is not made of one gradient.
-
-    Notes
-    -----
-    Labels are drawn at random and taken for known: what the attack infers of them is right in the settings in which
-    a denoiser is of use.
     """
     train_module.check_shapes(scenario, auxiliary)
     size = client.batch_size_of(scenario, batch_size)
@@ -202,7 +166,8 @@ def collect_pairs(
     chosen = torch.from_numpy(rng.permutation(len(auxiliary))[: clients * size]).reshape(clients, size)
     groups = auxiliary.groups if auxiliary.groups is not None else torch.arange(len(auxiliary))
     total = auxiliary.images.sum(0)
-    runner = _Runner(scenario, weights, seed, torch.device(device), settings or Matching(), iterations)
+    imitated = ImitatedClient(scenario, weights, seed)
+    matching = dataclasses.replace(settings or Matching(), iterations=iterations, transform_every=0)
     noisy: list[Tensor] = []
     for first in range(0, clients, together):
         part = chosen[first : first + together]
@@ -213,9 +178,18 @@ def collect_pairs(
             begin = torch.full_like(clean, 0.5)
         else:
             begin = torch.randn(clean.shape, generator=torch_rng(seed, "denoiser.start", first))
-        labels = torch.stack([client.draw_labels(size, runner.client.head.classes, rng) for _ in part])
+        labels = torch.stack([client.draw_labels(size, imitated.head.classes, rng) for _ in part])
         told = share_of(progress, first / clients, min(1.0, (first + together) / clients))
-        shots = runner.run(clean, labels, begin, stretches, denoiser, first, told)
+        seen = [imitated.observe(*one, first + v) for v, one in enumerate(zip(clean, labels, strict=True))]
+        seen = [dataclasses.replace(one, update=as_gradient(one)) for one in seen]
+        shots: list[Tensor] = []
+        for stretch in range(stretches):
+            if stretch and denoiser is not None:
+                begin = denoiser(begin.flatten(0, 1)).reshape(begin.shape)
+            now = share_of(told, stretch / stretches, (stretch + 1) / stretches)
+            found = match(seen, labels, begin[None], matching, torch.device(device), now)
+            begin = torch.stack([one.images for one in found])
+            shots.append(begin)
         noisy.append(torch.stack(shots))
     stages = torch.cat(noisy, 1).flatten(1, 2)
     order = chosen.flatten()
@@ -226,7 +200,7 @@ def collect_pairs(
         "start": start,
         "stretches": stretches,
         "denoised_between": denoiser is not None,
-        "matching": dataclasses.asdict(runner.settings),
+        "matching": dataclasses.asdict(matching),
         "auxiliary": {"source": auxiliary.source, "images": len(auxiliary)},
         "grouped_by": "people" if auxiliary.groups is not None else "images",
         "seed": seed,
@@ -244,49 +218,6 @@ def collect_pairs(
     return pairs
 
 
-class _Runner:
-    """Matching of simulated clients, in stretches."""
-
-    def __init__(
-        self,
-        scenario: Scenario,
-        weights: Mapping[str, Tensor],
-        seed: int,
-        device: torch.device,
-        settings: Matching,
-        iterations: int,
-    ) -> None:
-        self.client = ImitatedClient(scenario, weights, seed)
-        self.settings = dataclasses.replace(settings, iterations=iterations, transform_every=0)
-        self._device = device
-
-    def run(
-        self,
-        clean: Tensor,
-        labels: Tensor,
-        begin: Tensor,
-        stretches: int,
-        denoiser: Denoiser | None,
-        number: int,
-        progress: Progress = no_progress,
-    ) -> list[Tensor]:
-        """Reconstructions (V, B, C, H, W) after each stretch, of images and starts of that shape, labels (V, B)."""
-        seen = [
-            self.client.observe(images, y, number + v)
-            for v, (images, y) in enumerate(zip(clean, labels, strict=True))
-        ]
-        seen = [dataclasses.replace(one, update=as_gradient(one)) for one in seen]
-        images, shots = begin, []
-        for stretch in range(stretches):
-            if stretch and denoiser is not None:
-                images = denoiser(images.flatten(0, 1)).reshape(images.shape)
-            told = share_of(progress, stretch / stretches, (stretch + 1) / stretches)
-            found = match(seen, labels, images[None], self.settings, self._device, told)
-            images = torch.stack([one.images for one in found])
-            shots.append(images)
-        return shots
-
-
 def train_denoiser(
     pairs: Pairs | str | Path,
     out: str | Path | None,
@@ -302,25 +233,21 @@ def train_denoiser(
 ) -> tuple[Denoiser, dict[str, Any]]:
     """Train a denoiser on pairs.
 
+    Returns it and, JSON-able, "psnr" in dB on held-out pairs before and after ("noisy", "denoised"), counts,
+    seconds.
+
     Parameters
     ----------
     out : str, Path or None
         File to write (safetensors); None: keep it in memory.
     architecture : str
-        A name registered in :data:`fedattack.models.decoders.denoisers.DENOISERS`: "dncnn".
+        A name of :data:`fedattack.models.decoders.denoisers.DENOISERS`.
     depth, width : int
         Layers and channels; published: 17 and 64.
     epochs : int, optional
         None: as many as 600 steps of 16 pairs.
-    learning_rate : float
-        Of Adam, at the start.
     held_out : float
         Share of people kept for the figures.
-
-    Returns
-    -------
-    dict
-        JSON-able: "psnr" in dB on held-out pairs before and after denoising ("noisy", "denoised"), counts, seconds.
     """
     began = time.monotonic()
     if architecture not in DENOISERS:
@@ -329,9 +256,9 @@ def train_denoiser(
     seen, unseen = _split(held, held_out, seed)
     train, test = held[seen], held[unseen]
     channels = held.noisy.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(numpy_rng(seed, "denoiser.initialise").integers(2**31)))
-        module = build_denoiser(architecture, channels, depth, width)
+    module = train_module.initialised(
+        lambda: build_denoiser(architecture, channels, depth, width), seed, "denoiser.initialise"
+    )
     module = module.to(device).train()
     noisy, clean = train.noisy.to(device), train.clean.to(device)
 
@@ -374,13 +301,7 @@ def train_denoiser(
 
 
 def load_denoiser(path: str | Path) -> Denoiser:
-    """Read a denoiser.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or malformed.
-    """
+    """Read a denoiser; DataError if the file is missing or malformed."""
     tensors, metadata = files.load_learned(path, KIND)
     try:
         name, channels, depth, width = (metadata[k] for k in ("architecture", "channels", "depth", "width"))
@@ -403,19 +324,9 @@ def test_denoiser(
     pairs: Pairs | str | Path,
     held_out_only: bool = True,  # noqa: PT028 (not a pytest function, whatever its name)
 ) -> dict[str, Any]:
-    """Score a denoiser on pairs.
+    """Score a denoiser's file on pairs; `held_out_only` where `pairs` are those that it was trained on.
 
-    Parameters
-    ----------
-    path : str or Path
-        The denoiser.
-    held_out_only : bool
-        Only those that its training left out; right when `pairs` are those that it was trained on.
-
-    Returns
-    -------
-    dict
-        "psnr": mean dB "noisy" and "denoised"; "improved": share of pairs that became better; "pairs".
+    Returns "psnr": mean dB "noisy" and "denoised"; "improved": share of pairs that became better; "pairs".
     """
     denoiser = load_denoiser(path)
     held = load_pairs(pairs) if isinstance(pairs, str | Path) else pairs

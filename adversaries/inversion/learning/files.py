@@ -51,36 +51,19 @@ def described(
 
 
 def save_learned(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors with JSON metadata in its header, whole or not at all.
+    """Write tensors as safetensors, whole or not at all, with JSON metadata (which must say its "kind").
 
-    Parameters
-    ----------
-    path : str or Path
-        Its folder is made where it is missing.
-    metadata : mapping
-        JSON-able; must say its "kind".
-
-    Raises
-    ------
-    RunFailed
-        If the file cannot be written.
+    The folder is made where it is missing. RunFailed if the file cannot be written.
     """
-    header = {"fedattack": json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
-    write_tensors(Path(path), tensors, header)
+    write_tensors(
+        Path(path), tensors, {"fedattack": json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
+    )
 
 
 def load_learned(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_learned` wrote.
+    """Tensors and metadata that :func:`save_learned` wrote.
 
-    Returns
-    -------
-    dict
-        The metadata.
-
-    Raises
-    ------
-    DataError
-        If the file is missing, is not safetensors, holds something else than `kind`, or NaN or infinite values.
+    DataError if the file is missing, no safetensors, holds something else than `kind`, or NaN or infinite values.
     """
     try:
         with safe_open(path, framework="pt") as held:
@@ -103,12 +86,7 @@ def load_learned(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     """Put tensors into a module that was built on the "meta" device, in evaluation mode, its parameters frozen.
 
-    So a file can make nothing larger than itself.
-
-    Raises
-    ------
-    DataError
-        If they do not fit.
+    So a file can make nothing larger than itself. DataError if they do not fit.
     """
     own = module.state_dict()
     fits = own.keys() == tensors.keys() and all(
@@ -127,19 +105,9 @@ def refuse_other(
     path: str = "",
     round_free: bool = False,
 ) -> None:
-    """Refuse a learned file that was made for something else.
+    """NotApplicable, naming the first few differences, for a learned file that was made for something else.
 
-    Parameters
-    ----------
-    made_for, wanted : mapping
-        From :func:`described`.
-    round_free : bool
-        Leave the share that the round implies out of the comparison.
-
-    Raises
-    ------
-    NotApplicable
-        Naming the first few differences.
+    `made_for` and `wanted` are from :func:`described`; `round_free` leaves out the share that the round implies.
     """
     old, new = _flat(made_for), _flat(wanted)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -147,17 +115,16 @@ def refuse_other(
         keys = [key for key in keys if key != "compression.share"]
     if not keys:
         return
-    names = [_difference(key, old.get(key), new.get(key)) for key in keys[:4]]
+    names = [
+        f"other broadcast weights (fingerprint {str(old.get(key))[:12]}, now {str(new.get(key))[:12]})"
+        if key == "weights"
+        else f"{key} = {old.get(key)!r}, now {new.get(key)!r}"
+        for key in keys[:4]
+    ]
     name = f"{kind} {path!r}" if path else f"this {kind}"
     raise NotApplicable(
         f"{name} was trained for something else: {'; '.join(names)}. Train one for this scenario."
     )
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    if key == "weights":
-        return f"other broadcast weights (fingerprint {str(old)[:12]}, now {str(new)[:12]})"
-    return f"{key} = {old!r}, now {new!r}"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Init-Generation of HCGLA: a network that turns what an update gives away of the last layer into a start image.
 
-Offline, auxiliary images with random labels go through the scenario's client and compressor, and a network learns to
-go back from the label row that would have been intercepted. Online it is fed that row of the intercepted update and
-nothing else.
+Offline, auxiliary images with random labels go through the scenario's client and compressor, and a network
+learns to go back from the label row that would have been intercepted. Online it is fed that row of the
+intercepted update and nothing else.
 
-References
-----------
-Yang, Ge, Xiang, Li, "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE
-TIFS 2023. Their released code feeds the private image through another network at batch size 1; this one does not.
+Yang, Ge, Xiang, Li, "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction
+Attacks", IEEE TIFS 2023. Their released code feeds the private image through another network at batch size 1;
+this one does not.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from fedattack.metrics.images import psnr
 from fedattack.models.decoders.from_features import GENERATORS, WIDE, Deconv, RidgeConv, build_generator
 from fedattack.models.decoders.from_latent import FeatureDecoder
 from fedattack.observation import Auxiliary, Observation, Scenario
-from fedattack.rng import numpy_rng, torch_rng
+from fedattack.rng import torch_rng
 
 KIND = "generator"
 MEAN = "auxiliary.mean"
@@ -48,17 +47,7 @@ LEARNING_RATES = {"ridge-conv": 2e-3, "deconv": 1e-2}
 
 @dataclass(frozen=True)
 class Generator:
-    """A trained generator and what it was trained for.
-
-    Attributes
-    ----------
-    module : nn.Module
-        In evaluation mode.
-    mean : Tensor
-        float32 (C, H, W): mean of the auxiliary images it was trained on, its floor.
-    metadata : dict
-        Scenario, source of the auxiliary images, seed, figures.
-    """
+    """A trained generator, its auxiliary images' mean, float32 (C, H, W) (its floor), and what it was trained for."""
 
     module: nn.Module
     mean: Tensor
@@ -66,34 +55,16 @@ class Generator:
 
     @torch.no_grad()
     def start(self, observation: Observation, labels: Tensor) -> Tensor:
-        """An image for each label of an observation.
+        """An image for each label of an observation, float32 (B, C, H, W) in [0, 1], on the CPU.
 
-        Parameters
-        ----------
-        labels : Tensor
-            int64 (B,): inferred labels. Equal labels get the same image: their row is shared.
-
-        Returns
-        -------
-        Tensor
-            float32 (B, C, H, W) in [0, 1], on the CPU.
-
-        Raises
-        ------
-        NotApplicable
-            If it was trained for other weights, another scenario or another batch size.
+        Equal labels get the same image: their row is shared. NotApplicable as :meth:`check`.
         """
         self.check(observation)
         signals = Evidence(observation).rows(labels.cpu())
         return _apply(self.module, signals).clamp(0, 1)
 
     def check(self, observation: Observation) -> None:
-        """Refuse an observation that the generator was not trained for.
-
-        Raises
-        ------
-        NotApplicable
-        """
+        """NotApplicable for other weights, another scenario or another batch size than it was trained for."""
         client_module.check_memory(observation.scenario, observation.round)
         wanted = files.described(
             observation.scenario, observation.weights, observation.num_examples, observation.round
@@ -121,21 +92,21 @@ def train_generator(
 ) -> tuple[Generator, dict[str, Any]]:
     """Train a generator on auxiliary images alone.
 
+    Returns it and, JSON-able, "psnr" in dB on held-out auxiliary images of the generator ("generator"), of
+    its linear map alone ("linear", where it has one) and of the training images' mean ("mean", the floor);
+    counts and seconds.
+
     Parameters
     ----------
-    weights : mapping of str to Tensor
-        The broadcast state dict.
     out : str, Path or None
         File to write (safetensors); None: keep it in memory.
     architecture : str
-        A name registered in :data:`fedattack.models.decoders.from_features.GENERATORS`: "ridge-conv", "deconv".
+        A name of :data:`fedattack.models.decoders.from_features.GENERATORS`.
         Others than "ridge-conv" must answer in (0, 1).
     batch_size : int, optional
         Images per client; None: the scenario's.
-    epochs : int, optional
-        Passes of stochastic training; None: the architecture's default; 0 leaves "ridge-conv" linear.
-    learning_rate : float, optional
-        Of Adam, at the start; None: the architecture's default.
+    epochs, learning_rate, optional
+        Passes of stochastic training (0 leaves "ridge-conv" linear) and Adam's first rate; None: the architecture's.
     passes : int
         How often each image is put through the client (with another label and other company).
     mirror : bool
@@ -146,16 +117,6 @@ def train_generator(
         Share of people (or images, where the auxiliary data names nobody) kept for the figures.
     round : int
         1-based round whose compression is imitated (matters under DGC's warm-up).
-
-    Returns
-    -------
-    dict
-        JSON-able: "psnr" in dB on held-out auxiliary images of the generator ("generator"), of its linear map alone
-        ("linear", where it has one) and of the training images' mean ("mean", the floor); counts and seconds.
-
-    Raises
-    ------
-    DataError, NotApplicable, ConfigError
     """
     began = time.monotonic()
     if architecture not in GENERATORS:
@@ -172,11 +133,8 @@ def train_generator(
     count = EPOCHS.get(architecture, 10) if epochs is None else epochs
     rate = LEARNING_RATES.get(architecture, 1e-3) if learning_rate is None else learning_rate
     rank = min(RANK, len(pairs.images) // 2) if 2 * client.head.features > 2 * WIDE else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(numpy_rng(seed, "generator.initialise").integers(2**31)))
-        module = build_generator(
-            architecture, client.head.features, scenario.image_shape, activation, width, rank
-        )
+    sizes = (client.head.features, scenario.image_shape, activation, width, rank)
+    module = train.initialised(lambda: build_generator(architecture, *sizes), seed, "generator.initialise")
     figures: dict[str, float] = {}
     fitting, told = share_of(progress, 0.4, 0.6), share_of(progress, 0.6, 1.0)
     notes: dict[str, Any] = {}
@@ -234,16 +192,10 @@ def train_generator(
 
 
 def load_generator(path: str | Path, scenario: Scenario) -> Generator:
-    """Read a generator and refuse one that was made for another scenario.
+    """Read a generator; its weights and batch size are compared when it is used, in :meth:`Generator.start`.
 
-    The broadcast weights and the batch size are compared when it is used, in :meth:`Generator.start`.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or malformed.
-    NotApplicable
-        If it was trained for another model, rate, scope, compressor or protocol.
+    DataError if the file is missing or malformed; NotApplicable if it was trained for another model, rate,
+    scope, compressor or protocol.
     """
     tensors, metadata = files.load_learned(path, KIND)
     shape = scenario.image_shape
@@ -275,20 +227,13 @@ def obtain_generator(
     seed: int,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
+    **settings: Any,
 ) -> Generator:
     """The generator that a setting asks for: the path of a trained one, or "train" for one trained on the spot.
 
-    Parameters
-    ----------
-    observation : Observation
-        Any victim of the round: for the scenario, the weights, the batch size and the auxiliary images.
-    progress : Progress
-        Told how many clients are imitated and how far training has come: a minute or more for thousands of images.
-
-    Raises
-    ------
-    NotApplicable
-        If "train" is asked for and no auxiliary images were granted.
+    `observation` is any victim of the round: for the scenario, the weights, the batch size and the auxiliary
+    images, without which "train" is NotApplicable; `settings` are those of :func:`train_generator`. That
+    takes a minute or more for thousands of images.
     """
     if setting != "train":
         return load_generator(setting, observation.scenario)
@@ -306,6 +251,7 @@ def obtain_generator(
         round=observation.round,
         device=device,
         progress=progress,
+        **settings,
     )[0]
 
 
@@ -318,22 +264,10 @@ def test_generator(
     round: int = 1,  # noqa: PT028 (not a pytest function, whatever its name)
     device: torch.device | str = "cpu",  # noqa: PT028
 ) -> dict[str, Any]:
-    """Score a generator on images that it was not trained on, put through the scenario's client.
+    """Score a generator's file on images of nobody that it was trained on (the caller's care).
 
-    Parameters
-    ----------
-    scenario, weights, round, device
-        As in :func:`train_generator`.
-    images : Auxiliary
-        Must share nobody with the training images; that is the caller's care.
-    seed : int
-        Of labels and batches.
-
-    Returns
-    -------
-    dict
-        "psnr": mean dB of "generator" and of the training images' mean ("mean", the floor); "per_image" dB of the
-        generator; "images", "features_sent".
+    Returns "psnr": mean dB of "generator" and of the training images' mean ("mean", the floor); "per_image"
+    dB of the generator; "images", "features_sent".
     """
     train.check_shapes(scenario, images)
     generator = load_generator(path, scenario)
@@ -360,23 +294,11 @@ test_generator.__test__ = False  # type: ignore[attr-defined]
 def fit_linear(
     module: RidgeConv, pairs: SignalPairs, groups: Tensor, progress: Progress = no_progress
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Solve the linear map of a "ridge-conv" generator by ridge regression.
+    """Solve the linear map of a "ridge-conv" generator by ridge regression, into its buffers and linear layer.
 
-    The strength is the one with the least error in five-fold cross-validation over people.
-
-    Parameters
-    ----------
-    module : RidgeConv
-        Its buffers and linear layer are filled.
-    groups : Tensor
-        int64 (N,): whose image each is; no one is in two folds.
-
-    Returns
-    -------
-    Tensor
-        (N, C, H, W): each training image as the folds without it predict it, for :func:`refine`.
-    dict
-        "ridge": the strength.
+    The strength ("ridge") is the one with the least error in five-fold cross-validation over people, `groups`
+    (N,). Also returned is each training image, (N, C, H, W), as the folds without it predict it: see
+    :func:`refine`.
     """
     device = module.mean.device
     signals = RowSignals(pairs.signals.values.to(device), pairs.signals.sent.to(device))

@@ -39,13 +39,7 @@ class TrainedGenerator:
     figures: dict[str, Any]
 
     def tail(self, stage: int) -> nn.Sequential:
-        """What comes after the first `stage` stages.
-
-        Raises
-        ------
-        NotApplicable
-            If the generator has no stages.
-        """
+        """What comes after the first `stage` stages; NotApplicable if the generator has none."""
         return nn.Sequential(*self._stages()[stage:])
 
     def step(self, stage: int, inputs: Tensor) -> Tensor:
@@ -79,20 +73,10 @@ def train_image_generator(
 ) -> TrainedGenerator:
     """The decoder of a variational auto-encoder of public images, so that N(0, 1) inputs draw likely images.
 
-    Parameters
-    ----------
-    latent, width : int
-        Sizes of :class:`fedattack.models.decoders.from_latent.ImageGenerator`.
-
-    Returns
-    -------
-    TrainedGenerator
-        Its figures: PSNR in dB of held-out public images through the auto-encoder ("generator", what this generator
-        can draw at best without a search) and of the training images' mean ("mean").
-
-    References
-    ----------
-    Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
+    `latent` and `width` are sizes of :class:`fedattack.models.decoders.from_latent.ImageGenerator`. Its
+    figures: PSNR in dB of held-out public images through the auto-encoder ("generator", what it can draw at
+    best without a search) and of the training images' mean ("mean"). Kingma and Welling, "Auto-Encoding
+    Variational Bayes", ICLR 2014.
     """
     seen, unseen = train.hold_out(auxiliary, 0.1, seed)
     channels, height, side = auxiliary.images.shape[1:]
@@ -137,6 +121,9 @@ def train_image_generator(
 def given_generator(target: str, weights: str | None, image_shape: tuple[int, int, int]) -> TrainedGenerator:
     """A generator of the user's own.
 
+    ConfigError or DataError if it cannot be loaded, lacks the attribute, or draws images of another shape or
+    range.
+
     Parameters
     ----------
     target : str
@@ -144,13 +131,6 @@ def given_generator(target: str, weights: str | None, image_shape: tuple[int, in
         (N, *latent_shape) into images (N, C, H, W) in [0, 1].
     weights : str or None
         Safetensors file of its state dict; None: it brings its own.
-    image_shape : tuple of int
-        The federation's.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If it cannot be loaded, lacks the attribute, or draws images of another shape or range.
     """
     module = IMAGE_GENERATORS.get(target)()
     latent_shape = getattr(module, "latent_shape", None)

@@ -18,24 +18,15 @@ _HELD_OUT = 10
 
 
 class FeatureRegression:
-    """Predicts an image from features of which only some are known.
+    """Predicts an image from features of which only some are known, from auxiliary (N, F) and (N, C, H, W).
 
-    An unsent feature is known to be below a cap. Both facts are told to the regression by censoring the auxiliary
-    features in the same way, max(h_j, cap), so that it is fitted to exactly what it will be asked. Each victim has
-    its own caps and so its own normal equations; what does not depend on them is computed once, and the matrix of
-    coefficients, of which a victim needs one combination, is never formed.
+    An unsent feature is known to be below a cap. Both facts are told to the regression by censoring the
+    auxiliary features in the same way, max(h_j, cap), so that it is fitted to exactly what it will be asked.
+    Each victim has its own caps and so its own normal equations; what does not depend on them is computed
+    once, and the matrix of coefficients, of which a victim needs one combination, is never formed.
 
-    Parameters
-    ----------
-    features : Tensor
-        (N, F): features of the auxiliary images under the global weights.
-    images : Tensor
-        (N, C, H, W).
-
-    References
-    ----------
-    Wu et al., "Learning to Invert: Simple Adaptive Attacks for Gradient Inversion in Federated Learning", UAI 2023
-    (regression through the defence; a perceptron there).
+    Wu et al., "Learning to Invert: Simple Adaptive Attacks for Gradient Inversion in Federated Learning", UAI
+    2023 (regression through the defence; a perceptron there).
     """
 
     def __init__(self, features: Tensor, images: Tensor) -> None:
@@ -55,22 +46,9 @@ class FeatureRegression:
         return (centred @ torch.linalg.eigh(scatter)[1][:, -count:]).double()
 
     def predict(self, values: Tensor, known: Tensor, caps: Tensor | float) -> Tensor:
-        """Image of one victim.
+        """One victim's image, float32 (C, H, W), not clamped, from features (F,), anything where not `known`.
 
-        Parameters
-        ----------
-        values : Tensor
-            (F,): the victim's features, anything where not `known`.
-        known : Tensor
-            bool (F,).
-        caps : Tensor or float
-            Bound below which a feature is not sent, scalar or (F,). Very large where unsent features can have any
-            value, which shuts them out.
-
-        Returns
-        -------
-        Tensor
-            float32 (C, H, W), not clamped.
+        `caps`, scalar or (F,), bound what is not sent; very large ones, where it can have any value, shut it out.
         """
         bounds = torch.as_tensor(caps, dtype=torch.float64).expand(values.shape)
         inputs = torch.maximum(self._features, bounds)

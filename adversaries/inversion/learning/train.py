@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
-from adversaries.inversion.learning import files, train
+from adversaries.inversion.learning import files
 from adversaries.inversion.matching.checkpoint import checkpoints_in
 from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.observation import Auxiliary, Observation, Scenario
@@ -20,10 +20,7 @@ from fedattack.rng import numpy_rng
 def hold_out(auxiliary: Auxiliary, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Positions to train on and to test on, sorted; whole people where the auxiliary data says who is who.
 
-    Raises
-    ------
-    DataError
-        If either side would be empty.
+    DataError if either side would be empty.
     """
     groups = auxiliary.groups if auxiliary.groups is not None else torch.arange(len(auxiliary))
     names = groups.unique()
@@ -39,12 +36,7 @@ def hold_out(auxiliary: Auxiliary, share: float, seed: int) -> tuple[Tensor, Ten
 
 
 def check_shapes(scenario: Scenario, auxiliary: Auxiliary) -> None:
-    """Refuse auxiliary images that are not of the federation's shape.
-
-    Raises
-    ------
-    DataError
-    """
+    """DataError for auxiliary images that are not of the federation's shape."""
     found = tuple(auxiliary.images.shape[1:])
     if found != scenario.image_shape:
         raise DataError(
@@ -62,25 +54,9 @@ def descend(
     progress: Progress = no_progress,
     batch: int = 64,
 ) -> None:
-    """Adam over shuffled batches, its rate falling to zero along half a cosine.
+    """Adam over shuffled batches, its rate falling from `learning_rate` to zero along half a cosine.
 
-    Parameters
-    ----------
-    loss : callable
-        Positions (n,) -> scalar.
-    count : int
-        Training samples.
-    learning_rate : float
-        At the start.
-    stream : torch.Generator
-        Shuffles.
-    batch : int
-        Samples per step.
-
-    Raises
-    ------
-    RunFailed
-        If the loss becomes NaN or infinite.
+    `loss` maps positions (n,) among the `count` samples to a scalar; RunFailed if it becomes NaN or infinite.
     """
     batch = min(batch, count)
     steps = epochs * (count // batch)
@@ -112,7 +88,7 @@ _ROOM = 4
 def once(key: Hashable, make: Callable[[], T]) -> T:
     """The result of `make`, remembered under `key` for the last few keys of this process.
 
-    Victims of one round come in several calls; what `make` does depends on `key` alone, so nothing but time changes.
+    Victims of one round come in several calls; `make` depends on `key` alone, so nothing but time changes.
     """
     if key not in _KEPT:
         while len(_KEPT) >= _ROOM:
@@ -131,12 +107,7 @@ def key(attack: object, observation: Observation, size: int, public: Auxiliary, 
 def public_images(observation: Observation, attack: str, least: int = 32) -> Auxiliary:
     """The auxiliary images to train on.
 
-    Raises
-    ------
-    NotApplicable
-        If none, or too few, were granted.
-    DataError
-        If they are of another shape than the federation's.
+    NotApplicable if none, or too few, were granted; DataError if they are of another shape than the federation's.
     """
     granted = observation.auxiliary
     if granted is None or len(granted) < least:
@@ -145,7 +116,7 @@ def public_images(observation: Observation, attack: str, least: int = 32) -> Aux
             f"attack {attack!r} trains on auxiliary images, and {count} were granted; grant at least {least} (data."
             "auxiliary, data.auxiliary_size)"
         )
-    train.check_shapes(observation.scenario, granted)
+    check_shapes(observation.scenario, granted)
     return granted
 
 

@@ -28,15 +28,15 @@ NARROWEST = 0.1
 class ReLUTrap(MaliciousServer, MembershipAttack):
     """ReLU trap (Pichler et al., TDSC 2024; Nguyen et al., AMI, AISTATS 2023): one armed round tells members.
 
-    The first linear layer is replaced. Neuron ``i % m`` looks at candidate ``i`` along the direction in which it
-    stands out most from all other candidates and the public images, ``w = S^-1 (x - mu)`` with their mean and
-    covariance, behind a bias that only the candidate exceeds. A client that does not train on it gets no gradient
-    there; one that does sends a multiple of the candidate itself. Where there are more candidates than neurons, a
-    neuron wakes for several, which the direction of its gradient tells apart.
+    The first linear layer is replaced. Neuron ``i % m`` looks at candidate ``i`` along the direction in which
+    it stands out most from all other candidates and the public images, ``w = S^-1 (x - mu)`` with their mean
+    and covariance, behind a bias that only the candidate exceeds. A client that does not train on it gets no
+    gradient there; one that does sends a multiple of the candidate itself. Where there are more candidates
+    than neurons, a neuron wakes for several, which the direction of its gradient tells apart.
 
-    The score, in [0, 1], is the length of the row's gradient along the candidate, of its whole length, times the
-    share of the row that its candidates explain: a stranger that woke the neuron lowers it. Armed rounds are asked
-    about and no others; the best round counts.
+    The score, in [0, 1], is the length of the row's gradient along the candidate, of its whole length, times
+    the share of the row that its candidates explain: a stranger that woke the neuron lowers it. Armed rounds
+    are asked about and no others; the best round counts.
 
     Parameters
     ----------
@@ -59,7 +59,6 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with traps in the first layer; the neurons that trap nothing are silent."""
-        del seed  # nothing is drawn
         if candidates is None:
             raise NotApplicable("relu-trap: no candidate to ask about")
         layer = first_layer(scenario.model)
@@ -91,7 +90,6 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         device: torch.device,
     ) -> Figures:
         """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where no trap was sent."""
-        del target, seed, device
         images = candidates.images.flatten(1).double()
         layer = first_layer(observations[0].scenario.model)
         trapped = [o for o in observations if _is_trap(o, layer, images)]
@@ -103,13 +101,7 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         }
 
     def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
-        """The candidates' best scores over the armed rounds that the target answered.
-
-        Raises
-        ------
-        NotApplicable
-            If there is none.
-        """
+        """The candidates' best scores over the armed rounds that the target answered; NotApplicable without any."""
         found = {
             number: figures["statistic"][figures["clients"].tolist().index(target)]
             for number, figures in rounds.items()

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.needs import Needs
-from adversaries.reconstruction.base import ReconstructionAttack, status_of
+from adversaries.reconstruction.base import OneByOne, status_of
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction
 
 
 @dataclass
-class Analytic(ReconstructionAttack):
+class Analytic(OneByOne):
     """Analytic: the image of a batch of one, as the quotient of the first linear layer's weight and bias gradients.
 
     Row j of the weight gradient is ``d_j x`` and the bias gradient's entry is ``d_j``, so every neuron that sent both
@@ -37,59 +36,47 @@ class Analytic(ReconstructionAttack):
         values="rounded", undecayed="steps", sums="dense", fresh=True, images=1, first_layer=True
     )
 
-    def run(
-        self,
-        observations: Sequence[Observation],
-        seed: int,
-        device: torch.device,
-        progress: Progress = no_progress,
-    ) -> list[Reconstruction]:
-        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
-        del seed, device
-        answers = []
-        for number, observation in enumerate(observations):
-            progress(number / len(observations), f"client {observation.client}: division")
-            self.check(observation.scenario)
-            answers.append(_divided(observation))
-        return answers
-
-
-def _divided(observation: Observation) -> Reconstruction:
-    if observation.num_examples != 1:
-        raise NotApplicable(
-            f"client {observation.client} declares {observation.num_examples} samples: the quotient is a mixture of "
-            "them; use batch size 1, or --attack spear"
+    def one(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
+    ) -> Reconstruction:
+        """Divide."""
+        progress(0.0, "division")
+        self.check(observation.scenario)
+        if observation.num_examples != 1:
+            raise NotApplicable(
+                f"client {observation.client} declares {observation.num_examples} samples: the quotient is a mixture "
+                "of them; use batch size 1, or --attack spear"
+            )
+        evidence = Evidence(observation)
+        rows, columns, entries, divisors = _pairs(evidence)
+        pixels = prior_image(observation).double().flatten()
+        square = torch.zeros_like(pixels).index_add_(0, columns, divisors.square())
+        product = torch.zeros_like(pixels).index_add_(0, columns, divisors * entries)
+        known = square > 0
+        pixels[known] = product[known] / square[known]
+        left = float((entries - divisors * pixels[columns]).norm() / entries.norm().clamp_min(1e-300))
+        labels = infer("auto", evidence)
+        # An entry that determines its own pixel vouches for nothing.
+        spare = len(entries) >= 2 * len(pixels)
+        status = status_of(left, vouched=bool(known.all()) and spare) if bool(known.any()) else "failed"
+        details: dict[str, Any] = {
+            "status": status,
+            "reason": "" if status != "failed" else "the entries sent are not multiples of one image",
+            "residual": left,
+            "kept": observation.update.kept,
+            "neurons": int(rows.unique().numel()),
+            "pixels_known": int(known.sum()),
+            "labels": labels.note,
+        }
+        return Reconstruction(
+            pixels.clamp(0, 1).float().reshape(1, *observation.scenario.image_shape),
+            labels.values,
+            loss=left,
+            label_confidence=labels.confidence,
+            method="analytic",
+            floors=floors(observation, labels.values),
+            details=details,
         )
-    evidence = Evidence(observation)
-    rows, columns, entries, divisors = _pairs(evidence)
-    pixels = prior_image(observation).double().flatten()
-    square = torch.zeros_like(pixels).index_add_(0, columns, divisors.square())
-    product = torch.zeros_like(pixels).index_add_(0, columns, divisors * entries)
-    known = square > 0
-    pixels[known] = product[known] / square[known]
-    left = float((entries - divisors * pixels[columns]).norm() / entries.norm().clamp_min(1e-300))
-    labels = infer("auto", evidence)
-    # An entry that determines its own pixel vouches for nothing.
-    spare = len(entries) >= 2 * len(pixels)
-    status = status_of(left, vouched=bool(known.all()) and spare) if bool(known.any()) else "failed"
-    details: dict[str, Any] = {
-        "status": status,
-        "reason": "" if status != "failed" else "the entries sent are not multiples of one image",
-        "residual": left,
-        "kept": observation.update.kept,
-        "neurons": int(rows.unique().numel()),
-        "pixels_known": int(known.sum()),
-        "labels": labels.note,
-    }
-    return Reconstruction(
-        pixels.clamp(0, 1).float().reshape(1, *observation.scenario.image_shape),
-        labels.values,
-        loss=left,
-        label_confidence=labels.confidence,
-        method="analytic",
-        floors=floors(observation, labels.values),
-        details=details,
-    )
 
 
 def _pairs(evidence: Evidence) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.first_layer import Player, misfits
 from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.gradients import closed_form
-from adversaries.inversion.gradients.closed_form import Chain, Convolution
+from adversaries.inversion.gradients.closed_form import Convolution
 from adversaries.needs import Needs
-from adversaries.reconstruction.base import ReconstructionAttack, status_of
+from adversaries.reconstruction.base import OneByOne, status_of
 from fedattack.config import Strength
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction
@@ -27,7 +27,7 @@ _EDGE = 1e-7
 
 
 @dataclass
-class RGap(ReconstructionAttack):
+class RGap(OneByOne):
     """R-GAP: solves for the input of each layer in turn, from the head down to the image; batch size 1.
 
     The head's weight and bias gradients give the last features h. Going down, the output u of a convolution is known
@@ -62,51 +62,32 @@ class RGap(ReconstructionAttack):
 
     ridges: Annotated[tuple[Strength, ...], Field(min_length=1)] = (1e-12, 1e-8, 1e-4)
 
-    def run(
-        self,
-        observations: Sequence[Observation],
-        seed: int,
-        device: torch.device,
-        progress: Progress = no_progress,
-    ) -> list[Reconstruction]:
-        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
-        del seed
-        if device.type == "mps":  # has no float64
-            device = torch.device("cpu")
-        answers = []
-        for number, observation in enumerate(observations):
-            progress(number / len(observations), f"client {observation.client}: layer by layer")
-            self.check(observation.scenario)
-            if observation.num_examples != 1:
-                raise NotApplicable(
-                    f"client {observation.client} declares {observation.num_examples} samples; R-GAP follows one"
-                )
-            tried = [_recursion(observation, ridge, device) for ridge in self.ridges]
-            answers.append(min(tried, key=lambda answer: answer.loss))
-        return answers
+    def one(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
+    ) -> Reconstruction:
+        """Follow the image through the layers, once for each ridge."""
+        progress(0.0, "layer by layer")
+        self.check(observation.scenario)
+        if observation.num_examples != 1:
+            raise NotApplicable(
+                f"client {observation.client} declares {observation.num_examples} samples; R-GAP follows one"
+            )
+        return min(
+            (_recursion(observation, ridge, device) for ridge in self.ridges), key=lambda one: one.loss
+        )
 
 
-def _logit(a: Tensor) -> tuple[Tensor, Tensor]:
-    a = a.clamp(_EDGE, 1 - _EDGE)
-    return torch.logit(a), torch.ones_like(a, dtype=torch.bool)
+_UNDO: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": lambda a: torch.logit(a.clamp(_EDGE, 1 - _EDGE)),
+    "tanh": lambda a: torch.atanh(a.clamp(-1 + _EDGE, 1 - _EDGE)),
+    "relu": lambda a: a,
+    "softplus": lambda a: a.clamp_min(_EDGE) + torch.log(-torch.expm1(-a.clamp_min(_EDGE))),
+}
 
 
-def _atanh(a: Tensor) -> tuple[Tensor, Tensor]:
-    a = a.clamp(-1 + _EDGE, 1 - _EDGE)
-    return torch.atanh(a), torch.ones_like(a, dtype=torch.bool)
-
-
-def _rectified(a: Tensor) -> tuple[Tensor, Tensor]:
-    return a, a > 0
-
-
-def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
-    a = a.clamp_min(_EDGE)
-    return a + torch.log(-torch.expm1(-a)), torch.ones_like(a, dtype=torch.bool)
-
-
-_UNDO = {"sigmoid": _logit, "tanh": _atanh, "relu": _rectified, "softplus": _softplus}
-"""Activation -> (value -> pre-activation and where it is known)."""
+def _undone(activation: str, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The pre-activations of values, and where they are known."""
+    return _UNDO[activation](a), a > 0 if activation == "relu" else torch.ones_like(a, dtype=torch.bool)
 
 
 def _recursion(observation: Observation, ridge: float, device: torch.device) -> Reconstruction:
@@ -125,17 +106,38 @@ def _recursion(observation: Observation, ridge: float, device: torch.device) -> 
     layers: list[dict[str, Any]] = []
     for position in reversed(range(len(chain.convolutions))):
         layer = chain.convolutions[position]
-        shape = layer.output
-        name = str(observation.scenario.model.activation)
-        output, known = _UNDO[name](values.reshape(1, *shape))
-        delta = slopes.reshape(1, *shape) * chain.activation.slope(output)
+        output, known = _undone(str(observation.scenario.model.activation), values.reshape(1, *layer.output))
+        delta = slopes.reshape(1, *layer.output) * chain.activation.slope(output)
         solved, figures = _solve(
             layer, weights, sent[layer.weight], output, known, delta, typical.inputs[position], ridge
         )
         layers.append({"layer": layer.name, **figures})
         values = solved
         slopes = closed_form.transpose(layer, weights, delta, (solved.shape[2], solved.shape[3]))
-    return _answer(observation, chain, sent, values, label, {"ridge": ridge, "layers": layers}, device)
+    image = values.clamp(0, 1)
+    parts = misfits(
+        sent, Player(observation, chain.convolutions[0].name, device).play(image.flatten(1), label).gradients
+    )
+    left = max(parts.values())
+    status = status_of(left)
+    reason = f"residual {left:.0e}: the image does not explain the update" if status == "failed" else ""
+    return Reconstruction(
+        image.float().cpu(),
+        label,
+        loss=left,
+        label_confidence=1.0,
+        method="rgap",
+        floors=floors(observation, label),
+        details={
+            "status": status,
+            "reason": reason,
+            "residual": left,
+            "residual_parts": parts,
+            "kept": observation.update.kept,
+            "ridge": ridge,
+            "layers": layers,
+        },
+    )
 
 
 def _solve(
@@ -173,37 +175,3 @@ def _solve(
         "unexplained": float(left),
     }
     return typical + found.reshape(typical.shape), figures
-
-
-def _answer(
-    observation: Observation,
-    chain: Chain,
-    sent: dict[str, Tensor],
-    image: Tensor,
-    label: Tensor,
-    figures: dict[str, Any],
-    device: torch.device,
-) -> Reconstruction:
-    image = image.clamp(0, 1)
-    played = Player(observation, chain.convolutions[0].name, device).play(image.flatten(1), label)
-    parts = misfits(sent, played.gradients)
-    left = max(parts.values())
-    status = status_of(left)
-    return Reconstruction(
-        image.float().cpu(),
-        label,
-        loss=left,
-        label_confidence=1.0,
-        method="rgap",
-        floors=floors(observation, label),
-        details={
-            "status": status,
-            "reason": ""
-            if status != "failed"
-            else f"residual {left:.0e}: the image does not explain the update",
-            "residual": left,
-            "residual_parts": parts,
-            "kept": observation.update.kept,
-            **figures,
-        },
-    )

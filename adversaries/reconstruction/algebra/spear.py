@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress
 from adversaries.inversion.evidence import one_gradient
-from adversaries.inversion.evidence.first_layer import (
-    FirstLayer,
-    Player,
-    dense_layer,
-    first_layer,
-    misfits,
-)
+from adversaries.inversion.evidence.first_layer import FirstLayer, Player, dense_layer, first_layer, misfits
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.solvers.span import DEPENDENT, row_space
 from adversaries.inversion.solvers.sparse_directions import Factors, Found, Method, Search, expected_draws
 from adversaries.needs import Facts, Needs
-from adversaries.reconstruction.base import ReconstructionAttack, failed, status_of
+from adversaries.reconstruction.base import OneByOne, failed, status_of
 from fedattack.config import Positive
 from fedattack.errors import NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario, Update
@@ -37,7 +30,7 @@ _POLISH = 8
 
 
 @dataclass
-class Spear(ReconstructionAttack):
+class Spear(OneByOne):
     """SPEAR: an honest-but-curious server solves for the batch behind a linear layer with ReLU.
 
     The gradient of the layer has the batch in its row space and, in the right basis, a zero wherever a neuron was
@@ -88,25 +81,16 @@ class Spear(ReconstructionAttack):
                 f"{self.attempts} allow {20_000 * self.attempts:,}; use spear.method 'guided'"
             )
 
-    def run(
-        self,
-        observations: Sequence[Observation],
-        seed: int,
-        device: torch.device,
-        progress: Progress = no_progress,
-    ) -> list[Reconstruction]:
-        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
-        if device.type == "mps":  # has no float64
-            device = torch.device("cpu")
-        answers = []
-        for number, observation in enumerate(observations):
-            progress(number / len(observations), f"client {observation.client}: SPEAR")
-            self.check(observation.scenario)
-            try:
-                answers.append(_Victim(self, observation, seed, device).answer())
-            except NotApplicable as reason:
-                answers.append(failed("spear", observation, str(reason), residual=None))
-        return answers
+    def one(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
+    ) -> Reconstruction:
+        """Search, solve, label, certify."""
+        progress(0.0, "SPEAR")
+        self.check(observation.scenario)
+        try:
+            return _Victim(self, observation, seed, device).answer()
+        except NotApplicable as reason:
+            return failed("spear", observation, str(reason), residual=None)
 
 
 class _Victim:
@@ -228,10 +212,10 @@ class _Answer:
     back: Tensor
     parts: dict[str, float]
     doubt: float
-    residual: float = dataclasses.field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "residual", max(self.parts.values()))
+    @property
+    def residual(self) -> float:
+        return max(self.parts.values())
 
 
 def _inputs(factors: Factors, found: Found) -> Tensor:

@@ -1,7 +1,5 @@
 """Matrix-free Gauss-Newton: any differentiable network's gradient, inverted by second-order steps."""
 
-from __future__ import annotations
-
 from adversaries.reconstruction.gauss_newton.attack import GaussNewton
 
 __all__ = ["GaussNewton"]

@@ -43,6 +43,10 @@ class GaussNewton(ReconstructionAttack):
     seconds on a LeNet. ReLU's kinks, where the gradient jumps, are smoothed as widely as the image is still unknown;
     several starts and shaken descents are compared by their residual.
 
+    The certificate is the root mean square residual over the sent entries, each in units of its tensor's root mean
+    square. With deep ReLU networks and with few sent entries it falls far while the images stay at the floor. Behind
+    a GELU ResNet-20 one or two CIFAR-10 images in four came out, to 20 dB and more; the others stayed at the floor.
+
     Parameters
     ----------
     products : int, optional
@@ -66,12 +70,6 @@ class GaussNewton(ReconstructionAttack):
     hop : float
         How far the best image is shaken once a descent has stalled, in units of its residual and of the prior; 0:
         never, and what is left of the budget is not spent.
-
-    Notes
-    -----
-    The certificate is the root mean square residual over the sent entries, each in units of its tensor's root mean
-    square. With deep ReLU networks and with few sent entries it falls far while the images stay at the floor. Behind
-    a GELU ResNet-20 one or two CIFAR-10 images in four came out, to 20 dB and more; the others stayed at the floor.
 
     References
     ----------

@@ -14,15 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence.whitening import Whitening, relaxed
 from adversaries.inversion.gradients.products import Linearisation, Network
 from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
-from fedattack.errors import ConfigError
+from fedattack.config import Positive, Share, Strength, Weight
+from fedattack.registry import check_values
 
 Draw = Callable[[], Tensor]
 """A fresh z ~ N(0, I), (B, C, H, W)."""
@@ -30,54 +33,26 @@ Draw = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to solve.
+    """How to solve; for most settings see :class:`~adversaries.reconstruction.gauss_newton.attack.GaussNewton`.
 
-    Attributes
-    ----------
-    products : int
-        Jacobian products to spend over all starts; an iteration of conjugate gradients takes two.
-    starts : int
-        The prior's mean, then draws from the prior, each with an equal share of half the budget; the one of lowest
-        residual goes on. None is tried after one whose residual has come below :data:`PROMISING`.
-    noise : float, optional
-        c, the noise level in units of the residual; None: 0.5, or 1.4 for ReLU.
-    kink : float
-        Width of ReLU's kinks, in units of the noise level; 0: none.
-    hybrid_below : float
-        Residual under which a single image behind smooth activations is whitened by half and no longer pulled to
-        the prior; 0: never.
-    hop : float
-        After a descent has stalled, the best image is shaken by this times its residual times a draw from the prior,
-        and descends again, while products last; 0: never.
-    tolerance : float
-        Of conjugate gradients, relative.
-    inner : int
-        Their iterations at first; :data:`GROWTH` times as many after each full step that would have used more.
-    solved : float
-        A residual that ends the search.
+    Half of the `products` go to the `starts` in equal shares, and the one of lowest residual goes on; none is tried
+    after one that has come below :data:`PROMISING`. Below `hybrid_below` the image is whitened by half.
+    `tolerance`, relative, and `inner` are of conjugate gradients: their iterations at first, :data:`GROWTH` times
+    as many after each full step that would have used more. `solved`: a residual that ends the search.
     """
 
-    products: int = 8000
-    starts: int = 3
-    noise: float | None = None
-    kink: float = 1.0
-    hybrid_below: float = 0.05
-    hop: float = 1.0
-    tolerance: float = 0.05
-    inner: int = 25
-    solved: float = 1e-6
+    products: Annotated[int, Field(ge=100)] = 8000
+    starts: Positive = 3
+    noise: Strength | None = None
+    kink: Weight = 1.0
+    hybrid_below: Weight = 0.05
+    hop: Weight = 1.0
+    tolerance: Share = 0.05
+    inner: Positive = 25
+    solved: Weight = 1e-6
 
     def __post_init__(self) -> None:
-        for name, least in (("products", 100), ("starts", 1), ("inner", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must be at least {least}")
-        for name in ("kink", "hybrid_below", "hop", "solved"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: must not be negative")
-        if self.noise is not None and not 0 < self.noise < math.inf:
-            raise ConfigError(f"setting 'noise' = {self.noise}: must be positive")
-        if not 0 < self.tolerance < 1:
-            raise ConfigError(f"setting 'tolerance' = {self.tolerance}: must be between 0 and 1")
+        check_values(self, "gauss-newton")
 
 
 GROWTH = 1.5
@@ -102,26 +77,10 @@ HYBRID_DEVIATION = 0.3
 
 @dataclass
 class Solution:
-    """The iterate of lowest residual.
+    """The iterate of lowest residual (B, C, H, W), not clamped, and that residual: rms over the sent entries, scaled.
 
-    Attributes
-    ----------
-    images : Tensor
-        (B, C, H, W), not clamped.
-    rms : float
-        Its scaled residual, root mean square over the sent entries.
-    history : list of float
-        Residual after each accepted step of the descent it came from.
-    products : int
-        Jacobian products spent, over all starts.
-    residuals : list of float
-        Of each start and of each hop, in their order.
-    start : int
-        Which start led to it.
-    hops : int
-        Hops that were tried.
-    hops_kept : int
-        Hops that lowered the residual.
+    `history`: residuals after each accepted step of the descent it came from; `residuals`: of each start, then of
+    each hop; `start`: which led to it; `hops_kept`: hops that lowered the residual.
     """
 
     images: Tensor
@@ -135,13 +94,7 @@ class Solution:
 
 
 class _Descent:
-    """One descent: where it is, and what its steps so far taught about noise, damping and effort.
-
-    Attributes
-    ----------
-    best : Solution
-        The iterate of lowest residual so far.
-    """
+    """One descent: where it is, and what its steps so far taught about noise, damping and effort."""
 
     def __init__(self, network: Network, prior: Whitening, images: Tensor, settings: Settings) -> None:
         self._network, self._settings = network, settings
@@ -153,7 +106,7 @@ class _Descent:
         self._failures = self._last = 0
         self._width = settings.kink * WIDEST
         self._z = prior.whiten(images)
-        self._at = self._linearise(images)
+        self._at = network.linearise(images, self._width)
         self._anneal()
         self.best = Solution(images.detach(), network.rms(images))
         self.best.history.append(self.best.rms)
@@ -180,9 +133,6 @@ class _Descent:
                 best.images, best.rms = self._at.images.detach(), exact
             told(best.rms)
 
-    def _linearise(self, images: Tensor) -> Linearisation:
-        return self._network.linearise(images, self._width)
-
     def _anneal(self) -> None:
         self._noise = min(self._noise, self._ratio * self._at.rms)
         self._width = min(self._width, self._settings.kink * self._noise)
@@ -191,7 +141,7 @@ class _Descent:
         """Smooth less: what smoothing adds to the residual may be most of what is left of it."""
         if self._network.kinked:
             self._width *= factor
-            self._at = self._linearise(self._at.images)
+            self._at = self._network.linearise(self._at.images, self._width)
 
     def _objective(self, at: Linearisation, z: Tensor) -> float:
         return self._network.count * (at.rms / self._noise) ** 2 + float(z.square().sum())
@@ -205,7 +155,7 @@ class _Descent:
         before, step = self._objective(self._at, self._z), 1.0
         while step >= SMALLEST_STEP:
             z = self._z + step * change
-            at = self._linearise(self._centre + self._basis.turn(z))
+            at = self._network.linearise(self._centre + self._basis.turn(z), self._width)
             if self._objective(at, z) < before:
                 break
             step /= 2
@@ -245,18 +195,7 @@ def solve(
     settings: Settings,
     progress: Progress = no_progress,
 ) -> Solution:
-    """Find images whose gradient is what was sent.
-
-    Parameters
-    ----------
-    draw : callable
-        Makes the random starts and hops.
-
-    Returns
-    -------
-    Solution
-        Chosen among starts and hops by its residual alone.
-    """
+    """Find images whose gradient is what was sent, chosen among starts and hops (of `draw`) by residual alone."""
     spent = network.products
     last = spent + settings.products
     residuals: list[float] = []

@@ -5,33 +5,30 @@ treats the update as what it is, a few thousand noiseless measurements of a few 
 
 1. *Decouple through the head.* The head's gradient is r h^T and its bias' gradient is r = softmax(z) - e_y, so a
    kept entry of the label's row gives one feature exactly, h_j = gW[y, j] / gb[y]; an entry that was not sent is
-   known to be small, h_j < tau / |gb[y]|. After the sigmoid is inverted, features are smooth functions of the image,
-   and the convolutions' gradients depend on the head only through v = W^T r, which those features fix.
+   known to be small, h_j < tau / |gb[y]|. After the sigmoid is inverted, features are smooth functions of the
+   image, and the convolutions' gradients depend on the head only through v = W^T r, which those features fix.
 2. *Gauss-Newton.* Residuals are the known features before the sigmoid, (u_j(x) - logit h_j) / su, the kept
    entries of the convolutions' gradients, (g_i(x) - g_i) / (s tau), and the log-probabilities of the kept bias
    entries; a Gaussian prior on images joins as |z|^2 with x = mean + A z. Each step solves the damped normal
    equations by a dense Cholesky factorisation and is halved until the objective falls.
 3. *Anneal.* s starts large, where the prior smooths the problem, and falls while the *certificate*, the objective
-   per measured number, says that the measurements can be explained to the precision claimed (about 1 or less).
-   Where it cannot, the level is tried again by way of one half between, under a prior as wide as the image is long;
-   if that fails (noise that was not declared), the last reconstruction that was explained is returned.
+   per measured number, says that the measurements can be explained to the precision claimed (about 1 or
+   less). Where it cannot, :func:`_anneal` tries again; if that fails (noise that was not declared), the last
+   reconstruction that was explained is returned.
 4. *Predict.* The certificate says that an answer explains the update, not that no other would: where few numbers
    measure the image, many do. The last normal equations say how far pixels are left open, and so the answer's PSNR.
 
-For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions' gradients
-are the mean over the batch, and each image is spanned by the largest modes of the prior.
+For a batch all images are solved for jointly: rows of distinct labels still separate, the convolutions'
+gradients are the mean over the batch, and each image is spanned by the largest modes of the prior.
 
-Values rounded by a quantiser are believed to the size of its steps; features and probabilities are then the image's
-own, not the rounded ones. What several local steps add to the gradient is simulated for every image that is tried and
-subtracted, so that the direction is that of a Gauss-Newton step for one gradient, and the line search is the whole
-client's. What earlier rounds held back is subtracted as reconstructed. Both are in
+Values rounded by a quantiser are believed to the size of its steps; features and probabilities are then the
+image's own, not the rounded ones. What local steps add (simulated for every image that is tried, so that the
+line search is the whole client's) and what earlier rounds held back is subtracted:
 :mod:`adversaries.reconstruction.hcgla.memory`.
 
-References
-----------
-Yang et al., "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE TIFS
-2023 (the setting). Geiping et al., "Inverting Gradients", NeurIPS 2020 (inputs of a linear layer from its
-gradient). Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021 (layer-wise linear
+Yang et al., "Using Highly Compressed Gradients in Federated Learning for Data Reconstruction Attacks", IEEE
+TIFS 2023 (the setting). Geiping et al., "Inverting Gradients", NeurIPS 2020 (inputs of a linear layer from
+its gradient). Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021 (layer-wise linear
 constraints). The joint Gauss-Newton solve and its certificate are this project's own.
 """
 
@@ -41,9 +38,10 @@ import itertools
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
@@ -53,8 +51,10 @@ from adversaries.inversion.gradients import closed_form
 from adversaries.reconstruction.hcgla.least_squares import Anchor, Problem, State
 from adversaries.reconstruction.hcgla.measurements import PLAIN, ROUNDING, Measurements, read_update
 from adversaries.reconstruction.hcgla.memory import LocalSteps
+from fedattack.config import Count, Positive, Strength
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Scenario, Update
+from fedattack.registry import check_values
 from fedattack.rng import torch_rng
 
 MAX_BATCH = 16
@@ -78,63 +78,45 @@ class GaussNewtonSettings:
         Falling values of s; None: :func:`default_schedule`.
     modes : int or None
         Prior modes per image, throughout; None: :func:`default_modes` while s is at least `all_modes_below`, then
-        all.
-    all_modes_below : float
-        See `modes`: the modes left out act as noise, which limits how far s can fall.
+        all. The modes left out act as noise, which limits how far s can fall.
     max_objective : float
         Certificate above which annealing ends: objective per measured number.
-    steps : int
-        Gauss-Newton steps per value of s at most; one is followed by another only while the certificate is above
-        `max_objective` and still falling.
-    last_steps : int
-        Steps at the last value of s at most, ended once one gains less than a percent.
-    halvings : int
-        Times a step is halved before it is given up.
-    retries : int
-        Times a level that the certificate refuses is tried again, half way between it and the last.
+    steps, last_steps : int
+        Most Gauss-Newton steps per value of s (one is followed by another only while the certificate is above
+        `max_objective` and still falling), and at the last (ended once one gains less than a percent).
+    halvings, retries : int
+        Times a step is halved before it is given up, and a level that the certificate refuses is tried again, half
+        way between it and the last.
     feature_noise : float
         Standard deviation of a known feature before the sigmoid, as a share of s.
     weight_floor : float
-        Smallest scale of a gradient entry's error at s = 1, as a share of the kept entries' root mean square: at
-        high rates tau falls far below the error of truncating the prior to its modes.
-    head_entries : int
-        For batches: off-label entries of the head used, largest first.
-    chunk : int
-        Directions differentiated at once.
+        Smallest scale of a gradient entry's error at s = 1, as a share of the kept entries' root mean square: at high
+        rates tau falls far below the error of truncating the prior to its modes.
+    head_entries, chunk : int
+        For batches, off-label entries of the head used, largest first; directions differentiated at once.
     """
 
     schedule: tuple[float, ...] | None = None
-    modes: int | None = None
+    modes: Positive | None = None
     all_modes_below: float = 0.1
-    max_objective: float = 1.5
-    steps: int = 6
-    last_steps: int = 1
-    halvings: int = 5
-    retries: int = 4
-    feature_noise: float = 0.03
-    weight_floor: float = 0.1
-    head_entries: int = 3000
-    chunk: int = 256
+    max_objective: Annotated[float, Field(gt=0)] = 1.5
+    steps: Positive = 6
+    last_steps: Positive = 1
+    halvings: Count = 5
+    retries: Count = 4
+    feature_noise: Strength = 0.03
+    weight_floor: Strength = 0.1
+    head_entries: Count = 3000
+    chunk: Positive = 256
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
-        falls = self.schedule is None or (
-            len(self.schedule) > 0
-            and self.schedule[-1] > 0
-            and all(a > b for a, b in itertools.pairwise(self.schedule))
-        )
-        if not falls:
+        check_values(self, "hcgla")
+        levels = self.schedule
+        if levels is not None and not (levels and all(a > b for a, b in itertools.pairwise((*levels, 0.0)))):
             raise ConfigError(
-                f"setting 'schedule' = {self.schedule!r}: give positive values that fall, as 1, 0.3, 0.1"
+                f"setting 'schedule' = {levels!r}: give positive values that fall, as 1, 0.3, 0.1"
             )
-        for name in ("max_objective", "steps", "last_steps", "feature_noise", "weight_floor", "chunk"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give a positive value")
-        for name in ("halvings", "retries", "head_entries"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"setting {name!r} = {getattr(self, name)}: give 0 or more")
-        if self.modes is not None and self.modes < 1:
-            raise ConfigError(f"setting 'modes' = {self.modes}: give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -145,16 +127,12 @@ class GaussNewtonResult:
     ----------
     images : Tensor
         float32 (B, C, H, W), clamped to [0, 1], on the CPU, in the order of the labels.
-    objective_per_number : float
-        The certificate at the answer.
+    objective_per_number, history
+        The certificate at the answer, and after each step.
     explained : bool
-        Whether the certificate stayed below its limit; False: not even the loosest noise model explains the
-        update, and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent, many
-        images explain them.
-    steps : int
-        Gauss-Newton steps taken.
-    history : list of float
-        Certificate after each step.
+        Whether the certificate stayed below its limit; False: not even the loosest noise model explains the update,
+        and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent, many images
+        explain them.
     details : dict
         JSON-able: schedule, values of s reached, levels tried again, modes, unknowns, measurements of each kind, how
         many measure the images, the PSNR in dB that the answer should have, the prior's source.
@@ -176,24 +154,10 @@ def applies(
     num_examples: int | None = None,
     labels: Tensor | None = None,
 ) -> None:
-    """Refuse what the solver's model of an update does not cover.
+    """NotApplicable, in one sentence, for what the solver's model of an update does not cover.
 
-    Parameters
-    ----------
-    scenario : Scenario
-    update : Update, optional
-        None: check what is known before the run starts.
-    round : int
-        1-based round; under error feedback the first alone is the compressed gradient of one batch.
-    num_examples : int, optional
-        Declared batch size; None: the scenario's.
-    labels : Tensor, optional
-        int64 (B,): the inferred labels.
-
-    Raises
-    ------
-    NotApplicable
-        In one sentence.
+    Without `update` what is known before the run starts is checked; under error feedback `round` 1 alone is the
+    compressed gradient of one batch; `num_examples` None: the scenario's batch; `labels` int64 (B,), inferred.
     """
     closed_form.describe(scenario.model)
     model, training, compression = scenario.model, scenario.training, scenario.compression
@@ -297,30 +261,10 @@ def solve(
     progress: Progress = no_progress,
     steps: LocalSteps | None = None,
 ) -> GaussNewtonResult:
-    """Reconstruct a batch from one observation.
+    """Reconstruct a batch from one observation, its update as a (mean) gradient; NotApplicable as :func:`applies`.
 
-    Parameters
-    ----------
-    observation : Observation
-        Read: global weights, update, scenario; its update as a (mean) gradient.
-    labels : Tensor
-        int64 (B,): the inferred labels, distinct.
-    prior : GaussianPrior
-        Its factor is computed once and kept: share one prior between victims.
-    settings : GaussNewtonSettings, optional
-    device : torch.device or str
-    progress : Progress
-    steps : LocalSteps, optional
-        What the update carries beside one gradient; None: nothing.
-
-    Returns
-    -------
-    GaussNewtonResult
-
-    Raises
-    ------
-    NotApplicable
-        See :func:`applies`.
+    `labels`, int64 (B,), are the inferred ones, distinct. The prior's factor is computed once and kept: share
+    one prior between victims. `steps`: what the update carries beside one gradient; None: nothing.
     """
     settings = settings or GaussNewtonSettings()
     labels = labels.cpu()
@@ -406,9 +350,9 @@ def _anneal(
 ) -> _Path:
     """Lower s (and raise the number of modes) along `levels` while the certificate holds.
 
-    Where it breaks, the step was too long or the image is longer than the prior's are: the level is tried again from
-    the last answer that held, by way of one half between, under a prior as wide as that answer is long. A level that
-    is refused for as much again is beyond what noise allows.
+    Where it breaks, the step was too long or the image is longer than the prior's are: the level is tried
+    again from the last answer that held, by way of one half between, under a prior as wide as that answer is
+    long. A level that is refused for as much again is beyond what noise allows.
     """
     z = torch.zeros(problem.batch, levels[0][1], dtype=torch.float64, device=problem.device)
     anchor = problem.anchor(problem.evaluate(z, levels[0][0], problem.anchor()))
@@ -479,10 +423,7 @@ def _descend(
 
 
 def _equations(per_image: list[Tensor], joint: Tensor, double: bool) -> Equations | None:
-    """Factorised where it is cheaper, in float32 where that suffices; None where even float64 has no answer.
-
-    Absurd values that were sent can do that.
-    """
+    """Factorised where it is cheaper, float32 where that suffices; None where absurd values leave no answer."""
     unknowns, rows = joint.shape
     on_unknowns = unknowns**2 * (rows + unknowns / 3)
     on_measurements = rows**2 * (unknowns + rows / 3)
@@ -496,19 +437,10 @@ def _equations(per_image: list[Tensor], joint: Tensor, double: bool) -> Equation
 
 
 class OnUnknowns:
-    """The normal equations (J^T J + I) dz = -(J^T residual + z), factorised: (B modes, B modes).
+    """The normal equations (J^T J + I) dz = -(J^T residual + z), factorised: (B modes, B modes) of `dtype`.
 
-    Parameters
-    ----------
-    per_image, joint : list of Tensor, Tensor
-        From :meth:`Problem.jacobian`.
-    dtype : torch.dtype
-        Of the sums and the factor.
-
-    Raises
-    ------
-    torch.linalg.LinAlgError
-        If the system is not positive definite in that precision.
+    `per_image` and `joint` are from :meth:`Problem.jacobian`. torch.linalg.LinAlgError if the system is not
+    positive definite in that precision.
     """
 
     def __init__(self, per_image: list[Tensor], joint: Tensor, dtype: torch.dtype) -> None:

@@ -39,18 +39,20 @@ Method = Literal["auto", "gauss-newton", "matching", "generator"]
 class HCGLA(ReconstructionAttack):
     """HCGLA: private images from the few gradient entries that a compressed update keeps (Yang et al. 2023).
 
-    Labels are read from the head's entries. The images are then either solved for by a damped Gauss-Newton method on
-    what was kept ("gauss-newton"), or found by matching the kept entries of the gradient ("matching", the paper's
-    attack; `preset` "published" for its settings). Gauss-Newton sees through quantised values and local steps; under
-    error feedback and DGC the rounds are attacked in order, each less what its predecessors' answers held back.
-    Declared defences are seen through as well: clipping is imitated, noise believed to its size, and nothing is read
-    into entries that were pruned. Where clipping hides the gradient's length, matching looks at its direction alone.
+    Labels are read from the head's entries. The images are then either solved for by a damped Gauss-Newton
+    method on what was kept ("gauss-newton"), or found by matching the kept entries of the gradient
+    ("matching", the paper's attack; `preset` "published" for its settings). Gauss-Newton sees through
+    quantised values and local steps; under error feedback and DGC the rounds are attacked in order, each less
+    what its predecessors' answers held back. Declared defences are seen through as well: clipping is
+    imitated, noise believed to its size, and nothing is read into entries that were pruned. Where clipping
+    hides the gradient's length, matching looks at its direction alone.
 
     Parameters
     ----------
     method : {"auto", "gauss-newton", "matching", "generator"}
-        "auto": Gauss-Newton where it applies and explains the update, else matching. Asking for a preset, a start or
-        a denoiser asks for matching. "generator": what the trained generator draws, with no optimisation after it.
+        "auto": Gauss-Newton where it applies and explains the update, else matching. Asking for a preset, a
+        start or a denoiser asks for matching. "generator": what the trained generator draws, with no
+        optimisation after it.
     preset : {"default", "published"}
         Settings of matching: ours, or the paper's (L-BFGS without line search from N(0, 1), 42 x 20 iterations).
     start : str
@@ -59,8 +61,8 @@ class HCGLA(ReconstructionAttack):
     start_image : str, optional
         Picture for start "image".
     generator : str, optional
-        For start or method "generator": the file of a trained one (``fedattack hcgla train-generator``), or "train"
-        to train one on the auxiliary images before the attack, which takes minutes.
+        For start or method "generator": the file of a trained one (``fedattack hcgla train-generator``), or
+        "train" to train one on the auxiliary images before the attack, which takes minutes.
     denoise_every : int
         Clean the images with `denoiser` after each this many matching iterations; 0: never.
     denoiser : str, optional
@@ -160,10 +162,7 @@ class HCGLA(ReconstructionAttack):
         device: torch.device,
         progress: Progress = no_progress,
     ) -> list[Reconstruction]:
-        """Attack the observations of one round, or of several: then what a round's answers say is used in the next.
-
-        See :meth:`ReconstructionAttack.run`.
-        """
+        """Attack observations of one round, or of several: then a round's answers are used in the next."""
         rounds = sorted({observation.round for observation in observations})
         memories: dict[int, Remembered] = defaultdict(Remembered)
         answers: dict[str, Reconstruction] = {}
@@ -334,10 +333,7 @@ class _Run:
         return True
 
     def _is_matched(self, victim: _Victim) -> bool:
-        """Whether matching answers: for want of Gauss-Newton's answer, or of an explanation by it.
-
-        Matching knows nothing of noise: Gauss-Newton's answer at its loosest is the better one then.
-        """
+        """Whether matching answers; it knows nothing of noise: Gauss-Newton's loosest answer is better then."""
         if victim.solved is None:
             return True
         matchable = self._attack.method == "auto" and not (victim.steps.several or victim.evidence.noise)

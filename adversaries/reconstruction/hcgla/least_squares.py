@@ -1,8 +1,8 @@
 """The least-squares problem that one update poses, and its Jacobian.
 
-Unknowns are z (B, modes) with images = mean + A z and z ~ N(0, I) a priori. Residuals are those of the label rows'
-features before the sigmoid, and the *joint* ones: kept entries of the convolutions' gradients, of the head's bias,
-and, for batches, of the head's other rows.
+Unknowns are z (B, modes) with images = mean + A z and z ~ N(0, I) a priori. Residuals are those of the label
+rows' features before the sigmoid, and the *joint* ones: kept entries of the convolutions' gradients, of the
+head's bias, and, for batches, of the head's other rows.
 """
 
 from __future__ import annotations
@@ -25,18 +25,10 @@ FOLLOWED_CLASSES = 512
 
 @dataclass(frozen=True)
 class Anchor:
-    """What the label rows say about the features, given the current class probabilities.
+    """What the label rows say about the features (B, F), given the current class probabilities.
 
-    Attributes
-    ----------
-    known : Tensor
-        bool (B, F).
-    logits : Tensor
-        float64 (B, F): features before the sigmoid where `known`.
-    caps : Tensor
-        float64 (B, F): upper bounds before the sigmoid of the others; inf where there is none.
-    rounding : Tensor
-        float64 (B, F): error of `logits` left by the number format.
+    `logits`: before the sigmoid where `known`, with `rounding`, the error left by the number format; `caps`:
+    upper bounds of the others, inf where there is none.
     """
 
     known: Tensor
@@ -47,29 +39,21 @@ class Anchor:
 
 @dataclass(frozen=True)
 class State:
-    """The problem at one z.
+    """The problem at one z, float64 (B, modes).
 
     Attributes
     ----------
-    z : Tensor
-        float64 (B, modes).
     forward, delta : ForwardPass, list of Tensor
         Of all images, see :mod:`adversaries.inversion.gradients.closed_form`.
-    held : Tensor
-        (B, F): features before the sigmoid as the head is taken to have seen them: known ones from the update,
-        others from the images, capped.
-    moving : Tensor
-        bool (B, F): which of `held` follow the images.
-    active : Tensor
-        bool (B, F): which features have a residual.
+    held, moving, active : Tensor
+        (B, F): features before the sigmoid as the head is taken to have seen them (known ones from the update,
+        others from the images, capped); which of these follow the images; which features have a residual.
     softmax, probabilities : Tensor
         (B, classes): of the held features, and the same corrected by what was sent.
     vector : Tensor
         (B, F): v = W^T r.
-    feature_residual, feature_noise : Tensor
-        (B, F).
-    joint_residual, joint_noise : Tensor
-        (number of joint measurements,).
+    feature_residual, feature_noise, joint_residual, joint_noise : Tensor
+        (B, F) twice, (number of joint measurements,) twice.
     """
 
     z: Tensor
@@ -99,17 +83,12 @@ class Problem:
 
     Parameters
     ----------
-    chain : Chain
-    weights : dict of str to Tensor
-        Global weights.
-    measured : Measurements
     mean, factor : Tensor
         float64 (D,) and (D, most modes): images = mean + factor z, with as many columns as z has numbers.
     feature_noise, least_feature_noise : float
         Standard deviation of a known feature before the sigmoid: a share of s, and a lower limit.
     chunk : int
         Directions differentiated at once.
-    device : torch.device
     reread : callable, optional
         Images (B, C, H, W) -> measurements, where these depend on the images; `measured` are those at the mean.
     """
@@ -129,11 +108,8 @@ class Problem:
     ) -> None:
         self.chain, self.measured = chain, measured.to(device)
         self._reread = reread
-        self.mean, self.factor, self.factor32 = (
-            mean.to(device),
-            factor.to(device),
-            factor.to(device, torch.float32),
-        )
+        self.mean, self.factor = mean.to(device), factor.to(device)
+        self.factor32 = factor.to(device, torch.float32)
         self.weights = {name: tensor.to(device, torch.float64) for name, tensor in weights.items()}
         self.weights32 = {name: tensor.to(device, torch.float32) for name, tensor in weights.items()}
         self.feature_noise, self.least_feature_noise = feature_noise, least_feature_noise
@@ -218,6 +194,7 @@ class Problem:
         conv_noise = ((s * m.conv_scales) ** 2 + m.conv_rounding**2).sqrt()
         bias_residual, bias_noise = self._bias_residual(log_softmax, s, least)
         entries = closed_form.head_entries(residual, features, m.head_rows, m.head_cols).sum(0)
+        entry_noise = torch.full_like(entries, math.hypot(s * m.head_scale, m.row_noise))
         return State(
             z=z,
             forward=forward,
@@ -231,13 +208,7 @@ class Problem:
             feature_residual=torch.where(anchor.known, top - anchor.logits, over),
             feature_noise=feature_noise,
             joint_residual=torch.cat([predicted - m.conv_values, bias_residual, entries - m.head_values]),
-            joint_noise=torch.cat(
-                [
-                    conv_noise,
-                    bias_noise,
-                    torch.full_like(entries, math.hypot(s * m.head_scale, m.row_noise)),
-                ]
-            ),
+            joint_noise=torch.cat([conv_noise, bias_noise, entry_noise]),
         )
 
     def _with_sent_biases(self, softmax: Tensor) -> Tensor:
@@ -270,12 +241,7 @@ class Problem:
     def jacobian(self, state: State) -> tuple[list[Tensor], Tensor]:
         """Derivatives of the residuals by z, divided by their noise; transposed, float32.
 
-        Returns
-        -------
-        list of Tensor
-            Per image: the active features', (modes, active).
-        Tensor
-            The joint measurements', (B * modes, measurements).
+        Per image the active features', (modes, active); and the joint measurements', (B * modes, measurements).
         """
         modes = state.z.shape[1]
         joint = torch.empty(self.batch * modes, len(state.joint_residual), device=self.device)

@@ -12,20 +12,19 @@ Preset = Literal["default", "published"]
 Optimizer = Literal["lbfgs", "lbfgs-armijo", "adam", "signed-adam"]
 
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "lbfgs": {"optimiser": "lbfgs", "line_search": "none"},
-    "lbfgs-armijo": {"optimiser": "lbfgs", "line_search": "armijo"},
-    "adam": {"optimiser": "adam"},
-    "signed-adam": {"optimiser": "signed-adam"},
+    "lbfgs": {"optimiser": "lbfgs", "line_search": "none", "learning_rate": 0.1},
+    "lbfgs-armijo": {"optimiser": "lbfgs", "line_search": "armijo", "learning_rate": 1.0},
+    "adam": {"optimiser": "adam", "learning_rate": 0.1},
+    "signed-adam": {"optimiser": "signed-adam", "learning_rate": 0.1},
 }
-
-_RATES = {"lbfgs": 0.1, "lbfgs-armijo": 1.0, "adam": 0.1, "signed-adam": 0.1}
 
 
 def published(model: ModelConfig, batch: int) -> Matching:
     """The settings of Yang et al. and their released code.
 
-    42 calls of ``torch.optim.LBFGS`` with 20 iterations each, history 100 and no line search, learning rate 0.1 for
-    one image and 0.01 for batches; no regulariser and no clamping; of a ResNet only the last linear weight.
+    42 calls of ``torch.optim.LBFGS`` with 20 iterations each, history 100 and no line search, learning rate
+    0.1 for one image and 0.01 for batches; no regulariser and no clamping; of a ResNet only the last linear
+    weight.
     """
     return Matching(
         layers="last" if model.name.startswith("resnet") else "all",
@@ -41,8 +40,9 @@ def published(model: ModelConfig, batch: int) -> Matching:
 def improved(smooth: bool) -> Matching:
     """Cosine coefficients and backtracking, with total variation only where `smooth`.
 
-    From a start that the update informed, or with more sent entries than pixels, total variation costs detail (2 to 4
-    dB on faces); from a flat start with fewer entries it is all that fills the gaps (+ 2.6 dB at 777 entries).
+    From a start that the update informed, or with more sent entries than pixels, total variation costs detail
+    (2 to 4 dB on faces); from a flat start with fewer entries it is all that fills the gaps (+ 2.6 dB at 777
+    entries).
     """
     return Matching(
         parametrisation="spectrum",
@@ -58,9 +58,7 @@ def settings_for(
     batch: int,
     *,
     smooth: bool = False,
-    iterations: int | None = None,
     tv: float | None = None,
-    learning_rate: float | None = None,
     optimizer: Optimizer | None = None,
     **others: Any,
 ) -> Matching:
@@ -68,30 +66,18 @@ def settings_for(
 
     Parameters
     ----------
-    preset : {"default", "published"}
-    model : ModelConfig
-        Resolved.
-    batch : int
-        Images per victim.
     smooth : bool
         Whether the default preset regularises; see :func:`improved`.
-    iterations : int, optional
-        Evaluations of objective and gradient.
     tv : float, optional
         Weight of the mean squared difference of neighbouring pixels, in units of the sent entries' squared norm.
     optimizer : str, optional
-        One of :data:`Optimizer`; brings its own learning rate unless that is given.
+        Brings its own learning rate unless that is given.
     **others
         Further fields of :class:`adversaries.inversion.matching.settings.Matching`; None is passed over.
     """
     chosen = published(model, batch) if preset == "published" else improved(smooth)
-    changes: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
-    if iterations is not None:
-        changes["iterations"] = iterations
+    changes: dict[str, Any] = {} if optimizer is None else _OPTIMIZERS[optimizer] | {"block": 0}
+    changes |= {name: value for name, value in others.items() if value is not None}
     if tv is not None:
         changes["regularisers"] = {"tv2": tv} if tv else {}
-    if optimizer is not None:
-        changes |= _OPTIMIZERS[optimizer] | {"learning_rate": _RATES[optimizer], "block": 0}
-    if learning_rate is not None:
-        changes["learning_rate"] = learning_rate
     return dataclasses.replace(chosen, **changes)

@@ -24,18 +24,12 @@ ROUNDING = ("qsgd", "topk-qsgd")
 
 @dataclass(frozen=True)
 class Reading:
-    """What an update has to do with the gradient it is read as: ``sent = scale * gradient + offset``, but for noise.
+    """What an update has to do with the gradient it is read as: ``sent = scale * gradient + offset + noise``.
 
-    Attributes
-    ----------
-    scale : float
-        Not 1 where local steps shrink or (momentum) stretch the mean gradient, or clipping shrinks it.
-    offset : Tensor or None
-        float64 (numel,): residuals of earlier rounds and what local steps add; None: nothing.
-    rounding : float
-        Standard deviation of rounding errors that do not depend on the entry's size: those of a weight delta.
-    noise : float
-        Standard deviation of the Gaussian noise that the client added to every entry.
+    `scale` is not 1 where local steps shrink or (momentum) stretch the mean gradient, or clipping shrinks it.
+    `offset`, float64 (numel,), is what earlier rounds held back and local steps add. `rounding` and `noise` are
+    standard deviations: of rounding errors that do not depend on the entry's size (those of a weight delta), and
+    of the Gaussian noise that the client added to every entry.
     """
 
     scale: float = 1.0
@@ -51,36 +45,30 @@ PLAIN = Reading()
 class Measurements:
     """The kept entries of an update, by what they measure.
 
-    The head's values are multiplied by B, so that they are sums over the batch.
+    The head's values are multiplied by B, so that they are sums over the batch. Bounds are inf where nothing
+    is known.
 
     Attributes
     ----------
-    labels : Tensor
-        int64 (B,).
-    conv_positions : Tensor
-        int64 (m,): kept entries in the concatenation of the chain's kernels and biases.
-    conv_values, conv_scales, conv_rounding : Tensor
-        float64 (m,): their values, the scale of their errors at s = 1, and what rounding adds to it.
-    row_values : Tensor
-        float64 (B, F): gradient of each label's row of the head.
-    row_known : Tensor
-        bool (B, F): which of them were sent.
+    conv_positions, conv_values, conv_scales, conv_rounding : Tensor
+        (m,): places of kept entries in the concatenation of the chain's kernels and biases, their values, the
+        scale of their errors at s = 1, and what rounding adds to it.
+    row_values, row_known : Tensor
+        (B, F): gradient of each label's row of the head, and which of it were sent.
     bias_rows, bias_values : Tensor
-        int64 and float64 (e,): kept entries of the head's bias gradient.
+        (e,): kept entries of the head's bias gradient.
     head_rows, head_cols, head_values : Tensor
-        int64, int64 and float64: kept off-label entries of the head's weight gradient, largest first; none for a
-        single image, whose rows are all multiples of one.
+        Kept off-label entries of the head's weight gradient, largest first; none for a single image, whose
+        rows are all multiples of one.
     bias_scale, head_scale : float
         Scale of the errors of `bias_values` and `head_values` at s = 1.
-    bias_bound : Tensor
-        float64 (classes,): no unsent entry of the head's bias gradient is larger; inf where nothing is known.
-    row_bound : Tensor
-        float64 (B, F): the same for the label rows' entries.
+    bias_bound, row_bound : Tensor
+        (classes,) and (B, F): no unsent entry of the head's bias gradient, or of the label rows, is larger.
     precision : float
         Relative rounding error of the values as they were sent.
     row_noise, bias_noise : float
-        Standard deviation of what quantisation and the client's noise add to `row_values` (and `head_values`) and
-        `bias_values`.
+        Standard deviation of what quantisation and the client's noise add to `row_values` (and `head_values`)
+        and `bias_values`.
     """
 
     labels: Tensor
@@ -129,19 +117,10 @@ def read_update(
     head_entries: int,
     reading: Reading = PLAIN,
 ) -> Measurements:
-    """Sort the kept entries of an update by what they measure.
+    """Sort the kept entries of an update by what they measure; `labels` are distinct.
 
-    Parameters
-    ----------
-    chain : Chain
-    observation : Observation
-    labels : Tensor
-        int64 (B,), distinct.
-    weight_floor : float
-        Smallest scale of an error at s = 1, as a share of the root mean square of the kept entries of its kind.
-    head_entries : int
-        Off-label entries of the head to use at most.
-    reading : Reading
+    `weight_floor` is the smallest scale of an error at s = 1, as a share of the root mean square of the kept
+    entries of its kind; `head_entries` bounds the off-label entries of the head that are used.
     """
     received, batch, compression = observation.update, len(labels), observation.scenario.compression
     bounding = received.indices is not None and compression.name in BOUNDING
@@ -284,8 +263,8 @@ def _fill_row(
 ) -> None:
     """Fill in the label's row (`values` and `known`, (1, F)) of a single image from the other rows.
 
-    All rows are multiples of the same features: an entry missing from the label's is taken from the row with the
-    largest bias gradient that has it. Entries and bias gradients smaller than `least` are passed over.
+    All rows are multiples of the same features: an entry missing from the label's is taken from the row with
+    the largest bias gradient that has it. Entries and bias gradients smaller than `least` are passed over.
     """
     own_bias = bias_values[bias_rows == labels[0]]
     if not own_bias.numel() or bool(known.all()):

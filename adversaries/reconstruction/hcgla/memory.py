@@ -1,15 +1,10 @@
 """What an update carries beside one gradient: local steps, clipping, and residuals of earlier rounds.
 
-They follow from a guess of the images, for the server knows everything else: the weights it sent, the agreed
-training and clipping, and which entries were sent. :class:`LocalSteps` answers, for a guess, how the update reads as
-entries of one gradient (*defect correction*: the simulated update minus the gradient's share is subtracted, and the
-guess is improved on what is left). :class:`Remembered` follows one client's memory from round to round (*peeling*:
-each round's reconstruction says what that round held back, which the next update carries).
-
-References
-----------
-Stetter, "The defect correction principle and discretization methods", Numer. Math. 1978; Stich et al.,
-"Sparsified SGD with memory", NeurIPS 2018, and Lin et al., "Deep gradient compression", ICLR 2018 (the memories).
+They follow from a guess of the images, for the server knows everything else: for local steps and clipping by
+*defect correction* (Stetter, Numer. Math. 1978): the simulated update minus the gradient's share is
+subtracted, and the guess is improved on what is left; for what was held back (Stich et al., "Sparsified SGD
+with memory", NeurIPS 2018; Lin et al., "Deep gradient compression", ICLR 2018) by *peeling*: each round's
+reconstruction says what that round held back, which the next update carries.
 """
 
 from __future__ import annotations
@@ -36,13 +31,7 @@ from fedattack.training import batch_gradient, local_update
 
 
 def check_orders(scenario: Scenario, clients: tuple[int, ...]) -> None:
-    """Refuse local batches whose orders nobody can try, of every one of the clients with so many samples.
-
-    Raises
-    ------
-    NotApplicable
-        As :func:`~adversaries.inversion.gradients.schedule.schedules_for`.
-    """
+    """NotApplicable where nobody can try the orders of the local batches of every client with so many samples."""
     agreed = scenario.training.batch_size * scenario.training.local_steps
     for number, size in enumerate(clients, 1):
         try:
@@ -71,8 +60,8 @@ def constant_reading(evidence: Evidence) -> Reading:
 def matchable(evidence: Evidence) -> Observation:
     """A received update as entries of one (mean) gradient, as far as no image is needed to tell.
 
-    Once something was subtracted, the smallest entry sent bounds the others no more: what is left looks like entries
-    that were drawn at random, and the scenario says so.
+    Once something was subtracted, the smallest entry sent bounds the others no more: what is left looks like
+    entries that were drawn at random, and the scenario says so.
     """
     received = evidence.observation
     scenario = plain_scenario(received.scenario)
@@ -84,19 +73,10 @@ def matchable(evidence: Evidence) -> Observation:
 
 
 class LocalSteps:
-    """One client's local training, imitated on guesses of its images.
+    """One client's local training, imitated on guesses of its images, with what earlier rounds held back.
 
-    Parameters
-    ----------
-    evidence : Evidence
-        With what earlier rounds held back.
-    labels : Tensor
-        int64 (B,): the inferred labels.
-
-    Raises
-    ------
-    NotApplicable
-        See :func:`~adversaries.inversion.gradients.schedule.schedules_for`.
+    `labels`, int64 (B,), are the inferred ones. NotApplicable as
+    :func:`~adversaries.inversion.gradients.schedule.schedules_for`.
     """
 
     def __init__(self, evidence: Evidence, labels: Tensor) -> None:
@@ -245,13 +225,6 @@ def plain_scenario(scenario: Scenario) -> Scenario:
     training, compression = scenario.training, scenario.compression
     if training.protocol == "fedavg":
         training = _one_step(training)
-    return dataclasses.replace(
-        scenario,
-        training=training,
-        compression=compression.model_copy(
-            update={
-                "name": "topk" if compression.name == "dgc" else compression.name,
-                "error_feedback": False,
-            }
-        ),
-    )
+    name = "topk" if compression.name == "dgc" else compression.name
+    compression = compression.model_copy(update={"name": name, "error_feedback": False})
+    return dataclasses.replace(scenario, training=training, compression=compression)

@@ -13,7 +13,7 @@ from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
-from adversaries.inversion.learning.generator import Generator, load_generator, train_generator
+from adversaries.inversion.learning.generator import Generator, load_generator, obtain_generator
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.learned import base
 from fedattack.config import Positive
@@ -25,14 +25,12 @@ from fedattack.observation import Observation, Reconstruction, Scenario
 class FGLA(base.TrainedAttack):
     """FGLA: a trained decoder draws each image from its features, which the head's gradient gives away.
 
-    In a batch of distinct labels, row y of the head's weight gradient over entry y of its bias gradient is, up to
-    what the softmax gives the others, the last features of the image labelled y. A decoder from features to images is
-    trained on the auxiliary images; the answer costs one pass of it.
+    In a batch of distinct labels, row y of the head's weight gradient over entry y of its bias gradient is,
+    up to what the softmax gives the others, the last features of the image labelled y. A decoder from
+    features to images is trained on the auxiliary images; the answer costs one pass of it.
 
-    Deviation: the decoder learns from public images put through the scenario's client and compressor, so that it
-    meets features as they will arrive (partly missing, mixed), where the paper feeds it clean ones.
-
-    Beside the parameters of :class:`adversaries.reconstruction.learned.base.TrainedAttack`:
+    Deviation: the decoder learns from public images put through the scenario's client and compressor, so that
+    it meets features as they will arrive (partly missing, mixed), where the paper feeds it clean ones.
 
     Parameters
     ----------
@@ -45,8 +43,8 @@ class FGLA(base.TrainedAttack):
 
     References
     ----------
-    Xue, Hu, Fu, Ling, Lu, Wang, "Fast Generation-Based Gradient Leakage Attacks against Highly Compressed Gradients",
-    INFOCOM 2023.
+    Xue, Hu, Fu, Ling, Lu, Wang, "Fast Generation-Based Gradient Leakage Attacks against Highly Compressed
+    Gradients", INFOCOM 2023.
     """
 
     name: ClassVar[str] = "fgla"
@@ -106,22 +104,9 @@ class FGLA(base.TrainedAttack):
         if self.decoder != "train":
             return load_generator(self.decoder, observation.scenario)
         public = train.public_images(observation, "fgla")
+        names = ("architecture", "epochs", "learning_rate", "passes", "width")
+        settings = {name: getattr(self, name) for name in names}
         return train.once(
             train.key(self, observation, observation.num_examples, public, seed),
-            lambda: train_generator(
-                observation.scenario,
-                observation.weights,
-                public,
-                None,
-                seed,
-                self.architecture,
-                observation.num_examples,
-                self.epochs,
-                self.learning_rate,
-                self.passes,
-                width=self.width,
-                round=observation.round,
-                device=device,
-                progress=progress,
-            )[0],
+            lambda: obtain_generator("train", observation, seed, device, progress, **settings),
         )

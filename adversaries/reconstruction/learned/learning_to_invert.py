@@ -29,12 +29,10 @@ _BATCH = 32
 class LearningToInvert(base.TrainedAttack):
     """LTI: an MLP answers the images of an update at once, having seen updates of public images (Wu et al. 2023).
 
-    The auxiliary images, with random labels, go through the scenario's own client and compressor; the network learns
-    to go back, by mean squared error to the nearest order of the batch. What it reads of an update are all entries
-    that were sent, or, of larger models, signed sums of them in random buckets. Any compressor and any local training
-    that can be imitated will do, sign included: nothing is differentiated.
-
-    Beside the parameters of :class:`adversaries.reconstruction.learned.base.TrainedAttack`:
+    The auxiliary images, with random labels, go through the scenario's own client and compressor; the network
+    learns to go back, by mean squared error to the nearest order of the batch. What it reads of an update are
+    all entries that were sent, or, of larger models, signed sums of them in random buckets. Any compressor
+    and any local training that can be imitated will do, sign included: nothing is differentiated.
 
     Parameters
     ----------

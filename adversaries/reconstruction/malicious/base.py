@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adversaries.base import Progress, no_progress
+from adversaries.base import Progress
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.evidence.floors import floors, prior_image
@@ -19,7 +19,7 @@ from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.evidence.one_gradient import gradient_unit, mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
 from adversaries.needs import Needs
-from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, failed
+from adversaries.reconstruction.base import CERTIFIED, OneByOne, failed
 from adversaries.seats import MaliciousServer
 from fedattack.config import Share
 from fedattack.errors import NotApplicable
@@ -29,26 +29,25 @@ from fedattack.observation import Observation, Reconstruction
 _ROUNDING = 2.0**-22
 """Of float32 sums, relative to the layer's largest bias entry."""
 
+UNKNOWN_BATCH = 32
+"""Samples expected of a client that trains on all it has, until it declares them."""
+
 _LABELLED = 0.1
 """Relative misfit of the replay above which an image's label counts as a guess."""
 
 
 class ReplayedClient:
-    """One observation, float64 on a device: what the first layer sent, and what it would send of an image.
-
-    Raises
-    ------
-    NotApplicable
-    """
+    """One observation, float64: what the first layer (K, d) sent, and what it would send of an image."""
 
     def __init__(self, observation: Observation, device: torch.device) -> None:
         self.observation = observation
         self._layer = first_layer(observation.scenario.model)
         module = build_model(observation.scenario.model)
         module.load_state_dict(observation.weights)
-        self._module = module.double().eval().requires_grad_(False).to(device)
-        self._linear = self._module.get_submodule(self._layer.name)
-        self._linear.register_forward_hook(lambda _, inputs, output: self._shifted(output))
+        self.module = module.double().eval().requires_grad_(False).to(device)
+        linear = self.module.get_submodule(self._layer.name)
+        linear.register_forward_hook(lambda _, inputs, output: self._shifted(output))
+        self.weight, self.bias = linear.get_parameter("weight"), linear.get_parameter("bias")
         self._shift: Tensor | None = None
         self._device = device
 
@@ -56,21 +55,6 @@ class ReplayedClient:
         """Pre-activations with a zero added that is differentiated by."""
         self._shift = torch.zeros_like(output, requires_grad=True)
         return output + self._shift
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight, float64 (K, d)."""
-        return self._linear.get_parameter("weight")
-
-    @property
-    def bias(self) -> Tensor:
-        """The layer's bias, float64 (K,)."""
-        return self._linear.get_parameter("bias")
-
-    @property
-    def module(self) -> nn.Module:
-        """The model that was sent out."""
-        return self._module
 
     @property
     def vague(self) -> bool:
@@ -107,13 +91,9 @@ class ReplayedClient:
             noise = noise + scale / compression.levels
         return Rows(scalars, vectors, noise, float(scalars.abs().max()))
 
-    def images(self, inputs: Tensor) -> Tensor:
-        """Inputs (N, d) as images (N, C, H, W)."""
-        return inputs.reshape(-1, *self.observation.scenario.image_shape)
-
     def replay(self, inputs: Tensor) -> Tensor:
         """d loss / d pre-activation of every neuron, (N, C, K): for inputs (N, d), each with each label."""
-        logits = self._module(self.images(inputs))
+        logits = self.module(inputs.reshape(-1, *self.observation.scenario.image_shape))
         assert self._shift is not None
         slopes = [
             torch.autograd.grad(logits[:, label].sum(), self._shift, retain_graph=True)[0]
@@ -128,16 +108,13 @@ class ReplayedClient:
 class Reading:
     """A linear map from neurons to the rows that are read.
 
-    Attributes
-    ----------
-    signs : Tensor or None
-        (K,): each neuron's row is multiplied by it first; None: ones.
-    following : Tensor or None
-        int64 (K,): the neuron whose row is then taken off, -1 for none; None: for all none.
+    `signs` (K,): each neuron's row is multiplied by it first; None: ones. `following`, int64 (K,): the neuron whose
+    row is then taken off, -1 for none; None: for all none. `sweeps` as for the peeling of the rows.
     """
 
     signs: Tensor | None = None
     following: Tensor | None = None
+    sweeps: int | None = None
 
     def __call__(self, values: Tensor) -> Tensor:
         """Values (..., K) of neurons -> of rows."""
@@ -157,7 +134,7 @@ class Reading:
 
 
 @dataclass
-class RowReading(MaliciousServer, ReconstructionAttack):
+class RowReading(MaliciousServer, OneByOne):
     """A malicious server's attack that reads images off the first linear layer's gradient.
 
     Parameters
@@ -174,68 +151,35 @@ class RowReading(MaliciousServer, ReconstructionAttack):
 
     @abstractmethod
     def _reading(self, client: ReplayedClient) -> Reading:
-        """How the neurons' rows become rows that hold few images.
-
-        Raises
-        ------
-        NotApplicable
-            If the weights are not this attack's.
-        """
-
-    @property
-    def _sweeps(self) -> int | None:
-        """As for :func:`~adversaries.inversion.solvers.peeling.peel`."""
-        return None
+        """How the neurons' rows become rows that hold few images; NotApplicable for weights not this attack's."""
 
     def _figures(self, client: ReplayedClient) -> dict[str, Any]:
         """What else goes into the details."""
         return {"rows": len(client.bias)}
 
-    def run(
-        self,
-        observations: Sequence[Observation],
-        seed: int,
-        device: torch.device,
-        progress: Progress = no_progress,
-    ) -> list[Reconstruction]:
-        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
-        del seed  # nothing is drawn
-        if device.type == "mps":  # has no float64
-            device = torch.device("cpu")
-        answers = []
-        for number, observation in enumerate(observations):
-
-            def told(found: int, number: int = number, observation: Observation = observation) -> None:
-                share = (number + found / observation.num_examples) / len(observations)
-                progress(share, f"client {observation.client}: {found} of {observation.num_examples} images")
-
-            answers.append(self._one(observation, device, told))
-        return answers
-
-    def _one(
-        self, observation: Observation, device: torch.device, told: Callable[[int], None]
+    def one(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
     ) -> Reconstruction:
+        """Read the rows; nothing is drawn."""
         self.check(observation.scenario)
         try:
             client = ReplayedClient(observation, device)
-            found, rows, left = self._read(client, observation.num_examples, told)
+            found, rows, left = self._read(client, progress)
         except NotApplicable as reason:
             return failed(self.name, observation, str(reason))
         unread = float(left.vectors.norm() / rows.vectors.norm().clamp_min(1e-300))
-        return answer(self.name, observation, client.vague, found, unread, self._figures(client))
+        return answer(self.name, observation, client.vague, found, unread, **self._figures(client))
 
     def _read(
-        self, client: ReplayedClient, limit: int, told: Callable[[int], None]
+        self, client: ReplayedClient, progress: Progress, before: int = 0
     ) -> tuple[list[Sample], Rows, Rows]:
-        """Up to `limit` images in the rows that one client sent; the rows, and what is left in them.
-
-        Raises
-        ------
-        NotApplicable
-            If the weights are not this attack's.
-        """
+        """Images in the rows of one client, beside those found `before`; the rows, and what is left of them."""
         reading = self._reading(client)
-        rows = reading.rows(client.rows())
+        rows, batch = reading.rows(client.rows()), client.observation.num_examples
+        limit = batch - before
+
+        def told(found: int) -> None:
+            progress((before + found) / batch, f"{before + found} of {batch} images")
 
         def replay(inputs: Tensor) -> Tensor:
             return reading(client.replay(inputs))
@@ -249,32 +193,18 @@ class RowReading(MaliciousServer, ReconstructionAttack):
                 int(client.observation.scenario.model.classes or 1),
                 limit,
                 tolerance=self.tolerance,
-                sweeps=self._sweeps,
+                sweeps=reading.sweeps,
                 progress=told,
             )
         return found, rows, left
 
 
 def answer(
-    name: str,
-    observation: Observation,
-    vague: bool,
-    found: Sequence[Sample],
-    unread: float,
-    figures: dict[str, Any],
+    name: str, observation: Observation, vague: bool, found: Sequence[Sample], unread: float, **figures: Any
 ) -> Reconstruction:
-    """Found images first; the other places hold the prior, and the details say so.
+    """Found images first; the other places hold the prior, and the details, with `figures` in them, say so.
 
-    Parameters
-    ----------
-    name : str
-        Of the attack.
-    vague : bool
-        As for :class:`ReplayedClient`.
-    unread : float
-        Share of the rows' norm that no image explains.
-    figures : dict
-        What else goes into the details.
+    `vague` as for :class:`ReplayedClient`; `unread`: share of the rows' norm that no image explains.
     """
     batch = observation.num_examples
     named = torch.tensor([sample.label for sample in found], dtype=torch.int64)

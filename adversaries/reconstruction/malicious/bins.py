@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from adversaries.inversion.evidence.priors import smooth_prior
 from adversaries.needs import Block, Facts, Needs
-from adversaries.reconstruction.malicious.base import Reading, ReplayedClient, RowReading
+from adversaries.reconstruction.base import armable
+from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH, Reading, ReplayedClient, RowReading
 from fedattack.config import Positive, Strength
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.models import build_model
 from fedattack.models.armable.imprint import CEILING, Imprinted
 from fedattack.observation import Auxiliary, Candidates, Scenario
 from fedattack.rng import torch_rng
@@ -31,9 +31,6 @@ _TURN = 0.3
 """Share of its bin that a row may turn in a round's local steps."""
 
 _IMAGES = 4096
-
-_UNKNOWN_BATCH = 32
-"""Samples expected of a client that trains on all it has, until it declares them."""
 
 Functional = Literal["random", "cosine", "brightness"]
 
@@ -81,7 +78,7 @@ class BinReading(RowReading):
 
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Refuse several local steps with the ReLU block, and more measurements than there are."""
-        if scenario.training.local_steps > 1 and _adds(_block(build_model(scenario.model), scenario)):
+        if scenario.training.local_steps > 1 and _adds(armable(scenario, Imprinted)):
             raise NotApplicable(
                 f"training.local_steps = {scenario.training.local_steps}: the ReLU block's rows drift apart, and "
                 "their differences hold all images; use --model imprint-sparse, whose rows hold their own bin's alone"
@@ -103,10 +100,10 @@ class BinReading(RowReading):
     ) -> dict[str, Tensor]:
         """The global model with the block's rows replaced: rows of one measurement, thresholds at its quantiles.
 
-        The columns of the block's way back are equal, so that one image counts alike in all rows, but for alternating
-        signs, with which what neighbouring rows add to the image nearly cancels.
+        The columns of the block's way back are equal, so that one image counts alike in all rows, but for
+        alternating signs, with which what neighbouring rows add to the image nearly cancels.
         """
-        module = _block(build_model(scenario.model), scenario)
+        module = armable(scenario, Imprinted)
         generator = torch_rng(seed, "imprint.arm")
         width, pixels = module.measure.weight.shape
         reach = CEILING if isinstance(module.act, nn.Hardtanh) else self.scale
@@ -149,7 +146,8 @@ class BinReading(RowReading):
 
     def _reading(self, client: ReplayedClient) -> Reading:
         groups = bins(client)
-        block = _block(client.module, client.observation.scenario)
+        block = client.module
+        assert isinstance(block, Imprinted)
         back = block.back.weight
         signs = (back * back[:, :1]).sum(0).sign()
         if float((back * signs - back[:, :1]).abs().max()) > 1e-4 * float(back.abs().max()):
@@ -166,14 +164,11 @@ class BinReading(RowReading):
     def _figures(self, client: ReplayedClient) -> dict[str, Any]:
         groups, rows = bins(client), len(client.bias)
         batch = client.observation.num_examples
-        figures: dict[str, Any] = {
-            "bins": rows,
-            "functionals": len(groups),
-            "birthday_bound": alone_share(1 / rows, batch),
-        }
-        chances = _collisions(client, groups)
-        if chances is not None:
-            figures["collision_chance"] = chances
+        bound = alone_share(1 / rows, batch)
+        figures: dict[str, Any] = {"bins": rows, "functionals": len(groups), "birthday_bound": bound}
+        public = client.observation.auxiliary
+        if public is not None and len(public) > 1:
+            chances = figures["collision_chance"] = _collisions(client, groups, public.images)
             figures["alone_expected"] = 1 - math.prod(1 - alone_share(chance, batch) for chance in chances)
         return figures
 
@@ -185,11 +180,7 @@ def _calm(
     generator: torch.Generator,
     auxiliary: Auxiliary | None,
 ) -> float:
-    """Strength at which the local steps of one image turn its row by a share of its bin.
-
-    One image turns its row by ``lr * steps * r x``, and r grows with the strength: how steeply is measured on public
-    images, or on noise, with random labels.
-    """
+    """Strength at which one image's local steps, ``lr * steps * r x``, turn its row by a share of its bin."""
     training = scenario.training
     if auxiliary is not None and len(auxiliary):
         images = auxiliary.images[:64]
@@ -202,40 +193,23 @@ def _calm(
     (slope,) = torch.autograd.grad(loss, given)
     steep = float((slope.flatten(1).double() @ direction).abs().median())
     size = float(images.flatten(1).square().sum(1).mean())
-    steps = training.learning_rate * training.local_steps / (training.batch_size or _UNKNOWN_BATCH)
+    steps = training.learning_rate * training.local_steps / (training.batch_size or UNKNOWN_BATCH)
     return min(_STRENGTH, _TURN * CEILING / max(steps * steep * size, 1e-30))
 
 
 def alone_share(chance: float, batch: int) -> float:
-    """Expected share of a batch that is alone in its bin, where two images meet with a given chance.
-
-    With n equally likely bins the chance is 1 / n, and the share (1 - 1 / n)^(batch - 1): the birthday bound.
-    """
+    """Expected share of a batch alone in its bin, where two images meet with a given chance: the birthday bound."""
     return (1 - chance) ** (batch - 1)
 
 
 def thresholds(
     functional: Tensor, count: int, image_shape: tuple[int, int, int], auxiliary: Auxiliary | None
 ) -> tuple[Tensor, Tensor]:
-    """A measurement in units of its standard deviation, and the edges of its equally likely bins.
+    """A measurement (d,) in units of its standard deviation, and the edges (count + 1,) of its equally likely bins.
 
-    Parameters
-    ----------
-    functional : Tensor
-        float64 (d,).
-    count : int
-        Bins.
-    image_shape : tuple of int
-    auxiliary : Auxiliary or None
-        Public images: their measurements, smoothed by a normal kernel (Silverman's width), are the distribution.
-        Without any, it is the normal of :func:`~adversaries.inversion.evidence.priors.smooth_prior`.
-
-    Returns
-    -------
-    Tensor
-        (d,).
-    Tensor
-        (count + 1,), ascending; the first and the last lie beyond what an image can reach.
+    The distribution is that of the public images' measurements, smoothed by a normal kernel (Silverman's width), or
+    without any the normal of :func:`~adversaries.inversion.evidence.priors.smooth_prior`. The first and the last
+    edge lie beyond what an image can reach.
     """
     if auxiliary is None or len(auxiliary) < 2:
         prior = smooth_prior(image_shape)
@@ -269,13 +243,7 @@ def _inverse(grid: Tensor, reached: Tensor, count: int) -> Tensor:
 
 
 def bins(client: ReplayedClient) -> list[range]:
-    """The neurons of each measurement, in the order of their thresholds.
-
-    Raises
-    ------
-    NotApplicable
-        If the weights that were sent are no bins.
-    """
+    """The neurons of each measurement, thresholds ascending; NotApplicable for weights that are no bins."""
     weight, bias = client.weight, client.bias
     unit = weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-300)
     same = (unit[1:] - unit[:-1]).abs().amax(1) < 1e-4
@@ -294,18 +262,14 @@ def bins(client: ReplayedClient) -> list[range]:
     return groups
 
 
-def _collisions(client: ReplayedClient, groups: list[range]) -> list[float] | None:
-    """For each measurement the chance that two public images share a bin; None without public images."""
-    public = client.observation.auxiliary
-    if public is None or len(public) < 2:
-        return None
-    images = public.images.double().flatten(1).to(client.bias.device)
+def _collisions(client: ReplayedClient, groups: list[range], public: Tensor) -> list[float]:
+    """For each measurement the chance that two public images share a bin."""
+    images = public.double().flatten(1).to(client.bias.device)
     above = images @ client.weight.T + client.bias > 0
     chances = []
     for group in groups:
         counts = torch.bincount(above[:, group.start : group.stop].sum(1)).double()
-        pairs = (counts * (counts - 1)).sum() / (len(images) * (len(images) - 1))
-        chances.append(float(pairs))
+        chances.append(float((counts * (counts - 1)).sum() / (len(images) * (len(images) - 1))))
     return chances
 
 
@@ -317,11 +281,3 @@ def _cosine(frequency: int, size: int) -> Tensor:
 def _adds(module: Imprinted) -> bool:
     """Whether a row is moved by all images above its threshold, and not by its own bin's alone."""
     return isinstance(module.act, nn.ReLU)
-
-
-def _block(module: nn.Module, scenario: Scenario) -> Imprinted:
-    if not isinstance(module, Imprinted):
-        raise NotApplicable(
-            f"model.name = {scenario.model.name!r} has no block for bins; use --model imprint or imprint-sparse"
-        )
-    return module

@@ -12,14 +12,11 @@ from torch import Tensor
 
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
 from adversaries.needs import Facts, Needs
-from adversaries.reconstruction.malicious.base import Reading, ReplayedClient, RowReading
+from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH, Reading, ReplayedClient, RowReading
 from fedattack.config import Strength
 from fedattack.errors import NotApplicable
 from fedattack.observation import Auxiliary, Candidates, Scenario
 from fedattack.rng import torch_rng
-
-_UNKNOWN_BATCH = 32
-"""Samples expected of a client that trains on all it has, until it declares them."""
 
 _WOKEN = 3
 """Images that wake a neuron on average where they are peeled: neurons that wake for one alone leave images out."""
@@ -37,10 +34,7 @@ class CuriousAbandonHonesty(RowReading):
     Half of each neuron's weights, at random places, are negative draws of a half-normal, the other half the same
     numbers times -s: with s below 1 the sum over an image is mostly negative, and a ReLU neuron sleeps for most
     images. One that a single image of the batch woke holds that image times a number that its bias holds (Boenisch
-    et al. 2023). Beyond the paper, an image so found is taken out of all other neurons that it woke
-    (:mod:`~adversaries.inversion.solvers.peeling`), which leaves others alone in theirs, and each is put through the
-    model with each label: what it would have left in its neuron is compared with what was there, which labels it
-    and tells mixtures apart without the truth.
+    et al. 2023). Beyond the paper, images are peeled and labelled as by :class:`~.imprint.Imprint`.
 
     Exact for one gradient, approximate for several local steps, and under top-k as far as the rows survive.
 
@@ -48,8 +42,7 @@ class CuriousAbandonHonesty(RowReading):
     ----------
     shrink : float, optional
         The factor s, the same for all neurons as published. None: for each neuron the one with which three public
-        images in `training.batch_size` wake it (one without peeling and under top-k); 0.95
-        without public images.
+        images in `training.batch_size` wake it (one without peeling and under top-k); 0.95 without public images.
     peel : bool
         False: as published, only neurons that one image woke.
     scale : float
@@ -107,7 +100,7 @@ class CuriousAbandonHonesty(RowReading):
             # A neuron wakes where s exceeds this ratio.
             ratios = -(images @ negative.T) / (images @ positive.T).clamp_min(1e-9)
             woken = _WOKEN if self.peel and is_complete(scenario) else 1
-            share = woken / (scenario.training.batch_size or _UNKNOWN_BATCH)
+            share = woken / (scenario.training.batch_size or UNKNOWN_BATCH)
             factors = torch.quantile(ratios, min(share, 0.5), dim=0)
         sent = dict(weights)
         sent[layer.weight] = (negative + factors[:, None] * positive).to(weights[layer.weight].dtype)
@@ -120,8 +113,4 @@ class CuriousAbandonHonesty(RowReading):
                 "the first layer that was sent holds no trap weights (an honest server's); let the server send the "
                 "attack's weights (attack.names with 'cah' arms the rounds in attack.rounds)"
             )
-        return Reading()
-
-    @property
-    def _sweeps(self) -> int | None:
-        return None if self.peel else 1
+        return Reading(sweeps=None if self.peel else 1)

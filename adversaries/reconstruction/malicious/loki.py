@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from adversaries.base import Progress
 from adversaries.inversion.solvers.peeling import Sample
 from adversaries.needs import Block, Needs
-from adversaries.reconstruction.base import failed
+from adversaries.reconstruction.base import armable, failed
 from adversaries.reconstruction.malicious.base import ReplayedClient, answer
 from adversaries.reconstruction.malicious.bins import BinReading, alone_share
 from fedattack.errors import NotApplicable
-from fedattack.models import build_model
 from fedattack.models.armable.loki import KernelSets, identities
 from fedattack.observation import Auxiliary, Candidates, Observation, Reconstruction, Scenario, Update
 
@@ -30,13 +30,13 @@ class Loki(BinReading):
     """LOKI: a malicious server that sees nothing but sums over clients reads each client's images out of them.
 
     The model begins with S sets of convolution kernels, and the wide layer of bins has columns for each set. Every
-    client is sent one set that passes its images on; all others are zero for it, and so is then its gradient at their
-    columns. In the sum over all clients, what secure aggregation lets through, a set's columns hold the images of its
-    own client alone, and bins are as many for each client as for one (Zhao et al. 2024).
+    client is sent one set that passes its images on; all others are zero for it, and so is then its gradient at
+    their columns. In the sum over all clients, what secure aggregation lets through, a set's columns hold the
+    images of its own client alone, and bins are as many for each client as for one (Zhao et al. 2024).
 
     The bias' gradient, which tells an image from its multiples, is one sum over all clients. The paper does without
-    it. Here the kernels have a bias of one and a ring of padding that holds nothing else, whose columns are the bias'
-    gradient of the set's own client: images come out exact and with labels, as by
+    it. Here the kernels have a bias of one and a ring of padding that holds nothing else, whose columns are the
+    bias' gradient of the set's own client: images come out exact and with labels, as by
     :class:`~adversaries.reconstruction.malicious.imprint.Imprint`, whose bins and whose peeling these are.
 
     Clients beyond the number of sets share theirs, as one client with a larger batch would. Where clients are seen
@@ -67,7 +67,7 @@ class Loki(BinReading):
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with imprint's bins over every set's columns, and all kernels passing the image on."""
-        module = _kernel_sets(scenario)
+        module = armable(scenario, KernelSets)
         plain = super().arm(_plain_scenario(scenario), _plain_weights(module, weights, 0), seed, auxiliary)
         wide = torch.zeros_like(weights["measure.weight"])
         rows = plain["measure.weight"].reshape(-1, 1, *scenario.image_shape)
@@ -78,26 +78,22 @@ class Loki(BinReading):
         return sent
 
     def tailor(
-        self,
-        scenario: Scenario,
-        weights: dict[str, Tensor],
-        place: int,
-        earlier: Sequence[Observation] = (),
+        self, scenario: Scenario, weights: dict[str, Tensor], place: int, earlier: Sequence[Observation] = ()
     ) -> dict[str, Tensor]:
         """The kernels, zero but for the client's own set."""
         del earlier
-        module = _kernel_sets(scenario)
+        module = armable(scenario, KernelSets)
         own = (torch.arange(module.sets) == place % module.sets).repeat_interleave(module.kernels.in_channels)
         return {
             name: torch.where(own.reshape(-1, *[1] * (weights[name].ndim - 1)), weights[name], 0.0)
             for name in _BLOCK
         }
 
-    def _one(
-        self, observation: Observation, device: torch.device, told: Callable[[int], None]
+    def one(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
     ) -> Reconstruction:
+        """Read one client's rows after the other's."""
         self.check(observation.scenario)
-        batch = observation.num_examples
         found: list[Sample] = []
         counts: dict[int, int] = {}
         seen = left = 0.0
@@ -105,12 +101,7 @@ class Loki(BinReading):
         try:
             for number, part in _parts(observation):
                 client = ReplayedClient(part, device)
-                before = len(found)
-
-                def more(count: int, before: int = before) -> None:
-                    told(before + count)
-
-                samples, rows, rest = self._read(client, batch - before, more)
+                samples, rows, rest = self._read(client, progress, len(found))
                 seen += float(rows.vectors.square().sum())
                 left += float(rest.vectors.square().sum())
                 figures = {"bins": len(client.bias), "functionals": self.functionals}
@@ -120,19 +111,10 @@ class Loki(BinReading):
             return failed(self.name, observation, str(reason))
         if not counts:
             return failed(self.name, observation, "no client moved the bins: the update is zero there")
-        each = -(-batch // len(counts))
+        each = -(-observation.num_examples // len(counts))
         figures |= {"sets": counts, "birthday_bound": alone_share(1 / figures["bins"], each)}
         unread = (left / max(seen, 1e-300)) ** 0.5
-        return answer(self.name, observation, client.vague, found, unread, figures)
-
-
-def _kernel_sets(scenario: Scenario) -> KernelSets:
-    module = build_model(scenario.model)
-    if not isinstance(module, KernelSets):
-        raise NotApplicable(
-            f"model.name = {scenario.model.name!r} has no sets of kernels that keep clients apart; use --model loki"
-        )
-    return module
+        return answer(self.name, observation, client.vague, found, unread, **figures)
 
 
 def _plain_scenario(scenario: Scenario) -> Scenario:
@@ -150,14 +132,8 @@ def _plain_weights(module: KernelSets, weights: dict[str, Tensor], number: int) 
 
 
 def _parts(observation: Observation) -> Iterator[tuple[int, Observation]]:
-    """For each set of kernels that was used, what its clients would have sent of the model without kernels.
-
-    Raises
-    ------
-    NotApplicable
-        If the kernels that were sent are not this attack's.
-    """
-    module = _kernel_sets(observation.scenario)
+    """For each set of kernels that was used, what its clients would have sent of the model without kernels."""
+    module = armable(observation.scenario, KernelSets)
     sent = observation.update.dense()
     columns = module.columns(sent["measure.weight"].double())
     inside = torch.zeros(columns.shape[-2:], dtype=torch.bool)

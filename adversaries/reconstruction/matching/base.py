@@ -2,14 +2,15 @@
 
 Such an attack is a table of recipes: named settings of :func:`adversaries.inversion.matching.match.match`, of
 the start and of the label strategy, with the published ones as the default. Everything else is here, once:
-what the protocol and the compression allow, labels, starts, grouping of victims, floors and the answer."""
+what the protocol and the compression allow, labels, starts, grouping of victims, floors and the answer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,12 +40,16 @@ _RESTART_DEVIATION = 0.1
 _USUAL_RATES = {"lbfgs": 1.0, "adam": 0.1, "sgd": 0.1}
 """Learning rates for an optimiser that replaces the preset's own."""
 
+_OF_MATCHING = ("iterations", "learning_rate", "objective", "layers", "batch_norm", "patience", "compile")
+_OF_RECIPE = ("tv", "restarts", "start", "labels")
+
 
 @dataclass
 class OptimisationAttack(ReconstructionAttack):
     """Base of the attacks over the matching engine; a subclass brings :attr:`recipes`.
 
-    A setting that is None keeps the preset's.
+    A setting that is None keeps the preset's; see :class:`Recipe` and
+    :class:`adversaries.inversion.matching.settings.Matching`.
 
     Parameters
     ----------
@@ -55,29 +60,26 @@ class OptimisationAttack(ReconstructionAttack):
     learning_rate : float, optional
         Step size; None under another `optimizer`: its usual one.
     tv : float, optional
-        Weight of total variation. See :class:`Recipe`.
+        Weight of total variation.
     restarts : int, optional
         Starts, of which the one with the lowest loss is answered.
     start : str, optional
-        "random", "uniform", "grey", "mean" or "tiled". See :class:`Recipe`.
+        "random", "uniform", "grey", "mean" or "tiled".
     labels : str, optional
-        How labels are inferred: "auto", "joint" (optimised beside the images) or a strategy by name. See
-        :class:`Recipe`.
+        How labels are inferred: "auto", "joint" (optimised beside the images) or a strategy by name.
     objective : str, optional
         Distance of gradients. A key of :data:`adversaries.inversion.matching.objectives.OBJECTIVES`; None: the
         preset's, but the cosine where declared clipping hides the gradient's length.
     optimizer : str, optional
         lbfgs, adam, signed-adam or sgd.
     layers : str, optional
-        Which layers' gradients are matched. See :class:`adversaries.inversion.matching.settings.Matching`, as for the
-        next two.
+        Which layers' gradients are matched.
     batch_norm : {"train", "eval"}, optional
         Whose statistics BatchNorm uses: the batch's own, or the running ones; None: as declared.
     patience : int, optional
         Iterations without a better loss after which a victim is left; 0: never.
     compile : {"auto", "always", "never"}, optional
-        Whether the network's passes are compiled; "auto": in long runs. See
-        :class:`adversaries.inversion.matching.settings.Matching`.
+        Whether the network's passes are compiled; "auto": in long runs.
     local_steps : {"unrolled", "ignored"}
         What is done with a weight delta of several local steps: the steps are simulated and differentiated through,
         or the delta is taken for a multiple of one gradient.
@@ -111,27 +113,19 @@ class OptimisationAttack(ReconstructionAttack):
     def recipe(self) -> Recipe:
         """The preset with this attack's own settings in it."""
         base = self.recipes[self.preset]
-        wanted = {
-            "iterations": self.iterations,
-            "learning_rate": self.learning_rate,
-            "objective": self.objective,
-            "optimiser": self.optimizer,
-            "layers": self.layers,
-            "batch_norm": self.batch_norm,
-            "patience": self.patience,
-            "compile": self.compile,
-        }
-        changes: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+        changes = self._given(_OF_MATCHING)
         if self.optimizer is not None and self.optimizer != base.matching.optimiser:
             kind = self.optimizer.removeprefix("signed-")
-            changes = {"learning_rate": _USUAL_RATES[kind], "momentum": 0.0, "block": 0} | changes
-        outer = {"tv": self.tv, "restarts": self.restarts, "start": self.start, "labels": self.labels}
-        replaced: dict[str, Any] = {name: value for name, value in outer.items() if value is not None}
+            usual = {"learning_rate": _USUAL_RATES[kind], "momentum": 0.0, "block": 0}
+            changes = usual | changes | {"optimiser": self.optimizer}
         matching = dataclasses.replace(base.matching, **changes)
-        recipe = dataclasses.replace(base, matching=matching, **replaced)
+        recipe = dataclasses.replace(base, matching=matching, **self._given(_OF_RECIPE))
         if recipe.labels != "joint":
             label_strategies.STRATEGIES.get(recipe.labels)
         return recipe
+
+    def _given(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """The labels are read as the recipe says; several local steps are more than one gradient."""
@@ -146,27 +140,14 @@ class OptimisationAttack(ReconstructionAttack):
     def penalty(
         self, observations: Sequence[Observation], labels: Tensor, device: torch.device
     ) -> Penalty | None:
-        """A term of the attack's own, for victims with one batch size; None: there is none.
-
-        Parameters
-        ----------
-        observations : sequence of Observation
-            V victims.
-        labels : Tensor
-            int64 (V, B): the inferred labels.
-        """
+        """A term of the attack's own, for V victims with one batch size and labels (V, B); None: there is none."""
         del observations, labels, device
         return None
 
     def search(self, task: Task) -> tuple[list[Match], dict[str, Any]]:
-        """Match a group of victims; an attack that turns other things than pixels does that here.
+        """Match a group of victims, in their order, with what goes into each one's record (JSON-able).
 
-        Returns
-        -------
-        list of Match
-            In the order of `task.observations`.
-        dict
-            JSON-able, for the record of each of them.
+        An attack that turns other things than pixels does that here.
         """
         return task.match(), {}
 
@@ -185,18 +166,10 @@ class OptimisationAttack(ReconstructionAttack):
 
 @dataclass(frozen=True)
 class Task:
-    """Victims with one batch size, ready to be matched.
+    """Victims with one batch size, ready to be matched: V observations, whose updates are matched.
 
-    Attributes
-    ----------
-    observations : list of Observation
-        V victims; their updates are what is matched.
-    labels : Tensor
-        int64 (V, B).
-    starts : Tensor
-        float32 (R, V, B, C, H, W), of the recipe.
-    options : dict
-        Further arguments of :func:`adversaries.inversion.matching.match.match`.
+    `labels` are int64 (V, B), `starts` float32 (R, V, B, C, H, W), and `options` go to
+    :func:`adversaries.inversion.matching.match.match`.
     """
 
     observations: list[Observation]
@@ -225,32 +198,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an attack does under one scenario.
-
-    Attributes
-    ----------
-    settings : Matching
-        The recipe's, as the scenario needs them.
-    unrolled : bool
-        Whether local steps are simulated.
-    notes : list of str
-        What was changed and assumed, for the record.
-    """
+    """What an attack does under one scenario: settings as that needs them, and whether local steps are simulated."""
 
     recipe: Recipe
     settings: Matching
     unrolled: bool
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
-    """Settle protocol and compression.
-
-    Raises
-    ------
-    NotApplicable
-        If the update cannot be matched.
-    """
+    """Settle protocol and compression; NotApplicable for updates that cannot be matched."""
     recipe, notes = attack.recipe(), []
     settings, training = recipe.matching, scenario.training
     several = training.local_steps > 1
@@ -269,11 +226,8 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
             notes.append(f"objective 'sign' instead of {settings.objective!r}: only signs were sent")
             settings = dataclasses.replace(settings, objective="sign")
     cosine = "cosine" if settings.layer_weights == "equal" else "layer-cosine"
-    if (
-        defences.clips(scenario)
-        and attack.objective is None
-        and settings.objective not in defences.DIRECTIONS
-    ):
+    lengthless = settings.objective in defences.DIRECTIONS
+    if defences.clips(scenario) and attack.objective is None and not lengthless:
         notes.append(
             f"objective {cosine!r} instead of {settings.objective!r}: clipping hides the gradient's length"
         )
@@ -289,11 +243,10 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
 
 @dataclass(frozen=True)
 class _Victim:
-    """One observation as it is matched: the update to match, its labels, notes."""
+    """One observation as it is matched: the update to match, its labels."""
 
     observation: Observation
     labels: Labels
-    notes: list[str]
 
 
 class _Run:
@@ -321,7 +274,7 @@ class _Run:
                 labels = Labels(nothing, 1.0, "optimised beside the images")
             else:
                 labels = label_strategies.infer(self._recipe.labels, evidence)
-            self._victims.append(_Victim(self._predicted(evidence), labels, list(self._plan.notes)))
+            self._victims.append(_Victim(self._predicted(evidence), labels))
 
     def _predicted(self, evidence: Evidence) -> Observation:
         """The update as what will be predicted: a gradient, or the delta itself where steps are simulated."""
@@ -356,10 +309,8 @@ class _Run:
             "unroll": schedule_for(scenario, batch) if self._plan.unrolled else None,
             "penalty": self._attack.penalty(observations, labels, self._device),
         }
-        starts = torch.stack([self._starts(victim) for victim in victims], 1)
-        task = Task(
-            observations, labels, starts, self._plan.settings, self._device, told, options, self._seed
-        )
+        starts, settings = torch.stack([self._starts(victim) for victim in victims], 1), self._plan.settings
+        task = Task(observations, labels, starts, settings, self._device, told, options, self._seed)
         matches, details = self._attack.search(task)
         self._details |= dict.fromkeys(members, details)
         return matches
@@ -395,8 +346,8 @@ class _Run:
         """Logits N(0, 1), float32 (R, B, classes)."""
         observation = victim.observation
         generator = torch_rng(self._seed, "matching-labels", observation.round, observation.client)
-        shape = (self._recipe.restarts, len(victim.labels.values), observation.scenario.model.classes)
-        return torch.randn(*(int(size or 0) for size in shape), generator=generator)
+        classes = observation.scenario.model.classes or 0
+        return torch.randn(self._recipe.restarts, len(victim.labels.values), classes, generator=generator)
 
     def _answer(self, position: int, found: Match) -> Reconstruction:
         victim = self._victims[position]
@@ -406,8 +357,7 @@ class _Run:
                 f"client {victim.observation.client}: no image has a finite loss; the weights that were sent, or the "
                 "update, lead to NaN or infinite values"
             )
-        joint = recipe.labels == "joint"
-        values = found.labels if joint else victim.labels.values
+        values = found.labels if recipe.labels == "joint" else victim.labels.values
         pixels = len(values) * math.prod(victim.observation.scenario.image_shape)
         details: dict[str, Any] = {
             "preset": self._attack.preset,
@@ -420,7 +370,7 @@ class _Run:
             "recoveries": found.recoveries,
             "iterations": len(found.history) - 1,
             "compiled": found.compiled,
-            "notes": "; ".join([recipe.note, *victim.notes]).strip("; "),
+            "notes": "; ".join([recipe.note, *self._plan.notes]).strip("; "),
             **{f"matching.{name}": value for name, value in dataclasses.asdict(self._plan.settings).items()},
             **self._details[position],
         }

@@ -26,13 +26,14 @@ class CPL(OptimisationAttack):
     The client privacy leakage attack: L-BFGS with learning rate 1 and 300 calls as DLG's, from a random quarter
     repeated four times, which the paper found to start nearer to natural images than noise.
 
+    Deviations: the weight of the label term is not published. On an untrained network the true image does not
+    predict its label either, so that the term works against the answer; 1e-3 keeps it from deciding. Otherwise as
+    for :class:`~adversaries.reconstruction.matching.dlg.DLG`, with labels inferred.
+
     Parameters
     ----------
     label_weight : float
         Of the mean over the batch of |softmax(z) - e_y|^2, in units of the update's squared norm.
-    Deviations: the weight of the label term is not published. On an untrained network the true image does not predict
-    its label either, so that the term works against the answer; 1e-3 keeps it from deciding. Otherwise as for
-    :class:`~adversaries.reconstruction.matching.dlg.DLG`, with labels inferred.
 
     References
     ----------

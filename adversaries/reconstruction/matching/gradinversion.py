@@ -47,12 +47,7 @@ class GradInversion(OptimisationAttack):
     The statistics aimed at are the batch's own where the client sent its BatchNorm buffers, else the running ones;
     the term is left out as long as these are what a model begins with, and say nothing of any image.
 
-    Presets
-    -------
-    small
-        2,000 iterations, 4 seeds: minutes for a small network on a CPU.
-    published
-        20,000 iterations, 8 seeds.
+    Presets: "small", 2,000 iterations, 4 seeds: minutes for a small network on a CPU; "published", 20,000 and 8.
 
     Deviations: the cosine replaces the squared distance, whose published weight holds for one network's gradient
     norms; the learning rate falls in steps rather than by a cosine, without warm-up; noise is 0.01 of the learning
@@ -91,13 +86,7 @@ class GradInversion(OptimisationAttack):
 
 
 def statistics_known(observation: Observation) -> bool:
-    """Whether the client sent its batch's BatchNorm statistics, or those sent to it come from some data at all.
-
-    Parameters
-    ----------
-    observation : Observation
-        Of a model with BatchNorm.
-    """
+    """Whether the client sent its batch's BatchNorm statistics, or those sent to it come from some data at all."""
     training = observation.scenario.training
     if observation.buffers and training.batch_norm == "train" and training.local_steps == 1:
         return True

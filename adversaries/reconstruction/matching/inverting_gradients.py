@@ -11,8 +11,12 @@ from adversaries.inversion.matching.settings import Matching
 from adversaries.reconstruction.matching.base import OptimisationAttack
 from adversaries.reconstruction.matching.recipes import ZHU, Recipe, torch_lbfgs
 
+_RATE = "learning rate 0.1, whatever its name says"
 
-def _recipe(iterations: int, tv: float, restarts: int = 1, start: Any = "random", **others: Any) -> Recipe:
+
+def _recipe(
+    iterations: int, tv: float, restarts: int = 1, start: Any = "random", note: str = "", **others: Any
+) -> Recipe:
     """The published method: cosine, Adam on signs with learning rate 0.1 and decay, pixels in their box."""
     settings: dict[str, Any] = {
         "objective": "cosine",
@@ -23,11 +27,7 @@ def _recipe(iterations: int, tv: float, restarts: int = 1, start: Any = "random"
         "units": "absolute",
         "iterations": iterations,
     }
-    return Recipe(Matching(**settings | others), tv=tv, start=start, restarts=restarts)
-
-
-def _noted(recipe: Recipe, note: str) -> Recipe:
-    return dataclasses.replace(recipe, note=note)
+    return Recipe(Matching(**settings | others), tv=tv, start=start, restarts=restarts, note=note)
 
 
 def _lbfgs() -> Recipe:
@@ -51,15 +51,9 @@ SEMSIM: dict[str, Recipe] = {
     "inversed-adam-L2": _recipe(4800, 1e-4, objective="masked-l2"),
     "zhu": ZHU,
     "inversed_large": _recipe(12_000, 1e-2),
-    "inversed_large_24000_3_lr1": _noted(
-        _recipe(24_000, 1e-1, restarts=4), "4 restarts and learning rate 0.1, whatever its name says"
-    ),
-    "inversed_large_12000_3_lr1": _noted(
-        _recipe(12_000, 1e-1, restarts=3), "learning rate 0.1, whatever its name says"
-    ),
-    "inversed_large_8000_3_lr1": _noted(
-        _recipe(8000, 1e-1, restarts=3), "learning rate 0.1, whatever its name says"
-    ),
+    "inversed_large_24000_3_lr1": _recipe(24_000, 1e-1, 4, note=f"4 restarts and {_RATE}"),
+    "inversed_large_12000_3_lr1": _recipe(12_000, 1e-1, 3, note=_RATE),
+    "inversed_large_8000_3_lr1": _recipe(8000, 1e-1, 3, note=_RATE),
     "inversed_cele": _recipe(12_000, 1e-1, restarts=3),
 }
 """The settings behind every ``--optim`` of the SemSim benchmark."""
@@ -73,16 +67,10 @@ class InvertingGradients(OptimisationAttack):
     (learning rate 0.1 on standardised pixels, a tenth after 3/8, 5/8 and 7/8), pixels clamped to their range after
     each step.
 
-    Presets
-    -------
-    published
-        The authors' setting for 32x32 images: 4,800 iterations, total variation 1e-4, one start.
-    published-large
-        Theirs for large images: 24,000 iterations, total variation 0.1, 8 starts.
-    backtracking
-        Ours: the same cost by L-BFGS with a line search, 1,200 iterations, total variation 1e-3, two starts.
-    inversed, inversed-zero, ..., zhu, ..., inversed_cele
-        Every ``--optim`` of the SemSim benchmark, with its real settings where the names say otherwise.
+    Presets: "published", the authors' for 32x32 images: 4,800 iterations, total variation 1e-4, one start;
+    "published-large", for large ones: 24,000, 0.1, 8 starts; "backtracking", ours: the same cost by L-BFGS with
+    a line search, 1,200 iterations, total variation 1e-3, two starts; "inversed", ..., "zhu", ..., "inversed_cele":
+    every ``--optim`` of the SemSim benchmark, with its real settings where the names say otherwise.
 
     Deviations: images are standardised by 0.5 and 0.25 in every channel rather than by the data set's statistics; the
     answer is the point of lowest loss, not the last one. SemSim attacks networks in evaluation mode with BatchNorm's

@@ -15,23 +15,12 @@ LocalSteps = Literal["unrolled", "ignored"]
 class Recipe:
     """One named setting of an attack.
 
-    Attributes
-    ----------
-    matching : Matching
-        Objective, optimiser and regularisers but total variation.
-    tv : float
-        Weight of the mean absolute difference of neighbouring pixels, vertical plus horizontal; of standardised
-        pixels where these are what the optimiser turns.
-    labels : str
-        A key of :data:`adversaries.inversion.evidence.label_strategies.STRATEGIES`, or "joint": soft labels are
-        optimised beside the images.
-    start : str
-        "random" (N(0, 1) pixels, or standardised ones), "uniform" (U[0, 1]), "grey" (0.5), "mean" (of the auxiliary
-        images) or "tiled" (a random quarter four times).
-    restarts : int
-        Starts, of which the one with the lowest loss is answered.
-    note : str
-        Where the settings are from and what differs.
+    `tv` is the weight of the mean absolute difference of neighbouring pixels, vertical plus horizontal; of
+    standardised pixels where these are what the optimiser turns; the other regularisers are `matching`'s. `labels`:
+    a key of :data:`adversaries.inversion.evidence.label_strategies.STRATEGIES`, or "joint": soft labels are
+    optimised beside the images. `start`: "random" (N(0, 1) pixels, or standardised ones), "uniform" (U[0, 1]),
+    "grey" (0.5), "mean" (of the auxiliary images) or "tiled" (a random quarter four times). `note`: where the
+    settings are from and what differs.
     """
 
     matching: Matching

@@ -29,15 +29,7 @@ from fedattack.rng import numpy_rng
 
 
 class LowResolution:
-    """A chart whose variables are the pixels of smaller images, enlarged by bicubic interpolation.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        (B, C, H, W) of the images.
-    factor : int
-        How many times smaller the variables' images are, along each side.
-    """
+    """A chart of the pixels of images `factor` times smaller each way, enlarged by bicubic interpolation."""
 
     def __init__(self, shape: tuple[int, ...], factor: int) -> None:
         batch, channels, height, width = shape

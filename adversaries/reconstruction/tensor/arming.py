@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adversaries.reconstruction.base import armable
 from fedattack.errors import NotApplicable
-from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
 from fedattack.observation import Auxiliary, Scenario
 from fedattack.rng import torch_rng
@@ -16,16 +16,6 @@ TYPICAL_MEAN, TYPICAL_DEVIATION = 0.3, 0.25
 
 _SHRINK = 1e-2
 _IMAGES = 2048
-
-
-def _stem(scenario: Scenario, weights: dict[str, Tensor]) -> TwoLayer:
-    module = build_model(scenario.model)
-    if not isinstance(module, TwoLayer):
-        raise NotApplicable(
-            f"model.name = {scenario.model.name!r} has no wide two-layer head; use two-layer or lenet-two-layer"
-        )
-    module.load_state_dict(weights)
-    return module.eval()
 
 
 def armed(
@@ -42,27 +32,19 @@ def armed(
 ) -> dict[str, Tensor]:
     """The state dict that is sent instead of `weights`: stem as it was, wide layer and head replaced.
 
-    The wide layer's rows are draws of N(0, sigma^2 I) with sigma such that w.x is about `scale` for a typical input,
-    or of N(0, sigma^2 S^-1) with S the inputs' second moment, shrunk by a hundredth of its mean: images have much in
-    common (their mean, above all), and neurons that look away from it see how they differ. The head is zero but for
-    its first row: then the wide layer's gradient is that of a single output, and the softmax residuals of the classes
-    cannot cancel in it (summed over all classes they do).
+    The wide layer's rows are draws of N(0, sigma^2 I) with sigma such that w.x is about `scale` for a typical
+    input, or of N(0, sigma^2 S^-1) with S the inputs' second moment, shrunk by a hundredth of its mean: images have
+    much in common (their mean, above all), and neurons that look away from it see how they differ. The head is zero
+    but for its first row: then the wide layer's gradient is that of a single output, and the softmax residuals of
+    the classes cannot cancel in it (summed over all classes they do). `signs`: random ones in that row, whose
+    output then stays of the size of sqrt(m) instead of m entries; `strength`: their size, None: 1 / m, or 1 /
+    sqrt(m) with signs.
 
-    Parameters
-    ----------
-    scale : float
-        Typical |w.x|.
-    signs : bool
-        Random signs in the head's row: its output then stays of the size of sqrt(m) instead of m entries.
-    strength : float or None
-        Size of the entries; None: 1 / m, or 1 / sqrt(m) with signs.
-    whiten : bool or None
-        True: by S of the public images, which must be granted. None: where `spread` asks for it, by S of the public
-        images or, without any, of grey noise.
-    spread : bool
-        Whether the attack is inexact enough to need it.
+    `whiten`: by S of the public images, which must be granted. None: where the attack is inexact enough to need it
+    (`spread`), by S of the public images or, without any, of grey noise.
     """
-    module = _stem(scenario, weights)
+    module = armable(scenario, TwoLayer).eval()
+    module.load_state_dict(weights)
     generator = torch_rng(seed, "tensor.arm")
     m, d = module.wide.weight.shape
     granted = auxiliary is not None and len(auxiliary) > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,11 +12,12 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress, share_of
+from adversaries.base import Progress
 from adversaries.inversion.evidence import one_gradient
+from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.gradients.activations import ACTIVATIONS, homogeneous, is_polynomial, stein_order
 from adversaries.needs import Block, Facts, Needs
-from adversaries.reconstruction.base import CERTIFIED, ReconstructionAttack, failed, status_of
+from adversaries.reconstruction.base import CERTIFIED, OneByOne, armable, failed, status_of
 from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
@@ -30,10 +30,10 @@ from adversaries.reconstruction.tensor.head import (
     residuals_of,
 )
 from adversaries.reconstruction.tensor.refine import refine, relu_masks
+from adversaries.reconstruction.tensor.stem import invert_stem
 from adversaries.seats import MaliciousServer
-from fedattack.config import Positive, Strength, TrainingConfig
+from fedattack.config import Positive, Strength
 from fedattack.errors import NotApplicable
-from fedattack.models import build_model
 from fedattack.models.armable.two_layer import TwoLayer
 from fedattack.observation import EVERYONE, Auxiliary, Candidates, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
@@ -51,7 +51,7 @@ NO_TRACE = "a sample's label leaves too little trace in the head's gradient to b
 
 
 @dataclass
-class TensorAttack(MaliciousServer, ReconstructionAttack):
+class TensorAttack(MaliciousServer, OneByOne):
     """Tensor: a malicious server sends a wide two-layer head and reads the whole batch off one gradient.
 
     The gradient of the wide layer spans the batch, and its third moment over the Gaussian neurons is a symmetric
@@ -60,11 +60,7 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
     finished by Gauss-Newton on the gradient itself. The answer is put through the model: the residual of the update
     tells "certified" (10^-5 at most), "approximate" and "failed" apart without the truth. A certificate needs more
     than a residual: no other batch may explain the update as well (:mod:`.certificate`); the notes say what speaks
-    against one.
-
-    What it may change in the model: the weights of the wide layer and of the head (see :meth:`arm`). What a server
-    learns from an armed round is the batch and nothing else; the global model skips it
-    (:class:`strategies.malicious.MaliciousServer`).
+    against one. The global model skips an armed round, from which a server learns the batch and nothing else.
 
     Parameters
     ----------
@@ -78,8 +74,7 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
     decomposer : {"simdiag", "jennrich", "als", "tensorly_power"}
         The last two are tensorly's, as a cross-check.
     refine : {"auto", "off"}
-        "auto": taken only where it brings the residual to rounding level, or down tenfold, which noise does not
-        allow.
+        "auto": taken only where it brings the residual to rounding level, or down tenfold, as noise does not allow.
     whiten_weights : bool, optional
         Draw the neurons with the inverse second moment of the public images, which spreads similar samples apart.
         None: where the first estimate is not exact (other activations than the cubic) and behind a stem.
@@ -120,8 +115,7 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Refuse what cannot be identified: activation, width, or too few entries."""
         model, training = scenario.model, scenario.training
-        module = build_model(model)
-        assert isinstance(module, TwoLayer)
+        module = armable(scenario, TwoLayer)
         assert model.activation is not None
         order = stein_order(ACTIVATIONS[model.activation])
         if self.method == "published" and order != 3:
@@ -133,12 +127,10 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
         if not batch:
             return  # all of a client's samples: known when it declares them
         m, d = module.wide.weight.shape
-        if self.view == "last_layer" or _sparse(scenario):
+        if self.view == "last_layer" or not is_complete(scenario):
             _check_entries(self.view, scenario, module, batch)
         elif self.method == "exact":
-            needed = from_gradient.needed_width(model.activation, batch)
-            if training.local_steps > 1:
-                needed = from_gradient.feature_count(batch, order)
+            needed = from_gradient.feature_count(batch, order if training.local_steps > 1 else order - 1)
             if batch > d:
                 raise NotApplicable(
                     f"training.batch_size = {batch} > input dimension {d}: the samples' span is the whole space"
@@ -159,10 +151,7 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
-        """The weights to send: Gaussian neurons, and a head of one constant row.
-
-        With a single row the softmax residuals of the classes cannot cancel in the wide layer's gradient.
-        """
+        """The weights to send: Gaussian neurons, and a head of one constant row; see :func:`.arming.armed`."""
         activation = scenario.model.activation
         assert activation is not None
         return armed(
@@ -177,45 +166,21 @@ class TensorAttack(MaliciousServer, ReconstructionAttack):
             spread=not is_polynomial(activation) or scenario.model.name != "two-layer",
         )
 
-    def run(
-        self,
-        observations: Sequence[Observation],
-        seed: int,
-        device: torch.device,
-        progress: Progress = no_progress,
-    ) -> list[Reconstruction]:
-        """Attack the observations of one round; see :meth:`ReconstructionAttack.run`."""
-        if not observations:
-            return []
-        if device.type == "mps":  # has no float64
-            device = torch.device("cpu")
-        answers = []
-        for number, observation in enumerate(observations):
-            low, high = number / len(observations), (number + 1) / len(observations)
-            told = share_of(progress, low, high, f"client {observation.client}: ")
-            try:
-                answers.append(_Victim(self, observation, seed, device, told).answer())
-            except NotApplicable as reason:
-                answers.append(failed("tensor", observation, str(reason), residual=None))
-        return answers
-
-
-def _one_step(training: TrainingConfig) -> TrainingConfig:
-    return training if training.local_steps == 1 else training.model_copy(update={"local_steps": 1})
-
-
-def _sparse(scenario: Scenario) -> bool:
-    return (
-        scenario.compression.name in ("topk", "randomk", "topk-qsgd", "dgc") and scenario.compression.rate < 1
-    )
+    def one(
+        self, observation: Observation, seed: int, device: torch.device, progress: Progress
+    ) -> Reconstruction:
+        """Rebuild, label, certify."""
+        try:
+            return _Victim(self, observation, seed, device, progress).answer()
+        except NotApplicable as reason:
+            return failed("tensor", observation, str(reason), residual=None)
 
 
 def _check_entries(view: str, scenario: Scenario, module: TwoLayer, batch: int) -> None:
     """Refuse fewer equations than unknowns, as far as the settings tell."""
-    m, d = module.wide.weight.shape
-    classes = module.head.out_features
+    (m, d), classes = module.wide.weight.shape, module.head.out_features
     unknowns = batch * d
-    if _sparse(scenario):
+    if not is_complete(scenario):
         compression = scenario.compression
         entries = round(compression.rate * m * (d + classes))
         if view == "last_layer":
@@ -263,28 +228,23 @@ class _Victim:
         self._attack, self._observation, self._device = attack, observation, device
         self._progress, self._seed = progress, seed
         scenario = observation.scenario
-        module = build_model(scenario.model)
-        if not isinstance(module, TwoLayer):
-            raise NotApplicable(f"model.name = {scenario.model.name!r} has no wide two-layer head")
-        module.load_state_dict(observation.weights)
-        self._module = module.eval()
+        self._module = armable(scenario, TwoLayer).eval()
+        self._module.load_state_dict(observation.weights)
         assert scenario.model.activation is not None
         weights = {name: tensor.to(device) for name, tensor in observation.weights.items()}
         self._head = TwoLayerHead.of(
             weights["wide.weight"], weights["head.weight"], scenario.model.activation
         )
-        one_step = dataclasses.replace(scenario, training=_one_step(scenario.training))
+        training = scenario.training.model_copy(update={"local_steps": 1})
+        one_step = dataclasses.replace(scenario, training=training)
         one_gradient.check_received(dataclasses.replace(observation, scenario=one_step))
         self._update = one_gradient.mean_gradient(observation)
-        self._samples = observation.num_examples
-        if attack.batch:
-            self._samples = max(attack.batch, 1)
+        self._samples = attack.batch or observation.num_examples
         self._generator = torch_rng(seed, "tensor", observation.round, observation.client)
         self._notes: list[str] = []
         self._figures: dict[str, Any] = {"kept": observation.update.kept}
 
     def answer(self) -> Reconstruction:
-        """Rebuild, label, certify."""
         complete = self._update.indices is None or self._update.kept == self._update.numel
         if self._observation.client == EVERYONE and not complete:
             raise NotApplicable(
@@ -302,14 +262,10 @@ class _Victim:
             found, method = self._from_gradient(), "tensor"
         return self._finished(found, method)
 
-    # ------------------------------------------------------------------ routes
-
     def _dense(self) -> tuple[Tensor, Tensor]:
         tensors = self._update.dense()
-        return (
-            tensors["wide.weight"].to(self._device).double(),
-            tensors["head.weight"].to(self._device).double(),
-        )
+        wide, last = (tensors[name].to(self._device).double() for name in ("wide.weight", "head.weight"))
+        return wide, last
 
     def _scaled(self, wide: Tensor) -> Tensor:
         """The wide layer's gradient as ``sum_i r_i s'(W x_i) x_i'``."""
@@ -319,13 +275,13 @@ class _Victim:
         wide, last = self._dense()
         y = self._scaled(wide)
         self._progress(0.0, "span")
-        span, size, notes = from_gradient.find_span(
+        basis, notes = from_gradient.find_span(
             self._head, y, self._attack.batch, self._observation.num_examples, self._generator
         )
         self._notes += notes
         self._progress(0.1, "tensor")
         estimate = from_gradient.from_wide(
-            self._head, y, span, size, self._attack.decomposer, self._generator, self._seed
+            self._head, y, basis, self._attack.decomposer, self._generator, self._seed
         )
         self._take(estimate)
         self._progress(0.5, "labels")
@@ -334,13 +290,7 @@ class _Victim:
         found = self._labelled(estimate.inputs, wide, last)
         if self._attack.refine == "off" or found.certified:
             return found
-        fit = refine(
-            self._head,
-            y,
-            estimate.inputs,
-            estimate.weights,
-            progress=lambda part: self._progress(0.5 + 0.5 * part, "refinement"),
-        )
+        fit = refine(self._head, y, estimate.inputs, estimate.weights, progress=self._refining)
         return self._better(found, self._labelled(fit.inputs, wide, last))
 
     def _from_products(self, estimate: Estimate, y: Tensor, wide: Tensor, last: Tensor) -> _Answer:
@@ -367,7 +317,7 @@ class _Victim:
             raise NotApplicable("the wide layer did not move: nothing of the batch is in the update")
         # The spectrum of several gradients has no clear end; the declared batch is believed.
         declared = self._observation.num_examples
-        span, size, notes = from_gradient.find_span(
+        basis, notes = from_gradient.find_span(
             self._head, wide, self._attack.batch or declared, declared, self._generator
         )
         self._notes += notes
@@ -376,7 +326,7 @@ class _Victim:
             "tensor from the head's"
         )
         estimate = from_gradient.from_head(
-            self._head, last * self._samples, span, size, self._attack.decomposer, self._generator, self._seed
+            self._head, last * self._samples, basis, self._attack.decomposer, self._generator
         )
         self._take(estimate)
         found = self._labelled(estimate.inputs, wide, last)
@@ -412,8 +362,8 @@ class _Victim:
             found.inputs,
             labels,
             training,
-            span.basis[:, :size],
-            progress=lambda part: self._progress(0.5 + 0.5 * part, "refinement"),
+            basis,
+            progress=self._refining,
         )
         return self._better(found, self._replayed(found, inputs, labels, change))
 
@@ -422,13 +372,11 @@ class _Victim:
         wide, last = from_steps.play(
             self._head, self._head.wide, inputs, labels, self._observation.scenario.training
         )
-        parts = {
-            "head": _relative(change["head.weight"], last),
-            "wide": _relative(change["wide.weight"], wide),
-        }
+        seen = change["wide.weight"], change["head.weight"]
+        parts = {"head": _relative(seen[1], last), "wide": _relative(seen[0], wide)}
         # The certificate is that of one gradient, of which several small steps are a multiple.
         factor = 1.0 / one_gradient.gradient_unit(self._observation)
-        left = factor * (change["wide.weight"] - wide), factor * (change["head.weight"] - last)
+        left = factor * (seen[0] - wide), factor * (seen[1] - last)
         residual = max(parts.values())
         labelled = found.labelled
         if residual <= CERTIFIED:  # playing it again has tried the labels, whatever the mean residuals said
@@ -488,7 +436,7 @@ class _Victim:
                 "many batches"
             )
         trace = certificate.traces(self._head, entries, answer.inputs, labels)
-        if not certificate.labels_shown(trace, answer.parts["head"]):
+        if not float(trace.min()) > certificate.TRACE * max(answer.parts["head"], 1e-8):
             doubts.append(NO_TRACE)
         return doubts + self._doubts(answer)
 
@@ -518,21 +466,18 @@ class _Victim:
             answer.doubts.append("averages over the neurons leave no equations to check the inputs by")
         return answer
 
-    # ------------------------------------------------------------------ pieces
-
     def _entries(self) -> from_entries.Entries:
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name, shape, positions, values in self._update.layers():
             if name in ("wide.weight", "head.weight"):
-                positions = positions.to(self._device)
-                found[name] = (
-                    positions // shape[1],
-                    positions % shape[1],
-                    values.to(self._device).double(),
-                )
+                at, values = positions.to(self._device), values.to(self._device).double()
+                found[name] = at // shape[1], at % shape[1], values
         if self._attack.view == "last_layer":
             found["wide.weight"] = tuple(part[:0] for part in found["wide.weight"])  # type: ignore[assignment]
         return from_entries.Entries(*found["head.weight"], *found["wide.weight"])
+
+    def _refining(self, share: float) -> None:
+        self._progress(0.5 + 0.5 * share, "refinement")
 
     def _take(self, estimate: Estimate) -> None:
         self._notes += estimate.notes
@@ -544,10 +489,8 @@ class _Victim:
             raise NotApplicable("the decomposition is degenerate: the samples cannot be told apart")
         delta = residuals_of(self._head, inputs, last, self._samples)
         labelled = read_labels(self._head, inputs, delta)
-        positions, labels = labelled.expanded()
-        model_wide, model_last = self._head.gradient(
-            inputs[positions.to(inputs.device)], labels.to(inputs.device)
-        )
+        positions, labels = (part.to(inputs.device) for part in labelled.expanded())
+        model_wide, model_last = self._head.gradient(inputs[positions], labels)
         parts = {"head": _relative(last, model_last)}
         if self._attack.view == "full":
             parts["wide"] = _relative(wide, model_wide)
@@ -564,10 +507,8 @@ class _Victim:
         of_counts = certificate.count_errors(head, inputs, last, self._samples)
         errors = certificate.input_errors(head, inputs, delta @ head.row, self._scaled(wide))
         if homogeneous(head.name):
-            errors = (
-                errors
-                + certificate.norm_errors(head, inputs, counts, of_counts) * inputs.square().mean(1).sqrt()
-            )
+            of_norms = certificate.norm_errors(head, inputs, counts, of_counts)
+            errors = errors + of_norms * inputs.square().mean(1).sqrt()
         errors = errors + certificate.merged_errors(inputs, counts, answer.residual)
         answer.error = float(errors.max())
         if max(float(of_counts.max()), answer.labelled.doubt) > certificate.COUNT:
@@ -590,7 +531,9 @@ class _Victim:
         if certificate.has_twins(self._head, answer.inputs, counts):
             doubts.append(f"{self._head.name}: another brightness of a sample explains the update as well")
         if isinstance(self._module.stem, torch.nn.Flatten):
-            off = certificate.not_pixels(answer.inputs)
+            # Root mean square over the worst input's entries.
+            outside = answer.inputs - answer.inputs.clamp(0, 1)
+            off = float(outside.square().mean(1).sqrt().max())
             if off > certificate.UNCERTAIN:
                 doubts.append(
                     f"the inputs leave the range of pixels by {off:.0e}: another batch explains the update"
@@ -654,8 +597,6 @@ class _Victim:
     def _images(self, inputs: Tensor, shape: tuple[int, int, int]) -> Tensor:
         if isinstance(self._module.stem, torch.nn.Flatten):
             return inputs.reshape(-1, *shape)
-        from adversaries.reconstruction.tensor.stem import invert_stem
-
         images, figures = invert_stem(self._module.stem, inputs, shape, self._observation.auxiliary)
         self._figures |= figures
         return images

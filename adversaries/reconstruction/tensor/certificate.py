@@ -1,8 +1,8 @@
 """What a small residual vouches for: how far off an answer could be although it explains the update.
 
 A residual at rounding level says that this answer explains the update, not that no other does. Beside it stand: how
-far noise of the residual's size would move each input, whether each label leaves a trace that such noise could not
-hide, whether the sent entries are enough for each part of the inputs, and whether pixels are pixels.
+far noise of its size would move each input, whether each label leaves a trace that such noise could not hide,
+whether the sent entries are enough for each part of the inputs, and whether pixels are pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAFETY = 5.0
 COUNT = 0.05
 """Largest predicted error of a softmax residual that a label may be read from."""
 
-_TRACE = 100.0
+TRACE = 100.0
 """How many times the head's residual the trace of a label must be."""
 
 _TWINS = 2e-2
@@ -33,18 +33,11 @@ _TWINS = 2e-2
 def input_errors(head: TwoLayerHead, inputs: Tensor, weights: Tensor, left: Tensor) -> Tensor:
     """Predicted error of each input (B,), root mean square over its entries, from the wide layer's gradient.
 
-    Off the samples' span the gradient ``K x`` with ``K_ji = r_i s'(w_j . x_i)`` is linear in the inputs: what is left
-    unexplained moves them by ``K^+ left``, and would by ``sigma sqrt((K'K)^-1)_ii`` an entry if it were noise. In the
-    span, a sample's norm and weight are told apart by how s'(w.x) bends: where it hardly does (a nearly linear
-    activation) the norm's error is larger by one over the sine between the two. For homogeneous activations, see
-    :func:`norm_errors`.
-
-    Parameters
-    ----------
-    inputs, weights : Tensor
-        (B, d) and r (B,).
-    left : Tensor
-        (m, d): the gradient minus the model's, both as ``sum_i r_i s'(W x_i) x_i'``.
+    Off the samples' span the gradient ``K x`` with ``K_ji = r_i s'(w_j . x_i)`` is linear in the inputs: what is
+    `left` (m, d) unexplained moves them by ``K^+ left``, and would by ``sigma sqrt((K'K)^-1)_ii`` an entry if it
+    were noise. In the span, a sample's norm and weight (r, (B,)) are told apart by how s'(w.x) bends: where it
+    hardly does (a nearly linear activation) the norm's error is larger by one over the sine between the two. For
+    homogeneous activations, see :func:`norm_errors`.
     """
     u = head.wide @ inputs.T
     slope = head.activation.slope(u)
@@ -65,15 +58,7 @@ def input_errors(head: TwoLayerHead, inputs: Tensor, weights: Tensor, left: Tens
 
 
 def count_errors(head: TwoLayerHead, inputs: Tensor, left: Tensor, samples: int) -> Tensor:
-    """Predicted error (B,) of the softmax residuals that labels are read from.
-
-    Parameters
-    ----------
-    left : Tensor
-        (C, m): the head's gradient minus the model's.
-    samples : int
-        In the batch.
-    """
+    """Predicted error (B,) of softmax residuals; `left` (C, m) is the head's gradient minus the model's."""
     hidden = head.activation.value(inputs @ head.wide.T)
     size = hidden.norm(dim=1).clamp_min(1e-300)
     inverse = _inverse((hidden / size[:, None]).T)
@@ -83,17 +68,7 @@ def count_errors(head: TwoLayerHead, inputs: Tensor, left: Tensor, samples: int)
 
 
 def norm_errors(head: TwoLayerHead, inputs: Tensor, counts: Tensor, of_residuals: Tensor) -> Tensor:
-    """Relative error (B,) of norms read from ``n delta(n)``, for homogeneous activations.
-
-    As :func:`adversaries.reconstruction.tensor.head.fix_scales` does: no norm is read well near the curve's maximum.
-
-    Parameters
-    ----------
-    counts : Tensor
-        int64 (B, C).
-    of_residuals : Tensor
-        (B,), from :func:`count_errors`.
-    """
+    """Relative error (B,) of norms read by :func:`~.head.fix_scales`, large near the maximum of ``n delta(n)``."""
     z, copies = head.logits(inputs), counts.sum(1, keepdim=True)
     p = z.softmax(1)
     speed = copies * p - counts + copies * p * (z - (p * z).sum(1, keepdim=True))
@@ -103,8 +78,7 @@ def norm_errors(head: TwoLayerHead, inputs: Tensor, counts: Tensor, of_residuals
 def has_twins(head: TwoLayerHead, inputs: Tensor, counts: Tensor) -> bool:
     """Whether an input could as well be another multiple of itself within the range of pixels.
 
-    With a homogeneous activation, ``n delta(n)`` of samples of the head's class has a maximum, and the same value at
-    a norm on either side of it.
+    With a homogeneous activation, ``n delta(n)`` of the head's class has a maximum, and equal values on either side.
     """
     if not homogeneous(head.name):
         return False
@@ -142,16 +116,6 @@ def traces(head: TwoLayerHead, entries: Entries, inputs: Tensor, labels: Tensor)
     rows[labels, torch.arange(len(labels), device=labels.device)] = torch.inf
     norm = entries.head_values.norm().clamp_min(1e-300)
     return (own + rows.amin(0)).sqrt() / len(inputs) / norm
-
-
-def labels_shown(trace: Tensor, residual: float) -> bool:
-    """Whether every label's trace stands out of a head's relative residual."""
-    return float(trace.min()) > _TRACE * max(residual, 1e-8)
-
-
-def not_pixels(inputs: Tensor) -> float:
-    """By how much inputs leave [0, 1], root mean square over the worst input's entries."""
-    return float((inputs - inputs.clamp(0, 1)).square().mean(1).sqrt().max())
 
 
 def _inverse(columns: Tensor) -> Tensor | None:

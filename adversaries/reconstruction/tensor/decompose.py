@@ -1,7 +1,7 @@
 """Symmetric tensor decomposition: directions c_i with ``T = sum_i t_i c_i^(3)`` (or (4)), not orthogonal.
 
-All methods take the slices of the tensor, a stack of matrices ``M_k = C diag(a_k) C'``, and answer C with unit
-columns in any order and sign.
+All methods take the slices of the tensor, a stack of matrices ``M_k = C diag(a_k) C'`` (K, B, B), and answer C with
+unit columns in any order and sign.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ _SETTLED = 1e-14
 
 def slices(tensor: Tensor) -> Tensor:
     """The slices (K, B, B) of a symmetric tensor of order 2, 3 or 4 over its last two modes."""
-    size = tensor.shape[-1]
-    return tensor.reshape(-1, size, size)
+    return tensor.reshape(-1, *tensor.shape[-2:])
 
 
 def symmetric(tensor: Tensor) -> Tensor:
     """The mean over the places of the last mode, of a tensor that is symmetric in the others."""
-    order = tensor.ndim
-    parts = [tensor.movedim(-1, place) for place in range(order)]
-    return torch.stack(parts).mean(0)
+    return torch.stack([tensor.movedim(-1, place) for place in range(tensor.ndim)]).mean(0)
 
 
 def off_diagonal(stack: Tensor, directions: Tensor) -> float:
@@ -47,14 +44,11 @@ def off_diagonal(stack: Tensor, directions: Tensor) -> float:
 
 
 def jennrich(stack: Tensor, generator: torch.Generator, trials: int = _TRIALS) -> Tensor:
-    """Eigenvectors of one random combination of slices over another; the best of `trials` draws.
-
-    Best is the one that diagonalises the whole stack best.
+    """Eigenvectors of one random combination of slices over another; of `trials` draws, the best diagonaliser of all.
 
     References
     ----------
-    Leurgans, Ross, Abel, "A decomposition for three-way arrays", SIAM J. Matrix Anal. Appl. 1993 (Jennrich's
-    algorithm).
+    Leurgans, Ross, Abel, "A decomposition for three-way arrays", SIAM J. Matrix Anal. Appl. 1993 (Jennrich's).
     """
     flat = stack.reshape(len(stack), -1)
     size = stack.shape[1]
@@ -89,19 +83,7 @@ def _split(vectors: Tensor) -> Tensor:
 
 
 def simultaneous_diagonalisation(stack: Tensor, start: Tensor, sweeps: int = _SWEEPS) -> Tensor:
-    """Non-orthogonal joint diagonalisation by fast Frobenius steps, from `start`.
-
-    Parameters
-    ----------
-    stack : Tensor
-        (K, B, B), symmetric.
-    start : Tensor
-        (B, B): directions as columns.
-
-    Returns
-    -------
-    Tensor
-        (B, B): unit columns.
+    """Non-orthogonal joint diagonalisation by fast Frobenius steps, from directions (B, B).
 
     References
     ----------
@@ -145,8 +127,8 @@ def simultaneous_diagonalisation(stack: Tensor, start: Tensor, sweeps: int = _SW
 def simdiag(stack: Tensor, generator: torch.Generator) -> Tensor:
     """Joint diagonalisation in two stages: from Jennrich's start on all slices, then on the slices it points to.
 
-    The second stage contracts the stack with the directions found, so that each matrix is dominated by one sample
-    (the plug-in contractions of Kuleshov, Chaganty, Liang, AISTATS 2015).
+    The second contracts the stack with the directions found, so that one sample dominates each matrix (the plug-in
+    contractions of Kuleshov, Chaganty, Liang, AISTATS 2015).
     """
     first = simultaneous_diagonalisation(stack, jennrich(stack, generator))
     dual = _inverse(first)
@@ -160,10 +142,7 @@ def simdiag(stack: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def als(stack: Tensor, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """tensorly's alternating least squares (``parafac``), started from Jennrich's directions.
-
-    Slow near the end on tensors without noise, steady on noisy ones.
-    """
+    """tensorly's alternating least squares from Jennrich's directions: steady on noise, slow at the end without."""
     from tensorly import backend_context
     from tensorly.cp_tensor import CPTensor
     from tensorly.decomposition import parafac
@@ -180,17 +159,7 @@ def als(stack: Tensor, tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def tensorly_power(tensor: Tensor, whitener: Tensor, seed: int) -> Tensor:
-    """tensorly's symmetric power iteration on the whitened tensor, whose components are orthogonal.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        (B, B, B).
-    whitener : Tensor
-        (B, B): W with ``W' P W = I`` for the second-order moment P.
-    seed : int
-        tensorly draws from NumPy's global generator, which is seeded for the call and restored.
-    """
+    """tensorly's symmetric power iteration on the tensor (B, B, B), whitened; NumPy's generator is restored."""
     from tensorly import backend_context
     from tensorly.decomposition import symmetric_parafac_power_iteration
 
@@ -211,10 +180,7 @@ def tensorly_power(tensor: Tensor, whitener: Tensor, seed: int) -> Tensor:
 
 
 def whitener_of(second: Tensor) -> Tensor | None:
-    """W with ``W' P W = I``; None where P (B, B) is not definite, so that no real W exists.
-
-    A negative definite P is as good as a positive one: all weights have one sign.
-    """
+    """W with ``W' P W = I``, or -I for a negative definite P (B, B); None for an indefinite one."""
     values, vectors = torch.linalg.eigh(second)
     if float(values.max()) < 0:
         values = -values
@@ -226,43 +192,32 @@ def whitener_of(second: Tensor) -> Tensor | None:
 def decompose(
     method: Decomposer, tensor: Tensor, second: Tensor | None, generator: torch.Generator, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """Directions (B, B) of a symmetric tensor by the method of that name, and warnings for a person.
+    """Directions (B, B) of a symmetric tensor of order 3 or 4, float64, and warnings for a person.
 
-    Parameters
-    ----------
-    tensor : Tensor
-        Symmetric, order 3 or 4, float64.
-    second : Tensor or None
-        The second-order moment (B, B); one more slice for "simdiag", and the whitening of "tensorly_power".
+    `second`, the second-order moment (B, B), is one more slice for "simdiag", and the whitening of "tensorly_power".
     """
     stack = slices(tensor)
-    notes: list[str] = []
     if method == "simdiag":
-        return simdiag(_joined(stack, second), generator), notes
+        if second is not None:
+            typical = stack.square().sum((1, 2)).mean().sqrt()
+            stack = torch.cat([stack, (second * (typical / second.norm().clamp_min(1e-300)))[None]])
+        return simdiag(stack, generator), []
     if method == "jennrich":
-        return jennrich(stack, generator), notes
+        return jennrich(stack, generator), []
     if method == "als":
-        return als(stack, tensor, generator), notes
+        return als(stack, tensor, generator), []
     if tensor.ndim != 3 or second is None:
         raise ConfigError(
             "setting 'tensor.decomposer' = 'tensorly_power': needs whitening by a second-order moment, which this "
             "activation does not give; use 'simdiag'"
         )
     whitener = whitener_of(second)
-    if whitener is None:
-        notes.append(
-            "P indefinite: whitening disabled; the power iteration needs whitening and is wrong on components that "
-            "are not orthogonal"
-        )
-        whitener = torch.eye(len(second), dtype=second.dtype, device=second.device)
-    return tensorly_power(tensor, whitener, seed), notes
-
-
-def _joined(stack: Tensor, second: Tensor | None) -> Tensor:
-    if second is None:
-        return stack
-    typical = stack.square().sum((1, 2)).mean().sqrt()
-    return torch.cat([stack, (second * (typical / second.norm().clamp_min(1e-300)))[None]])
+    if whitener is not None:
+        return tensorly_power(tensor, whitener, seed), []
+    note = (
+        "P indefinite: whitening disabled; the power iteration is wrong on components that are not orthogonal"
+    )
+    return tensorly_power(tensor, torch.eye(len(second)).to(second), seed), [note]
 
 
 def _inverse(matrix: Tensor) -> Tensor | None:

@@ -31,6 +31,7 @@ SPARE_COARSE = 2.0
 """Entries of the head per unknown that a small space must have."""
 
 _DAMPING = Damping(1e-2, least=1e-10, rise=6.0, fall=0.1, slow=0.4, tries=6)
+_STEPS = 60
 _COARSE_STARTS = 4
 _COARSE_STEPS = 40
 _ROWS = 512
@@ -41,12 +42,7 @@ _MOST_STEPS = 1000
 class Entries:
     """Entries of a gradient of the mean loss that were sent.
 
-    Attributes
-    ----------
-    head_rows, head_columns, head_values : Tensor
-        Of A's gradient: class and neuron (int64) and value (float64), each (k_A,).
-    wide_rows, wide_columns, wide_values : Tensor
-        Of W's gradient: neuron, input and value, each (k_W,).
+    Class, neuron (int64) and value (float64) of A's gradient, each (k_A,); neuron, input and value of W's, (k_W,).
     """
 
     head_rows: Tensor
@@ -76,12 +72,7 @@ class Entries:
 class Solution:
     """Inputs (B, d) with their labels (B,), and how well they are founded.
 
-    Attributes
-    ----------
-    residual : float
-        The largest relative residual of the two blocks of entries, whose own are in `parts`.
-    unseen, error : float
-        See :func:`foundation`; the worst input's.
+    `residual`: the larger relative one of the two blocks in `parts`; for the others see :func:`foundation`.
     """
 
     inputs: Tensor
@@ -93,13 +84,7 @@ class Solution:
 
 
 class Model:
-    """x (B, d) -> the entries' values, each block over its norm, with products by the Jacobian both ways.
-
-    Parameters
-    ----------
-    labels : Tensor
-        int64 (B,).
-    """
+    """x (B, d) -> the entries' values, each block over its norm, with products by the Jacobian both ways."""
 
     def __init__(self, head: TwoLayerHead, entries: Entries, labels: Tensor) -> None:
         self._head, self._entries = head, entries
@@ -110,17 +95,20 @@ class Model:
         """The values at x."""
         return self.at(x)[0]
 
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """W x, s and s' of it, the softmax, and its residuals."""
+        u = x @ self._head.wide.T
+        hidden, slope = self._head.activation.value(u), self._head.activation.slope(u)
+        p = (hidden @ self._head.head.T).softmax(1)
+        return u, hidden, slope, p, p - self._hot
+
     def at(self, x: Tensor) -> tuple[Tensor, Function, Function]:
         """Values at x, and the Jacobian there as a map of steps (B, d) and, transposed, of residuals (k,)."""
-        head, e = self._head, self._entries
-        act, (head_norm, wide_norm) = head.activation, self._norms
+        head, e, (head_norm, wide_norm) = self._head, self._entries, self._norms
         size, split = len(x), len(e.head_values)
-        u = x @ head.wide.T
-        hidden, slope = act.value(u), act.slope(u)
-        p = (hidden @ head.head.T).softmax(1)
-        delta = p - self._hot
+        u, hidden, slope, p, delta = self._forward(x)
         back = delta @ head.head
-        bend = act.bend(u) * back if len(e.wide_values) else u
+        bend = head.activation.bend(u) * back if len(e.wide_values) else u
         wide_weights = back * slope
 
         def joined(full: Tensor, wide: Tensor) -> Tensor:
@@ -148,8 +136,8 @@ class Model:
                 (e.head_rows, e.head_columns), left[:split] / head_norm / size, accumulate=True
             )
             dd, dh = hidden @ scattered.T, delta @ scattered
-            direct: Tensor | None = None
-            du_extra: Tensor | None = None
+            direct: Tensor | float = 0.0
+            bent: Tensor | float = 0.0
             if len(e.wide_values):
                 part = left[split:] / wide_norm / size
                 dw = torch.zeros_like(u).index_add_(1, e.wide_rows, x[:, e.wide_columns] * part)
@@ -157,26 +145,18 @@ class Model:
                     1, e.wide_columns, wide_weights[:, e.wide_rows] * part
                 )
                 dd = dd + (dw * slope) @ head.head.T
-                du_extra = dw * bend
+                bent = dw * bend
             dh = dh + through_softmax(dd) @ head.head
-            du = slope * dh
-            if du_extra is not None:
-                du = du + du_extra
-            found = du @ head.wide
-            return found if direct is None else found + direct
+            return (slope * dh + bent) @ head.wide + direct
 
         values = joined(delta.T @ hidden, wide_entries(wide_weights, x))
         return values, push, pull
 
     def normal_equations(self, x: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         """J'J (B d, B d) and J' left (B d,) at x, the Jacobian's rows formed in blocks."""
-        head, e = self._head, self._entries
-        act, (head_norm, wide_norm) = head.activation, self._norms
+        head, e, (head_norm, wide_norm) = self._head, self._entries, self._norms
         size, dimension = x.shape
-        u = x @ head.wide.T
-        hidden, slope = act.value(u), act.slope(u)
-        p = (hidden @ head.head.T).softmax(1)
-        delta = p - self._hot
+        u, hidden, slope, p, delta = self._forward(x)
         # d delta_i / d x_i = (diag p - p p') A diag(s') W, (B, C, d)
         inner = torch.einsum("cm,im,md->icd", head.head, slope, head.wide)
         turn = p[:, :, None] * (inner - torch.einsum("ic,icd->id", p, inner)[:, None])
@@ -201,7 +181,7 @@ class Model:
         for part in torch.arange(len(e.wide_values), device=x.device).split(_ROWS):
             j, k = e.wide_rows[part], e.wide_columns[part]
             through = torch.einsum("cn,icd->nid", head.head[:, j], turn) * slope[:, j].T[:, :, None]
-            bent = (back[:, j] * act.bend(u[:, j])).T[:, :, None] * head.wide[j][:, None]
+            bent = (back[:, j] * head.activation.bend(u[:, j])).T[:, :, None] * head.wide[j][:, None]
             rows = x[:, k].T[:, :, None] * (through + bent)
             rows[torch.arange(len(part), device=x.device), :, k] += (back[:, j] * slope[:, j]).T
             gather(rows / (wide_norm * size), left[split + part])
@@ -224,16 +204,9 @@ def targets(entries: Entries) -> Tensor:
 def fit(
     function: Model, wanted: Tensor, start: Tensor, iterations: int, settled: float = 1e-7
 ) -> tuple[Tensor, float]:
-    """Minimise |function(x) - wanted| from `start` by Levenberg-Marquardt.
+    """Minimise |function(x) - wanted| from `start` by Levenberg-Marquardt; x, and what is left over |wanted|.
 
-    The normal equations are formed where they are small enough (:data:`DIRECT` unknowns), and solved by conjugate
-    gradients elsewhere.
-
-    Returns
-    -------
-    x : Tensor
-    residual : float
-        |function(x) - wanted| / |wanted|.
+    The normal equations are formed for up to :data:`DIRECT` unknowns, and solved by conjugate gradients beyond.
     """
 
     def linearise(x: Tensor) -> tuple[Tensor, Callable[[float], Step]]:
@@ -281,25 +254,12 @@ def _iterated(push: Function, pull: Function, left: Tensor, tolerance: float) ->
 def foundation(
     function: Model, x: Tensor, left: Tensor, noise: Tensor, generator: torch.Generator, probes: int = 2
 ) -> tuple[float, Tensor]:
-    """How well the entries found x: the share of a random step that none notices, and the predicted errors.
+    """How well the entries found x: the share of a random step that none notices, and predicted errors (B,), rms.
 
-    More entries than unknowns do not determine all unknowns: where the entries of a column were not sent, its inputs
-    enter hardly any equation, and a residual of zero says nothing about them. Least squares recovers from J v all of
-    a step v but what lies in the Jacobian's null space; and it says how far `noise` in the entries moves the inputs.
-
-    Parameters
-    ----------
-    left : Tensor
-        (k,): :func:`targets` minus the values at x. It moves the inputs as it is, too.
-    noise : Tensor
-        (k,): deviation of the noise that each entry may have.
-
-    Returns
-    -------
-    unseen : float
-        In [0, 1].
-    errors : Tensor
-        (B,): root mean square over an input's entries.
+    More entries than unknowns do not determine all unknowns: where the entries of a column were not sent, its
+    inputs enter hardly any equation, and a residual of zero says nothing about them. Least squares recovers from J
+    v all of a step v but what lies in the Jacobian's null space; and it says how far noise in the entries, of
+    deviation `noise` (k,), and what is `left` of them (k,) move the inputs.
     """
     solve = _least_squares(function, x)
     _, push, _ = function.at(x)
@@ -312,11 +272,7 @@ def foundation(
 
 
 def _least_squares(function: Model, x: Tensor) -> Function:
-    """Values (k,) -> the step (B, d) whose image under the Jacobian at x comes nearest, by conjugate gradients.
-
-    Preconditioned by the normal equations where they are small enough to be formed; their float32 leaves the weakest
-    directions to the iteration.
-    """
+    """Values (k,) -> the step (B, d) whose image under the Jacobian at x comes nearest, by conjugate gradients."""
     _, push, pull = function.at(x)
     factor: Tensor | None = None
     if x.numel() <= DIRECT:
@@ -380,11 +336,11 @@ def guess_labels(head: TwoLayerHead, entries: Entries, samples: int, most: int) 
 def starts(
     head: TwoLayerHead, entries: Entries, labels: Tensor, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Starting inputs (B, d), the best guess first.
+    """Starting inputs (B, d), the best guess first; later starts disturb the first.
 
     By Stein's lemma the average of g_j w_j over the neurons of a class's row points to the mean of the samples that
     dominate it: those of that label. Samples that share a label start on both sides of their mean, along the row's
-    second moment. Later starts disturb the first.
+    second moment.
     """
     dimension, samples = head.inputs, len(labels)
     sigma = float(head.wide.square().mean().sqrt())
@@ -424,11 +380,10 @@ def starts(
 def _parted(
     head: TwoLayerHead, entries: Entries, labels: Tensor, start: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Samples of one label taken apart from their mean.
+    """Samples of one label taken apart from their mean, which Gauss-Newton finds as one input.
 
-    First all samples of a label are one input, which Gauss-Newton finds (equal inputs with equal labels take equal
-    steps). What it leaves is of second order in the samples' differences d, ``s''(w . mean) (w . d)^2``: their
-    direction is the leading eigenvector of the neurons' second moment with these weights.
+    What that leaves is of second order in the samples' differences d, ``s''(w . mean) (w . d)^2``: their direction
+    is the leading eigenvector of the neurons' second moment with these weights.
     """
     function, wanted = Model(head, entries, labels), targets(entries)
     together, _ = fit(function, wanted, _scaled(function, wanted, start), 10)
@@ -465,23 +420,14 @@ def solve(
     generator: torch.Generator,
     certified: float,
     safety: float,
-    iterations: int = 60,
-    ladder: Sequence[Tensor] = (),
-    progress: Callable[[float], None] = lambda share: None,
+    ladder: Sequence[Tensor],
+    progress: Callable[[float], None],
 ) -> Solution:
-    """Inputs and labels from the entries; the best of `restarts` starts by residual, the first that is certified.
+    """Inputs and labels from the entries: of `restarts` starts the first with residual `certified`, else the lowest.
 
-    What the entries leave open is measured where the residual could be taken for a certificate.
-
-    Parameters
-    ----------
-    certified : float
-        Residual at which no further start is tried.
-    safety : float
-        How many times what is left of the entries their noise may be.
-    ladder : sequence of Tensor
-        Orthonormal bases (d, q) of ever larger spaces that hold most of an input: each guess of the labels is tried
-        in them first, see :func:`climbed`.
+    What the entries leave open is measured where the residual could be taken for a certificate; their noise may be
+    `safety` times what is left of them. Each guess of the labels is tried in the spaces of `ladder` first, see
+    :func:`climbed`.
     """
     guesses = guess_labels(head, entries, samples, restarts)
     sources = [_sources(head, entries, labels, ladder, generator) for labels in guesses]
@@ -490,11 +436,10 @@ def solve(
     for attempt in range(restarts):
         labels = guesses[attempt % len(guesses)]
         function = Model(head, entries, labels)
-        start = next(sources[attempt % len(guesses)])
-        start = _scaled(function, wanted, start)
-        x, _ = fit(function, wanted, start, iterations)
-        left, split = wanted - function(x), len(entries.head_values)
-        parts = {"head": float(left[:split].norm()), "wide": float(left[split:].norm())}
+        start = _scaled(function, wanted, next(sources[attempt % len(guesses)]))
+        x, _ = fit(function, wanted, start, _STEPS)
+        blocks = (wanted - function(x)).tensor_split([len(entries.head_values)])
+        parts = {name: float(block.norm()) for name, block in zip(("head", "wide"), blocks, strict=True)}
         if best is None or max(parts.values()) < best.residual:
             best = Solution(x, labels, max(parts.values()), parts)
         progress((attempt + 1) / restarts)
@@ -504,10 +449,9 @@ def solve(
     if best.residual > certified:
         return best
     function = Model(head, entries, best.labels)
-    left, split = wanted - function(best.inputs), len(entries.head_values)
-    noise = torch.cat(
-        [part.square().mean().sqrt().expand(len(part)) for part in (left[:split], left[split:])]
-    )
+    left = wanted - function(best.inputs)
+    blocks = left.tensor_split([len(entries.head_values)])
+    noise = torch.cat([part.square().mean().sqrt().expand(len(part)) for part in blocks])
     unseen, found = foundation(function, best.inputs, left, safety * noise, generator)
     return replace(best, unseen=unseen, error=float(found.max()))
 
@@ -526,15 +470,12 @@ def climbed(
 ) -> Tensor:
     """Starting inputs (B, d) found in small spaces first, from the head's entries, which see w.x only.
 
-    Few unknowns make the moments that starts are drawn from sharp, and steps cheap: several starts are tried in the
-    smallest space, and the best is carried from space to space. What an input has outside of it is noise there.
+    `ladder`: orthonormal bases (d, q) of ever larger spaces that hold most of an input. Few unknowns make the
+    moments that starts are drawn from sharp, and steps cheap: several starts are tried in the smallest space, and
+    the best is carried from space to space. What an input has outside of it is noise there.
     """
-    bare = replace(
-        entries,
-        wide_rows=entries.wide_rows[:0],
-        wide_columns=entries.wide_columns[:0],
-        wide_values=entries.wide_values[:0],
-    )
+    none = {name: getattr(entries, name)[:0] for name in ("wide_rows", "wide_columns", "wide_values")}
+    bare = replace(entries, **none)
     wanted = targets(bare)
     point: Tensor | None = None
     for basis in ladder:

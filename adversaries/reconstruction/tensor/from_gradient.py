@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from adversaries.inversion.gradients.activations import (
-    ACTIVATIONS,
     hermite_coefficients,
     homogeneous,
     is_polynomial,
     stein_order,
 )
-from adversaries.inversion.solvers.span import DEPENDENT, Span, row_space
-from adversaries.reconstruction.tensor import moments
-from adversaries.reconstruction.tensor.decompose import Decomposer, decompose, symmetric
-from adversaries.reconstruction.tensor.head import TwoLayerHead
+from adversaries.inversion.solvers.span import DEPENDENT, row_space
+from adversaries.reconstruction.tensor import decompose, moments
+from adversaries.reconstruction.tensor.decompose import Decomposer, simdiag, slices, symmetric
+from adversaries.reconstruction.tensor.head import TwoLayerHead, golden_section
 from adversaries.reconstruction.tensor.moments import feature_count, regress
 from fedattack.errors import NotApplicable
 
@@ -29,19 +28,7 @@ _MOST_FEATURES = 1200
 
 @dataclass
 class Estimate:
-    """Inputs up to refinement.
-
-    Attributes
-    ----------
-    inputs : Tensor
-        (B, d) float64.
-    weights : Tensor
-        r, (B,).
-    notes : list of str
-        Warnings for a person.
-    figures : dict
-        JSON-able: what was measured on the way.
-    """
+    """Inputs (B, d) up to refinement with weights r (B,), warnings for a person, and JSON-able figures of the way."""
 
     inputs: Tensor
     weights: Tensor
@@ -51,16 +38,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Whitened:
-    """Coordinates in the span in which the neurons' weights are white.
+    """Coordinates in a span, orthonormal `basis` Q (d, B), in which the neurons' weights u (m, B) are white.
 
-    Attributes
-    ----------
-    basis : Tensor
-        Q, (d, B), orthonormal.
-    u : Tensor
-        (m, B): neurons, white. ``w . x = u . c``.
-    factor : Tensor
-        L, (B, B): ``c = L' Q' x``.
+    ``w . x = u . c`` with ``c = L' Q' x`` and `factor` L (B, B).
     """
 
     basis: Tensor
@@ -83,62 +63,41 @@ class Whitened:
         return torch.linalg.solve_triangular(self.factor.T, c.T, upper=True).T @ self.basis.T
 
 
-def needed_width(name: str, batch: int) -> int:
-    """Neurons that the regression on a full gradient needs: (B+1)(B+2)/2, or (B+3 choose 3) at order 4."""
-    return feature_count(batch, stein_order(ACTIVATIONS[name]) - 1)
-
-
 def find_span(
     head: TwoLayerHead, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator
-) -> tuple[Span, int, list[str]]:
-    """The span of the batch, how many samples it holds, and warnings.
+) -> tuple[Tensor, list[str]]:
+    """An orthonormal basis (d, B) of the span of the batch's `gradient` (m, d), and warnings.
 
-    Parameters
-    ----------
-    gradient : Tensor
-        (m, d).
-    batch : int or None
-        Overrides the number of samples; None: by the gap in the spectrum, or `declared` where there is none.
-    declared : int
-        What the client says.
+    `batch` overrides the number of samples; None: by the gap in the spectrum, or `declared` where there is none.
     """
     if not float(gradient.norm()) > 0:
         raise NotApplicable("the wide layer's gradient is zero: nothing of the batch is in it")
     most = min(max(declared, batch or 0) + 1, *gradient.shape)
     span = row_space(gradient, most, generator)
     notes: list[str] = []
-    size = batch
+    size = span.rank(declared) if batch is None else batch
     if size is None:
-        size = span.rank(declared)
-        if size is None:
-            size = declared
-            notes.append(
-                f"no gap in the spectrum (noise?): the declared batch of {declared} is taken for its rank"
-            )
-    if size > min(head.inputs, len(span.values)):
+        size = declared
+        notes.append(
+            f"no gap in the spectrum (noise?): the declared batch of {declared} is taken for its rank"
+        )
+    largest = min(head.inputs, len(span.values))
+    if size > largest:
         raise NotApplicable(
-            f"batch {size} > input dimension {min(head.inputs, len(span.values))}: the samples' span is the whole "
-            "space and singles out none"
+            f"batch {size} > input dimension {largest}: the samples' span is the whole space and singles out none"
         )
     if size < declared:
         notes.append(
-            f"batch {declared}, rank {size}: equal or dependent samples (or samples that leave no gradient)"
+            f"batch {declared}, rank {size}: equal or dependent samples (or samples without a gradient)"
         )
     if float(span.values[size - 1]) < DEPENDENT * float(span.values[0]):
-        notes.append(
-            f"samples dependent: s_B / s_1 = {float(span.values[size - 1] / span.values[0]):.1e} < {DEPENDENT:.0e}"
-        )
-    return span, size, notes
+        share = float(span.values[size - 1] / span.values[0])
+        notes.append(f"samples dependent: s_B / s_1 = {share:.1e} < {DEPENDENT:.0e}")
+    return span.basis[:, :size], notes
 
 
 def degree_for(head: TwoLayerHead, batch: int) -> int:
-    """Degree of the features for a full gradient.
-
-    Raises
-    ------
-    NotApplicable
-        If the width does not suffice for the least degree.
-    """
+    """Degree of the features for a full gradient; NotApplicable if the width does not allow any."""
     least = stein_order(head.activation) - 1
     needed = feature_count(batch, least)
     if head.width < needed:
@@ -149,10 +108,8 @@ def degree_for(head: TwoLayerHead, batch: int) -> int:
         )
     if is_polynomial(head.name):
         return least
-    degree = least
-    while (
-        degree < _MOST_DEGREE and feature_count(batch, degree + 1) <= min(head.width // 3, _MOST_FEATURES)
-    ):  # fmt: skip
+    degree, most = least, min(head.width // 3, _MOST_FEATURES)
+    while degree < _MOST_DEGREE and feature_count(batch, degree + 1) <= most:
         degree += 1
     return degree
 
@@ -160,86 +117,54 @@ def degree_for(head: TwoLayerHead, batch: int) -> int:
 def from_wide(
     head: TwoLayerHead,
     y: Tensor,
-    span: Span,
-    batch: int,
+    basis: Tensor,
     decomposer: Decomposer,
     generator: torch.Generator,
     seed: int,
 ) -> Estimate:
-    """Inputs from the wide layer's gradient.
-
-    Parameters
-    ----------
-    y : Tensor
-        (m, d): ``sum_i r_i s'(W x_i) x_i'``.
-
-    Raises
-    ------
-    NotApplicable
-        If the width does not suffice, or the activation identifies nothing.
-    """
+    """Inputs from the wide layer's gradient `y` (m, d), ``sum_i r_i s'(W x_i) x_i'``."""
     order = stein_order(head.activation)
-    degree = degree_for(head, batch)
-    coordinates = Whitened.of(head.wide, span.basis[:, :batch])
+    degree = degree_for(head, basis.shape[1])
+    coordinates = Whitened.of(head.wide, basis)
     inside = coordinates.inside(y)
     found, unexplained = regress(coordinates.u, inside, degree)
     tensor = symmetric(found[order - 1])
-    size = hermite_coefficients(head.activation)
-    second = None
-    if abs(size[2]) > 1e-6:
-        second = symmetric(found[1])
-    directions, notes = decompose(decomposer, tensor, second, generator, seed)
+    second = symmetric(found[1]) if abs(hermite_coefficients(head.activation)[2]) > 1e-6 else None
+    directions, notes = decompose.decompose(decomposer, tensor, second, generator, seed)
     dual = torch.linalg.inv(directions)
     curves = inside @ dual.T  # column i: r_i n_i s'(n_i v_i) of the unit direction i
     v = coordinates.u @ directions
     norms, weights = _fit_curves(head, v, curves)
     if order == 4:
         notes.insert(0, f"activation {head.name} has a zero third Hermite coefficient; using order 4")
-    inputs = coordinates.outside((directions * norms).T)
-    inputs, weights = _upright(inputs, weights, head)
-    figures: dict[str, object] = {
-        "order": order,
-        "degree": degree,
-        "regression_residual": unexplained,
-        "off_diagonal": _share_off(tensor, directions),
-    }
+    inputs, weights = _upright(coordinates.outside((directions * norms).T), weights, head)
+    figures: dict[str, object] = {"order": order, "degree": degree, "regression_residual": unexplained}
+    figures["off_diagonal"] = decompose.off_diagonal(slices(tensor), directions)
     return Estimate(inputs, weights, notes, figures)
 
 
 def from_head(
-    head: TwoLayerHead,
-    gradient: Tensor,
-    span: Span,
-    batch: int,
-    decomposer: Decomposer,
-    generator: torch.Generator,
-    seed: int,
+    head: TwoLayerHead, gradient: Tensor, basis: Tensor, decomposer: Decomposer, generator: torch.Generator
 ) -> Estimate:
-    """Inputs from the head's gradient in a span known from the wide layer.
+    """Inputs from the head's gradient (C, m), ``sum_i delta_i s(W x_i)'`` up to a factor, in the wide layer's span.
 
     What several local steps leave: the wide layer's change still spans the samples, but its moments drift with the
     head, whose own change stays close to a multiple of one gradient.
-
-    Parameters
-    ----------
-    gradient : Tensor
-        (C, m): ``sum_i delta_i s(W x_i)'``, up to a factor.
     """
-    order = stein_order(head.activation)
+    order, batch = stein_order(head.activation), basis.shape[1]
     needed = feature_count(batch, order)
     if head.width < needed:
         raise NotApplicable(
             f"width {head.width} < {needed}: reading B = {batch} samples off the head's change needs at least that "
             f"many neurons (B+{order} choose {order})"
         )
-    coordinates = Whitened.of(head.wide, span.basis[:, :batch])
+    coordinates = Whitened.of(head.wide, basis)
     # The classes' mixtures all share the samples' directions: one stack of slices for all of them.
     values = gradient.T
     _, strength, mixtures = torch.linalg.svd(values, full_matrices=False)
     kept = max(1, min(batch, int((strength > 1e-7 * strength[0]).sum())))
     found, unexplained = regress(coordinates.u, values @ mixtures[:kept].T, order)
-    size = coordinates.u.shape[1]
-    stack = found[order].movedim(-1, 0).reshape(-1, size, size)
+    stack = found[order].movedim(-1, 0).reshape(-1, batch, batch)
     directions, notes = _decompose_stack(stack, found, decomposer, generator)
     norms = _profile_norms(head, found, directions)
     inputs = coordinates.outside((directions * norms).T)
@@ -254,19 +179,16 @@ def from_head(
 def _decompose_stack(
     stack: Tensor, found: dict[int, Tensor], decomposer: Decomposer, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:
-    from adversaries.reconstruction.tensor.decompose import jennrich, simdiag
-
     if decomposer == "jennrich":
-        return jennrich(stack, generator), []
+        return decompose.jennrich(stack, generator), []
     notes = []
     if decomposer != "simdiag":
         notes.append(
             f"decomposer {decomposer!r} takes one tensor and the head's change gives one per class: simdiag was used"
         )
     second = found[2].movedim(-1, 0)
-    scale = stack.square().sum((1, 2)).mean().sqrt() / second.square().sum((1, 2)).mean().sqrt().clamp_min(
-        1e-300
-    )
+    typical, other = (part.square().sum((1, 2)).mean().sqrt() for part in (stack, second))
+    scale = typical / other.clamp_min(1e-300)
     return simdiag(torch.cat([stack, second * scale]) if float(scale) < 1e6 else stack, generator), notes
 
 
@@ -298,31 +220,21 @@ def _fit_curves(head: TwoLayerHead, v: Tensor, curves: Tensor) -> tuple[Tensor, 
     scores = torch.stack([explained(n.expand(v.shape[1])) for n in grid])
     best = grid[scores.argmax(0)]
     if not homogeneous(head.name):
-        low, high = best / 10 ** (3.5 / 140), best * 10 ** (3.5 / 140)
-        golden = (5**0.5 - 1) / 2
-        for _ in range(40):
-            left, right = high - golden * (high - low), low + golden * (high - low)
-            better = explained(left) > explained(right)
-            low, high = torch.where(better, low, left), torch.where(better, right, high)
-        best = (low + high) / 2
+        step = 10 ** (3.5 / 140)
+        best = golden_section(lambda n: -explained(n), best / step, best * step, 40)
     slope = act.slope(best * v)
     return best, (slope * curves).sum(0) / slope.square().sum(0).clamp_min(1e-300) / best
 
 
 def _profile_norms(head: TwoLayerHead, found: dict[int, Tensor], directions: Tensor) -> Tensor:
-    """Norms (with sign) from how the coefficients of one sample fall off with the degree.
-
-    The coefficient of degree q is ``delta_i h_q(n_i)`` times the q-th power of the unit direction, with h_q(n) the
-    Hermite coefficient of s(n .).
-    """
+    """Norms (with sign) from how a sample's coefficients ``delta_i h_q(n_i)``, h_q Hermite's, fall with q."""
     dual = torch.linalg.inv(directions)
     orders = [q for q in found if q <= 3 or q == max(found)]
     seen = []
     for q in orders:
-        tensor = found[q]
         letters = "abcd"[:q]
         spec = ",".join(["i" + letter for letter in letters])
-        seen.append(torch.einsum(f"{letters}k,{spec}->ik", tensor, *[dual] * q))
+        seen.append(torch.einsum(f"{letters}k,{spec}->ik", found[q], *[dual] * q))
     measured = torch.stack(seen, 1)  # (B, orders, mixtures)
     grid = torch.logspace(-2, 1.5, 701, dtype=dual.dtype).tolist()
     profiles = torch.tensor(
@@ -341,10 +253,7 @@ def _profile_norms(head: TwoLayerHead, found: dict[int, Tensor], directions: Ten
 
 
 def _upright(inputs: Tensor, weights: Tensor, head: TwoLayerHead) -> tuple[Tensor, Tensor]:
-    """Turn round what points away from [0, 1]: inputs are pixels or activations, whose sum is positive.
-
-    Only where the gradient is the same for -x and -r (an even s'); elsewhere the sign is in the gradient.
-    """
+    """Turn inputs to a positive sum, as pixels have, where the gradient is the same for -x and -r (an even s')."""
     slope = head.activation.slope
     probe = torch.linspace(0.1, 3, 30, dtype=torch.float64)
     if not torch.allclose(slope(probe), slope(-probe), rtol=1e-9, atol=1e-12):
@@ -353,34 +262,19 @@ def _upright(inputs: Tensor, weights: Tensor, head: TwoLayerHead) -> tuple[Tenso
     return inputs * sign[:, None], weights * sign
 
 
-def _share_off(tensor: Tensor, directions: Tensor) -> float:
-    from adversaries.reconstruction.tensor.decompose import off_diagonal, slices
-
-    return off_diagonal(slices(tensor), directions)
-
-
 def published(
     head: TwoLayerHead, gradient: Tensor, wide: Tensor | None, batch: int, generator: torch.Generator
 ) -> Estimate:
     """The estimator as published: averages over Gaussian neurons, from the head's gradient or the wide layer's.
 
-    Parameters
-    ----------
-    head : TwoLayerHead
-        With an activation whose second and third Hermite coefficients are not zero.
-    gradient : Tensor
-        g, (m,): ``sum_i r_i s(w_j . x_i)``.
-    wide : Tensor or None
-        (m, d): ``sum_i r_i s'(w_j . x_i) x_i``; None: the last layer's view.
+    `gradient` is g (m,), ``sum_i r_i s(w_j . x_i)``, and `wide` (m, d) is ``sum_i r_i s'(w_j . x_i) x_i``; None: the
+    last layer's view. The activation's second and third Hermite coefficients must not be zero.
 
     References
     ----------
-    Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023, algorithm 1 and
-    appendix B.
+    Wang, Lee, Lei, "Reconstructing Training Data from Model Gradient, Provably", AISTATS 2023, alg. 1, app. B.
     """
     from scipy.sparse.linalg import LinearOperator, eigsh
-
-    from adversaries.reconstruction.tensor.decompose import simdiag, slices
 
     coefficients = hermite_coefficients(head.activation)
     if min(abs(coefficients[2]), abs(coefficients[3])) < 1e-6:
@@ -391,18 +285,13 @@ def published(
     scale = float(head.wide.square().mean().sqrt())
     w = head.wide / scale
     m = len(w)
-    if wide is None:
-        g = gradient
+    half = None if wide is None else wide.T @ w / m
 
-        def product(vector: object) -> object:
-            x = torch.as_tensor(vector, dtype=torch.float64, device=w.device).flatten()
-            return ((w.T @ (g * (w @ x))) / m - g.mean() * x).cpu().numpy()
-    else:
-        half = wide.T @ w / m
-
-        def product(vector: object) -> object:
-            x = torch.as_tensor(vector, dtype=torch.float64, device=w.device).flatten()
+    def product(vector: object) -> object:
+        x = torch.as_tensor(vector, dtype=torch.float64, device=w.device).flatten()
+        if half is not None:
             return ((half @ x + half.T @ x) / 2).cpu().numpy()
+        return ((w.T @ (gradient * (w @ x))) / m - gradient.mean() * x).cpu().numpy()
 
     d = w.shape[1]
     start = torch.randn(d, dtype=torch.float64, generator=generator).numpy()

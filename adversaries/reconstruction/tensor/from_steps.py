@@ -1,7 +1,7 @@
 """Several local steps on one batch: the client's whole training, played again inside the span.
 
-All samples lie in a span of B dimensions that the wide layer's change shows, and so does that change. The training
-can therefore be played with B inputs instead of d, and fitted to what was sent by Gauss-Newton on the samples.
+All samples lie in a span of B dimensions that the wide layer's change shows, and so does that change: the training
+is played with B inputs instead of d, and fitted to what was sent by Gauss-Newton on the samples.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ def play(
 ) -> tuple[Tensor, Tensor]:
     """Weight changes of SGD on the mean cross-entropy of one batch: of the neurons (m, k) and of the head (C, m).
 
-    Parameters
-    ----------
-    neurons : Tensor
-        (m, k): the wide layer, all of it or in coordinates of a span.
-    samples : Tensor
-        (B, k): the batch in the same coordinates.
+    The neurons are the wide layer's, all of it or in coordinates of a span, and the samples (B, k) in the same.
     """
     act = head.activation
     hot = torch.nn.functional.one_hot(labels, head.classes).to(neurons.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,19 +19,8 @@ _MOST_COPIES = 16
 class TwoLayerHead:
     """Known weights of ``z = A s(W x)`` with ``A = v a'``, float64 on one device.
 
-    Attributes
-    ----------
-    wide : Tensor
-        W, (m, d).
-    head : Tensor
-        A, (C, m).
-    row : Tensor
-        v, (C,): which mixture of the softmax residuals ``delta`` the wide layer's gradient holds,
-        ``r_i = v . delta_i``.
-    scale : Tensor
-        a, (m,).
-    name : str
-        The activation's.
+    `wide` is W (m, d), `head` A (C, m), `scale` a (m,), `name` the activation's, and `row` v (C,): which mixture of
+    the softmax residuals ``delta`` the wide layer's gradient holds, ``r_i = v . delta_i``.
     """
 
     wide: Tensor
@@ -61,13 +51,7 @@ class TwoLayerHead:
 
     @classmethod
     def of(cls, wide: Tensor, head: Tensor, name: str) -> TwoLayerHead:
-        """The head of weights that were sent out.
-
-        Raises
-        ------
-        NotApplicable
-            If A is not of rank one: its rows' mixtures differ from neuron to neuron, and softmax residuals cancel.
-        """
+        """The head of weights that were sent out; NotApplicable where A is not of rank one: residuals then cancel."""
         wide, head = wide.double(), head.double()
         first = head[head.norm(dim=1).argmax()]
         square = first.square().sum()
@@ -100,12 +84,8 @@ class TwoLayerHead:
 class Labelled:
     """Labels read from the head's gradient.
 
-    Attributes
-    ----------
-    counts : Tensor
-        int64 (B, C): how many samples of each class lie at each recovered input. One for samples that differ.
-    doubt : float
-        Largest distance of a count from an integer.
+    `counts`, int64 (B, C): how many samples of each class lie at each recovered input, one for samples that differ;
+    `doubt`: largest distance of a count from an integer.
     """
 
     counts: Tensor
@@ -128,15 +108,7 @@ def residuals_of(head: TwoLayerHead, inputs: Tensor, gradient: Tensor, samples: 
 
 
 def read_labels(head: TwoLayerHead, inputs: Tensor, delta: Tensor) -> Labelled:
-    """Labels from residuals: ``Delta_i = n p_i - counts_i``, with p_i from the forward pass and n copies.
-
-    Parameters
-    ----------
-    inputs : Tensor
-        x, (B, d).
-    delta : Tensor
-        (B, C), from :func:`residuals_of`.
-    """
+    """Labels from residuals (B, C): ``Delta_i = n p_i - counts_i``, with p_i from the forward pass and n copies."""
     p = head.logits(inputs).softmax(1)
     copies = torch.arange(1, _MOST_COPIES + 1, dtype=p.dtype, device=p.device)[:, None, None]
     counts = copies * p - delta
@@ -147,30 +119,17 @@ def read_labels(head: TwoLayerHead, inputs: Tensor, delta: Tensor) -> Labelled:
     chosen = torch.where(good.any(0), good.int().argmax(0), torch.zeros_like(good[0], dtype=torch.int64))
     picked = rounded[chosen, torch.arange(len(inputs), device=p.device)].long()
     bad = ~good.any(0)
-    if bool(bad.any()):
-        picked[bad] = torch.nn.functional.one_hot(delta[bad].argmin(1), head.classes)
+    picked[bad] = torch.nn.functional.one_hot(delta[bad].argmin(1), head.classes)
     doubt = distance[chosen, torch.arange(len(inputs), device=p.device)].max()
     return Labelled(picked, float(doubt.clamp(max=1.0)))
 
 
 def fix_scales(head: TwoLayerHead, directions: Tensor, gradient: Tensor, samples: int) -> Tensor:
-    """Norms of samples where the activation is homogeneous, from cross-entropy.
+    """Norms (B,) of samples along unit directions (B, d) where the activation is homogeneous, from cross-entropy.
 
-    The wide layer's gradient gives only r_i x_i. The head's gives ``n_i delta_i``, and ``delta_i = p(n_i) - e_y``
-    with p(n) = softmax(n v k_i) is a curve that is met in one point (below its maximum, where two of different norm
-    can be, the smaller is taken).
-
-    Parameters
-    ----------
-    directions : Tensor
-        (B, d), unit.
-    gradient : Tensor
-        The head's, (C, m).
-
-    Returns
-    -------
-    Tensor
-        n, (B,).
+    The wide layer's gradient gives only r_i x_i. The head's (C, m) gives ``n_i delta_i``, and ``delta_i = p(n_i) -
+    e_y`` with p(n) = softmax(n v k_i) is a curve that is met in one point (below its maximum, where two of
+    different norm can be, the smaller is taken).
     """
     scaled = residuals_of(head, directions, gradient, samples)
     k = head.activation.value(directions @ head.wide.T) @ head.scale
@@ -189,10 +148,14 @@ def fix_scales(head: TwoLayerHead, directions: Tensor, gradient: Tensor, samples
     first = (dips & (inner <= 100 * floor + 1e-4)).int().argmax(1) + 1
     low = grid.gather(1, (first - 1)[:, None])[:, 0]
     high = grid.gather(1, (first + 1).clamp(max=grid.shape[1] - 1)[:, None])[:, 0]
+    return golden_section(lambda n: misfit(n[:, None])[:, 0], low, high, 80)
+
+
+def golden_section(cost: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int) -> Tensor:
+    """Where each of B functions, of one argument (B,) each, is least between `low` and `high`."""
     golden = (5**0.5 - 1) / 2
-    for _ in range(80):
+    for _ in range(steps):
         left, right = high - golden * (high - low), low + golden * (high - low)
-        pair = misfit(torch.stack([left, right], 1))
-        better = pair[:, 0] < pair[:, 1]
+        better = cost(left) < cost(right)
         low, high = torch.where(better, low, left), torch.where(better, right, high)
     return (low + high) / 2

@@ -35,12 +35,8 @@ def feature_count(dimension: int, degree: int) -> int:
 class HermiteBasis:
     """Orthonormal products of Hermite polynomials in B variables up to a degree.
 
-    Attributes
-    ----------
-    monomials : dict of int to Tensor
-        Degree q -> int64 (F_q, q): the variables of each product, ascending, repeated by their power.
-    factors : dict of int to list
-        Degree q -> (variables, power, products): the factors of all products, grouped by power and place.
+    `monomials`: degree q -> int64 (F_q, q), the variables of each product, ascending, repeated by their power;
+    `factors`: q -> (variables, power, products), the factors of all products, grouped by power and place.
     """
 
     dimension: int
@@ -53,11 +49,8 @@ class HermiteBasis:
         """All products up to `degree` (at most 4)."""
         chosen: dict[int, Tensor] = {}
         for q in range(1, degree + 1):
-            if q == 2:
-                chosen[q] = torch.triu_indices(dimension, dimension).T.contiguous()
-            else:
-                rows = list(itertools.combinations_with_replacement(range(dimension), q))
-                chosen[q] = torch.tensor(rows, dtype=torch.int64).reshape(-1, q)
+            rows = list(itertools.combinations_with_replacement(range(dimension), q))
+            chosen[q] = torch.tensor(rows, dtype=torch.int64).reshape(-1, q)
         return cls(dimension, degree, chosen, {q: _factors(rows, q) for q, rows in chosen.items()})
 
     @property
@@ -81,8 +74,7 @@ class HermiteBasis:
     def tensors(self, coefficients: Tensor) -> dict[int, Tensor]:
         """Degree q -> full symmetric tensor (B, ..., B, outputs) of regression coefficients (F, outputs).
 
-        Entries are those of ``sum_i w_i c_i^q``, where the regressor's coefficient of a product with multiplicities
-        a is sqrt(q! / a!) of it.
+        Entries are those of ``sum_i w_i c_i^q``; a product with multiplicities a has sqrt(q! / a!) of it.
         """
         found: dict[int, Tensor] = {}
         start = 1
@@ -90,78 +82,36 @@ class HermiteBasis:
         for q, monomials in self.monomials.items():
             part = coefficients[start : start + len(monomials)]
             start += len(monomials)
-            factorials = torch.tensor(
-                [
-                    math.prod(math.factorial(n) for n in torch.unique(row, return_counts=True)[1].tolist())
-                    for row in monomials
-                ]
-                if q > 2
-                else _pair_factorials(monomials, q),
-                dtype=coefficients.dtype,
-                device=coefficients.device,
-            )
+            # How often each variable came up to its place, multiplied: the factorials of the multiplicities.
+            factorials = (monomials[:, :, None] == monomials[:, None]).tril().sum(2).prod(1).to(part)
             part = part * (factorials / math.factorial(q)).sqrt()[:, None]
-            full = torch.zeros(
-                *[self.dimension] * q, outputs, dtype=coefficients.dtype, device=coefficients.device
-            )
+            full = part.new_zeros(*[self.dimension] * q, outputs)
             for order in itertools.permutations(range(q)):
                 full[tuple(monomials[:, place] for place in order)] = part
             found[q] = full
         return found
 
 
-def _pair_factorials(monomials: Tensor, q: int) -> list[float]:
-    if q == 1:
-        return [1.0] * len(monomials)
-    return (1.0 + (monomials[:, 0] == monomials[:, 1]).double()).tolist()
-
-
 def _factors(monomials: Tensor, q: int) -> list[tuple[Tensor, int, Tensor]]:
-    if q == 1:
-        return [(monomials[:, 0], 1, torch.arange(len(monomials)))]
-    starts = torch.ones_like(monomials, dtype=torch.bool)
-    starts[:, 1:] = monomials[:, 1:] != monomials[:, :-1]
-    lengths = torch.zeros_like(monomials)
-    for place in range(q):
-        same = torch.ones(len(monomials), dtype=torch.bool)
-        for ahead in range(place, q):
-            same &= monomials[:, ahead] == monomials[:, place]
-            lengths[:, place] += same
+    """(variables, power, products) of the runs of equal variables in each product, by place and length."""
+    same = monomials[:, :, None] == monomials[:, None]
+    begins, lengths = same.tril().sum(2) == 1, same.triu().sum(2)
     factors = []
     for place in range(q):
         for power in range(1, q + 1):
-            where = torch.nonzero(starts[:, place] & (lengths[:, place] == power)).flatten()
+            where = torch.nonzero(begins[:, place] & (lengths[:, place] == power)).flatten()
             if len(where):
                 factors.append((monomials[where, place], power, where))
     return factors
 
 
 def regress(u: Tensor, y: Tensor, degree: int) -> tuple[dict[int, Tensor], float]:
-    """Least squares of y on Hermite products of u.
+    """Least squares of y (m, outputs) on Hermite products of u (m, B), about white, both float64.
 
     The design matrix is formed block by block and never kept. Its Gram matrix is gathered and factored in float32
     where it is large: the products are nearly orthonormal, so that a few steps of iterative refinement in float64
     reach float64's accuracy; where they do not, the Gram matrix is formed again in float64. Memory is that of one
-    Gram matrix and its factor.
-
-    Parameters
-    ----------
-    u : Tensor
-        float64 (m, B), about white.
-    y : Tensor
-        float64 (m, outputs).
-
-    Returns
-    -------
-    tensors : dict of int to Tensor
-        Degree -> (B, ..., B, outputs).
-    unexplained : float
-        |y - fit| / |y|.
-
-    Raises
-    ------
-    NotApplicable
-        If there are fewer rows than products.
+    Gram matrix and its factor. Answers degree -> (B, ..., B, outputs), and |y - fit| / |y|.
     """
     basis = HermiteBasis.build(u.shape[1], degree)
     if len(u) < basis.count:

@@ -37,25 +37,12 @@ def refine(
     settled: float = 3e-9,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Fit:
-    """Levenberg-Marquardt from an estimate, alternating between the span and what lies in it.
+    """Levenberg-Marquardt from an estimate, alternating between the span and what lies in it; never worse than that.
 
-    Off the span the model is linear in the inputs, which one least-squares solve with all d columns settles and which
-    averages the rounding of float32 over the neurons. In the span there are B^2 + B unknowns; their normal equations
-    are solved by conjugate gradients, preconditioned by each sample's own block, with products of cost m B^2.
-
-    Parameters
-    ----------
-    y : Tensor
-        (m, d): gradient of W times batch size over a.
-    inputs, weights : Tensor
-        (B, d) and (B,): the estimate.
-    settled : float
-        Stop when a step changes the residual's norm by less than this share.
-
-    Returns
-    -------
-    Fit
-        Never worse than the estimate.
+    Off the span the model is linear in the inputs, which one least-squares solve with all d columns settles and
+    which averages the rounding of float32 over the neurons. In the span there are B^2 + B unknowns; their normal
+    equations are solved by conjugate gradients, preconditioned by each sample's own block, with products of cost m
+    B^2. `y` (m, d) is the gradient of W times batch size over a; `settled`: a residual that ends it.
     """
     best = Fit(inputs, weights, misfit(head, y, inputs, weights))
     damping = 1e-6
@@ -163,30 +150,12 @@ def _blocks(u: Tensor, c: Tensor, k: Tensor, slope: Tensor, bend: Tensor, dampin
 def relu_masks(
     head: TwoLayerHead, y: Tensor, basis: Tensor, products: Tensor, rounds: int = 40
 ) -> tuple[Tensor, Tensor, float]:
-    """r_i x_i for ReLU from exact masks: with them the gradient is linear in the samples.
+    """r_i x_i (B, d) for ReLU from exact masks, signs of r_i (B,), and the share of neurons explained to rounding.
 
-    In the span, ``Y = M (r_i x_i)`` with M in {0, 1}. The masks of an estimate are read off twice: from the side of
-    the kink on which w.x lies, and by rounding ``Y (r_i x_i)^-1``. The neurons that agree best are solved for by
-    least absolute deviations (a wrong mask is an outlier), and so on until the solution explains all neurons to
-    rounding.
-
-    Parameters
-    ----------
-    y : Tensor
-        (m, d).
-    basis : Tensor
-        (d, B), orthonormal: the span.
-    products : Tensor
-        (B, d): estimates of r_i x_i.
-
-    Returns
-    -------
-    products : Tensor
-        r_i x_i, (B, d).
-    signs : Tensor
-        Of r_i, (B,).
-    explained : float
-        Share of the neurons explained to rounding.
+    In the span, ``Y = M (r_i x_i)`` with M in {0, 1}. The masks of an estimate of the `products` r_i x_i are read
+    off twice: from the side of the kink on which w.x lies, and by rounding ``Y (r_i x_i)^-1``. The neurons that
+    agree best are solved for by least absolute deviations (a wrong mask is an outlier), and so on until the
+    solution explains all neurons to rounding.
 
     References
     ----------
@@ -232,8 +201,6 @@ def relu_masks(
         return products, torch.ones_like(products[:, 0]), 0.0
     sides = (neurons @ (best * signs[:, None]).T > 0).to(y.dtype)
     right = (inside - sides @ best).norm(dim=1) < 1e-5 * typical
-    if int(right.sum()) >= 2 * size:
-        best_full = torch.linalg.lstsq(sides[right], y[right]).solution
-    else:
-        best_full = best @ basis.T
-    return best_full, signs, max(most, 0.0)
+    enough = int(right.sum()) >= 2 * size
+    best = torch.linalg.lstsq(sides[right], y[right]).solution if enough else best @ basis.T
+    return best, signs, max(most, 0.0)

@@ -20,27 +20,11 @@ _CHUNK = 256
 def invert_stem(
     stem: nn.Module, features: Tensor, shape: tuple[int, int, int], auxiliary: Auxiliary | None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Images whose features are the given ones; where the stem loses something, the likeliest of them.
+    """Images (N, C, H, W) of given features (N, F); where the stem loses something, the likeliest of them.
 
     Gauss-Newton on ``|stem(x) - f|^2 / tau^2 + |z|^2`` with x = mean + A z under a Gaussian prior of the public
     images, tau falling to the features' rounding: the data then decide everything that they determine, the prior
-    the rest.
-
-    Parameters
-    ----------
-    stem : nn.Module
-        (N, C, H, W) -> (N, F), differentiable.
-    features : Tensor
-        float64 (N, F), N at least 1, on the CPU.
-    shape : tuple of int
-        (C, H, W).
-
-    Returns
-    -------
-    images : Tensor
-        (N, C, H, W).
-    figures : dict
-        "feature_residual": the worst |stem(x) - f| / |f|.
+    the rest. Features are float64 on the CPU; "feature_residual" among the figures is the worst |stem(x) - f| / |f|.
     """
     exact = copy.deepcopy(stem).double().cpu().eval()
     prior = gaussian_prior(auxiliary, shape)
@@ -56,6 +40,10 @@ def _inverted(stem: nn.Module, target: Tensor, shape: tuple[int, int, int], prio
 
     def answer(x: Tensor) -> Tensor:
         return stem(x.reshape(1, *shape))[0]
+
+    def objective(z: Tensor, tau: float) -> float:
+        left = (answer(prior.mean + factor @ z) - target) / tau
+        return float(left.square().sum() + z.square().sum())
 
     x = prior.mean.clone()
     z = torch.zeros(factor.shape[1], dtype=x.dtype)
@@ -75,18 +63,13 @@ def _inverted(stem: nn.Module, target: Tensor, shape: tuple[int, int, int], prio
                     gram = jacobian.T @ jacobian
                     gram.diagonal().add_(1.0)
                     z_new = torch.linalg.solve(gram, jacobian.T @ wanted)
-                before = _objective(answer, prior.mean + factor @ z, z, target, tau)
+                before = objective(z, tau)
                 length = 1.0
                 while length > 1e-3:
                     trial = z + length * (z_new - z)
-                    if _objective(answer, prior.mean + factor @ trial, trial, target, tau) <= before:
+                    if objective(trial, tau) <= before:
                         z = trial
                         break
                     length /= 2
                 x = prior.mean + factor @ z
     return x.reshape(shape)
-
-
-def _objective(answer: object, x: Tensor, z: Tensor, target: Tensor, tau: float) -> float:
-    assert callable(answer)
-    return float(((answer(x) - target) / tau).square().sum() + z.square().sum())

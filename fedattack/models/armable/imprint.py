@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedattack.config import ModelConfig
+from fedattack.models.classifiers.layers import kaiming_uniform
 from fedattack.models.classifiers.lenet import tiny_cnn
 
 CEILING = 2.0**-10
@@ -13,28 +14,18 @@ CEILING = 2.0**-10
 
 
 class Imprinted(nn.Module):
-    """A network that sees its image plus what a wide layer on the same image adds to it.
+    """A network `rest` that sees its image plus what a wide layer on the same image adds to it.
 
-    With ``x`` the flattened image, the network is given ``x + back(act(measure(x)))``.
-
-    Attributes
-    ----------
-    measure : nn.Linear
-        Image (C * H * W) -> width, with bias: in an armed round its rows are bins of one or more measurements.
-    act : nn.Module
-        ReLU, or the clipped ReLU min(max(u, 0), :data:`CEILING`), which only moves inside its own bin.
-    back : nn.Linear
-        width -> image, without bias.
-    rest : nn.Module
-        The network behind.
+    With ``x`` the flattened image (C * H * W), `rest` is given ``x + back(act(measure(x)))``. `measure` has a bias:
+    in an armed round its rows are bins of one or more measurements. `act` is the ReLU, or the clipped ReLU
+    min(max(u, 0), :data:`CEILING`), which only moves inside its own bin.
     """
 
     def __init__(self, rest: nn.Module, act: nn.Module, config: ModelConfig) -> None:
         super().__init__()
-        assert config.channels is not None
-        assert config.image_size is not None
         assert config.width is not None
-        pixels = config.channels * config.image_size**2
+        channels, side, _ = config.resolved
+        pixels = channels * side**2
         self.measure = nn.Linear(pixels, config.width)
         self.act = act
         self.back = nn.Linear(config.width, pixels, bias=False)
@@ -51,12 +42,7 @@ class Imprinted(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Kaiming-uniform weights and zero biases; `back` at a tenth, so that the image leads at first."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            else:
-                limit = (6.0 / parameter[0].numel()) ** 0.5
-                parameter.uniform_(-limit, limit, generator=generator)
+        kaiming_uniform(self, generator)
         self.back.weight.mul_(0.1)
 
 

@@ -17,25 +17,17 @@ class KernelSets(Imprinted):
     """An :class:`~fedattack.models.armable.imprint.Imprinted` whose wide layer sees the image through kernels.
 
     There are S sets of as many 3 x 3 kernels as the image has channels, and the wide layer has columns of its own for
-    each set. Padding is one pixel more than keeps the size: the outermost ring of a kernel that passes its channel on
-    holds nothing but the kernel's bias.
-
-    Attributes
-    ----------
-    kernels : nn.Conv2d
-        Image (C, H, W) -> (S * C, H + 2, W + 2), set by set.
-    measure : nn.Linear
-        Those, flattened, -> width.
+    each set: `kernels` map (C, H, W) to (S * C, H + 2, W + 2), set by set. Padding is one pixel more than keeps the
+    size: the outermost ring of a kernel that passes its channel on holds nothing but the kernel's bias.
     """
 
     def __init__(self, rest: nn.Module, act: nn.Module, config: ModelConfig) -> None:
         super().__init__(rest, act, config)
-        assert config.channels is not None
-        assert config.image_size is not None
+        channels, side, _ = config.resolved
         self.sets = config.kernel_sets or KERNEL_SETS
-        filters = self.sets * config.channels
-        self.kernels = nn.Conv2d(config.channels, filters, 3, padding=2)
-        self.measure = nn.Linear(filters * (config.image_size + 2) ** 2, self.measure.out_features)
+        filters = self.sets * channels
+        self.kernels = nn.Conv2d(channels, filters, 3, padding=2)
+        self.measure = nn.Linear(filters * (side + 2) ** 2, self.measure.out_features)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""

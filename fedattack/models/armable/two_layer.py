@@ -11,26 +11,15 @@ from fedattack.models.classifiers.lenet import halved
 
 
 class TwoLayer(nn.Module):
-    """Features -> wide linear layer -> activation -> linear head, both without bias.
-
-    Attributes
-    ----------
-    stem : nn.Module
-        Images to features (B, d): flattening, or convolutions.
-    wide : nn.Linear
-        d -> width.
-    head : nn.Linear
-        width -> classes.
-    """
+    """`stem`: images to features (B, d) -> `wide` linear layer -> activation -> linear `head`, both without bias."""
 
     def __init__(self, stem: nn.Module, features: int, config: ModelConfig) -> None:
         super().__init__()
         assert config.width is not None
-        assert config.classes is not None
         self.stem = stem
         self.wide = nn.Linear(features, config.width, bias=False)
         self.act = activation(config.activation)
-        self.head = nn.Linear(config.width, config.classes, bias=False)
+        self.head = nn.Linear(config.width, config.resolved[2], bias=False)
 
     def inputs(self, images: Tensor) -> Tensor:
         """What the wide layer sees, shape (B, d)."""
@@ -62,20 +51,18 @@ class TwoLayer(nn.Module):
 
 def two_layer(config: ModelConfig) -> nn.Module:
     """Two-layer network on the flattened image without biases; `model.width` hidden neurons (1024)."""
-    assert config.channels is not None
-    assert config.image_size is not None
-    return TwoLayer(nn.Flatten(), config.channels * config.image_size**2, config)
+    channels, side, _ = config.resolved
+    return TwoLayer(nn.Flatten(), channels * side**2, config)
 
 
 def lenet_two_layer(config: ModelConfig) -> nn.Module:
     """The two-layer network behind two 5x5 convolutions of 12 channels with stride 2 and sigmoid, LeNet's stem."""
-    assert config.channels is not None
-    assert config.image_size is not None
+    channels, side, _ = config.resolved
     stem = nn.Sequential(
-        nn.Conv2d(config.channels, 12, 5, stride=2, padding=2),
+        nn.Conv2d(channels, 12, 5, stride=2, padding=2),
         nn.Sigmoid(),
         nn.Conv2d(12, 12, 5, stride=2, padding=2),
         nn.Sigmoid(),
         nn.Flatten(),
     )
-    return TwoLayer(stem, 12 * halved(config.image_size, 2) ** 2, config)
+    return TwoLayer(stem, 12 * halved(side, 2) ** 2, config)

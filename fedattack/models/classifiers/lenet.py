@@ -6,19 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fedattack.config import ModelConfig
-from fedattack.models.classifiers.layers import activation
+from fedattack.models.classifiers.layers import activation, kaiming_uniform
 
 
 class ConvChain(nn.Module):
-    """Convolutions with one activation after each, flattened into one linear head.
-
-    Attributes
-    ----------
-    body : nn.Sequential
-        conv, activation, conv, activation, ...
-    head : nn.Linear
-        On the flattened features.
-    """
+    """Convolutions with one activation after each (`body`), flattened into one linear `head`."""
 
     def __init__(self, body: nn.Sequential, head: nn.Linear, bound: float | None = None) -> None:
         super().__init__()
@@ -37,14 +29,11 @@ class ConvChain(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """U(-bound, bound) in every tensor, or Kaiming-uniform with zero biases where no bound was published."""
-        for name, parameter in self.named_parameters():
-            if self._bound is not None:
-                parameter.uniform_(-self._bound, self._bound, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                limit = (6.0 / parameter[0].numel()) ** 0.5
-                parameter.uniform_(-limit, limit, generator=generator)
+        if self._bound is None:
+            kaiming_uniform(self, generator)
+            return
+        for parameter in self.parameters():
+            parameter.uniform_(-self._bound, self._bound, generator=generator)
 
 
 def halved(size: int, times: int) -> int:
@@ -60,10 +49,7 @@ def lenet_zhu(config: ModelConfig) -> nn.Module:
     Weights start at U(-0.5, 0.5) as published, each layer from its own draws (the original re-seeds every layer, so
     that its second and third convolutions are equal).
     """
-    channels, size, classes = config.channels, config.image_size, config.classes
-    assert channels is not None
-    assert size is not None
-    assert classes is not None
+    channels, size, classes = config.resolved
     body = nn.Sequential(
         nn.Conv2d(channels, 12, 5, stride=2, padding=2),
         activation(config.activation),
@@ -77,10 +63,7 @@ def lenet_zhu(config: ModelConfig) -> nn.Module:
 
 def tiny_cnn(config: ModelConfig) -> nn.Module:
     """Two 3x3 convolutions (8 and 16 channels, stride 2) and a head: for many clients and quick tests."""
-    channels, size, classes = config.channels, config.image_size, config.classes
-    assert channels is not None
-    assert size is not None
-    assert classes is not None
+    channels, size, classes = config.resolved
     body = nn.Sequential(
         nn.Conv2d(channels, 8, 3, stride=2, padding=1),
         activation(config.activation),
@@ -92,10 +75,7 @@ def tiny_cnn(config: ModelConfig) -> nn.Module:
 
 def mlp(config: ModelConfig) -> nn.Module:
     """Perceptron with one hidden layer on the flattened image; `model.width` hidden neurons (64)."""
-    channels, size, classes = config.channels, config.image_size, config.classes
-    assert channels is not None
-    assert size is not None
-    assert classes is not None
+    channels, size, classes = config.resolved
     hidden = config.width or 64
     return nn.Sequential(
         nn.Flatten(),

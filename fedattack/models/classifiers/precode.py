@@ -23,13 +23,7 @@ class Headed(Protocol):
 
 
 def headed(model: nn.Module, what: str) -> Headed:
-    """`model`, if it has ``features(images)`` and a linear ``head``.
-
-    Raises
-    ------
-    NotApplicable
-        If it has not; `what` says what needs them.
-    """
+    """`model`, if it has ``features(images)`` and a linear ``head``, which `what` needs (else NotApplicable)."""
     if hasattr(model, "features") and isinstance(getattr(model, "head", None), nn.Linear):
         return cast(Headed, model)
     raise NotApplicable(
@@ -41,27 +35,11 @@ def headed(model: nn.Module, what: str) -> Headed:
 class Bottlenecked(nn.Module):
     """Features -> Gaussian code -> features -> head; the code is drawn in training, elsewhere it is its mean.
 
-    Draws come from :attr:`generator` alone. Where that is None, as with the server and every adversary, the mean is
-    used in training mode too: what is left to those who do not know the client's draws.
-
-    Parameters
-    ----------
-    model : nn.Module
-        With features below a linear head.
-    width : int
-        Numbers in the code.
-
-    Attributes
-    ----------
-    generator : torch.Generator or None
-        The client's, for the duration of its training step.
-    beta : float
-        Weight in the loss of the code's divergence from N(0, 1), for whoever draws.
-
-    References
-    ----------
-    Scheliga, Mäder and Seeland, PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage, 2022, section 3.
-    The code's standard deviation is the softplus of the encoder's second half.
+    Draws come from :attr:`generator` alone, the client's for the duration of its training step. Where that is None,
+    as with the server and every adversary, the mean is used in training mode too: what is left to those who do not
+    know the client's draws. `beta` is the weight in the loss of the code's divergence from N(0, 1), for whoever
+    draws. The code's standard deviation is the softplus of the encoder's second half (Scheliga, Mäder and Seeland,
+    PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage, 2022, section 3).
     """
 
     def __init__(self, model: nn.Module, width: int) -> None:
@@ -110,6 +88,3 @@ class Bottlenecked(nn.Module):
             kaiming_uniform(self.model, generator)
         kaiming_uniform(self.encoder, generator)
         kaiming_uniform(self.decoder, generator)
-
-
-__all__ = ["Bottlenecked", "Headed", "headed"]

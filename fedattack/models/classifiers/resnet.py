@@ -33,27 +33,17 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """CIFAR-style residual network: 3x3 stem, stages whose width doubles and side halves, pool, linear head.
 
-    Parameters
-    ----------
-    config : ModelConfig
-        Resolved.
-    blocks : tuple of int
-        Blocks in each stage.
-    width : int
-        Channels of the stem and the first stage.
-    hcgla : bool
-        HCGLA's variant: all strides 1 and the head on 4x4-pooled features.
+    `blocks` of each stage, `width` of stem and first stage; `hcgla`: all strides 1 and the head on 4x4-pooled
+    features.
     """
 
     def __init__(
         self, config: ModelConfig, blocks: tuple[int, ...], width: int = 64, hcgla: bool = False
     ) -> None:
         super().__init__()
-        assert config.channels is not None
-        assert config.image_size is not None
-        assert config.classes is not None
+        channels, size, classes = config.resolved
         layers: list[nn.Module] = [
-            nn.Conv2d(config.channels, width, 3, 1, 1, bias=False),
+            nn.Conv2d(channels, width, 3, 1, 1, bias=False),
             nn.BatchNorm2d(width),
             activation(config.activation),
         ]
@@ -64,9 +54,9 @@ class ResNet(nn.Module):
                 stride = 2 if stage and block == 0 and not hcgla else 1
                 layers.append(BasicBlock(inputs, outputs, stride, config.activation))
                 inputs = outputs
-        side = config.image_size // 4 if hcgla else 1
+        side = size // 4 if hcgla else 1
         self.body = nn.Sequential(*layers, nn.AvgPool2d(4) if hcgla else nn.AdaptiveAvgPool2d(1))
-        self.head = nn.Linear(inputs * side * side, config.classes)
+        self.head = nn.Linear(inputs * side * side, classes)
 
     def features(self, images: Tensor) -> Tensor:
         """What the head sees, shape (B, head.in_features)."""

@@ -14,13 +14,7 @@ DENOISERS: Registry[type[nn.Module]] = Registry(
 
 
 def build_denoiser(name: str, channels: int, depth: int, width: int) -> nn.Module:
-    """A fresh denoiser; its weights come from torch's global stream, so fork and seed that around the call.
-
-    Raises
-    ------
-    ConfigError
-        If the name is unknown or a size is out of range.
-    """
+    """A fresh denoiser; its weights come from torch's global stream, so fork and seed that around the call."""
     kind = DENOISERS.get(name)
     if depth < 2:
         raise ConfigError(f"setting 'denoiser.depth' = {depth}: must be at least 2 (published: 17)")
@@ -32,23 +26,15 @@ def build_denoiser(name: str, channels: int, depth: int, width: int) -> nn.Modul
 class DnCNN(nn.Module):
     """Residual learning of the noise (Zhang et al. 2017): conv-ReLU, (depth - 2) x conv-BN-ReLU, conv.
 
-    Convolutions are 3 x 3 without bias, as published with depth 17 and width 64.
-
-    References
-    ----------
-    Zhang, Zuo, Chen, Meng, Zhang, "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image Denoising",
-    IEEE TIP 2017.
+    Convolutions are 3 x 3 without bias, as published with depth 17 and width 64 ("Beyond a Gaussian Denoiser:
+    Residual Learning of Deep CNN for Image Denoising", IEEE TIP 2017).
     """
 
     def __init__(self, channels: int, depth: int = 17, width: int = 64) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.ReLU()]
         for _ in range(depth - 2):
-            layers += [
-                nn.Conv2d(width, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-            ]
+            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1, bias=False))
         for layer in self.body:
             if isinstance(layer, nn.Conv2d):

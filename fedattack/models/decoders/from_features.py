@@ -46,18 +46,13 @@ def build_generator(
     features : int
         Inputs of the head (768 for the LeNet of HCGLA at 32 x 32).
     image_shape : tuple of int
-        (C, H, W), square.
+        (C, H, W), square, at least 4 x 4.
     activation : str
         The classifier's, which says what h is a function of: under "sigmoid" h is undone by the logit.
     width : int, optional
         Channels of the widest layer; None: the architecture's default.
     rank : int, optional
         Principal directions before the linear map ("ridge-conv" with very wide heads); None: none.
-
-    Raises
-    ------
-    ConfigError
-        If the name is unknown or the images are not square or smaller than 4 x 4.
     """
     kind = GENERATORS.get(name)
     if image_shape[1] != image_shape[2] or image_shape[1] < 4:
@@ -73,13 +68,9 @@ class Deconv(nn.Module):
     max-pooling halves it. As published for 768 features and 3 x 32 x 32: 512, 256, 128, 64, 3 channels. Wider heads
     (32,768 features of HCGLA's ResNet) are first mapped to 768 channels.
 
-    Unlike there the features are standardised first: those of a sigmoid network vary by a few per cent around means
-    of their own, which BatchNorm over all positions drowns, and the stack learns little but the mean image.
-
-    Attributes
-    ----------
-    centre, spread : Tensor
-        (F,): mean and standard deviation of each feature where it is known.
+    Unlike there the features are standardised first (`centre`, `spread`: (F,), each where it is known): those of a
+    sigmoid network vary by a few per cent around means of their own, which BatchNorm over all positions drowns, and
+    the stack learns little but the mean image.
     """
 
     centre: Tensor
@@ -141,20 +132,11 @@ class RidgeConv(nn.Module):
     """A linear map solved in closed form, and a small residual network that corrects its image.
 
     The inputs are the pre-activations of the known features (h undone by the activation where that is one-to-one),
-    with the unknown ones at their mean, and the mask itself: in a convolutional classifier the pre-activation is
-    linear in the layer before, so a linear map goes far. The correction works on the image folded to a quarter of
-    its side, which makes it cheap; its last layer starts at zero, so that untrained it changes nothing.
-
-    Attributes
-    ----------
-    centre : Tensor
-        (F,): mean pre-activation of each feature where it is known.
-    mean, scale : Tensor
-        (2F,): standardisation of the inputs.
-    basis : Tensor
-        (2F, rank): principal directions; empty when the linear map takes the inputs themselves.
-    linear : nn.Linear
-        To C * H * W pixels.
+    with the unknown ones at their mean (`centre`, (F,)), and the mask itself, standardised by `mean` and `scale`
+    (2F,) and in the principal directions of `basis` (2F, rank), if any: in a convolutional classifier the
+    pre-activation is linear in the layer before, so a linear map goes far. The correction works on the image folded
+    to a quarter of its side, which makes it cheap; its last layer starts at zero, so that untrained it changes
+    nothing.
     """
 
     centre: Tensor

@@ -32,26 +32,11 @@ class Cropped(nn.Module):
 
 
 class ImageGenerator(nn.Module):
-    """A small decoder of images, without running statistics.
+    """A small decoder of images, without running statistics; `width` channels in the widest layer.
 
     What generative attacks ask of any generator: `latent_shape`, and for those that search feature maps, `stages`
-    that are applied one after the other.
-
-    Parameters
-    ----------
-    latent : int
-        Size of the latent vector.
-    image_shape : tuple of int
-        (C, H, W), square.
-    width : int
-        Channels of the widest layer.
-
-    Attributes
-    ----------
-    latent_shape : tuple of int
-        Shape of one image's input.
-    stages : nn.ModuleList
-        Latent -> maps of an eighth of the side, a quarter, half, all of it -> image.
+    that are applied one after the other: latent -> maps of an eighth of the side, a quarter, half, all of it ->
+    image.
     """
 
     def __init__(self, latent: int, image_shape: tuple[int, int, int], width: int = 64) -> None:
@@ -101,13 +86,8 @@ class FeatureDecoder(nn.Module):
     """FGLA's decoder: what an update gives away of the head's input, to an image.
 
     A fully connected layer spreads the features over a small map, and :class:`ImageGenerator`'s stages draw from it.
-    Unknown features are at their mean. Constructor and call as
-    :mod:`fedattack.models.decoders.from_features` describes.
-
-    Attributes
-    ----------
-    centre, spread : Tensor
-        (F,): mean and standard deviation of each feature where it is known.
+    Unknown features are at their mean. Constructor, call, `centre` and `spread` as of
+    :class:`~fedattack.models.decoders.from_features.Deconv`.
     """
 
     centre: Tensor
@@ -133,21 +113,7 @@ class FeatureDecoder(nn.Module):
 
 
 class GradientMLP(nn.Module):
-    """Learning-to-Invert's network: a gradient, to the images of its batch.
-
-    Parameters
-    ----------
-    inputs : int
-        Numbers that describe a gradient.
-    batch : int
-        Images of one gradient (B).
-    image_shape : tuple of int
-        (C, H, W).
-    hidden : int
-        Units of each hidden layer (published: 3,000).
-    layers : int
-        Hidden layers (published: 3).
-    """
+    """Learning-to-Invert's network (published: 3 hidden layers of 3,000): a gradient, to the images of its batch."""
 
     def __init__(
         self, inputs: int, batch: int, image_shape: tuple[int, int, int], hidden: int, layers: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,22 +18,9 @@ from adversaries.inversion.evidence.floors import floors, prior_image
 from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
-from adversaries.reconstruction.malicious.fishing import bisection
-from adversaries.reconstruction.malicious.fishing.bisection import COUNT_ERROR
-from adversaries.reconstruction.malicious.fishing.isolation import (
-    SATURATED,
-    Isolated,
-    as_whole_batch,
-    features_of,
-    is_readable,
-    lone_scenario,
-    misfit_of,
-    name_of_head,
-    public_images,
-    read_head,
-    read_off,
-    row_of,
-)
+from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH
+from adversaries.reconstruction.malicious.fishing import bisection, isolation
+from adversaries.reconstruction.malicious.fishing.isolation import Isolated
 from adversaries.seats import MaliciousServer
 from fedattack.config import Positive, Share
 from fedattack.errors import ConfigError, NotApplicable
@@ -44,10 +31,9 @@ from fedattack.rng import torch_rng
 CERTIFIED = 1e-4
 """Relative misfit of features up to which an image that was read off is what was isolated."""
 
-_UNKNOWN_BATCH = 32
-"""Samples expected of a client that trains on all it has, until it declares them."""
-
 _FEW = 2
+
+_Find = Callable[[Observation], Reconstruction]
 
 
 @dataclass
@@ -55,22 +41,21 @@ class Fishing(MaliciousServer, ReconstructionAttack):
     """Fishing for user data: a malicious server sends a head that all samples of a batch but one leave without error.
 
     All rows of the head are zero but one, in a random direction of the features, so that only this class' residual
-    reaches the body. "class": its bias is low, so that its probability is 0 for every sample, and the residual -1 for
-    the samples of this class and 0 for the others. "feature": its logit is steep and crosses zero where on average
-    one sample of a batch lies, so that its probability is 1 for that sample and 0 for the others. Samples of the
-    class itself are caught on the other side, with the opposite sign; a class that the public labels lack is taken
-    where there is one. What the body
-    sends is then the gradient of what was isolated, whatever the batch size; the head's bias counts it, to the
-    integer, and its weight holds their features, by which the answer is checked. The image is read off a
-    linear first layer, or searched for by another attack on the single gradient.
+    reaches the body. "class": its bias is low, so that its probability is 0 for every sample, and the residual -1
+    for the samples of this class and 0 for the others. "feature": its logit is steep and crosses zero where on
+    average one sample of a batch lies, so that its probability is 1 for that sample and 0 for the others. Samples
+    of the class itself are caught on the other side, with the opposite sign; a class that the public labels lack is
+    taken where there is one. What the body sends is then the gradient of what was isolated, whatever the batch
+    size; the head's bias counts it, to the integer, and its weight holds their features, by which the answer is
+    checked. The image is read off a linear first layer, or searched for by another attack on the single gradient.
 
     Each armed round draws its class, direction and threshold anew and catches one sample or none; of "feature" in
     about 37 of 100 rounds it is one. The other places of the answer hold the prior.
 
-    "rounds" goes on for as many rounds as are armed, with one row and a threshold that is moved by what each client's
-    earlier counts told. It asks for a batch that stays the same (batch_size 0) and catches sample after sample,
-    whatever their labels: see :mod:`~adversaries.reconstruction.malicious.fishing.bisection`. The answer of
-    a round holds what the rounds up to it isolated; the first finds where nothing is above.
+    "rounds" keeps one row over all armed rounds and moves each client's threshold by what its earlier counts told.
+    It asks for a batch that stays the same (batch_size 0) and catches sample after sample, whatever their labels:
+    see :mod:`~adversaries.reconstruction.malicious.fishing.bisection`. The answer of a round holds what the rounds
+    up to it isolated; the first finds where nothing is above.
 
     Parameters
     ----------
@@ -135,8 +120,8 @@ class Fishing(MaliciousServer, ReconstructionAttack):
             raise ConfigError(
                 f"setting 'fishing.target' = {self.target}: the head has classes 0 to {classes - 1}"
             )
-        if not is_readable(scenario):
-            self._inner().check(lone_scenario(scenario, 1))
+        if not isolation.is_readable(scenario):
+            self._inner().check(isolation.lone_scenario(scenario, 1))
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether rounds are read together."""
@@ -152,11 +137,11 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """The global model with its head replaced: one row, and a bias that lets one sample through."""
-        head = name_of_head(scenario)
+        head = isolation.name_of_head(scenario)
         generator = torch_rng(seed, "fishing.arm")
         row, bias = torch.zeros_like(weights[f"{head}.weight"]), torch.zeros_like(weights[f"{head}.bias"])
         known = [] if auxiliary is None or auxiliary.labels is None else auxiliary.labels.unique().tolist()
-        batch = scenario.training.batch_size or _UNKNOWN_BATCH
+        batch = scenario.training.batch_size or UNKNOWN_BATCH
         mode = self.mode
         if mode == "auto":
             mode = "class" if batch <= _FEW * (len(known) or len(bias)) else "feature"
@@ -165,15 +150,17 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         direction /= direction.norm()
         if mode == "class":
             row[target] = direction
-            bias[target] = -SATURATED
+            bias[target] = -isolation.SATURATED
         else:
             seen = (
-                features_of(scenario, weights, head, public_images(scenario, auxiliary, generator))
+                isolation.features_of(
+                    scenario, weights, head, isolation.public_images(scenario, auxiliary, generator)
+                )
                 @ direction
             )
             share = 1 - 1 / max(batch, 2) if self.quantile is None else self.quantile
             threshold, deviation = torch.quantile(seen, share), seen.std().clamp_min(1e-12)
-            steep = (SATURATED if mode == "feature" else bisection.STEEP) / deviation
+            steep = (isolation.SATURATED if mode == "feature" else bisection.STEEP) / deviation
             if mode == "rounds":
                 threshold = seen.mean() + bisection.BEYOND * deviation
             row[target] = direction * steep
@@ -181,25 +168,21 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         return dict(weights) | {f"{head}.weight": row, f"{head}.bias": bias}
 
     def tailor(
-        self,
-        scenario: Scenario,
-        weights: dict[str, Tensor],
-        place: int,
-        earlier: Sequence[Observation],
+        self, scenario: Scenario, weights: dict[str, Tensor], place: int, earlier: Sequence[Observation]
     ) -> dict[str, Tensor]:
         """Under mode "rounds", the earlier rounds' row with the next threshold, while the body stays the same."""
-        head = name_of_head(scenario)
+        head = isolation.name_of_head(scenario)
         name = f"{head}.weight"
         if self.mode != "rounds" or not earlier:
             return {}
         before = earlier[-1].weights
         if any(not torch.equal(before[n], t) for n, t in weights.items() if not n.startswith(f"{head}.")):
             return {}
-        target = row_of(earlier[-1], head)
+        target = isolation.row_of(earlier[-1], head)
         series = bisection.comparable_rounds(earlier, head)
         steep = before[name][target].norm()
-        public = public_images(scenario, earlier[0].auxiliary, torch_rng(0, "fishing.rounds"))
-        scores = features_of(scenario, before, head, public) @ (before[name][target] / steep)
+        public = isolation.public_images(scenario, earlier[0].auxiliary, torch_rng(0, "fishing.rounds"))
+        scores = isolation.features_of(scenario, before, head, public) @ (before[name][target] / steep)
         known, tried = bisection.threshold_rounds(series, head, target)
         chosen = bisection.next_threshold(known, tried, scores)
         bias = before[f"{head}.bias"].clone()
@@ -228,31 +211,30 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         for number, observation in enumerate(observations):
             self.check(observation.scenario)
             told = share_of(progress, number / len(observations), (number + 1) / len(observations))
+
+            def find(single: Observation, told: Progress = told) -> Reconstruction:
+                return self._inner().run([single], seed, device, told)[0]
+
             series = [observation]
             if self.mode == "rounds":
                 client, latest = observation.client, observation.round
                 up_to = [one for one in observations if one.client == client and one.round <= latest]
                 series = sorted(up_to, key=lambda one: one.round)
-            answers.append(self._several(series, known, seed, device, told))
+            answers.append(self._several(series, known, find))
         return answers
 
     def _several(
-        self,
-        series: list[Observation],
-        known: dict[bytes, Reconstruction],
-        seed: int,
-        device: torch.device,
-        told: Progress,
+        self, series: list[Observation], known: dict[bytes, Reconstruction], find: _Find
     ) -> Reconstruction:
         """One client's rounds up to the one that is answered; searches are kept in `known`."""
-        observation, head = series[-1], name_of_head(series[-1].scenario)
+        observation, head = series[-1], isolation.name_of_head(series[-1].scenario)
         try:
-            target = row_of(observation, head)
+            target = isolation.row_of(observation, head)
         except NotApplicable as refusal:
             return _answer(observation, None, None, {"status": "failed", "reason": str(refusal)})
         series = bisection.comparable_rounds(series, head)
         if len(series) == 1:
-            return self._one(observation, seed, device, told)
+            return self._one(observation, find)
         if not bisection.nothing_above(series[0], head, target):
             reason = "the first of these rounds, whose threshold lies above all samples, is missing"
             return _answer(observation, None, None, {"status": "failed", "reason": reason})
@@ -261,10 +243,11 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         found: list[tuple[Reconstruction, Tensor]] = []
         for single in bisection.alone(thresholds):
             key = single.update.values.numpy().tobytes()
-            isolated = read_head(single)
+            isolated = isolation.read_head(single)
             if key not in known:
-                searched = self._search(single, isolated, 1, seed, device, told)
-                known[key] = dataclasses.replace(searched, loss=misfit_of(single, isolated, searched.images))
+                searched = _search(single, isolated, 1, find)
+                misfit = isolation.misfit_of(single, isolated, searched.images)
+                known[key] = dataclasses.replace(searched, loss=misfit)
             if known[key].method != "read off" or known[key].loss <= CERTIFIED:
                 found.append((known[key], isolated.features))
         if not found:
@@ -277,11 +260,9 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         assert isinstance(inner, ReconstructionAttack)
         return inner
 
-    def _one(
-        self, observation: Observation, seed: int, device: torch.device, told: Progress
-    ) -> Reconstruction:
+    def _one(self, observation: Observation, find: _Find) -> Reconstruction:
         try:
-            isolated = read_head(observation)
+            isolated = isolation.read_head(observation)
         except NotApplicable as refusal:
             return _answer(observation, None, None, {"status": "failed", "reason": str(refusal)})
         count = round(isolated.count)
@@ -293,8 +274,8 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         reason = self._unusable(isolated, count)
         if reason:
             return _answer(observation, isolated, None, figures | {"status": "failed", "reason": reason})
-        found = self._search(observation, isolated, count, seed, device, told)
-        misfit = misfit_of(observation, isolated, found.images)
+        found = _search(observation, isolated, count, find)
+        misfit = isolation.misfit_of(observation, isolated, found.images)
         if found.method == "read off" and misfit > CERTIFIED:
             reason = "what was read has other features than what was caught: samples of the class and of others mixed"
             return _answer(observation, isolated, None, figures | {"status": "failed", "reason": reason})
@@ -307,32 +288,24 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         }
         return _answer(observation, isolated, dataclasses.replace(found, loss=misfit), figures)
 
-    def _search(
-        self,
-        observation: Observation,
-        isolated: Isolated,
-        count: int,
-        seed: int,
-        device: torch.device,
-        told: Progress,
-    ) -> Reconstruction:
-        """The images that were isolated: read off the first layer, or searched for."""
-        single = as_whole_batch(observation, isolated, count)
-        if count == 1 and is_readable(observation.scenario):
-            return Reconstruction(
-                read_off(single)[None], torch.zeros(1, dtype=torch.int64), 0.0, method="read off"
-            )
-        return self._inner().run([single], seed, device, told)[0]
-
     def _unusable(self, isolated: Isolated, count: int) -> str:
         """Why what was isolated cannot be used; empty: it can."""
-        if abs(isolated.count - count) > COUNT_ERROR:
+        if abs(isolated.count - count) > bisection.COUNT_ERROR:
             return f"{isolated.count:.3f} samples were caught, no integer: one lies at the threshold"
         if count < 1:
             return "nothing was caught, or as many of the class as of others"
         if count > self.most:
             return f"{count} samples were caught, more than fishing.most = {self.most}"
         return ""
+
+
+def _search(observation: Observation, isolated: Isolated, count: int, find: _Find) -> Reconstruction:
+    """The images that were isolated: read off the first layer, or searched for."""
+    single = isolation.as_whole_batch(observation, isolated, count)
+    if count > 1 or not isolation.is_readable(observation.scenario):
+        return find(single)
+    label = torch.zeros(1, dtype=torch.int64)
+    return Reconstruction(isolation.read_off(single)[None], label, 0.0, method="read off")
 
 
 def _isolated(
@@ -342,10 +315,10 @@ def _isolated(
     figures: dict[str, Any],
 ) -> Reconstruction:
     """The answer to the latest round of a series: what was isolated, with features (F,), and labels for it."""
-    observation, head = series[-1], name_of_head(series[-1].scenario)
+    observation, head = series[-1], isolation.name_of_head(series[-1].scenario)
     scenario = observation.scenario
-    images = public_images(scenario, observation.auxiliary, torch_rng(0, "fishing.rounds"))
-    public = features_of(scenario, observation.weights, head, images)
+    images = isolation.public_images(scenario, observation.auxiliary, torch_rng(0, "fishing.rounds"))
+    public = isolation.features_of(scenario, observation.weights, head, images)
     together = Reconstruction(
         images=torch.cat([one.images for one, _ in found]),
         labels=torch.zeros(len(found), dtype=torch.int64),

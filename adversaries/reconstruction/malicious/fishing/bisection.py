@@ -2,9 +2,8 @@
 
 Under fishing's head a sample reaches the body by the one steep row alone, and by how much depends on nothing but its
 label and whether its feature lies above the threshold. Between two rounds with the same body, row and batch, what
-changes is the gradient of the samples between the two thresholds: each by the same residual, whatever its label.
-Their number is the difference of the counts, to the integer, so that thresholds can be chosen, round by round, until
-every sample lies between two of them alone.
+changes is the gradient of the samples between the two thresholds, each by the same residual. Their number is the
+difference of the counts, to the integer: thresholds are chosen until every sample lies between two of them alone.
 """
 
 from __future__ import annotations
@@ -45,16 +44,10 @@ _PUBLIC = 8
 
 @dataclass(frozen=True)
 class ThresholdRound:
-    """One round: its threshold, and how many samples lie above it.
+    """One round: the feature's threshold, infinite at the two ends, and how many samples lie above it.
 
-    Attributes
-    ----------
-    threshold : float
-        Of the feature; infinite for the two ends, of which the upper was sent and the lower is known.
-    above : int
-        Samples above the threshold.
-    observation : Observation or None
-        Its update is a gradient.
+    Of the ends the upper was sent, the lower is known, without an observation; an observation's update is a
+    gradient.
     """
 
     threshold: float
@@ -79,18 +72,10 @@ def comparable_rounds(observations: Sequence[Observation], head: str) -> list[Ob
 def threshold_rounds(
     observations: Sequence[Observation], head: str, target: int
 ) -> tuple[list[ThresholdRound], list[float]]:
-    """What one series of rounds tells, by ascending threshold, and all thresholds that were tried.
+    """What a series of :func:`comparable_rounds` tells, by ascending threshold, and all thresholds that were tried.
 
-    Rounds in which a sample lay at the threshold count no integer, and are left out.
-
-    Parameters
-    ----------
-    observations : sequence of Observation
-        From :func:`comparable_rounds`; the first has a threshold above everything.
-    head : str
-        Name of the last linear layer.
-    target : int
-        Its row that is not zero.
+    Its first has a threshold above everything. Rounds in which a sample lay at the threshold count no integer, and
+    are left out. `target` is the only row of `head` that is not zero.
     """
     counts = []
     for one in observations:
@@ -129,17 +114,7 @@ def _class_counts(first: Observation, head: str, target: int) -> tuple[Tensor, T
 
 
 def next_threshold(known: Sequence[ThresholdRound], tried: Sequence[float], scores: Tensor) -> float | None:
-    """The threshold to send next; None: every sample lies alone between two thresholds.
-
-    Parameters
-    ----------
-    known : sequence of ThresholdRound
-        From :func:`threshold_rounds`.
-    tried : sequence of float
-        Thresholds too close to which nothing new would be learnt.
-    scores : Tensor
-        Feature of public images.
-    """
+    """The threshold to send next, off those `tried`, by public `scores`; None: each sample lies alone between two."""
     deviation = float(scores.std().clamp_min(1e-12))
     crowded = [
         (low.above - high.above, -low.threshold, low, high)
@@ -180,10 +155,7 @@ def _inside(low: float, high: float, share: float, scores: Tensor, deviation: fl
 
 
 def alone(known: Sequence[ThresholdRound]) -> list[Observation]:
-    """For every sample that lies between two thresholds alone, the topmost first, the gradient of that sample.
-
-    It is answered as an observation of fishing's head that let nothing else through.
-    """
+    """For every sample alone between two thresholds, the topmost first, an observation of its gradient alone."""
     found = []
     for low, high in itertools.pairwise(known):
         if low.above - high.above != 1 or low.observation is None or high.observation is None:
@@ -198,12 +170,8 @@ def alone(known: Sequence[ThresholdRound]) -> list[Observation]:
 class Classes:
     """What the threshold above everything tells of the classes in a batch.
 
-    Attributes
-    ----------
-    counts : Tensor
-        int64 (classes,): samples of each, exact.
-    sums : Tensor
-        float64 (classes, F): sums of their features, where the batch has the public mean.
+    `counts`, int64 (classes,), of samples are exact; `sums`, float64 (classes, F), are of their features, where the
+    batch has the public mean.
     """
 
     counts: Tensor
@@ -211,14 +179,9 @@ class Classes:
 
     @classmethod
     def of(cls, first: Observation, head: str, target: int, mean: Tensor) -> Classes:
-        """Read the head's gradient, with nothing above the threshold.
+        """Read the head's gradient, with nothing above the threshold; `mean`, float64 (F,), is of public features.
 
         There the row's own class has probability 0 and all others 1 / (classes - 1), for every sample.
-
-        Parameters
-        ----------
-        mean : Tensor
-            float64 (F,): mean feature of public images.
         """
         weight = one_gradient.as_gradient(first).dense()[f"{head}.weight"].double() * first.num_examples
         counts, expected = _class_counts(first, head, target)
@@ -226,24 +189,11 @@ class Classes:
         return cls(counts, expected[:, None] * mean - weight)
 
     def assign(self, features: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels of single samples: whose class' sum holds their features.
+        """Labels of single samples (n, F): whose class' sum holds their features.
 
         What a sample adds to its class' sum is told from what others do by whitening with the covariance of public
-        features, the surest sample first, and no class more often than it was counted.
-
-        Parameters
-        ----------
-        features : Tensor
-            (n, F).
-        public : Tensor
-            (N, F).
-
-        Returns
-        -------
-        Tensor
-            int64 (n,).
-        Tensor
-            bool (n,): whether the class is at least twice as likely a holder as any other, by that measure.
+        features (N, F), the surest sample first, and no class more often than it was counted. Beside each label
+        stands whether its class is at least twice as likely a holder as any other, by that measure.
         """
         public, features = public.double(), features.double()
         mean = public.mean(0)

@@ -25,20 +25,10 @@ _IMAGES = 2048
 
 @dataclass(frozen=True)
 class Isolated:
-    """What the armed head tells.
+    """What the armed head tells: its name, and of its only row that is not zero, `target`, what that let through.
 
-    Attributes
-    ----------
-    head : str
-        Its name.
-    target : int
-        The class whose row is not zero.
-    count : float
-        How many samples it let through.
-    sign : float
-        Their residual: -1 for samples of the class, 1 for samples of others.
-    features : Tensor
-        float32 (F,): their mean features.
+    `count` samples, with residual `sign` (-1 for samples of the class, 1 for others) and mean `features`, float32
+    (F,).
     """
 
     head: str
@@ -94,13 +84,7 @@ def features_of(scenario: Scenario, weights: dict[str, Tensor], head: str, image
 
 
 def row_of(observation: Observation, head: str) -> int:
-    """The only row of the head that is not zero.
-
-    Raises
-    ------
-    NotApplicable
-        If the head is not this attack's.
-    """
+    """The only row of the head that is not zero; NotApplicable for a head that is not this attack's."""
     rows = torch.nonzero(observation.weights[f"{head}.weight"].abs().amax(1))[:, 0]
     if len(rows) != 1:
         raise NotApplicable(
@@ -111,13 +95,7 @@ def row_of(observation: Observation, head: str) -> int:
 
 
 def read_head(observation: Observation) -> Isolated:
-    """Read the armed head's gradient.
-
-    Raises
-    ------
-    NotApplicable
-        If the head is not this attack's.
-    """
+    """Read the armed head's gradient; NotApplicable for a head that is not this attack's."""
     head = name_of_head(observation.scenario)
     target = row_of(observation, head)
     sent = one_gradient.as_gradient(observation).dense()
@@ -130,9 +108,9 @@ def read_head(observation: Observation) -> Isolated:
 def as_whole_batch(observation: Observation, isolated: Isolated, count: int) -> Observation:
     """The observation as if the isolated samples had been the whole batch, under a head with the same residuals.
 
-    The body's gradient is theirs already, but for the batch size in the mean and the steepness of the row. The head's
-    is written anew from their features, as other samples are in it too. In the new head the residual is constant, so
-    that no search starts on the dark side of the threshold.
+    The body's gradient is theirs already, but for the batch size in the mean and the steepness of the row. The
+    head's is written anew from their features, as other samples are in it too. In the new head the residual is
+    constant, so that no search starts on the dark side of the threshold.
     """
     update, head, target = one_gradient.as_gradient(observation), isolated.head, isolated.target
     classes = len(observation.weights[f"{head}.bias"])
@@ -146,7 +124,9 @@ def as_whole_batch(observation: Observation, isolated: Isolated, count: int) -> 
     residual = torch.full((classes,), 1 / (classes - 1)) if isolated.sign < 0 else torch.zeros(classes)
     residual[target] = isolated.sign
     if isolated.sign > 0:
-        residual[_guess(classes, target)] = -1.0
+        residual[
+            (target + 1) % classes
+        ] = -1.0  # which label leaves no trace in the body: any other class will do
     scale = observation.num_examples / (count * steep)
     tensors = {name: tensor * scale for name, tensor in update.dense().items()}
     tensors[f"{head}.weight"] = torch.outer(residual, isolated.features)
@@ -160,11 +140,6 @@ def as_whole_batch(observation: Observation, isolated: Isolated, count: int) -> 
         update=single,
         num_examples=count,
     )
-
-
-def _guess(classes: int, target: int) -> int:
-    """A label for what was isolated by feature: it leaves no trace in the body, any other class will do."""
-    return (target + 1) % classes
 
 
 def read_off(single: Observation) -> Tensor:
