@@ -6,15 +6,24 @@ import re
 from pathlib import Path
 
 from fedattack.defenses import DEFENSES
+from fedattack.unlearning import MECHANISMS
 from simulations.cli.catalogue import attacks_markdown
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_attacks_is_the_one_that_the_command_writes() -> None:
     rows = re.search(r"^\| attack \| who .*\n\|[-|]+\n(?:\|.*\n)+", README, re.M)
     assert rows is not None
     assert rows[0] == attacks_markdown(), "paste what `fedattack list attacks --markdown` writes"
+
+
+def test_every_path_and_mechanism_is_there() -> None:
+    paths = set(re.findall(r"`((?:fedattack|adversaries|strategies|simulations)/[\w/.]+)`", README))
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    assert all(f"`{name}`" in README for name in MECHANISMS)
 
 
 def test_every_defence_is_named() -> None:

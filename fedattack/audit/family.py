@@ -311,7 +311,10 @@ def headline(results: Sequence[AuditResult], federation: Figures | None = None) 
     """
     if not results:
         return None
-    worst = min(results, key=lambda result: SEVERITY.index(result.level))
+    first = min(results, key=lambda result: SEVERITY.index(result.level))
+    alike = [one for one in results if (one.level, one.family) == (first.level, first.family)]
+    read = get_family(first.family).leakage.read
+    worst = max(alike, key=lambda result: (read(result.summary) or {}).get("mean") or 0.0)
     seat, assumptions = str(worst.threat.get("seat", "")), _assumptions(worst, federation or {})
     words = get_family(worst.family).words(worst.level)
     by = f"by {worst.attack}{f', seat: {seat}' if seat else ''}"

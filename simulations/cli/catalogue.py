@@ -114,9 +114,9 @@ def described(name: str) -> list[tuple[str, str]]:
 def settings_tables(
     name: str | None = None, *, strict: bool = True
 ) -> dict[str, list[tuple[str, str, str, str]]]:
-    """Title -> (dotted setting, option, default, meaning) of every setting, then of each attack's and defence's.
+    """Title -> (dotted setting, option, default, meaning) of every setting, then of each plug-in that has some.
 
-    With `name` those of that attack or defence alone.
+    With `name` those of that attack, defence or mechanism alone.
 
     Raises
     ------
@@ -124,9 +124,13 @@ def settings_tables(
         If there is none of that name, where `strict`.
     """
     tables = {} if name else {"Settings of a run": _run_settings()}
-    kinds = (("Attack", ATTACKS, ""), ("Defence", DEFENSES, "defense."))
+    kinds: tuple[tuple[str, Registry[Any], str], ...] = (
+        ("Attack", ATTACKS, ""),
+        ("Defence", DEFENSES, "defense."),
+        ("Mechanism", MECHANISMS, "unlearning."),
+    )
     if strict and name and ":" not in name and not any(name in registry for _, registry, _ in kinds):
-        raise unknown_name("attack or defence", name, [*ATTACKS, *DEFENSES])
+        raise unknown_name("attack, defence or mechanism", name, [*ATTACKS, *DEFENSES, *MECHANISMS])
     for kind, registry, prefix in kinds:
         wanted = registry.names() if name is None else [name] if name in registry else []
         for one in wanted or ([name] if name and ":" in name and kind == "Attack" else []):

@@ -205,6 +205,8 @@ def test_one_headline_stands_above_all_attacks() -> None:
         "weights; batch 1, "
         "1 local step; 64 public images granted; first round)"
     )
+    more = audit_reconstruction("ig", observations, noisy(truths, 0.001), truths, 1.0)
+    assert [headline(two)["attack"] for two in ([leak, more], [more, leak])] == ["ig", "ig"]
     later = [row | {"round": 3 - index % 2} for index, row in enumerate(leak.records)]
     assert (
         "(tiny-cnn at 31.0 % to 35.0 % accuracy; batch"
