@@ -46,10 +46,4 @@ ATTACKS: Registry[type[Attack]] = Registry(
     base="adversaries.base:Attack",
 )
 
-__all__ = [
-    "ATTACKS",
-    "Attack",
-    "MembershipAttack",
-    "ReconstructionAttack",
-    "UnlearningAttack",
-]
+__all__ = ["ATTACKS", "Attack", "MembershipAttack", "ReconstructionAttack", "UnlearningAttack"]

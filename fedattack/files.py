@@ -22,14 +22,15 @@ _REASONS = {
 }
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file whole or not at all (RunFailed): to a temporary neighbour first, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as stream:
-                stream.write(data)
+                for part in parts:
+                    stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
@@ -38,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 temporary.unlink()
             raise
     except OSError as error:
-        raise cannot_write(path, error, len(data)) from error
+        raise cannot_write(path, error, sum(memoryview(part).nbytes for part in parts)) from error
 
 
 def cannot_write(path: Path, error: OSError, size: int) -> RunFailed:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 from fedattack.config import TrainingConfig
 from fedattack.errors import DataError, RunFailed
@@ -187,3 +189,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
             raise RunFailed(f"weights do not fit the model: {name!r} is {found}, should be {wanted}")
         tensor.copy_(weights[name])
+
+
+@torch.no_grad()
+def sample_losses(
+    model: nn.Module, state: dict[str, Tensor], images: Tensor, labels: Tensor, chunk: int = 256
+) -> Tensor:
+    """Cross-entropy of each sample under `state`, float64 (N,), on the CPU; `model` in eval mode."""
+    device = next(model.parameters()).device
+    state = {name: tensor.to(device) for name, tensor in state.items()}
+    parts = [
+        cross_entropy(functional_call(model, state, (x.to(device),)), y.to(device), reduction="none")
+        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True)
+    ]
+    return torch.cat(parts).double().cpu()

@@ -291,10 +291,7 @@ def check_denoiser(
 @learn.command("train-generator")
 @with_settings
 def train_generator(
-    out: Output,
-    epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    *,
-    config: Config,
+    out: Output, epochs: Annotated[int | None, typer.Option(min=1)] = None, *, config: Config
 ) -> None:
     """Train the generator that turns an intercepted update into an image, through the same compressor."""
     from simulations.cli.hcgla import run_train_generator

@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from adversaries.membership.base import MembershipAttack
-from adversaries.membership.per_sample import losses
 from adversaries.needs import Needs
 from adversaries.seats import ClientView, MaliciousClient
 from fedattack.models import build_model
 from fedattack.observation import Candidates
+from fedattack.training import sample_losses
 
 FIRST = "first."
 
@@ -44,8 +44,8 @@ class ClientLoss(MaliciousClient, MembershipAttack):
     def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
         """ "scores", float64 (N,)."""
         model = build_model(view.scenario.model).eval()
-        scores = -losses(model, view.weights, question.images, question.labels)
+        scores = -sample_losses(model, view.weights, question.images, question.labels)
         if view.memory:  # else it was never drawn, and has but the last model
             first = {name.removeprefix(FIRST): tensor for name, tensor in view.memory.items()}
-            scores += losses(model, first, question.images, question.labels)
+            scores += sample_losses(model, first, question.images, question.labels)
         return {"scores": scores}

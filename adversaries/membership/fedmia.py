@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from adversaries.membership.base import Figures, MembershipAttack
-from adversaries.membership.per_sample import gradient_products, losses
+from adversaries.membership.per_sample import gradient_products
 from adversaries.needs import Needs
 from adversaries.seats import CuriousServer
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Candidates, MembershipScores, Observation
+from fedattack.training import sample_losses
 
 MIN_SHADOWS = 2
 """Other clients that must have answered in a round: a spread needs two."""
@@ -125,7 +126,7 @@ def statistics(
     """``s_k(x)`` of one round, float64 (K, N): a row per observation, a column per candidate."""
     images, labels = candidates.images, candidates.labels
     if statistic == "loss":
-        return torch.stack([-losses(model, client_model(o), images, labels) for o in answers])
+        return torch.stack([-sample_losses(model, client_model(o), images, labels) for o in answers])
     result = torch.empty(len(answers), len(images), dtype=torch.float64)
     for group in _same_weights(answers):
         updates = [answers[k].update for k in group]

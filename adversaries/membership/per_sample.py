@@ -167,19 +167,3 @@ def gradient_products(
             products[k, here] += part.dot(rows).double().cpu()
         norms[here] = squares.sqrt().double().cpu()
     return products, norms
-
-
-@torch.no_grad()
-def losses(
-    model: nn.Module, state: dict[str, Tensor], images: Tensor, labels: Tensor, chunk: int = 256
-) -> Tensor:
-    """Cross-entropy of each sample under `state`, float64 (N,), on the CPU; `model` in eval mode."""
-    device = next(model.parameters()).device
-    state = {name: tensor.to(device) for name, tensor in state.items()}
-    parts = [
-        functional.cross_entropy(
-            functional_call(model, state, (x.to(device),)), y.to(device), reduction="none"
-        )
-        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True)
-    ]
-    return torch.cat(parts).double().cpu()

@@ -315,7 +315,7 @@ def headline(results: Sequence[AuditResult], federation: Figures | None = None) 
     alike = [one for one in results if (one.level, one.family) == (first.level, first.family)]
     read = get_family(first.family).leakage.read
     worst = max(alike, key=lambda result: (read(result.summary) or {}).get("mean") or 0.0)
-    seat, assumptions = str(worst.threat.get("seat", "")), _assumptions(worst, federation or {})
+    seat, held = str(worst.threat.get("seat", "")), _assumptions(worst, federation or {})
     words = get_family(worst.family).words(worst.level)
     by = f"by {worst.attack}{f', seat: {seat}' if seat else ''}"
     if worst.level in ("leak", "partial"):
@@ -323,12 +323,16 @@ def headline(results: Sequence[AuditResult], federation: Figures | None = None) 
     elif worst.level == "failed":
         text = "every attack failed, which says nothing about the model"
     else:
-        text = f"nothing found: {words}, {by}"
-        unsure = [r.attack for r in results if r.level in ("undecided", "failed") and r is not worst]
-        text += f"; {', '.join(unsure)} cannot tell either" if unsure else ""
-    text += f" ({'; '.join(assumptions)})" if assumptions else ""
+        unsure = ", ".join(r.attack for r in results if r.level in ("undecided", "failed"))
+        text = (
+            f"undecided: {unsure} cannot tell"
+            if worst.level == "undecided"
+            else f"nothing found: {words}, {by}"
+        )
+        text += f"; {unsure} cannot tell" if unsure and worst.level == "none" else ""
+    text += f" ({'; '.join(held)})" if held else ""
     found = {"level": worst.level, "attack": worst.attack, "seat": seat}
-    return found | {"assumptions": assumptions, "text": text}
+    return found | {"assumptions": [*held, *worst.threat.get("assumptions", ())], "text": text}
 
 
 def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
@@ -353,4 +357,4 @@ def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
             told.append(f"defences: {', '.join(names)}")
         granted = s["auxiliary"]
         told.append(f"{granted['count']:,} public images granted" if granted else "no public images granted")
-    return told + [str(one) for one in result.threat.get("assumptions", ())]
+    return told

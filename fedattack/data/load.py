@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from fedattack.config import DataConfig
-from fedattack.data.dataset import ImageDataset, Listing, joined, random_labels
-from fedattack.errors import ConfigError, DataError
+from fedattack.data.dataset import ImageDataset, Listing, joined
+from fedattack.errors import DataError
 from fedattack.registry import Registry
 from fedattack.rng import numpy_rng
 
@@ -36,12 +36,11 @@ DATASETS: Registry[Callable[[DataConfig], Listing]] = Registry(
 )
 
 
-def load_dataset(config: DataConfig, seed: int, classes: int | None = None) -> ImageDataset:
+def load_dataset(config: DataConfig, seed: int) -> ImageDataset:
     """The data set of `config.name`; DataError if its files are missing, corrupt or of the wrong format.
 
     `limit` draws a seeded subset before any picture is decoded; `image_size` resizes (antialiased bilinear,
-    non-square pictures centre-cropped). `classes` is the label space under ``labels = "random"``; None: the data
-    set's own.
+    non-square pictures centre-cropped). Labels are the natural ones.
     """
     listing = DATASETS.get(config.name)(config)
     count = len(listing.labels)
@@ -52,7 +51,7 @@ def load_dataset(config: DataConfig, seed: int, classes: int | None = None) -> I
     if config.limit is not None and config.limit < count:
         ids = np.sort(numpy_rng(seed, "data.limit").choice(count, config.limit, replace=False))
         note = joined(note, f"limit: {config.limit:,} of {count:,} images, a seeded draw")
-    dataset = ImageDataset(
+    return ImageDataset(
         name=config.name,
         images=np.ascontiguousarray(listing.read(ids, config.image_size or listing.image_size)),
         labels=listing.labels[ids],
@@ -61,8 +60,3 @@ def load_dataset(config: DataConfig, seed: int, classes: int | None = None) -> I
         note=note,
         group_names=listing.group_names,
     )
-    if config.labels == "random":
-        if classes is not None and classes < 1:
-            raise ConfigError(f"random labels need at least one class, got {classes}")
-        return random_labels(dataset, classes or dataset.classes, seed)
-    return dataset

@@ -37,7 +37,7 @@ def build_world(config: Config) -> World:
     """
     data, seed = config.data, config.seed
     # Random labels need the head's width, and the head may depend on the natural label space.
-    dataset = load_dataset(data.model_copy(update={"labels": "natural"}), seed)
+    dataset = load_dataset(data, seed)
     classes = dataset.classes
     if data.labels == "random" and config.model.classes is not None:
         classes = min(classes, config.model.classes)

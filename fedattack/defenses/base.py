@@ -29,7 +29,6 @@ class Defense:
 
     def check(self, scenario: Scenario) -> None:
         """Refuse (NotApplicable) a scenario this defence cannot apply to, before anything starts."""
-        del scenario
 
     def model(self, model: ModelConfig) -> ModelConfig:
         """The resolved model, as this defence changes it for everybody."""
@@ -37,19 +36,16 @@ class Defense:
 
     def images(self, images: Tensor, generator: Generator) -> Tensor:
         """What the model is shown in this round in the place of `images`, float32 (n, C, H, W) in [0, 1]."""
-        del generator
         return images
 
     def gradient(
         self, model: nn.Module, images: Tensor, labels: Tensor, inner: GradientStep, generator: Generator
     ) -> LossAndGradient:
         """One batch's loss and gradient, from that of the defences before it (`inner`)."""
-        del generator
         return inner(model, images, labels)
 
     def update(self, update: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """What is sent, before compression, in the place of `update` (name -> tensor; not to be modified)."""
-        del generator
         return update
 
     def privacy(
@@ -59,5 +55,4 @@ class Defense:
 
         `statistics_sent`: BatchNorm statistics travel beside the update, unprotected.
         """
-        del training, samples, rounds, statistics_sent
         return None

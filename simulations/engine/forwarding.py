@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 
@@ -22,15 +22,8 @@ class ForwardingGrid(Grid):
     def run(self) -> Any:
         return self.grid.run
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return self.grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+    def create_message(self, *parts: Any, **named: Any) -> Message:
+        return self.grid.create_message(*parts, **named)
 
     def get_node_ids(self) -> Iterable[int]:
         return self.grid.get_node_ids()

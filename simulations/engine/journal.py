@@ -6,19 +6,17 @@ Files are safetensors and JSON, written beside their place and then renamed, so 
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from flwr.app import Message
 from safetensors import SafetensorError, safe_open
 
 from fedattack.errors import RunFailed
+from fedattack.files import write_bytes
 from simulations.engine.flower_internals import Answer, Plain, plain_answer, reply_of
 from simulations.engine.forwarding import ForwardingGrid
 from strategies.messages import CONFIG, ROUND
@@ -63,8 +61,7 @@ class Journal:
 
     def write_record(self, number: int, record: Mapping[str, Any]) -> None:
         """Keep a round's figures."""
-        text = json.dumps(record).encode()
-        self._write(self.folder / f"round-{number:05d}.json", lambda file: file.write(text))
+        write_bytes(self.folder / f"round-{number:05d}.json", json.dumps(record).encode())
 
     def read_record(self, number: int) -> dict[str, Any] | None:
         """A round's figures, or None where the run was killed before they were known."""
@@ -118,14 +115,7 @@ class Journal:
         header["__metadata__"] = {"answers": json.dumps(described)}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-
-        def write(file: BinaryIO) -> None:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for blob in blobs:
-                file.write(blob)
-
-        self._write(path, write)
+        write_bytes(path, len(text).to_bytes(8, "little"), text, *blobs)
 
     def _read_blobs(self, path: Path) -> dict[int, Any]:
         try:
@@ -155,25 +145,6 @@ class Journal:
             else:
                 plain.append((name, kind, _from_jsonable(entries)))
         return plain
-
-    def _write(self, path: Path, write: Any) -> None:
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise RunFailed(
-                    f"no space left on the disk that holds {str(self.folder)!r}: round not journaled; free some "
-                    "space and start the same run again, it goes on from the last complete round"
-                ) from error
-            raise RunFailed(f"cannot write the journal file {str(path)!r}: {error.strerror}") from error
 
 
 def _damaged(path: Path, error: Exception) -> RunFailed:

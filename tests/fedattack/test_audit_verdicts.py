@@ -203,8 +203,9 @@ def test_one_headline_stands_above_all_attacks() -> None:
     assert top["text"] == (
         "worst found: private images recovered, by hcgla, seat: curious server (tiny-cnn at its initial "
         "weights; batch 1, "
-        "1 local step; 64 public images granted; first round)"
+        "1 local step; 64 public images granted)"
     )
+    assert top["assumptions"][-1] == "first round"
     more = audit_reconstruction("ig", observations, noisy(truths, 0.001), truths, 1.0)
     assert [headline(two)["attack"] for two in ([leak, more], [more, leak])] == ["ig", "ig"]
     later = [row | {"round": 3 - index % 2} for index, row in enumerate(leak.records)]
@@ -212,12 +213,10 @@ def test_one_headline_stands_above_all_attacks() -> None:
         "(tiny-cnn at 31.0 % to 35.0 % accuracy; batch"
         in headline([dataclasses.replace(leak, records=later)], federation)["text"]
     )
-    assert headline([idle], federation)["text"] == (
-        "nothing found: undecided, by fedmia (model at 35.0 % accuracy)"
-    )
+    assert headline([idle], federation)["text"] == "undecided: fedmia cannot tell (model at 35.0 % accuracy)"
     failed = audit_reconstruction("ig", observations, [None] * 6, truths, 1.0)
     assert headline([failed])["text"].startswith("every attack failed")
-    assert "ig cannot tell either" in headline([idle, failed])["text"]
+    assert headline([idle, failed])["text"].startswith("undecided: fedmia, ig cannot tell")
 
 
 def test_the_method_and_why_it_fell_back_stand_beside_the_score() -> None:

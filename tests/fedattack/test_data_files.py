@@ -21,6 +21,7 @@ from PIL import Image
 from fedattack.config import DataConfig
 from fedattack.data import DATASETS, load_dataset
 from fedattack.data.cifar import load_batch
+from fedattack.data.dataset import random_labels
 from fedattack.data.files import open_tree
 from fedattack.data.idx import read_idx
 from fedattack.data.pixels import adapt, decode
@@ -553,17 +554,16 @@ def test_limit_draws_before_decoding(tmp_path: Path) -> None:
 
 
 def test_random_labels_are_distinct_while_they_last() -> None:
-    config = DataConfig(name="digits", labels="random")
-    wide = load_dataset(config, seed=3, classes=2000)
+    natural = load_dataset(DataConfig(name="digits"), seed=3)
+    wide = random_labels(natural, 2000, seed=3)
     assert len(np.unique(wide.labels)) == 1797
     assert wide.classes == 2000
-    narrow = load_dataset(config, seed=3, classes=10)
+    narrow = random_labels(natural, 10, seed=3)
     counts = np.bincount(narrow.labels)
     assert counts.max() - counts.min() <= 1
     assert "random draw" in narrow.note
-    natural = load_dataset(DataConfig(name="digits"), seed=3)
     np.testing.assert_array_equal(natural.images, narrow.images)
     # Independent of the natural labels: agreement is binomial(1797, 0.1), 180 +- 13.
     assert 120 < int((natural.labels == narrow.labels).sum()) < 240
-    np.testing.assert_array_equal(load_dataset(config, 3, 10).labels, narrow.labels)
-    assert not np.array_equal(load_dataset(config, 4, 10).labels, narrow.labels)
+    np.testing.assert_array_equal(random_labels(natural, 10, 3).labels, narrow.labels)
+    assert not np.array_equal(random_labels(natural, 10, 4).labels, narrow.labels)

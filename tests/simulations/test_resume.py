@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_clear_sentence(
         real(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunFailed, match=r"no space left on the disk that holds .*journal"):
+    with pytest.raises(RunFailed, match=r"cannot write .*journal.*: no space left on the device"):
         run_federation(CONFIG, build_world(CONFIG), run_dir=tmp_path)
     monkeypatch.undo()
     assert not list(folder.glob("*.part"))
@@ -215,16 +215,16 @@ def test_a_full_disk_is_one_clear_sentence(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_really_full_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "with_suffix", lambda self, suffix: Path("/dev/full"))
+    monkeypatch.setattr(Path, "with_name", lambda self, name: Path("/dev/full"))
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
-    with pytest.raises(RunFailed, match="no space left on the disk"):
+    with pytest.raises(RunFailed, match="no space left on the device"):
         Journal(tmp_path).write_record(1, {"round": 1})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_journal_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "journal").write_text("a file, where a folder should be")
-    with pytest.raises(RunFailed, match="cannot write the journal file"):
+    with pytest.raises(RunFailed, match=r"cannot write .*journal"):
         run_federation(CONFIG, build_world(CONFIG), run_dir=tmp_path)
 
 

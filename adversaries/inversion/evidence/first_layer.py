@@ -41,12 +41,10 @@ class FirstLayer:
 @lru_cache(maxsize=16)
 def first_layer(model: ModelConfig) -> FirstLayer:
     """The first layer of a resolved model, where it is linear and sees the pixels themselves; else NotApplicable."""
-    assert model.channels is not None
-    assert model.image_size is not None
     with torch.random.fork_rng(devices=[]):
         module = build_model(model).eval()
-    probe = torch.linspace(0, 1, model.channels * model.image_size**2)
-    probe = probe.reshape(1, model.channels, model.image_size, model.image_size)
+    channels, side, _ = model.resolved
+    probe = torch.linspace(0, 1, channels * side**2).reshape(1, channels, side, side)
     order: list[tuple[str, nn.Module, Tensor]] = []
     for name, part in module.named_modules():
         if list(part.parameters(recurse=False)):

@@ -12,13 +12,7 @@ from torch.func import functional_call
 
 from adversaries.inversion.gradients.closed_form import Weights
 from adversaries.inversion.gradients.schedule import Schedule
-from adversaries.inversion.gradients.sent import (
-    BatchNormMode,
-    Layout,
-    Prediction,
-    Statistics,
-    targets_of,
-)
+from adversaries.inversion.gradients.sent import BatchNormMode, Layout, Prediction, Statistics, targets_of
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.models import build_model
 

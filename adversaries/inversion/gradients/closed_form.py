@@ -144,9 +144,8 @@ def describe(model: ModelConfig) -> Chain:
             f"model.name = {model.name!r} is no chain of convolutions with one linear head, for which the "
             "closed-form gradients are written; use lenet-zhu or tiny-cnn"
         )
-    assert model.channels is not None
-    assert model.image_size is not None
-    image_shape = (model.channels, model.image_size, model.image_size)
+    channels, side, _ = model.resolved
+    image_shape = (channels, side, side)
     activations = torch.zeros(1, *image_shape)
     layers: list[Convolution] = []
     for position, layer in enumerate(module.body):

@@ -142,18 +142,15 @@ class ExplicitGradients:
         steps = trace(build_model(model), own, batch_norm)
         self._layout, self.sent = layout, layout.sent
         shapes = {segment.name: segment.shape for segment in self.sent.segments}
-        assert model.channels is not None
-        assert model.image_size is not None
-        image_shape = (model.channels, model.image_size, model.image_size)
-        self._folded = Network(fold(steps, image_shape, device), shapes)
+        channels, side, classes = model.resolved
+        self._folded = Network(fold(steps, (channels, side, side), device), shapes)
         # Folded layers have no BatchNorm inputs to take statistics of.
         self._whole = Network(steps, shapes)
         self.joint = len(self.sent.values) * self._whole.size <= _JOINT_UP_TO
         self._room: Tensor | None = None
         self._targets: Tensor | None = None
         if labels is not None:
-            assert model.classes is not None
-            self._targets = F.one_hot(labels.to(device), model.classes).float()
+            self._targets = F.one_hot(labels.to(device), classes).float()
 
     def predict(
         self,

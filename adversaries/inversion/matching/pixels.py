@@ -106,11 +106,7 @@ class Spectrum:
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        auxiliary: Auxiliary | None,
-        device: torch.device,
-        exponent: float = 0.5,
+        self, shape: tuple[int, ...], auxiliary: Auxiliary | None, device: torch.device, exponent: float = 0.5
     ) -> None:
         _, channels, height, width = shape
         self._shape = shape

@@ -189,11 +189,7 @@ class _Descent:
 
 
 def solve(
-    network: Network,
-    prior: Whitening,
-    draw: Draw,
-    settings: Settings,
-    progress: Progress = no_progress,
+    network: Network, prior: Whitening, draw: Draw, settings: Settings, progress: Progress = no_progress
 ) -> Solution:
     """Find images whose gradient is what was sent, chosen among starts and hops (of `draw`) by residual alone."""
     spent = network.products

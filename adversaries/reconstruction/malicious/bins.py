@@ -186,8 +186,7 @@ def _calm(
         images = auxiliary.images[:64]
     else:
         images = torch.rand(64, *scenario.image_shape, generator=generator)
-    assert scenario.model.classes is not None
-    labels = torch.randint(0, scenario.model.classes, (len(images),), generator=generator)
+    labels = torch.randint(0, scenario.model.resolved[2], (len(images),), generator=generator)
     given = images.clone().requires_grad_()
     loss = nn.functional.cross_entropy(module.rest(given), labels, reduction="sum")
     (slope,) = torch.autograd.grad(loss, given)

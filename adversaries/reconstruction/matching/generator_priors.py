@@ -31,11 +31,7 @@ _CODE = 64
 
 def _adam(rate: float, iterations: int, objective: str = "cosine") -> Matching:
     return Matching(
-        objective=objective,
-        optimiser="adam",
-        learning_rate=rate,
-        iterations=iterations,
-        decay=True,
+        objective=objective, optimiser="adam", learning_rate=rate, iterations=iterations, decay=True
     )
 
 
@@ -147,7 +143,7 @@ class GIFD(GGL):
     """
 
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "published": Recipe(_adam(0.1, 400), restarts=2, note="latent space, then feature maps"),
+        "published": Recipe(_adam(0.1, 400), restarts=2, note="latent space, then feature maps")
     }
 
     radius: Strength = 0.5
@@ -193,7 +189,7 @@ class DeepImagePrior(OptimisationAttack):
     """
 
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "published": Recipe(_adam(0.01, 800), note="weights of an untrained decoder by Adam"),
+        "published": Recipe(_adam(0.01, 800), note="weights of an untrained decoder by Adam")
     }
 
     width: Annotated[int, Field(ge=4)] = 32

@@ -84,7 +84,7 @@ class ROG(OptimisationAttack):
             tv=1e-2,
             start="grey",
             note="small images, cosine distance",
-        ),
+        )
     }
 
     factor: Positive = 2

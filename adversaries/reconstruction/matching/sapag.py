@@ -36,5 +36,5 @@ class SAPAG(OptimisationAttack):
                 units="absolute",
             ),
             start="uniform",
-        ),
+        )
     }

@@ -37,6 +37,6 @@ class TAG(OptimisationAttack):
                 optimiser="adam",
                 learning_rate=0.05,
                 iterations=4000,
-            ),
-        ),
+            )
+        )
     }

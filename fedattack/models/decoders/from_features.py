@@ -85,7 +85,6 @@ class Deconv(nn.Module):
         rank: int | None = None,
     ) -> None:
         super().__init__()
-        del activation, rank
         channels, side, _ = image_shape
         width = width or 512
         self.register_buffer("centre", torch.zeros(features))

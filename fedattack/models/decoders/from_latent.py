@@ -102,7 +102,6 @@ class FeatureDecoder(nn.Module):
         rank: int | None = None,
     ) -> None:
         super().__init__()
-        del activation, rank
         self.register_buffer("centre", torch.zeros(features))
         self.register_buffer("spread", torch.ones(features))
         self.body = ImageGenerator(features, image_shape, width or 128)

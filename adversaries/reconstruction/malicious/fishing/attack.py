@@ -125,7 +125,6 @@ class Fishing(MaliciousServer, ReconstructionAttack):
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether rounds are read together."""
-        del scenario
         return self.mode == "rounds"
 
     def arm(
@@ -338,9 +337,7 @@ def _isolated(
     others = (classes.counts - torch.bincount(own, minlength=len(classes.counts))).clamp(min=0)
     rest = torch.repeat_interleave(torch.arange(len(others)), others)
     return dataclasses.replace(
-        answer,
-        labels=torch.cat([own, rest]),
-        label_confidence=int(sure.sum()) / observation.num_examples,
+        answer, labels=torch.cat([own, rest]), label_confidence=int(sure.sum()) / observation.num_examples
     )
 
 
