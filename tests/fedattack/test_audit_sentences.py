@@ -1,0 +1,148 @@
+"""Verdicts word for word: every figure, margin and plural of a sentence on figures small enough to check."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedattack.audit import audit_membership, family, membership, unlearning
+from fedattack.audit.family import AuditResult
+from fedattack.metrics import Interval, OperatingPoint
+from fedattack.observation import MembershipScores
+
+NO = Interval(0.02, math.nan, math.nan, 1)
+
+
+@pytest.mark.parametrize(
+    ("shares", "damage", "runs", "level", "sentence"),
+    [
+        (
+            (0.8, 0.72, 0.795), Interval(0.075, 0.02, 0.13, 5), 5, "leak",
+            "the request damages the model: accuracy 80.0 % before, 72.0 % after the request, 7.5 points below the "
+            "deletion of as many random samples (79.5 %); 95 % interval of the damage +2.0 to +13.0 points",
+        ),
+        (
+            (0.8, 0.75, 0.8), Interval(0.05, 0.002, 0.098, 5), 5, "leak",
+            "the request damages the model: accuracy 80.0 % before, 75.0 % after the request, 5.0 points below the "
+            "deletion of as many random samples (80.0 %); 95 % interval of the damage +0.2 to +9.8 points",
+        ),
+        (
+            (0.8, 0.79, 0.8), Interval(0.01, 0.002, 0.018, 5), 5, "partial",
+            "slight damage: accuracy 80.0 % before, 79.0 % after the request, 1.0 points below the deletion of as "
+            "many random samples (80.0 %); 95 % interval of the damage +0.2 to +1.8 points",
+        ),
+        (
+            (0.8, 0.8, 0.795), Interval(-0.005, -0.012, 0.004, 4), 4, "none",
+            "no damage beyond random deletion: accuracy 80.0 % before, 80.0 % after the request, 0.5 points above "
+            "the deletion of as many random samples (79.5 %); 95 % interval of the damage -1.2 to +0.4 points",
+        ),
+        (
+            (0.8, 0.7, 0.72), Interval(0.02, -0.03, 0.07, 3), 3, "undecided",
+            "undecided: accuracy 80.0 % before, 70.0 % after the request, 2.0 points below the deletion of as many "
+            "random samples (72.0 %); 95 % interval of the damage -3.0 to +7.0 points; about 1 more seed would tell",
+        ),
+        (
+            (0.8, 0.7, 0.72), NO, 1, "undecided",
+            "undecided: accuracy 80.0 % before, 70.0 % after the request, 2.0 points below the deletion of as many "
+            "random samples (72.0 %); 1 seed and no interval; at least 2 more seeds would tell",
+        ),
+        (
+            (0.8, 0.7, 0.72), Interval(0.02, math.nan, math.nan, 2), 2, "undecided",
+            "undecided: accuracy 80.0 % before, 70.0 % after the request, 2.0 points below the deletion of as many "
+            "random samples (72.0 %); 2 seeds and no interval; at least 1 more seed would tell",
+        ),
+    ],
+)  # fmt: skip
+def test_damage_in_words(
+    shares: tuple[float, float, float], damage: Interval, runs: int, level: str, sentence: str
+) -> None:
+    assert unlearning.verdict_of(*shares, damage, runs) == (level, sentence)
+
+
+def tail(p_value: float = 0.5, found: int = 1, members: int = 40) -> OperatingPoint:
+    return OperatingPoint(0.01, NO, 0.0, found, 0, members, 40, 0.02, 0.1, p_value)
+
+
+CHANCE = Interval(0.5, 0.4, 0.6, 80)
+
+
+@pytest.mark.parametrize(
+    ("auc", "at", "candidates", "level", "words"),
+    [
+        (Interval(0.9, 0.8, 0.97, 80), tail(), (40, 40), "leak", "members identified: AUC 0.900 [0.800, 0.970]"),
+        (Interval(0.89, 0.8, 0.97, 80), tail(), (40, 40), "partial", "membership leaks: AUC 0.890"),
+        (Interval(0.61, 0.501, 0.7, 80), tail(), (40, 40), "partial", "membership leaks: AUC 0.610"),
+        (Interval(0.6, 0.501, 0.7, 80), tail(), (40, 40), "undecided", "undecided: AUC 0.600"),
+        (Interval(0.61, 0.5, 0.7, 80), tail(), (40, 40), "undecided", "undecided: AUC 0.610"),
+        (Interval(0.5, 0.4, 0.6, 80), tail(0.0049, 9), (40, 40), "partial", "membership leaks: AUC 0.500"),
+        (Interval(0.95, 0.4, 0.99, 80), tail(0.0049, 9), (40, 40), "partial", "membership leaks: AUC 0.950"),
+        (Interval(0.5, 0.4, 0.6, 80), tail(0.005, 9), (40, 40), "undecided", "undecided: AUC 0.500"),
+        (Interval(0.3, 0.2, 0.49, 80), tail(), (40, 40), "undecided", "the scores run backwards"),
+        (Interval(0.5, 0.45, 0.5499, 80), tail(), (40, 40), "none", "no leakage beyond chance: AUC 0.500"),
+        (Interval(0.5, 0.45, 0.55, 80), tail(), (40, 40), "undecided", "undecided: AUC 0.500"),
+        (Interval(0.5, 0.45, 0.5999, 80), tail(), (400, 400), "none", "no leakage beyond chance"),
+        (Interval(0.5, 0.45, 0.6, 80), tail(), (400, 400), "undecided", "undecided"),
+        (Interval(0.5, 0.45, 0.59, 80), tail(), (400, 20), "undecided", "undecided"),
+    ],
+)  # fmt: skip
+def test_membership_in_words(
+    auc: Interval, at: OperatingPoint, candidates: tuple[int, int], level: str, words: str
+) -> None:
+    found, text = membership.verdict_of(auc, CHANCE, at, candidates)
+    assert found == level
+    assert words in text
+    assert f", chance 0.500 [0.400, 0.600]{'' if level in ('none', 'leak', 'partial') else '; '}" in text
+    assert text.endswith(f"at 1 % false positives {at.true_positives} of 40 members found (chance: 0.8)")
+
+
+def test_further_candidates_are_counted_from_the_smaller_side() -> None:
+    auc = Interval(0.55, 0.4, 0.7, 80)
+    needed = membership._candidates_needed(0.55)
+    for candidates in ((30, 90), (90, 30)):
+        assert (
+            f"about {needed - 30:,} more members" in membership.verdict_of(auc, CHANCE, tail(), candidates)[1]
+        )
+    scores = torch.cat([torch.linspace(0, 1, 12), torch.linspace(0, 1, 60)])
+    result = audit_membership("a", scores, np.arange(72) < 12)
+    assert result.verdict == audit_membership("a", -scores.flip(0), np.arange(72) >= 60).verdict
+    few = int(result.verdict.partition("about ")[2].partition(" more")[0].replace(",", ""))
+    assert few == membership._candidates_needed(result.summary["metrics"]["auc"]["mean"]) - 12
+
+
+def test_the_statistic_is_a_remark_where_it_has_a_name() -> None:
+    scores, members = torch.linspace(0, 1, 8), np.arange(8) > 3
+    named = audit_membership("a", MembershipScores(scores, "cosine"), members)
+    assert membership._remarks(named)[:2] == [
+        "a: 4 members and 4 non-members, 1 target client",
+        "statistic: cosine",
+    ]
+    assert not any("statistic" in one for one in membership._remarks(audit_membership("a", scores, members)))
+    assert "0.1 % means no false positive at all" in " ".join(membership._remarks(named))
+
+
+def _result(rounds: tuple[int, ...], steps: int = 1, protocol: str = "fedsgd") -> AuditResult:
+    scenario = {
+        "model": {"name": "mlp"},
+        "training": {"local_steps": steps, "protocol": protocol},
+        "defense": {"names": []},
+    }
+    summary = {"scenario": scenario, "batch": [2], "auxiliary": None}
+    return AuditResult("a", "reconstruction", [{"round": r} for r in rounds], summary, "", "none")
+
+
+def test_what_held_is_told_from_the_round_before_the_attack() -> None:
+    federation = {"rounds": [{"round": r, "accuracy": a} for r, a in ((1, 0.2), (2, 0.5), (3, 0.4))]}
+    told = family._assumptions
+    assert told(_result((1,)), {}) == [
+        "mlp at its initial weights", "batch 2, 1 local step", "no public images granted"
+    ]  # fmt: skip
+    assert told(_result((2,)), federation)[0] == "mlp at 20.0 % accuracy"
+    assert told(_result((3, 4)), federation)[0] == "mlp at 40.0 % to 50.0 % accuracy"
+    assert told(_result((1, 2)), federation)[0] == "mlp at its initial weights and 20.0 % accuracy"
+    assert told(_result(()), federation)[0] == "mlp at 40.0 % accuracy"
+    assert told(_result(()), {}) == ["batch 2, 1 local step", "no public images granted"]
+    assert told(_result((2,), 3, "fedavg"), federation)[1] == "batch 2, 3 local steps"
+    assert told(_result((2,), 3), federation)[1] == "batch 2, 1 local step"
