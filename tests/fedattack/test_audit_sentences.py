@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from audit_scenes import noisy, scene
 
-from fedattack.audit import audit_membership, family, membership, unlearning
+from fedattack.audit import (
+    audit_membership,
+    audit_reconstruction,
+    family,
+    membership,
+    reconstruction,
+    unlearning,
+)
 from fedattack.audit.family import AuditResult
 from fedattack.metrics import Interval, OperatingPoint
 from fedattack.observation import MembershipScores
@@ -147,3 +156,31 @@ def test_what_held_is_told_from_the_round_before_the_attack() -> None:
     assert told(_result(()), {}) == ["batch 2, 1 local step", "no public images granted"]
     assert told(_result((2,), 3, "fedavg"), federation)[1] == "batch 2, 3 local steps"
     assert told(_result((2,), 3), federation)[1] == "batch 2, 1 local step"
+
+
+def test_a_reconstruction_in_cells() -> None:
+    observations, truths = scene(victims=6)
+    answers = noisy(truths, 0.05)
+    result = audit_reconstruction("a", observations, answers, truths, 12.0)
+    s, row = result.summary, result.records[0]
+    cells = {name: text(s) for name, text in reconstruction.RECONSTRUCTION.columns}
+    psnr, best = s["metrics"]["psnr"], s["floors"][s["best_floor"]]["psnr"]["mean"]
+    assert cells["PSNR, dB"] == f"{psnr['mean']:.1f}\n{psnr['low']:.1f}…{psnr['high']:.1f}"
+    assert (cells["worst"], cells["best\nfloor"]) == (f"{psnr['worst']:.1f}", f"{best:.1f}")
+    assert cells["SSIM"] == f"{s['metrics']['ssim']['mean']:.3f}"
+    assert cells["k\n(image)"] == "23\n(22)"
+    assert cells["labels\n(floor)"] == f"6/6\n({s['labels']['floor']:.1f})"
+    details = {name: text(row) for name, text in reconstruction._details(result)}
+    assert (details["SSIM"], details["PSNR, dB"]) == (f"{row['ssim']:.3f}", f"{row['psnr']:.1f}")
+    assert (details["label"], details["status"], details["time"]) == ("right", "scored", "2.0 s")
+    remarks = "; ".join(reconstruction._remarks(result))
+    scale = s["paper_scale"]
+    assert remarks.endswith(f"would read {scale['psnr']['mean']:.1f} dB and {scale['ssim']['mean']:.3f}")
+    assert "time: 12 s in all, 2.0 s a victim" in remarks
+    assert reconstruction.RECONSTRUCTION.leakage.nothing == 0.0
+    names = [name for name, _, _ in reconstruction._score_rows(result)]
+    assert names[-1] == "control: scored against other victims"
+    assert not any("was shown" in name for name in names)
+    shown = [dataclasses.replace(truth, shown=truth.images) for truth in truths]
+    both = audit_reconstruction("a", observations, answers, shown, 12.0)
+    assert reconstruction._score_rows(both)[1][0] == "the same, against what the model was shown"
