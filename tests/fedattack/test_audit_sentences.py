@@ -13,11 +13,13 @@ from audit_scenes import noisy, scene
 from fedattack.audit import (
     audit_membership,
     audit_reconstruction,
+    audit_unlearning,
     family,
     membership,
     reconstruction,
     unlearning,
 )
+from fedattack.audit import reconstruction_verdict as rule
 from fedattack.audit.family import AuditResult
 from fedattack.metrics import Interval, OperatingPoint
 from fedattack.observation import MembershipScores
@@ -184,3 +186,55 @@ def test_a_reconstruction_in_cells() -> None:
     shown = [dataclasses.replace(truth, shown=truth.images) for truth in truths]
     both = audit_reconstruction("a", observations, answers, shown, 12.0)
     assert reconstruction._score_rows(both)[1][0] == "the same, against what the model was shown"
+
+
+def gain(low: float, mean: float, high: float) -> Interval:
+    return Interval(mean, low, high, 8)
+
+
+@pytest.mark.parametrize(
+    ("floor", "control", "more", "level"),
+    [
+        (gain(0.5, 4, 8), gain(0.5, 4, 8), {}, "partial"),
+        (gain(0.5, 4, 8), gain(0.0, 4, 8), {}, "undecided"),
+        (gain(0.0, 4, 8), gain(0.5, 4, 8), {}, "undecided"),
+        (gain(0.5, 4, 8), None, {}, "undecided"),
+        (gain(0.5, 4, 8), gain(0.5, 1, 2.9), {}, "none"),
+        (gain(0.5, 4, 8), gain(0.5, 1, 3.0), {}, "partial"),
+        (gain(0.5, 1, 2.9), gain(0.5, 1, 2.9), {}, "partial"),
+        (gain(-0.5, 1, 2.9), gain(-0.5, 1, 2.9), {}, "none"),
+        (gain(-0.5, 1, 3.0), gain(-0.5, 1, 3.0), {}, "undecided"),
+        (gain(-2, -1, -0.1), gain(-2, -1, 0), {}, "failed"),
+        (gain(-7, -3, 1), gain(-7, -3, 1), {}, "failed"),
+        (gain(-0.5, 1, 2.9), gain(-0.5, 1, 2.9), {"shown": (9.0, 0)}, "undecided"),
+        (gain(-0.5, 1, 2.9), gain(-0.5, 1, 2.9), {"shown": (40.0, 1)}, "partial"),
+        (gain(-9, -8, -7), gain(-9, -8, -7), {"labels": rule.Labels(8, 8, 1.0, True)}, "partial"),
+        (gain(-0.5, 1, 2.9), gain(-0.5, 1, 2.9), {"recovered": 3}, "partial"),
+        (gain(-0.5, 1, 2.9), gain(-0.5, 1, 2.9), {"recovered": 4}, "leak"),
+    ],
+)  # fmt: skip
+def test_the_level_of_a_reconstruction(
+    floor: Interval, control: Interval | None, more: dict, level: str
+) -> None:
+    found = rule.Findings(8, 0, 15.0, 0.5, "grey", 12.0, floor, control)
+    assert rule.reconstruction(dataclasses.replace(found, **more))[0] == level
+
+
+def test_floors_stand_below_the_score_the_highest_first() -> None:
+    described = {
+        name: {"psnr": {"mean": mean}} for name, mean in (("a", 9.0), ("b", None), ("c", 12.0), ("d", 0.5))
+    }
+    result = AuditResult("x", "reconstruction", [], {"metrics": {}, "floors": described}, "", "none")
+    assert [name for name, _, _ in family.score_rows(result)] == [
+        "x",
+        "floor: c",
+        "floor: a",
+        "floor: d",
+        "floor: b",
+    ]
+    one, two = (
+        audit_unlearning("u", [0.8] * n, [0.7] * n, [0.8] * n, requests=1, mechanism="retrain")
+        for n in (1, 2)
+    )
+    assert unlearning._remarks(one)[0] == "u: 1 seed"
+    assert unlearning._remarks(two)[0] == "u: 2 seeds"
