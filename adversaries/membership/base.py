@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adversaries.base import Attack, Progress, no_progress
 from adversaries.needs import Needs
+from fedattack.errors import ConfigError
 from fedattack.observation import Candidates, MembershipScores, Observation
 
 Figures = Mapping[str, Tensor]
@@ -29,6 +30,14 @@ class MembershipAttack(Attack):
 
     family = "membership"
     needs: ClassVar[Needs] = Needs(sums="single", held_out=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        base, own = MembershipAttack, type(self)
+        if self.seat != "malicious client" and (own.watch is base.watch or own.scores is base.scores):
+            raise ConfigError(
+                f"attack {type(self).__name__} is a server's: it must bring 'watch' and 'scores'"
+            )
 
     def watch(
         self,

@@ -14,8 +14,6 @@ from fedattack.models import build_model
 from fedattack.observation import Candidates
 from fedattack.training import sample_losses
 
-FIRST = "first."
-
 
 @dataclass
 class ClientLoss(MaliciousClient, MembershipAttack):
@@ -39,13 +37,12 @@ class ClientLoss(MaliciousClient, MembershipAttack):
     def see(self, view: ClientView) -> None:
         """Keep the first model."""
         if self.calibrate and not view.memory:
-            view.memory.update({FIRST + name: tensor for name, tensor in view.weights.items()})
+            view.memory.update(view.weights)
 
     def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
         """ "scores", float64 (N,)."""
         model = build_model(view.scenario.model).eval()
         scores = -sample_losses(model, view.weights, question.images, question.labels)
         if view.memory:  # else it was never drawn, and has but the last model
-            first = {name.removeprefix(FIRST): tensor for name, tensor in view.memory.items()}
-            scores += sample_losses(model, first, question.images, question.labels)
+            scores += sample_losses(model, view.memory, question.images, question.labels)
         return {"scores": scores}

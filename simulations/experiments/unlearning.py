@@ -163,8 +163,7 @@ class UnlearningExperiment(Experiment):
         return round <= self.plan.config.request_round and self.history.wants_updates(round)
 
     def observe(self, observation: Observation) -> None:
-        if self.wants(observation.round, observation.client):
-            self.history.keep_update(observation)
+        self.history.keep_update(observation)
 
     def global_model(self, round: int, weights: Weights) -> None:
         if round <= self.plan.config.request_round:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from adversaries.membership.active.relu_trap import ReLUTrap
+from adversaries.membership.base import MembershipAttack
 from adversaries.refusals import applicable
 from fedattack.config import Config
 from fedattack.data import build_world
-from fedattack.errors import NotApplicable
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates
 from simulations.pipeline import simulate
@@ -74,3 +75,17 @@ def test_honest_weights_are_no_trap(tmp_path: Path) -> None:
     smooth = replace(scene, model=scene.model.model_copy(update={"activation": "sigmoid"}))
     with pytest.raises(NotApplicable, match="works behind relu"):
         applicable({"relu-trap": ReLUTrap()}, smooth)
+
+
+def test_a_servers_attack_that_reads_no_rounds_is_refused() -> None:
+    class Blind(MembershipAttack):
+        pass
+
+    class Half(MembershipAttack):
+        watch = ReLUTrap.watch
+
+    for attack in (Blind, Half):
+        with pytest.raises(
+            ConfigError, match=f"attack {attack.__name__} is a server's: it must bring 'watch' and"
+        ):
+            attack()

@@ -42,6 +42,8 @@ class Failing(MembershipAttack):
         """Nothing."""
         raise ValueError("too odd to read")
 
+    scores = watch
+
 
 class Silent(Diary):
     """Has no answer."""

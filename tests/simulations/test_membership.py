@@ -199,6 +199,8 @@ class Unasked(MembershipAttack):
     def watch(self, observations, target, candidates, seed, device):
         raise AssertionError("computed again")
 
+    scores = watch
+
 
 class Forgetful(MembershipAttack):
     """Keeps weak references to what it was shown."""
