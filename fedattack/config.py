@@ -203,6 +203,9 @@ class AttackConfig(PluginSection):
     )
     rounds: tuple[Positive, ...] = Field((1,), description="rounds whose updates are reconstructed")
     victims_per_task: Positive = Field(4, description="victims reconstructed in one batched optimisation")
+    state_seconds: float = Field(
+        10.0, ge=0, description="least seconds between two states of an attack at work"
+    )
     candidates: Positive = Field(64, description="membership: members asked about, and as many non-members")
     requests: Positive = Field(4, description="unlearning: samples whose deletion is requested")
     malicious_clients: tuple[Count, ...] = Field(

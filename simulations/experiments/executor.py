@@ -36,12 +36,13 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """One group of observations for one attack, and the folder for the states of what takes long in it."""
+    """One group of observations for one attack, and where and how often (s) what takes long in it keeps its state."""
 
     name: str
     attack: ReconstructionAttack
     observations: list[Observation]
     checkpoints: Path
+    state_seconds: float
 
     def parts(self) -> list[Job]:
         """A job for each client, where there are several."""
@@ -92,7 +93,7 @@ def attacked(job: Job, seed: int, device: str, threads: int, progress: Progress)
 def _tried(job: Job, seed: int, device: torch.device, progress: Progress) -> list[Attacked]:
     started, observations = time.perf_counter(), job.observations
     try:
-        with checkpoints_in(job.checkpoints):
+        with checkpoints_in(job.checkpoints, job.state_seconds):
             answers = job.attack.run(observations, seed, device, progress)
         if len(answers) != len(observations):
             raise RunFailed(f"answered {len(answers)} of {len(observations)} observations")

@@ -78,7 +78,8 @@ class Answers:
             return
         if self._executor is None:
             self._executor = make_executor(self._config.engine, self._config.seed, self._progress, self._keep)
-        job = Job(name, self._attacks[name], group, self._folder.checkpoints(name, group[0].key))
+        folder, pause = self._folder.checkpoints(name, group[0].key), self._config.attack.state_seconds
+        job = Job(name, self._attacks[name], group, folder, pause)
         # Who failed before was attacked alone at last, and is so again; else what is computed together stays so.
         alone = job.parts() if all(self._folder.has_failed(name, key) for key in missing) else []
         for part in [p for p in alone if any(o.key in missing for o in p.observations)] or [job]:

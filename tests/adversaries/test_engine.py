@@ -458,7 +458,6 @@ KINDS = {
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping, "SECONDS", 0.0)
     monkeypatch.setattr(keeping, "SHARE", math.inf)
 
 
@@ -471,7 +470,7 @@ def test_a_killed_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
         def smooth(images: Tensor) -> Tensor:
             return F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
 
-        with keeping.checkpoints_in(path and path.parent):
+        with keeping.checkpoints_in(path and path.parent, 0.0):
             return match(seen, labels(2), begin(2, 2), KINDS[kind], CPU, progress, transform=smooth, seed=1)
 
     unbroken = run()
@@ -499,7 +498,7 @@ def test_a_state_of_something_else_or_broken_is_passed_over(
     def run(
         number: int = 0, settings: Matching = FIRST_ORDER, seed: int = 0, kept: bool = True
     ) -> list[Match]:
-        with keeping.checkpoints_in(tmp_path if kept else None):
+        with keeping.checkpoints_in(tmp_path if kept else None, 0.0):
             return match([client(number)], labels(1), begin(1, 1), settings, CPU, seed=seed)
 
     run()
@@ -520,7 +519,7 @@ def test_a_full_disk_is_named_and_the_attack_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "0001.safetensors"
-    with pytest.raises(Killed), keeping.checkpoints_in(tmp_path):
+    with pytest.raises(Killed), keeping.checkpoints_in(tmp_path, 0.0):
         match([client()], labels(1), begin(1, 1), FIRST_ORDER, CPU, killed_after(0.4))
     before = path.read_bytes()
 
@@ -528,7 +527,7 @@ def test_a_full_disk_is_named_and_the_attack_goes_on(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with keeping.checkpoints_in(tmp_path):
+    with keeping.checkpoints_in(tmp_path, 0.0):
         found = match([client()], labels(1), begin(1, 1), FIRST_ORDER, CPU)
     assert caplog.text.count("no space left") == 1
     assert same(found[0], match([client()], labels(1), begin(1, 1), FIRST_ORDER, CPU)[0])

@@ -219,7 +219,7 @@ def test_two_runs_of_one_second_get_folders_of_their_own(
 COMMAND = """
 import math
 from adversaries.inversion.matching import checkpoint
-checkpoint.SECONDS, checkpoint.SHARE = 0.3, math.inf
+checkpoint.SHARE = math.inf
 from simulations.run import main
 main()
 """
@@ -238,7 +238,16 @@ def attack_run(folder: Path, iterations: int, *more: str) -> subprocess.Popen[by
         "--limit",
         "200",
     ]
-    attack = ["--attack", "ig", "--set", f"ig.iterations={iterations}", "--set", "attack.victims_per_task=1"]
+    attack = [
+        "--attack",
+        "ig",
+        "--set",
+        f"ig.iterations={iterations}",
+        "--set",
+        "attack.victims_per_task=1",
+        "--set",
+        "attack.state_seconds=0.3",
+    ]
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *plain, *attack, "--victims", "2", "--run-dir", str(folder), *more],
         cwd=ROOT,

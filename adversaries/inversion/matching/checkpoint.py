@@ -26,25 +26,27 @@ log = logging.getLogger("fedattack.checkpoint")
 FORMAT = "fedattack matching 1"
 
 SECONDS = 10.0
-"""Least time between two states: writing one costs more than many iterations of a small network."""
+"""Time between two states where none is asked for: one costs more than many iterations of a small network."""
 
 SHARE = 0.01
 """Of the time that passes, at most so much is spent on writing states."""
 
 
-_FILES: ContextVar[Iterator[Path] | None] = ContextVar("checkpoints", default=None)
+_FILES: ContextVar[tuple[Iterator[Path], float] | None] = ContextVar("checkpoints", default=None)
 """Where the next optimisations of one attack keep their states."""
 
 
 @contextmanager
-def checkpoints_in(folder: Path | None) -> Iterator[None]:
+def checkpoints_in(folder: Path | None, seconds: float = SECONDS) -> Iterator[None]:
     """Let every optimisation in the block keep its state below `folder`, and go on from what it finds there.
+
+    At least `seconds` pass between two states of one.
 
     What is kept leads to the same bits as an unbroken block only if the block asks the same again, in the same order.
     None: nothing is kept.
     """
-    files = None if folder is None else (folder / f"{number:04d}.safetensors" for number in count(1))
-    token = _FILES.set(files)
+    paths = None if folder is None else (folder / f"{number:04d}.safetensors" for number in count(1))
+    token = _FILES.set(None if paths is None else (paths, seconds))
     try:
         yield
     finally:
@@ -53,8 +55,10 @@ def checkpoints_in(folder: Path | None) -> Iterator[None]:
 
 def open_checkpoint(problem: Callable[[], str]) -> Checkpoint | None:
     """The next checkpoint in the folder of :func:`checkpoints_in`; None outside such a block."""
-    files = _FILES.get()
-    return None if files is None else Checkpoint(next(files), problem)
+    if (found := _FILES.get()) is None:
+        return None
+    paths, seconds = found
+    return Checkpoint(next(paths), problem, seconds)
 
 
 def digest(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
@@ -76,10 +80,10 @@ class Checkpoint:
     state, for it costs a while.
     """
 
-    def __init__(self, path: Path, problem: Callable[[], str]) -> None:
+    def __init__(self, path: Path, problem: Callable[[], str], seconds: float) -> None:
         self.path, self._problem = path, cache(problem)
         self._last = self._asked = time.monotonic()
-        self._pause = SECONDS
+        self._pause = seconds
 
     def due(self) -> bool:
         """Whether it is time for another state; then the time that it takes to make and write it counts from here."""
