@@ -68,8 +68,10 @@ class Needs:
     """Samples that no client trains on, for the questions that are asked."""
     others: bool = False
     """Clients that are not malicious, about whose data it asks."""
-    references: bool = False
-    """Models trained on public data, for comparison."""
+    references: int = 0
+    """Least number of reference models, trained by the adversary."""
+    about: Literal["client", "anybody"] = "client"
+    """Of membership: whether one client trained on a sample, or anybody did."""
     members: bool = False
     """Samples that are known to be members."""
 

@@ -78,6 +78,15 @@ class DataConfig(Section):
     nonmembers: Count | None = Field(
         None, description="held-out samples: evaluation and membership non-members; None: a tenth"
     )
+    nonmember_unit: Literal["sample", "group"] = Field(
+        "sample", description="group: hold out whole people (groups), of whom no client has a sample"
+    )
+    withheld: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each person's samples that no client gets, to ask about the person",
+    )
 
 
 class PartitionConfig(Section):
@@ -206,7 +215,16 @@ class AttackConfig(PluginSection):
     state_seconds: float = Field(
         10.0, ge=0, description="least seconds between two states of an attack at work"
     )
-    candidates: Positive = Field(64, description="membership: members asked about, and as many non-members")
+    candidates: Positive = Field(64, description="membership: members of each target that are asked about")
+    targets: tuple[Count, ...] | None = Field(None, description="membership: clients asked about; None: all")
+    negatives: Literal["held-out", "others", "both"] = Field(
+        "held-out",
+        description="membership: members stand beside held-out samples, other clients' members, or both",
+    )
+    unit: Literal["sample", "group"] = Field(
+        "sample", description="membership: ask about samples, or about people, by samples nobody trained on"
+    )
+    references: Count = Field(0, description="membership: reference models that the adversary trains")
     requests: Positive = Field(4, description="unlearning: samples whose deletion is requested")
     malicious_clients: tuple[Count, ...] = Field(
         (0,), description="clients that carry out the attacks of a client's seat"

@@ -165,11 +165,13 @@ class Reconstruction:
 class Candidates:
     """Samples a membership attack is asked about: images (N, C, H, W) float32 in [0, 1] and labels (N,) int64.
 
-    Which are members is the auditor's knowledge and not in here.
+    Which are members is the auditor's knowledge and not in here. `groups`, int64 (N,): whose each is, where people
+    are asked about with several samples.
     """
 
     images: Tensor
     labels: Tensor
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -192,14 +192,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def sample_losses(
-    model: nn.Module, state: dict[str, Tensor], images: Tensor, labels: Tensor, chunk: int = 256
-) -> Tensor:
-    """Cross-entropy of each sample under `state`, float64 (N,), on the CPU; `model` in eval mode."""
+def sample_logits(model: nn.Module, state: Mapping[str, Tensor], images: Tensor, chunk: int = 256) -> Tensor:
+    """The model's answers under `state`, float32 (N, classes), on the CPU; `model` in eval mode."""
     device = next(model.parameters()).device
     state = {name: tensor.to(device) for name, tensor in state.items()}
-    parts = [
-        cross_entropy(functional_call(model, state, (x.to(device),)), y.to(device), reduction="none")
-        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True)
-    ]
-    return torch.cat(parts).double().cpu()
+    parts = [functional_call(model, state, (x.to(device),)).cpu() for x in images.split(chunk)]
+    return torch.cat(parts)
+
+
+def sample_losses(
+    model: nn.Module, state: Mapping[str, Tensor], images: Tensor, labels: Tensor, chunk: int = 256
+) -> Tensor:
+    """Cross-entropy of each sample under `state`, float64 (N,), on the CPU; `model` in eval mode."""
+    return cross_entropy(sample_logits(model, state, images, chunk), labels, reduction="none").double()

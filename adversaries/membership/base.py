@@ -1,7 +1,8 @@
-"""What a membership attack is: it tells which candidates a client trained on."""
+"""What a membership attack is: it tells which candidates a client, or anybody, trained on."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Attack, Progress, no_progress
+from adversaries.membership.knowledge import Knowledge, References
+from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
-from fedattack.errors import ConfigError
+from adversaries.seats import CuriousServer
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Candidates, MembershipScores, Observation
 
 Figures = Mapping[str, Tensor]
@@ -24,8 +28,10 @@ class MembershipAttack(Attack):
     """Tells which candidate samples a client trained on.
 
     A server's attack is shown one round after the other (:meth:`watch`), keeps figures, and concludes from them
-    (:meth:`scores`). A client's answers "scores", float64 (N,), to
-    :meth:`adversaries.seats.MaliciousClient.answer`, about the data of all other clients.
+    for one target after the other (:meth:`scores`); the target is a client's number, or
+    :data:`~fedattack.observation.EVERYONE` where needs say ``about="anybody"``, or single updates are hidden. A
+    client's answers "scores", float64 (N,), to :meth:`adversaries.seats.MaliciousClient.answer`, about the data of
+    all other clients.
     """
 
     family = "membership"
@@ -39,23 +45,15 @@ class MembershipAttack(Attack):
                 f"attack {type(self).__name__} is a server's: it must bring 'watch' and 'scores'"
             )
 
-    def watch(
-        self,
-        observations: Sequence[Observation],
-        target: int,
-        candidates: Candidates,
-        seed: int,
-        device: torch.device,
-    ) -> Figures:
-        """What one round tells.
-
-        `observations` are all that the seat saw in the round, in the order of the clients; the client asked
-        about, `target`, need not be among them. `candidates` are one fixed list for the whole run.
-        """
+    def watch(self, view: RoundView, seed: int) -> Figures:
+        """What one round tells; candidates are one fixed list for the whole run."""
         raise NotImplementedError(f"{type(self).__name__} reads no rounds")
 
-    def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
-        """The candidates' scores, from the figures of all rounds, ascending; NotApplicable if these allow none."""
+    def scores(self, rounds: Mapping[int, Figures], target: int, knowledge: Knowledge) -> MembershipScores:
+        """The candidates' scores, (N,), from the figures of all rounds, ascending.
+
+        NotApplicable if these allow none. The target need not have answered in every round.
+        """
         raise NotImplementedError(f"{type(self).__name__} reads no rounds")
 
     def run(
@@ -66,13 +64,59 @@ class MembershipAttack(Attack):
         seed: int,
         device: torch.device,
         progress: Progress = no_progress,
+        references: References | None = None,
     ) -> MembershipScores:
         """Watch all rounds of recorded observations, and conclude; see :meth:`watch` and :meth:`scores`."""
         by_round: dict[int, list[Observation]] = defaultdict(list)
         for observation in sorted(observations, key=lambda o: (o.round, o.client)):
             by_round[observation.round].append(observation)
+        knowledge = Knowledge.of(candidates, observations[0].auxiliary if observations else None, references)
         figures: dict[int, Figures] = {}
         for number, seen in by_round.items():
             progress(len(figures) / len(by_round), f"round {number}")
-            figures[number] = self.watch(seen, target, candidates, seed, device)
-        return self.scores(figures, target)
+            figures[number] = self.watch(RoundView(seen, knowledge, device), seed)
+        return self.scores(figures, target, knowledge)
+
+
+@dataclass
+class RoundStatistic(CuriousServer, MembershipAttack):
+    """Base of the statistics that compare candidates with each client's update, round by round.
+
+    A subclass brings :meth:`measure`; the score is its mean over the rounds that the target answered, unless it
+    brings another :meth:`combine`.
+    """
+
+    def watch(self, view: RoundView, seed: int) -> Figures:
+        """``clients``, int64 (K,), and ``statistic``, float64 (K, N)."""
+        return {"clients": torch.tensor(view.clients), "statistic": self.measure(view)}
+
+    @abstractmethod
+    def measure(self, view: RoundView) -> Tensor:
+        """Shape (K, N), float64; higher means "more likely a member of this client"."""
+
+    def combine(self, rounds: Tensor) -> Tensor:
+        """One score per candidate, (N,), from the target's rounds (T, N), ascending."""
+        return rounds.mean(0)
+
+    def scores(self, rounds: Mapping[int, Figures], target: int, knowledge: Knowledge) -> MembershipScores:
+        """See :meth:`combine`; `details` tell the rounds used."""
+        found = rows_of(rounds, target)
+        name = type(self).__name__
+        if not found:
+            raise NotApplicable(f"{name}: {called(target)} answered in none of {len(rounds)} observed rounds")
+        return MembershipScores(self.combine(torch.stack(list(found.values()))), name, {"rounds": [*found]})
+
+
+def rows_of(rounds: Mapping[int, Figures], target: int, name: str = "statistic") -> dict[int, Tensor]:
+    """Round -> the target's row of a figure (K, ...), of the rounds that have one."""
+    found = {}
+    for number, figures in rounds.items():
+        clients = figures["clients"].tolist()
+        if target in clients and len(figures[name]):
+            found[number] = figures[name][clients.index(target)]
+    return found
+
+
+def called(target: int) -> str:
+    """The target in words."""
+    return "nobody" if target < 0 else f"client {target}, the target,"

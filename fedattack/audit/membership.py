@@ -9,11 +9,11 @@ power to have seen 0.6, and a model that is better than chance. The rest is unde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from torch import Tensor
+from numpy.typing import NDArray
 
 from fedattack.audit.family import (
     AuditResult,
@@ -27,7 +27,6 @@ from fedattack.audit.family import (
     extremes,
     interval_fields,
 )
-from fedattack.errors import DataError
 from fedattack.metrics import (
     Interval,
     OperatingPoint,
@@ -40,7 +39,6 @@ from fedattack.metrics import (
     roc_points,
     tpr_at_fpr,
 )
-from fedattack.observation import MembershipScores
 from fedattack.reporting import formats
 
 IDENTIFIED_AUC = 0.9
@@ -51,12 +49,38 @@ SEEN_AUC, POWER = 0.6, 0.8
 """What candidates must be enough to see, and how surely, before not having seen it means anything."""
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What an attack said of one target's candidates, and what they are; arrays of one length n.
+
+    Parameters
+    ----------
+    client : int
+        The target; ``EVERYONE``: members of anybody.
+    scores, is_member
+        Float64, higher means "more likely a member", and bool.
+    samples : ndarray of int64
+        Sample ids; targets may share candidates.
+    others : ndarray of bool
+        Which non-members are members of other clients; the rest was held out.
+    labels, groups : ndarray of int64, optional
+        Of each sample its label, and whose it is.
+    """
+
+    client: int
+    scores: NDArray[np.float64]
+    is_member: NDArray[np.bool_]
+    samples: NDArray[np.int64]
+    others: NDArray[np.bool_]
+    labels: NDArray[np.int64] | None = None
+    groups: NDArray[np.int64] | None = None
+
+
 def audit_membership(
     attack_name: str,
-    scores: MembershipScores | Tensor | Sequence[MembershipScores | Tensor],
-    is_member: ArrayLike | Sequence[ArrayLike],
+    scored: Sequence[Scored],
     *,
-    clients: Sequence[int] | None = None,
+    statistic: str = "",
     seconds: float = 0.0,
     accuracy: float | None = None,
     chance_accuracy: float | None = None,
@@ -66,13 +90,10 @@ def audit_membership(
     """Score membership inference against who really was in the clients' data, one record per candidate and target.
 
     The floor is chance: AUC 0.5 with the interval of that many members and non-members, and what a random ranking
-    finds at the same false-positive rate. With several targets the AUC is their mean; as the candidates may be
-    shared, neither its interval nor its floor is narrowed for their number.
+    finds at the same false-positive rate.
 
     Parameters
     ----------
-    scores, is_member
-        Shape (N,), or one of each per target client; a higher score means "more likely a member".
     accuracy, chance_accuracy
         In [0, 1]: of the model on `test_samples` held-out samples, and the share of the commonest class there. A
         model that cannot be told from chance says nothing about membership.
@@ -82,19 +103,9 @@ def audit_membership(
     DataError
         If lengths differ, a score is not finite, or a target lacks members or non-members.
     """
-    several = not isinstance(scores, MembershipScores | Tensor)
-    score_list: list[Any] = list(scores) if several else [scores]  # type: ignore[arg-type]
-    member_list: list[Any] = list(is_member) if several else [is_member]  # type: ignore[arg-type]
-    targets = list(range(len(score_list))) if clients is None else list(clients)
-    if not len(score_list) == len(member_list) == len(targets) or not score_list:
-        raise DataError(
-            f"attack {attack_name!r}: {len(score_list)} lists of scores, {len(member_list)} of memberships and "
-            f"{len(targets)} target clients; one of each per target is needed"
-        )
-    statistic = next((s.statistic for s in score_list if isinstance(s, MembershipScores)), "")
-    values = [_array(s.scores if isinstance(s, MembershipScores) else s) for s in score_list]
-    members = [_array(m) for m in member_list]
-    pairs = list(zip(values, members, strict=True))
+    targets = [one.client for one in scored]
+    pairs = [(one.scores, one.is_member) for one in scored]
+    values, members = [v for v, _ in pairs], [m for _, m in pairs]
     areas = [auc_interval(v, m, seed) for v, m in pairs]
     chances = [chance_auc(int(m.sum()), int((~m).sum())) for m in members]
     points = {share: [tpr_at_fpr(v, m, share) for v, m in pairs] for share in (0.01, 0.001)}
@@ -147,10 +158,6 @@ def audit_membership(
         curve = dict(zip(("fpr", "tpr"), roc_points(v, m), strict=True))
         roc[f"client {client}"] = curve | {"members": int(m.sum()), "nonmembers": int((~m).sum())}
     return AuditResult(attack_name, "membership", records, summary, verdict, level, curves={"roc": roc})
-
-
-def _array(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _average(intervals: Sequence[Interval]) -> Interval:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from adversaries.inversion.evidence.first_layer import FirstLayer, first_layer
-from adversaries.membership.base import Figures, MembershipAttack
+from adversaries.membership.base import Figures, MembershipAttack, rows_of
+from adversaries.membership.knowledge import Knowledge
+from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
 from adversaries.seats import MaliciousServer
 from fedattack.config import Share
@@ -81,18 +83,11 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
             rows[neuron], biases[neuron] = row / scale, 1 - (1 + mean @ row) / scale
         return weights | {layer.weight: rows.float(), layer.bias: biases.float()}
 
-    def watch(
-        self,
-        observations: Sequence[Observation],
-        target: int,
-        candidates: Candidates,
-        seed: int,
-        device: torch.device,
-    ) -> Figures:
+    def watch(self, view: RoundView, seed: int) -> Figures:
         """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where no trap was sent."""
-        images = candidates.images.flatten(1).double()
-        layer = first_layer(observations[0].scenario.model)
-        trapped = [o for o in observations if _is_trap(o, layer, images)]
+        images = view.candidates.images.flatten(1).double()
+        layer = first_layer(view.observations[0].scenario.model)
+        trapped = [o for o in view.observations if _is_trap(o, layer, images)]
         rows = [_read(o, layer, images) for o in trapped]
         empty = torch.empty(0, len(images), dtype=torch.float64)
         return {
@@ -100,13 +95,9 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
             "statistic": torch.stack(rows) if rows else empty,
         }
 
-    def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
+    def scores(self, rounds: Mapping[int, Figures], target: int, knowledge: Knowledge) -> MembershipScores:
         """The candidates' best scores over the armed rounds that the target answered; NotApplicable without any."""
-        found = {
-            number: figures["statistic"][figures["clients"].tolist().index(target)]
-            for number, figures in rounds.items()
-            if target in figures["clients"].tolist()
-        }
+        found = rows_of(rounds, target)
         if not found:
             raise NotApplicable(f"relu-trap: client {target}, the target, answered in no armed round")
         best = torch.stack(list(found.values())).amax(0)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adversaries.membership.base import Figures, MembershipAttack
-from adversaries.membership.per_sample import gradient_products
+from adversaries.membership.base import Figures, RoundStatistic, rows_of
+from adversaries.membership.knowledge import Knowledge
+from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
-from adversaries.seats import CuriousServer
 from fedattack.errors import NotApplicable
-from fedattack.models import build_model
-from fedattack.observation import Candidates, MembershipScores, Observation
-from fedattack.training import sample_losses
+from fedattack.observation import MembershipScores
 
 MIN_SHADOWS = 2
 """Other clients that must have answered in a round: a spread needs two."""
 
 
 @dataclass
-class FedMIA(CuriousServer, MembershipAttack):
+class FedMIA(RoundStatistic):
     """FedMIA (Zhu et al., CVPR 2025): one-tailed test of the target's update against all other clients'.
 
     In each round ``t`` every client ``k`` gives a statistic ``s_k(x)`` that grows with membership. The other
@@ -58,33 +56,27 @@ class FedMIA(CuriousServer, MembershipAttack):
 
     needs: ClassVar[Needs] = Needs(sums="single", held_out=True, clients=MIN_SHADOWS + 1)
 
-    def watch(
-        self,
-        observations: Sequence[Observation],
-        target: int,
-        candidates: Candidates,
-        seed: int,
-        device: torch.device,
-    ) -> Figures:
+    def watch(self, view: RoundView, seed: int) -> Figures:
         """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where the round is passed over."""
-        if len(candidates.images) == 0:
+        if len(view.candidates.images) == 0:
             raise NotApplicable("fedmia: no candidate to ask about")
-        observations = list({one.client: one for one in observations}.values())
-        clients = [observation.client for observation in observations]
-        s = torch.empty(0, len(candidates.images), dtype=torch.float64)
-        if target in clients and len(clients) > MIN_SHADOWS:
-            model = build_model(observations[0].scenario.model).to(device).eval()
-            s = statistics(self.statistic, model, observations, candidates)
-        return {"clients": torch.tensor(clients), "statistic": s}
+        if len(view.clients) > MIN_SHADOWS:
+            return super().watch(view, seed)
+        empty = torch.empty(0, len(view.candidates.images), dtype=torch.float64)
+        return {"clients": torch.tensor(view.clients), "statistic": empty}
 
-    def scores(self, rounds: Mapping[int, Figures], target: int) -> MembershipScores:
+    def measure(self, view: RoundView) -> Tensor:
+        """Cosines, or minus the losses under the clients' own models."""
+        return view.cosines if self.statistic == "cosine" else -view.client_losses
+
+    def scores(self, rounds: Mapping[int, Figures], target: int, knowledge: Knowledge) -> MembershipScores:
         """The candidates' scores in [0, 1].
 
         `details`: rounds used and passed over, shadows per round, `saturated` (share of per-round values that
         are exactly 0 or 1, hence cannot be ranked), `dropped` (share of shadow values left out).
         NotApplicable if no round was answered by the target and two other clients.
         """
-        used = {number: figures for number, figures in rounds.items() if len(figures["statistic"])}
+        used = {number: rounds[number] for number in rows_of(rounds, target)}
         if not used:
             together = [len(f["clients"]) for f in rounds.values() if target in f["clients"].tolist()]
             if not together:
@@ -117,40 +109,6 @@ class FedMIA(CuriousServer, MembershipAttack):
         )
 
 
-def statistics(
-    statistic: Literal["cosine", "loss"],
-    model: nn.Module,
-    answers: Sequence[Observation],
-    candidates: Candidates,
-) -> Tensor:
-    """``s_k(x)`` of one round, float64 (K, N): a row per observation, a column per candidate."""
-    images, labels = candidates.images, candidates.labels
-    if statistic == "loss":
-        return torch.stack([-sample_losses(model, client_model(o), images, labels) for o in answers])
-    result = torch.empty(len(answers), len(images), dtype=torch.float64)
-    for group in _same_weights(answers):
-        updates = [answers[k].update for k in group]
-        products, norms = gradient_products(model, answers[group[0]].weights, images, labels, updates)
-        for row, k in enumerate(group):
-            length = norms * updates[row].values.double().norm().cpu()
-            sign = 1.0 if updates[row].kind == "gradient" else -1.0
-            result[k] = sign * products[row] / length.clamp_min(1e-300)
-    return result
-
-
-def client_model(observation: Observation) -> dict[str, Tensor]:
-    """The client's own model after the round, as far as the server can tell: name -> tensor."""
-    training = observation.scenario.training
-    step = 1.0
-    if observation.update.kind == "gradient":
-        step = -(training.server_learning_rate or training.learning_rate)
-    moved = {
-        name: observation.weights[name] + step * change.to(observation.weights[name].device)
-        for name, change in observation.update.dense().items()
-    }
-    return {**observation.weights, **observation.buffers, **moved}
-
-
 def one_tailed(own: Tensor, others: Tensor, keep: Tensor) -> Tensor:
     """Probability that a non-member's statistic is below `own` (N,) under a normal fitted to `others` (K, N).
 
@@ -167,19 +125,3 @@ def _not_outlying(others: Tensor) -> Tensor:
     apart = others - others.mean(0)
     # By the same mean on both sides, so that of equal ones none is out, however it is rounded.
     return apart <= 3 * apart.square().mean(0).sqrt()
-
-
-def _same_weights(answers: Sequence[Observation]) -> list[list[int]]:
-    """Positions grouped by the weights sent out: one group unless the server sent clients different ones."""
-    groups: list[list[int]] = []
-    for k, observation in enumerate(answers):
-        for group in groups:
-            first = answers[group[0]].weights
-            if first is observation.weights or all(
-                torch.equal(first[name], tensor) for name, tensor in observation.weights.items()
-            ):
-                group.append(k)
-                break
-        else:
-            groups.append([k])
-    return groups

@@ -1,0 +1,1 @@
+"""Attacks from the seat of a client, which sees the global models it is sent."""

@@ -1,0 +1,1 @@
+"""Attacks that ask about people, by samples of theirs that nobody trained on."""

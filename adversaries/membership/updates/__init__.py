@@ -1,0 +1,1 @@
+"""Statistics of a curious server on each client's update: a file each."""
