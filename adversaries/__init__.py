@@ -40,6 +40,8 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "fedmia": "adversaries.membership.updates.fedmia:FedMIA",
         "client-loss": "adversaries.membership.clients.client_loss:ClientLoss",
         "relu-trap": "adversaries.membership.active.relu_trap:ReLUTrap",
+        "ascent": "adversaries.membership.active.ascent:Ascent",
+        "isolating": "adversaries.membership.active.isolating:Isolating",
         "unlearn-max-loss": "adversaries.unlearning.max_loss:MaxLoss",
     },
     group="fedattack.attacks",
