@@ -39,6 +39,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "dip": "adversaries.reconstruction.matching.generator_priors:DeepImagePrior",
         "fedmia": "adversaries.membership.updates.fedmia:FedMIA",
         "client-loss": "adversaries.membership.clients.client_loss:ClientLoss",
+        "ascent-client": "adversaries.membership.clients.ascent_client:AscentClient",
         "relu-trap": "adversaries.membership.active.relu_trap:ReLUTrap",
         "ascent": "adversaries.membership.active.ascent:Ascent",
         "isolating": "adversaries.membership.active.isolating:Isolating",

@@ -15,7 +15,9 @@ from fedattack.task import trained_parameters
 
 STEPS = 2
 """Gauss-Newton steps: the losses are far from linear in a step of this length."""
-ITERATIONS, TOLERANCE = 60, 1e-3
+HALVINGS = 8
+"""Most halvings of a step that does not bring the losses closer to what is asked for."""
+ITERATIONS, TOLERANCE = 40, 1e-3
 RIDGE = 0.01
 """Relative to the mean squared norm of a sample's gradient."""
 CHUNK = 256
@@ -55,7 +57,12 @@ def raise_losses(
         shares, _ = conjugate_gradients(
             lambda c, r=ridge, s=system: s(c) + r * c, missing, ITERATIONS, TOLERANCE
         )
-        moved = {name: moved[name] + tensor for name, tensor in back(shares).items()}
+        step = back(shares)
+        for halving in range(HALVINGS + 1):
+            nearer = {name: moved[name] + tensor / 2**halving for name, tensor in step.items()}
+            if (goal - _losses(module, fixed, nearer, batches)).norm() < missing.norm():
+                moved = nearer
+                break
     return weights | {name: tensor.detach() for name, tensor in moved.items()}
 
 
