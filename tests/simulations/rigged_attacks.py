@@ -38,11 +38,13 @@ class Diary(MaliciousClient, MembershipAttack):
 class Failing(MembershipAttack):
     """Cannot read what it sees."""
 
-    def watch(self, observations, target, candidates, seed, device):
+    def watch(self, view, seed):
         """Nothing."""
         raise ValueError("too odd to read")
 
-    scores = watch
+    def scores(self, rounds, target, knowledge):
+        """Nothing."""
+        raise ValueError("too odd to conclude from")
 
 
 class Silent(Diary):
