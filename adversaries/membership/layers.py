@@ -88,10 +88,12 @@ class Outer:
         return torch.stack([self._dot(part) for part in parts])
 
     def _dot(self, part: Part) -> Tensor:
-        width = self.right.shape[1]
-        size = self.left.shape[1] * width
-        if part.positions is None or _GATHERING * len(part.positions) > size:
-            return ((self.left @ part.dense(size).reshape(-1, width)) * self.right).sum(1)
+        height, width = self.left.shape[1], self.right.shape[1]
+        if part.positions is None or _GATHERING * len(part.positions) > height * width:
+            matrix = part.dense(height * width).reshape(height, width)
+            if height < width:  # the shorter side is what is left over
+                return ((self.right @ matrix.T) * self.left).sum(1)
+            return ((self.left @ matrix) * self.right).sum(1)
         total = self.left.new_zeros(len(self.left))
         step = max(1, MEMORY // (2 * len(total)))
         for places, values in zip(part.positions.split(step), part.values.split(step), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,20 @@ class Gradients:
         }
 
 
+class _Tap(torch.autograd.Function):
+    """Hands on what it is given, and keeps the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, pulled: Tensor, slopes: list[Tensor]) -> Tensor:
+        ctx.slopes = slopes
+        return output.detach()  # no copy, and free to be overwritten
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.slopes.append(slope)
+        return slope, slope.new_zeros(()), None
+
+
 def per_sample(model: nn.Module, images: Tensor, labels: Tensor) -> Block:
     """Gradients of every sample's cross-entropy at the model's own weights."""
     wanted = trained_parameters(model)
@@ -103,13 +118,13 @@ def per_sample(model: nn.Module, images: Tensor, labels: Tensor) -> Block:
         if id(p) in names
     ]
     shared = {name for _, _, name in owners if sum(name == other for _, _, other in owners) > 1}
-    seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    seen: dict[nn.Module, list[tuple[Tensor, list[Tensor]]]] = {}
+    pulled = torch.zeros((), dtype=images.dtype, device=images.device, requires_grad=True)
 
     def tap(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # What is added is zero, and the gradient in it that at the output, whatever overwrites the output later.
-        slope = torch.zeros_like(output, requires_grad=True)
-        seen.setdefault(layer, []).append((inputs[0].detach(), slope))
-        return output + slope
+        slopes: list[Tensor] = []
+        seen.setdefault(layer, []).append((inputs[0].detach(), slopes))
+        return _Tap.apply(output, pulled, slopes)  # type: ignore[no-any-return, no-untyped-call]
 
     tapped = dict.fromkeys(module for module, _, name in owners if type(module) in RULES)
     handles = [module.register_forward_hook(tap) for module in tapped]
@@ -119,12 +134,13 @@ def per_sample(model: nn.Module, images: Tensor, labels: Tensor) -> Block:
     finally:
         for handle in handles:
             handle.remove()
-    once = {module: calls[0] for module, calls in seen.items() if len(calls) == 1}
-    slopes = torch.autograd.grad(loss, [slope for _, slope in once.values()]) if once else ()
+    if seen:
+        torch.autograd.grad(loss, pulled)
     found: dict[str, Piece] = {}
     with torch.no_grad():
-        for (module, (inputs, _)), slope in zip(once.items(), slopes, strict=True):
-            pieces = RULES[type(module)](module, inputs, slope) or {}
+        for module, calls in seen.items():
+            (inputs, slopes), *again = calls
+            pieces = {} if again else RULES[type(module)](module, inputs, slopes[0]) or {}
             found |= {
                 name: pieces[own]
                 for owner, own, name in owners
