@@ -24,4 +24,4 @@ class AttackP(BlackBox):
         assert knowledge.public is not None
         population = log_confidence(public, knowledge.public.labels).sort().values
         own = log_confidence(logits, knowledge.candidates.labels)
-        return torch.searchsorted(population, own, right=True) / len(population)
+        return torch.searchsorted(population, own, right=True).double() / len(population)

@@ -25,4 +25,4 @@ class AttackR(BlackBox):
         """``P_r[L_r(x) >= L(x)]`` in [0, 1], an empirical share."""
         references, labels = known(knowledge), knowledge.candidates.labels
         harder = log_confidence(references.logits, labels) <= log_confidence(logits, labels)
-        return outside_alone(harder.double(), references.trained_on)
+        return outside_alone(harder.double(), references.trained_on, probability=True)

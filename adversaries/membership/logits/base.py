@@ -89,14 +89,18 @@ class BlackBox(CuriousServer, MembershipAttack):
                 "'data.auxiliary_size'"
             )
         details: dict[str, object] = {"model": self.model, "population": count if needs.auxiliary else 0}
-        details |= {"references": 0} | (self._check_references(knowledge, needs.references) if needs.references else {})
+        details |= {"references": 0} | (
+            self._check_references(knowledge, needs.references) if needs.references else {}
+        )
         public = rows_of(rounds, asked, "public") if needs.auxiliary else {}
         read = list(logits) if self.model == "rounds" else [max(logits)]
         told = []
         for number in read:
             nothing = logits[number].new_empty(0, logits[number].shape[1])
             seen, of_public = logits[number].double(), public.get(number, nothing).double()
-            _check_finite(name, f"the {'client' if self.model == 'client' else 'global'} model", number, seen, of_public)
+            _check_finite(
+                name, f"the {'client' if self.model == 'client' else 'global'} model", number, seen, of_public
+            )
             told.append(self.signal(seen, knowledge, of_public))
         details |= {"rounds": read, "queries": len(read)}
         return MembershipScores(torch.stack(told).mean(0), name, details)
@@ -110,7 +114,9 @@ class BlackBox(CuriousServer, MembershipAttack):
                 f"needed; use --references {least}"
             )
         if not (references.logits.isfinite().all() and references.public_logits.isfinite().all()):
-            raise DataError(f"{name}: answers of reference models are not finite, their training has diverged")
+            raise DataError(
+                f"{name}: answers of reference models are not finite, their training has diverged"
+            )
         inside = references.trained_on.sum(0)
         outside = len(references) - inside
         return {
@@ -135,7 +141,7 @@ def log_confidence(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def scaled_confidence(logits: Tensor, labels: Tensor) -> Tensor:
-    """``log p_y - log(1 - p_y)``, close to normal over models (LiRA, equation 5); shapes of :func:`log_confidence`."""
+    """``log p_y - log(1 - p_y)``, close to normal over models; shapes of :func:`log_confidence`."""
     logits = logits.double()
     others = logits.scatter(-1, _index(logits, labels), -torch.inf)
     return of_label(logits, labels) - others.logsumexp(-1)
@@ -150,21 +156,30 @@ def _index(values: Tensor, labels: Tensor) -> Tensor:
     return labels[:, None].expand(*values.shape[:-1], 1)
 
 
-def centres(values: Tensor, trained_on: Tensor, median: bool = False) -> tuple[Tensor, Tensor]:
+def centres(
+    values: Tensor, trained_on: Tensor, median: bool = False, probability: bool = False
+) -> tuple[Tensor, Tensor]:
     """Mean or median over the references that trained on a candidate, and over the others: (R, N) -> two of (N,).
 
-    Where one kind is missing, the other's stands in, moved by the mean difference of all candidates. NotApplicable
-    if no reference trained on any candidate.
+    Where one kind is missing, the other's stands in, moved by the mean difference of all candidates, on the scale
+    of log-odds where values are probabilities. NotApplicable if no reference trained on any candidate, or all did.
     """
-    inside = middle(values, trained_on, median)
-    outside = middle(values, ~trained_on, median)
-    gap = values[trained_on].mean() - values[~trained_on].mean()
+    inside, outside = middle(values, trained_on, median), middle(values, ~trained_on, median)
+    on_scale, off_scale = (_log_odds(inside), _log_odds(outside)) if probability else (inside, outside)
+    gap = on_scale.nanmean() - off_scale.nanmean()
     if gap.isnan():
         raise NotApplicable(
-            "reference models that all trained on the candidates, or none, tell no difference; use mode 'offline'"
+            "reference models of which none trained on a candidate, or all did, tell no difference; use mode "
+            "'offline' where none did"
         )
-    filled = inside.where(~inside.isnan(), outside + gap)
-    return filled, outside.where(~outside.isnan(), inside - gap)
+    moved_in, moved_out = off_scale + gap, on_scale - gap
+    if probability:
+        moved_in, moved_out = moved_in.sigmoid(), moved_out.sigmoid()
+    return moved_in.where(inside.isnan(), inside), moved_out.where(outside.isnan(), outside)
+
+
+def _log_odds(probability: Tensor) -> Tensor:
+    return probability.clamp(1e-6, 1 - 1e-6).logit()
 
 
 def middle(values: Tensor, chosen: Tensor, median: bool = False) -> Tensor:
@@ -173,13 +188,15 @@ def middle(values: Tensor, chosen: Tensor, median: bool = False) -> Tensor:
     return known.nanquantile(0.5, dim=0) if median else known.nanmean(0)
 
 
-def outside_alone(values: Tensor, trained_on: Tensor, median: bool = False) -> Tensor:
+def outside_alone(
+    values: Tensor, trained_on: Tensor, median: bool = False, probability: bool = False
+) -> Tensor:
     """Mean or median over the references that did not train on a candidate: (R, N) -> (N,).
 
-    Where all did, as :func:`centres` fills it. NotApplicable if every reference trained on every candidate.
+    Where all did, as :func:`centres` fills it.
     """
     if trained_on.any():
-        return centres(values, trained_on, median)[1]
+        return centres(values, trained_on, median, probability)[1]
     return middle(values, ~trained_on, median)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -47,13 +47,19 @@ class ExponentialFamily(BlackBox):
 
     needs: ClassVar[Needs] = Needs(held_out=True, about="anybody", references=2)
 
+    def required(self) -> Needs:
+        """One reference will do for one parameter, or offline."""
+        return replace(self.needs, references=1 if self.parameters == 1 or self.mode == "offline" else 2)
+
     def signal(self, logits: Tensor, knowledge: Knowledge, public: Tensor) -> Tensor:
         """A log-likelihood ratio, up to what is equal for all candidates."""
         references, labels = known(knowledge), knowledge.candidates.labels
         trained_on, online = references.trained_on, self.mode == "online"
         if self.parameters == 1:
             shadows = log_confidence(references.logits, labels).exp()
-            usual = sum(centres(shadows, trained_on)) / 2 if online else outside_alone(shadows, trained_on)
+            usual = outside_alone(shadows, trained_on, probability=True)
+            if online:
+                usual = (usual + centres(shadows, trained_on, probability=True)[0]) / 2
             return log_confidence(logits, labels) - (1.0 if online else self.a) * usual.clamp_min(1e-45).log()
         own, shadows = scaled_confidence(logits, labels), scaled_confidence(references.logits, labels)
         var_out, all_out = variances(shadows, ~trained_on)
@@ -64,5 +70,7 @@ class ExponentialFamily(BlackBox):
         var_in = variances(shadows, trained_on)[0]
         if self.parameters < 4:
             residuals = (shadows - inside.where(trained_on, outside)).square()
-            var_in = var_out = residuals.mean() if self.parameters == 2 else residuals.mean(0)
+            enough = trained_on.sum(0).clamp_max((~trained_on).sum(0)) >= 2
+            alone = residuals.mean(0).where(enough, residuals.mean())
+            var_in = var_out = residuals.mean() if self.parameters == 2 else alone
         return log_ratio_of_normals(own, (inside, var_in), (outside, var_out))

@@ -48,7 +48,9 @@ class ModifiedEntropy(BlackBox):
         elif self.thresholds == "references":
             references = known(knowledge)
             shadows = -modified_entropy(references.logits, labels)
-            best = _by_class(shadows.flatten(), labels.repeat(len(references)), references.trained_on.flatten(), classes)
+            best = _by_class(
+                shadows.flatten(), labels.repeat(len(references)), references.trained_on.flatten(), classes
+            )
         else:
             return score
         return score - best[labels]
@@ -80,4 +82,6 @@ def _by_class(scores: Tensor, labels: Tensor, member: Tensor | None, classes: in
     if not tells(everybody):
         return torch.zeros(classes, dtype=torch.float64)
     groups = [labels == number for number in range(classes)]
-    return torch.tensor([threshold(group if tells(group) else everybody) for group in groups], dtype=torch.float64)
+    return torch.tensor(
+        [threshold(group if tells(group) else everybody) for group in groups], dtype=torch.float64
+    )
