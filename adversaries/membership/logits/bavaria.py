@@ -97,9 +97,10 @@ def predictive(values: Tensor, chosen: Tensor) -> StudentT:
     squares = ((values - mean).square() * chosen).sum(0)
     freedom = count - 1
     several, there = freedom > 0, count > 0
-    within = (
-        squares[several].sum() / freedom[several].sum() if several.any() else values[chosen].var(correction=0)
-    )
+    if several.any():
+        within = squares[several].sum() / freedom[several].sum()
+    else:  # one value a column does not tell the two spreads apart: they count half each
+        within = values[chosen].var(correction=0) / 2
     within = within.clamp_min(1e-30)
     relative = (squares[several] / freedom[several] / within).square() / (1 + 2 / freedom[several])
     excess = float(relative.mean() - 1) if several.any() else 0.0
