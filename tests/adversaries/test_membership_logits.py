@@ -410,7 +410,7 @@ def test_bad_input_in_one_sentence(recorded: Recorded) -> None:
         NotApplicable, match="0 reference models, and at least 2 are needed; use --references 2"
     ):
         bare.ask("lira")
-    with pytest.raises(NotApplicable, match="1 reference models, and at least 2"):
+    with pytest.raises(NotApplicable, match="1 reference model, and at least 2"):
         fewer(recorded, 1).ask("bavaria")
     for name in ("attack-p", "rmia", "quantile"):
         with pytest.raises(NotApplicable, match=r"0 labelled public samples, .*'data.auxiliary_size'"):

@@ -15,7 +15,7 @@ from adversaries.needs import Needs
 
 @dataclass
 class AttackP(BlackBox):
-    """Share of the population with no smaller loss than the candidate (Ye et al., CCS 2022, Attack P)."""
+    """Share of the population with no smaller loss than the candidate (Ye et al., Attack P, CCS 2022)."""
 
     needs: ClassVar[Needs] = Needs(held_out=True, about="anybody", auxiliary=1, labelled=True)
 

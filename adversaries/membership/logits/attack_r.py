@@ -14,7 +14,7 @@ from adversaries.needs import Needs
 
 @dataclass
 class AttackR(BlackBox):
-    """Share of the references under which the candidate's loss is no smaller (Ye et al., CCS 2022, Attack R).
+    """Share of the references under which the candidate's loss is no smaller (Ye et al., Attack R, CCS 2022).
 
     Counted are those that did not train on it; with n of them the score has n + 1 values, and many ties.
     """

@@ -109,9 +109,10 @@ class BlackBox(CuriousServer, MembershipAttack):
         """Refuse too few; their numbers."""
         name, references = type(self).__name__, knowledge.references
         if references is None or len(references) < least:
+            count = 0 if references is None else len(references)
             raise NotApplicable(
-                f"{name}: {0 if references is None else len(references)} reference models, and at least {least} are "
-                f"needed; use --references {least}"
+                f"{name}: {count} reference model{'' if count == 1 else 's'}, and at least {least} are needed; use "
+                f"--references {least}"
             )
         if not (references.logits.isfinite().all() and references.public_logits.isfinite().all()):
             raise DataError(

@@ -31,13 +31,13 @@ class StudentT(NamedTuple):
 
 @dataclass
 class BaVarIA(BlackBox):
-    """Bayesian variance inference attack (Brännvall, arXiv 2603.11799) on ``phi = log p_y - log(1 - p_y)``.
+    """BaVarIA: LiRA with Bayesian means and variances (Brännvall, arXiv 2603.11799, 2026).
 
-    Each candidate's ``phi`` over the references that trained on it, and over those that did not, is normal with a
-    mean and a variance under a normal-inverse-gamma prior, which steadies few references and stands in for none.
-    The paper's constants of the prior were not at hand: here it is fitted to the moments of all candidates'
-    references (:func:`predictive`), and the rest is conjugate (Murphy, "Conjugate Bayesian analysis of the Gaussian
-    distribution", 2007, section 6).
+    Each candidate's ``phi = log p_y - log(1 - p_y)`` over the references that trained on it, and over those that did
+    not, is normal with a mean and a variance under a normal-inverse-gamma prior, which steadies few references and
+    stands in for none. The paper's constants of the prior were not at hand: here it is fitted to the moments of all
+    candidates' references (:func:`predictive`), and the rest is conjugate (Murphy, "Conjugate Bayesian analysis of
+    the Gaussian distribution", 2007, section 6).
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from adversaries.membership.logits.base import BlackBox
 
 @dataclass
 class Correctness(BlackBox):
-    """The gap attack: a member is who is classified rightly (Yeom, Giacomelli, Fredrikson, Jha, CSF 2018)."""
+    """The gap attack: a member is who is classified rightly (Yeom et al., CSF 2018)."""
 
     def signal(self, logits: Tensor, knowledge: Knowledge, public: Tensor) -> Tensor:
         """1 where the largest logit is the label's, else 0."""

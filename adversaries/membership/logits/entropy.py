@@ -14,7 +14,7 @@ from adversaries.membership.logits.base import BlackBox
 
 @dataclass
 class Entropy(BlackBox):
-    """Sureness of the answer, which needs no label (Salem et al., "ML-Leaks", NDSS 2019, adversary 3).
+    """Sureness of the answer, which needs no label (Salem et al., adversary 3, NDSS 2019).
 
     Parameters
     ----------

@@ -24,10 +24,10 @@ from adversaries.needs import Needs
 
 @dataclass
 class ExponentialFamily(BlackBox):
-    """BASE1 to BASE4 (Brännvall, arXiv 2603.11799): likelihood ratios with 1 to 4 parameters per candidate.
+    """BASE1 to BASE4: likelihood ratios of 1 to 4 parameters per candidate (Brännvall, arXiv 2603.11799, 2026).
 
-    With one, BASE (Lassila, Östman, Ngo, arXiv 2505.24089), which ranks as RMIA does; with four, LiRA, here with
-    means. The rungs between are derived here from their numbers of parameters: normal distributions of
+    With one, BASE (Lassila, Östman, Ngo, arXiv 2505.24089, 2025), which ranks as RMIA does; with four, LiRA, here
+    with means. The rungs between are derived here from their numbers of parameters: normal distributions of
     ``log p_y - log(1 - p_y)`` with both means of each candidate, and one variance of all (2) or of its own (3).
 
     Parameters

@@ -25,9 +25,10 @@ ENOUGH = 64
 
 @dataclass
 class LiRA(BlackBox):
-    """Likelihood ratio attack (Carlini et al., S&P 2022) on ``phi = log p_y - log(1 - p_y)``.
+    """LiRA: likelihood ratio of a confidence among the references' (Carlini et al., S&P 2022).
 
-    Normal distributions of ``phi`` over the references, with medians as in the authors' code.
+    Normal distributions of ``phi = log p_y - log(1 - p_y)`` over the references, with medians as in the authors'
+    code.
 
     Parameters
     ----------

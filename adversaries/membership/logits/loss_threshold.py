@@ -12,7 +12,7 @@ from adversaries.membership.logits.base import BlackBox, log_confidence
 
 @dataclass
 class LossThreshold(BlackBox):
-    """Minus the cross-entropy: members were fitted (Yeom, Giacomelli, Fredrikson, Jha, CSF 2018).
+    """Minus the cross-entropy: members were fitted (Yeom et al., CSF 2018).
 
     Ranks as the confidence in the label does.
     """

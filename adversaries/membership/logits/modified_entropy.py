@@ -17,7 +17,7 @@ from adversaries.needs import Needs
 
 @dataclass
 class ModifiedEntropy(BlackBox):
-    """Modified entropy of the posterior (Song, Mittal, USENIX Security 2021, equation 8).
+    """Modified entropy of the posterior (Song, Mittal, equation 8, USENIX Security 2021).
 
     ``-(1 - p_y) log p_y - sum over i != y of p_i log(1 - p_i)``: 0 for who is surely classified rightly, infinite
     for who is surely classified wrongly. The score is the class's threshold less it.

@@ -23,11 +23,11 @@ LEAST = 20
 
 @dataclass
 class Quantile(BlackBox):
-    """Quantile regression (Bertran et al., NeurIPS 2023) of ``log p_y - log(1 - p_y)``, without any reference.
+    """Confidence above a quantile of non-members like the candidate (Bertran et al., NeurIPS 2023).
 
-    Median and upper quantile of non-members given the sample are regressed on the public samples' principal
-    components and labels (linear, pinball loss). The score is how far the candidate lies above its median, in units
-    of the distance of the quantile: above 1, at most `1 - level` of non-members like it are so well fitted.
+    Median and upper quantile of non-members' ``log p_y - log(1 - p_y)`` given the sample are regressed on the public
+    samples' principal components and labels (linear, pinball loss). The score is how far the candidate lies above
+    its median, in units of the quantile's distance: above 1, at most `1 - level` of non-members like it lie there.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ TRIED = 8
 
 @dataclass
 class RMIA(BlackBox):
-    """Robust membership inference (Zarifzadeh, Liu, Shokri, ICML 2024), on the label's probability.
+    """RMIA: the candidate's likelihood ratio among those of public samples (Zarifzadeh et al., ICML 2024).
 
     The score is the share of public samples z with ``(p(x; model) / p(x)) / (p(z; model) / p(z)) >= gamma``.
 

@@ -22,7 +22,7 @@ LEAST = 40
 
 @dataclass
 class ShadowModels(BlackBox):
-    """Shadow models (Shokri, Stronati, Song, Shmatikov, S&P 2017).
+    """A classifier learns from shadow models how members are answered (Shokri et al., S&P 2017).
 
     For each class a classifier (here boosted trees) learns from the references' log-posteriors of candidates and
     public samples of that class which of them trained on the sample, and is asked about the model. A class with few
