@@ -18,7 +18,7 @@ from adversaries import ATTACKS
 from adversaries.membership.base import Figures
 from adversaries.membership.knowledge import Knowledge, References
 from adversaries.membership.logits.base import BlackBox, centres, scaled_confidence
-from adversaries.membership.logits.bavaria import predictive
+from adversaries.membership.logits.bavaria import predicted, predicted_pair
 from adversaries.membership.logits.quantile import Quantile
 from adversaries.membership.logits.rmia import fitted_a
 from adversaries.membership.view import RoundView, client_model
@@ -182,16 +182,21 @@ def test_a_is_fitted_to_the_references_alone(recorded: Recorded) -> None:
     assert recorded.area("rmia", mode="offline") > recorded.area("rmia", mode="offline", a=0.3) + 0.05
 
 
+def gamma_world(rng: np.random.Generator, columns: int, nu: float, within: float) -> np.ndarray:
+    """Variances of columns, inverse gamma with this mean."""
+    return within * (nu - 2) / rng.chisquare(nu, columns)
+
+
 def test_predictive_is_calibrated_on_the_model_that_it_assumes() -> None:
-    """Columns of one to four values of a normal-inverse-gamma world: a fresh value's probability is uniform."""
+    """Columns of none to four values of a normal-inverse-gamma world: a fresh value's probability is uniform."""
     rng = np.random.default_rng(3)
     columns, nu, kappa = 4000, 8.0, 0.5
-    variance = 3.0 * (nu - 2) / rng.chisquare(nu, columns)
+    variance = gamma_world(rng, columns, nu, 3.0)
     mean = 2.0 + np.sqrt(variance / kappa) * rng.standard_normal(columns)
     values = mean + np.sqrt(variance) * rng.standard_normal((5, columns))
     chosen = np.arange(4)[:, None] < rng.integers(0, 5, columns)
     freedom, location, squared = (
-        t.numpy() for t in predictive(torch.from_numpy(values[:4]), torch.from_numpy(chosen))
+        part.numpy() for part in predicted(torch.from_numpy(values[:4]), torch.from_numpy(chosen))
     )
     u = stats.t.cdf(values[4], freedom, location, np.sqrt(squared))
     for count in range(5):
@@ -206,16 +211,44 @@ def test_predictive_is_calibrated_on_the_model_that_it_assumes() -> None:
     assert best - 0.01 < ours < best + 0.01
 
 
-def test_bavaria_is_lira_with_many_references_and_steadier_with_few(recorded: Recorded) -> None:
-    few = fewer(recorded, 4)
-    assert few.area("bavaria") > few.area("lira", variance="own") + 0.05
-    assert recorded.area("bavaria") > recorded.area("lira", variance="own")
-    _, shadows, inside = of_references(recorded)
-    many = [torch.from_numpy(np.tile(one, (200, 1))) for one in (shadows, inside)]
-    spread = np.where(many[1], many[0], np.nan)
-    found = predictive(*many)
-    assert np.allclose(found.location, np.nanmean(spread, 0), atol=2e-3)
-    assert np.allclose(found.variance, np.nanvar(spread, 0), rtol=0.02, atol=1e-3)
+def test_predictive_pair_is_calibrated_and_finds_who_was_inside() -> None:
+    """Six values a column, inside by chance; half of the fresh ones are inside, and the ratio is Bayes' own."""
+    rng = np.random.default_rng(4)
+    columns, nu = 6000, 9.0
+    variance = gamma_world(rng, columns, nu, 2.0)
+    middle = -1.0 + np.sqrt(variance / 0.3) * rng.standard_normal(columns)
+    difference = 1.0 + np.sqrt(variance / 4.0) * rng.standard_normal(columns)
+    inside = rng.random((7, columns)) < 0.5
+    values = middle + difference * (inside - 0.5) + np.sqrt(variance) * rng.standard_normal((7, columns))
+    pair = predicted_pair(torch.from_numpy(values[:6]), torch.from_numpy(inside[:6]))
+    log_density = []
+    for kind, found in zip((True, False), pair, strict=True):
+        freedom, location, squared = (part.numpy() for part in found)
+        u = stats.t.cdf(values[6], freedom, location, np.sqrt(squared))
+        assert stats.kstest(u[inside[6] == kind], "uniform").pvalue > 0.01
+        log_density.append(stats.t.logpdf(values[6], freedom, location, np.sqrt(squared)))
+    # A ratio of likelihoods: among those with posterior odds of o, a share of o / (1 + o) were inside.
+    share = 1 / (1 + np.exp(log_density[1] - log_density[0]))
+    for low in np.arange(0.2, 0.8, 0.1):
+        group = (share >= low) & (share < low + 0.1)
+        expected, count = share[group].mean(), group.sum()
+        assert abs(inside[6][group].mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / count)
+
+
+def test_bavaria_with_many_references_and_with_few(recorded: Recorded) -> None:
+    for count, margin in ((2, 0.03), (4, 0.1), (16, 0.01)):
+        few = fewer(recorded, count)
+        assert few.area("bavaria") > few.area("lira", variance="own") + margin
+    own, shadows, inside = of_references(recorded)
+    many = [torch.from_numpy(np.tile(one, (100, 1))) for one in (shadows, inside)]
+    pair = predicted_pair(*many)
+    for found, kind in zip(pair, (inside, ~inside), strict=True):
+        assert np.allclose(found.location, np.nanmean(np.where(kind, shadows, np.nan), 0), atol=5e-3)
+    ratio = [stats.norm.logpdf(own, t.location.numpy(), np.sqrt(t.squared_scale.numpy())) for t in pair]
+    rung = recorded.ask("exponential-family", parameters=3).scores.numpy()
+    assert np.corrcoef(ratio[0] - ratio[1], rung)[0, 1] > 0.999
+    normal, student = (recorded.area("bavaria", distribution=name) for name in ("normal", "t"))
+    assert abs(normal - student) < 0.005
 
 
 def test_thresholds_of_classes(recorded: Recorded) -> None:
