@@ -24,10 +24,13 @@ from adversaries.membership.logits.rmia import fitted_a
 from adversaries.membership.view import RoundView, client_model
 from adversaries.needs import Facts
 from adversaries.refusals import attack_refusals
-from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, TrainingConfig
+from fedattack.config import CompressionConfig, Config, DefenseConfig, ModelConfig, TrainingConfig
+from fedattack.data import build_world
 from fedattack.errors import DataError, NotApplicable
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation, Scenario, Update
+from simulations.engine.federation import run_federation
+from simulations.pipeline import simulate
 
 NAMES = sorted(name for name in ATTACKS.names() if issubclass(ATTACKS.get(name), BlackBox))
 REFERENCES = slice(2, 34)
@@ -420,6 +423,39 @@ def test_whose_answers_are_read(model: str, target: int) -> None:
             attack.scores(figures, 5, knowledge)
 
 
+def test_in_a_federation_behind_secure_aggregation(tmp_path: Path) -> None:
+    """Members of anybody, by the last global model, which the same seed trains again."""
+    names = ("loss-threshold", "attack-p", "lira")
+    config = Config.from_mapping(
+        {
+            "dataset": "digits", "model": "mlp", "clients": 3, "rounds": 2, "protocol": "fedavg", "local-steps": 10,
+            "batch-size": 16, "learning-rate": 0.3, "labels": "random", "compressor": "none", "engine": "inline",
+            "limit": 500, "data.nonmembers": 200, "data.auxiliary_size": 50, "defense": "secure-aggregation",
+            "attack": names, "attack.lira.model": "client", "run-dir": str(tmp_path / "run"),
+        }
+    )  # fmt: skip
+    result, world = simulate(config), build_world(config)
+    assert set(result.audits) == {"loss-threshold", "attack-p"}
+    network = build_model(world.scenario.model).eval()
+    network.load_state_dict(run_federation(config, world).weights)
+    with torch.no_grad():
+        images, labels = world.dataset.tensors(np.arange(len(world.dataset)))
+        losses = torch.nn.functional.cross_entropy(network(images), labels, reduction="none").double().numpy()
+    pools = {True: np.concatenate(world.partitions), False: world.pools.nonmembers}
+    public = np.sort(losses[world.pools.auxiliary])
+    for name, told in (
+        ("loss-threshold", -losses),
+        ("attack-p", 1 - np.searchsorted(public, losses) / len(public)),
+    ):
+        records = result.audits[name].records
+        assert {record["client"] for record in records} == {EVERYONE}
+        for member, pool in pools.items():
+            scores = np.array([record["score"] for record in records if record["is_member"] is member])
+            assert len(scores) > 100
+            assert np.abs(scores[:, None] - told[pool]).min(1).max() < 1e-5
+            assert len(np.unique(scores)) <= len(np.unique(told[pool]))
+
+
 def test_refused_before_anything_starts() -> None:
     facts = Facts(references=1, auxiliary=0, labelled=True, held_out=10)
     lira, summed = ATTACKS.get("lira"), replace(MLP, defense=DefenseConfig(names=("secure-aggregation",)))
@@ -454,6 +490,16 @@ def test_bad_input_in_one_sentence(recorded: Recorded) -> None:
         replace(recorded, figures=broken).ask("loss-threshold")
     references = recorded.knowledge.references
     assert references is not None
+    never = replace(references, trained_on=torch.zeros_like(references.trained_on))
+    unseen = replace(recorded, knowledge=replace(recorded.knowledge, references=never))
+    for name in ("lira", "rmia", "exponential-family", "bavaria"):
+        with pytest.raises(NotApplicable, match="offline"):
+            unseen.ask(name)
+        assert unseen.ask(name, mode="offline").scores.isfinite().all()
+    with pytest.raises(NotApplicable, match="teach nothing"):
+        unseen.ask("shadow-models")
+    with pytest.raises(NotApplicable, match="set no threshold"):
+        unseen.ask("modified-entropy", thresholds="references")
     diverged = replace(references, logits=references.logits.clone().fill_(torch.inf))
     with pytest.raises(DataError, match="answers of reference models are not finite"):
         replace(recorded, knowledge=replace(recorded.knowledge, references=diverged)).ask("attack-r")

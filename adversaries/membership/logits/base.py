@@ -185,8 +185,8 @@ def _log_odds(probability: Tensor) -> Tensor:
 
 def middle(values: Tensor, chosen: Tensor, median: bool = False) -> Tensor:
     """Mean or median of the chosen of each column, NaN where there are none: (R, N) -> (N,)."""
-    known = values.where(chosen, torch.nan)
-    return known.nanquantile(0.5, dim=0) if median else known.nanmean(0)
+    among = values.where(chosen, torch.nan)
+    return among.nanquantile(0.5, dim=0) if median else among.nanmean(0)
 
 
 def outside_alone(

@@ -13,6 +13,7 @@ from torch import Tensor
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.logits.base import BlackBox, known, of_label
 from adversaries.needs import Needs
+from fedattack.errors import NotApplicable
 
 
 @dataclass
@@ -59,10 +60,9 @@ class ModifiedEntropy(BlackBox):
 def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Of answers (..., N, C) to samples with labels (N,), float64 (..., N)."""
     logs = logits.double().log_softmax(-1)
-    # log(1 - p) from the logits of the others, so that p next to 1 loses nothing.
-    rest = torch.log((-torch.expm1(logs)).clamp_min(1e-45))
-    others = logs.exp() * rest
-    own = of_label(-torch.expm1(logs) * logs, labels)
+    left = -torch.expm1(logs)  # 1 - p, of which next to p = 1 nothing is lost
+    others = logs.exp() * left.clamp_min(1e-45).log()
+    own = of_label(left * logs, labels)
     return of_label(others, labels) - own - others.sum(-1)
 
 
@@ -80,7 +80,9 @@ def _by_class(scores: Tensor, labels: Tensor, member: Tensor | None, classes: in
 
     everybody = torch.ones_like(labels, dtype=torch.bool)
     if not tells(everybody):
-        return torch.zeros(classes, dtype=torch.float64)
+        raise NotApplicable(
+            "modified-entropy: references that trained on all candidates, or on none, set no threshold"
+        )
     groups = [labels == number for number in range(classes)]
     return torch.tensor(
         [threshold(group if tells(group) else everybody) for group in groups], dtype=torch.float64

@@ -46,10 +46,10 @@ class Quantile(BlackBox):
         """Height above the median over the distance of the quantile."""
         asked, population = knowledge.candidates, knowledge.public
         assert population is not None
-        known, wanted = self._features(population.images, population.labels, asked.images, asked.labels)
+        given, wanted = self._features(population.images, population.labels, asked.images, asked.labels)
         target = scaled_confidence(public, population.labels).numpy()
         middle, upper = (
-            QuantileRegressor(quantile=level, alpha=1e-3, solver="highs").fit(known, target).predict(wanted)
+            QuantileRegressor(quantile=level, alpha=1e-3, solver="highs").fit(given, target).predict(wanted)
             for level in (0.5, self.level)
         )
         # Where the two lines come close or cross, by the least distance among nearly all public samples.

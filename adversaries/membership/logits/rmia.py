@@ -91,9 +91,9 @@ def fitted_a(probabilities: Tensor, trained_on: Tensor) -> float:
     for one in range(min(len(probabilities), TRIED)):
         others = torch.arange(len(probabilities)) != one
         outside = middle(probabilities[others], ~trained_on[others])
-        known = ~outside.isnan()
-        member, own = trained_on[one, known].numpy(), probabilities[one, known]
+        asked = ~outside.isnan()
+        member, own = trained_on[one, asked].numpy(), probabilities[one, asked]
         if member.all() or not member.any():
             continue
-        areas += [roc_auc_score(member, own / _offline(outside[known], a / 10)) for a in range(11)]
+        areas += [roc_auc_score(member, own / _offline(outside[asked], a / 10)) for a in range(11)]
     return float(areas.argmax()) / 10 if areas.any() else PUBLISHED_A
