@@ -21,10 +21,10 @@ from fedattack.groundtruth import GroundTruth
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
 from fedattack.rng import adversary_seed
-from fedattack.storage import RunFolder, save_observation, save_truth
+from fedattack.storage import RunFolder, load_truths, save_observation, save_truth
 from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord
-from simulations.experiments.base import Experiment, Plan
+from simulations.experiments.base import Experiment, Plan, SavedWork
 from simulations.experiments.executor import Executor, make_executor
 from simulations.experiments.victims import Attacked, Victims, groups
 from simulations.progress import Stages
@@ -142,10 +142,40 @@ class Answers:
         return {name: {key: answer for key, (answer, _) in done.items()} for name, done in self._done.items()}
 
 
+class SavedVictims(SavedWork):
+    """Reconstructs saved observations."""
+
+    def __init__(self, *run: Any) -> None:
+        super().__init__(*run)
+        self._work = Answers(self.config, self.folder, self.attacks, self.shown)
+        self._truths = None if self.truth is None else load_truths(self.truth)
+
+    def submit(self, observations: Sequence[Observation]) -> None:
+        """Attack them; where the truth is given, those that it tells of."""
+        told = None if self._truths is None else {truth.key for truth in self._truths}
+        chosen = [o for o in observations if told is None or o.key in told]
+        if len(chosen) < len(observations):
+            what = f"the truth tells of {len(chosen)} of {len(observations)} observations; the others are left out"
+            self.shown.say(f"round {observations[0].round}: {what}", self.folder)
+        self._work.submit(chosen)
+
+    def collect(self) -> None:
+        self._work.collect()
+
+    def close(self) -> None:
+        self._work.close()
+
+    def audit(self) -> dict[str, AuditResult]:
+        return {name: self._work.audit(name, self._truths or []) for name in self.attacks}
+
+    def answers(self) -> dict[str, dict[str, Reconstruction]]:
+        return self._work.answers()
+
+
 class ReconstructionExperiment(Experiment):
     """Attacks the victims of the attacked rounds while the federation goes on, and scores the images."""
 
-    from_saved = Answers
+    from_saved = SavedVictims
     attacks: dict[str, ReconstructionAttack]
 
     def __init__(self, plan: Plan, attacks: Mapping[str, ReconstructionAttack]) -> None:
