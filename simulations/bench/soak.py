@@ -23,8 +23,10 @@ _SETTINGS = {
     "FedMIA.statistic": "loss",
     "clients": 100,
     "compressor": "none",
+    "batch-size": 4,
     "attack.targets": (0,),
     "candidates": 20,
+    "data.auxiliary_size": 0,
     "federation.evaluate": False,
 }
 _QUICK = {"dataset": "digits", "model": "tiny-cnn", "clients": 8}
