@@ -39,6 +39,8 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "dip": "adversaries.reconstruction.matching.generator_priors:DeepImagePrior",
         "fedmia": "adversaries.membership.updates.fedmia:FedMIA",
         "client-loss": "adversaries.membership.clients.client_loss:ClientLoss",
+        "person-client": "adversaries.membership.people.person_client:PersonClient",
+        "person-member": "adversaries.membership.people.person_member:PersonMember",
         "relu-trap": "adversaries.membership.active.relu_trap:ReLUTrap",
         "unlearn-max-loss": "adversaries.unlearning.max_loss:MaxLoss",
     },

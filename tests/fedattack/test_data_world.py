@@ -267,6 +267,7 @@ def test_world_record_says_what_was_dealt() -> None:
         "clients": 135,
         "nonmembers": 30,
         "auxiliary": 135,
+        "withheld": 0,
     }
     assert record["unassigned"] == 0
     assert "limit: 300 of 1,797" in record["dataset"]["note"]
