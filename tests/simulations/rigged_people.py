@@ -22,14 +22,16 @@ def alike(config: DataConfig) -> Listing:
 
 
 def hands(config: DataConfig) -> Listing:
-    """The same, each with a stroke of their own: an 8x8 pattern under everything that they write."""
+    """The same, but everybody writes every digit in a way of their own: a pattern under it."""
     listing = alike(config)
-    strokes = np.random.default_rng(6).integers(0, 90, (PEOPLE, 1, 8, 8))
+    strokes = np.random.default_rng(6).integers(0, 90, (PEOPLE, 10, 1, 8, 8))
     assert listing.groups is not None
     groups = listing.groups
 
     def read(ids: np.ndarray, size: int | None) -> np.ndarray:
-        marked = listing.read(ids, size).astype(np.int64) * 165 // 255 + strokes[groups[ids]]
+        marked = (
+            listing.read(ids, size).astype(np.int64) * 165 // 255 + strokes[groups[ids], listing.labels[ids]]
+        )
         return marked.astype(np.uint8)
 
     return replace(listing, read=read)
