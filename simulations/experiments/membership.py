@@ -32,6 +32,7 @@ from simulations.experiments.question import (
     check_question,
     choose_question,
     expected_rounds,
+    per_unit,
 )
 
 log = logging.getLogger("fedattack.membership")
@@ -178,12 +179,13 @@ class MembershipExperiment(Experiment):
             if known is None:
                 seconds = self._seconds[name] + time.perf_counter() - started
                 plan.folder.save_scores(name, target, answer, seconds)
+            answer = per_unit(answer, self._question.groups)
             statistic, labels = answer.statistic, plan.world.dataset.labels
             samples, groups = self._question.samples[asked.places], plan.world.dataset.groups
             scored.append(
                 Scored(
                     target,
-                    self._question.of_units(answer.scores.numpy())[asked.places],
+                    answer.scores.numpy()[asked.places],
                     asked.is_member,
                     samples,
                     asked.others,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from flwr.app import ConfigRecord
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from fedattack.config import Config
 from fedattack.data import World
@@ -21,7 +22,7 @@ from fedattack.data.dataset import require_groups
 from fedattack.data.pools import fingerprints, share_of_each
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.models import initial_weights
-from fedattack.observation import EVERYONE, Candidates
+from fedattack.observation import EVERYONE, Candidates, MembershipScores
 from fedattack.rng import numpy_rng
 from simulations.client_app import drops_out, round_batches
 from simulations.engine.flower_internals import server_identity
@@ -106,16 +107,14 @@ class Question:
         """A sample id of each unit, (U,)."""
         return self.ids[np.unique(self.unit, return_index=True)[1]]
 
-    def candidates(self, world: World) -> Candidates:
-        """What the attacks are asked: `groups` are the units where these are people."""
-        groups = torch.from_numpy(self.unit) if self.by_person else None
-        return Candidates(*world.dataset.tensors(self.ids), groups)
+    @property
+    def groups(self) -> Tensor | None:
+        """The units, int64 (N,), where these are people."""
+        return torch.from_numpy(self.unit) if self.by_person else None
 
-    def of_units(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """A score per unit, (U,), from one per candidate, (N,): the mean over a person's samples."""
-        if not self.by_person:
-            return scores
-        return np.bincount(self.unit, scores) / np.bincount(self.unit)
+    def candidates(self, world: World) -> Candidates:
+        """What the attacks are asked."""
+        return Candidates(*world.dataset.tensors(self.ids), self.groups)
 
     def settle(
         self, config: Config, world: World, rounds: Rounds, target: int
@@ -160,6 +159,17 @@ class Question:
         is_member, order = np.arange(len(places)) < len(members), np.argsort(places)
         others = (self.owner[places] != HELD_OUT) & ~is_member
         return Asked(target, places[order], is_member[order], others[order]), details
+
+
+def per_unit(answer: MembershipScores, groups: Tensor | None) -> MembershipScores:
+    """One score per unit, (U,), from one per candidate, (N,): the mean over a person's samples.
+
+    `groups` are those of the candidates that were asked about; None: samples are asked about.
+    """
+    if groups is None:
+        return answer
+    sums = answer.scores.new_zeros(int(groups.max()) + 1).index_add(0, groups, answer.scores)
+    return replace(answer, scores=sums / groups.bincount())
 
 
 def called(target: int) -> str:

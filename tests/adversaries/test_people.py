@@ -84,7 +84,9 @@ def test_did_this_person_take_part(tmp_path: Path) -> None:
     assert answer.details == {"rounds": [2], "references": 4}
 
     trained = replace(references, trained_on=torch.ones_like(references.trained_on))
-    with pytest.raises(NotApplicable, match=r"trained on by every reference model; raise 'attack\.references'"):
+    with pytest.raises(
+        NotApplicable, match=r"trained on by every reference model; raise 'attack\.references'"
+    ):
         attack.scores(figures, EVERYONE, replace(knowledge, references=trained))
     with pytest.raises(NotApplicable, match="no reference model"):
         attack.scores(figures, EVERYONE, replace(knowledge, references=None))

@@ -15,7 +15,7 @@ from fedattack.config import Config
 from fedattack.data import World, build_world
 from fedattack.errors import BadRequest, DataError, NotApplicable
 from fedattack.models import build_model
-from fedattack.observation import EVERYONE, Auxiliary, Observation
+from fedattack.observation import EVERYONE, Auxiliary, MembershipScores, Observation
 from simulations.client_app import round_batches
 from simulations.engine.federation import run_federation
 from simulations.experiments.question import (
@@ -24,6 +24,7 @@ from simulations.experiments.question import (
     check_question,
     choose_question,
     expected_rounds,
+    per_unit,
 )
 from simulations.pipeline import simulate
 
@@ -257,7 +258,9 @@ def test_people_are_asked_about_by_samples_that_nobody_trained_on() -> None:
     np.testing.assert_array_equal(counts, np.round(0.4 * whole))
     scores = np.random.default_rng(0).normal(size=len(question.ids))
     means = [scores[groups[question.ids] == key].mean() for key in question.key]
-    np.testing.assert_allclose(question.of_units(scores), means, atol=1e-12)
+    answer = MembershipScores(torch.from_numpy(scores), "any", {"rounds": [1]})
+    np.testing.assert_allclose(per_unit(answer, question.groups).scores, means, atol=1e-12)
+    assert per_unit(answer, None) is answer
 
     both = choose_question(of_people(attack__negatives="both"), world, range(10), every)
     for client, ids in enumerate(world.partitions):
