@@ -103,6 +103,14 @@ class Question:
     by_person: bool = False
 
     @property
+    def alike(self) -> float:
+        """What members' and non-members' labels must have in common (`matched_label`) not to tell them apart.
+
+        Two people's few samples differ by chance; where samples are asked about, they stand in pairs of one label.
+        """
+        return 0.75 if self.by_person else 1 - 1e-9
+
+    @property
     def samples(self) -> Ids:
         """A sample id of each unit, (U,)."""
         return self.ids[np.unique(self.unit, return_index=True)[1]]
@@ -125,7 +133,7 @@ class Question:
         `observed_rounds`, and `matched_label`, `matched_group`: what the distributions of labels, and of people, of
         members and non-members have in common, from 0 to 1. NotApplicable if no pair counts.
         """
-        dataset, unit = world.dataset, self.unit
+        dataset = world.dataset
         used = np.unique(_named(trained_on(config, world, rounds), world, self.by_person))
         pairs = self.pairs[target][np.isin(self.key[self.pairs[target][:, 0]], used)]
         if not len(pairs):
@@ -133,28 +141,15 @@ class Question:
                 f"membership: {called(target)} has no member in the list that was trained on in the observed rounds "
                 "and stands beside a non-member"
             )
-        members, nonmembers = (np.unique(column) for column in pairs.T)
-        if len(members) < FEW_MEMBERS:
-            log.warning(
-                "membership: only %d members to ask about of %s (%d were trained on in the observed rounds, %d "
-                "samples are held out); chance alone spreads widely over so few",
-                *(len(members), called(target), len(used), len(world.pools.nonmembers)),
-            )
-        sides = self.ids[np.isin(unit, members)], self.ids[np.isin(unit, nonmembers)]
-        matched = _shared(dataset.labels, *sides)
-        if matched < (0.9 if self.by_person else 1 - 1e-9) and config.data.labels == "natural":
-            log.warning(
-                "membership: only %.1f %% of the non-members have the label of a member, so a score above chance may "
-                "tell classes apart rather than members",
-                100 * matched,
-            )
+        sides = [self.ids[np.isin(self.unit, column)] for column in pairs.T]
         known = None if dataset.groups is None or self.by_person else _shared(dataset.groups, *sides)
         details = {
             "members_used": len(used),
             "observed_rounds": sorted({number for numbers in rounds.values() for number in numbers}),
-            "matched_label": matched,
+            "matched_label": _shared(dataset.labels, *sides),
             "matched_group": known,
         }
+        members, nonmembers = (np.unique(column) for column in pairs.T)
         places = np.concatenate([members, nonmembers])
         is_member, order = np.arange(len(places)) < len(members), np.argsort(places)
         others = (self.owner[places] != HELD_OUT) & ~is_member
@@ -403,7 +398,34 @@ def choose_question(
             f"membership: no member stands beside a non-member ('attack.negatives' = {config.attack.negatives!r}); "
             "hold more out ('data.nonmembers'), or ask about more clients ('attack.targets', 'attack.others')"
         )
-    return _listed(units, chosen, found, present, by_person, rng)
+    question = _listed(units, chosen, found, present, by_person, rng)
+    _warn(question, config, world)
+    return question
+
+
+def _warn(question: Question, config: Config, world: World) -> None:
+    """Say what makes the answers worth less."""
+    asked = np.unique(np.concatenate([question.pairs[target][:, 0] for target in question.targets]))
+    if len(asked) < FEW_MEMBERS:
+        log.warning(
+            "membership: only %d members to ask about (%d of %d held-out samples stand beside members); chance alone "
+            "spreads widely over so few",
+            *(len(asked), (question.owner == HELD_OUT).sum(), len(world.pools.nonmembers)),
+        )
+    found = {
+        target: _shared(
+            world.dataset.labels, *(question.ids[np.isin(question.unit, side)] for side in pairs.T)
+        )
+        for target, pairs in question.pairs.items()
+        if len(pairs)
+    }
+    least = min(found, key=lambda target: found[target])
+    if found[least] < question.alike and config.data.labels == "natural":
+        log.warning(
+            "membership: of %s only %.1f %% of the non-members have the label of a member, so a score above chance "
+            "may tell classes apart rather than members",
+            *(called(least), 100 * found[least]),
+        )
 
 
 def _drawn(

@@ -128,7 +128,7 @@ def test_unequal_clients_get_non_members_of_their_own_classes(caplog: pytest.Log
     assert asked.is_member.sum() == 20
     assert (question.owner == 0).sum() > 20  # those without a partner stay in the list
     assert details["matched_label"] == 0
-    assert "0.0 % of the non-members have the label of a member" in caplog.text
+    assert "of anybody only 0.0 % of the non-members have the label of a member" in caplog.text
 
 
 def test_pairs_whose_member_was_not_trained_on_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
@@ -145,8 +145,8 @@ def test_pairs_whose_member_was_not_trained_on_do_not_count(caplog: pytest.LogCa
     with pytest.raises(NotApplicable, match="client 1 has no member in the list that was trained on"):
         question.settle(config, world, {1: []}, 1)
     few = settings(rounds=1, **{"local-steps": 1, "batch-size": 4})
-    choose_question(few, world, [1], {1: [1]}).settle(few, world, {1: [1]}, 1)
-    assert "only 4 members to ask about of client 1" in caplog.text
+    choose_question(few, world, [1], {1: [1]})
+    assert "only 4 members to ask about" in caplog.text
 
 
 def test_who_answers_when_is_known_before_the_first_round(caplog: pytest.LogCaptureFixture) -> None:
