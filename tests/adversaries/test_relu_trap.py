@@ -73,9 +73,10 @@ def test_honest_weights_are_no_trap(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run/parts/relu-trap").glob("round-*")] == [
         "round-00002.safetensors"
     ]
+    rounds = {1: {"clients": torch.tensor([], dtype=torch.int64), "statistic": torch.empty(0, 4)}}
+    knowledge = Knowledge(Candidates(torch.empty(4, 1, 8, 8), torch.zeros(4)))
     with pytest.raises(NotApplicable, match="in no armed round"):
-        rounds = {1: {"clients": torch.tensor([], dtype=torch.int64), "statistic": torch.empty(0, 4)}}
-        ReLUTrap().scores(rounds, 0, Knowledge(Candidates(torch.empty(4, 1, 8, 8), torch.zeros(4))))
+        ReLUTrap().scores(rounds, 0, knowledge)
     scene = build_world(config).scenario
     smooth = replace(scene, model=scene.model.model_copy(update={"activation": "sigmoid"}))
     with pytest.raises(NotApplicable, match="works behind relu"):
