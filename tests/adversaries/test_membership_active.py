@@ -218,13 +218,16 @@ def test_a_client_explains_steps_by_all_candidates(world: World, asked: Candidat
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_only_who_asks_early_is_told_the_question(tmp_path: Path) -> None:
-    """The malicious client gets it in every round, the others never do, and the run goes on from its journal."""
-    more = {"clients": 3, "data.limit": 900, "data.labels": "random", "data.nonmembers": 780, "rounds": 6}
-    more |= {"attack": "unmix-client,ascent-client,client-loss", "local-steps": 20, "ascent-client.boost": 3}
-    config = Config.from_mapping(SETTINGS | more | {"candidates": 40, "run-dir": str(tmp_path / "run")})
-    audits = simulate(config).audits
-    found = {name: audit.summary["metrics"]["auc"]["mean"] for name, audit in audits.items()}
-    assert found["unmix-client"] > 0.6
-    again = simulate(config).audits["unmix-client"].summary["metrics"]["auc"]["mean"]
-    assert again == found["unmix-client"]
+def test_a_client_tells_members_of_the_others(tmp_path: Path) -> None:
+    more = {
+        "clients": 3,
+        "data.limit": 700,
+        "data.labels": "random",
+        "data.nonmembers": 580,
+        "candidates": 40,
+    }
+    config = Config.from_mapping(
+        SETTINGS | more | {"attack": "unmix-client", "rounds": 3, "run-dir": str(tmp_path / "run")}
+    )
+    area = simulate(config).audits["unmix-client"].summary["metrics"]["auc"]["mean"]
+    assert area > 0.7
