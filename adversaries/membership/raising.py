@@ -19,10 +19,6 @@ from fedattack.task import trained_parameters
 
 State = dict[str, Tensor]
 
-STEPS = 2
-"""Gauss-Newton steps: the losses are far from linear in a step of this length."""
-HALVINGS = 8
-"""Most halvings of a step that does not bring the losses closer to what is asked for."""
 ITERATIONS, TOLERANCE = 40, 1e-3
 RIDGE = 0.01
 """Relative to the mean squared norm of a sample's gradient."""
@@ -32,22 +28,13 @@ CHUNK = 256
 def raise_losses(model: ModelConfig, weights: State, samples: Candidates, rise: Tensor, seed: int) -> State:
     """`weights`, moved as little as it takes for each sample's cross-entropy to rise by `rise`, (N,), in nats.
 
-    A step is the least one that solves ``J d = rise`` up to the ridge, ``d = J^T (J J^T + r I)^-1 rise``; samples of
-    rise 0 are held where they are. Plain ascent, ``d ~ J^T rise``, goes where all samples agree instead. `seed`
-    seeds one probe, which sizes the ridge.
+    To first order: one Gauss-Newton step, the least that solves ``J d = rise`` up to the ridge, which is
+    ``d = J^T (J J^T + r I)^-1 rise``. Samples of rise 0 are held, as far as losses are linear. Plain ascent,
+    ``d ~ J^T rise``, goes where all samples agree instead. `seed` seeds one probe, which sizes the ridge.
     """
     span = _Span(model, weights, samples, seed)
-    moved = span.start
-    goal = span.losses(moved) + rise.float()
-    for _ in range(STEPS):
-        missing = goal - span.losses(moved)
-        step = span.back(span.solve(missing, moved), moved)
-        for halving in range(HALVINGS + 1):
-            nearer = {name: moved[name] + tensor / 2**halving for name, tensor in step.items()}
-            if (goal - span.losses(nearer)).norm() < missing.norm():
-                moved = nearer
-                break
-    return weights | {name: tensor.detach() for name, tensor in moved.items()}
+    step = span.back(span.solve(rise.float(), span.start), span.start)
+    return weights | {name: (span.start[name] + tensor).detach() for name, tensor in step.items()}
 
 
 def accounted_for(model: ModelConfig, weights: State, after: State, samples: Candidates, seed: int) -> Tensor:

@@ -73,9 +73,7 @@ def test_losses_rise_where_they_should_and_by_the_least_step(world: World, asked
     gram = rows @ rows.T
     probe = 2.0 * torch.randint(2, rise.shape, generator=torch.Generator().manual_seed(0)).double() - 1
     ridge = 0.01 * (probe @ gram @ probe) / len(probe)
-    missing, step = rise.double(), torch.zeros(rows.shape[1]).double()
-    for _ in range(2):
-        step += rows.T @ torch.linalg.solve(gram + ridge * torch.eye(len(gram)), missing - rows @ step)
+    step = rows.T @ torch.linalg.solve(gram + ridge * torch.eye(len(gram)), rise.double())
     found = torch.cat([(raised[name] - start[name]).flatten() for name in start]).double()
     assert (found - step).norm() < 0.05 * step.norm()
     far = raise_losses(world.scenario.model, start, asked, 100 * rise, 0)
@@ -103,14 +101,11 @@ def test_ascent_reads_falls_from_the_armed_weights(world: World, asked: Candidat
         return sample_losses(model, weights, asked.images, asked.labels)
 
     armed = [o for o in observations if o.round in (2, 4)]
-    plain = next(o.weights for o in observations if o.round == 3)
-    for turn, number in enumerate((2, 4)):
-        sent = next(o.weights for o in armed if o.round == number)
-        before = plain if number == 2 else None
-        if before is not None:  # the armed round left the global model as it was
-            rises = losses(sent) - losses(before)
-            raised = in_turn(len(asked.labels), 2, turn)
-            assert rises[raised].mean() > rises[~raised].mean() + 0.5
+    # Round 2 was not aggregated: the third begins where it did.
+    before = next(o.weights for o in observations if o.round == 3)
+    rises, raised = losses(armed[0].weights) - losses(before), in_turn(len(asked.labels), 2, 0)
+    assert rises[raised].mean() > 3 * rises[~raised].mean().abs()
+    assert not torch.equal(armed[0].weights["1.weight"], armed[-1].weights["1.weight"])
     total = torch.zeros(len(asked.labels), dtype=torch.float64)
     for number in (2, 4):
         here = [o for o in armed if o.round == number]
