@@ -274,6 +274,10 @@ class OutputConfig(Section):
 
     run_dir: str | None = None
     save_observations: bool = False
+    cache_dir: str | None = Field(
+        None,
+        description="folder for what later runs can use again (reference models); None: beside the run folder",
+    )
 
 
 class Config(Section):
@@ -395,6 +399,7 @@ SHORT_NAMES: dict[str, str] = {
     "victims": "attack.victims",
     "attack-rounds": "attack.rounds",
     "candidates": "attack.candidates",
+    "references": "attack.references",
     "targets": "attack.targets",
     "requests": "attack.requests",
     "mechanism": "unlearning.mechanism",
