@@ -12,6 +12,7 @@ from adversaries.membership.base import RoundStatistic
 from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
 from fedattack.config import Strength
+from fedattack.errors import NotApplicable
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Whitened(RoundStatistic):
 
     def measure(self, view: RoundView) -> Tensor:
         """The quotients."""
+        if view.knowledge.public is None or len(view.knowledge.public.labels) < self.needs.auxiliary:
+            raise NotApplicable("whitened: no labelled public samples are granted; raise data.auxiliary_size")
         count = len(view.candidates.labels)
         found = torch.empty(len(view.clients), count, dtype=torch.float64)
         for system in view.systems():
