@@ -96,6 +96,13 @@ class RoundView:
         """The samples asked about."""
         return self.knowledge.candidates
 
+    @property
+    def public(self) -> Candidates:
+        """The labelled public samples; NotApplicable where none were granted."""
+        if self.knowledge.public is None:
+            raise NotApplicable("no labelled public samples are granted; raise setting 'data.auxiliary_size'")
+        return self.knowledge.public
+
     @cached_property
     def model(self) -> nn.Module:
         """The architecture, in eval mode on :attr:`device`; its weights are scratch."""
@@ -218,9 +225,7 @@ class RoundView:
         return self._found[public]
 
     def _samples(self, public: bool) -> Candidates:
-        samples = self.knowledge.public if public else self.candidates
-        assert samples is not None, "needs say whether public samples are there"
-        return samples
+        return self.public if public else self.candidates
 
     def _answers(self, which: Which, public: bool) -> Tensor:
         if (which, public) not in self._logits:
