@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adversaries.membership import layers, per_sample
+from adversaries.membership import view as view_module
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.per_sample import Gradients, gram, products
 from adversaries.membership.view import RoundView
@@ -206,6 +207,17 @@ def test_equations_are_of_unit_gradients_over_what_was_sent() -> None:
         if o.update.indices is None:
             assert set(found.topk(4).indices.tolist()) == set(range(4 * o.client, 4 * o.client + 4))
             assert found.topk(5).values[4] < 1e-3 < found.topk(4).values[3]
+
+
+def test_of_many_public_samples_some_are_in_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_module, "MOST_PUBLIC", 4)
+    observations, _ = seen()
+    public = samples(7)
+    (system,) = RoundView(observations[:1], Knowledge(samples(5), public), CPU).systems()
+    chosen = Candidates(public.images[[0, 2, 4, 6]], public.labels[[0, 2, 4, 6]])
+    (wanted,) = RoundView(observations[:1], Knowledge(samples(5), chosen), CPU).systems()
+    assert torch.equal(system.gram, wanted.gram)
+    assert torch.equal(system.products, wanted.products)
 
 
 def test_an_update_of_another_model_is_refused() -> None:
