@@ -30,8 +30,9 @@ MOST_PUBLIC = 1000
 class System:
     """Inner products among the gradients of n samples, and with the updates of some clients; float64.
 
-    Samples are the candidates, then public ones, at most :data:`MOST_PUBLIC`. Gradients are divided by their whole norms, updates by theirs.
-    Of a sparse update `gram` is over the entries that were sent, so that its diagonal is at most 1.
+    Samples are the candidates, then public ones, at most :data:`MOST_PUBLIC`. Gradients are divided by their whole
+    norms, updates by theirs. Of a sparse update `gram` is over the entries that were sent, so that its diagonal is at
+    most 1.
 
     Parameters
     ----------
