@@ -22,6 +22,7 @@ from fedattack.models import build_model, initial_weights
 from fedattack.models.classifiers.resnet import ResNet
 from fedattack.observation import Candidates, Observation, Scenario, Update
 from fedattack.training import batch_gradient, load_weights
+from simulations.bench.view import run as benchmark
 
 CPU = torch.device("cpu")
 
@@ -246,3 +247,12 @@ def test_batch_norm_statistics_that_were_not_sent() -> None:
             model.get_buffer(name).copy_(buffer)
     wanted = functional.cross_entropy(model(samples(4).images), samples(4).labels, reduction="none").double()
     torch.testing.assert_close(whole.client_losses[0], wanted.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_benchmark_compares_like_with_like() -> None:
+    figures = benchmark(quick=True)
+    for name in ("mlp", "resnet20"):
+        assert figures[f"{name}_apart"] < 1e-4
+        assert figures[f"{name}_ratio"] == pytest.approx(
+            figures[f"{name}_vmap_ms"] / figures[f"{name}_view_ms"]
+        )
