@@ -81,6 +81,11 @@ class Needs:
         return " or ".join(self.activations)
 
     @property
+    def trained(self) -> str:
+        """How many reference models, in words."""
+        return "one reference model" if self.references == 1 else f"{self.references} reference models"
+
+    @property
     def together(self) -> str:
         """How many images of one batch, in words."""
         return "one image" if self.images == 1 else f"at most {self.images} images"

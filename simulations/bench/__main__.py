@@ -30,6 +30,7 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "time-to-quality": "simulations.bench.time_to_quality:run",
         "soak": "simulations.bench.soak:run",
         "tensor": "simulations.bench.tensor:run",
+        "view": "simulations.bench.view:run",
     },
 )
 
