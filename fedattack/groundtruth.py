@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ class MembershipTruth:
     owner: NDArray[np.int64]
     labels: NDArray[np.int64]
     groups: NDArray[np.int64] | None
-    asked: Mapping[int, Mapping[str, NDArray[np.generic]]]
+    asked: Mapping[int, Mapping[str, NDArray[Any]]]
     accuracy: float | None
     chance_accuracy: float
     test_samples: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 
 import numpy as np
@@ -17,7 +18,7 @@ from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.audit.membership import Scored
 from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, RunFailed
+from fedattack.errors import ConfigError, NotApplicable, RunFailed
 from fedattack.groundtruth import MembershipTruth
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.storage import save_observation
@@ -151,7 +152,11 @@ class MembershipExperiment(Experiment):
             rounds = self._asked_about(attack, target, answered)
             if not any(rounds.values()):
                 continue
-            asked, details[str(target)] = self._question.settle(plan.config, plan.world, rounds, target)
+            try:
+                asked, details[str(target)] = self._question.settle(plan.config, world, rounds, target)
+            except NotApplicable as error:  # nothing counts of this one
+                self._watch.pass_over(name, target, error)
+                continue
             hostile = partial(_answered, name, federation) if isinstance(attack, MaliciousClient) else None
             answer = self._watch.scores(name, target, hostile)
             if answer is None:
@@ -193,8 +198,9 @@ class MembershipExperiment(Experiment):
             whom = question.targets if target == EVERYONE else [target]
             rounds = {client: answered[client] for client in whom if client in answered}
             if rounds:
-                counts, _ = question.settle(self.plan.config, world, rounds, target)
-                asked[target] = {name: t for name, t in vars(counts).items() if isinstance(t, np.ndarray)}
+                with suppress(NotApplicable):  # nothing counts of this one
+                    counts, _ = question.settle(self.plan.config, world, rounds, target)
+                    asked[target] = {name: t for name, t in vars(counts).items() if isinstance(t, np.ndarray)}
         groups = world.dataset.groups
         save_membership_truth(
             self.plan.folder.truth,
