@@ -60,6 +60,8 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "quantile": "adversaries.membership.logits.quantile:Quantile",
         "shadow-models": "adversaries.membership.logits.shadow_models:ShadowModels",
         "client-loss": "adversaries.membership.clients.client_loss:ClientLoss",
+        "person-client": "adversaries.membership.people.person_client:PersonClient",
+        "person-member": "adversaries.membership.people.person_member:PersonMember",
         "relu-trap": "adversaries.membership.active.relu_trap:ReLUTrap",
         "unlearn-max-loss": "adversaries.unlearning.max_loss:MaxLoss",
     },

@@ -74,6 +74,8 @@ class Needs:
     """Of membership: whether one client trained on a sample, or anybody did."""
     members: bool = False
     """Samples that are known to be members."""
+    people: bool = False
+    """Of membership: people are asked about, by samples that nobody trained on."""
 
     @property
     def behind(self) -> str:
@@ -105,6 +107,8 @@ class Facts:
         Samples that no client trains on; public images granted; whether these have labels.
     references, members : int
         Reference models, and known members, granted.
+    people : bool
+        Whether people are asked about.
     """
 
     rounds: tuple[int, ...] = ()
@@ -117,6 +121,7 @@ class Facts:
     honest: int | None = None
     references: int | None = None
     members: int | None = None
+    people: bool | None = None
 
     @property
     def last(self) -> int:

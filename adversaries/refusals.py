@@ -203,6 +203,9 @@ TABLE: tuple[Row, ...] = (
         "setting 'attack.references' = {f.references}: this attack needs at least {n.trained}; use --references "
         "{n.references}"),
     Row("about", "asked about anybody", lambda n, s, f: False, value="anybody", plain=True),
+    Row("people", "asked about people", lambda n, s, f: f.people is False,
+        "setting 'attack.unit' = 'sample': this attack asks about people, by samples that nobody trained on; use "
+        "attack.unit 'group' with data.withheld and data.nonmember_unit 'group'"),
     Row("members", "known members", lambda n, s, f: f.members == 0, "no known members are granted"),
 )
 # fmt: on

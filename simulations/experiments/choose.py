@@ -89,4 +89,5 @@ def known_facts(config: Config, world: World) -> Facts:
         auxiliary=0 if granted is None else len(granted),
         labelled=None if granted is None else granted.labels is not None,
         references=config.attack.references,
+        people=config.attack.unit == "group",
     )

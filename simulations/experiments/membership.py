@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,17 +18,28 @@ from adversaries.membership.knowledge import Knowledge
 from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.audit.membership import Scored
+from fedattack.config import Config
+from fedattack.data import World
 from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, NotApplicable, RunFailed
+from fedattack.errors import NotApplicable, RunFailed
 from fedattack.groundtruth import MembershipTruth
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.storage import save_observation
 from fedattack.storage.membership import save_candidates, save_global_model, save_membership_truth
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.base import Experiment, Plan
-from simulations.experiments.question import Question, Rounds, choose_question, expected_rounds
+from simulations.experiments.question import (
+    Question,
+    Rounds,
+    check_question,
+    choose_question,
+    expected_rounds,
+    per_unit,
+)
 from simulations.experiments.rounds import Watch
 from simulations.experiments.saved_membership import SavedMembership, scored_of
+
+log = logging.getLogger("fedattack.membership")
 
 
 class MembershipExperiment(Experiment):
@@ -48,25 +60,38 @@ class MembershipExperiment(Experiment):
         setting = plan.world.scenario, plan.config.federation.rounds
         self._watch = Watch(plan.config, plan.folder, serving, seat, setting, plan.shown)
 
+    @classmethod
+    def check(cls, config: Config, world: World) -> None:
+        check_question(config, world)
+
     def _choose(self) -> Question:
-        """The list, from what the targets train on in the rounds that every attack reads."""
+        """The list, from what the targets train on in the rounds that the attacks read."""
         config = self.plan.config
-        asked = range(config.federation.clients) if config.attack.targets is None else config.attack.targets
-        if wrong := [client for client in asked if client >= config.federation.clients]:
-            raise ConfigError(
-                f"setting 'attack.targets' names client {wrong[0]}; accepted: 0 to {config.federation.clients - 1}"
-            )
-        numbers = {name: set(self._rounds(attack)) for name, attack in self.attacks.items()}
-        common = set.intersection(*numbers.values())
-        hostile = set()
+        everyone = range(config.federation.clients)
+        asked = everyone if config.attack.targets is None else config.attack.targets
+        hostile: set[int] = set()
         if any(isinstance(attack, MaliciousClient) for attack in self.attacks.values()):
             hostile = set(config.attack.malicious_clients)
         targets = [client for client in asked if client not in hostile]
-        rounds = {c: [r for r in found if r in common] for c, found in self._expected.items()}
-        return choose_question(config, self.plan.world, targets, rounds)
+        others = [client for client in everyone if client not in {*targets, *hostile}]
+        readings = sorted({tuple(self._rounds(attack)) for attack in self.attacks.values()})
+        rounds = [
+            {c: [r for r in found if r in one] for c, found in self._expected.items()} for one in readings
+        ]
+        question = choose_question(config, self.plan.world, targets, *rounds, others=others)
+        anybody = [
+            name for name, attack in self.attacks.items() if EVERYONE in self._targets(attack, question)
+        ]
+        if anybody and config.attack.negatives != "held-out":
+            log.warning(
+                "membership: %s: asked about anybody, beside held-out samples alone, for others' members are "
+                "members ('attack.negatives' = %r)",
+                *(", ".join(anybody), config.attack.negatives),
+            )
+        return question
 
     def _candidates(self) -> Candidates:
-        return Candidates(*self.plan.world.dataset.tensors(self._question.ids))
+        return self._question.candidates(self.plan.world)
 
     def _serving(self) -> list[str]:
         """The attacks of a server's seat."""
@@ -78,11 +103,11 @@ class MembershipExperiment(Experiment):
             return self.plan.config.attack.rounds
         return range(1, self.plan.config.federation.rounds + 1)
 
-    def _targets(self, attack: MembershipAttack) -> Sequence[int]:
+    def _targets(self, attack: MembershipAttack, question: Question | None = None) -> Sequence[int]:
         """Whom an attack is asked about: one client after the other, or anybody."""
         alone = attack.needs_now(self.plan.world.scenario).about == "client"
         hidden = isinstance(attack, MaliciousClient) or hides_clients(self.plan.config.defense)
-        return self._question.targets if alone and not hidden else (EVERYONE,)
+        return (question or self._question).targets if alone and not hidden else (EVERYONE,)
 
     def _asked_about(self, attack: MembershipAttack, target: int, rounds: Rounds) -> Rounds:
         """Of the clients asked about, the rounds asked about."""
@@ -145,7 +170,7 @@ class MembershipExperiment(Experiment):
                     answered[client].append(record.round)
         scored: list[Scored] = []
         details: dict[str, object] = {}
-        statistic, ids, world = name, self._question.ids, plan.world
+        statistic, ids, world = name, self._question.samples, plan.world
         labels = world.dataset.labels[ids]
         groups = None if world.dataset.groups is None else world.dataset.groups[ids]
         for target in self._targets(attack):
@@ -162,7 +187,7 @@ class MembershipExperiment(Experiment):
             if answer is None:
                 continue
             statistic = answer.statistic
-            scored.append(scored_of(asked, answer, ids, labels, groups))
+            scored.append(scored_of(asked, per_unit(answer, self._question.groups), ids, labels, groups))
         if not scored:
             raise self._watch.fault(name)
         plan.shown(name, 1.0, f"{len(self._question.ids)} candidates")
@@ -205,10 +230,10 @@ class MembershipExperiment(Experiment):
         save_membership_truth(
             self.plan.folder.truth,
             MembershipTruth(
-                question.ids,
+                question.samples,
                 question.owner,
-                world.dataset.labels[question.ids],
-                None if groups is None else groups[question.ids],
+                world.dataset.labels[question.samples],
+                None if groups is None else groups[question.samples],
                 asked,
                 last_accuracy(federation),
                 self.plan.commonest_share,

@@ -19,7 +19,7 @@ from fedattack.observation import EVERYONE, MembershipScores, Observation
 from fedattack.storage.membership import load_candidates, load_global_model, load_membership_truth
 from fedattack.storage.observations import observed_rounds
 from simulations.experiments.base import SavedWork
-from simulations.experiments.question import Asked
+from simulations.experiments.question import Asked, per_unit
 from simulations.experiments.rounds import Watch
 
 
@@ -80,17 +80,18 @@ class SavedMembership(SavedWork):
         assert self._watch is not None
         assert self.truth is not None
         truth, known = self.truth, load_membership_truth(self.truth)
-        if len(known.ids) != len(self._candidates.labels):
-            raise DataError(
-                f"{truth} is of {len(known.ids)} candidates, {self.saved} of {len(self._candidates.labels)}"
-            )
+        groups = self._candidates.groups
+        units = len(self._candidates.labels) if groups is None else int(groups.max()) + 1
+        if len(known.ids) != units:
+            raise DataError(f"{truth} is of {len(known.ids)} candidates, {self.saved} of {units}")
         audits = {}
         for name, answers in self._answers.items():
             scored = []
             for target, answer in answers.items():
                 if target in known.asked:
                     asked = Asked(target, **known.asked[target])
-                    scored.append(scored_of(asked, answer, known.ids, known.labels, known.groups))
+                    of_units = per_unit(answer, groups)
+                    scored.append(scored_of(asked, of_units, known.ids, known.labels, known.groups))
             if not scored:
                 self.failed[name] = DataError(f"{truth} says nothing of clients {sorted(answers)}")
                 continue
