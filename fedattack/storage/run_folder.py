@@ -22,7 +22,7 @@ import torch
 from fedattack.config import Config
 from fedattack.errors import ConfigError, DataError
 from fedattack.files import cannot_write, write_bytes, write_tensors
-from fedattack.observation import MembershipScores, Reconstruction
+from fedattack.observation import MembershipScores, Reconstruction, client_name
 from fedattack.storage.observations import read_tensors, safe_name
 from fedattack.storage.plain import fedattack_version, flat, number, read_json, write_json
 
@@ -172,7 +172,7 @@ class RunFolder:
         self, attack: str, target: int, scores: MembershipScores, seconds: float, basis: Sequence[int] = ()
     ) -> None:
         """Store the membership scores for one target client; `basis` says what they were concluded from."""
-        place = self._part(attack, f"client-{target:05d}")
+        place = self._part(attack, client_name(target))
         write_tensors(place.with_suffix(".safetensors"), {"scores": scores.scores})
         document = {"format": 1, "statistic": scores.statistic, "details": scores.details, "seconds": seconds}
         write_json(place.with_suffix(".json"), document | {"basis": list(basis)})
@@ -184,7 +184,7 @@ class RunFolder:
 
         `basis` None: any will do.
         """
-        place = self._part(attack, f"client-{target:05d}")
+        place = self._part(attack, client_name(target))
         if not place.with_suffix(".json").is_file():
             return None
         document, tensors = _read_pair(place)

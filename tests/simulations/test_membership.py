@@ -337,6 +337,18 @@ def test_without_truth_nothing_is_scored_and_answers_are_kept(saved: Path, tmp_p
     assert "the scores are in parts/" in text()
 
 
+def test_sums_are_saved_and_attacked_later(tmp_path: Path) -> None:
+    more = {"rounds": 2, "attack": "unmix", "data.auxiliary_size": 40}
+    hidden = {"defense": "secure-aggregation", "save-observations": True}
+    run = simulate(settings(tmp_path / "run", **more, **hidden))
+    later = attack_folder(
+        tmp_path / "run", settings(tmp_path / "later", **more), truth=tmp_path / "run/truth"
+    )
+    assert "everyone" in parts(tmp_path / "run", "unmix")
+    assert alike(tmp_path / "run", tmp_path / "later", "unmix")
+    assert later.audits["unmix"].records == run.audits["unmix"].records
+
+
 def test_what_saved_observations_cannot_do(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"client-loss.*needs a running federation"):
         attack_folder(saved, settings(tmp_path / "one", attack="client-loss"))
