@@ -158,6 +158,7 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
         (Needs(references=4), MLP, Facts(references=2), "at least 4 reference models; use --references 4"),
     ],
     "about": [],
+    "people": [(Needs(people=True), MLP, Facts(people=False), "unit 'group' with data.withheld")],
     "members": [(Needs(members=True), MLP, Facts(members=0), "known members")],
 }
 
