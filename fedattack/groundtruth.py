@@ -33,10 +33,10 @@ class GroundTruth:
 class MembershipTruth:
     """Who is behind what a membership question asks about: N samples, or people.
 
-    `ids`, `owner` (the client, -1: held out), `labels` and `groups` are int64 (N,), of people of one of their samples. `asked` says of each target what
-    counts: arrays of one length by name ("places" in the list, "is_member", "others": other clients' members).
-    `accuracy` and `chance_accuracy`, in [0, 1], are the last global model's on `test_samples` held-out samples, and
-    the share of their commonest class.
+    `ids`, `owner` (the client, -1: held out), `labels` and `groups` are int64 (N,), of a person those of one sample.
+    `asked` says of each target what counts: arrays of one length by name ("places" in the list, "is_member", "others":
+    other clients' members). `accuracy` and `chance_accuracy`, in [0, 1], are the last global model's on `test_samples`
+    held-out samples, and the share of their commonest class.
     """
 
     ids: NDArray[np.int64]
