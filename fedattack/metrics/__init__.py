@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedattack.metrics.guarantee import allowed_auc, allowed_tpr
 from fedattack.metrics.images import (
     INFLATION_DB,
     Match,
@@ -27,6 +28,13 @@ from fedattack.metrics.membership import (
     roc_points,
     tpr_at_fpr,
 )
+from fedattack.metrics.pooled import (
+    at_least_score,
+    auc_influence,
+    clustered_interval,
+    pooled_auc,
+    unit_counts,
+)
 from fedattack.metrics.statistics import (
     Interval,
     bootstrap_mean,
@@ -42,7 +50,11 @@ __all__ = [
     "Interval",
     "Match",
     "OperatingPoint",
+    "allowed_auc",
+    "allowed_tpr",
+    "at_least_score",
     "auc",
+    "auc_influence",
     "auc_interval",
     "auc_power",
     "auc_reach",
@@ -51,6 +63,7 @@ __all__ = [
     "chance_auc",
     "chance_balanced_accuracy",
     "clopper_pearson",
+    "clustered_interval",
     "constant_hits",
     "labels_right",
     "match",
@@ -58,12 +71,14 @@ __all__ = [
     "out_of_range_share",
     "paired_difference",
     "paper_scale",
+    "pooled_auc",
     "psnr",
     "roc_points",
     "share_difference",
     "ssim",
     "ssim_window",
     "tpr_at_fpr",
+    "unit_counts",
     "units_needed",
     "wilson",
 ]

@@ -40,7 +40,7 @@ def auc(scores: ArrayLike, is_member: ArrayLike) -> float:
     `scores` (N,): higher means "more likely a member". Raises DataError, as all below that take scores, if the
     lengths differ, a score is not a number, or there is no member or no non-member.
     """
-    values, member = _checked(scores, is_member)
+    values, member = checked(scores, is_member)
     return float(roc_auc_score(member, values))
 
 
@@ -54,7 +54,7 @@ def auc_interval(
     that was found is no further than Hanley and McNeil's standard error allows (Newcombe, Confidence intervals for an
     effect size measure based on the Mann-Whitney statistic, part 2, 2006, method 5).
     """
-    values, member = _checked(scores, is_member)
+    values, member = checked(scores, is_member)
     _, place = np.unique(values, return_inverse=True)
     inside = np.bincount(place[member], minlength=place.max() + 1)
     outside = np.bincount(place[~member], minlength=place.max() + 1)
@@ -119,7 +119,7 @@ def tpr_at_fpr(scores: ArrayLike, is_member: ArrayLike, max_fpr: float) -> Opera
     With fewer than ``1 / max_fpr`` non-members the point allows no false positive at all; the counts say so (Carlini
     et al., Membership Inference Attacks From First Principles, 2022).
     """
-    values, member = _checked(scores, is_member)
+    values, member = checked(scores, is_member)
     fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
     point = int(np.nonzero(fpr <= max_fpr)[0][-1])
     members, nonmembers = int(member.sum()), int((~member).sum())
@@ -146,7 +146,7 @@ def balanced_accuracy(scores: ArrayLike, is_member: ArrayLike) -> float:
 
     The threshold is chosen on the scored candidates: chance is above 0.5, see :func:`chance_balanced_accuracy`.
     """
-    values, member = _checked(scores, is_member)
+    values, member = checked(scores, is_member)
     fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
     return float(((tpr - fpr).max() + 1) / 2)
 
@@ -155,7 +155,7 @@ def chance_balanced_accuracy(
     scores: ArrayLike, is_member: ArrayLike, seed: int, replicates: int = 1000
 ) -> tuple[float, float]:
     """Mean and 97.5 % quantile of :func:`balanced_accuracy` when memberships are shuffled among these scores."""
-    values, member = _checked(scores, is_member)
+    values, member = checked(scores, is_member)
     order = np.argsort(-values, kind="stable")
     last = np.append(np.nonzero(np.diff(values[order]))[0], len(values) - 1)  # last place of each tie
     steps = np.where(member, 1 / member.sum(), -1 / (~member).sum())
@@ -169,12 +169,13 @@ def chance_balanced_accuracy(
 
 def roc_points(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """False- and true-positive rates of the ROC curve, both rising from 0 to 1."""
-    values, member = _checked(scores, is_member)
+    values, member = checked(scores, is_member)
     fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
     return fpr, tpr
 
 
-def _checked(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def checked(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Finite scores (N,), float64, and memberships (N,), bool, with one of each kind; else DataError."""
     values, member = np.asarray(scores, dtype=np.float64), np.asarray(is_member)
     if values.ndim != 1 or values.shape != member.shape:
         raise DataError(

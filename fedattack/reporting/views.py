@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fedattack.audit.family import AuditResult, by_family, get_family
+from fedattack.audit.family import AuditResult, by_family, get_family, told_together
 from fedattack.config import Config
 from fedattack.reporting import formats
 from fedattack.storage.plain import fedattack_version
@@ -33,9 +33,10 @@ def subtitle(config: Config) -> str:
 
 def attack_view(result: AuditResult) -> dict[str, Any]:
     words, _, explanation = result.verdict.partition(": ")
-    question = get_family(result.family).question
+    family = get_family(result.family)
     told = {"headline": words, "explanation": explanation, "badge": _badge(result.threat)}
-    return {"name": result.attack, "level": result.level, "question": question, **told}
+    told |= {"question": family.question, "beside": list(family.beside(result))}
+    return {"name": result.attack, "level": result.level, **told}
 
 
 def _badge(threat: Mapping[str, Any]) -> str:
@@ -47,18 +48,23 @@ def _badge(threat: Mapping[str, Any]) -> str:
 
 def family_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
     """A table of scores per family, attacks and floors below one another, and remarks on each attack."""
-    views = []
+    views, together = [], told_together(results)
     for family, chosen in by_family(results):
+        found = [row for result in chosen for row in family.rows(result)]
+        titled = [metric for metric in family.titled if any(metric.of(figures) for _, _, figures in found)]
         columns: list[str] = []
-        for metric in family.titled:
+        for metric in titled:
             columns += [metric.heading, "95 % interval"]
             columns += ["worst", "best"] if metric is family.titled[0] else []
         rows = []
-        for title, main, figures in (row for result in chosen for row in family.rows(result)):
-            cells = [cell for m in family.titled for cell in m.cells(figures, ends=m is family.titled[0])]
+        for title, main, figures in found:
+            cells = [cell for m in titled for cell in m.cells(figures, ends=m is family.titled[0])]
             rows.append({"name": title, "main": main, "cells": cells})
         remarks = [_sentence(result.attack, family.remarks(result)) for result in chosen]
-        views.append({"title": family.title, "columns": columns, "rows": rows, "remarks": remarks})
+        told = together.get(family.name, {}).get("text", "")
+        views.append(
+            {"title": family.title, "columns": columns, "rows": rows, "remarks": remarks, "together": told}
+        )
     return views
 
 

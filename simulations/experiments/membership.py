@@ -6,8 +6,11 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adversaries.membership.base import Figures, MembershipAttack
@@ -15,14 +18,19 @@ from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.view import RoundView
 from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
-from fedattack.audit.membership import Scored
+from fedattack.audit.membership import Source
+from fedattack.audit.membership_floors import blind_baseline
+from fedattack.audit.membership_pool import Scored
 from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable, RunFailed
+from fedattack.metrics import Interval
+from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Candidates, MembershipScores
 from fedattack.rng import adversary_seed
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.executor import choose_device
+from simulations.experiments.privacy import weakest_guarantee
 from simulations.experiments.question import Question, Rounds, choose_question, expected_rounds
 
 
@@ -42,6 +50,7 @@ class MembershipExperiment(Experiment):
         }
         self._after: dict[str, Tensor] = {}
         self._question = self._choose()
+        self._by_pixels: dict[tuple[bytes, ...], Interval | None] = {}
         self._knowledge = Knowledge.of(self._candidates(), plan.world.auxiliary)
 
     def _choose(self) -> Question:
@@ -142,7 +151,9 @@ class MembershipExperiment(Experiment):
                 for client in record.clients:
                     answered[client].append(record.round)
         scored: list[Scored] = []
-        details: dict[str, object] = {}
+        answers: dict[int, NDArray[np.float64]] = {}
+        details: dict[str, dict[str, Any]] = {}
+        references: int | None = None
         statistic = name
         for target in self._targets(attack):
             rounds = self._asked_about(attack, target, answered)
@@ -154,17 +165,19 @@ class MembershipExperiment(Experiment):
             if known is None:
                 seconds = self._seconds[name] + time.perf_counter() - started
                 plan.folder.save_scores(name, target, answer, seconds)
-            statistic, labels = answer.statistic, plan.world.dataset.labels
+            statistic, references = answer.statistic, answer.details.get("references")
+            answers[target], labels = answer.scores.numpy(), plan.world.dataset.labels
             samples, groups = self._question.ids[asked.places], plan.world.dataset.groups
             scored.append(
                 Scored(
                     target,
-                    answer.scores.numpy()[asked.places],
+                    answers[target][asked.places],
                     asked.is_member,
                     samples,
                     asked.others,
                     labels[samples],
                     None if groups is None else groups[samples],
+                    sorted({number for numbers in rounds.values() for number in numbers}),
                 )
             )
         if not scored:
@@ -179,8 +192,51 @@ class MembershipExperiment(Experiment):
             accuracy=next((r.accuracy for r in reversed(federation.rounds) if r.accuracy is not None), None),
             chance_accuracy=plan.commonest_share,
             test_samples=len(plan.world.pools.nonmembers),
+            source=self._source(scored, answers),
+            blind=self._blind(scored),
+            guarantee=weakest_guarantee(plan.config, plan.world, federation.rounds),
+            references=references,
+            images=self._images,
+            warnings=self._warnings(details),
             seed=plan.config.seed,
         )
+
+    def _images(self, ids: NDArray[np.int64]) -> Tensor:
+        return self.plan.world.dataset.tensors(ids)[0]
+
+    def _source(self, scored: Sequence[Scored], answers: Mapping[int, NDArray[np.float64]]) -> Source | None:
+        """Every target's scores for every target's members; None where there is one target."""
+        if len(scored) < 2:
+            return None
+        place = {sample: index for index, sample in enumerate(self._question.ids.tolist())}
+        asked = [np.array([place[i] for i in one.samples[one.is_member].tolist()]) for one in scored]
+        owner = np.repeat([one.client for one in scored], [len(places) for places in asked])
+        matrix = np.stack([answers[one.client][np.concatenate(asked)] for one in scored])
+        return Source(np.array([one.client for one in scored]), matrix, owner)
+
+    def _blind(self, scored: Sequence[Scored]) -> Interval | None:
+        """What pixels alone tell of these candidates: the same for all attacks that are asked the same."""
+        asked = tuple(part.tobytes() for one in scored for part in (one.samples, one.is_member))
+        if asked not in self._by_pixels:
+            pixels = lambda ids: self._images(ids).numpy()  # noqa: E731
+            self._by_pixels[asked] = blind_baseline(scored, pixels, self.plan.config.seed)
+        return self._by_pixels[asked]
+
+    def _warnings(self, details: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """What the question and the model call for."""
+        found, config = [], self.plan.config
+        matched = min(one["matched_label"] for one in details.values())
+        if matched < 1 and config.data.labels == "natural":
+            found.append(
+                f"only {matched:.0%} of the non-members have the label of a member: a score may tell classes apart"
+            )
+        names = [name for name, _ in build_model(self.plan.world.scenario.model).named_buffers()]
+        if any(name.endswith("running_mean") for name in names):
+            found.append(
+                "candidates are looked at with BatchNorm in evaluation mode, at the statistics that were sent: unlike "
+                "the batches that clients trained on"
+            )
+        return found
 
     def _answer(
         self, name: str, attack: MembershipAttack, target: int, federation: FederationResult

@@ -7,6 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from adversaries.membership.fedmia import (
+    FedMIA,
+    _not_outlying,
+    _same_weights,
+    client_model,
+    one_tailed,
+    statistics,
+)
 from scipy.stats import norm
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
@@ -16,14 +24,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adversaries.membership import per_sample
-from adversaries.membership.fedmia import (
-    FedMIA,
-    _not_outlying,
-    _same_weights,
-    client_model,
-    one_tailed,
-    statistics,
-)
 from adversaries.membership.per_sample import gradient_products
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import NotApplicable, PayloadError

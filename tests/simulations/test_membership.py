@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adversaries.membership.fedmia import FedMIA, one_tailed, statistics
 from torch.nn import functional
 
 from adversaries.membership.base import MembershipAttack
-from adversaries.membership.fedmia import FedMIA, one_tailed, statistics
 from fedattack.audit.membership import audit_membership
 from fedattack.config import Config
 from fedattack.data import World, build_world
