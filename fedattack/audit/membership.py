@@ -532,13 +532,11 @@ MEMBERSHIP: Family = Family(
         digits=3,
     ),
     columns=(
-        ("asked\nabout", lambda s: formats.count(s["count"])),
         ("AUC", lambda s: MEMBERSHIP.metrics[0].two_lines(s["metrics"])),
         ("chance\nAUC", lambda s: f"0.500\n{formats.span(s['floors']['chance']['auc'], 3)}"),
         ("pixels\nalone", _pixels_cell),
         ("TPR at\n1 % FPR", _tail_cell("tpr_at_1_percent_fpr")),
         ("TPR at\n0.1 % FPR", _tail_cell("tpr_at_0.1_percent_fpr")),
-        ("time", lambda s: formats.seconds(s["seconds"])),
     ),
     remarks=_remarks,
     beside=_beside,

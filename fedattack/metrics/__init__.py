@@ -19,7 +19,6 @@ from fedattack.metrics.labels import constant_hits
 from fedattack.metrics.membership import (
     OperatingPoint,
     auc,
-    auc_interval,
     auc_power,
     auc_reach,
     balanced_accuracy,
@@ -55,7 +54,6 @@ __all__ = [
     "at_least_score",
     "auc",
     "auc_influence",
-    "auc_interval",
     "auc_power",
     "auc_reach",
     "balanced_accuracy",

@@ -14,9 +14,6 @@ from fedattack.errors import DataError
 from fedattack.metrics.statistics import Interval, clopper_pearson
 from fedattack.rng import numpy_rng
 
-_CELLS = 4_000_000
-"""Resampled counts held at once (32 MB)."""
-
 
 @dataclass(frozen=True)
 class OperatingPoint:
@@ -44,35 +41,6 @@ def auc(scores: ArrayLike, is_member: ArrayLike) -> float:
     return float(roc_auc_score(member, values))
 
 
-def auc_interval(
-    scores: ArrayLike, is_member: ArrayLike, seed: int, confidence: float = 0.95, replicates: int = 1000
-) -> Interval:
-    """AUC with the wider, at either end, of two intervals.
-
-    One is the percentile bootstrap (members and non-members resampled separately), which shrinks to a point where few
-    candidates are told apart perfectly or not at all. The other is the score interval: every area from which the one
-    that was found is no further than Hanley and McNeil's standard error allows (Newcombe, Confidence intervals for an
-    effect size measure based on the Mann-Whitney statistic, part 2, 2006, method 5).
-    """
-    values, member = checked(scores, is_member)
-    _, place = np.unique(values, return_inverse=True)
-    inside = np.bincount(place[member], minlength=place.max() + 1)
-    outside = np.bincount(place[~member], minlength=place.max() + 1)
-    rng = numpy_rng(seed, "auc bootstrap")
-    areas: list[NDArray[np.float64]] = []
-    step = max(1, _CELLS // len(inside))
-    for start in range(0, replicates, step):
-        size = min(step, replicates - start)
-        m = rng.multinomial(member.sum(), inside / inside.sum(), size=size)
-        n = rng.multinomial((~member).sum(), outside / outside.sum(), size=size)
-        below = np.cumsum(n, axis=1) - 0.5 * n  # ties count half
-        areas.append((m * below).sum(axis=1) / (member.sum() * float((~member).sum())))
-    low, high = np.quantile(np.concatenate(areas), [(1 - confidence) / 2, (1 + confidence) / 2])
-    area = float(roc_auc_score(member, values))
-    score_low, score_high = auc_reach(area, int(member.sum()), int((~member).sum()), confidence)
-    return Interval(area, min(float(low), score_low), max(float(high), score_high), len(values), confidence)
-
-
 def auc_deviation(area: float, members: int, nonmembers: int) -> float:
     """Standard error of an AUC under exponential scores (Hanley and McNeil, The meaning and use of the area under a
     receiver operating characteristic (ROC) curve, 1982).
@@ -83,7 +51,7 @@ def auc_deviation(area: float, members: int, nonmembers: int) -> float:
 
 
 def auc_reach(area: float, members: int, nonmembers: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Ends of the score interval of an AUC; see :func:`auc_interval`."""
+    """Ends of the score interval of an AUC; see :func:`fedattack.metrics.pooled_auc`."""
     z = float(stats.norm.ppf((1 + confidence) / 2))
 
     def beyond(true: float) -> float:

@@ -86,11 +86,11 @@ def pooled_auc(
     units: ArrayLike | None = None,
     confidence: float = 0.95,
 ) -> Interval:
-    """AUC of candidates pooled over clients, with the wider, at either end, of two intervals.
+    """AUC of candidates pooled over clients, with :func:`clustered_interval`.
 
-    One is :func:`clustered_interval`, which shrinks to a point where few candidates are told apart perfectly. The
-    other is the score interval of so many candidates, or units where a kind has few: every area from which the one
-    that was found is no further than Hanley and McNeil's standard error allows (Newcombe, Confidence intervals for an
+    Where a kind has fewer than 20 units, or candidates are told apart so well that it shrinks to a point or reaches 0
+    or 1, it is the wider, at either end, of that and the score interval of so many: every area from which the one that
+    was found is no further than Hanley and McNeil's standard error allows (Newcombe, Confidence intervals for an
     effect size measure based on the Mann-Whitney statistic, part 2, 2006, method 5). `clients` and `units`, (N,), say
     whom each candidate was asked about and which candidates are one person or sample; None: one client, each
     candidate a unit. `spread` is the clustered standard error. DataError as :func:`~.membership.auc`.
@@ -108,10 +108,15 @@ def pooled_auc(
 
 
 def at_least_score(found: Interval, is_member: ArrayLike, units: ArrayLike) -> Interval:
-    """The interval of an AUC, no narrower than its score interval; see :func:`pooled_auc`."""
+    """The interval of an AUC, where it cannot be trusted the wider of it and the score interval.
+
+    See :func:`pooled_auc`.
+    """
     member = np.asarray(is_member, dtype=bool)
     counts = unit_counts(member, units)
     if min(counts) >= _ENOUGH:
+        if 0 < found.low < found.high < 1:
+            return found
         counts = int(member.sum()), int((~member).sum())
     low, high = auc_reach(found.mean, *counts, found.confidence)
     if found.known:

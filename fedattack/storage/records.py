@@ -39,9 +39,9 @@ def summary_document(
     """The content of ``summary.json``, already in JSON's own types: NaN is null, infinities "inf", "-inf".
 
     "version", "config", "federation" (as given), "headline" (:func:`fedattack.audit.family.headline`), "left_out"
-    (attack -> why it does not apply), "together" (family -> what is told of all its attacks, with "text") and "attacks": name -> the audit's summary with "family", "count", "metrics"
-    (metric -> "mean", "worst" for whoever attacks, "best", "low", "high"), "floors" (floor -> metric -> the same),
-    "seconds", "level" and more.
+    (attack -> why it does not apply), "together" (family -> what is told of all its attacks, with "text") and
+    "attacks": name -> the audit's summary with "family", "count", "metrics" (metric -> "mean", "worst" for whoever
+    attacks, "best", "low", "high"), "floors" (floor -> metric -> the same), "seconds", "level" and more.
     """
     document = {
         "version": fedattack_version(),

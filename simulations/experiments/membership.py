@@ -233,8 +233,8 @@ class MembershipExperiment(Experiment):
         names = [name for name, _ in build_model(self.plan.world.scenario.model).named_buffers()]
         if any(name.endswith("running_mean") for name in names):
             found.append(
-                "candidates are looked at with BatchNorm in evaluation mode, at the statistics that were sent: unlike "
-                "the batches that clients trained on"
+                "candidates are looked at with BatchNorm in evaluation mode, at the statistics that were sent: "
+                "unlike the batches that clients trained on"
             )
         return found
 
