@@ -44,7 +44,9 @@ from fedattack.metrics import (
     balanced_accuracy,
     chance_auc,
     chance_balanced_accuracy,
+    chance_of_hits,
     clopper_pearson,
+    hits_at_fpr,
     roc_points,
     tpr_at_fpr,
 )
@@ -257,10 +259,12 @@ def _tail(pool: Pool, scored: Sequence[Scored], share: float) -> tuple[Operating
     it for many: then it is the smallest of the targets' own, times their number.
     """
     point = tpr_at_fpr(pool.scores, pool.is_member, share)
-    own = [tpr_at_fpr(one.scores, one.is_member, share) for one in scored]
+    counts = [(int(one.is_member.sum()), int((~one.is_member).sum())) for one in scored]
+    hits = [hits_at_fpr(one.scores, one.is_member, share)[0] for one in scored]
     if len(np.unique(pool.samples[~pool.is_member])) < point.nonmembers:
-        point = replace(point, p_value=min(1.0, len(own) * min(one.p_value for one in own)))
-    return point, [one.tpr.mean for one in own]
+        least = min(chance_of_hits(found, *of, share) for found, of in zip(hits, counts, strict=True))
+        point = replace(point, p_value=min(1.0, len(scored) * least))
+    return point, [found / of for found, (of, _) in zip(hits, counts, strict=True)]
 
 
 def _point_fields(point: OperatingPoint, own: Sequence[float]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def blind_baseline(scored: Sequence[Scored], pixels: Pixels, seed: int) -> Inter
     """
     pool = Pool.of(scored)
     ids, place = np.unique(pool.samples, return_inverse=True)
-    flat = np.asarray(pixels(ids), dtype=np.float64).reshape(len(ids), -1)
+    flat = np.asarray(pixels(ids), dtype=np.float32).reshape(len(ids), -1)
     count = min(_COMPONENTS, flat.shape[1], max(1, len(ids) // 4))
     components = make_pipeline(StandardScaler(), PCA(count, whiten=True, random_state=0))
     features = components.fit_transform(flat)[place]
@@ -85,6 +85,6 @@ def _by_pixels(
     rng, fold = numpy_rng(seed, "blind baseline"), np.zeros(len(names), dtype=np.int64)
     for kind in (inside, ~inside):
         fold[rng.permutation(np.flatnonzero(kind))] = np.arange(kind.sum()) % FOLDS
-    split, model = PredefinedSplit(fold[place]), LogisticRegression(C=0.1, class_weight="balanced")
+    split, model = PredefinedSplit(fold[place]), LogisticRegression(C=0.1, solver="newton-cholesky")
     read = cross_val_predict(model, features, is_member, cv=split, method="decision_function")
     return np.asarray(read, dtype=np.float64)

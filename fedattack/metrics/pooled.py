@@ -89,8 +89,8 @@ def pooled_auc(
     """AUC of candidates pooled over clients, with :func:`clustered_interval`.
 
     Where a kind has fewer than 20 units, or candidates are told apart so well that it shrinks to a point or reaches 0
-    or 1, it is the wider, at either end, of that and the score interval of so many: every area from which the one that
-    was found is no further than Hanley and McNeil's standard error allows (Newcombe, Confidence intervals for an
+    or 1, it is the wider, at either end, of that and the score interval of so many: every area from which the one
+    that was found is no further than Hanley and McNeil's standard error allows (Newcombe, Confidence intervals for an
     effect size measure based on the Mann-Whitney statistic, part 2, 2006, method 5). `clients` and `units`, (N,), say
     whom each candidate was asked about and which candidates are one person or sample; None: one client, each
     candidate a unit. `spread` is the clustered standard error. DataError as :func:`~.membership.auc`.
