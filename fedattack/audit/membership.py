@@ -515,8 +515,8 @@ MEMBERSHIP: Family = Family(
     title="Membership inference (with 95 % intervals)",
     metrics=(
         Metric("auc", "AUC", digits=3),
-        Metric("tpr_at_1_percent_fpr", "members found at 1 % false positives", "%", 100.0, note=_tail_note),
-        Metric("tpr_at_0.1_percent_fpr", "members found at 0.1 %", "%", 100.0, note=_tail_note),
+        Metric("tpr_at_1_percent_fpr", "found at 1 % false positives", "%", 100.0, note=_tail_note),
+        Metric("tpr_at_0.1_percent_fpr", "found at 0.1 %", "%", 100.0, note=_tail_note),
         Metric("balanced_accuracy", "balanced accuracy", "%", 100.0),
         Metric("right_client", "right client first", "%", 100.0, note=_share_note),
     ),

@@ -15,7 +15,7 @@ from fedattack.metrics import (
     auc,
     auc_influence,
     clustered_interval,
-    tpr_at_fpr,
+    hits_at_fpr,
 )
 from fedattack.rng import numpy_rng
 
@@ -39,15 +39,16 @@ def best_of(attacks: Mapping[str, Pool], seed: int) -> Best | None:
     """Choose the attack of the highest AUC on one half of the people (or samples), score it on the other, both ways.
 
     Mean over :data:`SPLITS` random halvings; the attacks answer for the same candidates in the same order. The
-    largest of many AUCs on the same candidates would be biased upwards. The interval treats the choice as given.
-    None where a half lacks members or non-members.
+    largest of many AUCs on the same candidates would be biased upwards. The interval is as wide as one halving's:
+    halvings of the same candidates are far from independent. None where a half lacks members or non-members.
     """
     first = next(iter(attacks.values()))
     member, rng = first.is_member, numpy_rng(seed, "best of many attacks")
-    moved, areas, rates = np.zeros(len(member)), list[float](), list[float]()
+    found, rates = list[Interval](), list[float]()
     chosen: Counter[str] = Counter()
     for _ in range(SPLITS):
         half = halves(first.units, rng)
+        moved, areas = np.zeros(len(member)), list[float]()
         for chooses, scores in ((half, ~half), (~half, half)):
             if len({*member[chooses]}) < 2 or len({*member[scores]}) < 2:
                 return None
@@ -55,10 +56,10 @@ def best_of(attacks: Mapping[str, Pool], seed: int) -> Best | None:
             chosen[best] += 1
             values = attacks[best].scores[scores]
             area, influence = auc_influence(values, member[scores])
-            moved[scores] += influence / (2 * SPLITS)
+            moved[scores] = influence / 2
             areas.append(area)
-            rates.append(tpr_at_fpr(values, member[scores], 0.01).tpr.mean)
-    mean = float(np.mean(areas))
-    found = clustered_interval(mean, moved, member, first.clients, first.units)
-    found = at_least_score(found, member, first.units)
-    return Best(found, float(np.mean(rates)), dict(chosen.most_common()), 2 * SPLITS)
+            rates.append(hits_at_fpr(values, member[scores], 0.01)[0] / member[scores].sum())
+        found.append(clustered_interval(float(np.mean(areas)), moved, member, first.clients, first.units))
+    ends = (float(np.mean([getattr(one, end) for one in found])) for end in ("mean", "low", "high"))
+    mean = at_least_score(Interval(*ends, found[0].count), member, first.units)
+    return Best(mean, float(np.mean(rates)), dict(chosen.most_common()), 2 * SPLITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ from fedattack.reporting import formats
 from fedattack.storage.plain import fedattack_version
 
 _ROWS = 200
+_INTERVAL = "95 % interval"
 _MEASURING = "not zero, and no bias of the last layer"
 _LIBRARIES = ("torch", "flwr", "ray", "numpy", "scipy", "scikit-learn")
 
@@ -47,24 +49,33 @@ def _badge(threat: Mapping[str, Any]) -> str:
 
 
 def family_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
-    """A table of scores per family, attacks and floors below one another, and remarks on each attack."""
+    """A table of scores per family, attacks and floors below one another, and what is told of each and of all.
+
+    Columns that have nothing to show are left out.
+    """
     views, together = [], told_together(results)
     for family, chosen in by_family(results):
         found = [row for result in chosen for row in family.rows(result)]
         titled = [metric for metric in family.titled if any(metric.of(figures) for _, _, figures in found)]
         columns: list[str] = []
         for metric in titled:
-            columns += [metric.heading, "95 % interval"]
+            columns += [metric.heading, _INTERVAL]
             columns += ["worst", "best"] if metric is family.titled[0] else []
-        rows = []
-        for title, main, figures in found:
-            cells = [cell for m in titled for cell in m.cells(figures, ends=m is family.titled[0])]
-            rows.append({"name": title, "main": main, "cells": cells})
+        cells = [
+            [cell for m in titled for cell in m.cells(figures, ends=m is family.titled[0])]
+            for _, _, figures in found
+        ]
+        told = [
+            n != _INTERVAL or any(row[i].strip(formats.NONE) for row in cells) for i, n in enumerate(columns)
+        ]
+        rows = [
+            {"name": title, "main": main, "cells": list(itertools.compress(row, told))}
+            for (title, main, _), row in zip(found, cells, strict=True)
+        ]
+        columns = list(itertools.compress(columns, told))
         remarks = [_sentence(result.attack, family.remarks(result)) for result in chosen]
-        told = together.get(family.name, {}).get("text", "")
-        views.append(
-            {"title": family.title, "columns": columns, "rows": rows, "remarks": remarks, "together": told}
-        )
+        view = {"title": family.title, "columns": columns, "rows": rows, "remarks": remarks}
+        views.append(view | {"together": together.get(family.name, {}).get("text", "")})
     return views
 
 
