@@ -9,7 +9,6 @@ better than chance. The rest is undecided, and so is everything where pixels alo
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedattack.audit import membership_told as told
 from fedattack.audit.family import (
     AuditResult,
     Drawing,
     Family,
-    Figures,
     Leakage,
     Level,
     Metric,
@@ -31,8 +30,8 @@ from fedattack.audit.family import (
     interval_fields,
 )
 from fedattack.audit.membership_floors import null_control
-from fedattack.audit.membership_pool import Pool, Scored
-from fedattack.audit.selection import best_of
+from fedattack.audit.membership_pool import KINDS, Pool, Scored
+from fedattack.audit.selection import together
 from fedattack.metrics import (
     Interval,
     OperatingPoint,
@@ -144,7 +143,12 @@ def audit_membership(
     if blind is not None and blind.low > 0.5:
         withheld = f"the candidates differ: pixels alone, without any model, tell members by an AUC of {_told(blind)}"
     tail = tails["tpr_at_1_percent_fpr"]
-    level, verdict = verdict_of(area, chance, tail[0], pool.unit_counts, idle, withheld)
+    right = None if source is None or len(source.targets) < 2 else _right_client(source)
+    named = ""
+    if right is not None and right["low"] > right["chance"]:
+        named = "yet whose a member is can be told: the right client comes first for "
+        named += f"{right['right']} of {right['of']}"
+    level, verdict = verdict_of(area, chance, tail[0], pool.unit_counts, idle, withheld, named)
     metrics: dict[str, Any] = {
         "auc": {
             **interval_fields(area),
@@ -172,16 +176,16 @@ def audit_membership(
         floors[f"null control, {name}"] = {"auc": interval_fields(control)}
     if blind is not None:
         floors["pixels alone"] = {"auc": interval_fields(blind) | {"confidence": blind.confidence}}
-    if source is not None and len(source.targets) > 1:
-        metrics["right_client"] = _right_client(source)
-        floors["chance"]["right_client"] = {"mean": 1 / len(source.targets)}
+    if right is not None:
+        metrics["right_client"] = right
+        floors["chance"]["right_client"] = {"mean": right["chance"]}
     if pool.others.any() and not (pool.others | pool.is_member).all():
         for name, kept in (("auc_held_out", ~pool.others), ("auc_others", pool.others)):
             metrics[name] = interval_fields(pool.where(kept | pool.is_member).auc())
-    told = [*warnings, *_warnings(scored, nonmembers, floors)]
+    warned = [*warnings, *_warnings(scored, nonmembers, floors)]
     allowed = None if guarantee is None else _allowed(guarantee)
     if allowed is not None and (area.low or 0.0) > allowed["auc"]:
-        told.append(
+        warned.append(
             "the AUC lies above what the accounted epsilon allows: the accounting does not hold for this run"
         )
     summary = {
@@ -197,7 +201,7 @@ def audit_membership(
         "floors": floors,
         "best_floor": "chance",
         "allowed": allowed,
-        "warnings": told,
+        "warnings": warned,
         "exposed": _exposed(pool, pool.is_member),
         "seconds": float(seconds),
         "level": level,
@@ -213,9 +217,6 @@ def audit_membership(
 
 TAILS = {"tpr_at_1_percent_fpr": 0.01, "tpr_at_0.1_percent_fpr": 0.001}
 """Where the ROC curve is read -> false-positive rate."""
-
-KINDS = ("member", "member of another", "held out")
-"""What a candidate is."""
 
 
 def _records(attack: str, pool: Pool, rounds: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -282,8 +283,9 @@ def _right_client(source: Source) -> dict[str, Any]:
     right = source.scores[own.argmax(0), np.arange(len(source.owner))]
     first = right > np.where(own, -np.inf, source.scores).max(0)
     shares = [float(first[source.owner == client].mean()) for client in np.unique(source.owner)]
-    counts = {"right": int(first.sum()), "of": len(first)}
-    return {**interval_fields(clopper_pearson(counts["right"], counts["of"])), **extremes(shares), **counts}
+    right, of = int(first.sum()), len(first)
+    found = {**interval_fields(clopper_pearson(right, of)), **extremes(shares)}
+    return found | {"right": right, "of": of, "chance": 1 / len(source.targets)}
 
 
 def _exposed(pool: Pool, side: NDArray[np.bool_]) -> list[dict[str, Any]]:
@@ -357,10 +359,11 @@ def verdict_of(
     candidates: tuple[int, int],
     idle: str = "",
     withheld: str = "",
+    named: str = "",
 ) -> tuple[Level, str]:
     """Level and sentence; `candidates`: distinct members and non-members, `idle`: no news, and why.
 
-    `withheld`: why the scores are no evidence of membership.
+    `withheld`: why the scores are no evidence of membership; `named`: why they are none of safety.
     """
     ranked = auc.low > 0.5 and auc.mean > chance.high
     stands_out = tail.p_value < TAIL_P_VALUE
@@ -376,6 +379,8 @@ def verdict_of(
     elif not _unseen(auc.high, candidates):
         more = max(1, _candidates_needed(auc.mean) - min(candidates))
         why = f"; about {more:,} more member{'s' if more != 1 else ''} and as many non-members would tell"
+    elif named:
+        why = f"; {named}"
     elif not idle:
         level = "none"
     if level == "undecided" and idle:
@@ -408,117 +413,16 @@ def _candidates_needed(area: float) -> int:
     return high
 
 
-def _tail_note(point: Figures) -> str:
-    if "members" in point:
-        return f"{point['true_positives']} of {point['members']}"
-    return f"up to {formats.decimal(point['high'] * 100)}" if "high" in point else ""
-
-
-def _share_note(found: Figures) -> str:
-    return f"{found['right']} of {found['of']}" if "of" in found else ""
-
-
-def _remarks(result: AuditResult) -> list[str]:
-    s = result.summary
-    targets = f"{s['targets']} target client{'s' if s['targets'] != 1 else ''}"
-    parts = [f"{result.attack}: {s['members']} members and {s['nonmembers']} non-members, {targets}"]
-    parts += [f"statistic: {s['statistic']}"] if s["statistic"] else []
-    parts += [f"reference models: {s['references']}"] if s["references"] is not None else []
-    tail = s["metrics"]["tpr_at_1_percent_fpr"]
-    parts.append(f"chance of finding so many at 1 % false positives: {formats.p_value(tail['p_value'])}")
-    return [*parts, f"time: {formats.seconds(s['seconds'])}"]
-
-
-def _beside(result: AuditResult) -> list[str]:
-    """What stands below the verdict: spread, floors, whose sample, what noise allows, warnings."""
-    s, told = result.summary, []
-    metrics, floors = s["metrics"], s["floors"]
-    area = metrics["auc"]
-    if s["targets"] > 1:
-        ends = f"{area['worst']:.3f} to {area['best']:.3f}, mean {area['clients_mean']:.3f}"
-        told.append(f"client by client: AUC {ends}, sd {area['clients_sd']:.3f} ({s['targets']} clients)")
-    if "auc_others" in metrics:
-        both = (metrics["auc_held_out"], metrics["auc_others"])
-        held, others = (f"{one['mean']:.3f} {formats.interval(one, 3)}" for one in both)
-        told.append(f"against held-out samples: AUC {held}; against other clients' members: {others}")
-    if found := metrics.get("right_client"):
-        share = f"{formats.percent(found['mean'])} {formats.interval(found, 1, 100.0)}"
-        chance = formats.percent(floors["chance"]["right_client"]["mean"])
-        told.append(
-            f"right client first: {found['right']} of {found['of']} members, {share}, chance {chance}"
-        )
-    named = [
-        f"{name} {floors[name]['auc']['mean']:.3f} {formats.interval(floors[name]['auc'], 3)}"
-        for name in floors
-        if name != "chance"
-    ]
-    told += [f"floors without a model: {'; '.join(named)}"] if named else []
-    if allowed := s["allowed"]:
-        whom = "one sample" if allowed["unit"] == "sample" else "all that a client sends"
-        most, tail = formats.percent(allowed["tpr_at_1_percent_fpr"]), metrics["tpr_at_1_percent_fpr"]["mean"]
-        told.append(
-            f"what the accounted epsilon allows ({formats.compact(allowed['epsilon'])} at delta "
-            f"{formats.compact(allowed['delta'])} for {whom}, client {allowed['client']}): at most {most} of the "
-            f"members at 1 % false positives, and an AUC of {allowed['auc']:.3f}; found "
-            f"{formats.percent(tail)}, and {area['mean']:.3f}"
-        )
-    return [*told, *(f"warning: {one}" for one in s["warnings"])]
-
-
-def _together(results: Sequence[AuditResult]) -> Figures | None:
-    """The best of the attacks that were asked the same question; None where no two were."""
-    alike: dict[tuple[Any, ...], dict[str, Pool]] = defaultdict(dict)
-    for result in results:
-        pool = _pool_of(result)
-        alike[pool.clients.tobytes(), pool.samples.tobytes(), pool.is_member.tobytes()][result.attack] = pool
-    asked = max(alike.values(), key=len)
-    best = best_of(asked, 0) if len(asked) > 1 else None
-    if best is None:
-        return None
-    often = ", ".join(f"{name} in {count} of {best.halves}" for name, count in best.chosen.items())
-    text = (
-        f"best of {len(asked)} attacks ({', '.join(asked)}), chosen on one half and scored on the other: "
-        f"AUC {_told(best.auc)}, {formats.percent(best.tpr)} of the members at 1 % false positives; chosen: {often}"
-    )
-    figures = {"auc": interval_fields(best.auc), "tpr_at_1_percent_fpr": {"mean": best.tpr}}
-    return {**figures, "attacks": list(asked), "chosen": best.chosen, "halves": best.halves, "text": text}
-
-
-def _pool_of(result: AuditResult) -> Pool:
-    """The candidates of an audit, from its records."""
-
-    def column(name: str, kind: Any) -> Any:
-        return np.array([row[name] for row in result.records], dtype=kind)
-
-    others = column("kind", object) == KINDS[1]
-    groups = column("group", np.int64) if "group" in result.records[0] else None
-    fixed = (column("client", np.int64), column("sample", np.int64), others)
-    return Pool(column("score", np.float64), column("is_member", bool), *fixed, groups=groups)
-
-
-def _tail_cell(key: str) -> Any:
-    def cell(s: Figures) -> str:
-        point = s["metrics"][key]
-        return f"{formats.percent(point['mean'])}\n({_tail_note(point)})"
-
-    return cell
-
-
-def _pixels_cell(s: Figures) -> str:
-    found = s["floors"].get("pixels alone", {}).get("auc")
-    return f"{found['mean']:.3f}\n{formats.span(found, 3)}" if found else formats.NONE
-
-
 MEMBERSHIP: Family = Family(
     name="membership",
     question="Can it be told which samples a client trained on?",
     title="Membership inference (with 95 % intervals)",
     metrics=(
         Metric("auc", "AUC", digits=3),
-        Metric("tpr_at_1_percent_fpr", "found at 1 % false positives", "%", 100.0, note=_tail_note),
-        Metric("tpr_at_0.1_percent_fpr", "found at 0.1 %", "%", 100.0, note=_tail_note),
+        Metric("tpr_at_1_percent_fpr", "TPR at 1 % FPR", "%", 100.0, note=told.tail_note),
+        Metric("tpr_at_0.1_percent_fpr", "TPR at 0.1 % FPR", "%", 100.0, note=told.tail_note),
         Metric("balanced_accuracy", "balanced accuracy", "%", 100.0),
-        Metric("right_client", "right client first", "%", 100.0, note=_share_note),
+        Metric("right_client", "right client first", "%", 100.0, note=told.share_note),
     ),
     floors={"chance": "chance; for membership also what pixels alone tell, and halves without a difference"},
     headlines={
@@ -538,13 +442,13 @@ MEMBERSHIP: Family = Family(
     columns=(
         ("AUC", lambda s: MEMBERSHIP.metrics[0].two_lines(s["metrics"])),
         ("chance\nAUC", lambda s: f"0.500\n{formats.span(s['floors']['chance']['auc'], 3)}"),
-        ("pixels\nalone", _pixels_cell),
-        ("TPR at\n1 % FPR", _tail_cell("tpr_at_1_percent_fpr")),
-        ("TPR at\n0.1 % FPR", _tail_cell("tpr_at_0.1_percent_fpr")),
+        ("pixels\nalone", told.pixels_cell),
+        ("TPR at\n1 % FPR", told.tail_cell("tpr_at_1_percent_fpr")),
+        ("TPR at\n0.1 % FPR", told.tail_cell("tpr_at_0.1_percent_fpr")),
     ),
-    remarks=_remarks,
-    beside=_beside,
-    together=_together,
+    remarks=told.remarks,
+    beside=told.beside,
+    together=together,
     drawings=(
         Drawing(
             "roc",
@@ -572,8 +476,20 @@ MEMBERSHIP: Family = Family(
     glossary="""
 AUC: The chance that a member outscores a non-member.
 
-Found at 1 %: Share of members found while at most 1 % of the non-members are called members: what an attacker who
+TPR at 1 % FPR: Share of members found while at most 1 % of the non-members are called members: what an attacker who
 must not be wrong gets.
+
+Worst, best: Of the clients that were asked about, each alone; the AUC beside them is that of all with one threshold.
+
+Right client first: For how many members their own client scores higher than every other one.
+
+Null control: Members against members and non-members against non-members, in random halves: their intervals hold 0.5
+in 95 of 100 runs.
+
+Pixels alone: A classifier that sees the candidates' pixels and no model. Above 0.5 the candidates differ, and no
+score is evidence of membership.
+
+Best of several attacks: Chosen on one half of the candidates, scored on the other; the largest figure would flatter.
 
 Balanced accuracy: With the best threshold for these very candidates, so chance lies above 50 %.
 """,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from fedattack.errors import DataError
 from fedattack.metrics import Interval, pooled_auc, unit_counts
 from fedattack.metrics.membership import checked
 from fedattack.metrics.statistics import FEWEST
+
+KINDS = ("member", "member of another", "held out")
+"""What a candidate is."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,22 @@ class Pool:
         }
         return cls(**fixed, clients=clients, labels=column("labels"), groups=column("groups"))
 
+    @classmethod
+    def of_records(cls, records: Sequence[Mapping[str, Any]]) -> Pool:
+        """The candidates of an audit, without their labels."""
+
+        def column(name: str, kind: type) -> NDArray[Any]:
+            return np.array([row[name] for row in records], dtype=kind)
+
+        return cls(
+            scores=column("score", float),
+            is_member=column("is_member", bool),
+            clients=column("client", int),
+            samples=column("sample", int),
+            others=np.array([row["kind"] == KINDS[1] for row in records]),
+            groups=column("group", int) if "group" in records[0] else None,
+        )
+
     @cached_property
     def units(self) -> NDArray[np.int64]:
         """What was drawn: the person of a candidate, or where there are too few people the sample."""
@@ -101,8 +121,15 @@ class Pool:
 
     def where(self, kept: NDArray[np.bool_]) -> Pool:
         """Some of the candidates."""
-        columns = ("scores", "is_member", "clients", "samples", "others", "labels", "groups")
-        return Pool(**{name: None if (c := getattr(self, name)) is None else c[kept] for name in columns})
+        return Pool(
+            self.scores[kept],
+            self.is_member[kept],
+            self.clients[kept],
+            self.samples[kept],
+            self.others[kept],
+            None if self.labels is None else self.labels[kept],
+            None if self.groups is None else self.groups[kept],
+        )
 
     def auc(self, confidence: float = 0.95) -> Interval:
         """See :func:`fedattack.metrics.pooled_auc`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from fedattack.audit.family import AuditResult, Figures, interval_fields
 from fedattack.audit.membership_pool import Pool, halves
 from fedattack.metrics import (
     Interval,
@@ -17,6 +19,7 @@ from fedattack.metrics import (
     clustered_interval,
     hits_at_fpr,
 )
+from fedattack.reporting import formats
 from fedattack.rng import numpy_rng
 
 SPLITS = 10
@@ -50,7 +53,7 @@ def best_of(attacks: Mapping[str, Pool], seed: int) -> Best | None:
         half = halves(first.units, rng)
         moved, areas = np.zeros(len(member)), list[float]()
         for chooses, scores in ((half, ~half), (~half, half)):
-            if len({*member[chooses]}) < 2 or len({*member[scores]}) < 2:
+            if any(member[part].all() or not member[part].any() for part in (chooses, scores)):
                 return None
             best = max(attacks, key=lambda n: auc(attacks[n].scores[chooses], member[chooses]))
             chosen[best] += 1
@@ -60,6 +63,29 @@ def best_of(attacks: Mapping[str, Pool], seed: int) -> Best | None:
             areas.append(area)
             rates.append(hits_at_fpr(values, member[scores], 0.01)[0] / member[scores].sum())
         found.append(clustered_interval(float(np.mean(areas)), moved, member, first.clients, first.units))
-    ends = (float(np.mean([getattr(one, end) for one in found])) for end in ("mean", "low", "high"))
-    mean = at_least_score(Interval(*ends, found[0].count), member, first.units)
-    return Best(mean, float(np.mean(rates)), dict(chosen.most_common()), 2 * SPLITS)
+    mean, low, high = (
+        float(np.mean([getattr(one, end) for one in found])) for end in ("mean", "low", "high")
+    )
+    whole = at_least_score(Interval(mean, low, high, found[0].count), member, first.units)
+    return Best(whole, float(np.mean(rates)), dict(chosen.most_common()), 2 * SPLITS)
+
+
+def together(results: Sequence[AuditResult]) -> Figures | None:
+    """The best of the attacks that were asked the same question; None where no two were."""
+    alike: dict[tuple[Any, ...], dict[str, Pool]] = defaultdict(dict)
+    for result in results:
+        pool = Pool.of_records(result.records)
+        alike[pool.clients.tobytes(), pool.samples.tobytes(), pool.is_member.tobytes()][result.attack] = pool
+    asked = max(alike.values(), key=len)
+    best = best_of(asked, 0) if len(asked) > 1 else None
+    if best is None:
+        return None
+    often = ", ".join(f"{name} in {count} of {best.halves}" for name, count in best.chosen.items())
+    area, found = best.auc, formats.percent(best.tpr)
+    text = (
+        f"best of {len(asked)} attacks ({', '.join(asked)}), chosen on one half and scored on the other: "
+        f"AUC {area.mean:.3f} [{area.low:.3f}, {area.high:.3f}], {found} of the members at 1 % false positives; "
+        f"chosen: {often}"
+    )
+    figures = {"auc": interval_fields(best.auc), "tpr_at_1_percent_fpr": {"mean": best.tpr}}
+    return {**figures, "attacks": list(asked), "chosen": best.chosen, "halves": best.halves, "text": text}

@@ -154,7 +154,7 @@ def roc(results: Sequence[AuditResult]) -> Figure:
     fewest = min(curve["nonmembers"] for _, curve in curves)
     deep = fewest >= FEWEST_NEGATIVES
     figure = Figure(figsize=(9.4 if deep else 5.2, 4.3), layout="constrained")
-    linear, *log = np.ravel(figure.subplots(1, 2 if deep else 1))
+    linear, *log = figure.subplots(1, 2 if deep else 1, squeeze=False)[0]
     low = min(0.1, 10.0 ** np.floor(np.log10(1 / fewest)))
     for index, (label, curve) in enumerate(curves):
         colour, style = _SERIES[index % len(_SERIES)], ("-", "--", ":")[index // len(_SERIES) % 3]

@@ -37,8 +37,8 @@ def print_summary(
         if result.threat.get("letters"):
             letters = ", ".join(result.threat["letters"])
             console.print(Text(f"  seen as {result.threat.get('seat', '')}: {letters}"))
-        for line in get_family(result.family).beside(result):
-            console.print(Padding(Text(line), (0, 0, 0, 2)), width=width)
+        for sentence in get_family(result.family).beside(result):
+            console.print(Padding(Text(sentence), (0, 0, 0, 2)), width=width)
     for figures in told_together(results).values():
         console.print(Text(figures["text"], style="bold"), width=width)
 

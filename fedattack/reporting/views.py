@@ -37,8 +37,8 @@ def attack_view(result: AuditResult) -> dict[str, Any]:
     words, _, explanation = result.verdict.partition(": ")
     family = get_family(result.family)
     told = {"headline": words, "explanation": explanation, "badge": _badge(result.threat)}
-    told |= {"question": family.question, "beside": list(family.beside(result))}
-    return {"name": result.attack, "level": result.level, **told}
+    told |= {"name": result.attack, "level": result.level, "question": family.question}
+    return {**told, "beside": list(family.beside(result))}
 
 
 def _badge(threat: Mapping[str, Any]) -> str:

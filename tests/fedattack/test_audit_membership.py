@@ -199,19 +199,29 @@ def test_the_right_client_first() -> None:
     )
 
 
+def test_no_leak_is_claimed_where_the_right_client_can_be_told() -> None:
+    names, owner = np.arange(4), np.repeat(np.arange(4), 100)
+    asked = [_asked(0.0, 400, client) for client in names]
+    blind = np.random.default_rng(0).normal(size=(4, 400))
+    assert audit_membership("a", asked, source=Source(names, blind, owner)).level == "none"
+    told = audit_membership("a", asked, source=Source(names, blind + (names[:, None] == owner), owner))
+    assert told.level == "undecided"
+    assert "yet whose a member is can be told: the right client comes first for" in told.verdict
+
+
 def test_the_best_of_many_attacks_that_know_nothing_is_at_chance() -> None:
     naive, held, means = [], 0, []
-    for seed in range(40):
+    for seed in range(25):
         rng, first = np.random.default_rng(seed), Pool.of(targets(2, 60, 0.0, seed=seed, **PLAIN))
-        pools = {str(i): dataclasses.replace(first, scores=rng.normal(size=240)) for i in range(20)}
+        pools = {str(i): dataclasses.replace(first, scores=rng.normal(size=240)) for i in range(12)}
         naive.append(max(pool.auc().mean for pool in pools.values()))
         found = best_of(pools, seed)
         means.append(found.auc.mean)
         held += found.auc.low <= 0.5 <= found.auc.high
-    print(f"largest of 20: {np.mean(naive):.3f}; corrected {np.mean(means):.3f}, holds 0.5 in {held} of 40")
-    assert np.mean(naive) > 0.56
-    assert np.mean(means) == pytest.approx(0.5, abs=0.01)
-    assert held >= 36
+    print(f"largest of 12: {np.mean(naive):.3f}; corrected {np.mean(means):.3f}, holds 0.5 in {held} of 25")
+    assert np.mean(naive) > 0.55
+    assert np.mean(means) == pytest.approx(0.5, abs=0.015)
+    assert held >= 23
 
 
 def test_the_best_of_many_is_told_where_two_were_asked_the_same() -> None:
@@ -249,6 +259,8 @@ def test_what_the_noise_allows_stands_beside_what_was_found() -> None:
     )  # one sample's change is two steps from nothing
     broken = audit_membership("a", [_asked(2.0)], guarantee=Guarantee(0.1, 1e-5, "sample", 3))
     assert any("above what the accounted epsilon allows" in one for one in broken.summary["warnings"])
+    nothing = audit_membership("a", [_asked(0.6)], guarantee=Guarantee(20.0, 1e-5, "sample", 0))
+    assert "client 0): everything; found" in " ".join(get_family("membership").beside(nothing))
 
 
 def test_warnings_say_what_the_candidates_call_for() -> None:

@@ -16,6 +16,7 @@ from fedattack.audit import (
     audit_unlearning,
     family,
     membership,
+    membership_told,
     reconstruction,
     unlearning,
 )
@@ -126,12 +127,12 @@ def test_further_candidates_are_counted_from_the_smaller_side() -> None:
 def test_the_statistic_is_a_remark_where_it_has_a_name() -> None:
     asked = [scored(torch.linspace(0, 1, 8), np.arange(8) > 3)]
     named = audit_membership("a", asked, statistic="cosine", references=3)
-    assert membership._remarks(named)[:3] == [
+    assert membership_told.remarks(named)[:3] == [
         "a: 4 members and 4 non-members, 1 target client",
         "statistic: cosine",
         "reference models: 3",
     ]
-    assert not any("statistic" in one for one in membership._remarks(audit_membership("a", asked)))
+    assert not any("statistic" in one for one in membership_told.remarks(audit_membership("a", asked)))
 
 
 def _result(rounds: tuple[int, ...], steps: int = 1, protocol: str = "fedsgd") -> AuditResult:
