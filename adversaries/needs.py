@@ -74,11 +74,18 @@ class Needs:
     """Of membership: whether one client trained on a sample, or anybody did."""
     members: bool = False
     """Samples that are known to be members."""
+    people: bool = False
+    """Of membership: people are asked about, by samples that nobody trained on."""
 
     @property
     def behind(self) -> str:
         """The activations in words."""
         return " or ".join(self.activations)
+
+    @property
+    def trained(self) -> str:
+        """How many reference models, in words."""
+        return "one reference model" if self.references == 1 else f"{self.references} reference models"
 
     @property
     def together(self) -> str:
@@ -100,6 +107,8 @@ class Facts:
         Samples that no client trains on; public images granted; whether these have labels.
     references, members : int
         Reference models, and known members, granted.
+    people : bool
+        Whether people are asked about.
     """
 
     rounds: tuple[int, ...] = ()
@@ -112,6 +121,7 @@ class Facts:
     honest: int | None = None
     references: int | None = None
     members: int | None = None
+    people: bool | None = None
 
     @property
     def last(self) -> int:

@@ -198,11 +198,14 @@ TABLE: tuple[Row, ...] = (
         plain=True),
     Row("others", "the global models that its client is sent", lambda n, s, f: f.honest == 0,
         "setting 'attack.malicious_clients': all clients are malicious, and this attack asks about the others"),
-    Row("references", "{n.references} reference models",
+    Row("references", "{n.trained}",
         lambda n, s, f: f.references is not None and f.references < n.references,
-        "setting 'attack.references' = {f.references}: this attack needs at least {n.references} reference models; "
-        "use --references {n.references}"),
+        "setting 'attack.references' = {f.references}: this attack needs at least {n.trained}; use --references "
+        "{n.references}"),
     Row("about", "asked about anybody", lambda n, s, f: False, value="anybody", plain=True),
+    Row("people", "asked about people", lambda n, s, f: f.people is False,
+        "setting 'attack.unit' = 'sample': this attack asks about people, by samples that nobody trained on; use "
+        "attack.unit 'group' with data.withheld and data.nonmember_unit 'group'"),
     Row("members", "known members", lambda n, s, f: f.members == 0, "no known members are granted"),
 )
 # fmt: on

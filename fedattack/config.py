@@ -76,7 +76,9 @@ class DataConfig(Section):
         None, description="images granted to the adversary; None: all of a file, half of a split"
     )
     nonmembers: Count | None = Field(
-        None, description="held-out samples: evaluation and membership non-members; None: a tenth"
+        None,
+        description="held-out samples, or people (nonmember_unit): evaluation and membership non-members; "
+        "None: a tenth",
     )
     nonmember_unit: Literal["sample", "group"] = Field(
         "sample", description="group: hold out whole people (groups), of whom no client has a sample"
@@ -95,6 +97,9 @@ class PartitionConfig(Section):
     name: str = Field("iid", description="iid, dirichlet, shards, natural, or flwr_datasets' 'module:Class'")
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is unequal")
     shards_per_client: Positive = 2
+    groups_per_client: Positive | None = Field(
+        None, description="natural: people at each client, the others at none; None: all are dealt out"
+    )
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -217,6 +222,9 @@ class AttackConfig(PluginSection):
     )
     candidates: Positive = Field(64, description="membership: members of each target that are asked about")
     targets: tuple[Count, ...] | None = Field(None, description="membership: clients asked about; None: all")
+    others: Count = Field(
+        0, description="membership: members of each client that is no target, to stand in the list"
+    )
     negatives: Literal["held-out", "others", "both"] = Field(
         "held-out",
         description="membership: members stand beside held-out samples, other clients' members, or both",
@@ -266,6 +274,10 @@ class OutputConfig(Section):
 
     run_dir: str | None = None
     save_observations: bool = False
+    cache_dir: str | None = Field(
+        None,
+        description="folder for what later runs can use again (reference models); None: beside the run folder",
+    )
 
 
 class Config(Section):
@@ -387,6 +399,8 @@ SHORT_NAMES: dict[str, str] = {
     "victims": "attack.victims",
     "attack-rounds": "attack.rounds",
     "candidates": "attack.candidates",
+    "references": "attack.references",
+    "targets": "attack.targets",
     "requests": "attack.requests",
     "mechanism": "unlearning.mechanism",
     "engine": "engine.name",
@@ -438,7 +452,13 @@ def _resolve(key: str) -> list[str]:
     )
 
 
-_LISTS = (["attack", "names"], ["attack", "rounds"], ["attack", "malicious_clients"], ["defense", "names"])
+_LISTS = (
+    ["attack", "names"],
+    ["attack", "rounds"],
+    ["attack", "targets"],
+    ["attack", "malicious_clients"],
+    ["defense", "names"],
+)
 """Settings that hold several values, written with commas."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -30,12 +30,11 @@ from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
 from fedattack.storage import RunFolder
 from fedattack.storage import load_observations as read_observations
-from fedattack.storage import load_truths as read_truths
-from fedattack.storage.observations import safe_name
+from fedattack.storage.observations import observed_rounds, safe_name
 from fedattack.storage.records import summary_document
 from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
-from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, by_family, open_experiments
+from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, SavedWork, by_family, open_experiments
 from simulations.experiments.choose import (
     arming_attack,
     check_model,
@@ -191,41 +190,59 @@ def attack_folder(
     if not named:
         raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
     for name, attack in named.items():
-        if EXPERIMENTS.get(attack.family).from_saved is None:
-            what = "needs a running federation; saved observations can be reconstructed"
+        if EXPERIMENTS.get(attack.family).from_saved is None or isinstance(attack, MaliciousClient):
+            what = "needs a running federation; what a server saw can be attacked later"
             raise ConfigError(f"attack {name!r} {what}")
     inner = directory / "observations"
-    by_round: dict[int, list[Observation]] = defaultdict(list)
-    for observation in read_observations(inner if inner.is_dir() else directory):
-        by_round[observation.round].append(observation)
-    truths = read_truths(truth) if truth is not None else None
+    saved = inner if inner.is_dir() else directory
+    numbers = observed_rounds(saved)
     attacks, left_out = named, dict[str, str]()
-    for batch in by_round.values():
-        attacks, more = applicable(attacks, batch[0].scenario, Facts(rounds=(batch[0].round,)))
+    for number in numbers:  # all are read once before anything starts, one round at a time
+        first = read_observations(saved, number)[0]
+        public = first.auxiliary
+        facts = Facts(
+            rounds=(number,),
+            auxiliary=0 if public is None else len(public),
+            labelled=None if public is None else public.labels is not None,
+            references=config.attack.references,
+        )
+        attacks, more = applicable(attacks, first.scenario, facts)
         left_out |= more
     notes = [f"{name} is left out: {text}" for name, text in left_out.items()]
     scored: dict[str, AuditResult] = {}
     answers: dict[str, dict[str, Any]] = {}
+    failed: dict[str, BaseException] = {}
     with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
         for note in notes:
             shown.say(note, folder)
+        works: list[SavedWork] = []
         for family, chosen in by_family(attacks).items():
-            attacker = EXPERIMENTS.get(family).from_saved
-            assert attacker is not None
-            work = attacker(config, folder, chosen, shown)
-            stack.callback(work.close)
-            for batch in by_round.values():
+            opened = EXPERIMENTS.get(family).from_saved
+            assert opened is not None
+            works.append(opened(config, folder, chosen, shown, saved, truth))
+            stack.callback(works[-1].close)
+        for number in numbers:
+            batch = read_observations(saved, number)
+            for work in works:
                 work.submit(batch)
+        for work in works:
             work.collect()
             answers |= work.answers()
-            scored |= {name: work.audit(name, truths) for name in chosen} if truths is not None else {}
-    first = next(iter(by_round.values()))[0]
+            scored |= work.audit() if truth is not None else {}
+            failed |= work.failed
+        late = [f"{name} failed: {reason(error)}" for name, error in failed.items()]
+        if failed and len(failed) == len(attacks):
+            error = next(iter(failed.values()))
+            raise error if isinstance(error, FedattackError) else RunFailed(late[0]) from error
+        for note in late:
+            shown.say(note, folder)
     results = _with_threats(scored, attacks, first.scenario, first.auxiliary)
     if results:
-        _report(console, folder, results, None, command, left_out, notes=notes)
+        _report(console, folder, results, None, command, left_out, notes=[*notes, *late])
     else:
         write_answers(folder, answers)
-        console.print(f"nothing is scored without --truth; the pictures are in [bold]{folder.images}[/]")
+        left = " and ".join(dict.fromkeys(work.left for work in works))
+        console.print(f"nothing is scored without --truth; {left} of [bold]{folder.path}[/]")
     audits = {result.attack: result for result in results}
     summary = summary_document(config, results, None, left_out)
     return RunResult(folder.path, None, audits, answers, summary)

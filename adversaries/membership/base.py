@@ -17,7 +17,7 @@ from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
 from adversaries.seats import CuriousServer
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.observation import Candidates, MembershipScores, Observation
+from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 
 Figures = Mapping[str, Tensor]
 """What an attack keeps of a round, by name: its size is that of the candidates and clients, not of the model."""
@@ -80,19 +80,20 @@ class MembershipAttack(Attack):
 
 @dataclass
 class RoundStatistic(CuriousServer, MembershipAttack):
-    """Base of the statistics that compare candidates with each client's update, round by round.
+    """Base of the statistics that a curious server takes of the candidates round by round.
 
     A subclass brings :meth:`measure`; the score is its mean over the rounds that the target answered, unless it
     brings another :meth:`combine`.
     """
 
     def watch(self, view: RoundView, seed: int) -> Figures:
-        """``clients``, int64 (K,), and ``statistic``, float64 (K, N)."""
-        return {"clients": torch.tensor(view.clients), "statistic": self.measure(view)}
+        """``clients``, int64 (K,), and ``statistic``, float64 (K, N); of anybody, K = 1 and ``EVERYONE``."""
+        clients = [EVERYONE] if self.needs.about == "anybody" else view.clients
+        return {"clients": torch.tensor(clients), "statistic": self.measure(view)}
 
     @abstractmethod
     def measure(self, view: RoundView) -> Tensor:
-        """Shape (K, N), float64; higher means "more likely a member of this client"."""
+        """Shape (K, N), float64; higher means "more likely a member of this client", or of anybody (K = 1)."""
 
     def combine(self, rounds: Tensor) -> Tensor:
         """One score per candidate, (N,), from the target's rounds (T, N), ascending."""

@@ -1,169 +1,261 @@
-"""Per-sample losses of a classifier, and inner products of per-sample gradients with updates.
-
-The gradients themselves are never all in memory, and of :class:`ConvChain` and :class:`ResNet` the linear head's,
-which may hold millions of entries, is not formed at all: it is the outer product of the residual ``r`` (softmax
-minus one-hot) and the features ``h``, so that ``<g, U> = r^T U h`` and ``||g|| = ||r|| ||h||``.
-"""
+"""Per-sample gradients of a classifier, and what membership statistics ask of them: norms and inner products."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
+from adversaries.membership import layers
+from adversaries.membership.layers import RULES, Outer, Part, Piece, Rows
 from fedattack.errors import PayloadError
-from fedattack.models.classifiers.lenet import ConvChain
-from fedattack.models.classifiers.resnet import ResNet
-from fedattack.observation import Update
+from fedattack.observation import Candidates, Update
 from fedattack.task import trained_parameters
+from fedattack.training import load_weights
 
-State = dict[str, Tensor]
+Block = dict[str, Piece]
+"""Trained parameter, in the model's order -> the gradients of some samples."""
 
-MEMORY = 64 * 2**20
-"""Floats that one chunk of per-sample gradients may take (256 MiB)."""
+HELD = 256 * 2**20
+"""Numbers of per-sample gradients that are kept (1 GiB of float32); more are worked out again."""
 
-_GATHERING = 90
-"""About what picking one entry costs on a CPU core, in multiply-adds of a dense product."""
+SMALL = 10_000
+"""Parameters up to which everything is in double precision, where the device has it."""
 
-
-@dataclass(frozen=True)
-class _Part:
-    """The entries of an update that fall into one group of tensors: flat positions (None: all) and values."""
-
-    positions: Tensor | None
-    values: Tensor
-
-    def dot(self, rows: Tensor) -> Tensor:
-        """Inner products with dense rows (B, size), shape (B,)."""
-        return (rows if self.positions is None else rows[:, self.positions]) @ self.values
-
-    def outer_dot(self, left: Tensor, right: Tensor) -> Tensor:
-        """Inner products with the outer products of left (B, m) and right (B, n), shape (B,)."""
-        width = right.shape[1]
-        size = left.shape[1] * width
-        if self.positions is None or _GATHERING * len(self.positions) > size:
-            matrix = self.values
-            if self.positions is not None:
-                matrix = self.values.new_zeros(size).index_put((self.positions,), self.values)
-            return ((left @ matrix.reshape(-1, width)) * right).sum(1)
-        total = left.new_zeros(len(left))
-        step = max(1, MEMORY // (2 * len(left)))
-        for places, values in zip(self.positions.split(step), self.values.split(step), strict=True):
-            total += (left[:, places // width] * right[:, places % width]) @ values
-        return total
+_TOGETHER = 64
+"""Samples that go through the model at once."""
 
 
-def _part(update: Update, names: set[str], device: torch.device) -> _Part:
-    """The part of `update` inside the tensors `names`, addressed by their own concatenation."""
-    positions, values, start = [], [], 0
-    for name, shape, places, entries in update.layers():
-        if name in names:
-            positions.append(places + start)
-            values.append(entries)
-            start += torch.Size(shape).numel()
-    if not values:
-        return _Part(None, torch.zeros(0, device=device))
-    dense = update.indices is None
-    return _Part(None if dense else torch.cat(positions).to(device), torch.cat(values).to(device))
-
-
-class _Body(nn.Module):
-    """A model up to its head, under the model's own parameter names."""
-
-    def __init__(self, model: ConvChain | ResNet) -> None:
-        super().__init__()
-        self.body = model.body
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (B, head.in_features)."""
-        return self.body(images).flatten(1)
-
-
-def _whole_gradients(model: nn.Module, state: State, names: list[str], x: Tensor, y: Tensor) -> Tensor:
-    """Per-sample gradients of the cross-entropy over the tensors `names`, shape (B, size)."""
-    fixed = {name: tensor for name, tensor in state.items() if name not in names}
-
-    def loss(moving: State, image: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(model, {**fixed, **moving}, (image[None],))
-        return functional.cross_entropy(logits, label[None])
-
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0))({name: state[name] for name in names}, x, y)
-    return torch.cat([gradients[name].flatten(1) for name in names], dim=1)
-
-
-def _split_gradients(
-    model: ConvChain | ResNet, state: State, names: list[str], x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients over the body's tensors `names` (B, size); the head's as residual and features."""
-    body = _Body(model)
-    below = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    fixed = {name: tensor for name, tensor in below.items() if name not in names}
-    with torch.no_grad():
-        features = functional_call(body, below, (x,))
-        logits = functional.linear(features, state["head.weight"], state.get("head.bias"))
-        residual = logits.softmax(1) - functional.one_hot(y, logits.shape[1])
-        pull = residual @ state["head.weight"]  # gradient of the loss in the features
-
-    def scalar(moving: State, image: Tensor, direction: Tensor) -> Tensor:
-        return functional_call(body, {**fixed, **moving}, (image[None],))[0] @ direction
-
-    gradients = vmap(grad(scalar), in_dims=(None, 0, 0))({name: state[name] for name in names}, x, pull)
-    return torch.cat([gradients[name].flatten(1) for name in names], dim=1), residual, features
-
-
-def gradient_products(
-    model: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor, updates: Sequence[Update]
-) -> tuple[Tensor, Tensor]:
-    """Inner product of every sample's gradient with every update, and the gradients' norms.
-
-    Returns float64 (K, N) and (N,), on the CPU; norms are over all parameters, sent or not. PayloadError if
-    an update is not over the model's parameters.
+class Gradients:
+    """Gradients of the cross-entropy of N samples at some weights, block by block, as far as they must be formed.
 
     Parameters
     ----------
     model : nn.Module
         In eval mode, on the device to compute on. Only its architecture is used.
-    weights : dict of str to Tensor
+    weights : mapping of str to Tensor
         Parameters and buffers to differentiate at.
-    updates : sequence of Update
-        Each over all of the model's parameters, in the model's order; sparse ones count as zero where nothing
-        was sent.
     """
-    device = next(model.parameters()).device
-    state = {name: tensor.to(device) for name, tensor in weights.items()}
-    order = list(trained_parameters(model))
-    for update in updates:
-        if list(update.names) != order:
-            raise PayloadError(f"update over tensors {list(update.names)}; the model's are {order}")
-    splits = isinstance(model, ConvChain | ResNet)
-    head = {name for name in order if splits and name.startswith("head.")}
-    rest = [name for name in order if name not in head]
-    rest_parts = [_part(update, set(rest), device) for update in updates]
-    weight_parts = [_part(update, head - {"head.bias"}, device) for update in updates]
-    bias_parts = [_part(update, head - {"head.weight"}, device) for update in updates]
 
-    gathered = max((part.values.numel() for part in rest_parts), default=0)
-    per_sample = 2 * sum(state[name].numel() for name in rest) + gathered
-    chunk = max(1, min(512, MEMORY // max(1, per_sample)))
-    products = torch.empty(len(updates), len(images), dtype=torch.float64)
-    norms = torch.empty(len(images), dtype=torch.float64)
-    for start in range(0, len(images), chunk):
-        here = slice(start, start + chunk)
-        x, y = images[here].to(device), labels[here].to(device)
-        if isinstance(model, ConvChain | ResNet):
-            rows, r, h = _split_gradients(model, state, rest, x, y)
-            squares = rows.square().sum(1) + r.square().sum(1) * (h.square().sum(1) + ("head.bias" in head))
-            for k, (weight, bias) in enumerate(zip(weight_parts, bias_parts, strict=True)):
-                products[k, here] = (weight.outer_dot(r, h) + bias.dot(r)).double().cpu()
-        else:
-            rows = _whole_gradients(model, state, rest, x, y)
-            squares = rows.square().sum(1)
-            products[:, here] = 0
-        for k, part in enumerate(rest_parts):
-            products[k, here] += part.dot(rows).double().cpu()
-        norms[here] = squares.sqrt().double().cpu()
-    return products, norms
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], samples: Candidates) -> None:
+        self.names = list(trained_parameters(model))
+        self.shapes = [tuple(parameter.shape) for parameter in trained_parameters(model).values()]
+        self.device = next(model.parameters()).device
+        small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
+        self.dtype = torch.float64 if small and self.device.type != "mps" else torch.float32
+        self._model = copy.deepcopy(model).to(self.dtype)
+        load_weights(self._model, weights)
+        self._samples = samples
+        self._kept: list[Block] = []
+
+    def __len__(self) -> int:
+        return len(self._samples.labels)
+
+    def blocks(self) -> Iterator[Block]:
+        """The samples' gradients in order, some samples at a time; the second time without work where all fit."""
+        if self._kept or not len(self):
+            yield from self._kept
+            return
+        each = sum(piece.floats for piece in self._some(0, 1).values())
+        size = max(1, HELD // (4 * each))
+        keep = each * len(self) <= HELD
+        some = (self._some(start, start + size) for start in range(0, len(self), min(size, len(self))))
+        if keep:
+            self._kept = list(some)
+        yield from self._kept if keep else some
+
+    def _some(self, start: int, stop: int) -> Block:
+        found: dict[str, list[Piece]] = {name: [] for name in self.names}
+        samples = self._samples
+        for images, labels in zip(
+            samples.images[start:stop].split(_TOGETHER),
+            samples.labels[start:stop].split(_TOGETHER),
+            strict=True,
+        ):
+            x, y = images.to(self.device, self.dtype), labels.to(self.device)
+            for name, piece in per_sample(self._model, x, y).items():
+                found[name].append(piece)
+        return {name: _joined(pieces) for name, pieces in found.items()}
+
+    def parts(self, update: Update) -> dict[str, Part]:
+        """An update's entries by tensor; PayloadError if it is not over the model's parameters."""
+        if list(update.names) != self.names or list(update.shapes) != self.shapes:
+            raise PayloadError(f"update over tensors {list(update.names)}; the model's are {self.names}")
+        whole = update.indices is None
+        return {
+            name: Part(None if whole else positions.to(self.device), values.to(self.device, self.dtype))
+            for name, _, positions, values in update.layers()
+        }
+
+
+class _Tap(torch.autograd.Function):
+    """Hands on what it is given, and keeps the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, pulled: Tensor, slopes: list[Tensor]) -> Tensor:
+        ctx.slopes = slopes
+        return output.detach()  # no copy, and free to be overwritten
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.slopes.append(slope)
+        return slope, slope.new_zeros(()), None
+
+
+def per_sample(model: nn.Module, images: Tensor, labels: Tensor) -> Block:
+    """Gradients of every sample's cross-entropy at the model's own weights."""
+    wanted = trained_parameters(model)
+    names = {id(parameter): name for name, parameter in wanted.items()}
+    owners = [
+        (module, own, names[id(p)])
+        for module in model.modules()
+        for own, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(p) in names
+    ]
+    shared = {name for _, _, name in owners if sum(name == other for _, _, other in owners) > 1}
+    seen: dict[nn.Module, list[tuple[Tensor, list[Tensor]]]] = {}
+    pulled = torch.zeros((), dtype=images.dtype, device=images.device, requires_grad=True)
+
+    def tap(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        slopes: list[Tensor] = []
+        seen.setdefault(layer, []).append((inputs[0].detach(), slopes))
+        return _Tap.apply(output, pulled, slopes)  # type: ignore[no-any-return, no-untyped-call]
+
+    tapped = dict.fromkeys(module for module, _, name in owners if type(module) in RULES)
+    handles = [module.register_forward_hook(tap) for module in tapped]
+    try:
+        with torch.enable_grad():
+            loss = functional.cross_entropy(model(images), labels, reduction="sum")
+    finally:
+        for handle in handles:
+            handle.remove()
+    if seen:
+        torch.autograd.grad(loss, pulled)
+    found: dict[str, Piece] = {}
+    with torch.no_grad():
+        for module, calls in seen.items():
+            (inputs, slopes), *again = calls
+            pieces = {} if again else RULES[type(module)](module, inputs, slopes[0]) or {}
+            found |= {
+                name: pieces[own]
+                for owner, own, name in owners
+                if owner is module and own in pieces and name not in shared
+            }
+    if rest := [name for name in wanted if name not in found]:
+        found |= _differentiated(model, rest, images, labels)
+    return {name: found[name] for name in wanted}
+
+
+def _differentiated(model: nn.Module, names: list[str], images: Tensor, labels: Tensor) -> dict[str, Rows]:
+    """Per-sample gradients over some parameters, whatever layers they are of."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: tensor.detach() for name, tensor in state.items()}
+
+    def loss(moving: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, {**state, **moving}, (image[None],))
+        return functional.cross_entropy(logits, label[None])
+
+    found = vmap(grad(loss), in_dims=(None, 0, 0))({name: state[name] for name in names}, images, labels)
+    return {name: Rows(found[name].flatten(1)) for name in names}
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """The gradients of all samples of one tensor."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if isinstance(pieces[0], Outer):
+        outer = [piece for piece in pieces if isinstance(piece, Outer)]
+        return Outer(torch.cat([piece.left for piece in outer]), torch.cat([piece.right for piece in outer]))
+    return Rows(torch.cat([piece.rows for piece in pieces if isinstance(piece, Rows)]))
+
+
+def products(gradients: Gradients, updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
+    """Inner product of every sample's gradient with every update, and the gradients' norms.
+
+    Returns float64 (K, N) and (N,), on the CPU; norms are over all parameters, sent or not, and a sparse update
+    counts as zero where nothing was sent. PayloadError if an update is not over the model's parameters.
+    """
+    parts = [gradients.parts(update) for update in updates]
+    found, lengths = [torch.zeros(len(updates), 0).double()], [torch.zeros(0).double()]
+    for block in gradients.blocks():
+        some = [piece.dot([part[name] for part in parts]) for name, piece in block.items()]
+        found.append(torch.stack(some).sum(0).double().cpu())
+        lengths.append(
+            torch.stack([piece.squares() for piece in block.values()]).sum(0).sqrt().double().cpu()
+        )
+    return torch.cat(found, 1), torch.cat(lengths)
+
+
+def gram(sets: Sequence[Gradients], entries: Update | None = None) -> Tensor:
+    """Inner products among the gradients of all samples of some sets, float64 (n, n), on the CPU.
+
+    `entries`: over the entries that this update sent, instead of all.
+    """
+    found = torch.zeros(sum(map(len, sets)), sum(map(len, sets)), dtype=torch.float64)
+    if entries is None or entries.indices is None:
+        for start, first in _numbered(sets):
+            for place, second in _numbered(sets):
+                if place > start:
+                    break
+                found[_rows(start, first), _rows(place, second)] = _gram(first, second).double().cpu()
+    else:
+        places = {name: part.positions for name, part in sets[0].parts(entries).items()}
+        for some in _chunks(places, max(1, layers.MEMORY // max(1, len(found)))):
+            picked = [
+                torch.cat([block[name].columns(positions) for name, positions in some.items()], 1)
+                for _, block in _numbered(sets)
+            ]
+            # In few blocks, of which half the pairs will do.
+            for start, first in (tall := _tall(torch.cat(picked))):
+                for place, second in tall:
+                    if place <= start:
+                        here = slice(start, start + len(first)), slice(place, place + len(second))
+                        found[here] += (first @ second.T).double().cpu()
+    return found.tril() + found.tril(-1).T
+
+
+def _numbered(sets: Sequence[Gradients]) -> Iterator[tuple[int, Block]]:
+    """The blocks of all sets, and the number of each one's first sample."""
+    start = 0
+    for one in sets:
+        for block in one.blocks():
+            yield start, block
+            start += _count(block)
+
+
+def _count(block: Block) -> int:
+    piece = next(iter(block.values()))
+    return len(piece.left if isinstance(piece, Outer) else piece.rows)
+
+
+def _rows(start: int, block: Block) -> slice:
+    return slice(start, start + _count(block))
+
+
+def _gram(first: Block, second: Block) -> Tensor:
+    return torch.stack([piece.gram(second[name]) for name, piece in first.items()]).sum(0)  # type: ignore[arg-type]
+
+
+def _tall(rows: Tensor, blocks: int = 6) -> list[tuple[int, Tensor]]:
+    size = max(1, -(-len(rows) // blocks))
+    return [(start, rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _chunks(places: Mapping[str, Tensor | None], size: int) -> Iterator[dict[str, Tensor]]:
+    """Positions by tensor, `size` of them at a time."""
+    waiting: dict[str, Tensor] = {}
+    room = size
+    for name, positions in places.items():
+        while positions is not None and len(positions):
+            waiting[name], positions = positions[:room], positions[room:]
+            room -= len(waiting[name])
+            if not room:
+                yield waiting
+                waiting, room = {}, size
+    if waiting:
+        yield waiting

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -11,13 +12,44 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adversaries.membership.knowledge import Knowledge
-from adversaries.membership.per_sample import gradient_products
+from adversaries.membership.per_sample import HELD, Gradients, gram, products
+from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Candidates, Observation
 from fedattack.training import sample_logits, weight_step
 
 Which = Literal["sent", "after"] | int
 """A model of a round: the weights sent out, the global model after it, or a client's own (its number)."""
+
+
+@dataclass(frozen=True)
+class System:
+    """Inner products among the gradients of n samples, and with the updates of some clients; float64.
+
+    Samples are the candidates, then the public ones. Gradients are divided by their whole norms, updates by theirs.
+    Of a sparse update `gram` is over the entries that were sent, so that its diagonal is at most 1.
+
+    Parameters
+    ----------
+    rows : list of int
+        Places of the clients among :attr:`RoundView.clients`.
+    gram, products : Tensor
+        (n, n) and (rows, n).
+    """
+
+    rows: list[int]
+    gram: Tensor
+    products: Tensor
+    sparse: bool
+
+    def damped(self, damping: float | None) -> Tensor:
+        """`gram` with `damping` added to its diagonal, times the diagonal's median where the update is sparse.
+
+        None: 0.01, and 0.03 where it is sparse; rules that were fixed once, not by what is a member.
+        """
+        value = damping or (0.03 if self.sparse else 0.01)
+        scale = self.gram.diagonal().quantile(0.5) if self.sparse else self.gram.new_ones(())
+        return self.gram + (value * scale).clamp_min(1e-12) * torch.eye(len(self.gram), dtype=torch.float64)
 
 
 class RoundView:
@@ -45,6 +77,9 @@ class RoundView:
         self.observations = list({one.client: one for one in observations}.values())
         self.knowledge, self.device, self.after = knowledge, device, after
         self._logits: dict[tuple[Which, bool], Tensor] = {}
+        self._per_sample: dict[tuple[int, bool], Gradients] = {}
+        self._found: dict[bool, tuple[Tensor, Tensor]] = {}
+        self._grams: dict[int, Tensor] = {}
 
     @property
     def round(self) -> int:
@@ -95,42 +130,102 @@ class RoundView:
     @property
     def norms(self) -> Tensor:
         """Norm of each candidate's whole gradient at what each client was sent, float64 (K, N)."""
-        return self._products[1]
+        return self._products(public=False)[1]
 
     @property
     def products(self) -> Tensor:
         """Inner products of the candidates' gradients with each update, float64 (K, N).
 
         The update has the sign of a gradient, so that members stand along it; a sparse one counts as zero where
-        nothing was sent.
+        nothing was sent. PayloadError if one is not over the model's parameters.
         """
-        return self._products[0]
+        return self._products(public=False)[0]
 
     @cached_property
     def cosines(self) -> Tensor:
         """:attr:`products` of unit gradients and unit updates, float64 (K, N); 0 where either is zero."""
         return self.products / (self.norms * self.lengths[:, None]).clamp_min(1e-300)
 
+    def equations(self, client: int) -> tuple[Tensor, Tensor]:
+        """Of the client's :class:`System`, `gram` (n, n) and its row of `products` (n,), float64."""
+        k = self.clients.index(client)
+        rows = next(rows for rows in self._systems if k in rows)
+        return self._gram(rows), self._unit_products[k]
+
+    def systems(self) -> Iterator[System]:
+        """The equations of all clients, those together that share the matrix."""
+        for rows in self._systems:
+            sparse = self.observations[rows[0]].update.indices is not None
+            yield System(rows, self._gram(rows), self._unit_products[rows], sparse)
+
     @cached_property
-    def _products(self) -> tuple[Tensor, Tensor]:
-        candidates = self.candidates
-        products = torch.empty(len(self.clients), len(candidates.images), dtype=torch.float64)
-        norms = torch.empty_like(products)
-        for group in same_weights(self.observations):
-            updates = [self.observations[k].update for k in group]
-            weights = self.observations[group[0]].weights
-            found, length = gradient_products(
-                self.model, weights, candidates.images, candidates.labels, updates
-            )
-            sign = 1.0 if updates[0].kind == "gradient" else -1.0
-            products[group], norms[group] = sign * found, length
-        return products, norms
+    def _systems(self) -> list[list[int]]:
+        """Rows that share a matrix."""
+        found = []
+        for group in self._groups:
+            whole = [k for k in group if self.observations[k].update.indices is None]
+            found += [whole] * bool(whole) + [[k] for k in group if k not in whole]
+        return found
+
+    @property
+    def _sets(self) -> list[bool]:
+        """Of which samples equations are: the candidates (False) and, where there are any, public ones (True)."""
+        return [False] if self.knowledge.public is None else [False, True]
+
+    @cached_property
+    def _unit_products(self) -> Tensor:
+        """Inner products of all samples' unit gradients with unit updates, float64 (K, n)."""
+        found = [self._products(public) for public in self._sets]
+        dots, norms = (torch.cat([each[i] for each in found], 1) for i in (0, 1))
+        return dots / (norms * self.lengths[:, None]).clamp_min(1e-300)
+
+    def _gram(self, rows: list[int]) -> Tensor:
+        k = rows[0]
+        if k not in self._grams:
+            sets = [self._gradients(self._group_of(k), public) for public in self._sets]
+            lengths = torch.cat([self._products(public)[1][k] for public in self._sets]).clamp_min(1e-300)
+            found = gram(sets, self.observations[k].update) / lengths[:, None] / lengths
+            if len(self._systems) * found.numel() > HELD:
+                return found
+            self._grams[k] = found
+        return self._grams[k]
+
+    @cached_property
+    def _groups(self) -> list[list[int]]:
+        return same_weights(self.observations)
+
+    def _group_of(self, k: int) -> int:
+        return next(i for i, group in enumerate(self._groups) if k in group)
+
+    def _gradients(self, group: int, public: bool) -> Gradients:
+        """Those of the candidates or of the public samples, at the weights that a group of clients was sent."""
+        if (group, public) not in self._per_sample:
+            weights = self.observations[self._groups[group][0]].weights
+            self._per_sample[group, public] = Gradients(self.model, weights, self._samples(public))
+        return self._per_sample[group, public]
+
+    def _products(self, public: bool) -> tuple[Tensor, Tensor]:
+        """Inner products with each update, which has the sign of a gradient, and norms, float64 (K, samples)."""
+        if public not in self._found:
+            dots = torch.empty(len(self.clients), len(self._samples(public).labels), dtype=torch.float64)
+            norms = torch.empty_like(dots)
+            for place, group in enumerate(self._groups):
+                updates = [self.observations[k].update for k in group]
+                signs = torch.tensor([1.0 if update.kind == "gradient" else -1.0 for update in updates])
+                found, length = products(self._gradients(place, public), updates)
+                dots[group], norms[group] = signs.double()[:, None] * found, length
+            self._found[public] = dots, norms
+        return self._found[public]
+
+    def _samples(self, public: bool) -> Candidates:
+        samples = self.knowledge.public if public else self.candidates
+        assert samples is not None, "needs say whether public samples are there"
+        return samples
 
     def _answers(self, which: Which, public: bool) -> Tensor:
         if (which, public) not in self._logits:
-            samples = self.knowledge.public if public else self.candidates
-            assert samples is not None, "needs say whether public samples are there"
-            self._logits[which, public] = sample_logits(self.model, self._state(which), samples.images)
+            images = self._samples(public).images
+            self._logits[which, public] = sample_logits(self.model, self._state(which), images)
         return self._logits[which, public]
 
     def _state(self, which: Which) -> dict[str, Tensor]:
@@ -139,7 +234,14 @@ class RoundView:
         if which == "after":
             assert self.after is not None, "who shows the round gives the model after it"
             return self.after
-        return client_model(self.of(int(which)))
+        observation = self.of(int(which))
+        statistics = {name for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
+        if missing := sorted(statistics - observation.buffers.keys()):
+            raise NotApplicable(
+                f"the model that client {observation.client} trained is asked for, and its BatchNorm statistics "
+                f"({missing[0]!r}, ...) were not sent; use a model without BatchNorm, or a statistic of gradients"
+            )
+        return client_model(observation)
 
 
 def client_model(observation: Observation) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed
             public = _read_pictures(path, config, dataset, seed)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
-    victims = np.concatenate([pools.clients, pools.nonmembers])
+    victims = np.concatenate([pools.clients, pools.withheld, pools.nonmembers])
     checked = _refuse_same_people(place, public, dataset, victims)
     theirs = set(fingerprints(dataset.images[victims]))
     same = sum(digest in theirs for digest in fingerprints(public.images))

@@ -79,6 +79,15 @@ def as_float(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).float().div_(255.0)
 
 
+def require_groups(groups: np.ndarray | None, setting: str) -> np.ndarray:
+    """The groups that a setting needs; DataError, which begins with the setting, where there are none."""
+    if groups is None:
+        raise DataError(
+            f"{setting}: this data set does not say whose a sample is; 'qmnist', 'lfw' and 'celeba' do"
+        )
+    return groups
+
+
 def random_labels(dataset: ImageDataset, classes: int, seed: int) -> ImageDataset:
     """The same images with labels drawn from ``range(classes)``; all are used once before one is used twice."""
     rng = numpy_rng(seed, "data.labels")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 
 from fedattack.config import PartitionConfig
-from fedattack.data.dataset import ImageDataset
+from fedattack.data.dataset import ImageDataset, require_groups
 from fedattack.errors import ConfigError, DataError
 from fedattack.registry import Registry
 from fedattack.rng import numpy_rng
@@ -35,9 +35,9 @@ def partition(
     """Deal the samples `ids`, int64 (n,), out to clients: each one's, disjoint, none empty, in random order.
 
     `config.name` is a registered partitioner or a flwr-datasets class
-    ("flwr_datasets.partitioner:DirichletPartitioner", constructed with `options`); only the latter may leave samples
-    out. Raises ConfigError if it is unknown or cannot be built from its options, DataError if there are too few
-    samples or groups for so many clients.
+    ("flwr_datasets.partitioner:DirichletPartitioner", constructed with `options`); only the latter and
+    "natural" with `groups_per_client` may leave samples out. Raises ConfigError if it is unknown or cannot be built
+    from its options, DataError if there are too few samples or groups for so many clients.
     """
     ids = np.asarray(ids, dtype=np.int64)
     if clients > len(ids):
@@ -49,7 +49,8 @@ def partition(
     deal: Partitioner = _adapted(target, config.name) if isinstance(target, type) else target
     groups = None if dataset.groups is None else dataset.groups[ids]
     parts = deal(dataset.labels[ids], groups, clients, config, rng)
-    _check(parts, clients, len(ids), config.name, complete=not isinstance(target, type))
+    complete = not isinstance(target, type) and config.groups_per_client is None
+    _check(parts, clients, len(ids), config.name, complete)
     return [ids[rng.permutation(part)] for part in parts]
 
 
@@ -147,22 +148,25 @@ def shards(
 def natural(
     labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
 ) -> list[np.ndarray]:
-    """Whole people (writers, ...) to a client: groups in random order, equally many to each."""
-    if groups is None:
-        raise DataError(
-            "setting 'partition.name' = 'natural': this data set does not say whose a sample is; 'qmnist', 'lfw' and "
-            "'celeba' do"
-        )
+    """Whole people (writers, ...) to a client: groups in random order, equally many to each.
+
+    With `groups_per_client` so many to each, and the others' samples to nobody.
+    """
+    groups = require_groups(groups, "setting 'partition.name' = 'natural'")
     whose, position = np.unique(groups, return_inverse=True)
-    if clients > len(whose):
+    if clients * (config.groups_per_client or 1) > len(whose):
+        each = config.groups_per_client
         raise DataError(
             f"setting 'federation.clients' = {clients}: only {len(whose)} groups to deal out under "
-            "partition 'natural'"
+            "partition 'natural'" + (f", {each} to each ('partition.groups_per_client')" if each else "")
         )
-    owner_of_group = np.empty(len(whose), np.int64)
-    for client, hand in enumerate(np.array_split(rng.permutation(len(whose)), clients)):
+    order = rng.permutation(len(whose))
+    if config.groups_per_client is not None:
+        order = order[: clients * config.groups_per_client]
+    owner_of_group = np.full(len(whose), clients)
+    for client, hand in enumerate(np.array_split(order, clients)):
         owner_of_group[hand] = client
-    return _by_owner(owner_of_group[position], clients)
+    return _by_owner(owner_of_group[position], clients + 1)[:clients]
 
 
 def _require_flwr_datasets(name: str) -> None:

@@ -1,14 +1,14 @@
-"""Three disjoint pools of samples: the clients', the held-out non-members, and the adversary's public ones."""
+"""Disjoint pools of samples: the clients', what is withheld from them, the held-out, the adversary's public ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
 
 from fedattack.config import DataConfig
-from fedattack.data.dataset import ImageDataset, joined
+from fedattack.data.dataset import ImageDataset, joined, require_groups
 from fedattack.errors import DataError
 from fedattack.rng import numpy_rng
 
@@ -20,6 +20,7 @@ class Pools:
     clients: np.ndarray  # to be dealt out
     nonmembers: np.ndarray  # held out: evaluation and membership non-members
     auxiliary: np.ndarray  # the adversary's; empty when its images come from a file
+    withheld: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of clients' people
     note: str = ""  # samples that were left out of every pool, and why
 
 
@@ -31,35 +32,81 @@ def fingerprints(images: np.ndarray) -> list[bytes]:
 def make_pools(dataset: ImageDataset, config: DataConfig, seed: int) -> Pools:
     """Cut a data set into its pools; DataError if they leave nothing for the clients.
 
-    `nonmembers` defaults to a tenth (at least 1), a split `auxiliary_size` to half of the rest. Where the data set
-    knows whose a sample is, nobody is both in the auxiliary pool and in another one. A picture that is stored twice
-    never ends up on both sides of a border: its copy is taken out of the auxiliary or the non-member pool.
+    `nonmembers` defaults to a tenth (at least 1) of the samples, or of the people where `nonmember_unit` is "group";
+    a split `auxiliary_size` to half of the rest. Where the data set knows whose a sample is, nobody is both in the
+    auxiliary pool and in another one. `withheld` is that share of every client's person's samples, rounded, at least
+    one and never all. A picture that is stored twice never ends up on both sides of a border: its copy is taken out
+    of the pool that nobody trains on.
     """
-    count, split = len(dataset), config.auxiliary == "split"
-    held_out = max(1, count // 10) if config.nonmembers is None else config.nonmembers
-    granted = 0
-    if split:
-        granted = max(0, (count - held_out) // 2) if config.auxiliary_size is None else config.auxiliary_size
-    if held_out + granted >= count:
-        raise DataError(
-            f"data set {config.name!r} has {count} samples: {held_out} non-members (setting 'data.nonmembers') and "
-            f"{granted} auxiliary images (setting 'data.auxiliary_size') leave none for the clients"
-        )
     rng = numpy_rng(seed, "data.pools")
-    order = rng.permutation(count)
-    if granted and dataset.groups is not None:
-        auxiliary, rest, left_out = _by_group(dataset.groups, order, granted, held_out, config)
+    order = rng.permutation(len(dataset))
+    if config.nonmember_unit == "group":
+        nonmembers, rest = _people_held_out(dataset, order, config)
+        held_out = 0
     else:
-        auxiliary, rest, left_out = order[:granted], order[granted:], 0
-    nonmembers, clients = rest[:held_out], rest[held_out:]
+        held_out = max(1, len(dataset) // 10) if config.nonmembers is None else config.nonmembers
+        nonmembers, rest = order[:0], order
+    granted = 0
+    if config.auxiliary == "split":
+        granted = config.auxiliary_size
+        granted = max(0, (len(rest) - held_out) // 2) if granted is None else granted
+    if held_out + granted >= len(rest):
+        raise DataError(
+            f"data set {config.name!r} has {len(dataset)} samples: {held_out or len(nonmembers)} non-members "
+            f"(setting 'data.nonmembers') and {granted} auxiliary images (setting 'data.auxiliary_size') "
+            "leave none for the clients"
+        )
+    if granted and dataset.groups is not None:
+        auxiliary, rest, left_out = _by_group(dataset.groups, rest, granted, held_out, config)
+    else:
+        auxiliary, rest, left_out = rest[:granted], rest[granted:], 0
+    nonmembers, clients = np.concatenate([nonmembers, rest[:held_out]]), rest[held_out:]
+    clients, withheld = _withheld(dataset, clients, config.withheld)
     note = f"{left_out} images left out: their people are in the auxiliary pool" if left_out else ""
 
     digests = fingerprints(dataset.images)
-    auxiliary, copies = _without(auxiliary, np.concatenate([clients, nonmembers]), digests)
+    everybody = np.concatenate([clients, withheld, nonmembers])
+    auxiliary, copies = _without(auxiliary, everybody, digests)
     note = joined(note, _copies_note(copies, "auxiliary"))
-    nonmembers, copies = _without(nonmembers, clients, digests)
+    nonmembers, copies = _without(nonmembers, np.concatenate([clients, withheld]), digests)
     note = joined(note, _copies_note(copies, "non-member"))
-    return Pools(np.sort(clients), np.sort(nonmembers), np.sort(auxiliary), note)
+    withheld, copies = _without(withheld, clients, digests)
+    note = joined(note, _copies_note(copies, "withheld"))
+    return Pools(np.sort(clients), np.sort(nonmembers), np.sort(auxiliary), np.sort(withheld), note)
+
+
+def _people_held_out(
+    dataset: ImageDataset, order: np.ndarray, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of whole people in the order of their first samples, and the other people's."""
+    groups = require_groups(dataset.groups, "setting 'data.nonmember_unit' = 'group'")
+    whose, first = np.unique(groups[order], return_index=True)
+    wanted = max(1, len(whose) // 10) if config.nonmembers is None else config.nonmembers
+    if wanted >= len(whose):
+        raise DataError(
+            f"setting 'data.nonmembers' = {wanted}: data set {config.name!r} has {len(whose)} people, and some must "
+            "be left for the clients"
+        )
+    inside = np.isin(groups[order], whose[np.argsort(first)][:wanted])
+    return order[inside], order[~inside]
+
+
+def share_of_each(groups: np.ndarray, share: float) -> np.ndarray:
+    """Which of some people's samples, in random order, are that share of each person's, bool (n,): never all."""
+    chosen = np.zeros(len(groups), dtype=bool)
+    for whose in np.unique(groups):
+        own = np.flatnonzero(groups == whose)
+        chosen[own[: min(len(own) - 1, max(1, round(share * len(own))))]] = True
+    return chosen
+
+
+def _withheld(dataset: ImageDataset, ids: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """What is dealt out of some people's samples in random order, and what nobody gets."""
+    if not share:
+        return ids, ids[:0]
+    groups = require_groups(dataset.groups, f"setting 'data.withheld' = {share:g}")
+    kept_back = share_of_each(groups[ids], share)
+    return ids[~kept_back], ids[kept_back]
 
 
 def _by_group(

@@ -111,10 +111,12 @@ def write_results(
     return path
 
 
-def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Reconstruction]]) -> None:
-    """Write unscored reconstructions (attack -> observation key -> answer) as PNG, batches side by side."""
+def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the reconstructions among unscored answers (attack -> key -> answer) as PNG, batches side by side."""
     for attack, by_key in answers.items():
         for key, answer in by_key.items():
+            if not isinstance(answer, Reconstruction):
+                continue
             row = torch.cat(list(answer.images.clamp(0, 1)), dim=2)
             write_bytes(folder.images / safe_name(attack) / f"{safe_name(key)}.png", _png(row))
 

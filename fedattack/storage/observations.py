@@ -3,7 +3,9 @@
 Layout of a folder of observations::
 
     auxiliary-<hash>.safetensors      the public images, once
+    candidates.safetensors            what a membership attack is asked about, where one sat in the run
     round-0001/weights-<hash>.safetensors   the model sent out, once per round (or per model, if clients got several)
+    round-0001/global.safetensors           the global model after the round, where a membership attack sat in the run
     round-0001/client-00003.safetensors     the update as it came over the wire
     round-0001/client-00003.json            what was declared; written last, so a file without it is unfinished
 
@@ -12,7 +14,6 @@ Truths have the same names below a folder of their own. Nothing is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, Section, TrainingConfig
 from fedattack.errors import DataError
-from fedattack.files import portable, write_tensors
+from fedattack.files import content_hash, write_tensors
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, observation_name
 from fedattack.storage.plain import write_json
@@ -97,8 +98,18 @@ def save_observation(folder: Path | str, observation: Observation) -> Path:
     return place.with_suffix(".json")
 
 
-def load_observations(folder: Path | str) -> list[Observation]:
-    """All finished observations of a folder, by round and client, fully checked.
+def observed_rounds(folder: Path | str) -> list[int]:
+    """The rounds of which a folder holds finished observations, ascending; DataError where there are none."""
+    found = {path.parent.name.removeprefix("round-") for path in Path(folder).glob("round-*/*.json")}
+    if odd := sorted(name for name in found if not name.isdigit()):
+        raise DataError(f"{folder}: 'round-{odd[0]}' is no round; expected round-0001, ...")
+    if not found:
+        raise DataError(f"no observation in {folder}: expected round-*/*.json")
+    return sorted(map(int, found))
+
+
+def load_observations(folder: Path | str, round: int | None = None) -> list[Observation]:
+    """All finished observations of a folder, or of one round, by round and client, fully checked.
 
     Observations of one round share their weights, and all share the auxiliary data, in memory as on disk.
 
@@ -109,9 +120,10 @@ def load_observations(folder: Path | str) -> list[Observation]:
     """
     folder = Path(folder)
     shared: dict[Path, dict[str, Tensor]] = {}
-    found = [_load_observation(folder, path, shared) for path in sorted(folder.glob("round-*/*.json"))]
+    where = "round-*" if round is None else f"round-{round:04d}"
+    found = [_load_observation(folder, path, shared) for path in sorted(folder.glob(f"{where}/*.json"))]
     if not found:
-        raise DataError(f"no observation in {folder}: expected round-*/*.json")
+        raise DataError(f"no observation in {folder}: expected {where}/*.json")
     return sorted(found, key=lambda observation: (observation.round, observation.client))
 
 
@@ -133,14 +145,14 @@ def load_truths(folder: Path | str) -> list[GroundTruth]:
     for path in sorted(Path(folder).glob("round-*/*.json")):
         document = _parse(path, _TruthDocument)
         tensors = read_tensors(path.with_suffix(".safetensors"))
-        images, labels = _check_images(path, "images", tensors.get("images"), None), tensors.get("labels")
+        images, labels = check_images(path, "images", tensors.get("images"), None), tensors.get("labels")
         if labels is None or labels.dtype != torch.int64 or labels.shape != (len(images),):
             raise DataError(f"{path}: labels must be int64 of shape ({len(images)},)")
         if len(document.sample_ids) != len(images):
             raise DataError(f"{path}: {len(document.sample_ids)} sample ids for {len(images)} images")
         shown = tensors.get("shown")
         if shown is not None:
-            _check_images(path, "shown", shown, tuple(images.shape[1:]))
+            check_images(path, "shown", shown, tuple(images.shape[1:]))
         who = document.round, document.client
         truths.append(GroundTruth(*who, images, labels, document.sample_ids, shown))
     if not truths:
@@ -170,11 +182,11 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
     scenario = Scenario(model, agreed.training, agreed.compression, agreed.defense)
     weights = _read_once(path.parent / document.weights, shared)
     for name, tensor in weights.items():
-        _check_finite(path.parent / document.weights, name, tensor)
+        check_finite(path.parent / document.weights, name, tensor)
     tensors = read_tensors(path.with_suffix(".safetensors"))
     update = _checked_update(path, document, tensors, weights)
     buffers = {
-        name.removeprefix("buffer."): _check_finite(path, name, tensor)
+        name.removeprefix("buffer."): check_finite(path, name, tensor)
         for name, tensor in tensors.items()
         if name.startswith("buffer.")
     }
@@ -182,7 +194,7 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
     if document.auxiliary is not None:
         source = folder / document.auxiliary
         public = _read_once(source, shared)
-        images = _check_images(source, "images", public.get("images"), scenario.image_shape)
+        images = check_images(source, "images", public.get("images"), scenario.image_shape)
         for name in ("labels", "groups"):
             numbers = public.get(name)
             if numbers is not None and (numbers.dtype != torch.int64 or numbers.shape != (len(images),)):
@@ -214,7 +226,7 @@ def _checked_update(
     values, indices = tensors.get("values"), tensors.get("indices")
     if values is None or values.dtype != torch.float32 or values.ndim != 1:
         raise DataError(f"{path}: 'values' must be float32 in one dimension")
-    _check_finite(path, "values", values)
+    check_finite(path, "values", values)
     update = Update(names, shapes, indices, values, document.kind)
     if indices is None:
         if values.numel() != update.numel:
@@ -228,18 +240,20 @@ def _checked_update(
     return update
 
 
-def _check_images(path: Path, name: str, images: Tensor | None, shape: tuple[int, ...] | None) -> Tensor:
+def check_images(path: Path, name: str, images: Tensor | None, shape: tuple[int, ...] | None) -> Tensor:
+    """The images, float32 in [0, 1], of `shape` where that is given; DataError where they are not."""
     if images is None or images.dtype != torch.float32 or images.ndim != 4:
         raise DataError(f"{path}: {name!r} must be float32 of shape (N, C, H, W)")
     if shape is not None and tuple(images.shape[1:]) != shape:
         raise DataError(f"{path}: {name} of {tuple(images.shape[1:])}, but the model takes {shape}")
-    _check_finite(path, name, images)
+    check_finite(path, name, images)
     if images.numel() and not 0 <= float(images.min()) <= float(images.max()) <= 1:
         raise DataError(f"{path}: pixels lie outside [0, 1]")
     return images
 
 
-def _check_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+def check_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor; DataError where it holds NaN or infinite values."""
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise DataError(f"{path}: {name!r} holds NaN or infinite values")
     return tensor
@@ -269,15 +283,9 @@ def _read_once(path: Path, shared: dict[Path, dict[str, Tensor]]) -> dict[str, T
 
 def _save_once(folder: Path, what: str, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors under the hash of their content, unless they are there; the file's name."""
-    whole = portable(tensors)
-    digest = hashlib.sha256()
-    for name in sorted(whole):
-        tensor = whole[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    file = f"{what}-{digest.hexdigest()[:16]}.safetensors"
+    file = f"{what}-{content_hash(tensors)[:16]}.safetensors"
     if not (folder / file).exists():
-        write_tensors(folder / file, whole)
+        write_tensors(folder / file, tensors)
     return file
 
 

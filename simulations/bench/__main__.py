@@ -30,6 +30,7 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "time-to-quality": "simulations.bench.time_to_quality:run",
         "soak": "simulations.bench.soak:run",
         "tensor": "simulations.bench.tensor:run",
+        "view": "simulations.bench.view:run",
     },
 )
 
@@ -46,13 +47,18 @@ def bench(
     ] = None,
     long: Annotated[bool, typer.Option("--long", help="also the parts of a case that take minutes")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="also other engines that are installed")] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="ray or inline, for the cases that run on either")
+    ] = None,
 ) -> None:
     """Run one benchmark case and print its figures."""
     if list_cases or case is None:
         for name in CASES.names():
             console.print(f"[cyan]{name:18}[/]{CASES.summary(name)}")
         return
-    figures = CASES.get(case)(quick=quick, **_accepted(case, data=data, long=long, peers=peers))
+    figures = CASES.get(case)(
+        quick=quick, **_accepted(case, data=data, long=long, peers=peers, engine=engine)
+    )
     machine = {"cpus": os.cpu_count(), "load": os.getloadavg(), "platform": platform.platform()}
     machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     figures = {"case": case, "quick": quick, "machine": machine, **figures}

@@ -66,7 +66,7 @@ def attacks() -> list[AttackRow]:
     classes = {name: ATTACKS.get(name) for name in ATTACKS}
     for name in sorted(classes, key=lambda name: (not classes[name].inverts, classes[name].seat, name)):
         cls, summary = classes[name], ATTACKS.summary(name)
-        needs = ", ".join(words(cls.needs)) or "its own samples and the global model"
+        needs = ", ".join(words(cls.needs)) or _bare(cls.seat)
         references = (inspect.getdoc(cls) or "").partition("References\n----------\n")[2]
         found = _SOURCE.match(" ".join(references.split())) or _CITED.search(summary)
         authors = re.split(", | and ", found[1]) if found else []
@@ -74,6 +74,11 @@ def attacks() -> list[AttackRow]:
         plain = re.sub(rf"^{name}: ", "", _CITED.sub("", summary), flags=re.I)
         rows.append(AttackRow(name, plain[:1].upper() + plain[1:], cls.seat, needs, source))
     return rows
+
+
+def _bare(seat: str) -> str:
+    """What an attack without needs has."""
+    return "its own samples and the global model" if seat == "malicious client" else "the global model"
 
 
 def attacks_markdown() -> str:
@@ -106,7 +111,7 @@ def described(name: str) -> list[tuple[str, str]]:
         threat = threat_model(cls)
         letters = f" ({', '.join(threat['letters'])} of Carletti et al. 2025)" if threat["letters"] else ""
         parts.append(("who", threat["seat"] + letters))
-        parts.append(("needs", "; ".join(threat["needs"]) or "its own samples and the global model"))
+        parts.append(("needs", "; ".join(threat["needs"]) or _bare(threat["seat"])))
         parts.append(("assumes", "; ".join(threat["assumptions"])))
     return [*parts, ("source", " ".join(references.split()))] if references else parts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,16 +38,58 @@ class Plan:
         return float(np.bincount(labels).max()) / len(labels)
 
 
+class SavedWork(ABC):
+    """One family's attacks on the observations of the folder `saved`, without a federation.
+
+    Rounds are submitted, ascending, then collected, then audited where the folder `truth` is given. `failed` are
+    attacks that failed on their own.
+    """
+
+    left = "the pictures are in images/"
+    """What is there where nothing is scored."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        attacks: Mapping[str, Any],
+        shown: Stages,
+        saved: Path,
+        truth: Path | None,
+    ) -> None:
+        self.config, self.folder, self.attacks = config, folder, dict(attacks)
+        self.shown, self.saved, self.truth = shown, saved, truth
+        self.failed: dict[str, BaseException] = {}
+
+    @abstractmethod
+    def submit(self, observations: Sequence[Observation]) -> None:
+        """Attack one round's observations."""
+
+    @abstractmethod
+    def collect(self) -> None:
+        """Wait for what was submitted."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what was submitted, finished or not; called once, whatever happened."""
+
+    @abstractmethod
+    def audit(self) -> dict[str, AuditResult]:
+        """Score every attack against the truth."""
+
+    @abstractmethod
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """Attack -> key -> answer."""
+
+
 class Experiment(ABC):
     """One family's attacks in a run: what they are shown, what they answer, and the truth it is scored against.
 
-    `from_saved` attacks observations without a federation, where that can be done: made from configuration, run
-    folder, attacks and stages, with `submit`, `collect`, `close`, `audit` and `answers`
-    (:class:`~.reconstruction.Answers`). `failed` are attacks that failed on their own; :meth:`audit` leaves them
-    out.
+    `from_saved` attacks observations without a federation, where that can be done. `failed` are attacks that failed
+    on their own; :meth:`audit` leaves them out.
     """
 
-    from_saved: ClassVar[type[Any] | None] = None
+    from_saved: ClassVar[type[SavedWork] | None] = None
 
     def __init__(self, plan: Plan, attacks: Mapping[str, Any]) -> None:
         self.plan = plan

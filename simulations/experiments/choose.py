@@ -88,4 +88,6 @@ def known_facts(config: Config, world: World) -> Facts:
         held_out=len(world.pools.nonmembers),
         auxiliary=0 if granted is None else len(granted),
         labelled=None if granted is None else granted.labels is not None,
+        references=config.attack.references,
+        people=config.attack.unit == "group",
     )

@@ -1,69 +1,60 @@
 """Where attacks run: in this process, or as tasks on the Ray cluster that carries the federation.
 
-Victims are dealt out in fixed groups (`attack.victims_per_task`), so that what is computed together, and with it
-every bit of the result, does not depend on the engine or the size of the cluster. A group that fails is taken apart,
-and each of its victims attacked alone; whoever fails alone has a reason instead of an answer.
+Whoever makes the jobs says what is computed together, so that no bit of a result depends on the engine or the size of
+the cluster.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
 import traceback
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adversaries.base import Progress
-from adversaries.inversion.matching.checkpoint import checkpoints_in
-from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.config import EngineConfig
-from fedattack.errors import BadRequest, FedattackError, RunFailed
-from fedattack.observation import Observation, Reconstruction
-from fedattack.rng import adversary_seed
+from fedattack.errors import BadRequest, FedattackError
 from simulations.engine.environment import cpu_threads
 
+log = logging.getLogger("fedattack.executor")
+
 Shown = Callable[[str, float, str], None]
-"""Told (attack name, share done of all its submitted work, text)."""
+"""Told (whose work, share of it done, text)."""
 
 _POLL_SECONDS = 0.2
 """Between looks at a cluster's tasks: an answer is handed on sooner than a second after it is ready."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One group of observations for one attack, and where and how often (s) what takes long in it keeps its state."""
+class Job(ABC):
+    """What runs by itself, perhaps in another process.
+
+    `name` is whose progress it tells, `key` what it is about.
+    """
 
     name: str
-    attack: ReconstructionAttack
-    observations: list[Observation]
-    checkpoints: Path
-    state_seconds: float
-
-    def parts(self) -> list[Job]:
-        """A job for each client, where there are several."""
-        clients = dict.fromkeys(o.client for o in self.observations)
-        if len(clients) < 2:
-            return []
-        parts = [[o for o in self.observations if o.client == client] for client in clients]
-        return [replace(self, observations=p, checkpoints=self.checkpoints / p[0].key) for p in parts]
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """What became of one observation: an answer, or the reason why there is none; its share of the wall time (s)."""
-
     key: str
-    answer: Reconstruction | str
-    seconds: float
+
+    @abstractmethod
+    def run(self, shared: Any, device: torch.device, progress: Progress) -> Any:
+        """Carry it out; no fault of an attack or of an update ends it. `shared` is what all jobs are given."""
+
+    @abstractmethod
+    def lost(self, why: str) -> Any:
+        """What became of it where there is no answer, for this reason."""
+
+    def parts(self) -> Sequence[Job]:
+        """Smaller jobs to try in its place where its worker was lost, time and again."""
+        return []
 
 
-Done = Callable[[Job, list[Attacked]], None]
-"""Told what became of a group's observations, as soon as it is known."""
+Done = Callable[[Any, Any], None]
+"""Told what became of a job, as soon as it is known."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -79,33 +70,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def groups(observations: Sequence[Observation], size: int) -> list[list[Observation]]:
-    """Cut one round's observations into the groups that are attacked together."""
-    return [list(observations[start : start + size]) for start in range(0, len(observations), size)]
-
-
-def attacked(job: Job, seed: int, device: str, threads: int, progress: Progress) -> list[Attacked]:
-    """Carry out one job; no fault of the attack or of an update ends it."""
-    with cpu_threads(threads):
-        return _tried(job, seed, choose_device(device), progress)
-
-
-def _tried(job: Job, seed: int, device: torch.device, progress: Progress) -> list[Attacked]:
-    started, observations = time.perf_counter(), job.observations
-    try:
-        with checkpoints_in(job.checkpoints, job.state_seconds):
-            answers = job.attack.run(observations, seed, device, progress)
-        if len(answers) != len(observations):
-            raise RunFailed(f"answered {len(answers)} of {len(observations)} observations")
-        found = [_checked(o, answer) for o, answer in zip(observations, answers, strict=True)]
-    except Exception as error:
-        if parts := job.parts():
-            return [one for part in parts for one in _tried(part, seed, device, progress)]
-        found = [reason(error)] * len(observations)
-    seconds = (time.perf_counter() - started) / len(observations)
-    return [Attacked(o.key, answer, seconds) for o, answer in zip(observations, found, strict=True)]
-
-
 def reason(error: BaseException) -> str:
     """An exception in a line; where it is no sentence for a person, with its type and the place it came from."""
     if isinstance(error, FedattackError):
@@ -115,35 +79,28 @@ def reason(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
 
-def _checked(observation: Observation, answer: Any) -> Reconstruction | str:
-    """The answer, or what is wrong with it."""
-    if not isinstance(answer, Reconstruction):
-        return f"answered a {type(answer).__name__}, which is no Reconstruction"
-    wanted = observation.scenario.image_shape
-    for name, images in {"images": answer.images, **answer.floors}.items():
-        if images.ndim != 4 or tuple(images.shape[1:]) != wanted or not len(images):
-            return f"answered {name} of shape {tuple(images.shape)}; (B, {', '.join(map(str, wanted))}) was asked for"
-        if not bool(images.isfinite().all()):
-            return f"answered {name} with {int((~images.isfinite()).sum())} values that are NaN or infinite"
-    if answer.labels.shape != answer.images.shape[:1]:
-        return f"answered labels of shape {tuple(answer.labels.shape)} for {len(answer.images)} images"
-    return answer
+def _carried_out(job: Job, shared: Any, device: str, threads: int, progress: Progress) -> Any:
+    with cpu_threads(threads):
+        return job.run(shared, choose_device(device), progress)
 
 
 class Executor(ABC):
-    """Takes jobs, and tells `done` what became of each, at the latest in :meth:`finish`; `seed` is the run's."""
+    """Takes jobs, and tells `done` what became of each, at the latest in :meth:`finish`."""
 
-    def __init__(self, engine: EngineConfig, seed: int, shown: Shown, done: Done) -> None:
+    def __init__(self, engine: EngineConfig, shown: Shown, done: Done) -> None:
         self.engine, self.shown, self.done = engine, shown, done
-        self.seed = adversary_seed(seed, "attack")
 
     @abstractmethod
     def submit(self, job: Job) -> None:
         """Start (or do) a job."""
 
+    @abstractmethod
+    def later(self, job: Job) -> None:
+        """Do a job when nothing else is to be done, at the latest in :meth:`finish`."""
+
+    @abstractmethod
     def finish(self) -> None:
         """Wait for all that was submitted."""
-        return None
 
     def close(self) -> None:
         """Wait for nothing any more."""
@@ -153,25 +110,46 @@ class Executor(ABC):
 class InlineExecutor(Executor):
     """Attacks at once, in this process."""
 
+    def __init__(self, engine: EngineConfig, shown: Shown, done: Done, shared: Any = None) -> None:
+        super().__init__(engine, shown, done)
+        self._shared = shared
+        self._later: list[Job] = []
+
     def submit(self, job: Job) -> None:
         def progress(share: float, text: str) -> None:
             self.shown(job.name, share, text)
 
-        self.done(job, attacked(job, self.seed, self.engine.device, self.engine.threads, progress))
+        self.done(job, _carried_out(job, self._shared, self.engine.device, self.engine.threads, progress))
+
+    def later(self, job: Job) -> None:
+        self._later.append(job)
+
+    def finish(self) -> None:
+        while self._later:
+            self.submit(self._later.pop(0))
 
 
 class RayExecutor(Executor):
-    """Attacks as Ray tasks beside the running federation; a thread of the driver hands on what is ready."""
+    """Attacks as Ray tasks beside the running federation; a thread of the driver hands on what is ready.
 
-    def __init__(self, engine: EngineConfig, seed: int, shown: Shown, done: Done) -> None:
-        super().__init__(engine, seed, shown, done)
+    `shared` goes to the object store once. Where `at_most` is given, no more jobs are in flight, and who submits
+    another waits: what jobs carry does not pile up.
+    """
+
+    def __init__(
+        self, engine: EngineConfig, shown: Shown, done: Done, shared: Any = None, at_most: int | None = None
+    ) -> None:
+        super().__init__(engine, shown, done)
         import ray
 
         self._ray = ray
         self._board = ray.remote(num_cpus=0)(_Board).remote()
         gpus = engine.gpus_per_actor
-        self._task = ray.remote(num_cpus=engine.threads, num_gpus=gpus, max_retries=2)(_ray_attack)
+        self._task = ray.remote(num_cpus=engine.threads, num_gpus=gpus, max_retries=2)(_ray_task)
+        self._shared = ray.put(shared)
+        self._at_most = at_most
         self._pending: dict[Any, Job] = {}
+        self._later: deque[Job] = deque()
         self._last = threading.Event()
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -179,10 +157,18 @@ class RayExecutor(Executor):
         self._thread.start()
 
     def submit(self, job: Job) -> None:
+        while self._at_most is not None and len(self._pending) >= self._at_most and self._error is None:
+            self._stop.wait(_POLL_SECONDS / 4)
         if self._error is not None:
             raise self._error
+        self._start(job)
+
+    def later(self, job: Job) -> None:
+        self._later.append(job)
+
+    def _start(self, job: Job) -> None:
         where = self.engine.device, self.engine.threads
-        self._pending[self._task.remote(job, self.seed, *where, self._board)] = job
+        self._pending[self._task.remote(job, self._shared, *where, self._board)] = job
 
     def finish(self) -> None:
         self._last.set()
@@ -197,6 +183,8 @@ class RayExecutor(Executor):
     def _collect(self) -> None:
         try:
             while not self._stop.is_set():
+                while self._later and (self._last.is_set() or not self._pending):
+                    self._start(self._later.popleft())
                 waiting = list(self._pending)
                 if not waiting:
                     if self._last.is_set():
@@ -206,7 +194,9 @@ class RayExecutor(Executor):
                 ready, _ = self._ray.wait(waiting, timeout=_POLL_SECONDS)
                 for name, share, text in self._ray.get(self._board.latest.remote()):
                     self.shown(name, share, text)
-                for reference in ready:
+                while ready:  # its observations go with it
+                    reference = ready.pop()
+                    waiting.clear()
                     self._take(reference, self._pending[reference])
                     del self._pending[reference]
         except BaseException as error:
@@ -218,19 +208,18 @@ class RayExecutor(Executor):
         except self._ray.exceptions.RayError as error:  # its worker was lost, time and again
             if parts := job.parts():
                 for part in parts:
-                    self.submit(part)
+                    self._start(part)
                 return
             cause = getattr(error, "cause", None)
-            why = reason(cause) if cause is not None else f"its worker was lost: {reason(error)}"
-            found = [Attacked(o.key, why, 0.0) for o in job.observations]
+            found = job.lost(reason(cause) if cause is not None else f"its worker was lost: {reason(error)}")
         self.done(job, found)
 
 
-def _ray_attack(job: Job, seed: int, device: str, threads: int, board: Any) -> list[Attacked]:
+def _ray_task(job: Job, shared: Any, device: str, threads: int, board: Any) -> Any:
     def progress(share: float, text: str) -> None:
-        board.post.remote(job.name, job.observations[0].key, share, text)
+        board.post.remote(job.name, job.key, share, text)
 
-    return attacked(job, seed, device, threads, progress)
+    return _carried_out(job, shared, device, threads, progress)
 
 
 class _Board:
@@ -247,6 +236,28 @@ class _Board:
         return [(name, *shown) for (name, _), shown in news.items()]
 
 
-def make_executor(engine: EngineConfig, seed: int, shown: Shown, done: Done) -> Executor:
-    """The executor that goes with the engine."""
-    return (RayExecutor if engine.name == "ray" else InlineExecutor)(engine, seed, shown, done)
+def make_executor(
+    engine: EngineConfig, shown: Shown, done: Done, shared: Any = None, at_most: int | None = None
+) -> Executor:
+    """The executor that goes with the engine.
+
+    With `at_most` (:class:`RayExecutor`) the federation waits for jobs, so that a cluster must have room for one
+    beside the clients' actors; where it has none, jobs are done in this process, with a line in the log.
+    """
+    if engine.name == "inline":
+        return InlineExecutor(engine, shown, done, shared)
+    if at_most is not None and not _room_beside(engine):
+        log.warning(
+            "the Ray cluster has no room for an attack beside the clients' actors: it runs in the driver"
+        )
+        return InlineExecutor(engine, shown, done, shared)
+    return RayExecutor(engine, shown, done, shared, at_most)
+
+
+def _room_beside(engine: EngineConfig) -> bool:
+    import ray
+
+    found, slack = ray.cluster_resources(), 1e-9
+    cpus = engine.actors * engine.cpus_per_actor + engine.threads
+    gpus = (engine.actors + 1) * engine.gpus_per_actor
+    return bool(found.get("CPU", 0.0) + slack >= cpus and found.get("GPU", 0.0) + slack >= gpus)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+<<<<<<< HEAD
 from functools import cached_property
 from typing import Any
+=======
+from functools import cached_property, partial
+>>>>>>> main
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adversaries.membership.base import Figures, MembershipAttack
+from adversaries.membership.base import MembershipAttack
 from adversaries.membership.knowledge import Knowledge
-from adversaries.membership.view import RoundView
 from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
+<<<<<<< HEAD
 from fedattack.audit.membership import Source
 from fedattack.audit.membership_floors import blind_baseline
 from fedattack.audit.membership_pool import Scored
@@ -32,6 +37,31 @@ from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.executor import choose_device
 from simulations.experiments.privacy import weakest_guarantee
 from simulations.experiments.question import Question, Rounds, choose_question, expected_rounds
+=======
+from fedattack.audit.membership import Scored
+from fedattack.config import Config
+from fedattack.data import World
+from fedattack.defenses import hides_clients
+from fedattack.errors import NotApplicable, RunFailed
+from fedattack.groundtruth import MembershipTruth
+from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
+from fedattack.storage import save_observation
+from fedattack.storage.membership import save_candidates, save_global_model, save_membership_truth
+from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.experiments.base import Experiment, Plan
+from simulations.experiments.question import (
+    Question,
+    Rounds,
+    check_question,
+    choose_question,
+    expected_rounds,
+    per_unit,
+)
+from simulations.experiments.rounds import Watch
+from simulations.experiments.saved_membership import SavedMembership, scored_of
+
+log = logging.getLogger("fedattack.membership")
+>>>>>>> main
 
 
 class MembershipExperiment(Experiment):
@@ -40,38 +70,55 @@ class MembershipExperiment(Experiment):
     Each round's observations are shown to the attacks when it ends, and let go; their figures stay, and are stored.
     """
 
+    from_saved = SavedMembership
     attacks: dict[str, MembershipAttack]
 
     def __init__(self, plan: Plan, attacks: Mapping[str, MembershipAttack]) -> None:
         super().__init__(plan, attacks)
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._figures: dict[str, dict[int, Figures]] = {
-            name: dict(plan.folder.load_rounds(name)) for name in self._serving()
-        }
         self._after: dict[str, Tensor] = {}
         self._question = self._choose()
+<<<<<<< HEAD
         self._by_pixels: dict[tuple[bytes, ...], Interval | None] = {}
         self._knowledge = Knowledge.of(self._candidates(), plan.world.auxiliary)
+=======
+        serving = {name: attacks[name] for name in self._serving()}
+        seat = Knowledge.of(self._candidates(), plan.world.auxiliary), plan.world.auxiliary
+        setting = plan.world.scenario, plan.config.federation.rounds
+        self._watch = Watch(plan.config, plan.folder, serving, seat, setting, plan.shown)
+
+    @classmethod
+    def check(cls, config: Config, world: World) -> None:
+        check_question(config, world)
+>>>>>>> main
 
     def _choose(self) -> Question:
-        """The list, from what the targets train on in the rounds that every attack reads."""
+        """The list, from what the targets train on in the rounds that the attacks read."""
         config = self.plan.config
-        asked = range(config.federation.clients) if config.attack.targets is None else config.attack.targets
-        if wrong := [client for client in asked if client >= config.federation.clients]:
-            raise ConfigError(
-                f"setting 'attack.targets' names client {wrong[0]}; accepted: 0 to {config.federation.clients - 1}"
-            )
-        numbers = {name: set(self._rounds(attack)) for name, attack in self.attacks.items()}
-        common = set.intersection(*numbers.values())
-        hostile = set()
+        everyone = range(config.federation.clients)
+        asked = everyone if config.attack.targets is None else config.attack.targets
+        hostile: set[int] = set()
         if any(isinstance(attack, MaliciousClient) for attack in self.attacks.values()):
             hostile = set(config.attack.malicious_clients)
         targets = [client for client in asked if client not in hostile]
-        rounds = {c: [r for r in found if r in common] for c, found in self._expected.items()}
-        return choose_question(config, self.plan.world, targets, rounds)
+        others = [client for client in everyone if client not in {*targets, *hostile}]
+        readings = sorted({tuple(self._rounds(attack)) for attack in self.attacks.values()})
+        rounds = [
+            {c: [r for r in found if r in one] for c, found in self._expected.items()} for one in readings
+        ]
+        question = choose_question(config, self.plan.world, targets, *rounds, others=others)
+        anybody = [
+            name for name, attack in self.attacks.items() if EVERYONE in self._targets(attack, question)
+        ]
+        if anybody and config.attack.negatives != "held-out":
+            log.warning(
+                "membership: %s: asked about anybody, beside held-out samples alone, for others' members are "
+                "members ('attack.negatives' = %r)",
+                *(", ".join(anybody), config.attack.negatives),
+            )
+        return question
 
     def _candidates(self) -> Candidates:
-        return Candidates(*self.plan.world.dataset.tensors(self._question.ids))
+        return self._question.candidates(self.plan.world)
 
     def _serving(self) -> list[str]:
         """The attacks of a server's seat."""
@@ -83,11 +130,11 @@ class MembershipExperiment(Experiment):
             return self.plan.config.attack.rounds
         return range(1, self.plan.config.federation.rounds + 1)
 
-    def _targets(self, attack: MembershipAttack) -> Sequence[int]:
+    def _targets(self, attack: MembershipAttack, question: Question | None = None) -> Sequence[int]:
         """Whom an attack is asked about: one client after the other, or anybody."""
         alone = attack.needs_now(self.plan.world.scenario).about == "client"
         hidden = isinstance(attack, MaliciousClient) or hides_clients(self.plan.config.defense)
-        return self._question.targets if alone and not hidden else (EVERYONE,)
+        return (question or self._question).targets if alone and not hidden else (EVERYONE,)
 
     def _asked_about(self, attack: MembershipAttack, target: int, rounds: Rounds) -> Rounds:
         """Of the clients asked about, the rounds asked about."""
@@ -103,36 +150,34 @@ class MembershipExperiment(Experiment):
 
     def wants(self, round: int, client: int) -> bool:
         """Everything of the rounds that an attack of the server has yet to read."""
-        return any(self._lacks(name, round) for name in self._serving())
+        return any(self._watch.lacks(name, round) for name in self._reading(round))
 
-    def _lacks(self, name: str, round: int) -> bool:
-        return round not in self._figures[name] and round in self._rounds(self.attacks[name])
+    def _reading(self, round: int) -> list[str]:
+        """The attacks of the server that read a round."""
+        return [name for name in self._serving() if round in self._rounds(self.attacks[name])]
 
     def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
         self._after = weights
 
     def after_round(self, record: RoundRecord) -> None:
-        """Show it to the attacks, and let go of it."""
+        """Have the attacks look at it, and let go of it."""
         seen, self.this_round = self.this_round, []
-        number, config = record.round, self.plan.config
-        if not seen:
-            return
-        view = RoundView(seen, self._knowledge, choose_device(config.engine.device), self._after)
-        for name in self._serving():
-            if self._lacks(name, number) and name not in self.failed:
-                seed, started = adversary_seed(config.seed, "watch", number), time.perf_counter()
-                try:
-                    figures = self.attacks[name].watch(view, seed)
-                except Exception as error:  # its own; the federation and the other attacks go on
-                    self.failed[name] = error
-                    continue
-                self.plan.folder.save_round(name, number, figures)
-                self._figures[name][number] = figures
-                self._seconds[name] += time.perf_counter() - started
-                self.plan.shown(name, number / config.federation.rounds, f"round {number}")
+        if seen:
+            if self.plan.config.output.save_observations:
+                self._save(seen)
+            self._watch.show(seen, self._after, self._reading(record.round))
+
+    def collect(self) -> None:
+        self._watch.collect()
+        self.failed |= self._watch.failed
+
+    def close(self) -> None:
+        self._watch.close()
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Have every attack conclude, and score its answer."""
+        if self.plan.config.output.save_observations:
+            self._save_truth(federation)
         audits: dict[str, AuditResult] = {}
         for name, attack in self.attacks.items():
             if name not in self.failed:
@@ -151,14 +196,22 @@ class MembershipExperiment(Experiment):
                 for client in record.clients:
                     answered[client].append(record.round)
         scored: list[Scored] = []
+<<<<<<< HEAD
         answers: dict[int, NDArray[np.float64]] = {}
         details: dict[str, dict[str, Any]] = {}
         references: int | None = None
         statistic = name
+=======
+        details: dict[str, object] = {}
+        statistic, ids, world = name, self._question.samples, plan.world
+        labels = world.dataset.labels[ids]
+        groups = None if world.dataset.groups is None else world.dataset.groups[ids]
+>>>>>>> main
         for target in self._targets(attack):
             rounds = self._asked_about(attack, target, answered)
             if not any(rounds.values()):
                 continue
+<<<<<<< HEAD
             asked, details[str(target)] = self._question.settle(plan.config, plan.world, rounds, target)
             known = plan.folder.load_scores(name, target)
             answer = known[0] if known else self._answer(name, attack, target, federation)
@@ -180,16 +233,29 @@ class MembershipExperiment(Experiment):
                     sorted({number for numbers in rounds.values() for number in numbers}),
                 )
             )
+=======
+            try:
+                asked, details[str(target)] = self._question.settle(plan.config, plan.world, rounds, target)
+            except NotApplicable as error:
+                log.warning("%s: %s", name, error)
+                continue
+            hostile = partial(_answered, name, federation) if isinstance(attack, MaliciousClient) else None
+            answer = self._watch.scores(name, target, hostile)
+            if answer is None:
+                continue
+            statistic = answer.statistic
+            scored.append(scored_of(asked, per_unit(answer, self._question.groups), ids, labels, groups))
+>>>>>>> main
         if not scored:
-            raise NotApplicable(f"{name}: no update of a client that it is asked about was observed")
+            raise self._watch.fault(name)
         plan.shown(name, 1.0, f"{len(self._question.ids)} candidates")
         plan.folder.save_part(f"{name}-candidates", details)
         return audit_membership(
             name,
             scored,
             statistic=statistic,
-            seconds=self._seconds[name] + time.perf_counter() - started,
-            accuracy=next((r.accuracy for r in reversed(federation.rounds) if r.accuracy is not None), None),
+            seconds=self._watch.seconds[name] + time.perf_counter() - started,
+            accuracy=last_accuracy(federation),
             chance_accuracy=plan.commonest_share,
             test_samples=len(plan.world.pools.nonmembers),
             source=self._source(scored, answers),
@@ -201,6 +267,7 @@ class MembershipExperiment(Experiment):
             seed=plan.config.seed,
         )
 
+<<<<<<< HEAD
     def _images(self, ids: NDArray[np.int64]) -> Tensor:
         return self.plan.world.dataset.tensors(ids)[0]
 
@@ -248,3 +315,58 @@ class MembershipExperiment(Experiment):
             raise RunFailed(f"{name}: no malicious client gave an answer (log.txt)")
         each = [answers[client]["scores"].double() for client in sorted(answers)]
         return MembershipScores(torch.stack(each).mean(0), name, {"asked_clients": sorted(answers)})
+=======
+    def _save(self, seen: Sequence[Observation]) -> None:
+        """Keep what was seen, for an attack of another day."""
+        for observation in seen:
+            save_observation(self.plan.folder.observations, observation)
+        save_global_model(self.plan.folder.observations, seen[0].round, self._after)
+        save_candidates(self.plan.folder.observations, self._candidates())
+
+    def _save_truth(self, federation: FederationResult) -> None:
+        """Keep, apart, what counts of each target in the rounds that were saved."""
+        world, question = self.plan.world, self._question
+        answered: dict[int, list[int]] = defaultdict(list)
+        for record in federation.rounds:
+            if self._reading(record.round):
+                for client in record.clients:
+                    answered[client].append(record.round)
+        asked = {}
+        for target in (*question.targets, EVERYONE):
+            whom = question.targets if target == EVERYONE else [target]
+            rounds = {client: answered[client] for client in whom if client in answered}
+            if rounds:
+                try:
+                    counts, _ = question.settle(self.plan.config, world, rounds, target)
+                except NotApplicable:  # said where the attacks are scored
+                    continue
+                asked[target] = {name: t for name, t in vars(counts).items() if isinstance(t, np.ndarray)}
+        groups = world.dataset.groups
+        save_membership_truth(
+            self.plan.folder.truth,
+            MembershipTruth(
+                question.samples,
+                question.owner,
+                world.dataset.labels[question.samples],
+                None if groups is None else groups[question.samples],
+                asked,
+                last_accuracy(federation),
+                self.plan.commonest_share,
+                len(world.pools.nonmembers),
+            ),
+        )
+
+
+def _answered(name: str, federation: FederationResult) -> MembershipScores:
+    """What the malicious clients said, on average."""
+    answers = federation.answers.get(name, {})
+    if not answers:
+        raise RunFailed(f"{name}: no malicious client gave an answer (log.txt)")
+    each = [answers[client]["scores"].double() for client in sorted(answers)]
+    return MembershipScores(torch.stack(each).mean(0), name, {"asked_clients": sorted(answers)})
+
+
+def last_accuracy(federation: FederationResult) -> float | None:
+    """Of the last global model that was evaluated."""
+    return next((r.accuracy for r in reversed(federation.rounds) if r.accuracy is not None), None)
+>>>>>>> main

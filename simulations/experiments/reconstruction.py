@@ -20,11 +20,13 @@ from fedattack.errors import RunFailed
 from fedattack.groundtruth import GroundTruth
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
-from fedattack.storage import RunFolder, save_observation, save_truth
+from fedattack.rng import adversary_seed
+from fedattack.storage import RunFolder, load_truths, save_observation, save_truth
 from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord
-from simulations.experiments.base import Experiment, Plan
-from simulations.experiments.executor import Attacked, Executor, Job, groups, make_executor
+from simulations.experiments.base import Experiment, Plan, SavedWork
+from simulations.experiments.executor import Executor, make_executor
+from simulations.experiments.victims import Attacked, Victims, groups
 from simulations.progress import Stages
 
 
@@ -38,6 +40,7 @@ class Answers:
         self._folder = folder
         self._attacks = dict(attacks)
         self._shown = shown
+        self._seed = adversary_seed(config.seed, "attack")
         self._executor: Executor | None = None
         self._observations: dict[str, Observation] = {}
         self._held: dict[str, list[Observation]] = defaultdict(list)  # of attacks that need their history
@@ -77,9 +80,9 @@ class Answers:
         if not missing:
             return
         if self._executor is None:
-            self._executor = make_executor(self._config.engine, self._config.seed, self._progress, self._keep)
+            self._executor = make_executor(self._config.engine, self._progress, self._keep)
         folder, pause = self._folder.checkpoints(name, group[0].key), self._config.attack.state_seconds
-        job = Job(name, self._attacks[name], group, folder, pause)
+        job = Victims(name, self._attacks[name], group, folder, pause, self._seed)
         # Who failed before was attacked alone at last, and is so again; else what is computed together stays so.
         alone = job.parts() if all(self._folder.has_failed(name, key) for key in missing) else []
         for part in [p for p in alone if any(o.key in missing for o in p.observations)] or [job]:
@@ -100,7 +103,7 @@ class Answers:
         if self._executor is not None:
             self._executor.close()
 
-    def _keep(self, job: Job, found: list[Attacked]) -> None:
+    def _keep(self, job: Victims, found: list[Attacked]) -> None:
         """Store what became of a group, at once."""
         name = job.name
         for one in found:
@@ -139,10 +142,40 @@ class Answers:
         return {name: {key: answer for key, (answer, _) in done.items()} for name, done in self._done.items()}
 
 
+class SavedVictims(SavedWork):
+    """Reconstructs saved observations."""
+
+    def __init__(self, *run: Any) -> None:
+        super().__init__(*run)
+        self._work = Answers(self.config, self.folder, self.attacks, self.shown)
+        self._truths = None if self.truth is None else load_truths(self.truth)
+
+    def submit(self, observations: Sequence[Observation]) -> None:
+        """Attack them; where the truth is given, those that it tells of."""
+        told = None if self._truths is None else {truth.key for truth in self._truths}
+        chosen = [o for o in observations if told is None or o.key in told]
+        if len(chosen) < len(observations):
+            what = f"the truth tells of {len(chosen)} of {len(observations)} observations; the others are left out"
+            self.shown.say(f"round {observations[0].round}: {what}", self.folder)
+        self._work.submit(chosen)
+
+    def collect(self) -> None:
+        self._work.collect()
+
+    def close(self) -> None:
+        self._work.close()
+
+    def audit(self) -> dict[str, AuditResult]:
+        return {name: self._work.audit(name, self._truths or []) for name in self.attacks}
+
+    def answers(self) -> dict[str, dict[str, Reconstruction]]:
+        return self._work.answers()
+
+
 class ReconstructionExperiment(Experiment):
     """Attacks the victims of the attacked rounds while the federation goes on, and scores the images."""
 
-    from_saved = Answers
+    from_saved = SavedVictims
     attacks: dict[str, ReconstructionAttack]
 
     def __init__(self, plan: Plan, attacks: Mapping[str, ReconstructionAttack]) -> None:

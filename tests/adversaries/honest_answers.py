@@ -1,4 +1,4 @@
-"""Every reconstruction attack's answer to an observation read from disk, for the test of honesty.
+"""Every reconstruction and membership attack's answer to observations read from disk, for the test of honesty.
 
 Run as a script, it answers in a process of its own: ``python honest_answers.py FOLDER SEED`` prints the digests.
 """
@@ -8,20 +8,37 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from malicious_scenes import PUBLIC, batch_of, observe, scenario
+from malicious_scenes import PUBLIC, batch_of, observe, pictures, scenario
+from torch import Tensor
 
-from adversaries import ATTACKS, ReconstructionAttack
+from adversaries import ATTACKS, MembershipAttack, ReconstructionAttack
+from adversaries.membership.knowledge import Knowledge, References
+from adversaries.membership.view import RoundView
 from adversaries.needs import Facts
 from adversaries.refusals import attack_refusals
+from adversaries.seats import MaliciousClient, MaliciousServer
+from fedattack.config import TrainingConfig
+from fedattack.files import write_tensors
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import Reconstruction, Scenario
+from fedattack.models import build_model, initial_weights
+from fedattack.observation import (
+    EVERYONE,
+    Auxiliary,
+    Candidates,
+    Observation,
+    Reconstruction,
+    Scenario,
+    Update,
+)
 from fedattack.registry import plugin_options
-from fedattack.storage.observations import load_observations, save_observation
+from fedattack.storage.observations import load_observations, read_tensors, save_observation
+from fedattack.training import local_update
 
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hcgla": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 5, "method": "matching"}),
@@ -128,6 +145,123 @@ def answers(folder: Path, names: list[str]) -> dict[str, str]:
     return found
 
 
+CLIENTS, ROUNDS, ASKED, MODELS = 4, 2, 16, 4
+"""Of a membership scene: clients, rounds, candidates, reference models."""
+
+KNOWN = Auxiliary(PUBLIC.images[:40], PUBLIC.labels[:40])  # type: ignore[index]
+FACTS = Facts(
+    rounds=tuple(range(1, ROUNDS + 1)),
+    clients=CLIENTS,
+    drawn=CLIENTS,
+    honest=CLIENTS,
+    held_out=ASKED // 2,
+    auxiliary=len(KNOWN),
+    labelled=True,
+    references=MODELS,
+    people=True,
+)
+TRAINING = TrainingConfig(protocol="fedavg", batch_size=0, local_steps=3, learning_rate=0.2)
+GRADIENT = TrainingConfig(batch_size=0)
+
+
+def membership_attacks() -> list[str]:
+    """Names of all registered attacks of a server on membership."""
+    found = {name: ATTACKS.get(name) for name in ATTACKS.names()}
+    serving = {name: cls for name, cls in found.items() if not issubclass(cls, MaliciousClient)}
+    return [name for name, cls in serving.items() if issubclass(cls, MembershipAttack)]
+
+
+def membership_attack(name: str) -> MembershipAttack:
+    """The attack with its default settings."""
+    attack = ATTACKS.get(name)()
+    assert isinstance(attack, MembershipAttack)
+    return attack
+
+
+def membership_scene(name: str) -> Scenario:
+    """The first small federation that meets an attack's needs."""
+    attack = membership_attack(name)
+    made = [scenario("mlp", 0, 24, training=t, activation="relu") for t in (TRAINING, GRADIENT)]
+    return next(scene for scene in made if not attack_refusals(attack, scene, FACTS))
+
+
+def question() -> tuple[Candidates, References]:
+    """What all are asked, whoever trained on it, and what the adversary's models say to it."""
+    generator = torch.Generator().manual_seed(4)
+    candidates = Candidates(pictures(ASKED, seed=70), torch.arange(ASKED) % 10, torch.arange(ASKED) // 2)
+    logits = torch.randn(MODELS, ASKED + len(KNOWN), 10, generator=generator)
+    halves = torch.rand(MODELS // 2, ASKED + len(KNOWN), generator=generator) < 0.5
+    halves = torch.cat([halves, ~halves])
+    split = logits[:, :ASKED], halves[:, :ASKED], logits[:, ASKED:], halves[:, ASKED:]
+    return candidates, References(*(part.contiguous() for part in split))
+
+
+def save_federation(folder: Path, name: str, seed: int) -> None:
+    """Write what the server sees of clients whose data depend on the seed: under 1 they are asked about."""
+    scene, attack, (candidates, _) = membership_scene(name), membership_attack(name), question()
+    data = [batch_of(6, seed=10 * seed + client) for client in range(CLIENTS)]
+    if seed == 1:
+        for client, (images, labels) in enumerate(data):
+            own = slice(2 * client, 2 * client + 2)
+            images[:2], labels[:2] = candidates.images[own], candidates.labels[own]
+    model, weights = build_model(scene.model), initial_weights(scene.model, 0)
+    earlier: dict[int, list[Observation]] = defaultdict(list)
+    for number in range(1, ROUNDS + 1):
+        sent, steps = weights, []
+        if isinstance(attack, MaliciousServer):
+            sent = attack.arm(scene, weights, number, KNOWN, candidates)
+        for client, (images, labels) in enumerate(data):
+            own = dict(sent)
+            if isinstance(attack, MaliciousServer):
+                own |= attack.tailor(scene, sent, client, earlier[client] if attack.adapts else ())
+            batches = [np.arange(len(images))] * scene.training.local_steps
+            update = local_update(model, own, images, labels, batches, scene.training).update
+            values = torch.cat([tensor.flatten() for tensor in update.values()])
+            shapes = tuple(tuple(tensor.shape) for tensor in update.values())
+            kind = "delta" if scene.training.protocol == "fedavg" else "gradient"
+            reply = Update(tuple(update), shapes, None, values, kind)
+            seen = Observation(number, client, scene, own, reply, len(images), auxiliary=KNOWN)
+            save_observation(folder, seen)
+            earlier[client].append(seen)
+            steps.append(update)
+        step = 1.0 if scene.training.protocol == "fedavg" else -scene.training.learning_rate
+        moved = {n: w + step * torch.stack([s[n] for s in steps]).mean(0) for n, w in sent.items()}
+        if not isinstance(attack, MaliciousServer) or attack.aggregates:
+            weights = moved
+        write_tensors(folder / f"after-{number}.safetensors", weights)
+
+
+def figures_digest(found: Any, tensors: dict[str, Tensor]) -> None:
+    """Add tensors to a digest, by name."""
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+
+
+def membership_answers(folder: Path, names: list[str], seed: int = 3) -> dict[str, str]:
+    """Digest of each attack's figures and scores of the federation in the sub-folder of its name."""
+    told = {}
+    for name in names:
+        attack, (candidates, references) = membership_attack(name), question()
+        observations, found = load_observations(folder / name), hashlib.sha256()
+        knowledge = Knowledge.of(candidates, observations[0].auxiliary, references)
+        figures = {}
+        for number in range(1, ROUNDS + 1):
+            seen = [o for o in observations if o.round == number]
+            after = read_tensors(folder / name / f"after-{number}.safetensors")
+            figures[number] = attack.watch(RoundView(seen, knowledge, torch.device("cpu"), after), seed)
+            figures_digest(found, dict(figures[number]))
+        alone = attack.needs_now(observations[0].scenario).about == "client"
+        for target in range(CLIENTS) if alone else [EVERYONE]:
+            answer = attack.scores(figures, target, knowledge)
+            assert answer.scores.shape == (ASKED,)
+            assert answer.scores.isfinite().all()
+            figures_digest(found, {"scores": answer.scores})
+            found.update(repr(answer.details).encode())
+        told[name] = found.hexdigest()
+    return told
+
+
 def main() -> None:
     """Answer in the presence of another truth and other global random states."""
     torch.set_num_threads(1)
@@ -137,7 +271,10 @@ def main() -> None:
     torch.manual_seed(12_345)
     np.random.seed(7)  # noqa: NPY002 (the point is that the global state does not matter)
     torch.rand(1000)
-    print(json.dumps(answers(folder, sorted(path.name for path in folder.iterdir()))))
+    names = sorted(path.name for path in folder.iterdir())
+    of_members = set(membership_attacks())
+    found = answers(folder, [name for name in names if name not in of_members])
+    print(json.dumps(found | membership_answers(folder, [name for name in names if name in of_members])))
     assert len(other.labels) == 4
 
 

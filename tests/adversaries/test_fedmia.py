@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+<<<<<<< HEAD
 from adversaries.membership.fedmia import (
     FedMIA,
     _not_outlying,
@@ -15,21 +16,27 @@ from adversaries.membership.fedmia import (
     one_tailed,
     statistics,
 )
+=======
+from membership_scenes import as_update, build_as, gradients, top_k
+>>>>>>> main
 from scipy.stats import norm
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
+<<<<<<< HEAD
 from adversaries.membership import per_sample
 from adversaries.membership.per_sample import gradient_products
+=======
+from adversaries.membership.knowledge import Knowledge
+from adversaries.membership.updates.fedmia import FedMIA, _not_outlying, one_tailed
+from adversaries.membership.view import RoundView, client_model, same_weights
+>>>>>>> main
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import NotApplicable, PayloadError
 from fedattack.models import build_model, initial_weights
-from fedattack.models.classifiers.resnet import ResNet
-from fedattack.observation import Candidates, Observation, Scenario, Update
+from fedattack.observation import Candidates, Observation, Scenario
 
 CPU = torch.device("cpu")
 CLIENTS, EACH, ROUNDS, STEPS, BATCH, RATE = 10, 120, 25, 20, 20, 0.3
@@ -47,17 +54,6 @@ class Federation:
 
 def joined(*parts: Candidates) -> Candidates:
     return Candidates(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
-
-
-def as_update(tensors: dict[str, Tensor], kind: str) -> Update:
-    values = torch.cat([t.flatten() for t in tensors.values()])
-    return Update(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), None, values, kind)
-
-
-def top_k(update: Update, rate: float) -> Update:
-    kept = max(1, round(rate * update.numel))
-    indices = update.values.abs().topk(kept).indices.sort().values
-    return replace(update, indices=indices, values=update.values[indices])
 
 
 @pytest.fixture(scope="module")
@@ -213,119 +209,6 @@ def test_equals_the_literal_computation(federation: Federation, statistic: str, 
     np.testing.assert_allclose(answer, literal(observations, 2, candidates, statistic), atol=1e-5, rtol=0)
 
 
-def gradients(model: nn.Module, state: dict[str, Tensor], candidates: Candidates) -> Tensor:
-    """Per-sample gradients in double precision, one backward pass each, shape (N, P)."""
-    double = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
-    rows = []
-    for x, y in zip(candidates.images.double(), candidates.labels, strict=True):
-        leaves = {n: double[n].clone().requires_grad_() for n, _ in model.named_parameters()}
-        loss = functional.cross_entropy(functional_call(model, {**double, **leaves}, (x[None],)), y[None])
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(leaves.values()))]))
-    return torch.stack(rows)
-
-
-def tiny_cnn() -> nn.Module:
-    return build_model(ModelConfig(name="tiny-cnn", classes=10, channels=1, image_size=8, activation="relu"))
-
-
-def perceptron() -> nn.Module:
-    return build_model(ModelConfig(name="mlp", classes=10, channels=1, image_size=8, activation="relu"))
-
-
-def resnet() -> nn.Module:
-    config = ModelConfig(name="resnet18", classes=10, channels=1, image_size=8, activation="relu")
-    model = ResNet(config, (1, 1, 1, 1))
-    generator = torch.Generator().manual_seed(3)
-    for module in model.modules():  # running statistics as after some training
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-    return model
-
-
-def foreign() -> nn.Module:
-    """None of the house's: normalised by statistics that its state holds."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 10))
-
-
-@pytest.mark.parametrize(("build", "count"), [(perceptron, 20), (tiny_cnn, 20), (resnet, 3), (foreign, 5)])
-def test_gradient_products_equal_autograd(build, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = build().eval()
-    state = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    for tensor in model.state_dict().values():
-        tensor.zero_()  # only its architecture is used
-    candidates = Candidates(torch.rand(count, 1, 8, 8), torch.arange(count) % 10)
-    tensors = {n: torch.randn_like(p) for n, p in model.named_parameters()}
-    dense = as_update(tensors, "gradient")
-    only_head = as_update(
-        {n: t * (10.0 if n.startswith("head") else 1e-3) for n, t in tensors.items()}, "gradient"
-    )
-    updates = [dense, top_k(dense, 0.1), top_k(only_head, 0.0005)]
-    reference = gradients(build_as(model, torch.float64), state, candidates)
-    flat = torch.stack([torch.cat([t.flatten() for t in u.dense().values()]).double() for u in updates])
-    wanted, lengths = flat @ reference.T, reference.norm(dim=1)
-
-    products, norms = gradient_products(model, state, candidates.images, candidates.labels, updates)
-    bound = 1e-6 * flat.norm(dim=1)[:, None] * lengths
-    assert ((products - wanted).abs() <= bound).all()
-    torch.testing.assert_close(norms, lengths, rtol=1e-5, atol=0)
-
-    monkeypatch.setattr(per_sample, "MEMORY", 1)  # one sample and one entry at a time
-    products_in_chunks, _ = gradient_products(
-        model, state, candidates.images[:2], candidates.labels[:2], updates[2:]
-    )
-    assert ((products_in_chunks - wanted[2:, :2]).abs() <= bound[2:, :2]).all()
-
-
-def build_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` in another precision."""
-    import copy
-
-    return copy.deepcopy(model).to(dtype).eval()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest floating-point tensor that any operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_view(function):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
-def is_view(function) -> bool:
-    return bool(function._schema.returns and function._schema.returns[0].alias_info is not None)
-
-
-def test_large_head_is_never_formed() -> None:
-    """The 7.8M-entry head of the published LeNet: 40 dense gradients would be 1.25 GB."""
-    config = ModelConfig(name="lenet-zhu", classes=10_177, channels=3, image_size=32, activation="sigmoid")
-    model = build_model(config).eval()
-    state = initial_weights(config, 0)
-    names = tuple(n for n, _ in model.named_parameters())
-    shapes = tuple(tuple(p.shape) for _, p in model.named_parameters())
-    total = sum(p.numel() for p in model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.randperm(total, generator=generator)[: total // 1000].sort().values
-    update = Update(names, shapes, indices, torch.randn(len(indices), generator=generator))
-    images = torch.rand(40, 3, 32, 32, generator=generator)
-    labels = torch.randint(10_177, (40,), generator=generator)
-    with LargestTensor() as watch:
-        products, norms = gradient_products(model, state, images, labels, [update])
-    assert (
-        40 * 8_000 < watch.elements < total / 8
-    )  # the convolutions' gradients, and nothing near one whole gradient
-    g = gradients(build_as(model, torch.float64), state, Candidates(images[7:8], labels[7:8]))[0]
-    assert float(norms[7]) == pytest.approx(float(g.norm()), rel=1e-5)
-    off = abs(float(products[0, 7]) - float(g[indices] @ update.values.double()))
-    assert off < 1e-6 * float(g.norm()) * float(update.values.norm())
-
-
 def test_sign_follows_the_kind_of_update(federation: Federation) -> None:
     observations = [o for o in federation.observations if o.round == 5]
     flipped = [
@@ -340,7 +223,7 @@ def test_sign_follows_the_kind_of_update(federation: Federation) -> None:
     model = build_model(observations[0].scenario.model).eval()
     own = gradients(build_as(model, torch.float64), observations[0].weights, candidates)[4].float()
     update = replace(observations[0].update, values=own, kind="gradient")
-    table = statistics("cosine", model, [replace(observations[0], update=update)], candidates)
+    table = cosines([replace(observations[0], update=update)], candidates)
     assert float(table[0, 4]) == pytest.approx(1, abs=1e-5)
     assert int(table[0].argmax()) == 4
 
@@ -411,10 +294,7 @@ def test_one_silent_client_is_a_shadow_without_direction(federation: Federation)
     silent = replace(observations[4].update, values=torch.zeros(observations[4].update.numel))
     observations[4] = replace(observations[4], update=silent)
     candidates = Candidates(federation.parts[0].images[:5], federation.parts[0].labels[:5])
-    model = build_model(observations[0].scenario.model).eval()
-    assert torch.equal(
-        statistics("cosine", model, observations, candidates)[4], torch.zeros(5, dtype=torch.float64)
-    )
+    assert torch.equal(cosines(observations, candidates)[4], torch.zeros(5, dtype=torch.float64))
     assert torch.isfinite(FedMIA().run(observations, 0, candidates, 0, CPU).scores).all()
 
 
@@ -430,7 +310,7 @@ def test_outlying_shadows_can_be_dropped(federation: Federation) -> None:
     strict = FedMIA(drop_members=True).run(observations + more, 0, candidates, 0, CPU)
     assert strict.details["dropped"] == pytest.approx(1 / 18)
     assert plain.details["dropped"] == 0
-    s = statistics("cosine", model, observations + more, candidates)
+    s = cosines(observations + more, candidates)
     np.testing.assert_allclose(
         strict.scores,
         norm.cdf(s[0], s[1:-1].mean(0), (s[1:-1].var(0, correction=0) + 1e-8).sqrt()),
@@ -465,6 +345,10 @@ def small_answers(
         for number, clients in enumerate(rounds, 1)
         for client in clients
     ]
+
+
+def cosines(seen: list[Observation], candidates: Candidates) -> Tensor:
+    return RoundView(seen, Knowledge(candidates), CPU).cosines
 
 
 def small_candidates(count: int = 6) -> Candidates:
@@ -510,8 +394,7 @@ def test_the_share_dropped_is_a_mean_over_rounds_and_nothing_is_unless_asked_for
     common = seen[0].update
     turned = replace(common, values=-common.values)
     seen = [replace(o, update=turned if (o.round, o.client) == (1, 11) else common) for o in seen]
-    model = build_model(seen[0].scenario.model).eval()
-    table = statistics("cosine", model, seen[:12], small_candidates())
+    table = cosines(seen[:12], small_candidates())
     above = (table[11] > table[0]).double().mean()
     assert 0 < above < 1
     strict = FedMIA(drop_members=True).run(seen, 0, small_candidates(), 0, CPU)
@@ -535,12 +418,12 @@ def test_two_others_are_enough_and_the_same_client_twice_is_one() -> None:
 def test_nothing_sent_has_no_direction_and_length_does_not_matter() -> None:
     seen = small_answers((0, 1, 2))
     model = build_model(seen[0].scenario.model).eval()
-    plain = statistics("cosine", model, seen, small_candidates())
+    plain = cosines(seen, small_candidates())
     own = gradients(build_as(model, torch.float64), seen[1].weights, small_candidates())
     torch.testing.assert_close(plain[1], -functional.cosine_similarity(own, plain_values(1)[None].double()))
     for factor, row in ((1e-6, plain[1]), (1e6, plain[1]), (0.0, torch.zeros(6).double())):
         seen[1] = replace(seen[1], update=replace(seen[1].update, values=factor * plain_values(1)))
-        table = statistics("cosine", model, seen, small_candidates())
+        table = cosines(seen, small_candidates())
         torch.testing.assert_close(table[1], row, atol=1e-6, rtol=0)
         assert torch.equal(table[[0, 2]], plain[[0, 2]])
 
@@ -555,7 +438,7 @@ def test_models_are_told_apart_by_what_is_in_them() -> None:
     copied = {name: tensor.clone() for name, tensor in seen[0].weights.items()}
     other = {**copied, "1.bias": copied["1.bias"] + torch.eye(len(copied["1.bias"]))[0]}
     seen[1], seen[2] = replace(seen[1], weights=other), replace(seen[2], weights=copied)
-    assert _same_weights(seen) == [[0, 2, 3], [1]]
+    assert same_weights(seen) == [[0, 2, 3], [1]]
 
 
 def test_the_client_s_model_has_the_buffers_that_it_sent() -> None:

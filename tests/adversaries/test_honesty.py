@@ -128,26 +128,39 @@ def test_private_data_cannot_change_an_answer_by_one_bit(tmp_path: Path) -> None
     assert all(answers_digest(other)[method] != digest for method, digest in here.items())
 
 
-def test_no_attack_answers_by_anything_but_its_observation(tmp_path: Path) -> None:
-    """All reconstruction attacks; the second process has other private data and other global random states."""
-    names = honest_answers.reconstruction_attacks()
-    for name in names:
-        honest_answers.save_scene(tmp_path / "seen" / name, name, seed=1)
-        honest_answers.save_scene(tmp_path / "other" / name, name, seed=2)
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    here = honest_answers.answers(tmp_path / "seen", names)
-    torch.set_num_threads(threads)
+def elsewhere(folder: Path) -> dict[str, str]:
+    """The answers of a process with other private data and other global random states."""
     done = subprocess.run(
-        [sys.executable, honest_answers.__file__, str(tmp_path / "seen"), "99"],
+        [sys.executable, honest_answers.__file__, str(folder), "99"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == here
-    # A digest that could not change would prove nothing: another client's update is another answer.
-    there = honest_answers.answers(tmp_path / "other", names)
-    assert not {name for name in names if there[name] == here[name]}
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_no_attack_answers_by_anything_but_its_observation(tmp_path: Path) -> None:
+    """All reconstruction attacks, and all of a server on membership; figures and answers, to the bit."""
+    names, of_members = honest_answers.reconstruction_attacks(), honest_answers.membership_attacks()
+    for part, seed in (("seen", 1), ("other", 2)):
+        for name in names:
+            honest_answers.save_scene(tmp_path / part / name, name, seed)
+        for name in of_members:
+            honest_answers.save_federation(tmp_path / part / name, name, seed)
+
+    def answers(part: str) -> dict[str, str]:
+        found = honest_answers.answers(tmp_path / part, names)
+        return found | honest_answers.membership_answers(tmp_path / part, of_members)
+
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    here = answers("seen")
+    torch.set_num_threads(threads)
+    assert elsewhere(tmp_path / "seen") == here
+    # A digest that could not change would prove nothing: other clients' updates are another answer.
+    there = answers("other")
+    assert not {name for name in here if there[name] == here[name]}

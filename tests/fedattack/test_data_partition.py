@@ -101,6 +101,19 @@ def test_natural_deals_whole_groups() -> None:
         partition(table(np.arange(10)), np.arange(10), PartitionConfig(name="natural"), 2, seed=0)
 
 
+def test_natural_deals_so_many_people_to_each_and_leaves_the_others_out() -> None:
+    groups = np.arange(700) // 7
+    dataset = table(np.arange(700) % 10, groups)
+    config = PartitionConfig(name="natural", groups_per_client=3)
+    parts = partition(dataset, np.arange(700), config, 12, seed=0)
+    hands = [set(groups[part].tolist()) for part in parts]
+    assert [len(hand) for hand in hands] == [3] * 12
+    assert len(set().union(*hands)) == 36
+    assert all(len(part) == 21 for part in parts)
+    with pytest.raises(DataError, match=r"only 100 groups .* 3 to each \('partition.groups_per_client'\)"):
+        partition(dataset, np.arange(700), config, 34, seed=0)
+
+
 def test_more_clients_than_samples_is_refused() -> None:
     with pytest.raises(DataError, match=r"setting 'federation\.clients' = 11: only 10 samples"):
         partition(balanced(10), np.arange(10), PartitionConfig(name="iid"), 11, seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def without_groups(dataset: ImageDataset) -> ImageDataset:
 
 
 def assert_disjoint(pools: Pools) -> None:
-    everything = np.concatenate([pools.clients, pools.nonmembers, pools.auxiliary])
+    everything = np.concatenate([pools.clients, pools.nonmembers, pools.auxiliary, pools.withheld])
     assert len(np.unique(everything)) == len(everything)
 
 
@@ -100,6 +101,57 @@ def test_copies_never_lie_on_both_sides(seed: int) -> None:
     assert not sides[0] & sides[1]
     assert not (sides[0] | sides[1]) & sides[2]
     assert "identical pictures" in pools.note
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_people_are_held_out(seed: int) -> None:
+    """No client has a sample of theirs, nor has the adversary; the rest is cut as always."""
+    dataset = people()
+    config = DataConfig(nonmember_unit="group", nonmembers=7, auxiliary_size=12)
+    pools = make_pools(dataset, config, seed)
+    assert_disjoint(pools)
+    sides = [set(dataset.groups[i].tolist()) for i in (pools.clients, pools.nonmembers, pools.auxiliary)]
+    assert [len(side) for side in sides] == [20, 7, 3]
+    assert not sides[0] & sides[1] | sides[1] & sides[2] | sides[0] & sides[2]
+    assert [len(pools.clients), len(pools.nonmembers), len(pools.auxiliary)] == [80, 28, 12]
+    assert (
+        len(
+            np.unique(
+                dataset.groups[make_pools(dataset, DataConfig(nonmember_unit="group"), seed).nonmembers]
+            )
+        )
+        == 3
+    )
+
+
+@pytest.mark.parametrize("unit", ["sample", "group"])
+def test_a_share_of_everybodys_samples_is_withheld(unit: str) -> None:
+    dataset = people(each=6)
+    config = DataConfig(withheld=0.34, nonmember_unit=unit, nonmembers=2, auxiliary_size=24)
+    pools = make_pools(dataset, config, 0)
+    assert_disjoint(pools)
+    dealt, kept = (Counter(dataset.groups[ids].tolist()) for ids in (pools.clients, pools.withheld))
+    assert dealt.keys() == kept.keys()
+    assert {kept[who] for who in dealt if dealt[who] + kept[who] == 6} == {2}
+    # At least one, and never all.
+    for share, count in ((0.01, 1), (0.99, 5)):
+        pools = make_pools(
+            dataset, config.model_copy(update={"withheld": share, "nonmember_unit": "group"}), 0
+        )
+        assert set(Counter(dataset.groups[pools.withheld].tolist()).values()) == {count}
+    assert not len(make_pools(dataset, DataConfig(), 0).withheld)
+
+
+def test_people_are_refused_where_nobody_knows_whose_a_sample_is() -> None:
+    for settings, words in (
+        ({"nonmember_unit": "group"}, "'data.nonmember_unit' = 'group'"),
+        ({"withheld": 0.3}, "'data.withheld' = 0.3"),
+    ):
+        with pytest.raises(DataError, match=f"setting {words}: this data set does not say whose a sample is"):
+            make_pools(without_groups(people()), DataConfig(**settings), 0)
+    config = DataConfig(nonmember_unit="group", nonmembers=30)
+    with pytest.raises(DataError, match=r"'data\.nonmembers' = 30: data set 'faces' has 30 people"):
+        make_pools(people(), config, 0)
 
 
 def npz(path: Path, **arrays: np.ndarray) -> DataConfig:
@@ -267,6 +319,7 @@ def test_world_record_says_what_was_dealt() -> None:
         "clients": 135,
         "nonmembers": 30,
         "auxiliary": 135,
+        "withheld": 0,
     }
     assert record["unassigned"] == 0
     assert "limit: 300 of 1,797" in record["dataset"]["note"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
-from adversaries.membership.base import MembershipAttack
+import torch
+from torch.nn.functional import cross_entropy
+
+from adversaries.membership.base import MembershipAttack, RoundStatistic
+from adversaries.needs import Needs
 from adversaries.reconstruction.algebra.analytic import Analytic
 from adversaries.seats import MaliciousClient
 from fedattack.defenses import ClientDefenses, build_defenses
@@ -35,14 +39,56 @@ class Diary(MaliciousClient, MembershipAttack):
         return {"scores": torch.zeros(len(question.labels), dtype=torch.float64), "seen": view.memory["seen"]}
 
 
-class Failing(MembershipAttack):
+class Failing(RoundStatistic):
     """Cannot read what it sees."""
 
-    def watch(self, observations, target, candidates, seed, device):
+    def measure(self, view):
         """Nothing."""
         raise ValueError("too odd to read")
 
-    scores = watch
+
+class SecondRound(RoundStatistic):
+    """Cannot read the second round."""
+
+    def measure(self, view):
+        """Cosines."""
+        if view.round == 2:
+            raise ValueError("the second round is too odd")
+        return view.cosines
+
+
+class OfSome(RoundStatistic):
+    """Concludes nothing about client 4, and nonsense about client 5."""
+
+    def measure(self, view):
+        """Cosines."""
+        return view.cosines
+
+    def scores(self, rounds, target, knowledge):
+        """NaN about client 5."""
+        if target == 4:
+            raise ValueError("nobody knows client 4")
+        found = super().scores(rounds, target, knowledge)
+        return replace(found, scores=found.scores * float("nan")) if target == 5 else found
+
+
+class AgainstReferences(RoundStatistic):
+    """How far the mean loss under the reference models that never saw a candidate lies above the client's."""
+
+    needs = Needs(references=4)
+
+    def measure(self, view):
+        """Minus the losses under the clients' models."""
+        return -view.client_losses
+
+    def scores(self, rounds, target, knowledge):
+        """Above their mean loss; `details` tell how many there were."""
+        found, held = super().scores(rounds, target, knowledge), knowledge.references
+        labels = knowledge.candidates.labels.expand(len(held), -1)
+        losses = cross_entropy(held.logits.transpose(1, 2), labels, reduction="none")
+        never = ~held.trained_on
+        easy = (losses * never).sum(0) / never.sum(0)
+        return replace(found, scores=found.scores + easy.double(), details={"references": len(held)})
 
 
 class Silent(Diary):
@@ -84,6 +130,4 @@ class SeedOracle(Analytic):
 
 
 def _with_values(observation, values):
-    from dataclasses import replace
-
     return replace(observation, update=replace(observation.update, values=values))

@@ -6,7 +6,8 @@ from simulations.bench.soak import run
 
 
 def test_quick_soak_stays_where_it_is() -> None:
-    figures = run(quick=True)
+    figures = run(quick=True, rounds=12)
     assert len(figures["resident_mib"]) == 12
     assert figures["updates"] == 96
+    assert figures["candidates"] == 40
     assert figures["grown_mib"] < 20

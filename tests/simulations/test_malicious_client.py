@@ -141,7 +141,7 @@ def test_a_seed_oracle_is_no_better_than_the_honest_attack(
     print(f"analytic {honest:.1f} dB, seed oracle {oracle:.1f} dB")
     assert oracle < honest + 1
     # With the run's own seed it has everything: the test can fail.
-    monkeypatch.setattr("simulations.experiments.executor.adversary_seed", lambda seed, purpose: seed)
+    monkeypatch.setattr("simulations.experiments.reconstruction.adversary_seed", lambda seed, purpose: seed)
     honest, oracle = gains(tmp_path / "passed on")
     print(f"with the run's seed: analytic {honest:.1f} dB, seed oracle {oracle:.1f} dB")
     assert oracle > honest + 20

@@ -1,33 +1,33 @@
-"""The experiment on membership, on federations that really run (inline engine)."""
+"""The experiment on membership, on federations that really run (inline engine unless said otherwise)."""
 
 from __future__ import annotations
 
 import gc
-import logging
+import io
 import weakref
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from adversaries.membership.fedmia import FedMIA, one_tailed, statistics
-from torch.nn import functional
+from rich.console import Console
+from safetensors.torch import load_file
 
-from adversaries.membership.base import MembershipAttack
-from fedattack.audit.membership import audit_membership
+from adversaries.membership.base import MembershipAttack, RoundStatistic
+from adversaries.membership.updates.fedmia import FedMIA
 from fedattack.config import Config
 from fedattack.data import World, build_world
-from fedattack.errors import DataError, NotApplicable, RunFailed
-from fedattack.metrics.membership import auc_interval
-from fedattack.models import build_model
-from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
-from fedattack.storage import RunFolder
-from simulations.client_app import round_batches
+from fedattack.errors import ConfigError, DataError, NotApplicable, RunFailed
+from fedattack.observation import EVERYONE, Candidates, Observation
+from fedattack.storage import RunFolder, load_observations, save_observation
 from simulations.engine.federation import FederationResult, run_federation
 from simulations.experiments.base import Plan
-from simulations.experiments.membership import MembershipExperiment, choose_question, expected_rounds
-from simulations.pipeline import simulate
+from simulations.experiments.membership import MembershipExperiment
+from simulations.pipeline import attack_folder, simulate
+from simulations.progress import Stages, stages
 
 BASE = {
     "dataset": "digits",
@@ -48,8 +48,10 @@ CPU = torch.device("cpu")
 Run = tuple[Config, World, list[Observation], FederationResult]
 
 
-def settings(**more: object) -> Config:
-    return Config.from_mapping(BASE | {name.replace("__", "."): value for name, value in more.items()})
+def settings(folder: Path | None = None, **more: object) -> Config:
+    named = {n.replace("__", ".") if "__" in n else n.replace("_", "-"): value for n, value in more.items()}
+    where = {} if folder is None else {"run-dir": str(folder)}
+    return Config.from_mapping(BASE | where | named)
 
 
 def ran(**more: object) -> Run:
@@ -61,165 +63,91 @@ def ran(**more: object) -> Run:
 
 
 @pytest.fixture(scope="module")
-def federation() -> Run:
-    return ran(rounds=12)
-
-
-@pytest.fixture(scope="module")
 def partial() -> Run:
     return ran(clients=8, participation=0.6, dropout=0.2, seed=7, rounds=5)
 
 
-def experiment(path: Path, run: Run, **attacks: MembershipAttack) -> MembershipExperiment:
+@pytest.fixture
+def quiet() -> Any:
+    with stages(Console(quiet=True)) as shown:
+        yield shown
+
+
+def printed() -> tuple[Console, Any]:
+    stream = io.StringIO()
+    return Console(file=stream, width=250), stream.getvalue
+
+
+def experiment(path: Path, run: Run, shown: Stages, **attacks: MembershipAttack) -> MembershipExperiment:
     """The experiment, shown all rounds of a recorded run."""
     config, world, observations, result = run
-    plan = Plan(config, world, RunFolder.create(path, config), lambda *_: None)
-    found = MembershipExperiment(plan, attacks)
+    found = MembershipExperiment(Plan(config, world, RunFolder.create(path, config), shown), attacks)
     for record in result.rounds:
         for observation in observations:
             if observation.round == record.round and found.wants(record.round, observation.client):
                 found.observe(observation)
         found.after_round(record)
+    found.collect()
     return found
 
 
-def test_candidates_are_what_they_are_said_to_be() -> None:
-    """One round of two batches of 16: only those samples are members, not the rest of the partition."""
-    config, world, observations, _ = ran(**{"local-steps": 2, "rounds": 1})
-    question = choose_question(config, world, 3, {3: [1]})
-    counts, is_member, details = question.settle(config, world, {3: [1]})
-    ids = question.ids
-    assert details["members_used"] == 32
-    assert counts.all()
-    assert is_member.sum() == 32
-    assert len(ids) == len(set(ids.tolist())) == 64
-    assert set(ids[is_member]) <= set(world.partitions[3])
-    assert set(ids[~is_member]) <= set(world.pools.nonmembers)
-    assert 5 < np.flatnonzero(is_member).mean() < 59  # shuffled
-    assert details["matched_label"] == 1.0
-    assert sorted(world.dataset.labels[ids[is_member]]) == sorted(world.dataset.labels[ids[~is_member]])
-    assert np.array_equal(ids, choose_question(config, world, 3, {3: [1]}).ids)
-
-    # The samples said to be used are those behind the update: they alone explain it, to rounding.
-    o = next(o for o in observations if o.client == 3)
-    weights = {n: t.clone() for n, t in o.weights.items()}
-    model = build_model(world.scenario.model)
-    for batch in round_batches(config, len(world.partitions[3]), 1, 3):
-        assert set(world.partitions[3][batch]) <= set(ids[is_member])
-        model.load_state_dict(weights)
-        images, labels = world.dataset.tensors(world.partitions[3][batch])
-        functional.cross_entropy(model(images), labels).backward()
-        weights = {n: (p - 0.3 * p.grad).detach() for n, p in model.named_parameters()}
-        model.zero_grad()
-    for name, delta in o.update.dense().items():
-        torch.testing.assert_close(o.weights[name] + delta, weights[name], atol=1e-6, rtol=0)
+def parts(folder: Path, attack: str) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    return {path.stem: load_file(path) for path in (folder / "parts" / attack).glob("*.safetensors")}
 
 
-def test_unequal_clients_get_non_members_of_their_own_classes(caplog: pytest.LogCaptureFixture) -> None:
-    """Under shards a client has few classes; non-members of all classes would give it away without any attack."""
-    config = settings(partition="shards", rounds=1)
-    world = build_world(config)
-    question = choose_question(config, world, 0, {0: [1]})
-    _, is_member, details = question.settle(config, world, {0: [1]})
-    labels = world.dataset.labels[question.ids]
-    assert len(set(labels[is_member])) <= 4
-    assert 20 <= is_member.sum() == (~is_member).sum()
-    assert sorted(labels[is_member]) == sorted(labels[~is_member])
-    assert details["matched_label"] == 1.0
-
-    # Where there are none of them, few others fill up, and the log says so.
-    labels = world.dataset.labels
-    of_others = [i for i in world.pools.nonmembers if labels[i] not in set(labels[world.partitions[0]])]
-    poorer = replace(world, pools=replace(world.pools, nonmembers=np.array(of_others)))
-    with caplog.at_level(logging.WARNING, logger="fedattack.seats"):
-        _, is_member, details = choose_question(config, poorer, 0, {0: [1]}).settle(config, poorer, {0: [1]})
-    assert is_member.sum() == 20
-    assert details["matched_label"] == 0
-    assert "0 % of the non-members have the label of a member" in caplog.text
+def alike(one: Path, other: Path, attack: str) -> bool:
+    here, there = parts(one, attack), parts(other, attack)
+    same = {key: {n: torch.equal(t, there[key][n]) for n, t in held.items()} for key, held in here.items()}
+    return here.keys() == there.keys() and all(all(names.values()) for names in same.values())
 
 
-def test_pairs_whose_member_was_not_trained_on_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
-    """Chosen for rounds 1 and 2, of which only round 2 was seen."""
-    config = settings(rounds=2, **{"local-steps": 2})
-    world = build_world(config)
-    question = choose_question(config, world, 1, {1: [1, 2]})
-    with caplog.at_level(logging.WARNING, logger="fedattack.seats"):
-        counts, is_member, details = question.settle(config, world, {1: [2]})
-    partition = world.partitions[1]
-    used = set(partition[np.concatenate(round_batches(config, len(partition), 2, 1))])
-    asked = set(question.ids[is_member])
-    assert set(question.ids[counts & is_member]) == asked & used < asked
-    assert (counts & ~is_member).sum() == (counts & is_member).sum()
-    assert details["matched_label"] == 1.0
-    assert details["observed_rounds"] == [2]
-    with caplog.at_level(logging.WARNING, logger="fedattack.seats"):
-        few = settings(rounds=1, **{"local-steps": 1, "batch-size": 4})
-        choose_question(few, world, 1, {1: [1]}).settle(few, world, {1: [1]})
-    assert "only 4 members to ask about" in caplog.text
-
-
-def test_who_answers_when_is_known_before_the_first_round(partial: Run) -> None:
-    config, world, observations, _ = partial
-    seen = {c: sorted(o.round for o in observations if o.client == c) for c in range(8)}
-    assert expected_rounds(config, world) == {c: rounds for c, rounds in seen.items() if rounds}
-    assert len({len(rounds) for rounds in seen.values()}) > 1
-
-
-def test_the_most_observed_client_is_asked_about_round_by_round(partial: Run, tmp_path: Path) -> None:
-    """The answer is that of the whole run at once, and no observation outlives its round."""
-    _, world, observations, result = partial
-    found = experiment(tmp_path / "run", partial, fedmia=FedMIA(), loss=FedMIA("loss"))
-    target = found._asked["fedmia"].target
-    counts = [sum(o.client == c for o in observations) for c in range(8)]
-    assert target == counts.index(max(counts))
+def test_every_target_is_answered_as_from_the_whole_run_at_once(
+    partial: Run, tmp_path: Path, quiet: Stages
+) -> None:
+    """Round by round, and read back from disk."""
+    _, _, observations, result = partial
+    found = experiment(tmp_path / "run", partial, quiet, fedmia=FedMIA(), loss=FedMIA("loss"))
     candidates = found.questions()["fedmia"]
-    assert set(vars(candidates)) == {"images", "labels"}
-    model = build_model(world.scenario.model).eval()
-    for name, statistic in (("fedmia", "cosine"), ("loss", "loss")):
-        values = []
-        for number in {o.round for o in observations if o.client == target}:
-            seen = [o for o in observations if o.round == number]
-            s = statistics(statistic, model, seen, candidates)
-            own = [o.client for o in seen].index(target)
-            others = s[torch.arange(len(seen)) != own]
-            values.append(one_tailed(s[own], others, torch.ones_like(others, dtype=torch.bool)))
-        scores = found.attacks[name].scores(found._figures[name], target).scores
-        torch.testing.assert_close(scores, torch.stack(values).mean(0), atol=1e-9, rtol=0)
     audits = found.audit(result)
-    assert {record["client"] for record in audits["fedmia"].records} == {target}
-    again = experiment(tmp_path / "run", partial, fedmia=Unasked(), loss=Unasked())
-    assert again._figures["fedmia"].keys() == found._figures["fedmia"].keys()
-    for number, figures in found._figures["fedmia"].items():
-        assert torch.equal(figures["statistic"], again._figures["fedmia"][number]["statistic"])
+    seen = {o.client for o in observations}
+    for name, attack in found.attacks.items():
+        records = audits[name].records
+        assert {record["client"] for record in records} == seen
+        for target in sorted(seen):
+            at_once = attack.run(observations, target, candidates, 0, CPU)
+            stored, _ = found.plan.folder.load_scores(name, target)
+            torch.testing.assert_close(at_once.scores, stored.scores, atol=1e-12, rtol=0)
+    again = experiment(tmp_path / "run", partial, quiet, fedmia=Unasked(), loss=Unasked())
+    assert again.audit(result)["fedmia"].records == audits["fedmia"].records
 
 
-class Unasked(MembershipAttack):
-    """Of a run whose figures are all on disk."""
+class Unasked(RoundStatistic):
+    """Of a run whose figures and scores are all on disk."""
 
-    def watch(self, observations, target, candidates, seed, device):
+    def watch(self, view, seed):
         raise AssertionError("computed again")
 
-    scores = watch
+    measure = scores = watch
 
 
-class Forgetful(MembershipAttack):
+@dataclass
+class Forgetful(RoundStatistic):
     """Keeps weak references to what it was shown."""
 
-    shown: list[weakref.ref]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shown: list[weakref.ref] = []
 
-    def watch(self, observations, target, candidates, seed, device):
-        self.shown = [*getattr(self, "shown", []), *(weakref.ref(o) for o in observations)]
-        return {"clients": torch.tensor([o.client for o in observations])}
-
-    def scores(self, rounds, target) -> MembershipScores:
-        raise NotApplicable("forgetful: kept nothing")
+    def measure(self, view):
+        self.shown += [weakref.ref(o.update.values) for o in view.observations]
+        return view.lengths[:, None].expand(-1, len(view.candidates.labels))
 
 
-def test_no_update_outlives_its_round(tmp_path: Path) -> None:
+def test_no_update_outlives_its_round(tmp_path: Path, quiet: Stages) -> None:
     config = settings(rounds=3)
     world = build_world(config)
     attack = Forgetful()
-    plan = Plan(config, world, RunFolder.create(tmp_path / "run", config), lambda *_: None)
+    plan = Plan(config, world, RunFolder.create(tmp_path / "run", config), quiet)
     found = MembershipExperiment(plan, {"forgetful": attack})
     alive = []
 
@@ -233,73 +161,185 @@ def test_no_update_outlives_its_round(tmp_path: Path) -> None:
     assert max(alive) <= 1  # the strategy's last one
 
 
-def test_fedmia_finds_members_of_a_real_federation(federation: Run) -> None:
-    config, world, observations, _ = federation
-    every = list(range(1, 13))
-    asked = [choose_question(config, world, target, {target: every}) for target in range(6)]
-    truths = [q.settle(config, world, {q.target: every})[1] for q in asked]
-    candidates = [Candidates(*world.dataset.tensors(q.ids)) for q in asked]
-    answers = [
-        FedMIA().run(observations, q.target, c, 0, CPU) for q, c in zip(asked, candidates, strict=True)
-    ]
-    truth = np.concatenate(truths)
-    found = auc_interval(np.concatenate([a.scores.numpy() for a in answers]), truth, 0)
-    print(f"FedMIA-II, digits, 6 clients: AUC {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
-    assert found.low > 0.52
-    assert audit_membership("fedmia", answers, truths).summary["metrics"]["auc"]["mean"] > 0.5
+def test_a_killed_run_asks_for_no_round_twice(tmp_path: Path) -> None:
+    """Killed after its second round's figures; the rest is computed from the journal and the clients."""
+    whole, folder = settings(tmp_path / "whole", attack="fedmia"), tmp_path / "killed"
+    simulate(whole)
 
-    # Control: the same candidates, answers of the clients that never had them.
-    control = [
-        FedMIA().run([o for o in observations if o.client != q.target], (q.target + 1) % 6, c, 0, CPU).scores
-        for q, c in zip(asked, candidates, strict=True)
-    ]
-    chance = auc_interval(np.concatenate(control), truth, 0)
-    print(f"control: AUC {chance.mean:.3f} [{chance.low:.3f}, {chance.high:.3f}]")
-    assert chance.low < 0.5 < chance.high
-    assert abs(chance.mean - 0.5) < 0.035
+    def killed(config: Config, world: World, **how: Any) -> FederationResult:
+        on_round = how.pop("on_round")
+
+        def after(record: Any) -> None:
+            on_round(record)
+            if record.round == 3:
+                raise KeyboardInterrupt
+
+        return run_federation(config, world, on_round=after, **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings(folder, attack="fedmia"), federate=killed)
+    third = folder / "parts/fedmia/round-00003.safetensors"
+    third.unlink()  # as if killed while it was being read
+    kept = {path: path.stat().st_mtime_ns for path in third.parent.iterdir()}
+    assert len(kept) == 2
+    simulate(settings(folder, attack="fedmia"))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert alike(tmp_path / "whole", folder, "fedmia")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_engine_changes_no_bit(tmp_path: Path) -> None:
+    names = "fedmia,rigged_attacks:Failing,rigged_attacks:AgainstReferences"
+    more = {"attack": names, "rounds": 4, "references": 4, "output.cache_dir": ""}
+    for engine in ("inline", "ray"):
+        cache = {"output.cache_dir": str(tmp_path / f"cache of {engine}")}
+        result = simulate(settings(tmp_path / engine, engine=engine, **more | cache))
+        assert list(result.audits) == ["fedmia", "rigged_attacks:AgainstReferences"]
+        text = "rigged_attacks:Failing failed: ValueError: too odd to read"
+        assert text in (tmp_path / engine / "log.txt").read_text()
+    for name in ("fedmia", "rigged_attacks_AgainstReferences"):
+        assert alike(tmp_path / "inline", tmp_path / "ray", name)
+
+
+def test_an_attack_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
+    names = tuple(f"rigged_attacks:{n}" for n in ("Failing", "Silent", "SecondRound", "OfSome"))
+    console, text = printed()
+    config = settings(tmp_path / "run", rounds=3, attack=("fedmia", *names))
+    result = simulate(config, console=console)
+    assert list(result.audits) == ["fedmia", *names[2:]]
+    for line in (
+        "rigged_attacks:Failing failed: ValueError: too odd to read",
+        "rigged_attacks:Failing: round 1 cannot be read: ValueError: too odd to read",
+        "rigged_attacks:SecondRound: round 2 cannot be read: ValueError: the second round is too odd",
+        "rigged_attacks:OfSome: not scored about client 4: ValueError: nobody knows client 4",
+        "rigged_attacks:OfSome: not scored about client 5: rigged_attacks:OfSome answered scores",
+    ):
+        assert text().count(line) == 1
+    assert "of attack 'rigged_attacks:Silent': KeyError" in (tmp_path / "run/log.txt").read_text()
+    told = {record["client"] for record in result.audits[names[3]].records}
+    assert told == {1, 2, 3}
+    used = RunFolder.create(tmp_path / "run", config).load_scores(names[2], 1)[0].details["rounds"]
+    assert used == [1, 3]
+    alone = settings(tmp_path / "alone", rounds=1, attack=names[:1])
+    with pytest.raises(RunFailed, match="too odd to read"):
+        simulate(alone)
+
+
+def test_updates_that_are_none_of_this_model_are_left_out(tmp_path: Path, quiet: Stages) -> None:
+    """One client's update of another model, one with NaN: the others' figures are as without them."""
+    run = ran(rounds=1)
+    config, world, observations, result = run
+    o = observations[1]
+    other = replace(o.update, names=o.update.names[::-1], shapes=o.update.shapes[::-1])
+    broken = replace(observations[2].update, values=observations[2].update.values * float("nan"))
+    odd = [*observations]
+    odd[1], odd[2] = replace(o, update=other), replace(observations[2], update=broken)
+    bad = experiment(tmp_path / "odd", (config, world, odd, result), quiet, fedmia=FedMIA())
+    good = experiment(
+        tmp_path / "good",
+        (config, world, [o for o in observations if o.client not in (1, 2)], result),
+        quiet,
+        fedmia=FedMIA(),
+    )
+    log = (tmp_path / "odd/log.txt").read_text()
+    assert "client 1 is left out of what is read: its update is of another model" in log
+    assert "client 2 is left out of what is read: its update holds NaN" in log
+    (here,), (there,) = (
+        parts(tmp_path / "odd", "fedmia").values(),
+        parts(tmp_path / "good", "fedmia").values(),
+    )
+    assert here["clients"].tolist() == [0, 3, 4, 5]
+    assert torch.equal(here["statistic"], there["statistic"])
+    told = {record["client"] for record in bad.audit(result)["fedmia"].records}
+    assert told == {0, 3, 4, 5}
+    assert "not scored about client 1" in (tmp_path / "odd/log.txt").read_text()
+    assert good.failed == {}
 
 
 def test_a_client_is_asked_about_all_others(tmp_path: Path) -> None:
     """Labels without meaning, learnt by heart: the fall of the loss tells who learnt them."""
     more = {"attack": "client-loss", "labels": "random", "limit": 500, "data.nonmembers": 200, "width": 256}
-    config = settings(clients=3, rounds=40, **more, **{"local-steps": 20, "run-dir": str(tmp_path / "run")})
+    config = settings(tmp_path / "run", clients=3, rounds=40, local_steps=20, **more)
     result = simulate(config)
     audit = result.audits["client-loss"]
     print(audit.verdict)
     assert {record["client"] for record in audit.records} == {EVERYONE}
     assert audit.summary["metrics"]["auc"]["low"] > 0.7
-    world = build_world(config)
-    ids = choose_question(config, world, EVERYONE, {1: [*range(1, 41)], 2: [*range(1, 41)]}).ids
-    assert not set(ids) & set(world.partitions[0])
+    members = {p["sample"] for p in audit.records if p["is_member"] and "sample" in p}
+    assert not members & set(build_world(config).partitions[0].tolist())
 
 
-def test_an_attack_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
-    names = ("rigged_attacks:Failing", "rigged_attacks:Silent", "fedmia")
-    config = settings(rounds=2, attack=names, **{"run-dir": str(tmp_path / "run")})
-    result = simulate(config)
-    assert list(result.audits) == ["fedmia"]
-    log = (tmp_path / "run/log.txt").read_text()
-    assert "rigged_attacks:Failing failed: ValueError: too odd to read" in log
-    assert "client 0 could not answer 'query.answer' of attack 'rigged_attacks:Silent': KeyError" in log
-    alone = settings(rounds=1, attack=names[:1], **{"run-dir": str(tmp_path / "alone")})
-    with pytest.raises(RunFailed, match="too odd to read"):
-        simulate(alone)
+# ---------------------------------------------------------------------- saved observations
 
 
-def test_refusals(federation: Run, tmp_path: Path) -> None:
-    config, world, observations, result = federation
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    more = {"save-observations": True, "attack.targets": (0, 2, 3), "data.auxiliary_size": 40}
+    simulate(settings(folder, attack="fedmia", rounds=3, candidates=60, **more))
+    return folder
+
+
+def test_saved_observations_give_the_same_answers_and_figures(saved: Path, tmp_path: Path) -> None:
+    """Another day, under another seed, and with an attack that was not in the run."""
+    names = "fedmia,rigged_attacks:AgainstReferences"
+    later = settings(tmp_path / "later", attack=names, references=4, seed=5, **{"attack.targets": (0, 2, 3)})
+    result = attack_folder(saved, later, truth=saved / "truth")
+    assert alike(saved, tmp_path / "later", "fedmia")
+    records = RunFolder.create(saved, Config.from_toml(saved / "config.toml")).path / "records.csv"
+    there = np.genfromtxt(records, delimiter=",", names=True, dtype=None, encoding="utf-8")
+    assert [r["score"] for r in result.audits["fedmia"].records] == pytest.approx(there["score"].tolist())
+    assert result.audits["fedmia"].summary["accuracy"] > 0.5
+    assert list(result.audits) == names.split(",")
+    assert [p.name for p in (tmp_path / "references").iterdir()]
+
+
+def test_nothing_under_observations_tells_who_is_a_member(saved: Path) -> None:
+    """Candidates are pictures and labels in an order of their own; the truth is apart."""
+    found = {path.name for path in (saved / "observations").iterdir()}
+    public = {name for name in found if name.startswith("auxiliary-")}
+    assert found - public == {"candidates.safetensors", "round-0001", "round-0002", "round-0003"}
+    assert load_file(saved / "observations/candidates.safetensors").keys() == {"images", "labels"}
+    assert {p.name for p in (saved / "truth").iterdir()} == {"membership.json", "membership.safetensors"}
+    owner = load_file(saved / "truth/membership.safetensors")["owner"].numpy()
+    places = np.flatnonzero(owner >= 0)
+    assert len(places) == 180
+    assert abs(places.mean() - len(owner) / 2) < 4 * len(owner) / np.sqrt(12 * len(places))
+
+
+def test_without_truth_nothing_is_scored_and_answers_are_kept(saved: Path, tmp_path: Path) -> None:
+    console, text = printed()
+    result = attack_folder(saved, settings(tmp_path / "later", attack="fedmia"), console=console)
+    assert result.audits == {}
+    assert sorted(result.reconstructions["fedmia"]) == [f"client-{c:05d}" for c in range(6)]
+    assert "the scores are in parts/" in text()
+
+
+def test_what_saved_observations_cannot_do(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"client-loss.*needs a running federation"):
+        attack_folder(saved, settings(tmp_path / "one", attack="client-loss"))
+    with pytest.raises(NotApplicable, match="at least 4 reference models; use --references 4"):
+        attack_folder(saved, settings(tmp_path / "two", attack="rigged_attacks:AgainstReferences"))
+    for observation in load_observations(saved / "observations", 1):
+        save_observation(tmp_path / "bare", observation)
+    with pytest.raises(DataError, match="without a membership attack in the run"):
+        attack_folder(tmp_path / "bare", settings(tmp_path / "three", attack="fedmia"))
+    with pytest.raises(DataError, match="no truth to score membership attacks against"):
+        attack_folder(saved, settings(tmp_path / "four", attack="fedmia"), truth=tmp_path)
+
+
+def test_refusals(partial: Run, tmp_path: Path, quiet: Stages) -> None:
+    config, world, observations, result = partial
+    three = Candidates(*world.dataset.tensors(np.arange(3)))
     with pytest.raises(NotApplicable, match="client 9, the target"):
-        FedMIA().run(observations, 9, Candidates(*world.dataset.tensors(np.arange(3))), 0, CPU)
+        FedMIA().run(observations, 9, three, 0, CPU)
     two = [o for o in observations if o.client < 2]
     with pytest.raises(NotApplicable, match="at least 3 are needed"):
-        FedMIA().run(two, 0, Candidates(*world.dataset.tensors(np.arange(3))), 0, CPU)
+        FedMIA().run(two, two[0].client, three, 0, CPU)
     nobody = replace(result, rounds=[replace(record, clients=()) for record in result.rounds])
-    found = experiment(tmp_path / "run", (config, world, [], nobody), fedmia=FedMIA())
+    found = experiment(tmp_path / "run", (config, world, [], nobody), quiet, fedmia=FedMIA())
     assert found.audit(nobody) == {}
     assert "no update of a client that it is asked about was observed" in str(found.failed["fedmia"])
-    bare = settings(data__nonmembers=0, rounds=1)
-    bare_world = build_world(bare)
-    with pytest.raises(DataError, match=r"data\.nonmembers"):
-        choose_question(bare, bare_world, 0, {0: [1]})
     with pytest.raises(NotApplicable, match="all clients are malicious"):
-        simulate(settings(clients=1, attack="client-loss", **{"run-dir": str(tmp_path / "other")}))
+        simulate(settings(tmp_path / "other", clients=1, attack="client-loss"))

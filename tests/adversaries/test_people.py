@@ -1,0 +1,100 @@
+"""Attacks that ask about people, by samples of theirs that nobody trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import honest_answers
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from scipy.stats import zscore
+
+from adversaries.membership.knowledge import Knowledge
+from adversaries.membership.people.person_client import PersonClient
+from adversaries.membership.people.person_member import PersonMember
+from adversaries.membership.view import RoundView
+from adversaries.needs import Facts
+from adversaries.refusals import attack_refusals
+from fedattack.errors import NotApplicable
+from fedattack.models import build_model, initial_weights
+from fedattack.observation import EVERYONE
+from fedattack.storage.observations import load_observations
+
+CPU = torch.device("cpu")
+
+
+def test_which_client_is_this_person(tmp_path: Path) -> None:
+    """Gradients sample by sample; then NumPy alone."""
+    honest_answers.save_federation(tmp_path, "person-client", seed=1)
+    observations, (candidates, _) = load_observations(tmp_path), honest_answers.question()
+    groups, labels = candidates.groups.numpy(), candidates.labels.numpy()
+    rounds = []
+    for number in (1, 2):
+        rows = []
+        for o in (o for o in observations if o.round == number):
+            model = build_model(o.scenario.model).double()
+            model.load_state_dict({name: tensor.double() for name, tensor in o.weights.items()})
+            cosines = []
+            for image, label in zip(candidates.images.double(), candidates.labels, strict=True):
+                loss = torch.nn.functional.cross_entropy(model(image[None]), label[None])
+                slopes = torch.autograd.grad(loss, list(model.parameters()))
+                g, u = torch.cat([s.flatten() for s in slopes]), -o.update.values.double()
+                cosines.append(float(g @ u / g.norm() / u.norm()))
+            values = np.array(cosines)
+            for label in set(labels):
+                own = values[labels == label]
+                values[labels == label] = zscore(own) if len(own) > 1 else 0.0
+            rows.append(zscore([values[groups == person].mean() for person in range(8)]))
+        rounds.append(rows)
+    for client in range(4):
+        answer = PersonClient().run(observations, client, candidates, 0, CPU)
+        wanted = np.mean([rows[client] for rows in rounds], axis=0)[groups]
+        np.testing.assert_allclose(answer.scores, wanted, atol=1e-4)
+        assert answer.details["rounds"] == [1, 2]
+
+
+def test_did_this_person_take_part(tmp_path: Path) -> None:
+    """The last global model beside the references that were not trained on a sample, losses clamped at 8."""
+    honest_answers.save_federation(tmp_path, "person-member", seed=1)
+    observations, (candidates, references) = load_observations(tmp_path), honest_answers.question()
+    after = {
+        name: 6 * tensor for name, tensor in initial_weights(observations[0].scenario.model, 5).items()
+    }  # sure of itself: some losses are clamped
+    knowledge = Knowledge.of(candidates, None, references)
+    attack, figures = PersonMember(), {}
+    for number, weights in ((1, observations[0].weights), (2, after)):
+        figures[number] = attack.watch(RoundView(observations[:1], knowledge, CPU, weights), 0)
+    answer = attack.scores(figures, EVERYONE, knowledge)
+
+    model = build_model(observations[0].scenario.model).eval()
+    model.load_state_dict(after)
+    at, labels = np.arange(16), candidates.labels.numpy()
+    with torch.no_grad():
+        own = -log_softmax(model(candidates.images).numpy().astype(float), 1)[at, labels]
+    beside = -log_softmax(20 * references.logits.numpy().astype(float), 2)[:, at, labels]
+    loud = replace(references, logits=20 * references.logits)
+    assert (own > 8).any() and (beside > 8).any()  # noqa: PT018
+    unseen = ~references.trained_on.numpy()
+    wanted = (np.minimum(beside, 8) * unseen).sum(0) / unseen.sum(0) - np.minimum(own, 8)
+    answer = attack.scores(figures, EVERYONE, replace(knowledge, references=loud))
+    np.testing.assert_allclose(answer.scores, wanted, atol=1e-5)
+    assert answer.details == {"rounds": [2], "references": 4}
+
+    trained = replace(references, trained_on=torch.ones_like(references.trained_on))
+    with pytest.raises(
+        NotApplicable, match=r"trained on by every reference model; raise 'attack\.references'"
+    ):
+        attack.scores(figures, EVERYONE, replace(knowledge, references=trained))
+    with pytest.raises(NotApplicable, match="no reference model"):
+        attack.scores(figures, EVERYONE, replace(knowledge, references=None))
+
+
+def test_samples_are_not_people() -> None:
+    scene = honest_answers.membership_scene("person-client")
+    for attack in (PersonClient(), PersonMember()):
+        (sentence,) = attack_refusals(attack, scene, Facts(people=False))
+        assert sentence.startswith("setting 'attack.unit' = 'sample': this attack asks about people")
+        assert not attack_refusals(attack, scene, honest_answers.FACTS)
