@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from fedattack.audit.membership_pool import Pool, Scored, halves
 from fedattack.metrics import Interval, pooled_auc
@@ -22,8 +23,23 @@ FEWEST_UNITS = 10
 """Members, and non-members, below which nothing can be learnt from their pixels."""
 _COMPONENTS = 50
 
-Pixels = Callable[[NDArray[np.int64]], NDArray[np.floating]]
+Pixels = Callable[[NDArray[np.int64]], Tensor]
 """Sample ids (n,) -> images, (n, ...)."""
+
+
+class Blind:
+    """What pixels alone tell, once for all attacks that are asked the same; see :func:`blind_baseline`."""
+
+    def __init__(self, pixels: Pixels, seed: int) -> None:
+        self.pixels, self.seed = pixels, seed
+        self._known: dict[tuple[bytes, ...], Interval | None] = {}
+
+    def of(self, scored: Sequence[Scored]) -> Interval | None:
+        """Of the candidates, whatever their scores."""
+        asked = tuple(part.tobytes() for one in scored for part in (one.samples, one.is_member))
+        if asked not in self._known:
+            self._known[asked] = blind_baseline(scored, self.pixels, self.seed)
+        return self._known[asked]
 
 
 def null_control(pool: Pool, seed: int) -> dict[str, Interval]:
@@ -51,7 +67,7 @@ def blind_baseline(scored: Sequence[Scored], pixels: Pixels, seed: int) -> Inter
     """
     pool = Pool.of(scored)
     ids, place = np.unique(pool.samples, return_inverse=True)
-    flat = np.asarray(pixels(ids), dtype=np.float32).reshape(len(ids), -1)
+    flat = pixels(ids).float().numpy().reshape(len(ids), -1)
     count = min(_COMPONENTS, flat.shape[1], max(1, len(ids) // 4))
     components = make_pipeline(StandardScaler(), PCA(count, whiten=True, random_state=0))
     features = components.fit_transform(flat)[place]

@@ -6,12 +6,8 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-<<<<<<< HEAD
-from functools import cached_property
-from typing import Any
-=======
 from functools import cached_property, partial
->>>>>>> main
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,33 +18,21 @@ from adversaries.membership.base import MembershipAttack
 from adversaries.membership.knowledge import Knowledge
 from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
-<<<<<<< HEAD
-from fedattack.audit.membership import Source
-from fedattack.audit.membership_floors import blind_baseline
-from fedattack.audit.membership_pool import Scored
-from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, NotApplicable, RunFailed
-from fedattack.metrics import Interval
-from fedattack.models import build_model
-from fedattack.observation import EVERYONE, Candidates, MembershipScores
-from fedattack.rng import adversary_seed
-from simulations.engine.federation import FederationResult, RoundRecord
-from simulations.experiments.base import Experiment, Plan
-from simulations.experiments.executor import choose_device
-from simulations.experiments.privacy import weakest_guarantee
-from simulations.experiments.question import Question, Rounds, choose_question, expected_rounds
-=======
-from fedattack.audit.membership import Scored
+from fedattack.audit.membership_floors import Blind
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable, RunFailed
 from fedattack.groundtruth import MembershipTruth
+from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
+from fedattack.reporting import formats
 from fedattack.storage import save_observation
 from fedattack.storage.membership import save_candidates, save_global_model, save_membership_truth
 from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.experiments.answered import Answered
 from simulations.experiments.base import Experiment, Plan
+from simulations.experiments.privacy import weakest_guarantee
 from simulations.experiments.question import (
     Question,
     Rounds,
@@ -58,10 +42,9 @@ from simulations.experiments.question import (
     per_unit,
 )
 from simulations.experiments.rounds import Watch
-from simulations.experiments.saved_membership import SavedMembership, scored_of
+from simulations.experiments.saved_membership import SavedMembership
 
 log = logging.getLogger("fedattack.membership")
->>>>>>> main
 
 
 class MembershipExperiment(Experiment):
@@ -77,10 +60,7 @@ class MembershipExperiment(Experiment):
         super().__init__(plan, attacks)
         self._after: dict[str, Tensor] = {}
         self._question = self._choose()
-<<<<<<< HEAD
-        self._by_pixels: dict[tuple[bytes, ...], Interval | None] = {}
-        self._knowledge = Knowledge.of(self._candidates(), plan.world.auxiliary)
-=======
+        self._blind = Blind(self._images, plan.config.seed)
         serving = {name: attacks[name] for name in self._serving()}
         seat = Knowledge.of(self._candidates(), plan.world.auxiliary), plan.world.auxiliary
         setting = plan.world.scenario, plan.config.federation.rounds
@@ -89,7 +69,6 @@ class MembershipExperiment(Experiment):
     @classmethod
     def check(cls, config: Config, world: World) -> None:
         check_question(config, world)
->>>>>>> main
 
     def _choose(self) -> Question:
         """The list, from what the targets train on in the rounds that the attacks read."""
@@ -195,45 +174,14 @@ class MembershipExperiment(Experiment):
             if record.aggregated or not isinstance(attack, MaliciousClient):
                 for client in record.clients:
                     answered[client].append(record.round)
-        scored: list[Scored] = []
-<<<<<<< HEAD
-        answers: dict[int, NDArray[np.float64]] = {}
         details: dict[str, dict[str, Any]] = {}
-        references: int | None = None
-        statistic = name
-=======
-        details: dict[str, object] = {}
-        statistic, ids, world = name, self._question.samples, plan.world
-        labels = world.dataset.labels[ids]
+        ids, world = self._question.samples, plan.world
         groups = None if world.dataset.groups is None else world.dataset.groups[ids]
->>>>>>> main
+        told = Answered(ids, world.dataset.labels[ids], groups)
         for target in self._targets(attack):
             rounds = self._asked_about(attack, target, answered)
             if not any(rounds.values()):
                 continue
-<<<<<<< HEAD
-            asked, details[str(target)] = self._question.settle(plan.config, plan.world, rounds, target)
-            known = plan.folder.load_scores(name, target)
-            answer = known[0] if known else self._answer(name, attack, target, federation)
-            if known is None:
-                seconds = self._seconds[name] + time.perf_counter() - started
-                plan.folder.save_scores(name, target, answer, seconds)
-            statistic, references = answer.statistic, answer.details.get("references")
-            answers[target], labels = answer.scores.numpy(), plan.world.dataset.labels
-            samples, groups = self._question.ids[asked.places], plan.world.dataset.groups
-            scored.append(
-                Scored(
-                    target,
-                    answers[target][asked.places],
-                    asked.is_member,
-                    samples,
-                    asked.others,
-                    labels[samples],
-                    None if groups is None else groups[samples],
-                    sorted({number for numbers in rounds.values() for number in numbers}),
-                )
-            )
-=======
             try:
                 asked, details[str(target)] = self._question.settle(plan.config, plan.world, rounds, target)
             except NotApplicable as error:
@@ -243,79 +191,49 @@ class MembershipExperiment(Experiment):
             answer = self._watch.scores(name, target, hostile)
             if answer is None:
                 continue
-            statistic = answer.statistic
-            scored.append(scored_of(asked, per_unit(answer, self._question.groups), ids, labels, groups))
->>>>>>> main
-        if not scored:
+            told.add(asked, per_unit(answer, self._question.groups), details[str(target)]["observed_rounds"])
+        if not told.scored:
             raise self._watch.fault(name)
         plan.shown(name, 1.0, f"{len(self._question.ids)} candidates")
         plan.folder.save_part(f"{name}-candidates", details)
         return audit_membership(
             name,
-            scored,
-            statistic=statistic,
+            told.scored,
+            statistic=told.statistic,
             seconds=self._watch.seconds[name] + time.perf_counter() - started,
             accuracy=last_accuracy(federation),
             chance_accuracy=plan.commonest_share,
             test_samples=len(plan.world.pools.nonmembers),
-            source=self._source(scored, answers),
-            blind=self._blind(scored),
-            guarantee=weakest_guarantee(plan.config, plan.world, federation.rounds),
-            references=references,
+            source=told.source,
+            blind=self._blind.of(told.scored),
+            guarantee=weakest_guarantee(plan.config, world, federation.rounds),
+            references=told.references,
             images=self._images,
             warnings=self._warnings(details),
             seed=plan.config.seed,
         )
 
-<<<<<<< HEAD
     def _images(self, ids: NDArray[np.int64]) -> Tensor:
         return self.plan.world.dataset.tensors(ids)[0]
 
-    def _source(self, scored: Sequence[Scored], answers: Mapping[int, NDArray[np.float64]]) -> Source | None:
-        """Every target's scores for every target's members; None where there is one target."""
-        if len(scored) < 2:
-            return None
-        place = {sample: index for index, sample in enumerate(self._question.ids.tolist())}
-        asked = [np.array([place[i] for i in one.samples[one.is_member].tolist()]) for one in scored]
-        owner = np.repeat([one.client for one in scored], [len(places) for places in asked])
-        matrix = np.stack([answers[one.client][np.concatenate(asked)] for one in scored])
-        return Source(np.array([one.client for one in scored]), matrix, owner)
-
-    def _blind(self, scored: Sequence[Scored]) -> Interval | None:
-        """What pixels alone tell of these candidates: the same for all attacks that are asked the same."""
-        asked = tuple(part.tobytes() for one in scored for part in (one.samples, one.is_member))
-        if asked not in self._by_pixels:
-            pixels = lambda ids: self._images(ids).numpy()  # noqa: E731
-            self._by_pixels[asked] = blind_baseline(scored, pixels, self.plan.config.seed)
-        return self._by_pixels[asked]
-
     def _warnings(self, details: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """What the question and the model call for."""
-        found, config = [], self.plan.config
-        matched = min(one["matched_label"] for one in details.values())
-        if matched < 1 and config.data.labels == "natural":
+        found, matched = [], min(one["matched_label"] for one in details.values())
+        if matched < self._question.alike and self.plan.config.data.labels == "natural":
+            share = formats.percent(matched)
             found.append(
-                f"only {matched:.0%} of the non-members have the label of a member: a score may tell classes apart"
+                f"only {share} of the non-members have the label of a member: a score may tell classes apart"
             )
-        names = [name for name, _ in build_model(self.plan.world.scenario.model).named_buffers()]
-        if any(name.endswith("running_mean") for name in names):
+        if any(
+            name.endswith("running_mean")
+            for name, _ in build_model(self.plan.world.scenario.model).named_buffers()
+        ):
             found.append(
                 "candidates are looked at with BatchNorm in evaluation mode, at the statistics that were sent: "
                 "unlike the batches that clients trained on"
             )
         return found
 
-    def _answer(
-        self, name: str, attack: MembershipAttack, target: int, federation: FederationResult
-    ) -> MembershipScores:
-        if not isinstance(attack, MaliciousClient):
-            return attack.scores(self._figures[name], target, self._knowledge)
-        answers = federation.answers.get(name, {})
-        if not answers:
-            raise RunFailed(f"{name}: no malicious client gave an answer (log.txt)")
-        each = [answers[client]["scores"].double() for client in sorted(answers)]
-        return MembershipScores(torch.stack(each).mean(0), name, {"asked_clients": sorted(answers)})
-=======
     def _save(self, seen: Sequence[Observation]) -> None:
         """Keep what was seen, for an attack of another day."""
         for observation in seen:
@@ -369,4 +287,3 @@ def _answered(name: str, federation: FederationResult) -> MembershipScores:
 def last_accuracy(federation: FederationResult) -> float | None:
     """Of the last global model that was evaluated."""
     return next((r.accuracy for r in reversed(federation.rounds) if r.accuracy is not None), None)
->>>>>>> main

@@ -7,32 +7,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
-from adversaries.membership.fedmia import (
-    FedMIA,
-    _not_outlying,
-    _same_weights,
-    client_model,
-    one_tailed,
-    statistics,
-)
-=======
 from membership_scenes import as_update, build_as, gradients, top_k
->>>>>>> main
 from scipy.stats import norm
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
 
-<<<<<<< HEAD
-from adversaries.membership import per_sample
-from adversaries.membership.per_sample import gradient_products
-=======
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.updates.fedmia import FedMIA, _not_outlying, one_tailed
 from adversaries.membership.view import RoundView, client_model, same_weights
->>>>>>> main
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import NotApplicable, PayloadError
 from fedattack.models import build_model, initial_weights

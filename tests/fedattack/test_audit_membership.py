@@ -137,9 +137,9 @@ def test_the_null_control_splits_people() -> None:
 
 
 def _pixels(shift: float, seed: int, members: set[int]):
-    def images(ids: np.ndarray) -> np.ndarray:
+    def images(ids: np.ndarray) -> torch.Tensor:
         noise = np.random.default_rng(seed).normal(0.5, 0.1, (len(ids), 1, 8, 8))
-        return noise + shift * np.isin(ids, list(members))[:, None, None, None]
+        return torch.from_numpy(noise + shift * np.isin(ids, list(members))[:, None, None, None])
 
     return images
 
@@ -170,13 +170,13 @@ def test_pixels_alone_tell_one_target_from_the_others() -> None:
     """Each client's members have a mark of their own, which no classifier of all clients together can use."""
     asked = [_asked(0.0, 60, client, others=np.arange(120) >= 60) for client in range(4)]
 
-    def images(ids: np.ndarray) -> np.ndarray:
+    def images(ids: np.ndarray) -> torch.Tensor:
         pixels = np.random.default_rng(0).normal(0.5, 0.1, (len(ids), 8, 8))
         for row, sample in zip(pixels, ids, strict=True):
             own = sample // 10_000
             row[own] += 0.1 if sample % 10_000 < 60 else 0.0
             row[(own + 1) % 4] += 0.0 if sample % 10_000 < 60 else 0.1
-        return pixels
+        return torch.from_numpy(pixels)
 
     assert blind_baseline(asked, images, 0).low > 0.6
 
