@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from fedattack.audit.membership_pool import Pool, Scored, halves
-from fedattack.metrics import Interval, pooled_auc
+from fedattack.metrics import Interval, pooled_auc, unit_counts
 from fedattack.rng import numpy_rng
 
 FOLDS = 5
@@ -108,13 +108,12 @@ def _by_pixels(
     features: NDArray[np.float64], is_member: NDArray[np.bool_], units: NDArray[np.int64], seed: int
 ) -> NDArray[np.float64] | None:
     """Out-of-fold scores, (n,), or None where a kind has too few units."""
-    names, place = np.unique(units, return_inverse=True)
-    inside = np.bincount(place, weights=is_member) * 2 > np.bincount(place)  # a unit may be of both kinds
-    if min(inside.sum(), (~inside).sum()) < FEWEST_UNITS:
+    if min(unit_counts(is_member, units)) < FEWEST_UNITS:
         return None
-    rng, fold = numpy_rng(seed, "blind baseline"), np.zeros(len(names), dtype=np.int64)
-    for kind in (inside, ~inside):
-        fold[rng.permutation(np.flatnonzero(kind))] = np.arange(kind.sum()) % FOLDS
+    names, place = np.unique(units, return_inverse=True)
+    share = np.bincount(place, weights=is_member) / np.bincount(place)  # a person may be of both kinds
+    drawn, fold = numpy_rng(seed, "blind baseline").random(len(names)), np.zeros(len(names), dtype=np.int64)
+    fold[np.lexsort((drawn, share))] = np.arange(len(names)) % FOLDS  # as many of a kind in each
     split, model = PredefinedSplit(fold[place]), LogisticRegression(C=0.1, solver="newton-cholesky")
     read = cross_val_predict(model, features, is_member, cv=split, method="decision_function")
     return np.asarray(read, dtype=np.float64)

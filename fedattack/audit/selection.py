@@ -71,21 +71,26 @@ def best_of(attacks: Mapping[str, Pool], seed: int) -> Best | None:
 
 
 def together(results: Sequence[AuditResult]) -> Figures | None:
-    """The best of the attacks that were asked the same question; None where no two were."""
-    alike: dict[tuple[Any, ...], dict[str, Pool]] = defaultdict(dict)
+    """The best of the attacks that were asked the same question, a question each; None where no two were."""
+    alike: dict[tuple[bytes, ...], dict[str, Pool]] = defaultdict(dict)
     for result in results:
         pool = Pool.of_records(result.records)
-        alike[pool.clients.tobytes(), pool.samples.tobytes(), pool.is_member.tobytes()][result.attack] = pool
-    asked = max(alike.values(), key=len)
-    best = best_of(asked, 0) if len(asked) > 1 else None
-    if best is None:
-        return None
-    often = ", ".join(f"{name} in {count} of {best.halves}" for name, count in best.chosen.items())
-    area, found = best.auc, formats.percent(best.tpr)
-    text = (
-        f"best of {len(asked)} attacks ({', '.join(asked)}), chosen on one half and scored on the other: "
-        f"AUC {area.mean:.3f} [{area.low:.3f}, {area.high:.3f}], {found} of the members at 1 % false positives; "
+        question = tuple(column.tobytes() for column in (pool.clients, pool.samples, pool.is_member))
+        alike[question][result.attack] = pool
+    told: list[dict[str, Any]] = []
+    for asked in alike.values():
+        best = best_of(asked, 0) if len(asked) > 1 else None
+        if best is not None:
+            figures = {"auc": interval_fields(best.auc), "tpr_at_1_percent_fpr": {"mean": best.tpr}}
+            told.append({**figures, "attacks": list(asked), "chosen": best.chosen, "halves": best.halves})
+    return {"best": told, "text": "; ".join(map(_best_text, told))} if told else None
+
+
+def _best_text(best: Figures) -> str:
+    area, found = best["auc"], formats.percent(best["tpr_at_1_percent_fpr"]["mean"])
+    often = ", ".join(f"{name} in {count} of {best['halves']}" for name, count in best["chosen"].items())
+    return (
+        f"best of {len(best['attacks'])} attacks ({', '.join(best['attacks'])}), chosen on one half, scored on the "
+        f"other: AUC {area['mean']:.3f} {formats.interval(area, 3)}, {found} of the members at 1 % false positives; "
         f"chosen: {often}"
     )
-    figures = {"auc": interval_fields(best.auc), "tpr_at_1_percent_fpr": {"mean": best.tpr}}
-    return {**figures, "attacks": list(asked), "chosen": best.chosen, "halves": best.halves, "text": text}

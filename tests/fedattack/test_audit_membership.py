@@ -163,6 +163,8 @@ def test_pixels_alone_tell_candidates_that_differ(clients: int) -> None:
     runs = 60 // clients
     found = [blind_baseline(asked, _pixels(0.0, seed, set()), seed) for seed in range(runs)]
     assert sum(one.low <= 0.5 for one in found) >= runs - 2
+    people = [dataclasses.replace(one, groups=one.samples % 100) for one in asked]  # each of both kinds
+    assert blind_baseline(people, _pixels(0.05, 0, members), 0).low > 0.6
     assert blind_baseline([scored(np.arange(12.0), np.arange(12) > 5)], _pixels(0.0, 0, set()), 0) is None
 
 
@@ -229,11 +231,13 @@ def test_the_best_of_many_is_told_where_two_were_asked_the_same() -> None:
     strong = audit_membership("strong", [_asked(1.0)])
     other = audit_membership("other", [_asked(0.5, client=1)])
     family = get_family("membership")
-    best = family.together([weak, strong, other])
+    (best,) = family.together([weak, strong, other])["best"]
     assert best["attacks"] == ["weak", "strong"]
     assert best["chosen"] == {"strong": 20}
     assert best["auc"]["mean"] == pytest.approx(strong.summary["metrics"]["auc"]["mean"], abs=0.005)
     assert family.together([weak, other]) is None
+    both = family.together([weak, other, strong, dataclasses.replace(other, attack="another")])
+    assert [one["attacks"] for one in both["best"]] == [["weak", "strong"], ["other", "another"]]
     console = Console(width=80, file=io.StringIO())
     print_summary(console, [weak, strong])
     text = console.file.getvalue()
