@@ -26,7 +26,11 @@ class Ascent(MaliciousServer, RoundStatistic):
     candidate's statistic is the fall of its loss from the armed weights to the client's own model, minus the mean
     fall at the other clients, to whom it was as hard. The score is the mean over all armed rounds: raised or not,
     a candidate is seen among other gradients in each of them. Armed rounds are not aggregated: the federation
-    loses them, and its model is as good as if they had not been.
+    loses them, and its model is as good as if they had not been; passive attacks of the same run read them too.
+
+    CIFAR-10 cut, ``mlp`` of 128, 10 clients x 200, 22 rounds and 8 armed ones, three seeds: AUC .767, .712, .741;
+    loss-drop of the same run .609, .628, .625 (difference .119, 95 % .085 to .157), FedMIA-I .731, .731, .706.
+    Plain ascent along the sum of the gradients did no better than no ascent.
 
     Parameters
     ----------

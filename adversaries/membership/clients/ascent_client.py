@@ -24,6 +24,11 @@ class AscentClient(ReadsSteps):
     the fall of a loss alone, as in the paper, tells nothing here, for in the mean of all clients a candidate's own
     pull is far smaller than what all samples have in common.
 
+    CIFAR-10 cut, ``mlp`` of 64, 5 clients x 100, 10 rounds, boost 5, three seeds: AUC .609, .590, .665; client-loss
+    of the same run .513, .475, .462 (difference .138, 95 % .088 to .188). The pushes ruin the global model (accuracy
+    .09 to .13, else .20 to .24) and do not help: unmix-client, which changes nothing, has .674, .719, .612 (-.047,
+    95 % -.091 to -.001).
+
     Parameters
     ----------
     rise : float
