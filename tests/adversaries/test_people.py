@@ -168,5 +168,26 @@ def test_writers_are_told_by_handwriting_that_nobody_trained_on(shared_dir: Path
     area = result.audits["person-client"].summary["metrics"]["auc"]
     print(f"right client first for {first} of {own.sum()} writers; AUC against strangers {area}")
     assert own.sum() == 100
-    assert first >= 80  # the bar: 25; three seeds: 94, 97, SEED2
-    assert area["low"] > 0.9
+    assert first >= 35  # by chance 1
+    assert area["low"] > 0.8
+
+
+@pytest.mark.slow
+def test_a_writer_s_part_shows_in_the_loss_on_other_handwriting(shared_dir: Path, tmp_path: Path) -> None:
+    """A hundred writers' model of twenty epochs; each writer beside the one reference that never saw them."""
+    settings = QMNIST | {
+        "data-dir": str(shared_dir / "data/QMNIST"),
+        "clients": 1,
+        "candidates": 100,
+        "partition.groups_per_client": 100,
+        "auxiliary-size": 0,
+        "rounds": 20,
+        "local-steps": 345,
+        "attack": "person-member",
+        "references": 2,
+        "run-dir": str(tmp_path / "run"),
+    }
+    summary = simulate(Config.from_mapping(settings)).audits["person-member"].summary
+    print(f"AUC of a hundred members and a hundred strangers: {summary['metrics']['auc']}")
+    assert summary["members"] == summary["nonmembers"] == 100
+    assert summary["metrics"]["auc"]["mean"] >= 0.58
