@@ -391,8 +391,8 @@ def choose_question(
             found[target] += units.pair(mine, pool.astype(np.int64), given).items()
         if config.attack.negatives != "held-out":
             theirs = [ids for client, ids in chosen.items() if client != target]
-            theirs = rng.permutation(np.concatenate([np.zeros(0, dtype=np.int64), *theirs]))
-            found[target] += units.pair(mine, theirs, {}).items()
+            others_members = rng.permutation(np.concatenate([np.zeros(0, dtype=np.int64), *theirs]))
+            found[target] += units.pair(mine, others_members, {}).items()
     if not any(found[target] for target in present):
         raise NotApplicable(
             f"membership: no member stands beside a non-member ('attack.negatives' = {config.attack.negatives!r}); "
