@@ -108,7 +108,7 @@ class Question:
 
         Two people's few samples differ by chance; where samples are asked about, they stand in pairs of one label.
         """
-        return 0.75 if self.by_person else 1 - 1e-9
+        return 0.5 if self.by_person else 1 - 1e-9
 
     @property
     def samples(self) -> Ids:

@@ -25,10 +25,8 @@ from fedattack.data import build_world
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import EVERYONE
-from fedattack.storage import RunFolder
 from fedattack.storage.observations import load_observations
 from fedattack.training import batch_positions, local_update
-from simulations.experiments.question import choose_question, expected_rounds, per_unit
 from simulations.pipeline import simulate
 
 CPU = torch.device("cpu")
@@ -156,19 +154,11 @@ def test_writers_are_told_by_handwriting_that_nobody_trained_on(shared_dir: Path
     ).update
     save_file({name: start[name] + change for name, change in moved.items()}, settings["weights"])
 
-    config = Config.from_mapping(settings)
-    result, world = simulate(config), build_world(config)
-    question = choose_question(config, world, range(100), expected_rounds(config, world))
-    folder = RunFolder.create(tmp_path / "run", config)
-    scores = np.stack(
-        [per_unit(folder.load_scores("person-client", c)[0], question.groups).scores for c in range(100)]
-    )
-    own = question.owner >= 0
-    first = (scores[:, own].argmax(0) == question.owner[own]).sum()
-    area = result.audits["person-client"].summary["metrics"]["auc"]
-    print(f"right client first for {first} of {own.sum()} writers; AUC against strangers {area}")
-    assert own.sum() == 100
-    assert first >= 35  # by chance 1
+    metrics = simulate(Config.from_mapping(settings)).audits["person-client"].summary["metrics"]
+    first, area = metrics["right_client"], metrics["auc"]
+    print(f"right client first {first}; AUC against strangers {area}")
+    assert first["of"] == 100
+    assert first["right"] >= 35  # by chance 1
     assert area["low"] > 0.8
 
 
@@ -190,4 +180,4 @@ def test_a_writer_s_part_shows_in_the_loss_on_other_handwriting(shared_dir: Path
     summary = simulate(Config.from_mapping(settings)).audits["person-member"].summary
     print(f"AUC of a hundred members and a hundred strangers: {summary['metrics']['auc']}")
     assert summary["members"] == summary["nonmembers"] == 100
-    assert summary["metrics"]["auc"]["mean"] >= 0.58
+    assert summary["metrics"]["auc"]["mean"] >= 0.6
