@@ -238,7 +238,11 @@ def _rows(start: int, block: Block) -> slice:
 
 
 def _gram(first: Block, second: Block) -> Tensor:
-    return torch.stack([piece.gram(second[name]) for name, piece in first.items()]).sum(0)  # type: ignore[arg-type]
+    each = (piece.gram(second[name]) for name, piece in first.items())  # type: ignore[arg-type]
+    found = next(each)
+    for part in each:
+        found += part
+    return found
 
 
 def _tall(rows: Tensor, blocks: int = 6) -> list[tuple[int, Tensor]]:
