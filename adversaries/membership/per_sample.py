@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -44,7 +45,10 @@ class Gradients:
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], samples: Candidates) -> None:
         self.names = list(trained_parameters(model))
-        self.shapes = [tuple(parameter.shape) for parameter in trained_parameters(model).values()]
+        self._tensors = (
+            self.names,
+            [tuple(parameter.shape) for parameter in trained_parameters(model).values()],
+        )
         self.device = next(model.parameters()).device
         small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
         self.dtype = torch.float64 if small and self.device.type != "mps" else torch.float32
@@ -84,8 +88,10 @@ class Gradients:
 
     def parts(self, update: Update) -> dict[str, Part]:
         """An update's entries by tensor; PayloadError if it is not over the model's parameters."""
-        if list(update.names) != self.names or list(update.shapes) != self.shapes:
-            raise PayloadError(f"update over tensors {list(update.names)}; the model's are {self.names}")
+        theirs, own = (list(zip(*one, strict=True)) for one in ((update.names, update.shapes), self._tensors))
+        if theirs != own:
+            has, wanted = next(pair for pair in zip_longest(theirs, own) if pair[0] != pair[1])
+            raise PayloadError(f"an update of another model: tensor {has} where the model has {wanted}")
         whole = update.indices is None
         return {
             name: Part(None if whole else positions.to(self.device), values.to(self.device, self.dtype))

@@ -226,7 +226,7 @@ def test_an_update_of_another_model_is_refused() -> None:
     others, _ = seen(name="tiny-cnn")
     for wrong in (others[0].update, replace(observations[0].update, shapes=((1,),) * 4)):
         view = RoundView([replace(observations[0], update=wrong)], Knowledge(samples(4)), CPU)
-        with pytest.raises(PayloadError, match="update over tensors"):
+        with pytest.raises(PayloadError, match="an update of another model: tensor "):
             _ = view.cosines
 
 
