@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -210,7 +211,9 @@ def test_scores_of_a_federation_that_ended_early_are_not_those_of_the_whole(tmp_
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_engine_changes_no_bit(tmp_path: Path) -> None:
+def test_the_engine_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__).resolve().parent
+    monkeypatch.setenv("PYTHONPATH", f"{here.parents[1]}{os.pathsep}{here}")  # of Ray's workers
     names = "fedmia,rigged_attacks:Failing,rigged_attacks:AgainstReferences"
     more = {"attack": names, "rounds": 4, "references": 4, "output.cache_dir": ""}
     for engine in ("inline", "ray"):

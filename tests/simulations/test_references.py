@@ -220,7 +220,7 @@ def test_without_public_samples_the_candidates_are_halved(tmp_path: Path) -> Non
 @pytest.mark.ray
 def test_sixteen_on_two_actors(tmp_path: Path) -> None:
     """The bar: `mlp` on digits, 16 references, two actors; the same bits as inline, and none trained twice."""
-    more = {"references": 16, "actors": 2, "engine": "ray"}
+    more = {"references": 16, "actors": 2, "engine": "ray", "attack": "attack-r"}
     _, text = ran(tmp_path / "run", **more)
     assert "16 reference models: 16 trained, 0 from" in text
     _, text = ran(tmp_path / "again", **more)
