@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedattack.audit.family import FAMILIES, AuditResult, Family, headline
+from fedattack.audit.family import FAMILIES, AuditResult, Family, get_family, headline
 from fedattack.audit.membership import audit_membership
 from fedattack.audit.reconstruction import audit_reconstruction
 from fedattack.audit.unlearning import audit_unlearning
@@ -14,5 +14,6 @@ __all__ = [
     "audit_membership",
     "audit_reconstruction",
     "audit_unlearning",
+    "get_family",
     "headline",
 ]

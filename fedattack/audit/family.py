@@ -131,6 +131,10 @@ class Family:
         Of the terminal's table, from a summary; None: made from the metrics.
     rows, remarks, details
         For the report, from a result: rows of scores, sentences below them, columns of a table of its records.
+    beside
+        From a result: sentences below its verdict, on the terminal too.
+    together
+        From the results of all its attacks in a run: figures with a sentence, "text"; None: nothing to tell.
     sweep
         Further columns of a sweep's table, from a summary.
     types
@@ -149,6 +153,8 @@ class Family:
     columns: tuple[Column, ...] | None = None
     rows: Callable[[AuditResult], list[Row]] = lambda result: score_rows(result)
     remarks: Callable[[AuditResult], Sequence[str]] = lambda _: ()
+    beside: Callable[[AuditResult], Sequence[str]] = lambda _: ()
+    together: Callable[[Sequence[AuditResult]], Figures | None] = lambda _: None
     details: Callable[[AuditResult], Sequence[Column]] = lambda _: ()
     sweep: Callable[[Figures], dict[str, Any]] = lambda _: {}
     drawings: tuple[Drawing, ...] = ()
@@ -234,6 +240,12 @@ def by_family(results: Sequence[AuditResult]) -> list[tuple[Family, list[AuditRe
     """The families that were asked, in the order of the results, and the results of each."""
     names = dict.fromkeys(result.family for result in results)
     return [(get_family(name), [result for result in results if result.family == name]) for name in names]
+
+
+def told_together(results: Sequence[AuditResult]) -> dict[str, Figures]:
+    """Family -> what is told of all its attacks in a run together, where there is such."""
+    found = {family.name: family.together(chosen) for family, chosen in by_family(results)}
+    return {name: figures for name, figures in found.items() if figures is not None}
 
 
 def gain_level(gain: Interval, margin: float) -> Level:

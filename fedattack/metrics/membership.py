@@ -8,14 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import brentq
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_curve
 
 from fedattack.errors import DataError
 from fedattack.metrics.statistics import Interval, clopper_pearson
 from fedattack.rng import numpy_rng
-
-_CELLS = 4_000_000
-"""Resampled counts held at once (32 MB)."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +37,9 @@ def auc(scores: ArrayLike, is_member: ArrayLike) -> float:
     `scores` (N,): higher means "more likely a member". Raises DataError, as all below that take scores, if the
     lengths differ, a score is not a number, or there is no member or no non-member.
     """
-    values, member = _checked(scores, is_member)
-    return float(roc_auc_score(member, values))
-
-
-def auc_interval(
-    scores: ArrayLike, is_member: ArrayLike, seed: int, confidence: float = 0.95, replicates: int = 1000
-) -> Interval:
-    """AUC with the wider, at either end, of two intervals.
-
-    One is the percentile bootstrap (members and non-members resampled separately), which shrinks to a point where few
-    candidates are told apart perfectly or not at all. The other is the score interval: every area from which the one
-    that was found is no further than Hanley and McNeil's standard error allows (Newcombe, Confidence intervals for an
-    effect size measure based on the Mann-Whitney statistic, part 2, 2006, method 5).
-    """
-    values, member = _checked(scores, is_member)
-    _, place = np.unique(values, return_inverse=True)
-    inside = np.bincount(place[member], minlength=place.max() + 1)
-    outside = np.bincount(place[~member], minlength=place.max() + 1)
-    rng = numpy_rng(seed, "auc bootstrap")
-    areas: list[NDArray[np.float64]] = []
-    step = max(1, _CELLS // len(inside))
-    for start in range(0, replicates, step):
-        size = min(step, replicates - start)
-        m = rng.multinomial(member.sum(), inside / inside.sum(), size=size)
-        n = rng.multinomial((~member).sum(), outside / outside.sum(), size=size)
-        below = np.cumsum(n, axis=1) - 0.5 * n  # ties count half
-        areas.append((m * below).sum(axis=1) / (member.sum() * float((~member).sum())))
-    low, high = np.quantile(np.concatenate(areas), [(1 - confidence) / 2, (1 + confidence) / 2])
-    area = float(roc_auc_score(member, values))
-    score_low, score_high = auc_reach(area, int(member.sum()), int((~member).sum()), confidence)
-    return Interval(area, min(float(low), score_low), max(float(high), score_high), len(values), confidence)
+    values, member = checked(scores, is_member)
+    inside = int(member.sum())
+    return float((stats.rankdata(values)[member].mean() - (inside + 1) / 2) / (len(values) - inside))
 
 
 def auc_deviation(area: float, members: int, nonmembers: int) -> float:
@@ -83,7 +52,7 @@ def auc_deviation(area: float, members: int, nonmembers: int) -> float:
 
 
 def auc_reach(area: float, members: int, nonmembers: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Ends of the score interval of an AUC; see :func:`auc_interval`."""
+    """Ends of the score interval of an AUC; see :func:`fedattack.metrics.pooled_auc`."""
     z = float(stats.norm.ppf((1 + confidence) / 2))
 
     def beyond(true: float) -> float:
@@ -119,26 +88,43 @@ def tpr_at_fpr(scores: ArrayLike, is_member: ArrayLike, max_fpr: float) -> Opera
     With fewer than ``1 / max_fpr`` non-members the point allows no false positive at all; the counts say so (Carlini
     et al., Membership Inference Attacks From First Principles, 2022).
     """
-    values, member = _checked(scores, is_member)
-    fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
-    point = int(np.nonzero(fpr <= max_fpr)[0][-1])
+    values, member = checked(scores, is_member)
     members, nonmembers = int(member.sum()), int((~member).sum())
-    hits = round(float(tpr[point]) * members)
+    hits, false = hits_at_fpr(values, member, max_fpr)
     # Without knowledge the ranking is a random shuffle: members drawn before the (allowed + 1)-th non-member.
-    allowed = int(np.floor(max_fpr * nonmembers + 1e-9))
-    null = stats.nhypergeom(members + nonmembers, members, min(allowed + 1, nonmembers))
+    null = stats.nhypergeom(members + nonmembers, members, min(_allowed(max_fpr, nonmembers) + 1, nonmembers))
     return OperatingPoint(
         max_fpr=max_fpr,
         tpr=clopper_pearson(hits, members),
-        fpr=float(fpr[point]),
+        fpr=false / nonmembers,
         true_positives=hits,
-        false_positives=round(float(fpr[point]) * nonmembers),
+        false_positives=false,
         members=members,
         nonmembers=nonmembers,
         chance_mean=float(null.mean()) / members,
         chance_high=float(null.ppf(0.975)) / members,
-        p_value=float(null.sf(hits - 1)),
+        p_value=chance_of_hits(hits, members, nonmembers, max_fpr),
     )
+
+
+def hits_at_fpr(values: NDArray[np.float64], member: NDArray[np.bool_], max_fpr: float) -> tuple[int, int]:
+    """Members and non-members above the first non-member that is not allowed, ties with it left out."""
+    outside = np.sort(values[~member])[::-1]
+    allowed = _allowed(max_fpr, len(outside))
+    bar = outside[allowed] if allowed < len(outside) else -np.inf
+    return int((values[member] > bar).sum()), int((outside > bar).sum())
+
+
+def chance_of_hits(hits: int, members: int, nonmembers: int, max_fpr: float) -> float:
+    """Chance of at least so many hits at `max_fpr` when the scores know nothing: a negative hypergeometric tail."""
+    allowed = min(_allowed(max_fpr, nonmembers), nonmembers - 1)
+    # The first hits + allowed of the ranking then hold at most `allowed` non-members.
+    return float(stats.hypergeom.cdf(allowed, members + nonmembers, nonmembers, hits + allowed))
+
+
+def _allowed(max_fpr: float, nonmembers: int) -> int:
+    """False positives that a rate allows."""
+    return int(np.floor(max_fpr * nonmembers + 1e-9))
 
 
 def balanced_accuracy(scores: ArrayLike, is_member: ArrayLike) -> float:
@@ -146,35 +132,49 @@ def balanced_accuracy(scores: ArrayLike, is_member: ArrayLike) -> float:
 
     The threshold is chosen on the scored candidates: chance is above 0.5, see :func:`chance_balanced_accuracy`.
     """
-    values, member = _checked(scores, is_member)
-    fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
-    return float(((tpr - fpr).max() + 1) / 2)
+    values, member = checked(scores, is_member)
+    order, last = _thresholds(values)
+    return (max(0.0, float(np.cumsum(_steps(member)[order])[last].max())) + 1) / 2
 
 
 def chance_balanced_accuracy(
-    scores: ArrayLike, is_member: ArrayLike, seed: int, replicates: int = 1000
+    scores: ArrayLike, is_member: ArrayLike, seed: int, replicates: int | None = None
 ) -> tuple[float, float]:
-    """Mean and 97.5 % quantile of :func:`balanced_accuracy` when memberships are shuffled among these scores."""
-    values, member = _checked(scores, is_member)
-    order = np.argsort(-values, kind="stable")
-    last = np.append(np.nonzero(np.diff(values[order]))[0], len(values) - 1)  # last place of each tie
-    steps = np.where(member, 1 / member.sum(), -1 / (~member).sum())
+    """Mean and 97.5 % quantile of :func:`balanced_accuracy` when memberships are shuffled among these scores.
+
+    `replicates` None: 1000, and fewer, down to 200, for thousands of scores.
+    """
+    values, member = checked(scores, is_member)
+    _, last = _thresholds(values)
+    steps = _steps(member)
     rng = numpy_rng(seed, "balanced accuracy")
-    best = np.empty(replicates)
-    for index in range(replicates):
+    best = np.empty(replicates or int(np.clip(2_000_000 // len(values), 200, 1000)))
+    for index in range(len(best)):
         best[index] = max(0.0, np.cumsum(rng.permutation(steps))[last].max())
     accuracy = (best + 1) / 2
     return float(accuracy.mean()), float(np.quantile(accuracy, 0.975))
 
 
+def _thresholds(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ranking, highest first, and the last place of each tie in it."""
+    order = np.argsort(-values, kind="stable")
+    return order, np.append(np.nonzero(np.diff(values[order]))[0], len(values) - 1)
+
+
+def _steps(member: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """What each candidate adds to true-positive minus false-positive rate."""
+    return np.where(member, 1 / member.sum(), -1 / (~member).sum())
+
+
 def roc_points(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """False- and true-positive rates of the ROC curve, both rising from 0 to 1."""
-    values, member = _checked(scores, is_member)
+    values, member = checked(scores, is_member)
     fpr, tpr, _ = roc_curve(member, values, drop_intermediate=False)
     return fpr, tpr
 
 
-def _checked(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def checked(scores: ArrayLike, is_member: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Finite scores (N,), float64, and memberships (N,), bool, with one of each kind; else DataError."""
     values, member = np.asarray(scores, dtype=np.float64), np.asarray(is_member)
     if values.ndim != 1 or values.shape != member.shape:
         raise DataError(

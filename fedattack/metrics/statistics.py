@@ -112,8 +112,10 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> In
     """Exact interval of a binomial share (Clopper and Pearson, 1934)."""
     _check_counts(successes, trials)
     _check_confidence(confidence)
-    exact = stats.binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="exact")
-    return Interval(successes / trials, float(exact.low), float(exact.high), trials, confidence)
+    tail, missed = (1 - confidence) / 2, trials - successes
+    low = float(stats.beta.ppf(tail, successes, missed + 1)) if successes else 0.0
+    high = float(stats.beta.isf(tail, successes + 1, missed)) if missed else 1.0
+    return Interval(successes / trials, low, high, trials, confidence)
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:

@@ -27,6 +27,9 @@ PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#767676"
 _SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _FLOOR_MARKS = (("s", ORANGE), ("D", GREEN), ("^", PURPLE), ("v", SKY), ("P", VERMILLION))
 _DPI = 130
+
+FEWEST_NEGATIVES = 50
+"""Non-members below which the left end of a ROC curve is one or two of them, and is not drawn."""
 _NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555"}
 
 
@@ -146,40 +149,63 @@ def loss_history(result: AuditResult, limit: int = 16) -> Figure | None:
 
 
 def roc(results: Sequence[AuditResult]) -> Figure:
-    """ROC curves of membership attacks, linear and log-log, with exact pointwise 95 % bands and chance."""
-    figure = Figure(figsize=(9.4, 4.3), layout="constrained")
-    linear, log = figure.subplots(1, 2)
-    curves = [
-        (f"{result.attack}, {label}" if len(result.curves["roc"]) > 1 else result.attack, curve)
-        for result in results
-        for label, curve in result.curves["roc"].items()
-    ]
-    smallest = min(1 / curve["nonmembers"] for _, curve in curves)
-    low = min(0.1, 10.0 ** np.floor(np.log10(smallest)))
-    for (label, curve), colour in zip(curves, _SERIES, strict=False):
+    """ROC curves of membership attacks, with exact pointwise 95 % bands and chance; log-log too from 50 negatives."""
+    curves = [(result.attack, result.curves["roc"]) for result in results]
+    fewest = min(curve["nonmembers"] for _, curve in curves)
+    deep = fewest >= FEWEST_NEGATIVES
+    figure = Figure(figsize=(9.4 if deep else 5.2, 4.3), layout="constrained")
+    linear, *log = figure.subplots(1, 2 if deep else 1, squeeze=False)[0]
+    low = min(0.1, 10.0 ** np.floor(np.log10(1 / fewest)))
+    for index, (label, curve) in enumerate(curves):
+        colour, style = _SERIES[index % len(_SERIES)], ("-", "--", ":")[index // len(_SERIES) % 3]
         fpr, tpr, members = np.asarray(curve["fpr"]), np.asarray(curve["tpr"]), curve["members"]
         bands = {hits: clopper_pearson(int(hits), members) for hits in np.unique(np.rint(tpr * members))}
         ends = [(bands[h].low, bands[h].high) for h in np.rint(tpr * members)]
         bottom, top = np.array(ends).T
-        for axes in (linear, log):
-            axes.plot(fpr, tpr, color=colour, linewidth=1.8, label=label)
+        for axes in (linear, *log):
+            axes.plot(fpr, tpr, style, color=colour, linewidth=1.8, label=label)
             axes.fill_between(fpr, bottom, top, color=colour, alpha=0.15, linewidth=0)
     line = np.geomspace(low, 1, 50)
-    for axes in (linear, log):
-        axes.plot(line, line, color=GREY, linestyle="--", linewidth=1.2, label="chance")
+    for axes in (linear, *log):
+        axes.plot([0, *line], [0, *line], color=GREY, linestyle="--", linewidth=1.2, label="chance")
         axes.set_xlabel("false-positive rate: non-members called members")
         axes.grid(color="#e3e3e3")
         axes.set_axisbelow(True)
-    linear.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2)
+        axes.set_aspect("equal")
     linear.set(xlim=(0, 1), ylim=(0, 1), ylabel="true-positive rate: members found")
-    linear.set_aspect("equal")
-    log.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1))
-    log.set_aspect("equal")
-    log.axvline(0.01, color=GREY, linewidth=0.8, linestyle=":")
-    log.annotate("1 %", (0.01, low * 1.15), ha="left", xytext=(3, 0), textcoords="offset points", **_NOTE)
     linear.set_title("linear", fontsize=10, loc="left")
-    log.set_title("log-log: what a cautious attacker finds", fontsize=10, loc="left")
     linear.legend(fontsize=8, loc="lower right")
+    for axes in log:
+        axes.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1))
+        axes.axvline(0.01, color=GREY, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            "1 %", (0.01, low * 1.15), ha="left", xytext=(3, 0), textcoords="offset points", **_NOTE
+        )
+        axes.set_title("log-log: what a cautious attacker finds", fontsize=10, loc="left")
+    return figure
+
+
+def exposed(result: AuditResult) -> Figure | None:
+    """The candidates of the highest scores, members above non-members; None without their images."""
+    shown = result.curves.get("exposed")
+    if not shown:
+        return None
+    columns = max(len(kind["rows"]) for kind in shown.values())
+    figure = Figure(figsize=(1.3 * columns + 1.4, 1.9 * len(shown) + 0.5), layout="constrained")
+    grid = figure.subplots(len(shown), columns, squeeze=False)
+    for row, (name, kind) in enumerate(shown.items()):
+        for column, axes in enumerate(grid[row]):
+            if column >= len(kind["rows"]):
+                axes.axis("off")
+                continue
+            told = kind["rows"][column]
+            _image(axes, kind["images"][column])
+            whose = f", person {told['group']}" if "group" in told else ""
+            axes.set_title(f"{formats.seat(told['client'])}{whose}", fontsize=8)
+            label = f"label {told['label']}, " if "label" in told else ""
+            axes.set_xlabel(f"{label}{formats.compact(told['score'])}", fontsize=8, labelpad=2)
+        grid[row, 0].set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    figure.suptitle(f"{result.attack}: highest scores among members and among non-members", fontsize=10)
     return figure
 
 

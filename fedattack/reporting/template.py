@@ -20,11 +20,13 @@ p { margin: .4rem 0 .8rem; max-width: 48rem; }
   padding: .8rem 1.1rem; margin: .9rem 0; border-radius: .3rem; }
 .verdict p { margin: .15rem 0; max-width: none; }
 .verdict .head { color: var(--c); font-weight: 700; font-size: 1.15rem; }
-.verdict .head::first-letter, .verdict .why::first-letter { text-transform: uppercase; }
+.verdict .beside { font-size: .92rem; }
+.verdict .head::first-letter, .verdict .why::first-letter, .verdict .beside::first-letter { text-transform: uppercase; }
 .leak { --c: var(--leak); } .partial { --c: var(--partial); } .none { --c: var(--none); }
 .undecided { --c: var(--undecided); } .failed { --c: var(--failed); }
 .top { font-size: 1.15rem; font-weight: 600; color: var(--c); max-width: none; }
-.top::first-letter { text-transform: uppercase; }
+.top::first-letter, .best::first-letter { text-transform: uppercase; }
+.best { font-weight: 600; }
 .badge { border: 1px solid var(--line); border-radius: .3rem; padding: 0 .4rem; font-size: .85rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .4rem 0 1rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
@@ -74,6 +76,9 @@ REPORT = (
   <p class="soft">{{ a.question }} <strong>{{ a.name }}</strong>{% if a.badge %} <span class="badge">{{ a.badge }}</span>{% endif %}</p>
   <p class="head">{{ a.headline }}</p>
   <p class="why">{{ a.explanation }}</p>
+{% for line in a.beside %}
+  <p class="beside">{{ line }}</p>
+{% endfor %}
 </div>
 {% else %}
 <p>No attack was part of this run.</p>
@@ -90,6 +95,7 @@ REPORT = (
 <tr{% if row.main %} class="main"{% endif %}><td>{{ row.name }}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
+{% if f.together %}<p class="best">{{ f.together }}.</p>{% endif %}
 {% for remark in f.remarks if remark %}<p class="soft">{{ remark }}</p>{% endfor %}
 {% endfor %}
 {% endif %}

@@ -8,10 +8,11 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedattack.audit.family import AuditResult, Family, by_family, headline
+from fedattack.audit.family import AuditResult, Family, by_family, get_family, headline, told_together
 
 STYLES = {"leak": "bold red", "partial": "bold yellow", "none": "bold green"}
 STYLES |= {"undecided": "bold", "failed": "bold"}
@@ -36,6 +37,10 @@ def print_summary(
         if result.threat.get("letters"):
             letters = ", ".join(result.threat["letters"])
             console.print(Text(f"  seen as {result.threat.get('seat', '')}: {letters}"))
+        for sentence in get_family(result.family).beside(result):
+            console.print(Padding(Text(sentence), (0, 0, 0, 2)), width=width)
+    for figures in told_together(results).values():
+        console.print(Text(figures["text"], style="bold"), width=width)
 
 
 def _table(family: Family, results: Sequence[AuditResult], width: int) -> Table:

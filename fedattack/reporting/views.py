@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fedattack.audit.family import AuditResult, by_family, get_family
+from fedattack.audit.family import AuditResult, by_family, get_family, told_together
 from fedattack.config import Config
 from fedattack.reporting import formats
 from fedattack.storage.plain import fedattack_version
 
 _ROWS = 200
+_INTERVAL = "95 % interval"
 _MEASURING = "not zero, and no bias of the last layer"
 _LIBRARIES = ("torch", "flwr", "ray", "numpy", "scipy", "scikit-learn")
 
@@ -33,9 +35,10 @@ def subtitle(config: Config) -> str:
 
 def attack_view(result: AuditResult) -> dict[str, Any]:
     words, _, explanation = result.verdict.partition(": ")
-    question = get_family(result.family).question
+    family = get_family(result.family)
     told = {"headline": words, "explanation": explanation, "badge": _badge(result.threat)}
-    return {"name": result.attack, "level": result.level, "question": question, **told}
+    told |= {"name": result.attack, "level": result.level, "question": family.question}
+    return {**told, "beside": list(family.beside(result))}
 
 
 def _badge(threat: Mapping[str, Any]) -> str:
@@ -46,19 +49,33 @@ def _badge(threat: Mapping[str, Any]) -> str:
 
 
 def family_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
-    """A table of scores per family, attacks and floors below one another, and remarks on each attack."""
-    views = []
+    """A table of scores per family, attacks and floors below one another, and what is told of each and of all.
+
+    Columns that have nothing to show are left out.
+    """
+    views, together = [], told_together(results)
     for family, chosen in by_family(results):
+        found = [row for result in chosen for row in family.rows(result)]
+        titled = [metric for metric in family.titled if any(metric.of(figures) for _, _, figures in found)]
         columns: list[str] = []
-        for metric in family.titled:
-            columns += [metric.heading, "95 % interval"]
+        for metric in titled:
+            columns += [metric.heading, _INTERVAL]
             columns += ["worst", "best"] if metric is family.titled[0] else []
-        rows = []
-        for title, main, figures in (row for result in chosen for row in family.rows(result)):
-            cells = [cell for m in family.titled for cell in m.cells(figures, ends=m is family.titled[0])]
-            rows.append({"name": title, "main": main, "cells": cells})
+        cells = [
+            [cell for m in titled for cell in m.cells(figures, ends=m is family.titled[0])]
+            for _, _, figures in found
+        ]
+        told = [
+            n != _INTERVAL or any(row[i].strip(formats.NONE) for row in cells) for i, n in enumerate(columns)
+        ]
+        rows = [
+            {"name": title, "main": main, "cells": list(itertools.compress(row, told))}
+            for (title, main, _), row in zip(found, cells, strict=True)
+        ]
+        columns = list(itertools.compress(columns, told))
         remarks = [_sentence(result.attack, family.remarks(result)) for result in chosen]
-        views.append({"title": family.title, "columns": columns, "rows": rows, "remarks": remarks})
+        view = {"title": family.title, "columns": columns, "rows": rows, "remarks": remarks}
+        views.append(view | {"together": together.get(family.name, {}).get("text", "")})
     return views
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedattack.audit.family import AuditResult, by_family, headline
+from fedattack.audit.family import AuditResult, by_family, headline, told_together
 from fedattack.config import Config
 from fedattack.files import write_bytes
 from fedattack.storage.plain import fedattack_version, plain, write_json
@@ -39,9 +39,9 @@ def summary_document(
     """The content of ``summary.json``, already in JSON's own types: NaN is null, infinities "inf", "-inf".
 
     "version", "config", "federation" (as given), "headline" (:func:`fedattack.audit.family.headline`), "left_out"
-    (attack -> why it does not apply) and "attacks": name -> the audit's summary with "family", "count", "metrics"
-    (metric -> "mean", "worst" for whoever attacks, "best", "low", "high"), "floors" (floor -> metric -> the same),
-    "seconds", "level" and more.
+    (attack -> why it does not apply), "together" (family -> what is told of all its attacks, with "text") and
+    "attacks": name -> the audit's summary with "family", "count", "metrics" (metric -> "mean", "worst" for whoever
+    attacks, "best", "low", "high"), "floors" (floor -> metric -> the same), "seconds", "level" and more.
     """
     document = {
         "version": fedattack_version(),
@@ -49,6 +49,7 @@ def summary_document(
         "federation": dict(federation or {}),
         "headline": headline(results, federation),
         "left_out": dict(left_out or {}),
+        "together": told_together(results),
         "attacks": {r.attack: r.summary | ({"threat": r.threat} if r.threat else {}) for r in results},
     }
     return dict(plain(document))

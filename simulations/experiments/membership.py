@@ -8,26 +8,32 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.knowledge import Knowledge
 from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
-from fedattack.audit.membership import Scored
+from fedattack.audit.membership_floors import Blind
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable, RunFailed
 from fedattack.groundtruth import MembershipTruth
+from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
+from fedattack.reporting import formats
 from fedattack.storage import save_observation
 from fedattack.storage.membership import save_candidates, save_global_model, save_membership_truth
 from simulations.engine.federation import FederationResult, RoundRecord
+from simulations.experiments.answered import Answered
 from simulations.experiments.base import Experiment, Plan
+from simulations.experiments.privacy import weakest_guarantee
 from simulations.experiments.question import (
     Question,
     Rounds,
@@ -37,7 +43,7 @@ from simulations.experiments.question import (
     per_unit,
 )
 from simulations.experiments.rounds import Watch
-from simulations.experiments.saved_membership import SavedMembership, scored_of
+from simulations.experiments.saved_membership import SavedMembership
 
 log = logging.getLogger("fedattack.membership")
 
@@ -55,6 +61,7 @@ class MembershipExperiment(Experiment):
         super().__init__(plan, attacks)
         self._after: dict[str, Tensor] = {}
         self._question = self._choose()
+        self._blind = Blind(self._images, plan.config.seed)
         serving = {name: attacks[name] for name in self._serving()}
         seat = Knowledge.of(self._candidates(), plan.world.auxiliary), plan.world.auxiliary
         setting = plan.world.scenario, plan.config.federation.rounds
@@ -168,11 +175,10 @@ class MembershipExperiment(Experiment):
             if record.aggregated or not isinstance(attack, MaliciousClient):
                 for client in record.clients:
                     answered[client].append(record.round)
-        scored: list[Scored] = []
-        details: dict[str, object] = {}
-        statistic, ids, world = name, self._question.samples, plan.world
-        labels = world.dataset.labels[ids]
+        details: dict[str, dict[str, Any]] = {}
+        ids, world = self._question.samples, plan.world
         groups = None if world.dataset.groups is None else world.dataset.groups[ids]
+        told = Answered(ids, world.dataset.labels[ids], groups)
         for target in self._targets(attack):
             rounds = self._asked_about(attack, target, answered)
             if not any(rounds.values()):
@@ -186,22 +192,48 @@ class MembershipExperiment(Experiment):
             answer = self._watch.scores(name, target, hostile)
             if answer is None:
                 continue
-            statistic = answer.statistic
-            scored.append(scored_of(asked, per_unit(answer, self._question.groups), ids, labels, groups))
-        if not scored:
+            told.add(asked, per_unit(answer, self._question.groups), details[str(target)]["observed_rounds"])
+        if not told.scored:
             raise self._watch.fault(name)
         plan.shown(name, 1.0, f"{len(self._question.ids)} candidates")
         plan.folder.save_part(f"{name}-candidates", details)
         return audit_membership(
             name,
-            scored,
-            statistic=statistic,
+            told.scored,
+            statistic=told.statistic,
             seconds=self._watch.seconds[name] + time.perf_counter() - started,
             accuracy=last_accuracy(federation),
             chance_accuracy=plan.commonest_share,
             test_samples=len(plan.world.pools.nonmembers),
+            source=told.source,
+            blind=self._blind.of(told.scored),
+            guarantee=weakest_guarantee(plan.config, world, federation.rounds),
+            references=told.references,
+            images=self._images,
+            warnings=self._warnings(details),
             seed=plan.config.seed,
         )
+
+    def _images(self, ids: NDArray[np.int64]) -> Tensor:
+        return self.plan.world.dataset.tensors(ids)[0]
+
+    def _warnings(self, details: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """What the question and the model call for."""
+        found, matched = [], min(one["matched_label"] for one in details.values())
+        if matched < self._question.alike and self.plan.config.data.labels == "natural":
+            share = formats.percent(matched)
+            found.append(
+                f"only {share} of the non-members have the label of a member: a score may tell classes apart"
+            )
+        if any(
+            name.endswith("running_mean")
+            for name, _ in build_model(self.plan.world.scenario.model).named_buffers()
+        ):
+            found.append(
+                "candidates are looked at with BatchNorm in evaluation mode, at the statistics that were sent: "
+                "unlike the batches that clients trained on"
+            )
+        return found
 
     def _save(self, seen: Sequence[Observation]) -> None:
         """Keep what was seen, for an attack of another day."""

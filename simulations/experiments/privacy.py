@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedattack.audit.membership import Guarantee
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.defenses import Privacy, build_defenses
@@ -43,6 +45,17 @@ def privacy_record(accounts: Mapping[str, Mapping[int, Privacy]]) -> dict[str, d
         worst = clients[client]
         record[name] = {**dataclasses.asdict(worst), "client": client, "text": privacy_text(worst)}
     return record
+
+
+def weakest_guarantee(config: Config, world: World, rounds: Sequence[RoundRecord]) -> Guarantee | None:
+    """What the run's best defence guarantees to the client that has least of it; None where none does."""
+    found = []
+    for clients in privacy_accounts(config, world, rounds).values():
+        client = max(clients, key=lambda one: clients[one].epsilon)
+        account = clients[client]
+        found.append(Guarantee(account.epsilon, account.delta, account.unit, client))
+    best = min(found, key=lambda one: one.epsilon, default=None)
+    return best if best is not None and math.isfinite(best.epsilon) else None
 
 
 def privacy_text(account: Privacy) -> str:

@@ -47,7 +47,7 @@ class RoundJob(Job):
     after: dict[str, Tensor] | None
     lacking: tuple[str, ...]
     seed: int
-    name: str = "membership"
+    name: str = "candidates"
 
     @property
     def key(self) -> str:  # type: ignore[override]

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.knowledge import Knowledge
 from fedattack.audit import AuditResult, audit_membership
-from fedattack.audit.membership import Scored
+from fedattack.audit.membership_floors import Blind
 from fedattack.defenses import hides_clients
 from fedattack.errors import DataError
 from fedattack.observation import EVERYONE, MembershipScores, Observation, client_name
 from fedattack.storage.membership import load_candidates, load_global_model, load_membership_truth
 from fedattack.storage.observations import observed_rounds
+from simulations.experiments.answered import Answered
 from simulations.experiments.base import SavedWork
 from simulations.experiments.question import Asked, per_unit
 from simulations.experiments.rounds import Watch
@@ -84,25 +86,34 @@ class SavedMembership(SavedWork):
         units = len(self._candidates.labels) if groups is None else int(groups.max()) + 1
         if len(known.ids) != units:
             raise DataError(f"{truth} is of {len(known.ids)} candidates, {self.saved} of {units}")
-        audits = {}
+        first = np.arange(units) if groups is None else np.unique(groups.numpy(), return_index=True)[1]
+        place = {int(sample): index for sample, index in zip(known.ids, first, strict=True)}
+
+        def images(ids: NDArray[np.int64]) -> Tensor:
+            return self._candidates.images[[place[sample] for sample in ids.tolist()]]
+
+        blind, audits = Blind(images, self.config.seed), {}
         for name, answers in self._answers.items():
-            scored = []
+            told = Answered(known.ids, known.labels, known.groups)
             for target, answer in answers.items():
                 if target in known.asked:
                     asked = Asked(target, **known.asked[target])
-                    of_units = per_unit(answer, groups)
-                    scored.append(scored_of(asked, of_units, known.ids, known.labels, known.groups))
-            if not scored:
+                    told.add(asked, per_unit(answer, groups), self._rounds)
+            if not told.scored:
                 self.failed[name] = DataError(f"{truth} says nothing of clients {sorted(answers)}")
                 continue
             audits[name] = audit_membership(
                 name,
-                scored,
-                statistic=next(iter(answers.values())).statistic,
+                told.scored,
+                statistic=told.statistic,
                 seconds=self._watch.seconds[name],
                 accuracy=known.accuracy,
                 chance_accuracy=known.chance_accuracy,
                 test_samples=known.test_samples,
+                source=told.source,
+                blind=blind.of(told.scored),
+                references=told.references,
+                images=images,
                 seed=self.config.seed,
             )
         return audits
@@ -112,23 +123,3 @@ class SavedMembership(SavedWork):
             name: {client_name(target): found for target, found in answers.items()}
             for name, answers in self._answers.items()
         }
-
-
-def scored_of(
-    asked: Asked,
-    answer: MembershipScores,
-    ids: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    groups: NDArray[np.int64] | None,
-) -> Scored:
-    """What an attack said of a target's candidates, beside what they are; arrays over the whole list."""
-    places = asked.places
-    return Scored(
-        asked.target,
-        answer.scores.numpy()[places],
-        asked.is_member,
-        ids[places],
-        asked.others,
-        labels[places],
-        None if groups is None else groups[places],
-    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedattack.audit.membership_pool import Scored
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario, Update
@@ -47,3 +49,38 @@ def noisy(truths, sigma: float, seed: int = 0) -> list[Reconstruction]:
         )
         for t in truths
     ]
+
+
+def scored(scores, is_member, client: int = 0, first: int = 0, **more) -> Scored:
+    """An answer about one target whose candidates are samples of their own, numbered from `first`."""
+    values, member = np.asarray(scores, dtype=np.float64), np.asarray(is_member, dtype=bool)
+    own = {"samples": first + np.arange(len(values)), "others": np.zeros(len(values), dtype=bool)}
+    return Scored(client, values, member, **own | more)
+
+
+def targets(
+    clients: int,
+    count: int,
+    effect: float,
+    *,
+    shared: bool,
+    unit: float,
+    offset: float,
+    spread: float,
+    seed: int,
+) -> list[Scored]:
+    """Targets of `count` members and as many held-out samples, scores N(own, 1).
+
+    A sample's own mean has the deviation `unit`, a client's `offset`, and its members' further `effect` the deviation
+    `spread`. `shared`: all targets are asked about the same held-out samples.
+    """
+    rng = np.random.default_rng(seed)
+    held, found = unit * rng.normal(size=count), []
+    for client in range(clients):
+        own = held if shared else unit * rng.normal(size=count)
+        inside = unit * rng.normal(size=count) + effect + spread * rng.normal()
+        scores = np.concatenate([inside, own]) + offset * rng.normal() + rng.normal(size=2 * count)
+        out = np.arange(count) if shared else (2 * client + 1) * 10_000 + np.arange(count)
+        samples = np.concatenate([(2 * client + 2) * 10_000 + np.arange(count), out])
+        found.append(scored(scores, np.arange(2 * count) < count, client, samples=samples))
+    return found

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from audit_scenes import noisy, scene
+from audit_scenes import noisy, scene, scored
 
 from fedattack.audit import (
     audit_membership,
@@ -16,13 +16,13 @@ from fedattack.audit import (
     audit_unlearning,
     family,
     membership,
+    membership_told,
     reconstruction,
     unlearning,
 )
 from fedattack.audit import reconstruction_verdict as rule
 from fedattack.audit.family import AuditResult
 from fedattack.metrics import Interval, OperatingPoint
-from fedattack.observation import MembershipScores
 
 NO = Interval(0.02, math.nan, math.nan, 1)
 
@@ -117,22 +117,22 @@ def test_further_candidates_are_counted_from_the_smaller_side() -> None:
             f"about {needed - 30:,} more members" in membership.verdict_of(auc, CHANCE, tail(), candidates)[1]
         )
     scores = torch.cat([torch.linspace(0, 1, 12), torch.linspace(0, 1, 60)])
-    result = audit_membership("a", scores, np.arange(72) < 12)
-    turned = audit_membership("a", scores, np.arange(72) >= 12)
+    result = audit_membership("a", [scored(scores, np.arange(72) < 12)])
+    turned = audit_membership("a", [scored(scores, np.arange(72) >= 12)])
     for one in (result, turned):
         few = int(one.verdict.partition("about ")[2].partition(" more")[0].replace(",", ""))
         assert few == membership._candidates_needed(one.summary["metrics"]["auc"]["mean"]) - 12
 
 
 def test_the_statistic_is_a_remark_where_it_has_a_name() -> None:
-    scores, members = torch.linspace(0, 1, 8), np.arange(8) > 3
-    named = audit_membership("a", MembershipScores(scores, "cosine"), members)
-    assert membership._remarks(named)[:2] == [
+    asked = [scored(torch.linspace(0, 1, 8), np.arange(8) > 3)]
+    named = audit_membership("a", asked, statistic="cosine", references=3)
+    assert membership_told.remarks(named)[:3] == [
         "a: 4 members and 4 non-members, 1 target client",
         "statistic: cosine",
+        "reference models: 3",
     ]
-    assert not any("statistic" in one for one in membership._remarks(audit_membership("a", scores, members)))
-    assert "0.1 % means no false positive at all" in " ".join(membership._remarks(named))
+    assert not any("statistic" in one for one in membership_told.remarks(audit_membership("a", asked)))
 
 
 def _result(rounds: tuple[int, ...], steps: int = 1, protocol: str = "fedsgd") -> AuditResult:

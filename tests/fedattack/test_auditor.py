@@ -11,13 +11,11 @@ from audit_scenes import CLASSES, noisy, scene
 from skimage.metrics import structural_similarity
 
 from fedattack.audit import reconstruction_verdict as rule
-from fedattack.audit.membership import audit_membership
 from fedattack.audit.reconstruction import audit_reconstruction
 from fedattack.audit.unlearning import audit_unlearning
 from fedattack.errors import DataError
 from fedattack.groundtruth import GroundTruth
-from fedattack.metrics import tpr_at_fpr
-from fedattack.observation import MembershipScores, Reconstruction
+from fedattack.observation import Reconstruction
 
 
 def test_recovered_images_are_called_so() -> None:
@@ -213,60 +211,6 @@ def test_bad_requests_are_refused() -> None:
         audit_reconstruction("a", observations, answers, truths[:1], 1.0)
     with pytest.raises(DataError, match="one of each"):
         audit_reconstruction("a", observations, answers[:1], truths, 1.0)
-
-
-def _member_scores(shift: float, count: int = 400):
-    rng = np.random.default_rng(7)
-    scores = np.concatenate([rng.normal(shift, 1, count), rng.normal(0, 1, count)])
-    return MembershipScores(torch.tensor(scores), "loss"), np.arange(2 * count) < count
-
-
-@pytest.mark.parametrize(
-    ("shift", "level", "words"),
-    [
-        (3.0, "leak", "members identified: AUC 0.98"),
-        (0.6, "partial", "membership leaks: AUC 0.6"),
-        (0.0, "none", "no leakage beyond chance: AUC"),
-        (-0.6, "undecided", "run backwards"),
-    ],
-)
-def test_membership_verdicts(shift: float, level: str, words: str) -> None:
-    scores, member = _member_scores(shift)
-    found = audit_membership("fedmia", scores, member, clients=[3], seconds=2.0)
-    assert found.level == level
-    assert words in found.verdict
-    assert found.summary["count"] == 800
-    assert (
-        found.summary["floors"]["chance"]["auc"]["low"]
-        < 0.5
-        < found.summary["floors"]["chance"]["auc"]["high"]
-    )
-    tail = found.summary["metrics"]["tpr_at_1_percent_fpr"]
-    assert tail["true_positives"] == tpr_at_fpr(scores.scores, member, 0.01).true_positives
-    assert len(found.records) == 800
-    assert found.records[0]["client"] == 3
-
-
-def test_a_few_certain_members_are_leakage_at_an_auc_of_chance() -> None:
-    scores, member = _member_scores(0.0)
-    scores.scores[:30] += 20.0
-    scores.scores[30:400] -= 0.22  # the rest hidden, so that the AUC stays at chance
-    found = audit_membership("fedmia", scores, member)
-    assert found.summary["metrics"]["auc"]["mean"] == pytest.approx(0.5, abs=0.03)
-    assert found.level == "partial"
-
-
-def test_several_targets_are_averaged() -> None:
-    first, member = _member_scores(0.6)
-    second, _ = _member_scores(1.2)
-    both = audit_membership("fedmia", [first, second], [member, member], clients=[0, 4])
-    one, two = audit_membership("x", first, member), audit_membership("x", second, member)
-    mean = both.summary["metrics"]["auc"]
-    assert mean["mean"] == pytest.approx(np.mean([a.summary["metrics"]["auc"]["mean"] for a in (one, two)]))
-    assert mean["worst"] == pytest.approx(one.summary["metrics"]["auc"]["mean"])
-    assert set(both.curves["roc"]) == {"client 0", "client 4"}
-    with pytest.raises(DataError, match="one of each per target"):
-        audit_membership("x", [first, second], [member])
 
 
 @pytest.mark.parametrize(

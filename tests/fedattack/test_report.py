@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from audit_scenes import scored
 from PIL import Image
 from rich.console import Console
 
 from fedattack.audit import AuditResult, audit_membership, audit_reconstruction, audit_unlearning
 from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import Auxiliary, MembershipScores, Observation, Reconstruction, Scenario, Update
+from fedattack.observation import Auxiliary, Observation, Reconstruction, Scenario, Update
 from fedattack.reporting import figures, formats
 from fedattack.reporting.report import write_results
 from fedattack.reporting.terminal import print_summary
@@ -78,10 +79,10 @@ def reconstruction_result(
 def results() -> list[AuditResult]:
     rng = np.random.default_rng(0)
     member = np.arange(200) < 100
-    scores = MembershipScores(torch.tensor(rng.normal(size=200) + member), "loss")
+    asked = [scored(rng.normal(size=200) + member, member, 2)]
     return [
         reconstruction_result(),
-        audit_membership("fedmia", scores, member, clients=[2], seconds=1.0),
+        audit_membership("fedmia", asked, statistic="loss", seconds=1.0),
         audit_unlearning(
             "unlearn-max-loss", [0.9, 0.91], [0.7, 0.72], [0.89, 0.9], requests=5, mechanism="retrain"
         ),
