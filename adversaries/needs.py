@@ -33,8 +33,8 @@ class Needs:
     """No defence has scaled the gradient by a factor that is not sent."""
     undecayed: Literal["", "steps", "delta"] = ""
     """No weight decay over several local steps; nor in any weight delta."""
-    sums: Literal["", "dense", "single"] = ""
-    """Sums over clients (secure aggregation) are read where they are dense; or single updates alone are."""
+    sums: Literal["", "dense", "single", "any"] = ""
+    """Sums over clients (secure aggregation) are read where dense; or single updates alone; or either."""
     fresh: bool = False
     """Updates hold no residuals of earlier rounds: under error feedback only round 1 is attacked."""
     labels: str = ""

@@ -38,11 +38,13 @@ class MaliciousServer(Attack):
         seed: int,
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
+        turn: int = 0,
     ) -> dict[str, Tensor]:
         """What is sent instead of the global model in an armed round: the same names, shapes and types.
 
         `weights` is the global state dict, not to be modified; `seed` seeds every draw and differs from round
-        to round; `candidates` are the samples it will be asked about, where its question has some.
+        to round; `candidates` are the samples it will be asked about, where its question has some; `turn`: how many
+        armed rounds lie before this one.
         """
         return weights
 
@@ -76,6 +78,8 @@ class ClientView:
         Kept between rounds, to be written to; empty at first. Needs :attr:`MaliciousClient.keeps_memory`.
     requests : int
         How many deletions it is to ask for (setting ``attack.requests``).
+    question : Candidates, optional
+        The samples it will be asked about, in the rounds of an attack that :attr:`MaliciousClient.asks_early`.
     """
 
     round: int
@@ -85,17 +89,21 @@ class ClientView:
     seed: int
     memory: dict[str, Tensor]
     requests: int = 1
+    question: Candidates | None = None
 
 
 @dataclass
 class MaliciousClient(Attack):
     """Takes part as the clients of setting ``attack.malicious_clients``; each hook does nothing unless overridden.
 
-    `keeps_memory`: whether :attr:`ClientView.memory` is kept from round to round.
+    `keeps_memory`: whether :attr:`ClientView.memory` is kept from round to round. `asks_early`: whether the
+    adversary behind it knows from the start which samples it wants to know about, and has them before it in every
+    round (:attr:`ClientView.question`).
     """
 
     seat = "malicious client"
     keeps_memory: ClassVar[bool] = False
+    asks_early: ClassVar[bool] = False
 
     def see(self, view: ClientView) -> None:
         """Look at the global model of a round, before anything else."""

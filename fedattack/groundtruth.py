@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,16 +35,16 @@ class MembershipTruth:
     """Who is behind what a membership question asks about: N samples, or people.
 
     `ids`, `owner` (the client, -1: held out), `labels` and `groups` are int64 (N,), of a person those of one sample.
-    `asked` says of each target what counts: arrays of one length by name ("places" in the list, "is_member", "others":
-    other clients' members). `accuracy` and `chance_accuracy`, in [0, 1], are the last global model's on `test_samples`
-    held-out samples, and the share of their commonest class.
+    `asked` says of each target what counts: arrays of one length by name ("places" in the list, "is_member",
+    "others": other clients' members). `accuracy` and `chance_accuracy`, in [0, 1], are the last global model's on
+    `test_samples` held-out samples, and the share of their commonest class.
     """
 
     ids: NDArray[np.int64]
     owner: NDArray[np.int64]
     labels: NDArray[np.int64]
     groups: NDArray[np.int64] | None
-    asked: Mapping[int, Mapping[str, NDArray[np.generic]]]
+    asked: Mapping[int, Mapping[str, NDArray[Any]]]
     accuracy: float | None
     chance_accuracy: float
     test_samples: int

@@ -23,7 +23,12 @@ EVERYONE = -1
 
 def observation_name(round: int, client: int) -> str:
     """Stable name of an observation, for files and logs."""
-    return f"round-{round:04d}-" + ("everyone" if client == EVERYONE else f"client-{client:05d}")
+    return f"round-{round:04d}-{client_name(client)}"
+
+
+def client_name(client: int) -> str:
+    """Stable name of a client, or of everyone, for files and logs."""
+    return "everyone" if client == EVERYONE else f"client-{client:05d}"
 
 
 @dataclass(frozen=True)

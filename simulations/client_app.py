@@ -234,7 +234,7 @@ def train(message: Message, context: Context) -> Message:
     used = used_positions(batches)
     images, labels = place.samples(client, used)
     weights = place.weights(arrays)
-    seats = _seats(place, context, round, client, weights)
+    seats = _seats(place, context, round, client, weights, message.content)
     for attack, view in seats.values():
         attack.see(view)
         poisoned = attack.poison(view, images, labels)
@@ -318,18 +318,33 @@ def _remember(context: Context, key: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _seats(
-    place: Workplace, context: Context, round: int, client: int, weights: dict[str, Tensor]
+    place: Workplace,
+    context: Context,
+    round: int,
+    client: int,
+    weights: dict[str, Tensor],
+    told: RecordDict | None = None,
 ) -> dict[str, tuple[MaliciousClient, ClientView]]:
-    """What a malicious client carries out, by name, each with its view; nothing for an honest one."""
+    """What a malicious client carries out, by name, each with its view; nothing for an honest one.
+
+    `told`: the instruction, which may hold questions.
+    """
     if client not in place.config.attack.malicious_clients:
         return {}
     seats, requests = {}, place.config.attack.requests
     for name, attack in place.attackers.items():
         seed = adversary_seed(place.config.seed, f"client seat of {name}", round, client)
         memory = _recalled(context, _ATTACK_MEMORY.format(attack=name))
-        view = ClientView(round, client, place.scenario, dict(weights), seed, memory, requests)
+        asked = told.array_records.get(wire.QUESTION_OF.format(attack=name)) if told else None
+        question = _question(asked) if asked is not None else None
+        view = ClientView(round, client, place.scenario, dict(weights), seed, memory, requests, question)
         seats[name] = attack, view
     return seats
+
+
+def _question(record: ArrayRecord) -> Candidates:
+    tensors = wire.to_tensors(record)
+    return Candidates(tensors["images"], tensors["labels"])
 
 
 def _alike(attack: MaliciousClient, before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -376,8 +391,7 @@ def answer(message: Message, context: Context) -> Message:
     assert isinstance(arrays, ArrayRecord)
     assert isinstance(asked, ArrayRecord)
     attack, view = _seats(place, context, round, client, place.weights(arrays))[str(name)]
-    question = wire.to_tensors(asked)
-    answers = attack.answer(view, Candidates(question["images"], question["labels"]))
+    answers = attack.answer(view, _question(asked))
     return Message(RecordDict({wire.UPDATE: wire.to_record(answers)}), reply_to=message)
 
 

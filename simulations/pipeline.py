@@ -213,6 +213,11 @@ def attack_folder(
     answers: dict[str, dict[str, Any]] = {}
     failed: dict[str, BaseException] = {}
     with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
+        told = {"folder": str(saved.resolve())}
+        if (earlier := folder.load_part("observations")) not in (None, told):
+            what = f"holds attacks on {dict(earlier or {}).get('folder')}; give another folder"
+            raise ConfigError(f"setting 'output.run_dir' = {str(folder.path)!r}: {what}")
+        folder.save_part("observations", told)
         for note in notes:
             shown.say(note, folder)
         works: list[SavedWork] = []

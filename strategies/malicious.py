@@ -60,7 +60,8 @@ class MaliciousServer(Eavesdropper):
         if round not in self.rounds:
             return None
         seed = adversary_seed(self.seed, "arm", round)
-        sent = self.attack.arm(self.scenario, dict(weights), seed, self.auxiliary, self.candidates)
+        turn = sum(armed < round for armed in self.rounds)
+        sent = self.attack.arm(self.scenario, dict(weights), seed, self.auxiliary, self.candidates, turn)
         name = type(self.attack).__name__
         if list(sent) != list(weights):
             raise ConfigError(f"attack {name} sends other tensors than the model's")

@@ -1,8 +1,9 @@
 """What is said between server and clients: the names in the records, and the arrays that carry tensors.
 
 An instruction carries one :class:`ArrayRecord` :data:`ARRAYS` (the model) and one :class:`ConfigRecord`
-:data:`CONFIG` (the round). A reply carries one ArrayRecord :data:`UPDATE`, in which the packed update lies under
-:data:`PACKED` and BatchNorm buffers under their own names, and one MetricRecord :data:`METRICS`.
+:data:`CONFIG` (the round); a malicious client's also a :data:`QUESTION_OF` each attack that asks early. A reply
+carries one ArrayRecord :data:`UPDATE`, in which the packed update lies under :data:`PACKED` and BatchNorm buffers
+under their own names, and one MetricRecord :data:`METRICS`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CONFIG = "config"
 UPDATE = "update"
 METRICS = "metrics"
 QUESTION = "question"
+QUESTION_OF = "question of {attack}"
 PACKED = "update"
 
 ROUND = "server-round"

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from adversaries.base import Attack, Progress, no_progress
 from adversaries.membership.knowledge import Knowledge, References
-from adversaries.membership.view import RoundView
+from adversaries.membership.view import RoundView, System
 from adversaries.needs import Needs
 from adversaries.seats import CuriousServer
+from fedattack.config import Strength
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 
@@ -106,6 +107,31 @@ class RoundStatistic(CuriousServer, MembershipAttack):
         if not found:
             raise NotApplicable(f"{name}: {called(target)} answered in none of {len(rounds)} observed rounds")
         return MembershipScores(self.combine(torch.stack(list(found.values()))), name, {"rounds": [*found]})
+
+
+@dataclass
+class EquationStatistic(RoundStatistic):
+    """Base of the statistics that solve a round's equations; a subclass brings :meth:`solve`.
+
+    Parameters
+    ----------
+    damping : float or None
+        What is added to the diagonal of the unit gradients' Gram matrix, on sparse updates times its median; None:
+        0.01, and 0.03 on sparse updates.
+    """
+
+    damping: Strength | None = None
+
+    def measure(self, view: RoundView) -> Tensor:
+        """See :meth:`solve`."""
+        found = torch.empty(len(view.clients), len(view.candidates.labels), dtype=torch.float64)
+        for system in view.systems():
+            found[system.rows] = self.solve(system, found.shape[1])
+        return found
+
+    @abstractmethod
+    def solve(self, system: System, count: int) -> Tensor:
+        """Scores of the first `count` samples, the candidates, for each of the system's rows, float64."""
 
 
 def rows_of(rounds: Mapping[int, Figures], target: int, name: str = "statistic") -> dict[int, Tensor]:

@@ -124,7 +124,7 @@ def per_sample(model: nn.Module, images: Tensor, labels: Tensor) -> Block:
     def tap(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         slopes: list[Tensor] = []
         seen.setdefault(layer, []).append((inputs[0].detach(), slopes))
-        return _Tap.apply(output, pulled, slopes)  # type: ignore[no-any-return, no-untyped-call]
+        return _Tap.apply(output, pulled, slopes)
 
     tapped = dict.fromkeys(module for module, _, name in owners if type(module) in RULES)
     handles = [module.register_forward_hook(tap) for module in tapped]
@@ -211,11 +211,11 @@ def gram(sets: Sequence[Gradients], entries: Update | None = None) -> Tensor:
                 for _, block in _numbered(sets)
             ]
             # In few blocks, of which half the pairs will do.
-            for start, first in (tall := _tall(torch.cat(picked))):
-                for place, second in tall:
+            for start, rows in (tall := _tall(torch.cat(picked))):
+                for place, others in tall:
                     if place <= start:
-                        here = slice(start, start + len(first)), slice(place, place + len(second))
-                        found[here] += (first @ second.T).double().cpu()
+                        here = slice(start, start + len(rows)), slice(place, place + len(others))
+                        found[here] += (rows @ others.T).double().cpu()
     return found.tril() + found.tril(-1).T
 
 

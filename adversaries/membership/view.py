@@ -22,12 +22,17 @@ Which = Literal["sent", "after"] | int
 """A model of a round: the weights sent out, the global model after it, or a client's own (its number)."""
 
 
+MOST_PUBLIC = 1000
+"""Public samples in a round's equations, whose cost grows with the cube of all samples."""
+
+
 @dataclass(frozen=True)
 class System:
     """Inner products among the gradients of n samples, and with the updates of some clients; float64.
 
-    Samples are the candidates, then the public ones. Gradients are divided by their whole norms, updates by theirs.
-    Of a sparse update `gram` is over the entries that were sent, so that its diagonal is at most 1.
+    Samples are the candidates, then public ones, at most :data:`MOST_PUBLIC`. Gradients are divided by their whole
+    norms, updates by theirs. Of a sparse update `gram` is over the entries that were sent, so that its diagonal is at
+    most 1.
 
     Parameters
     ----------
@@ -95,6 +100,13 @@ class RoundView:
     def candidates(self) -> Candidates:
         """The samples asked about."""
         return self.knowledge.candidates
+
+    @property
+    def public(self) -> Candidates:
+        """The labelled public samples; NotApplicable where none were granted."""
+        if self.knowledge.public is None:
+            raise NotApplicable("no labelled public samples are granted; raise setting 'data.auxiliary_size'")
+        return self.knowledge.public
 
     @cached_property
     def model(self) -> nn.Module:
@@ -173,6 +185,14 @@ class RoundView:
         return [False] if self.knowledge.public is None else [False, True]
 
     @cached_property
+    def _some_public(self) -> Candidates:
+        """The public samples of equations, spread over all of them where there are more than :data:`MOST_PUBLIC`."""
+        if len(self.public.labels) <= MOST_PUBLIC:
+            return self.public
+        places = torch.linspace(0, len(self.public.labels) - 1, MOST_PUBLIC).long()
+        return Candidates(self.public.images[places], self.public.labels[places])
+
+    @cached_property
     def _unit_products(self) -> Tensor:
         """Inner products of all samples' unit gradients with unit updates, float64 (K, n)."""
         found = [self._products(public) for public in self._sets]
@@ -200,14 +220,18 @@ class RoundView:
     def _gradients(self, group: int, public: bool) -> Gradients:
         """Those of the candidates or of the public samples, at the weights that a group of clients was sent."""
         if (group, public) not in self._per_sample:
+            # Of one group at a time, which is all of them unless the server sent clients different weights.
+            self._per_sample = {key: kept for key, kept in self._per_sample.items() if key[0] == group}
             weights = self.observations[self._groups[group][0]].weights
-            self._per_sample[group, public] = Gradients(self.model, weights, self._samples(public))
+            samples = self._some_public if public else self.candidates
+            self._per_sample[group, public] = Gradients(self.model, weights, samples)
         return self._per_sample[group, public]
 
     def _products(self, public: bool) -> tuple[Tensor, Tensor]:
         """Inner products with each update, which has the sign of a gradient, and norms, float64 (K, samples)."""
         if public not in self._found:
-            dots = torch.empty(len(self.clients), len(self._samples(public).labels), dtype=torch.float64)
+            count = len((self._some_public if public else self.candidates).labels)
+            dots = torch.empty(len(self.clients), count, dtype=torch.float64)
             norms = torch.empty_like(dots)
             for place, group in enumerate(self._groups):
                 updates = [self.observations[k].update for k in group]
@@ -217,14 +241,9 @@ class RoundView:
             self._found[public] = dots, norms
         return self._found[public]
 
-    def _samples(self, public: bool) -> Candidates:
-        samples = self.knowledge.public if public else self.candidates
-        assert samples is not None, "needs say whether public samples are there"
-        return samples
-
     def _answers(self, which: Which, public: bool) -> Tensor:
         if (which, public) not in self._logits:
-            images = self._samples(public).images
+            images = (self.public if public else self.candidates).images
             self._logits[which, public] = sample_logits(self.model, self._state(which), images)
         return self._logits[which, public]
 

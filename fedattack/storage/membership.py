@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedattack.errors import DataError
@@ -59,7 +60,7 @@ def load_global_model(folder: Path, round: int) -> dict[str, Tensor] | None:
 
 def save_membership_truth(folder: Path, truth: MembershipTruth) -> None:
     """Store who is behind the candidates, in a folder of its own."""
-    tensors = {"ids": truth.ids, "owner": truth.owner, "labels": truth.labels}
+    tensors: dict[str, NDArray[Any]] = {"ids": truth.ids, "owner": truth.owner, "labels": truth.labels}
     if truth.groups is not None:
         tensors["groups"] = truth.groups
     for target, arrays in truth.asked.items():
@@ -77,7 +78,7 @@ def load_membership_truth(folder: Path) -> MembershipTruth:
         raise DataError(f"{path} does not exist: no truth to score membership attacks against")
     held = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
     document = read_json(path.with_suffix(".json"))
-    asked: dict[int, dict[str, np.ndarray]] = {}
+    asked: dict[int, dict[str, NDArray[Any]]] = {}
     try:
         for name, array in held.items():
             if name.startswith("asked."):
@@ -85,10 +86,8 @@ def load_membership_truth(folder: Path) -> MembershipTruth:
                 asked.setdefault(int(target), {})[what] = array
         accuracy, test_samples = document["accuracy"], int(document["test_samples"])
         accuracy, chance = None if accuracy is None else float(accuracy), number(document["chance_accuracy"])
-        truth = MembershipTruth(
-            *(held[name] for name in ("ids", "owner", "labels")),
-            held.get("groups"), asked, accuracy, chance, test_samples,
-        )  # fmt: skip
+        of_all = held["ids"], held["owner"], held["labels"], held.get("groups")
+        truth = MembershipTruth(*of_all, asked, accuracy, chance, test_samples)
         for arrays in asked.values():
             if len({len(array) for array in arrays.values()}) != 1 or arrays["places"].max() >= len(
                 truth.ids

@@ -28,7 +28,7 @@ from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, Sect
 from fedattack.errors import DataError
 from fedattack.files import content_hash, write_tensors
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, observation_name
+from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, client_name
 from fedattack.storage.plain import write_json
 
 Natural = Annotated[int, Field(ge=0, strict=True)]
@@ -271,8 +271,7 @@ def _parse(path: Path, kind: type[Any]) -> Any:
 
 
 def _place(folder: Path, round_: int, client: int) -> Path:
-    who = observation_name(round_, client).removeprefix(f"round-{round_:04d}-")
-    return folder / f"round-{round_:04d}" / who
+    return folder / f"round-{round_:04d}" / client_name(client)
 
 
 def _read_once(path: Path, shared: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ Layout::
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from fedattack.config import Config
 from fedattack.errors import ConfigError, DataError
 from fedattack.files import cannot_write, write_bytes, write_tensors
-from fedattack.observation import MembershipScores, Reconstruction
+from fedattack.observation import MembershipScores, Reconstruction, client_name
 from fedattack.storage.observations import read_tensors, safe_name
 from fedattack.storage.plain import fedattack_version, flat, number, read_json, write_json
 
@@ -168,20 +168,29 @@ class RunFolder:
         found = sorted((self.path / "parts" / safe_name(attack)).glob("round-?????.safetensors"))
         return {int(path.stem.partition("-")[2]): read_tensors(path) for path in found}
 
-    def save_scores(self, attack: str, target: int, scores: MembershipScores, seconds: float) -> None:
-        """Store the membership scores for one target client."""
-        place = self._part(attack, f"client-{target:05d}")
+    def save_scores(
+        self, attack: str, target: int, scores: MembershipScores, seconds: float, basis: Sequence[int] = ()
+    ) -> None:
+        """Store the membership scores for one target client; `basis` says what they were concluded from."""
+        place = self._part(attack, client_name(target))
         write_tensors(place.with_suffix(".safetensors"), {"scores": scores.scores})
         document = {"format": 1, "statistic": scores.statistic, "details": scores.details, "seconds": seconds}
-        write_json(place.with_suffix(".json"), document)
+        write_json(place.with_suffix(".json"), document | {"basis": list(basis)})
 
-    def load_scores(self, attack: str, target: int) -> tuple[MembershipScores, float] | None:
-        """The stored scores and their seconds, or None where they are not finished."""
-        place = self._part(attack, f"client-{target:05d}")
+    def load_scores(
+        self, attack: str, target: int, basis: Sequence[int] | None = None
+    ) -> tuple[MembershipScores, float] | None:
+        """The stored scores and their seconds; None where they are not finished, or have another basis.
+
+        `basis` None: any will do.
+        """
+        place = self._part(attack, client_name(target))
         if not place.with_suffix(".json").is_file():
             return None
         document, tensors = _read_pair(place)
         try:
+            if basis is not None and document["basis"] != list(basis):
+                return None
             scores = MembershipScores(tensors["scores"], document["statistic"], document["details"])
             return scores, float(document["seconds"])
         except (KeyError, TypeError, ValueError) as error:

@@ -34,6 +34,7 @@ from simulations.engine.flower_internals import server_identity
 from simulations.engine.journal import Journal, JournaledGrid
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
+from simulations.engine.question_grid import QuestionGrid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
 from strategies import messages as wire
@@ -147,7 +148,8 @@ def serve(
         The attack whose weights a malicious server sends in ``config.attack.rounds``, and what it will be asked
         about.
     questions
-        Attack of the malicious clients -> what they are asked about after the last round.
+        Attack of the malicious clients -> what they are asked about after the last round; those whose attack
+        asks early have it before them in every round.
 
     Raises
     ------
@@ -173,6 +175,9 @@ def serve(
         replayed = served.replayed
         if replayed >= first_round:
             log.info("rounds %d to %d come from the journal", first_round, replayed)
+    told = _told_early(config, world, questions or {})
+    if told:
+        served = QuestionGrid(served, grid.client_of, told, config.attack.malicious_clients)
     reports: list[RoundReport] = []
     with _hushed(logging.ERROR):  # FedAvg warns of what was asked of it: no evaluation on clients
         aggregator = build_strategy(config.federation, config.training.learning_rate)
@@ -246,6 +251,12 @@ def serve(
         replies = {client: reply.content.array_records[wire.UPDATE] for client, reply in said}
         answers[name] = {client: wire.to_tensors(record) for client, record in replies.items()}
     return FederationResult(weights, rounds, rejections, answers)
+
+
+def _told_early(config: Config, world: World, questions: Mapping[str, Candidates]) -> dict[str, Candidates]:
+    """The questions that malicious clients have before them in every round."""
+    seats = Workplace.of(config, world).attackers if questions else {}
+    return {name: questions[name] for name, seat in seats.items() if seat.asks_early and name in questions}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -183,9 +184,9 @@ class MembershipExperiment(Experiment):
             if not any(rounds.values()):
                 continue
             try:
-                asked, details[str(target)] = self._question.settle(plan.config, plan.world, rounds, target)
-            except NotApplicable as error:
-                log.warning("%s: %s", name, error)
+                asked, details[str(target)] = self._question.settle(plan.config, world, rounds, target)
+            except NotApplicable as error:  # nothing counts of this one
+                self._watch.pass_over(name, target, error)
                 continue
             hostile = partial(_answered, name, federation) if isinstance(attack, MaliciousClient) else None
             answer = self._watch.scores(name, target, hostile)
@@ -254,11 +255,9 @@ class MembershipExperiment(Experiment):
             whom = question.targets if target == EVERYONE else [target]
             rounds = {client: answered[client] for client in whom if client in answered}
             if rounds:
-                try:
+                with suppress(NotApplicable):  # nothing counts of this one
                     counts, _ = question.settle(self.plan.config, world, rounds, target)
-                except NotApplicable:  # said where the attacks are scored
-                    continue
-                asked[target] = {name: t for name, t in vars(counts).items() if isinstance(t, np.ndarray)}
+                    asked[target] = {name: t for name, t in vars(counts).items() if isinstance(t, np.ndarray)}
         groups = world.dataset.groups
         save_membership_truth(
             self.plan.folder.truth,

@@ -218,11 +218,16 @@ class Watch:
     def scores(
         self, name: str, target: int, answer: Callable[[], MembershipScores] | None = None
     ) -> MembershipScores | None:
-        """What an attack concludes for a target, stored and read back; None, with a line, where it cannot.
+        """What an attack concludes for a target; None, with a line, where it cannot.
+
+        Stored, and read back where it is of the same rounds and as many reference models.
 
         `answer`: of an attack that reads no rounds.
         """
-        if known := self.folder.load_scores(name, target):
+        basis = [*self.figures.get(name, ())]
+        if (references := self.knowledge.references) is not None:
+            basis.append(len(references))
+        if known := self.folder.load_scores(name, target, basis):
             return known[0]
         started = time.perf_counter()
         try:
@@ -235,13 +240,17 @@ class Watch:
                 given = f"scores of shape {tuple(found.scores.shape)}, or NaN or infinite ones"
                 raise RunFailed(f"{name} answered {given}; finite ones of shape {wanted} were asked for")
         except Exception as error:  # the other targets are scored
-            self._faults[name] = error if isinstance(error, FedattackError) else RunFailed(reason(error))
-            whom = "anybody" if target == EVERYONE else f"client {target}"
-            self._say(f"{name}: not scored about {whom}: {reason(error)}")
+            self.pass_over(name, target, error)
             return None
         self.seconds[name] += time.perf_counter() - started
-        self.folder.save_scores(name, target, found, self.seconds[name])
+        self.folder.save_scores(name, target, found, self.seconds[name], basis)
         return found
+
+    def pass_over(self, name: str, target: int, error: Exception) -> None:
+        """Say, once, why an attack is not scored about a target."""
+        self._faults[name] = error if isinstance(error, FedattackError) else RunFailed(reason(error))
+        whom = "anybody" if target == EVERYONE else f"client {target}"
+        self._say(f"{name}: not scored about {whom}: {reason(error)}")
 
     def fault(self, name: str) -> FedattackError:
         """Why an attack could score nobody."""

@@ -16,7 +16,7 @@ from fedattack.audit import AuditResult, audit_membership
 from fedattack.audit.membership_floors import Blind
 from fedattack.defenses import hides_clients
 from fedattack.errors import DataError
-from fedattack.observation import EVERYONE, MembershipScores, Observation
+from fedattack.observation import EVERYONE, MembershipScores, Observation, client_name
 from fedattack.storage.membership import load_candidates, load_global_model, load_membership_truth
 from fedattack.storage.observations import observed_rounds
 from simulations.experiments.answered import Answered
@@ -119,8 +119,7 @@ class SavedMembership(SavedWork):
         return audits
 
     def answers(self) -> dict[str, dict[str, MembershipScores]]:
-        who = {EVERYONE: "everyone"}
         return {
-            name: {who.get(target, f"client-{target:05d}"): found for target, found in answers.items()}
+            name: {client_name(target): found for target, found in answers.items()}
             for name, answers in self._answers.items()
         }

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adversaries.membership import layers, per_sample
+from adversaries.membership import view as view_module
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.per_sample import Gradients, gram, products
 from adversaries.membership.view import RoundView
@@ -21,6 +22,7 @@ from fedattack.models import build_model, initial_weights
 from fedattack.models.classifiers.resnet import ResNet
 from fedattack.observation import Candidates, Observation, Scenario, Update
 from fedattack.training import batch_gradient, load_weights
+from simulations.bench.view import run as benchmark
 
 CPU = torch.device("cpu")
 
@@ -208,6 +210,17 @@ def test_equations_are_of_unit_gradients_over_what_was_sent() -> None:
             assert found.topk(5).values[4] < 1e-3 < found.topk(4).values[3]
 
 
+def test_of_many_public_samples_some_are_in_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_module, "MOST_PUBLIC", 4)
+    observations, _ = seen()
+    public = samples(7)
+    (system,) = RoundView(observations[:1], Knowledge(samples(5), public), CPU).systems()
+    chosen = Candidates(public.images[[0, 2, 4, 6]], public.labels[[0, 2, 4, 6]])
+    (wanted,) = RoundView(observations[:1], Knowledge(samples(5), chosen), CPU).systems()
+    assert torch.equal(system.gram, wanted.gram)
+    assert torch.equal(system.products, wanted.products)
+
+
 def test_an_update_of_another_model_is_refused() -> None:
     observations, _ = seen()
     others, _ = seen(name="tiny-cnn")
@@ -234,3 +247,12 @@ def test_batch_norm_statistics_that_were_not_sent() -> None:
             model.get_buffer(name).copy_(buffer)
     wanted = functional.cross_entropy(model(samples(4).images), samples(4).labels, reduction="none").double()
     torch.testing.assert_close(whole.client_losses[0], wanted.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_benchmark_compares_like_with_like() -> None:
+    figures = benchmark(quick=True)
+    for name in ("mlp", "resnet20"):
+        assert figures[f"{name}_apart"] < 1e-4
+        assert figures[f"{name}_ratio"] == pytest.approx(
+            figures[f"{name}_vmap_ms"] / figures[f"{name}_view_ms"]
+        )

@@ -153,7 +153,12 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
     "clients": [(Needs(clients=3), MLP, Facts(drawn=2, clients=6), "2 of 6")],
     "held_out": [(Needs(held_out=True), MLP, Facts(held_out=0), "data.nonmembers': 0")],
     "others": [(Needs(others=True), MLP, Facts(honest=0), "malicious_clients")],
-    "references": [(Needs(references=True), MLP, Facts(references=0), "reference models")],
+    "references": [
+        (Needs(references=1), MLP, Facts(references=0), "at least one reference model; use --references 1"),
+        (Needs(references=4), MLP, Facts(references=2), "at least 4 reference models; use --references 4"),
+    ],
+    "about": [],
+    "people": [(Needs(people=True), MLP, Facts(people=False), "unit 'group' with data.withheld")],
     "members": [(Needs(members=True), MLP, Facts(members=0), "known members")],
 }
 

@@ -9,8 +9,10 @@ import honest_answers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.special import log_softmax
 from scipy.stats import zscore
+from sklearn.linear_model import BayesianRidge
 
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.people.person_client import PersonClient
@@ -18,10 +20,16 @@ from adversaries.membership.people.person_member import PersonMember
 from adversaries.membership.view import RoundView
 from adversaries.needs import Facts
 from adversaries.refusals import attack_refusals
+from fedattack.config import Config
+from fedattack.data import build_world
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import EVERYONE
+from fedattack.storage import RunFolder
 from fedattack.storage.observations import load_observations
+from fedattack.training import batch_positions, local_update
+from simulations.experiments.question import choose_question, expected_rounds, per_unit
+from simulations.pipeline import simulate
 
 CPU = torch.device("cpu")
 
@@ -78,9 +86,16 @@ def test_did_this_person_take_part(tmp_path: Path) -> None:
     loud = replace(references, logits=20 * references.logits)
     assert (own > 8).any() and (beside > 8).any()  # noqa: PT018
     unseen = ~references.trained_on.numpy()
-    wanted = (np.minimum(beside, 8) * unseen).sum(0) / unseen.sum(0) - np.minimum(own, 8)
+    kept, people = np.minimum(beside, 8), candidates.groups.numpy()
+    shapes = [
+        (f(kept) * unseen).sum(0) / unseen.sum(0)
+        for f in (np.asarray, np.sqrt, lambda loss: np.log(loss + 0.1))
+    ]
+    means = np.array([[shape[people == p].mean() for shape in shapes] for p in range(8)])
+    lower = means[:, 1] - [np.sqrt(np.minimum(own, 8))[people == p].mean() for p in range(8)]
     answer = attack.scores(figures, EVERYONE, replace(knowledge, references=loud))
-    np.testing.assert_allclose(answer.scores, wanted, atol=1e-5)
+    told = BayesianRidge().fit(zscore(means), lower).predict(zscore(means))
+    np.testing.assert_allclose(answer.scores, (lower - told)[people], atol=1e-4)
     assert answer.details == {"rounds": [2], "references": 4}
 
     trained = replace(references, trained_on=torch.ones_like(references.trained_on))
@@ -98,3 +113,60 @@ def test_samples_are_not_people() -> None:
         (sentence,) = attack_refusals(attack, scene, Facts(people=False))
         assert sentence.startswith("setting 'attack.unit' = 'sample': this attack asks about people")
         assert not attack_refusals(attack, scene, honest_answers.FACTS)
+
+
+QMNIST = {
+    "dataset": "qmnist",
+    "model": "mlp",
+    "activation": "relu",
+    "width": 128,
+    "attack.unit": "group",
+    "data.nonmember_unit": "group",
+    "data.nonmembers": 100,
+    "data.withheld": 0.5,
+    "partition": "natural",
+    "protocol": "fedavg",
+    "batch-size": 16,
+    "learning-rate": 0.05,
+    "compressor": "none",
+    "engine": "inline",
+}
+
+
+@pytest.mark.slow
+def test_writers_are_told_by_handwriting_that_nobody_trained_on(shared_dir: Path, tmp_path: Path) -> None:
+    """A hundred writers, each a client, go on from a model of about a hundred others; one round of two epochs."""
+    settings = QMNIST | {
+        "data-dir": str(shared_dir / "data/QMNIST"),
+        "clients": 100,
+        "partition.groups_per_client": 1,
+        "auxiliary-size": 11_000,
+        "local-steps": 8,
+        "attack": "person-client",
+        "weights": str(tmp_path / "others.safetensors"),
+        "run-dir": str(tmp_path / "run"),
+    }
+    plain = Config.from_mapping({name: value for name, value in settings.items() if name != "weights"})
+    scene, public = build_world(plain).scenario, build_world(plain).auxiliary
+    steps = 10 * len(public) // 16
+    training = plain.training.model_copy(update={"local_steps": steps})
+    batches, start = batch_positions(len(public), training, 5, 1, 0), initial_weights(scene.model, 1)
+    moved = local_update(
+        build_model(scene.model), start, public.images, public.labels, batches, training
+    ).update
+    save_file({name: start[name] + change for name, change in moved.items()}, settings["weights"])
+
+    config = Config.from_mapping(settings)
+    result, world = simulate(config), build_world(config)
+    question = choose_question(config, world, range(100), expected_rounds(config, world))
+    folder = RunFolder.create(tmp_path / "run", config)
+    scores = np.stack(
+        [per_unit(folder.load_scores("person-client", c)[0], question.groups).scores for c in range(100)]
+    )
+    own = question.owner >= 0
+    first = (scores[:, own].argmax(0) == question.owner[own]).sum()
+    area = result.audits["person-client"].summary["metrics"]["auc"]
+    print(f"right client first for {first} of {own.sum()} writers; AUC against strangers {area}")
+    assert own.sum() == 100
+    assert first >= 80  # the bar: 25; three seeds: 94, 97, SEED2
+    assert area["low"] > 0.9

@@ -10,6 +10,7 @@ import torch
 
 from adversaries.membership.active.relu_trap import ReLUTrap
 from adversaries.membership.base import MembershipAttack
+from adversaries.membership.knowledge import Knowledge
 from adversaries.refusals import applicable
 from fedattack.config import Config
 from fedattack.data import build_world
@@ -31,12 +32,17 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("width", [128, 16])  # a neuron for each candidate, and one for five
-def test_one_round_tells_members(tmp_path: Path, width: int) -> None:
-    result = simulate(Config.from_mapping(SETTINGS | {"width": width, "run-dir": str(tmp_path / "run")}))
+@pytest.mark.parametrize(
+    ("width", "targets", "candidates"),
+    # Two or three candidates a neuron, all clients asked about; five, one client asked about.
+    [(128, "", 160), (16, "0", 40)],
+)
+def test_one_round_tells_members(tmp_path: Path, width: int, targets: str, candidates: int) -> None:
+    more = {"width": width, "attack.targets": targets, "run-dir": str(tmp_path / "run")}
+    result = simulate(Config.from_mapping(SETTINGS | more))
     audit = result.audits["relu-trap"]
-    assert audit.summary["members"] == audit.summary["nonmembers"] == 40
-    assert audit.summary["metrics"]["auc"]["mean"] >= 0.99
+    assert audit.summary["members"] == audit.summary["nonmembers"] == candidates
+    assert audit.summary["metrics"]["auc"]["worst"] >= 0.99
     assert result.federation is not None
     assert not result.federation.rounds[0].aggregated
 
@@ -60,17 +66,17 @@ def test_only_the_candidate_wakes_its_neuron() -> None:
 def test_honest_weights_are_no_trap(tmp_path: Path) -> None:
     """What a round without traps shows is not read as if it had some."""
     config = Config.from_mapping(
-        SETTINGS | {"rounds": 2, "attack-rounds": "2", "run-dir": str(tmp_path / "run")}
+        SETTINGS | {"rounds": 2, "attack-rounds": "2", "candidates": 10, "run-dir": str(tmp_path / "run")}
     )
     result = simulate(config)
     assert result.audits["relu-trap"].summary["metrics"]["auc"]["mean"] >= 0.99
     assert [path.name for path in (tmp_path / "run/parts/relu-trap").glob("round-*")] == [
         "round-00002.safetensors"
     ]
+    rounds = {1: {"clients": torch.tensor([], dtype=torch.int64), "statistic": torch.empty(0, 4)}}
+    knowledge = Knowledge(Candidates(torch.empty(4, 1, 8, 8), torch.zeros(4)))
     with pytest.raises(NotApplicable, match="in no armed round"):
-        ReLUTrap().scores(
-            {1: {"clients": torch.tensor([], dtype=torch.int64), "statistic": torch.empty(0, 4)}}, 0
-        )
+        ReLUTrap().scores(rounds, 0, knowledge)
     scene = build_world(config).scenario
     smooth = replace(scene, model=scene.model.model_copy(update={"activation": "sigmoid"}))
     with pytest.raises(NotApplicable, match="works behind relu"):

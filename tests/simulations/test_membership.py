@@ -33,14 +33,15 @@ BASE = {
     "dataset": "digits",
     "model": "mlp",
     "clients": 6,
-    "rounds": 6,
+    "rounds": 4,
+    "width": 32,
     "protocol": "fedavg",
     "local-steps": 8,
     "batch-size": 16,
     "learning-rate": 0.3,
     "compressor": "none",
     "engine": "inline",
-    "candidates": 200,
+    "candidates": 40,
     "data.auxiliary_size": 0,
     "data.nonmembers": 600,
 }
@@ -187,6 +188,26 @@ def test_a_killed_run_asks_for_no_round_twice(tmp_path: Path) -> None:
     assert alike(tmp_path / "whole", folder, "fedmia")
 
 
+def test_scores_of_a_federation_that_ended_early_are_not_those_of_the_whole(tmp_path: Path) -> None:
+    def ended(config: Config, world: World, **how: Any) -> FederationResult:
+        on_round = how.pop("on_round")
+
+        def after(record: Any) -> None:
+            on_round(record)
+            if record.round == 2:
+                raise RunFailed("the weights diverged")
+
+        return run_federation(config, world, on_round=after, **how)
+
+    short = {"attack": "fedmia", "rounds": 3, "candidates": 40}
+    with pytest.raises(RunFailed, match="diverged"):
+        simulate(settings(tmp_path / "run", **short), federate=ended)
+    assert "client-00000" in parts(tmp_path / "run", "fedmia"), "what was seen until then is told"
+    simulate(settings(tmp_path / "run", **short))
+    simulate(settings(tmp_path / "whole", **short))
+    assert alike(tmp_path / "run", tmp_path / "whole", "fedmia")
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_engine_changes_no_bit(tmp_path: Path) -> None:
@@ -260,7 +281,7 @@ def test_updates_that_are_none_of_this_model_are_left_out(tmp_path: Path, quiet:
 def test_a_client_is_asked_about_all_others(tmp_path: Path) -> None:
     """Labels without meaning, learnt by heart: the fall of the loss tells who learnt them."""
     more = {"attack": "client-loss", "labels": "random", "limit": 500, "data.nonmembers": 200, "width": 256}
-    config = settings(tmp_path / "run", clients=3, rounds=40, local_steps=20, **more)
+    config = settings(tmp_path / "run", clients=3, rounds=40, local_steps=20, candidates=200, **more)
     result = simulate(config)
     audit = result.audits["client-loss"]
     print(audit.verdict)
@@ -316,6 +337,18 @@ def test_without_truth_nothing_is_scored_and_answers_are_kept(saved: Path, tmp_p
     assert "the scores are in parts/" in text()
 
 
+def test_sums_are_saved_and_attacked_later(tmp_path: Path) -> None:
+    more = {"rounds": 2, "attack": "unmix", "data.auxiliary_size": 40}
+    hidden = {"defense": "secure-aggregation", "save-observations": True}
+    run = simulate(settings(tmp_path / "run", **more, **hidden))
+    later = attack_folder(
+        tmp_path / "run", settings(tmp_path / "later", **more), truth=tmp_path / "run/truth"
+    )
+    assert "everyone" in parts(tmp_path / "run", "unmix")
+    assert alike(tmp_path / "run", tmp_path / "later", "unmix")
+    assert later.audits["unmix"].records == run.audits["unmix"].records
+
+
 def test_what_saved_observations_cannot_do(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"client-loss.*needs a running federation"):
         attack_folder(saved, settings(tmp_path / "one", attack="client-loss"))
@@ -325,6 +358,9 @@ def test_what_saved_observations_cannot_do(saved: Path, tmp_path: Path) -> None:
         save_observation(tmp_path / "bare", observation)
     with pytest.raises(DataError, match="without a membership attack in the run"):
         attack_folder(tmp_path / "bare", settings(tmp_path / "three", attack="fedmia"))
+    attack_folder(saved, settings(tmp_path / "five", attack="fedmia"))
+    with pytest.raises(ConfigError, match=r"holds attacks on .*saved.*; give another folder"):
+        attack_folder(tmp_path / "bare", settings(tmp_path / "five", attack="fedmia"))
     with pytest.raises(DataError, match="no truth to score membership attacks against"):
         attack_folder(saved, settings(tmp_path / "four", attack="fedmia"), truth=tmp_path)
 

@@ -86,7 +86,7 @@ class Planting(TensorAttack):
 
     aggregates = True
 
-    def arm(self, scenario, weights, seed, auxiliary, candidates=None):
+    def arm(self, scenario, weights, seed, auxiliary, candidates=None, turn=0):
         self.told = (seed, candidates)
         return super().arm(scenario, weights, seed, auxiliary)
 
@@ -108,7 +108,7 @@ def test_an_armed_round_is_aggregated_where_the_attack_says_so() -> None:
 class Tampering(TensorAttack):
     """Sends a tensor of another shape."""
 
-    def arm(self, scenario, weights, seed, auxiliary, candidates=None):
+    def arm(self, scenario, weights, seed, auxiliary, candidates=None, turn=0):
         return super().arm(scenario, weights, seed, auxiliary) | {"head.weight": torch.zeros(3, 3)}
 
 

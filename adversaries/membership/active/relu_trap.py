@@ -59,6 +59,7 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         seed: int,
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
+        turn: int = 0,
     ) -> dict[str, Tensor]:
         """The global model with traps in the first layer; the neurons that trap nothing are silent."""
         if candidates is None:

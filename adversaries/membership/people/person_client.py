@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adversaries.membership.base import RoundStatistic
+from adversaries.membership.people.statistics import mean_of_each, standardised
 from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
 
@@ -32,16 +33,3 @@ class PersonClient(RoundStatistic):
         alike = standardised(view.cosines, labels)
         means = mean_of_each(alike, people)
         return standardised(means, torch.zeros(means.shape[1], dtype=torch.int64))[:, people]
-
-
-def mean_of_each(values: Tensor, group: Tensor) -> Tensor:
-    """Mean of the columns of each group, (K, G), of values (K, N); `group` int64 (N,), numbered from 0."""
-    sums = values.new_zeros(len(values), int(group.max()) + 1).index_add(1, group, values)
-    return sums / group.bincount()
-
-
-def standardised(values: Tensor, group: Tensor) -> Tensor:
-    """Values (K, N) less their row's mean in each group of columns, over the deviation there (1 where it is 0)."""
-    apart = values - mean_of_each(values, group)[:, group]
-    spread = mean_of_each(apart.square(), group).sqrt()
-    return apart / torch.where(spread > 0, spread, 1.0)[:, group]

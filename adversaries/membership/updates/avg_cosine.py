@@ -20,7 +20,7 @@ class AvgCosine(RoundStatistic):
     sparse update counts as zero where nothing was sent, and the whole gradient's norm is divided by.
     """
 
-    needs: ClassVar[Needs] = Needs(held_out=True)
+    needs: ClassVar[Needs] = Needs(sums="any", held_out=True)
 
     def measure(self, view: RoundView) -> Tensor:
         """The cosines."""

@@ -19,7 +19,7 @@ class GradCosine(RoundStatistic):
     ``g_x`` is the candidate's gradient at the weights sent out, ``u`` the update with the sign of a gradient.
     """
 
-    needs: ClassVar[Needs] = Needs(held_out=True)
+    needs: ClassVar[Needs] = Needs(sums="any", held_out=True)
 
     def measure(self, view: RoundView) -> Tensor:
         """The cosines."""

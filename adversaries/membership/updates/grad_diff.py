@@ -20,7 +20,7 @@ class GradDiff(RoundStatistic):
     as it was sent: a weight delta is the sum of its steps times the learning rate.
     """
 
-    needs: ClassVar[Needs] = Needs(held_out=True)
+    needs: ClassVar[Needs] = Needs(sums="any", held_out=True)
 
     def measure(self, view: RoundView) -> Tensor:
         """The differences of squared lengths."""

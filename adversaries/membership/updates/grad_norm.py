@@ -14,7 +14,7 @@ from adversaries.needs import Needs
 
 @dataclass
 class GradNorm(RoundStatistic):
-    """Grad-Norm (Nasr, Shokri, Houmansadr, S&P 2019): minus the gradient's norm, ``-|g_x|``, meaned over rounds.
+    """Grad-Norm (Nasr et al., S&P 2019): minus the gradient's norm, ``-|g_x|``, meaned over rounds.
 
     The gradient is that of the cross-entropy at the weights sent out; no update is read, so that anybody's members
     are meant. Where clients were sent different weights, the mean over them counts.

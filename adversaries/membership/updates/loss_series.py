@@ -12,7 +12,7 @@ from adversaries.membership.base import Figures, RoundStatistic
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
-from fedattack.observation import EVERYONE, MembershipScores
+from fedattack.observation import MembershipScores
 
 
 @dataclass
@@ -39,5 +39,5 @@ class LossSeries(RoundStatistic):
 
     def scores(self, rounds: Mapping[int, Figures], target: int, knowledge: Knowledge) -> MembershipScores:
         """See :meth:`combine`; with what the model after the last round adds."""
-        found, last = super().scores(rounds, EVERYONE, knowledge), rounds[max(rounds)]
+        found, last = super().scores(rounds, target, knowledge), rounds[max(rounds)]
         return MembershipScores(found.scores + last.get("after", 0.0), found.statistic, found.details)

@@ -28,6 +28,5 @@ class SourceInference(RoundStatistic):
         losses = view.client_losses
         if len(losses) < 2:
             return losses[:0]
-        least = losses.topk(2, dim=0, largest=False)
-        others = torch.where(torch.arange(len(losses))[:, None] == least.indices[0], *least.values.flip(0))
-        return others - losses
+        (least, second), (first, _) = losses.topk(2, dim=0, largest=False)
+        return torch.where(torch.arange(len(losses))[:, None] == first, second, least) - losses

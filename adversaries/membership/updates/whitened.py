@@ -8,39 +8,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adversaries.membership.base import RoundStatistic
-from adversaries.membership.view import RoundView
+from adversaries.membership.base import EquationStatistic
+from adversaries.membership.view import System
 from adversaries.needs import Needs
-from fedattack.config import Strength
+from fedattack.errors import NotApplicable
 
 
 @dataclass
-class Whitened(RoundStatistic):
+class Whitened(EquationStatistic):
     """Matched filter for a known signal in Gaussian noise whose covariance is that of public gradients.
 
-    Of m public samples with Gram matrix P and inner products Q with the candidates (all of unit gradients at the
-    weights sent out), M = (P + l I)^-1 and the products b with the unit update, the score is the mean over rounds of
-    ``(b_i - q_i M b_public) / sqrt(G_ii - q_i M q_i^T)``: what is left of a candidate where public gradients do not
-    reach. Kin of GLiR (Leemann, Pawelczyk, Kasneci, NeurIPS 2023). Sparse updates as :class:`.unmix.Unmix` has them.
-
-    Parameters
-    ----------
-    damping : float or None
-        The l; None: 0.01, and 0.03 on sparse updates.
+    Of public samples with Gram matrix P and products Q with the candidates (unit gradients at the weights sent out),
+    ``M = (P + l I)^-1`` and the products b with the unit update, the score is the mean over rounds of ``(b_i - q_i M
+    b_public) / sqrt(G_ii - q_i M q_i^T)``: of a candidate what public gradients do not explain. Kin of GLiR (Leemann,
+    Pawelczyk, Kasneci, NeurIPS 2023).
     """
 
-    damping: Strength | None = None
+    needs: ClassVar[Needs] = Needs(sums="any", held_out=True, auxiliary=2, labelled=True)
 
-    needs: ClassVar[Needs] = Needs(held_out=True, auxiliary=2, labelled=True)
-
-    def measure(self, view: RoundView) -> Tensor:
+    def solve(self, system: System, count: int) -> Tensor:
         """The quotients."""
-        count = len(view.candidates.labels)
-        found = torch.empty(len(view.clients), count, dtype=torch.float64)
-        for system in view.systems():
-            factor = torch.linalg.cholesky(system.damped(self.damping)[count:, count:])
-            reach = torch.cholesky_solve(system.gram[count:, :count], factor)  # M Q^T
-            signal = system.products[:, :count] - system.products[:, count:] @ reach
-            noise = system.gram.diagonal()[:count] - (system.gram[count:, :count] * reach).sum(0)
-            found[system.rows] = signal / noise.clamp_min(1e-12).sqrt()
-        return found
+        if len(system.gram) == count:
+            raise NotApplicable("no labelled public samples are granted; raise setting 'data.auxiliary_size'")
+        factor = torch.linalg.cholesky(system.damped(self.damping)[count:, count:])
+        cross = system.gram[count:, :count]
+        reach = torch.cholesky_solve(cross, factor)
+        signal = system.products[:, :count] - system.products[:, count:] @ reach
+        noise = system.gram.diagonal()[:count] - (cross * reach).sum(0)
+        return signal / noise.clamp_min(1e-12).sqrt()

@@ -97,6 +97,7 @@ class BinReading(RowReading):
         seed: int,
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
+        turn: int = 0,
     ) -> dict[str, Tensor]:
         """The global model with the block's rows replaced: rows of one measurement, thresholds at its quantiles.
 

@@ -82,6 +82,7 @@ class CuriousAbandonHonesty(RowReading):
         seed: int,
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
+        turn: int = 0,
     ) -> dict[str, Tensor]:
         """The global model with trap weights, and zero biases, in the first layer."""
         layer = first_layer(scenario.model)

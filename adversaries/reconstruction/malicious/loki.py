@@ -65,6 +65,7 @@ class Loki(BinReading):
         seed: int,
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
+        turn: int = 0,
     ) -> dict[str, Tensor]:
         """The global model with imprint's bins over every set's columns, and all kernels passing the image on."""
         module = armable(scenario, KernelSets)

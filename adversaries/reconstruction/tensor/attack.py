@@ -150,6 +150,7 @@ class TensorAttack(MaliciousServer, OneByOne):
         seed: int,
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
+        turn: int = 0,
     ) -> dict[str, Tensor]:
         """The weights to send: Gaussian neurons, and a head of one constant row; see :func:`.arming.armed`."""
         activation = scenario.model.activation

@@ -134,6 +134,7 @@ class Fishing(MaliciousServer, ReconstructionAttack):
         seed: int,
         auxiliary: Auxiliary | None,
         candidates: Candidates | None = None,
+        turn: int = 0,
     ) -> dict[str, Tensor]:
         """The global model with its head replaced: one row, and a bias that lets one sample through."""
         head = isolation.name_of_head(scenario)
