@@ -462,7 +462,9 @@ MEMBERSHIP: Family = Family(
             "exposed",
             "fedattack.reporting.figures:exposed",
             "the members with the highest scores beside the best-scoring non-members",
-            "The members that this attack is surest of, and below them the non-members it would accuse first.",
+            "The members that an attack is surest of, and below them the non-members it would accuse first; "
+            "of the three attacks with the highest AUC.",
+            each=False,
         ),
     ),
     types={
