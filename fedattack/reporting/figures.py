@@ -207,7 +207,7 @@ def exposed(results: Sequence[AuditResult], limit: int = 3) -> Figure | None:
             axes.imshow(enlarged(image, 1), interpolation="nearest", extent=ends, aspect="auto")
             whose = f", person {told['group']}" if "group" in told else ""
             label = f"label {told['label']}, " if "label" in told else ""
-            place = {"ha": "center", "fontsize": 7}
+            place: dict[str, Any] = {"ha": "center", "fontsize": 7}
             axes.text(
                 column + 0.5, row + 0.12, f"{formats.seat(told['client'])}{whose}", va="bottom", **place
             )
