@@ -60,6 +60,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "quantile": "adversaries.membership.logits.quantile:Quantile",
         "shadow-models": "adversaries.membership.logits.shadow_models:ShadowModels",
         "client-loss": "adversaries.membership.clients.client_loss:ClientLoss",
+        "unmix-client": "adversaries.membership.clients.unmix_client:UnmixClient",
         "ascent-client": "adversaries.membership.clients.ascent_client:AscentClient",
         "person-client": "adversaries.membership.people.person_client:PersonClient",
         "person-member": "adversaries.membership.people.person_member:PersonMember",

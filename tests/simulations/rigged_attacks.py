@@ -21,6 +21,7 @@ class Diary(MaliciousClient, MembershipAttack):
 
     def see(self, view):
         """Count the rounds, and keep their number, its seed and one weight."""
+        assert self.asks_early or view.question is None
         seen = view.memory.get("seen", torch.zeros(0, 3, dtype=torch.float64))
         weight = float(next(iter(view.weights.values())).flatten()[0])
         row = torch.tensor([[view.round, view.seed % 2**40, weight]], dtype=torch.float64)
@@ -37,6 +38,21 @@ class Diary(MaliciousClient, MembershipAttack):
     def answer(self, view, question):
         """The diary, and nothing about the question."""
         return {"scores": torch.zeros(len(question.labels), dtype=torch.float64), "seen": view.memory["seen"]}
+
+
+class Told(Diary):
+    """Has the question before it, and remembers it."""
+
+    asks_early = True
+
+    def see(self, view):
+        """As the diary, and the labels of the question."""
+        super().see(view)
+        view.memory["told"] = view.question.labels
+
+    def answer(self, view, question):
+        """What it was told."""
+        return super().answer(view, question) | {"told": view.memory["told"]}
 
 
 class Failing(RoundStatistic):

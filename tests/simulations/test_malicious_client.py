@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 from torch import Tensor
 
 from adversaries.inversion.evidence.client import ImitatedClient
@@ -20,6 +22,7 @@ from fedattack.rng import adversary_seed
 from fedattack.training import batch_positions, local_update
 from simulations.client_app import Workplace
 from simulations.engine.federation import FederationResult, RoundRecord, run_federation
+from simulations.engine.local_grid import LocalGrid
 from simulations.engine.ray_session import ray_session
 from simulations.pipeline import simulate
 
@@ -92,6 +95,29 @@ def test_its_memory_survives_a_driver_that_stops(world: World, tmp_path: Path) -
         run(settings(), world, run_dir=tmp_path, on_round=on_round)
     assert same(run(settings(), world, run_dir=tmp_path), expected)
     assert same(run(settings(), world, run_dir=tmp_path), expected)  # all rounds from the journal
+
+
+def test_only_who_asks_early_is_told_the_question(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every round, and it stands in no message to another client."""
+    told: dict[int, set[str]] = {}
+    send = LocalGrid.send_and_receive
+
+    def spy(grid: LocalGrid, messages: Iterable[Message], **more: object) -> Iterable[Message]:
+        messages = list(messages)
+        for message in messages:
+            if message.metadata.message_type == "train":
+                told.setdefault(grid.client_of(message.metadata.dst_node_id), set()).update(message.content)
+        return send(grid, messages, **more)
+
+    monkeypatch.setattr(LocalGrid, "send_and_receive", spy)
+    names = ["rigged_attacks:Told", "rigged_attacks:Diary"]
+    question = Candidates(*world.dataset.tensors(world.pools.nonmembers[:5]))
+    config = settings(attack=",".join(names))
+    answers = run_federation(config, world, questions=dict.fromkeys(names, question)).answers
+    assert torch.equal(answers[names[0]][1]["told"], question.labels)
+    assert [len(answers[name][1]["seen"]) for name in names] == [4, 4]
+    honest = {"arrays", "config"}
+    assert told == {0: honest, 1: honest | {"question of rigged_attacks:Told"}, 2: honest}
 
 
 @pytest.mark.ray

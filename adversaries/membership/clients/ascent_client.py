@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from adversaries.membership.base import MembershipAttack
+from adversaries.membership.clients.steps import ReadsSteps
 from adversaries.membership.raising import in_turn, raise_losses
-from adversaries.needs import Needs
-from adversaries.seats import ClientView, MaliciousClient
+from adversaries.seats import ClientView
 from fedattack.config import Positive, Strength
-from fedattack.models import build_model
-from fedattack.observation import Candidates
-from fedattack.training import sample_losses, weight_step
+from fedattack.training import weight_step
 
 
 @dataclass
-class AscentClient(MaliciousClient, MembershipAttack):
+class AscentClient(ReadsSteps):
     """Gradient ascent by a client (Nasr et al., S&P 2019), which adds its push to the update that it sends.
 
     Every second time that it is drawn, it pushes the global model towards weights under which a part of the
     candidates is predicted worse (:func:`~adversaries.membership.raising.raise_losses`); in between it sends its
-    honest update, and the others pull back what they train on. The score is the fall of a candidate's loss from
-    one model that it is sent to the next, over the rounds in which it did not push, standardised among the
-    candidates raised before, and among the others, and averaged.
+    honest update, and the others pull back what they train on. Those steps are read (:class:`.steps.ReadsSteps`):
+    the fall of a loss alone, as in the paper, tells nothing here, for in the mean of all clients a candidate's own
+    pull is far smaller than what all samples have in common.
 
     Parameters
     ----------
@@ -39,47 +34,22 @@ class AscentClient(MaliciousClient, MembershipAttack):
         not told; with as much, the global model takes the whole push.
     """
 
-    rise: Strength = 4.0
-    parts: Positive = 4
+    rise: Strength = 1.0
+    parts: Positive = 2
     boost: Strength = 10.0
 
-    keeps_memory = True
-    asks_early = True
-    needs: ClassVar[Needs] = Needs(held_out=True, others=True)
-
-    def see(self, view: ClientView) -> None:
-        """Keep the candidates' losses under the model it is sent: "losses", float64 (T, N)."""
-        assert view.question is not None
-        model, question = build_model(view.scenario.model).eval(), view.question
-        found = sample_losses(model, view.weights, question.images, question.labels)[None]
-        view.memory["losses"] = torch.cat([view.memory.get("losses", found[:0]), found])
+    def reads(self, time: int) -> bool:
+        """Steps in which it did not push."""
+        return time % 2 == 1
 
     def reply(self, view: ClientView, update: dict[str, Tensor]) -> dict[str, Tensor]:
         """The honest update, and in every second of its rounds the push."""
-        assert view.question is not None
-        times = len(view.memory["losses"]) - 1
-        if times % 2:
+        assert view.question is not None, "asks_early"
+        time = int(view.memory["times"]) - 1
+        if self.reads(time):
             return update
-        chosen = in_turn(len(view.question.labels), self.parts, times // 2)
-        weights = {name: tensor.clone() for name, tensor in view.weights.items()}
-        raised = raise_losses(view.scenario.model, weights, view.question, self.rise * chosen, view.seed)
+        rise = self.rise * in_turn(len(view.question.labels), self.parts, time // 2)
+        raised = raise_losses(view.scenario.model, view.weights, view.question, rise, view.seed)
         kind = "gradient" if view.scenario.training.protocol == "fedsgd" else "delta"
         scale = self.boost / weight_step(view.scenario.training, kind)
-        return {name: sent + scale * (raised[name] - weights[name]) for name, sent in update.items()}
-
-    def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
-        """ "scores", float64 (N,)."""
-        model = build_model(view.scenario.model).eval()
-        last = sample_losses(model, view.weights, question.images, question.labels)[None]
-        losses = torch.cat([view.memory.get("losses", last[:0]), last])
-        scores = torch.zeros(len(question.labels), dtype=torch.float64)
-        for time in range(
-            1, len(losses) - 1, 2
-        ):  # the model after its first, third, ... push, and the next one
-            fall = losses[time] - losses[time + 1]
-            raised = in_turn(len(fall), self.parts, time // 2)
-            for group in (raised, ~raised):
-                if group.sum() > 1:
-                    spread = fall[group].std().clamp_min(1e-12)
-                    scores[group] += (fall[group] - fall[group].mean()) / spread
-        return {"scores": scores}
+        return {name: one + scale * (raised[name] - view.weights[name]) for name, one in update.items()}
