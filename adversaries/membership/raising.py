@@ -68,7 +68,7 @@ class _Span:
         """J^T shares."""
         total = {name: torch.zeros_like(tensor) for name, tensor in at.items()}
         for batch, part in zip(self.batches, shares.split(CHUNK), strict=True):
-            _, pull = vjp(lambda w, batch=batch: self._loss(w, batch), at)
+            pull = vjp(lambda w, batch=batch: self._loss(w, batch), at)[1]
             total = {name: total[name] + tensor for name, tensor in pull(part)[0].items()}
         return total
 

@@ -50,6 +50,6 @@ class AscentClient(ReadsSteps):
             return update
         rise = self.rise * in_turn(len(view.question.labels), self.parts, time // 2)
         raised = raise_losses(view.scenario.model, view.weights, view.question, rise, view.seed)
-        kind = "gradient" if view.scenario.training.protocol == "fedsgd" else "delta"
-        scale = self.boost / weight_step(view.scenario.training, kind)
+        training = view.scenario.training
+        scale = self.boost / weight_step(training, "gradient" if training.protocol == "fedsgd" else "delta")
         return {name: one + scale * (raised[name] - view.weights[name]) for name, one in update.items()}
