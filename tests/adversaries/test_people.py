@@ -17,6 +17,7 @@ from sklearn.linear_model import BayesianRidge
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.people.person_client import PersonClient
 from adversaries.membership.people.person_member import PersonMember
+from adversaries.membership.people.statistics import people_of
 from adversaries.membership.view import RoundView
 from adversaries.needs import Facts
 from adversaries.refusals import attack_refusals
@@ -111,6 +112,8 @@ def test_samples_are_not_people() -> None:
         (sentence,) = attack_refusals(attack, scene, Facts(people=False))
         assert sentence.startswith("setting 'attack.unit' = 'sample': this attack asks about people")
         assert not attack_refusals(attack, scene, honest_answers.FACTS)
+    with pytest.raises(NotApplicable, match="the candidates are samples, and this attack asks about people"):
+        people_of(replace(honest_answers.question()[0], groups=None))
 
 
 QMNIST = {
