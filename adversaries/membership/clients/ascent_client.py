@@ -10,6 +10,7 @@ from adversaries.membership.clients.steps import ReadsSteps
 from adversaries.membership.raising import in_turn, raise_losses
 from adversaries.seats import ClientView
 from fedattack.config import Positive, Strength
+from fedattack.observation import UpdateKind
 from fedattack.training import weight_step
 
 
@@ -50,6 +51,6 @@ class AscentClient(ReadsSteps):
             return update
         rise = self.rise * in_turn(len(view.question.labels), self.parts, time // 2)
         raised = raise_losses(view.scenario.model, view.weights, view.question, rise, view.seed)
-        training = view.scenario.training
-        scale = self.boost / weight_step(training, "gradient" if training.protocol == "fedsgd" else "delta")
+        kind: UpdateKind = "gradient" if view.scenario.training.protocol == "fedsgd" else "delta"
+        scale = self.boost / weight_step(view.scenario.training, kind)
         return {name: one + scale * (raised[name] - view.weights[name]) for name, one in update.items()}
