@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 MEMORY = 64 * 2**20
@@ -158,9 +157,8 @@ def batch_norm(layer: nn.BatchNorm2d, inputs: Tensor, slopes: Tensor) -> dict[st
     """In eval mode, where it is an affine map of each channel; None without running statistics."""
     if layer.running_mean is None or layer.running_var is None:
         return None
-    normal = functional.batch_norm(inputs, layer.running_mean, layer.running_var, eps=layer.eps)
-    channels = slopes.shape[:2]
-    return {
-        "weight": Rows((slopes * normal).reshape(*channels, -1).sum(2)),
-        "bias": Rows(slopes.reshape(*channels, -1).sum(2)),
-    }
+    shape = (*slopes.shape[:2], -1)
+    bias = slopes.reshape(shape).sum(2)
+    along = torch.einsum("bcl,bcl->bc", slopes.reshape(shape), inputs.reshape(shape))
+    weight = (along - layer.running_mean * bias) * (layer.running_var + layer.eps).rsqrt()
+    return {"weight": Rows(weight), "bias": Rows(bias)}

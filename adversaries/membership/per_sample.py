@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -44,7 +45,10 @@ class Gradients:
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], samples: Candidates) -> None:
         self.names = list(trained_parameters(model))
-        self.shapes = [tuple(parameter.shape) for parameter in trained_parameters(model).values()]
+        self._tensors = (
+            self.names,
+            [tuple(parameter.shape) for parameter in trained_parameters(model).values()],
+        )
         self.device = next(model.parameters()).device
         small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
         self.dtype = torch.float64 if small and self.device.type != "mps" else torch.float32
@@ -84,8 +88,10 @@ class Gradients:
 
     def parts(self, update: Update) -> dict[str, Part]:
         """An update's entries by tensor; PayloadError if it is not over the model's parameters."""
-        if list(update.names) != self.names or list(update.shapes) != self.shapes:
-            raise PayloadError(f"update over tensors {list(update.names)}; the model's are {self.names}")
+        theirs, own = (list(zip(*one, strict=True)) for one in ((update.names, update.shapes), self._tensors))
+        if theirs != own:
+            has, wanted = next(pair for pair in zip_longest(theirs, own) if pair[0] != pair[1])
+            raise PayloadError(f"an update of another model: tensor {has} where the model has {wanted}")
         whole = update.indices is None
         return {
             name: Part(None if whole else positions.to(self.device), values.to(self.device, self.dtype))
@@ -238,7 +244,11 @@ def _rows(start: int, block: Block) -> slice:
 
 
 def _gram(first: Block, second: Block) -> Tensor:
-    return torch.stack([piece.gram(second[name]) for name, piece in first.items()]).sum(0)  # type: ignore[arg-type]
+    each = (piece.gram(second[name]) for name, piece in first.items())  # type: ignore[arg-type]
+    found = next(each)
+    for part in each:
+        found += part
+    return found
 
 
 def _tall(rows: Tensor, blocks: int = 6) -> list[tuple[int, Tensor]]:

@@ -52,9 +52,11 @@ class System:
 
         None: 0.01, and 0.03 where it is sparse; rules that were fixed once, not by what is a member.
         """
-        value = damping or (0.03 if self.sparse else 0.01)
-        scale = self.gram.diagonal().quantile(0.5) if self.sparse else self.gram.new_ones(())
-        return self.gram + (value * scale).clamp_min(1e-12) * torch.eye(len(self.gram), dtype=torch.float64)
+        value, scale = damping or (0.03 if self.sparse else 0.01), 1.0
+        if self.sparse:  # behind few entries most gradients can be zero
+            diagonal = self.gram.diagonal()
+            scale = float(diagonal.quantile(0.5)) or float(diagonal.mean()) or 1.0
+        return self.gram + value * scale * torch.eye(len(self.gram), dtype=torch.float64)
 
 
 class RoundView:

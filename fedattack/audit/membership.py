@@ -321,7 +321,8 @@ def _warnings(scored: Sequence[Scored], nonmembers: int, floors: Mapping[str, An
             f"only {fewest} member{'s' if fewest != 1 else ''}{whose} to ask about: chance spreads widely"
         )
     if nonmembers < 1000:
-        found.append(f"with {nonmembers} non-members, 0.1 % means no false positive at all")
+        rates = "0.1 %" if nonmembers >= 100 else "1 %, and 0.1 %,"
+        found.append(f"with {nonmembers} non-members, {rates} means no false positive at all")
     if "pixels alone" not in floors:
         found.append("whether pixels alone tell members was not tested")
     for name in ("members", "non-members"):
@@ -461,7 +462,9 @@ MEMBERSHIP: Family = Family(
             "exposed",
             "fedattack.reporting.figures:exposed",
             "the members with the highest scores beside the best-scoring non-members",
-            "The members that this attack is surest of, and below them the non-members it would accuse first.",
+            "The members that an attack is surest of, and below them the non-members it would accuse first; "
+            "of the three attacks with the highest AUC.",
+            each=False,
         ),
     ),
     types={

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedattack.audit.family import AuditResult, Figures
+from fedattack.observation import EVERYONE
 from fedattack.reporting import formats
 
 
@@ -24,6 +25,8 @@ def remarks(result: AuditResult) -> list[str]:
     """What stands below the table."""
     s = result.summary
     targets = f"{s['targets']} target client{'s' if s['targets'] != 1 else ''}"
+    if result.records[0]["client"] == EVERYONE:
+        targets = "asked about members of anybody"
     parts = [f"{result.attack}: {s['members']} members and {s['nonmembers']} non-members, {targets}"]
     parts += [f"statistic: {s['statistic']}"] if s["statistic"] else []
     parts += [f"reference models: {s['references']}"] if s["references"] is not None else []

@@ -48,8 +48,8 @@ def make_pools(dataset: ImageDataset, config: DataConfig, seed: int) -> Pools:
         nonmembers, rest = order[:0], order
     granted = 0
     if config.auxiliary == "split":
-        granted = config.auxiliary_size
-        granted = max(0, (len(rest) - held_out) // 2) if granted is None else granted
+        half = max(0, (len(rest) - held_out) // 2)
+        granted = half if config.auxiliary_size is None else config.auxiliary_size
     if held_out + granted >= len(rest):
         raise DataError(
             f"data set {config.name!r} has {len(dataset)} samples: {held_out or len(nonmembers)} non-members "

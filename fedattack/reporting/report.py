@@ -139,7 +139,8 @@ def _attack_pictures(folder: RunFolder, results: Sequence[AuditResult]) -> list[
         for drawing in family.drawings:
             draw = functions.get(drawing.target)
             if not drawing.each:
-                shown.append(_figure(folder, drawing.name, draw(chosen), drawing.alt, drawing.caption))
+                if (figure := draw(chosen)) is not None:
+                    shown.append(_figure(folder, drawing.name, figure, drawing.alt, drawing.caption))
                 continue
             for result in chosen:
                 if (figure := draw(result)) is not None:

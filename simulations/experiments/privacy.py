@@ -41,17 +41,22 @@ def privacy_record(accounts: Mapping[str, Mapping[int, Privacy]]) -> dict[str, d
     """Defence -> the worst client's account, JSON-able, with "client" and, in words, "text"."""
     record: dict[str, dict[str, Any]] = {}
     for name, clients in accounts.items():
-        client = max(clients, key=lambda one: (clients[one].epsilon, clients[one].sampled_epsilon or 0.0))
+        client = _worst(clients)
         worst = clients[client]
         record[name] = {**dataclasses.asdict(worst), "client": client, "text": privacy_text(worst)}
     return record
+
+
+def _worst(clients: Mapping[int, Privacy]) -> int:
+    """The client that is guaranteed least."""
+    return max(clients, key=lambda one: (clients[one].epsilon, clients[one].sampled_epsilon or 0.0))
 
 
 def weakest_guarantee(config: Config, world: World, rounds: Sequence[RoundRecord]) -> Guarantee | None:
     """What the run's best defence guarantees to the client that has least of it; None where none does."""
     found = []
     for clients in privacy_accounts(config, world, rounds).values():
-        client = max(clients, key=lambda one: clients[one].epsilon)
+        client = _worst(clients)
         account = clients[client]
         found.append(Guarantee(account.epsilon, account.delta, account.unit, client))
     best = min(found, key=lambda one: one.epsilon, default=None)

@@ -106,7 +106,7 @@ class Question:
     def alike(self) -> float:
         """What members' and non-members' labels must have in common (`matched_label`) not to tell them apart.
 
-        Two people's few samples differ by chance; where samples are asked about, they stand in pairs of one label.
+        Where samples are asked about, they stand in pairs of one label; people's labels differ by chance.
         """
         return 0.75 if self.by_person else 1 - 1e-9
 
@@ -123,6 +123,11 @@ class Question:
     def candidates(self, world: World) -> Candidates:
         """What the attacks are asked."""
         return Candidates(*world.dataset.tensors(self.ids), self.groups)
+
+    def sides(self, pairs: Ids) -> tuple[Ids, Ids]:
+        """Sample ids of all members, and of all non-members, of some pairs."""
+        members, nonmembers = (self.ids[np.isin(self.unit, column)] for column in pairs.T)
+        return members, nonmembers
 
     def settle(
         self, config: Config, world: World, rounds: Rounds, target: int
@@ -141,12 +146,15 @@ class Question:
                 f"membership: {called(target)} has no member in the list that was trained on in the observed rounds "
                 "and stands beside a non-member"
             )
-        sides = [self.ids[np.isin(self.unit, column)] for column in pairs.T]
+        sides = self.sides(pairs)
         known = None if dataset.groups is None or self.by_person else _shared(dataset.groups, *sides)
         details = {
             "members_used": len(used),
             "observed_rounds": sorted({number for numbers in rounds.values() for number in numbers}),
-            "matched_label": _shared(dataset.labels, *sides),
+            # Of two people alone the few labels differ by chance, whoever they are.
+            "matched_label": _shared(
+                dataset.labels, *(self.sides(self.pairs[EVERYONE]) if self.by_person else sides)
+            ),
             "matched_group": known,
         }
         members, nonmembers = (np.unique(column) for column in pairs.T)
@@ -391,8 +399,8 @@ def choose_question(
             found[target] += units.pair(mine, pool.astype(np.int64), given).items()
         if config.attack.negatives != "held-out":
             theirs = [ids for client, ids in chosen.items() if client != target]
-            theirs = rng.permutation(np.concatenate([np.zeros(0, dtype=np.int64), *theirs]))
-            found[target] += units.pair(mine, theirs, {}).items()
+            others_members = rng.permutation(np.concatenate([np.zeros(0, dtype=np.int64), *theirs]))
+            found[target] += units.pair(mine, others_members, {}).items()
     if not any(found[target] for target in present):
         raise NotApplicable(
             f"membership: no member stands beside a non-member ('attack.negatives' = {config.attack.negatives!r}); "
@@ -413,11 +421,9 @@ def _warn(question: Question, config: Config, world: World) -> None:
             *(len(asked), (question.owner == HELD_OUT).sum(), len(world.pools.nonmembers)),
         )
     found = {
-        target: _shared(
-            world.dataset.labels, *(question.ids[np.isin(question.unit, side)] for side in pairs.T)
-        )
+        target: _shared(world.dataset.labels, *question.sides(pairs))
         for target, pairs in question.pairs.items()
-        if len(pairs)
+        if len(pairs) and (target == EVERYONE or not question.by_person)
     }
     least = min(found, key=lambda target: found[target])
     if found[least] < question.alike and config.data.labels == "natural":

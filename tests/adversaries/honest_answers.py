@@ -22,7 +22,7 @@ from adversaries.membership.knowledge import Knowledge, References
 from adversaries.membership.view import RoundView
 from adversaries.needs import Facts
 from adversaries.refusals import attack_refusals
-from adversaries.seats import MaliciousClient, MaliciousServer
+from adversaries.seats import ClientView, MaliciousClient, MaliciousServer
 from fedattack.config import TrainingConfig
 from fedattack.files import write_tensors
 from fedattack.groundtruth import GroundTruth
@@ -165,10 +165,8 @@ GRADIENT = TrainingConfig(batch_size=0)
 
 
 def membership_attacks() -> list[str]:
-    """Names of all registered attacks of a server on membership."""
-    found = {name: ATTACKS.get(name) for name in ATTACKS.names()}
-    serving = {name: cls for name, cls in found.items() if not issubclass(cls, MaliciousClient)}
-    return [name for name, cls in serving.items() if issubclass(cls, MembershipAttack)]
+    """Names of all registered attacks on membership."""
+    return [name for name in ATTACKS.names() if issubclass(ATTACKS.get(name), MembershipAttack)]
 
 
 def membership_attack(name: str) -> MembershipAttack:
@@ -238,12 +236,31 @@ def figures_digest(found: Any, tensors: dict[str, Tensor]) -> None:
         found.update(tensor.contiguous().numpy().tobytes())
 
 
+def of_client(
+    found: Any, attack: MaliciousClient, candidates: Candidates, observations: list[Observation], seed: int
+) -> None:
+    """Add what the attack says, and sends, as the last client: it sees the global models, and its own update."""
+    memory: dict[str, Tensor] = {}
+    early = candidates if attack.asks_early else None
+    for o in (o for o in observations if o.client == CLIENTS - 1):
+        view = ClientView(o.round, o.client, o.scenario, o.weights, seed + o.round, memory, 1, early)
+        attack.see(view)
+        figures_digest(found, attack.reply(view, o.update.dense()))
+    scores = attack.answer(view, candidates)
+    assert scores["scores"].shape == (ASKED,)
+    figures_digest(found, scores)
+
+
 def membership_answers(folder: Path, names: list[str], seed: int = 3) -> dict[str, str]:
     """Digest of each attack's figures and scores of the federation in the sub-folder of its name."""
     told = {}
     for name in names:
         attack, (candidates, references) = membership_attack(name), question()
         observations, found = load_observations(folder / name), hashlib.sha256()
+        if isinstance(attack, MaliciousClient):
+            of_client(found, attack, candidates, observations, seed)
+            told[name] = found.hexdigest()
+            continue
         knowledge = Knowledge.of(candidates, observations[0].auxiliary, references)
         figures = {}
         for number in range(1, ROUNDS + 1):

@@ -143,7 +143,7 @@ def elsewhere(folder: Path) -> dict[str, str]:
 
 
 def test_no_attack_answers_by_anything_but_its_observation(tmp_path: Path) -> None:
-    """All reconstruction attacks, and all of a server on membership; figures and answers, to the bit."""
+    """All attacks on images and on membership; figures and answers, to the bit."""
     names, of_members = honest_answers.reconstruction_attacks(), honest_answers.membership_attacks()
     for part, seed in (("seen", 1), ("other", 2)):
         for name in names:

@@ -17,6 +17,7 @@ from sklearn.linear_model import BayesianRidge
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.people.person_client import PersonClient
 from adversaries.membership.people.person_member import PersonMember
+from adversaries.membership.people.statistics import people_of
 from adversaries.membership.view import RoundView
 from adversaries.needs import Facts
 from adversaries.refusals import attack_refusals
@@ -25,10 +26,8 @@ from fedattack.data import build_world
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import EVERYONE
-from fedattack.storage import RunFolder
 from fedattack.storage.observations import load_observations
 from fedattack.training import batch_positions, local_update
-from simulations.experiments.question import choose_question, expected_rounds, per_unit
 from simulations.pipeline import simulate
 
 CPU = torch.device("cpu")
@@ -113,6 +112,8 @@ def test_samples_are_not_people() -> None:
         (sentence,) = attack_refusals(attack, scene, Facts(people=False))
         assert sentence.startswith("setting 'attack.unit' = 'sample': this attack asks about people")
         assert not attack_refusals(attack, scene, honest_answers.FACTS)
+    with pytest.raises(NotApplicable, match="the candidates are samples, and this attack asks about people"):
+        people_of(replace(honest_answers.question()[0], groups=None))
 
 
 QMNIST = {
@@ -156,17 +157,30 @@ def test_writers_are_told_by_handwriting_that_nobody_trained_on(shared_dir: Path
     ).update
     save_file({name: start[name] + change for name, change in moved.items()}, settings["weights"])
 
-    config = Config.from_mapping(settings)
-    result, world = simulate(config), build_world(config)
-    question = choose_question(config, world, range(100), expected_rounds(config, world))
-    folder = RunFolder.create(tmp_path / "run", config)
-    scores = np.stack(
-        [per_unit(folder.load_scores("person-client", c)[0], question.groups).scores for c in range(100)]
-    )
-    own = question.owner >= 0
-    first = (scores[:, own].argmax(0) == question.owner[own]).sum()
-    area = result.audits["person-client"].summary["metrics"]["auc"]
-    print(f"right client first for {first} of {own.sum()} writers; AUC against strangers {area}")
-    assert own.sum() == 100
-    assert first >= 80  # the bar: 25; three seeds: 94, 97, SEED2
-    assert area["low"] > 0.9
+    metrics = simulate(Config.from_mapping(settings)).audits["person-client"].summary["metrics"]
+    first, area = metrics["right_client"], metrics["auc"]
+    print(f"right client first {first}; AUC against strangers {area}")
+    assert first["of"] == 100
+    assert first["right"] >= 35  # by chance 1
+    assert area["low"] > 0.8
+
+
+@pytest.mark.slow
+def test_a_writer_s_part_shows_in_the_loss_on_other_handwriting(shared_dir: Path, tmp_path: Path) -> None:
+    """A hundred writers' model of twenty epochs; each writer beside the one reference that never saw them."""
+    settings = QMNIST | {
+        "data-dir": str(shared_dir / "data/QMNIST"),
+        "clients": 1,
+        "candidates": 100,
+        "partition.groups_per_client": 100,
+        "auxiliary-size": 0,
+        "rounds": 20,
+        "local-steps": 345,
+        "attack": "person-member",
+        "references": 2,
+        "run-dir": str(tmp_path / "run"),
+    }
+    summary = simulate(Config.from_mapping(settings)).audits["person-member"].summary
+    print(f"AUC of a hundred members and a hundred strangers: {summary['metrics']['auc']}")
+    assert summary["members"] == summary["nonmembers"] == 100
+    assert summary["metrics"]["auc"]["mean"] >= 0.6

@@ -278,18 +278,20 @@ def test_warnings_say_what_the_candidates_call_for() -> None:
 
 
 def test_the_most_exposed_are_shown() -> None:
+    grey = torch.arange(200)[:, None, None, None].expand(-1, 1, 4, 4) / 200
     asked = _asked(1.0, 100, labels=np.arange(200) % 10)
-    found = audit_membership(
-        "a",
-        [asked],
-        images=lambda ids: torch.as_tensor(ids)[:, None, None, None] / 200 + torch.zeros(1, 1, 4, 4),
-    )
+    found = audit_membership("a", [asked], images=lambda ids: grey[ids])
     top = np.argsort(-asked.scores[:100])[:8]
     assert [row["sample"] for row in found.summary["exposed"]] == top.tolist()
-    sheet = figures.exposed(found)
-    assert len(sheet.axes) == 16
-    assert sheet.axes[0].images[0].get_array()[0, 0, 0] == round(top[0] / 200 * 255)
-    assert figures.exposed(audit_membership("a", [asked])) is None
+    weak = dataclasses.replace(
+        audit_membership("b", [_asked(0.1, 100)], images=lambda ids: grey[ids]), attack="b"
+    )
+    axes = figures.exposed([weak, found], limit=1).axes[0]
+    assert len(axes.images) == 16
+    assert axes.images[0].get_array()[0, 0, 0] == round(top[0] / 200 * 255)
+    assert axes.texts[0].get_text() == "a:\nmembers"
+    assert f"label {top[0] % 10}, {asked.scores[top[0]]:.3g}" in [text.get_text() for text in axes.texts]
+    assert figures.exposed([audit_membership("a", [asked])]) is None
 
 
 def test_the_left_end_of_a_roc_curve_needs_fifty_negatives() -> None:

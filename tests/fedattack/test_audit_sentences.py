@@ -23,6 +23,7 @@ from fedattack.audit import (
 from fedattack.audit import reconstruction_verdict as rule
 from fedattack.audit.family import AuditResult
 from fedattack.metrics import Interval, OperatingPoint
+from fedattack.observation import EVERYONE
 
 NO = Interval(0.02, math.nan, math.nan, 1)
 
@@ -132,6 +133,9 @@ def test_the_statistic_is_a_remark_where_it_has_a_name() -> None:
         "statistic: cosine",
         "reference models: 3",
     ]
+    anybody = audit_membership("a", [dataclasses.replace(asked[0], client=EVERYONE)])
+    told = "a: 4 members and 4 non-members, asked about members of anybody"
+    assert membership_told.remarks(anybody)[0] == told
     assert not any("statistic" in one for one in membership_told.remarks(audit_membership("a", asked)))
 
 

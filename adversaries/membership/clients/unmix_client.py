@@ -9,7 +9,7 @@ from adversaries.membership.clients.steps import ReadsSteps
 
 @dataclass
 class UnmixClient(ReadsSteps):
-    """Passive: each step of the global model, explained by all candidates at once; see :class:`.steps.ReadsSteps`.
+    """Each step of the global model that a client is sent, explained by all candidates at once; passive.
 
     What the server does to one client's update, a client does to the mean of all: it sees both ends of the step.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adversaries.membership.base import RoundStatistic
-from adversaries.membership.people.statistics import mean_of_each, standardised
+from adversaries.membership.people.statistics import mean_of_each, people_of, standardised
 from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
 
@@ -28,8 +28,7 @@ class PersonClient(RoundStatistic):
 
     def measure(self, view: RoundView) -> Tensor:
         """Standardised mean cosines, the same for all samples of a person."""
-        people, labels = view.candidates.groups, view.candidates.labels
-        assert people is not None, "needs say that people are asked about"
+        people, labels = people_of(view.candidates), view.candidates.labels
         alike = standardised(view.cosines, labels)
         means = mean_of_each(alike, people)
         return standardised(means, torch.zeros(means.shape[1], dtype=torch.int64))[:, people]

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from adversaries.membership.base import Figures, MembershipAttack
 from adversaries.membership.knowledge import Knowledge
-from adversaries.membership.people.statistics import mean_of_each
+from adversaries.membership.people.statistics import mean_of_each, people_of
 from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
 from adversaries.seats import CuriousServer
@@ -50,8 +50,7 @@ class PersonMember(CuriousServer, MembershipAttack):
 
     def scores(self, rounds: Mapping[int, Figures], target: int, knowledge: Knowledge) -> MembershipScores:
         """The same for all samples of a person; NotApplicable where every reference was trained on one."""
-        references, candidates = knowledge.references, knowledge.candidates
-        assert candidates.groups is not None, "needs say that people are asked about"
+        references, people = knowledge.references, people_of(knowledge.candidates)
         if references is None or not rounds:
             raise NotApplicable("person-member: no reference model, or no global model, to compare")
         unseen = ~references.trained_on
@@ -60,16 +59,14 @@ class PersonMember(CuriousServer, MembershipAttack):
                 "person-member: some candidates were trained on by every reference model; raise 'attack.references'"
             )
         last, count = max(rounds), len(references)
-        labels = candidates.labels.repeat(count)
+        labels = knowledge.candidates.labels.repeat(count)
         losses = cross_entropy(references.logits.flatten(0, 1).double(), labels, reduction="none")
         beside = losses.reshape(count, -1).clamp(max=self.clamp)
         shapes = torch.stack([beside, beside.sqrt(), (beside + 0.1).log()]) * unseen
-        foretold = mean_of_each(shapes.sum(1) / unseen.sum(0), candidates.groups)
-        own = mean_of_each(rounds[last]["losses"].clamp(max=self.clamp).sqrt()[None], candidates.groups)
+        foretold = mean_of_each(shapes.sum(1) / unseen.sum(0), people)
+        own = mean_of_each(rounds[last]["losses"].clamp(max=self.clamp).sqrt()[None], people)
         lower = less_what_is_foretold(foretold[1] - own[0], foretold.T)
-        return MembershipScores(
-            lower[candidates.groups], "person-member", {"rounds": [last], "references": count}
-        )
+        return MembershipScores(lower[people], "person-member", {"rounds": [last], "references": count})
 
 
 def less_what_is_foretold(values: Tensor, features: Tensor) -> Tensor:

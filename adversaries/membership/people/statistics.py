@@ -1,9 +1,21 @@
-"""Means over people."""
+"""Whose the samples are, and means over people."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fedattack.errors import NotApplicable
+from fedattack.observation import Candidates
+
+
+def people_of(candidates: Candidates) -> Tensor:
+    """Whose each candidate is, int64 (N,), numbered from 0; NotApplicable where samples are asked about."""
+    if candidates.groups is None:
+        raise NotApplicable(
+            "the candidates are samples, and this attack asks about people; use attack.unit 'group'"
+        )
+    return candidates.groups
 
 
 def mean_of_each(values: Tensor, group: Tensor) -> Tensor:
