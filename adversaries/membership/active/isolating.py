@@ -24,6 +24,9 @@ class Isolating(MaliciousServer, RoundStatistic):
     the client's own model, less the mean of the other clients'; the score is its mean over the armed rounds. All
     clients are isolated at once, each a shadow of the others. Armed rounds are not aggregated: the global model
     stays as it was before them.
+
+    CIFAR-10 cut, ``mlp`` of 128, 10 clients x 200, 22 rounds and 8 armed ones, three seeds: AUC .791, .806, .814;
+    FedMIA-I of all rounds of the same run, the armed ones too, .755, .764, .755 (difference 0.046, 95 % 0.017 to 0.067).
     """
 
     adapts = True
