@@ -26,7 +26,8 @@ class Isolating(MaliciousServer, RoundStatistic):
     stays as it was before them.
 
     CIFAR-10 cut, ``mlp`` of 128, 10 clients x 200, 22 rounds and 8 armed ones, three seeds: AUC .791, .806, .814;
-    FedMIA-I of all rounds of the same run, the armed ones too, .755, .764, .755 (difference 0.046, 95 % 0.017 to 0.067).
+    FedMIA-I of all rounds of the same run, the armed ones too, .755, .764, .755 (difference .046,
+    95 % .017 to .067).
     """
 
     adapts = True
