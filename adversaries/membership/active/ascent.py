@@ -30,8 +30,8 @@ class Ascent(MaliciousServer, RoundStatistic):
 
     CIFAR-10 cut, ``mlp`` of 128, 10 clients x 200, 22 rounds and 8 armed ones, three seeds: AUC .767, .712, .741;
     loss-drop of the same run .609, .628, .625 (difference .119, 95 % .085 to .157), FedMIA-I .731, .731, .706
-    (.017, 95 % -.001 to .042: not surely better than the passive attack that also compares with other clients). Two of
-    the seeds were seen before the last change; the third, .741, was not.
+    (.017, 95 % -.001 to .042: not surely better than the passive attack that also compares with other clients). Two
+    of the seeds were seen before the last change; the third, .741, was not.
     Plain ascent along the sum of the gradients did no better than no ascent.
 
     Parameters
