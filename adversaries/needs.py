@@ -88,6 +88,11 @@ class Needs:
         return "one reference model" if self.references == 1 else f"{self.references} reference models"
 
     @property
+    def public(self) -> str:
+        """The public images in words."""
+        return "labelled public images" if self.labelled else "public images to train on"
+
+    @property
     def together(self) -> str:
         """How many images of one batch, in words."""
         return "one image" if self.images == 1 else f"at most {self.images} images"

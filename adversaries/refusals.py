@@ -182,11 +182,11 @@ TABLE: tuple[Row, ...] = (
     Row("width", "width {n.width}", lambda n, s, f: s.model.width is not None and s.model.width < n.width,
         "model.width = {m.width} < {n.width}: too few neurons to tell the images of a batch apart; raise "
         "--width or lower --batch-size"),
-    Row("auxiliary", "public images to train on",
+    Row("auxiliary", "{n.public}",
         lambda n, s, f: f.auxiliary is not None and f.auxiliary < n.auxiliary,
         "setting 'data.auxiliary_size': {f.auxiliary} auxiliary images, and this attack needs at least "
         "{n.auxiliary}"),
-    Row("labelled", "labels of public images", lambda n, s, f: f.labelled is False,
+    Row("labelled", "", lambda n, s, f: f.labelled is False,
         "setting 'data.auxiliary': these images have no labels, which this attack needs"),
     Row("helped", "public images help", lambda n, s, f: False),
     Row("clients", "updates of {n.clients} clients in one round",

@@ -28,7 +28,8 @@ def remarks(result: AuditResult) -> list[str]:
     if result.records[0]["client"] == EVERYONE:
         targets = "asked about members of anybody"
     parts = [f"{result.attack}: {s['members']} members and {s['nonmembers']} non-members, {targets}"]
-    parts += [f"statistic: {s['statistic']}"] if s["statistic"] else []
+    named = s["statistic"].lower() not in ("", result.attack.replace("-", ""))
+    parts += [f"statistic: {s['statistic']}"] * named
     parts += [f"reference models: {s['references']}"] if s["references"] is not None else []
     tail = s["metrics"]["tpr_at_1_percent_fpr"]
     parts.append(f"chance of finding so many at 1 % false positives: {formats.p_value(tail['p_value'])}")

@@ -148,7 +148,7 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
     "block": [(Needs(block=TensorAttack.needs.block), MLP, Facts(), "lacks a wide two-layer head")],
     "width": [(Needs(width=65), MLP, Facts(), "width = 64 < 65")],
     "auxiliary": [(Needs(auxiliary=32), MLP, Facts(auxiliary=31), "31 auxiliary images")],
-    "labelled": [(Needs(labelled=True), MLP, Facts(labelled=False), "no labels")],
+    "labelled": [(Needs(auxiliary=1, labelled=True), MLP, Facts(labelled=False), "no labels")],
     "helped": [],
     "clients": [(Needs(clients=3), MLP, Facts(drawn=2, clients=6), "2 of 6")],
     "held_out": [(Needs(held_out=True), MLP, Facts(held_out=0), "data.nonmembers': 0")],
