@@ -59,6 +59,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "bavaria": "adversaries.membership.logits.bavaria:BaVarIA",
         "quantile": "adversaries.membership.logits.quantile:Quantile",
         "shadow-models": "adversaries.membership.logits.shadow_models:ShadowModels",
+        "loss-series-client": "adversaries.membership.clients.loss_series_client:LossSeriesClient",
         "client-loss": "adversaries.membership.clients.client_loss:ClientLoss",
         "unmix-client": "adversaries.membership.clients.unmix_client:UnmixClient",
         "ascent-client": "adversaries.membership.clients.ascent_client:AscentClient",

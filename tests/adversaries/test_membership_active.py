@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from adversaries.membership.active.ascent import Ascent
 from adversaries.membership.active.isolating import Isolating
 from adversaries.membership.clients.ascent_client import AscentClient
+from adversaries.membership.clients.loss_series_client import LossSeriesClient
 from adversaries.membership.clients.unmix_client import UnmixClient
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.raising import in_turn, raise_losses
@@ -211,6 +212,22 @@ def test_a_client_explains_steps_by_all_candidates(world: World, asked: Candidat
     UnmixClient().see(ClientView(1, 0, scene, models[0], 7, memory, question=asked))
     found = UnmixClient().answer(ClientView(2, 0, scene, models[1], 7, memory), asked)["scores"]
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_client_adds_up_losses(world: World, asked: Candidates) -> None:
+    attack, memory = LossSeriesClient(), dict[str, torch.Tensor]()
+    sent = [initial_weights(world.scenario.model, seed) for seed in range(3)]
+    for number, weights in enumerate(sent[:2]):
+        attack.see(ClientView(1 + number, 0, world.scenario, weights, 7, memory, question=asked))
+    found = attack.answer(ClientView(2, 0, world.scenario, sent[2], 7, memory), asked)["scores"]
+    model = build_model(world.scenario.model).eval()
+    expected = torch.zeros(len(asked.labels))
+    for weights in sent:
+        with torch.no_grad():
+            logits = functional_call(model, weights, (asked.images,))
+        expected += logits.log_softmax(1)[torch.arange(len(expected)), asked.labels]
+    torch.testing.assert_close(found.float(), expected, atol=1e-4, rtol=0)
+    assert set(memory) == {"losses"}
 
 
 def test_a_client_tells_members_of_the_others(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from fedattack.observation import MembershipScores
 
 @dataclass
 class LossSeries(RoundStatistic):
-    """Loss-Series: ``-sum over t of L(x; w_t)`` over the global models of all rounds; of anybody's members.
+    """Loss-Series (as Zhu et al., CVPR 2025, compare with): minus a candidate's losses under all global models.
 
-    The models are those that were sent out and, where the server still has it, the one after the last round.
+    ``-sum over t of L(x; w_t)``; of anybody's members. The models are those that were sent out and, where the server
+    still has it, the one after the last round.
     """
 
     needs: ClassVar[Needs] = Needs(held_out=True, about="anybody")
