@@ -17,9 +17,9 @@ from fedattack.training import sample_losses
 
 @dataclass
 class LossSeriesClient(MaliciousClient, MembershipAttack):
-    """Loss series of a client (as Nasr et al., S&P 2019, whose local attacker sees the same models); passive.
+    """Loss series of a client (Nasr et al., S&P 2019): minus a candidate's losses under all models it was sent.
 
-    Minus the sum of a candidate's losses under the global models of the rounds it was drawn in, and the last one.
+    Passive. The models are the global ones of the rounds in which the client was drawn, and the last one.
     """
 
     keeps_memory = True

@@ -17,7 +17,7 @@ from fedattack.observation import MembershipScores
 
 @dataclass
 class LossSeries(RoundStatistic):
-    """Loss-Series (as Zhu et al., CVPR 2025, compare with): minus a candidate's losses under all global models.
+    """Loss-Series (Zhu et al., CVPR 2025): minus a candidate's losses under all global models.
 
     ``-sum over t of L(x; w_t)``; of anybody's members. The models are those that were sent out and, where the server
     still has it, the one after the last round.
