@@ -26,6 +26,11 @@ def observation_name(round: int, client: int) -> str:
     return f"round-{round:04d}-{client_name(client)}"
 
 
+def called(client: int) -> str:
+    """A target in words: "client 3", or "anybody"."""
+    return "anybody" if client == EVERYONE else f"client {client}"
+
+
 def client_name(client: int) -> str:
     """Stable name of a client, or of everyone, for files and logs."""
     return "everyone" if client == EVERYONE else f"client-{client:05d}"

@@ -18,7 +18,7 @@ from adversaries.needs import Needs
 from adversaries.seats import CuriousServer
 from fedattack.config import Strength
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
+from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation, called
 
 Figures = Mapping[str, Tensor]
 """What an attack keeps of a round, by name: its size is that of the candidates and clients, not of the model."""
@@ -105,7 +105,7 @@ class RoundStatistic(CuriousServer, MembershipAttack):
         found = rows_of(rounds, target)
         name = type(self).__name__
         if not found:
-            raise NotApplicable(f"{name}: {called(target)} answered in none of {len(rounds)} observed rounds")
+            raise unanswered(name, target, len(rounds))
         return MembershipScores(self.combine(torch.stack(list(found.values()))), name, {"rounds": [*found]})
 
 
@@ -134,6 +134,13 @@ class EquationStatistic(RoundStatistic):
         """Scores of the first `count` samples, the candidates, for each of the system's rows, float64."""
 
 
+def unanswered(name: str, target: int, rounds: int) -> NotApplicable:
+    """What an attack says where none of the observed rounds tells of its target."""
+    return NotApplicable(
+        f"{name}: {called(target)}, the target, answered in none of {rounds} observed rounds"
+    )
+
+
 def rows_of(rounds: Mapping[int, Figures], target: int, name: str = "statistic") -> dict[int, Tensor]:
     """Round -> the target's row of a figure (K, ...), of the rounds that have one."""
     found = {}
@@ -142,8 +149,3 @@ def rows_of(rounds: Mapping[int, Figures], target: int, name: str = "statistic")
         if target in clients and len(figures[name]):
             found[number] = figures[name][clients.index(target)]
     return found
-
-
-def called(target: int) -> str:
-    """The target in words."""
-    return "nobody" if target < 0 else f"client {target}, the target,"

@@ -16,7 +16,7 @@ from adversaries.membership.per_sample import HELD, Gradients, gram, products
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Candidates, Observation
-from fedattack.training import sample_logits, weight_step
+from fedattack.training import sample_logits, sample_losses, weight_step
 
 Which = Literal["sent", "after"] | int
 """A model of a round: the weights sent out, the global model after it, or a client's own (its number)."""
@@ -130,6 +130,15 @@ class RoundView:
     def losses(self, which: Which) -> Tensor:
         """Cross-entropies of the candidates under a model, float64 (N,)."""
         return cross_entropy(self.logits(which), self.candidates.labels, reduction="none").double()
+
+    @cached_property
+    def sent_losses(self) -> Tensor:
+        """Cross-entropies of the candidates at what each client was sent, float64 (K, N)."""
+        found = torch.empty(len(self.clients), len(self.candidates.labels), dtype=torch.float64)
+        for group in self._groups:
+            weights = self.observations[group[0]].weights
+            found[group] = sample_losses(self.model, weights, self.candidates.images, self.candidates.labels)
+        return found
 
     @cached_property
     def client_losses(self) -> Tensor:

@@ -22,7 +22,7 @@ from fedattack.data.dataset import require_groups
 from fedattack.data.pools import fingerprints, share_of_each
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.models import initial_weights
-from fedattack.observation import EVERYONE, Candidates, MembershipScores
+from fedattack.observation import EVERYONE, Candidates, MembershipScores, called
 from fedattack.rng import numpy_rng
 from simulations.client_app import drops_out, round_batches
 from simulations.engine.flower_internals import server_identity
@@ -175,11 +175,6 @@ def per_unit(answer: MembershipScores, groups: Tensor | None) -> MembershipScore
     return replace(answer, scores=sums / groups.bincount())
 
 
-def called(target: int) -> str:
-    """The target in words."""
-    return "anybody" if target == EVERYONE else f"client {target}"
-
-
 def trained_on(config: Config, world: World, rounds: Rounds) -> Ids:
     """Distinct ids of the samples that clients train on in their rounds, client by client."""
     used: list[Ids] = [np.zeros(0, dtype=np.int64)]
@@ -245,7 +240,8 @@ def _refuse_overlaps(world: World) -> None:
         )
     if world.auxiliary is not None:
         public = (world.auxiliary.images * 255).round().to(torch.uint8).numpy()
-        if both := [n for n, picture in enumerate(fingerprints(public)) if picture in theirs | set(ours)]:
+        either = theirs | set(ours)
+        if both := [n for n, picture in enumerate(fingerprints(public)) if picture in either]:
             raise DataError(
                 f"membership: public image {both[0]} is also a client's or a non-member ({len(both)} such); "
                 "candidates must not be among the public images"

@@ -17,7 +17,7 @@ from adversaries.membership.view import RoundView
 from fedattack.config import Config
 from fedattack.errors import FedattackError, NotApplicable, RunFailed
 from fedattack.models import build_model
-from fedattack.observation import EVERYONE, Auxiliary, MembershipScores, Observation, Scenario
+from fedattack.observation import Auxiliary, MembershipScores, Observation, Scenario, called
 from fedattack.rng import adversary_seed
 from fedattack.storage import RunFolder
 from fedattack.task import trained_parameters
@@ -249,8 +249,7 @@ class Watch:
     def pass_over(self, name: str, target: int, error: Exception) -> None:
         """Say, once, why an attack is not scored about a target."""
         self._faults[name] = error if isinstance(error, FedattackError) else RunFailed(reason(error))
-        whom = "anybody" if target == EVERYONE else f"client {target}"
-        self._say(f"{name}: not scored about {whom}: {reason(error)}")
+        self._say(f"{name}: not scored about {called(target)}: {reason(error)}")
 
     def fault(self, name: str) -> FedattackError:
         """Why an attack could score nobody."""

@@ -230,6 +230,18 @@ def test_an_update_of_another_model_is_refused() -> None:
             _ = view.cosines
 
 
+def test_losses_are_taken_at_what_each_client_was_sent() -> None:
+    observations, model = seen()
+    first, second = observations[:2]
+    moved = {name: tensor + 0.1 for name, tensor in second.weights.items()}
+    view = RoundView([first, replace(second, weights=moved)], Knowledge(samples(4)), CPU)
+    for row, weights in enumerate((first.weights, moved)):
+        load_weights(model, weights)
+        wanted = functional.cross_entropy(model(samples(4).images), samples(4).labels, reduction="none")
+        torch.testing.assert_close(view.sent_losses[row], wanted.detach().double(), rtol=1e-5, atol=1e-6)
+    assert (view.sent_losses[0] - view.sent_losses[1]).abs().max() > 1e-3
+
+
 def test_batch_norm_statistics_that_were_not_sent() -> None:
     observations, model = seen(name="resnet20")
     o = observations[0]

@@ -65,6 +65,6 @@ class Ascent(MaliciousServer, RoundStatistic):
 
     def measure(self, view: RoundView) -> Tensor:
         """Falls of the candidates' losses, less the mean of the other clients'; no rows where one client answered."""
-        falls = view.losses("sent") - view.client_losses
+        falls = view.sent_losses - view.client_losses
         count = len(view.clients)
         return (falls - falls.mean(0)) * count / (count - 1) if count > 1 else falls[:0]

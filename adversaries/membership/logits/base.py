@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adversaries.membership.base import Figures, MembershipAttack, called, rows_of
+from adversaries.membership.base import Figures, MembershipAttack, rows_of, unanswered
 from adversaries.membership.knowledge import Knowledge, References
 from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
@@ -81,7 +81,7 @@ class BlackBox(CuriousServer, MembershipAttack):
         asked = target if self.model == "client" else EVERYONE
         logits = rows_of(rounds, asked, "logits")
         if not logits:
-            raise NotApplicable(f"{name}: {called(target)} answered in none of {len(rounds)} observed rounds")
+            raise unanswered(name, asked, len(rounds))
         count = 0 if knowledge.public is None else len(knowledge.public.images)
         if count < needs.auxiliary:
             raise NotApplicable(

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adversaries.membership.base import Figures, RoundStatistic, rows_of
+from adversaries.membership.base import Figures, RoundStatistic, rows_of, unanswered
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
@@ -80,9 +80,7 @@ class FedMIA(RoundStatistic):
         if not used:
             together = [len(f["clients"]) for f in rounds.values() if target in f["clients"].tolist()]
             if not together:
-                raise NotApplicable(
-                    f"fedmia: client {target}, the target, answered in none of {len(rounds)} observed rounds"
-                )
+                raise unanswered("fedmia", target, len(rounds))
             raise NotApplicable(
                 f"fedmia: at most {max(together)} clients answered in a round together with the target; "
                 f"at least {MIN_SHADOWS + 1} are needed (raise federation.clients or federation.participation)"

@@ -24,4 +24,4 @@ class LossDrop(RoundStatistic):
 
     def measure(self, view: RoundView) -> Tensor:
         """The drops."""
-        return view.losses("sent") - view.client_losses
+        return view.sent_losses - view.client_losses

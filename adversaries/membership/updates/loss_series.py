@@ -31,8 +31,8 @@ class LossSeries(RoundStatistic):
         return {**super().watch(view, seed), **after}
 
     def measure(self, view: RoundView) -> Tensor:
-        """Minus the losses at the weights sent out, (1, N)."""
-        return -view.losses("sent")[None]
+        """Minus the losses at the weights sent out, (1, N); their mean where clients were sent different ones."""
+        return -view.sent_losses.mean(0, keepdim=True)
 
     def combine(self, rounds: Tensor) -> Tensor:
         """Their sum."""
