@@ -352,8 +352,15 @@ class Config(Section):
         return self.attack.victims or min(8, self.federation.clients)
 
     @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Config:
+    def from_mapping(
+        cls,
+        settings: Mapping[str, Any],
+        base: Mapping[str, Any] | None = None,
+        left_open: Mapping[str, Any] | None = None,
+    ) -> Config:
         """Build from a flat or nested mapping of short or dotted names or sections, over nested `base` settings.
+
+        `left_open`, nested: what is meant where neither says.
 
         Values may be strings as typed in a shell; an empty string stands for "not set" (Flower's run-config cannot
         hold null). Raises ConfigError, which names the setting, its value and what would be accepted.
@@ -361,6 +368,7 @@ class Config(Section):
         tree: dict[str, Any] = _deep_copy(base or {})
         for key, value in settings.items():
             _assign(tree, _resolve(key), value)
+        _fill(tree, left_open or {})
         _fill(tree, TASK_SETTINGS.get(str(tree.get("training", {}).get("task", "")), {}))
         try:
             return cls.model_validate(tree)
@@ -368,15 +376,20 @@ class Config(Section):
             raise ConfigError(_explain(error)) from None
 
     @classmethod
-    def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-        """Read a TOML file of nested sections, then apply `overrides` (short or dotted names)."""
+    def from_toml(
+        cls,
+        path: str | Path,
+        overrides: Mapping[str, Any] | None = None,
+        left_open: Mapping[str, Any] | None = None,
+    ) -> Config:
+        """Read a TOML file of nested sections, then apply `overrides` (short or dotted names); see from_mapping."""
         try:
             base = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"configuration file {str(path)!r} does not exist") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"configuration file {str(path)!r} is not readable TOML: {error}") from None
-        return cls.from_mapping(overrides or {}, base)
+        return cls.from_mapping(overrides or {}, base, left_open)
 
     def to_toml(self) -> str:
         """TOML text that :meth:`from_toml` reads back to an equal configuration."""

@@ -128,7 +128,7 @@ def simulate(
     scored: dict[str, AuditResult] = {}
     failed: dict[str, BaseException] = {}
     ended: RunFailed | None = None
-    with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
+    with open_run_folder(config, console) as (folder, shown), ExitStack() as stack:
         folder.save_part("world", world_record(world))
         for note in notes:
             shown.say(note, folder)
@@ -156,11 +156,11 @@ def simulate(
             raise ended or (first if isinstance(first, FedattackError) else RunFailed(late[0])) from first
         for note in late:
             shown.say(note, folder)
-    results = _with_threats(scored, attacks, world.scenario, world.auxiliary)
+    results = with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
     notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
     more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world)}
-    _report(console, folder, results, figures, command, left_out, **more)
+    report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
     if ended is not None:
@@ -212,7 +212,7 @@ def attack_folder(
     scored: dict[str, AuditResult] = {}
     answers: dict[str, dict[str, Any]] = {}
     failed: dict[str, BaseException] = {}
-    with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
+    with open_run_folder(config, console) as (folder, shown), ExitStack() as stack:
         told = {"folder": str(saved.resolve())}
         if (earlier := folder.load_part("observations")) not in (None, told):
             what = f"holds attacks on {dict(earlier or {}).get('folder')}; give another folder"
@@ -241,9 +241,9 @@ def attack_folder(
             raise error if isinstance(error, FedattackError) else RunFailed(late[0]) from error
         for note in late:
             shown.say(note, folder)
-    results = _with_threats(scored, attacks, first.scenario, first.auxiliary)
+    results = with_threats(scored, attacks, first.scenario, first.auxiliary)
     if results:
-        _report(console, folder, results, None, command, left_out, notes=[*notes, *late])
+        report(console, folder, results, None, command, left_out, notes=[*notes, *late])
     else:
         write_answers(folder, answers)
         left = " and ".join(dict.fromkeys(work.left for work in works))
@@ -254,7 +254,7 @@ def attack_folder(
 
 
 @contextmanager
-def _run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, Stages]]:
+def open_run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, Stages]]:
     """The run's folder, with its log, the Ray session that the engine needs, and the progress bars."""
     folder = RunFolder.create(run_directory(config), config)
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
@@ -263,7 +263,7 @@ def _run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, S
         yield folder, shown
 
 
-def _with_threats(
+def with_threats(
     scored: Mapping[str, AuditResult],
     attacks: Mapping[str, Attack],
     scenario: Scenario,
@@ -274,7 +274,7 @@ def _with_threats(
     return [replace(scored[name], threat=threats[name]) for name in attacks if name in scored]
 
 
-def _report(
+def report(
     console: Console,
     folder: RunFolder,
     results: Sequence[AuditResult],

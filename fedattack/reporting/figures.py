@@ -215,6 +215,43 @@ def exposed(results: Sequence[AuditResult], limit: int = 3) -> Figure | None:
     return figure
 
 
+def nearest(results: Sequence[AuditResult]) -> Figure | None:
+    """The highest scores' candidates above the synthetic images most like them, of the attack of the highest AUC.
+
+    None where no result has such.
+    """
+    shown = [result for result in results if result.curves.get("nearest")]
+    if not shown:
+        return None
+    best = max(shown, key=lambda result: result.summary["metrics"]["auc"]["mean"])
+    return nearest_sheet(best.attack, best.curves["nearest"])
+
+
+def nearest_sheet(attack: str, kinds: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Kind of candidate -> "images" (n, C, H, W), "synthetic" and "distances", below one another; n: 8 or so."""
+    columns = max(len(kind["distances"]) for kind in kinds.values())
+    figure = Figure(figsize=(1.25 * columns + 1.6, 2.75 * len(kinds) + 0.3), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(-0.05, columns), ylim=(2.3 * len(kinds), -0.02), aspect=1.0)
+    axes.axis("off")
+    for row, (name, kind) in enumerate(kinds.items()):
+        for below, (label, images) in enumerate(
+            ((name, kind["images"]), ("nearest\nsynthetic", kind["synthetic"]))
+        ):
+            top = 2.3 * row + below
+            axes.text(-0.08, top + 0.5, label, ha="right", va="center", fontsize=9)
+            for column, image in enumerate(images):
+                ends = (column + 0.04, column + 0.96, top + 0.96, top + 0.04)
+                axes.imshow(enlarged(image, 1), interpolation="nearest", extent=ends, aspect="auto")
+        for column, distance in enumerate(kind["distances"]):
+            place: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8}
+            axes.text(column + 0.5, 2.3 * row + 2.0, formats.compact(distance), **place)
+    axes.set_title(
+        f"{attack}: the highest scores, and the distance to what is nearest", fontsize=10, loc="left"
+    )
+    return figure
+
+
 def unlearning_bars(results: Sequence[AuditResult]) -> Figure:
     """Accuracy before and after the request, beside the deletion of as many random samples."""
     figure = Figure(figsize=(max(5.2, 2.0 * len(results) + 3.0), 3.8), layout="constrained")

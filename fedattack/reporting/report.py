@@ -58,6 +58,7 @@ def write_results(
     label_counts: Mapping[int, Mapping[int, int]] | None = None,
     notes: Sequence[str] = (),
     left_out: Mapping[str, str] | None = None,
+    about: str = "",
 ) -> Path:
     """Write records, summary, images, figures and ``report.html`` into a run's folder; the report's path.
 
@@ -73,6 +74,8 @@ def write_results(
         Warnings shown below the verdicts.
     left_out
         Attack -> why it does not apply.
+    about
+        What was asked about, in words, where it is no federation that the run itself trained.
 
     Raises
     ------
@@ -90,7 +93,8 @@ def write_results(
         .from_string(REPORT)
         .render(
             title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
-            subtitle=views.subtitle(folder.config),
+            heading="How much do these images leak?" if about else "How much does this federation leak?",
+            subtitle=about or views.subtitle(folder.config),
             top=headline(results, federation),
             attacks=[views.attack_view(result) for result in results],
             families=views.family_views(results),
@@ -118,7 +122,7 @@ def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Any]]) -
             if not isinstance(answer, Reconstruction):
                 continue
             row = torch.cat(list(answer.images.clamp(0, 1)), dim=2)
-            write_bytes(folder.images / safe_name(attack) / f"{safe_name(key)}.png", _png(row))
+            write_bytes(folder.images / safe_name(attack) / f"{safe_name(key)}.png", image_png(row))
 
 
 def environment() -> Environment:
@@ -166,10 +170,10 @@ def _write_images(folder: RunFolder, result: AuditResult) -> None:
             if torch.isnan(image).any():
                 continue
             stem = f"{observation_name(record['round'], record['client'])}-{record['image']}"
-            write_bytes(place / f"{stem}-{name.replace(' ', '-').replace('/', '-')}.png", _png(image))
+            write_bytes(place / f"{stem}-{name.replace(' ', '-').replace('/', '-')}.png", image_png(image))
 
 
-def _png(image: Tensor) -> bytes:
+def image_png(image: Tensor) -> bytes:
     """8-bit PNG of an image (C, H, W) in [0, 1]."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()

@@ -66,7 +66,7 @@ REPORT = (
 </style>
 </head>
 <body>
-<h1>How much does this federation leak?</h1>
+<h1>{{ heading }}</h1>
 <p class="soft">{{ subtitle }}</p>
 
 {% if top %}<p class="top {{ top.level }}">{{ top.text }}</p>{% endif %}
