@@ -168,8 +168,8 @@ def run_attack(given: Given, config: Config, console: Console, command: str) -> 
         _scores(folder, folders, told.scores, config)
         console.print(
             f"nothing is scored: nobody says which of the {len(folders.candidates):,} candidates were trained on "
-            f"(put them into {MEMBERS}/ and {NON_MEMBERS}/); the scores, the most suspicious by {next(iter(told.scores))} "
-            f"first, are in [bold]{folder.path / 'scores.csv'}[/]",
+            f"(put them into {MEMBERS}/ and {NON_MEMBERS}/); the scores, the most suspicious by "
+            f"{next(iter(told.scores))} first, are in [bold]{folder.path / 'scores.csv'}[/]",
             highlight=False,
             soft_wrap=True,
         )
@@ -207,11 +207,11 @@ def _in_folder(config: Config, name: str) -> Config:
 def _only_of(folder: RunFolder, config: Config, given: Given, **more: str) -> None:
     """ConfigError where the folder holds answers about something else."""
     told = {name: str(value) for name, value in vars(given).items() if value} | more
-    if (earlier := folder.load_part("asked about")) not in (None, told):
+    if (earlier := folder.load_part("asked")) not in (None, told):
         raise ConfigError(
             f"setting 'output.run_dir' = {config.output.run_dir!r}: holds answers about {earlier}; give another one"
         )
-    folder.save_part("asked about", told)
+    folder.save_part("asked", told)
 
 
 def _scores(
