@@ -295,6 +295,9 @@ class OutputConfig(Section):
 
     run_dir: str | None = None
     save_observations: bool = False
+    checkpoint_every: Count = Field(
+        0, description="rounds between generators that are kept in generators/; 0: the last one alone"
+    )
     cache_dir: str | None = Field(
         None,
         description="folder for what later runs can use again (reference models); None: beside the run folder",

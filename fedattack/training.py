@@ -69,6 +69,8 @@ def training_mode(model: nn.Module, batch_norm: Literal["train", "eval"]) -> nn.
 class LossTask(Task):
     """Minimise one loss by SGD; a subclass brings :meth:`loss`, :meth:`measure` and :meth:`output`."""
 
+    proximal = True
+
     @abstractmethod
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of one batch with its graph, a scalar."""

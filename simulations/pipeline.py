@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import logging
@@ -26,12 +27,14 @@ from fedattack.defenses import check_defenses
 from fedattack.errors import ConfigError, FedattackError, RunFailed
 from fedattack.files import cannot_write
 from fedattack.observation import Auxiliary, Observation, Scenario
+from fedattack.reporting import formats
 from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
 from fedattack.storage import RunFolder
 from fedattack.storage import load_observations as read_observations
 from fedattack.storage.observations import observed_rounds, safe_name
 from fedattack.storage.records import summary_document
+from fedattack.task import task_of
 from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
 from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, SavedWork, by_family, open_experiments
@@ -44,6 +47,7 @@ from simulations.experiments.choose import (
 )
 from simulations.experiments.executor import choose_device, reason
 from simulations.experiments.privacy import privacy_accounts, privacy_record
+from simulations.generators import Generators
 from simulations.progress import Stages, stages
 
 # A run has its own progress bars and table; Flower's lines between them would say the same again.
@@ -129,6 +133,7 @@ def simulate(
     failed: dict[str, BaseException] = {}
     ended: RunFailed | None = None
     with open_run_folder(config, console) as (folder, shown), ExitStack() as stack:
+        generators = Generators(config, world, folder)
         folder.save_part("world", world_record(world))
         for note in notes:
             shown.say(note, folder)
@@ -137,7 +142,7 @@ def simulate(
         for experiment in experiments:
             stack.callback(experiment.close)
         try:
-            federation = _train(plan, experiments, attacks, federate, rounds)
+            federation = _train(plan, experiments, attacks, federate, rounds, generators)
         except RunFailed as error:  # what was seen until then can be told
             ended = error
             federation = FederationResult({}, rounds, [])
@@ -159,10 +164,21 @@ def simulate(
     results = with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
     notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
-    more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world)}
+    more: dict[str, Any] = {"label_counts": label_counts(world)}
+    made = generators.finish("; ".join(f"{n}: {one['text']}" for n, one in figures["privacy"].items()))
+    if made is not None:
+        more["generated"] = made.images
+        if made.diversity is not None:
+            figures["generator"] = dataclasses.asdict(made.diversity)
+            figures["images of the generator"] = made.diversity.text
+            notes += [f"warning: {made.diversity.text}"] if made.diversity.collapsed else []
+    more["notes"] = notes
     report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
+    if made is not None:
+        told = "" if made.diversity is None else made.diversity.text
+        console.print(f"generator [bold]{made.path}[/]  {told}", highlight=False, soft_wrap=True)
     if ended is not None:
         raise ended
     answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
@@ -328,6 +344,7 @@ def _train(
     attacks: Mapping[str, Attack],
     federate: Callable[..., FederationResult],
     rounds: list[RoundRecord],
+    generators: Generators,
 ) -> FederationResult:
     """Train; hand each round's observations to the experiments while the rounds go on, and note the rounds."""
     total = plan.config.federation.rounds
@@ -342,12 +359,15 @@ def _train(
         for client, why in (*record.rejected, *record.failed):
             plan.folder.log(f"round {record.round}: reply of client {client} not used: {why}")
         accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.1%}"
+        if generators.watches and record.loss is not None:
+            accuracy = f", {task_of(plan.world.scenario).called[0]} {formats.compact(record.loss)}"
         plan.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
         plan.shown("federation", record.round / total, f"round {record.round} of {total}{accuracy}")
         for experiment in experiments:
             experiment.after_round(record)
 
     def global_model(round: int, weights: dict[str, Tensor]) -> None:
+        generators.after_round(round, weights)
         for experiment in experiments:
             experiment.global_model(round, weights)
 
@@ -402,6 +422,7 @@ def federation_figures(config: Config, world: World, federation: FederationResul
         "defences": ", ".join(config.defense.names) or "none",
         **{f"guarantee of {name}": account["text"] for name, account in privacy.items()},
         "privacy": privacy,
+        "called": dict(zip(("loss", "train_loss"), task_of(world.scenario).called, strict=True)),
         "rounds": rounds,
         "rejections": refused,
     }

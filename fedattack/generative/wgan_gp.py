@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
+from torch.func import functional_call
 
 from fedattack.config import GanConfig, ModelConfig
 from fedattack.errors import ConfigError, RunFailed
@@ -47,6 +49,48 @@ def energy_distance(one: Tensor, other: Tensor) -> float:
     return float(2 * torch.cdist(one, other).mean() - sum(within))
 
 
+@dataclass(frozen=True)
+class CriticStep:
+    """The critic's loss and gradient on a batch, :func:`critic_loss`, latents and alpha from `draws`.
+
+    The gradient is in the order of the critic's parameters.
+    """
+
+    penalty: float
+    draws: Generator
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        """Of the batch."""
+        critic, fake, alpha = self._drawn(model, images)
+        loss, _ = critic_loss(critic, images, fake, alpha, self.penalty)
+        return loss, torch.autograd.grad(loss, list(critic.parameters()))
+
+    def per_sample(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        """Of each image, with one generated image and one alpha of its own: (n,), and (n, ...) per parameter."""
+        critic, fake, alpha = self._drawn(model, images)
+        weights = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+
+        def score(state: dict[str, Tensor], image: Tensor) -> Tensor:
+            found: Tensor = functional_call(critic, state, (image[None],))
+            return found.sum()
+
+        def loss(state: dict[str, Tensor], real: Tensor, made: Tensor, share: Tensor) -> Tensor:
+            slope = torch.func.grad(score, argnums=1)(state, real + share * (made - real))
+            gp = (slope.norm() - 1).square()
+            return score(state, made) - score(state, real) + self.penalty * gp
+
+        each = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0, 0))
+        gradients, losses = each(weights, images, fake, alpha)
+        return losses, tuple(gradients[name] for name in weights)
+
+    def _drawn(self, model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+        """The critic, as many generated images, and the alphas, (n,)."""
+        assert isinstance(model, Gan)
+        with torch.no_grad():
+            fake = model.sample(len(images), self.draws)
+        return model.critic, fake, torch.rand(len(images), generator=self.draws).to(images.device)
+
+
 class WganGp(Task):
     """Make images like the clients': a generator, and a critic whose gradient is held near length 1.
 
@@ -56,6 +100,7 @@ class WganGp(Task):
     """
 
     kind = "generate"
+    called = ("energy distance", "critic's loss")
 
     def check(self, scenario: Scenario) -> None:
         """Refuse a protocol, or a number of steps, with which no generator is trained."""
@@ -86,15 +131,7 @@ class WganGp(Task):
     def step(self, scenario: Scenario, draws: Generator) -> GradientStep:
         """The critic's; the gradient is in the order of its parameters."""
 
-        def critic_step(model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
-            assert isinstance(model, Gan)
-            with torch.no_grad():
-                fake = model.sample(len(images), draws)
-            alpha = torch.rand(len(images), generator=draws).to(images.device)
-            loss, _ = critic_loss(model.critic, images, fake, alpha, scenario.gan.penalty)
-            return loss, torch.autograd.grad(loss, list(model.critic.parameters()))
-
-        return critic_step
+        return CriticStep(scenario.gan.penalty, draws)
 
     def train(
         self,

@@ -283,26 +283,54 @@ def unlearning_bars(results: Sequence[AuditResult]) -> Figure:
     return figure
 
 
-def accuracy_over_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure:
-    """Test accuracy and losses of the global model over the rounds."""
+def accuracy_over_rounds(
+    rounds: Sequence[Mapping[str, Any]], called: Mapping[str, str] | None = None
+) -> Figure:
+    """Test accuracy and losses of the global model over the rounds; without accuracy each loss has its own axes.
+
+    `called`: names of "loss" and "train_loss".
+    """
+    called = {"loss": "test loss", "train_loss": "training loss"} | dict(called or {})
     figure = Figure(figsize=(8.4, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     x = [row["round"] for row in rounds]
     marker = "o" if len(x) < 40 else None
-    left.plot(x, [_finite(row.get("accuracy")) * 100 for row in rounds], color=BLUE, marker=marker, ms=4)
-    left.set(ylabel="test accuracy, %", ylim=(0, 100))
-    losses = (("loss", "test loss", BLUE, "-"), ("train_loss", "training loss", ORANGE, "--"))
-    for key, label, colour, style in losses:
+    accuracies = [_finite(row.get("accuracy")) * 100 for row in rounds]
+    unlike = bool(np.isnan(accuracies).all())
+    if not unlike:
+        left.plot(x, accuracies, color=BLUE, marker=marker, ms=4)
+        left.set(ylabel="test accuracy, %", ylim=(0, 100))
+    for key, axes, colour, style in (("loss", left, BLUE, "-"), ("train_loss", right, ORANGE, "--")):
         values = [_finite(row.get(key)) for row in rounds]
         if not np.isnan(values).all():
-            right.plot(x, values, style, color=colour, marker=marker, ms=4, label=label)
-    right.set(ylabel="loss")
-    if right.lines:
+            place, name = (axes, None) if unlike else (right, called[key])
+            place.plot(x, values, style, color=colour, marker=marker, ms=4, label=name)
+            place.set(ylabel=called[key] if unlike else "loss")
+    if right.lines and not unlike:
         right.legend(fontsize=8)
     for axes in (left, right):
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#e3e3e3")
+    return figure
+
+
+def sample_sheet(generated: Mapping[int, Tensor], columns: int = 16) -> Figure:
+    """Images (n, C, S, S) in [0, 1] of the generator of each round: a row of the earlier ones, all of the last's."""
+    last = max(generated)
+    strips = [(f"round {number}", generated[number][:columns]) for number in sorted(generated)[:-1]]
+    rows = generated[last].split(columns)
+    strips += [(f"round {last}" if index == 0 else "", row) for index, row in enumerate(rows)]
+    figure = Figure(figsize=(0.55 * columns + 1.0, 0.57 * len(strips) + 0.1), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)  # type: ignore[union-attr, call-arg]
+    grid = figure.subplots(len(strips), columns, squeeze=False)
+    for (name, images), places in zip(strips, grid, strict=True):
+        for axes in places:
+            axes.set_axis_off()
+        for axes, image in zip(places, images, strict=False):
+            axes.set_axis_on()
+            _image(axes, image)
+        places[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center", labelpad=6)
     return figure
 
 

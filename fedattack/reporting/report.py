@@ -59,6 +59,7 @@ def write_results(
     notes: Sequence[str] = (),
     left_out: Mapping[str, str] | None = None,
     about: str = "",
+    generated: Mapping[int, Tensor] | None = None,
 ) -> Path:
     """Write records, summary, images, figures and ``report.html`` into a run's folder; the report's path.
 
@@ -67,7 +68,8 @@ def write_results(
     federation
         "rounds": list of {"round", "loss", "accuracy", "train_loss", "answered", "failed", "rejected", "dropped",
         "wire_bytes", "seconds"} (missing or None where unknown), "rejections": list of {"round", "client",
-        "reason"}; every other entry with a plain value is shown as a fact.
+        "reason"}, "called": what to call "loss" and "train_loss"; every other entry with a plain value is shown as a
+        fact.
     label_counts
         Client -> label -> samples.
     notes
@@ -76,6 +78,8 @@ def write_results(
         Attack -> why it does not apply.
     about
         What was asked about, in words, where it is no federation that the run itself trained.
+    generated
+        Round -> images of the generator that was trained, (n, C, S, S) in [0, 1].
 
     Raises
     ------
@@ -101,7 +105,11 @@ def write_results(
             notes=notes,
             pictures=_attack_pictures(folder, results),
             seen=views.seen_views(results),
-            federation=_federation(folder, federation, label_counts) if federation or label_counts else None,
+            federation=(
+                _federation(folder, federation, label_counts, generated)
+                if federation or label_counts
+                else None
+            ),
             command=command or f"fedattack --config {folder.path / 'config.toml'}",
             versions=views.versions(folder.config),
             config=folder.config.to_toml(),
@@ -182,20 +190,33 @@ def image_png(image: Tensor) -> bytes:
 
 
 def _federation(
-    folder: RunFolder, federation: Mapping[str, Any], label_counts: Mapping[int, Mapping[int, int]] | None
+    folder: RunFolder,
+    federation: Mapping[str, Any],
+    label_counts: Mapping[int, Mapping[int, int]] | None,
+    generated: Mapping[int, Tensor] | None,
 ) -> dict[str, Any]:
     rounds = [dict.fromkeys(_COLUMNS) | dict(row) for row in federation.get("rounds", [])]
+    called = {"loss": "test loss", "train_loss": "training loss"} | federation.get("called", {})
     facts = [
         (name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
         for name, value in federation.items()
         if isinstance(value, str | int | float)
     ]
     pictures = []
+    if generated:
+        alt, told = (
+            "Images of the generator, by round",
+            ("Images of the last generator, and of earlier ones from the same latents: none was chosen."),
+        )
+        pictures.append(_figure(folder, "samples", figures.sample_sheet(generated), alt, told))
+        for number, images in generated.items():
+            sheet = torch.cat([torch.cat(list(row), 2) for row in images.split(16) if len(row) == 16], 1)
+            write_bytes(folder.images / "generator" / f"round-{number:05d}.png", _png(sheet))
     if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
         told = (
             "The global model on held-out samples: an attacked federation that learns nothing proves little."
         )
-        drawn = figures.accuracy_over_rounds(rounds)
+        drawn = figures.accuracy_over_rounds(rounds, called)
         pictures.append(_figure(folder, "accuracy", drawn, "Accuracy and loss over the rounds", told))
     if label_counts:
         alt, told = "Samples of each label at each client", "How the samples are dealt out."
@@ -203,5 +224,6 @@ def _federation(
     more = f"The first {_ROUNDS} of {len(rounds)} rounds; all are in summary.json."
     left_out = more if len(rounds) > _ROUNDS else ""
     rejections = list(federation.get("rejections", []))[:_ROWS]
-    shown = {"facts": facts, "rounds": rounds[:_ROUNDS], "left_out": left_out}
+    told_of = {"called": called, "classifies": any(row["accuracy"] is not None for row in rounds)}
+    shown = {**told_of, "facts": facts, "rounds": rounds[:_ROUNDS], "left_out": left_out}
     return shown | {"rejections": rejections, "pictures": pictures}
