@@ -211,7 +211,7 @@ def _federation(
         pictures.append(_figure(folder, "samples", figures.sample_sheet(generated), alt, told))
         for number, images in generated.items():
             sheet = torch.cat([torch.cat(list(row), 2) for row in images.split(16) if len(row) == 16], 1)
-            write_bytes(folder.images / "generator" / f"round-{number:05d}.png", _png(sheet))
+            write_bytes(folder.images / "generator" / f"round-{number:05d}.png", image_png(sheet))
     if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
         told = (
             "The global model on held-out samples: an attacked federation that learns nothing proves little."

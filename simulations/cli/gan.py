@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from fedattack.config import AttackConfig, Config
 from fedattack.data import World, build_world
 from fedattack.data.dataset import as_float
 from fedattack.data.images import Images, read_images
+from fedattack.data.pools import fingerprints
 from fedattack.errors import ConfigError, DataError, FedattackError, RunFailed
 from fedattack.files import content_hash, whole_file, write_bytes
 from fedattack.generative import load_gan
+from fedattack.generative.diversity import diversity
 from fedattack.metrics.synthetic import Labelled, worth
 from fedattack.reporting import figures, formats
 from fedattack.reporting.report import image_png
@@ -41,7 +43,6 @@ from simulations.experiments.base import EXPERIMENTS, Plan
 from simulations.experiments.choose import known_facts
 from simulations.experiments.executor import choose_device, reason
 from simulations.experiments.synthetic import (
-    GENERATOR,
     MEMBERS,
     NON_MEMBERS,
     FinishedRun,
@@ -50,13 +51,22 @@ from simulations.experiments.synthetic import (
     attack_folders,
     synthetic_attacks,
 )
-from simulations.pipeline import open_run_folder, report, run_directory, simulate, with_threats
+from simulations.generators import FILE
+from simulations.pipeline import (
+    federation_figures,
+    open_run_folder,
+    report,
+    run_directory,
+    simulate,
+    with_threats,
+)
 
 SHEET = (8, 16)
 """Rows and columns of a sheet of samples."""
-LEAK = "full-black-box"
+LEAK = ("full-black-box", "full-black-box-calibrated")
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
-_AT_ONCE = 512
+_AT_ONCE = 500
+_LOOKED_AT, _JUDGED = 5000, 1000
 _NEAREST = 8
 
 
@@ -98,39 +108,50 @@ def run_train(config: Config, console: Console, command: str) -> None:
 
 def run_sample(place: Path, out: Path, count: int, png: bool, seed: int, console: Console) -> None:
     """Write `count` images of a generator into the new folder `out`; memory does not grow with their number."""
-    gan, settings = load_gan(place / GENERATOR if place.is_dir() else place)
+    gan, settings = load_gan(place / FILE if place.is_dir() else place)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {str(out)!r}: is there already; give a new or an empty folder")
     channels, side, _ = settings.image_shape
     shape = (count, side, side) if channels == 1 else (count, side, side, channels)
-    draws, first = torch_rng(seed, "gan sample"), torch.empty(0, channels, side, side)
+    draws, looked_at = torch_rng(seed, "gan sample"), list[Tensor]()
 
     def chunks() -> Iterator[NDArray[np.uint8]]:
-        nonlocal first
         for start in range(0, count, _AT_ONCE):
             made = gan.sample(min(_AT_ONCE, count - start), draws)
-            pixels = (made * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            if start < 5000:
-                first = torch.cat([first, made])
+            if start < _LOOKED_AT:
+                looked_at.append(made)
             if png:
                 for number, image in enumerate(made, start=start):
                     write_bytes(out / "png" / f"{number:06d}.png", image_png(image))
-            yield np.ascontiguousarray(pixels)
+            pixels = (made * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            yield np.ascontiguousarray(pixels.numpy())
 
-    with torch.no_grad():
-        write_array(out / "images.npz", shape, chunks())
-    shown = min(count, SHEET[0] * SHEET[1])
-    write_bytes(
-        out / "sheet.png", image_png(make_grid(first[:shown], nrow=SHEET[1], padding=1, pad_value=1.0))
-    )
-    document = {"generator": content_hash(gan.state_dict()), "seed": seed, "count": count}
-    write_json(out / "sample.json", document)
+    write_array(out / "images.npz", shape, chunks())
+    first = torch.cat(looked_at)[:_LOOKED_AT]
+    sheet = make_grid(first[: SHEET[0] * SHEET[1]], nrow=SHEET[1], padding=1, pad_value=1.0)
+    write_bytes(out / "sheet.png", image_png(sheet))
+    distinct = _distinct(place, first)
+    found = {"generator": content_hash(gan.state_dict()), "seed": seed, "count": count, "distinct": distinct}
+    write_json(out / "sample.json", found)
     told = (
         f"{count:,} images of {side} x {side}, {channels} channel{'s' if channels > 1 else ''}, and a sheet"
     )
     console.print(f"{told} written to [bold]{out}[/]", highlight=False, soft_wrap=True)
-    if settings.privacy:
-        console.print(settings.privacy, markup=False, highlight=False, soft_wrap=True)
+    for sentence in (distinct, settings.privacy):
+        if sentence:
+            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def _distinct(place: Path, made: Tensor) -> str:
+    """How many of the images are distinct, in words: of a run beside its held-out images, else as 8-bit pictures."""
+    if place.is_dir() and len(made) > 1:
+        run = FinishedRun.read(place)
+        world = build_world(run.config)
+        held_out = world.dataset.tensors(world.pools.nonmembers[:_JUDGED])[0]
+        if len(held_out) > 1:
+            return diversity(made[:_JUDGED], held_out).text
+    pictures = fingerprints((made * 255).round().to(torch.uint8).numpy())
+    return f"{len(set(pictures)) / len(pictures):.1%} of {len(pictures):,} are different pictures of 8 bits"
 
 
 def write_array(path: Path, shape: Sequence[int], chunks: Iterator[NDArray[np.uint8]]) -> None:
@@ -284,8 +305,13 @@ class Released:
             for note in notes:
                 shown.say(note, folder)
         results = with_threats(scored, attacks, scenario, self.world.auxiliary)
-        about = f"the generator of {self.given.run}"
-        report(console, folder, results, None, command, left_out, notes=[*notes, *also], about=about)
+        last, device = self.config.federation.rounds, choose_device(self.config.engine.device)
+        seed = adversary_seed(self.config.seed, "sheet")
+        made = released(scenario, self.run.weights, SHEET[0] * SHEET[1], seed, device)
+        more: dict[str, Any] = {"notes": [*notes, *also], "generated": {last: made.images}}
+        more["about"] = f"the generator of {self.given.run}"
+        figures = federation_figures(self.config, self.world, self.run.federation)
+        report(console, folder, results, figures, command, left_out, **more)
         return folder, results
 
 
@@ -296,7 +322,7 @@ def run_evaluate(given: Given, count: int, config: Config, console: Console, com
     if given.run is not None:
         opened = Released.open(given.run, config, "gan-evaluate")
         synthetic, public, test = _of_run(opened, count)
-        found = worth(synthetic, public, test, opened.config.seed)
+        found = _worth(synthetic, public, test, opened.config.seed)
         folder, leaks = opened.attack(_leaking(opened.config), console, command, _sentences(found))
     else:
         assert given.synthetic is not None
@@ -308,7 +334,7 @@ def run_evaluate(given: Given, count: int, config: Config, console: Console, com
         attacks = _leaking(config)
         made, real = read_images(given.synthetic), read_images(given.public)
         public, test = _halves(real, config.seed)
-        found = worth(as_float(made.pixels), public, test, config.seed)
+        found = _worth(as_float(made.pixels), public, test, config.seed)
         config = _in_folder(config, "gan-evaluate")
         with open_run_folder(config, console) as (folder, shown):
             _only_of(folder, config, given)
@@ -341,13 +367,19 @@ def run_evaluate(given: Given, count: int, config: Config, console: Console, com
     console.print(f"figures [bold]{folder.path / 'evaluation.json'}[/]", highlight=False, soft_wrap=True)
 
 
+def _worth(synthetic: Tensor, public: Labelled, test: Labelled, seed: int) -> dict[str, Any]:
+    """What the images are worth, and how different they are."""
+    found = worth(synthetic, public, test, seed)
+    some, real = synthetic[:_JUDGED], test.images[:_JUDGED]
+    told = diversity(some, real) if min(len(some), len(real)) > 1 else None
+    return found | {"diversity": None if told is None else asdict(told) | {"text": told.text}}
+
+
 def _leaking(config: Config) -> dict[str, SyntheticAttack]:
     """The attacks of `config`; where it names none, the full black-box attack, and the same calibrated."""
-    if config.attack.names:
-        return synthetic_attacks(config)
-    plain = config.attack.model_copy(update={"names": (LEAK,)})
-    attack = synthetic_attacks(config.model_copy(update={"attack": plain}))[LEAK]
-    return {LEAK: attack, f"{LEAK}, calibrated": replace(attack, calibrated=True)}
+    names = config.attack.names or LEAK
+    named = config.attack.model_copy(update={"names": names})
+    return synthetic_attacks(config.model_copy(update={"attack": named}))
 
 
 def _of_run(opened: Released, count: int) -> tuple[Tensor, Labelled, Labelled]:
@@ -395,6 +427,8 @@ def _said(found: Mapping[str, Any]) -> list[str]:
             f"Fréchet distance: of the teacher's hidden layer, not of Inception, {frechet['of']:,} images a side; "
             "compare it with its floor alone."
         )
+    if found["diversity"] and found["diversity"]["text"].startswith("the generator collapsed"):
+        said.append(f"warning: {found['diversity']['text']}")
     return said
 
 
@@ -418,6 +452,10 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         ),
         (f"classes among {found['synthetic images']:,}", f"{classes['found']} of {classes['of']}", "", ""),
     ]
+    if different := found["diversity"]:
+        rows.append(
+            (f"distinct, of {different['samples']:,}", formats.percent(different["distinct"]), "", "")
+        )
     if frechet := found["frechet"]:
         rows.append(
             (

@@ -17,7 +17,7 @@ from torch import Tensor
 from adversaries import ATTACKS
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.synthetic.base import SyntheticAttack
-from adversaries.membership.synthetic.release import Release, released, with_reference
+from adversaries.membership.synthetic.release import Release, reference_weights, released, with_reference
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.audit.membership_floors import Blind
 from fedattack.audit.membership_pool import Scored
@@ -39,9 +39,8 @@ from simulations.experiments.choose import choose_attacks
 from simulations.experiments.executor import choose_device
 from simulations.experiments.membership import MembershipExperiment
 from simulations.experiments.nearest import nearest_pictures
+from simulations.generators import FILE
 
-GENERATOR = "generator.safetensors"
-"""The last generator, in the folder of the run that trained it."""
 MEMBERS, NON_MEMBERS = "members", "non-members"
 """Sub-folders of candidates of which it is known what they are."""
 
@@ -87,7 +86,7 @@ class FinishedRun:
             raise ConfigError(
                 f"{str(folder)!r} trained no generator: its training.task is {task!r}, not 'wgan-gp'"
             )
-        gan, _ = load_gan(folder / GENERATOR)
+        gan, _ = load_gan(folder / FILE)
         journal, rounds = Journal(folder / "journal"), []
         for number in range(1, config.federation.rounds + 1):
             record = journal.read_record(number)
@@ -105,7 +104,7 @@ class FinishedRun:
         gan = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in build_model(own).state_dict().items()}
         if gan != wanted:
-            raise DataError(f"{GENERATOR} holds other nets than the run's settings name ({own.name!r})")
+            raise DataError(f"{FILE} holds other nets than the run's settings name ({own.name!r})")
 
     @property
     def federation(self) -> FederationResult:
@@ -120,6 +119,7 @@ class ReleaseExperiment(MembershipExperiment):
     def __init__(self, plan: Plan, attacks: Mapping[str, SyntheticAttack]) -> None:
         super().__init__(plan, attacks)
         self._releases: dict[tuple[int, bool], Release] = {}
+        self._reference: dict[str, Tensor] = {}
 
     def _answer(
         self, name: str, attack: MembershipAttack, federation: FederationResult
@@ -147,7 +147,10 @@ class ReleaseExperiment(MembershipExperiment):
             self._releases[count, False] = replace(found, public=public)
         if attack.calibrated and (count, True) not in self._releases:
             plain, rounds = self._releases[count, False], self.plan.config.federation.rounds
-            self._releases[count, True] = with_reference(plain, world.scenario, rounds, seed, device)
+            setting = world.scenario, rounds, seed, device
+            self._reference = self._reference or reference_weights(plain.public, *setting)
+            found = with_reference(plain, world.scenario, self._reference, seed, device)
+            self._releases[count, True] = found
         return self._releases[count, attack.calibrated]
 
 
@@ -181,7 +184,7 @@ class Folders:
         public: Path | None = None,
         people: bool = False,
     ) -> Folders:
-        """Read all, and refuse (DataError) what would make the answer worth nothing.
+        """Read all, and refuse (DataError, NotApplicable) what would make the answer worth nothing.
 
         `people`: sub-folders of the candidates are called after the people whose they are.
         """
@@ -190,12 +193,9 @@ class Folders:
         others = {
             name: read_images(path) for name, path in (("reference", reference), ("public", public)) if path
         }
-        for name, some in {"candidates": asked, **others}.items():
-            if some.pixels.shape[1:] != made.pixels.shape[1:]:
-                raise DataError(
-                    f"{name}: images of {_size(some)}, and the synthetic ones are {_size(made)} (channels, height, "
-                    "width); bring all to one size"
-                )
+        release = Release(as_float(made.pixels))
+        for name, some in {"candidates": asked, **{f"{n} images": one for n, one in others.items()}}.items():
+            release.check(as_float(some.pixels), name)
         theirs = dict(zip(fingerprints(asked.pixels), asked.names, strict=True))
         if is_member is not None:
             inside, outside = (set(fingerprints(asked.pixels[side])) for side in (is_member, ~is_member))
