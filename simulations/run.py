@@ -334,7 +334,11 @@ def check_generator(
 
 
 INLINE = {"engine": {"name": "inline"}}
-CENTRAL = INLINE | {"training": {"task": "wgan-gp"}, "federation": {"clients": 1, "rounds": 40}}
+CENTRAL = INLINE | {
+    "training": {"task": "wgan-gp", "local_steps": 500},
+    "federation": {"clients": 1, "rounds": 16},
+    "attack": {"candidates": 500},
+}
 Run = Annotated[Path | None, typer.Argument(help="folder of a run of `gan train`", show_default=False)]
 Synthetic = Annotated[Path | None, typer.Option(help="synthetic images: folder, archive, .npz or .npy")]
 Asked = Annotated[

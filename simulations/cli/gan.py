@@ -420,7 +420,8 @@ def _said(found: Mapping[str, Any]) -> list[str]:
     said = [
         f"The generator has no labels: a teacher says what a synthetic image shows ({judge['model']}, seed "
         f"{judge['seed']}, trained on {judge['training images']:,} real public images; accuracy {teacher}), and what "
-        f"is learnt from its labels can hardly be better. Tested on {found['test images']:,} held-out images."
+        f"is learnt from its labels can hardly be better. Classifiers of the first row are trained on "
+        f"{found['accuracy']['trained on']:,} images each, all are tested on {found['test images']:,} held-out ones."
     ]
     if frechet:
         said.append(
@@ -433,37 +434,24 @@ def _said(found: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Figure, of synthetic images, of real ones, by chance."""
+    """Figure, of synthetic images, of real ones, by chance; intervals on a line of their own."""
     accuracy, sure, classes = found["accuracy"], found["sure"], found["classes"]
 
     def share(of: Mapping[str, float]) -> str:
-        ends = f" {formats.interval(of, 1, 100.0)}" if "low" in of else ""
+        ends = f"\n{formats.span(of, 1, 100.0)}" if "low" in of else ""
         return f"{formats.percent(of['mean'])}{ends}"
 
+    accuracies = (share(accuracy[of]) for of in ("synthetic", "real", "chance"))
+    surer = (formats.percent(sure[of]) for of in ("synthetic", "real"))
     rows = [
-        (
-            f"accuracy on real images, trained on {accuracy['trained on']:,}",
-            *(share(accuracy[of]) for of in ("synthetic", "real", "chance")),
-        ),
-        (
-            f"teacher is surer than {sure['above']:.0%}",
-            *(formats.percent(sure[of]) for of in ("synthetic", "real")),
-            "",
-        ),
-        (f"classes among {found['synthetic images']:,}", f"{classes['found']} of {classes['of']}", "", ""),
+        ("accuracy on real images", *accuracies),
+        (f"teacher surer than {formats.percent(sure['above'], 0)}", *surer, ""),
+        ("classes present", f"{classes['found']} of {classes['of']}", "", ""),
     ]
     if different := found["diversity"]:
-        rows.append(
-            (f"distinct, of {different['samples']:,}", formats.percent(different["distinct"]), "", "")
-        )
+        rows.append(("distinct samples", formats.percent(different["distinct"]), "", ""))
     if frechet := found["frechet"]:
-        rows.append(
-            (
-                "Fréchet distance from real",
-                *(formats.compact(frechet[of]) for of in ("distance", "floor")),
-                "",
-            )
-        )
+        rows.append(("Fréchet distance", *(formats.compact(frechet[of]) for of in ("distance", "floor")), ""))
     return rows
 
 
@@ -471,22 +459,21 @@ def _table(found: Mapping[str, Any], leaks: Sequence[AuditResult]) -> Table:
     """What it is worth, and what it leaks."""
     table = Table(title="What the images are worth, and what they leak", **PLAIN)
     for name in ("", "synthetic", "real", "chance"):
-        table.add_column(name, no_wrap=bool(name))
+        table.add_column(name, no_wrap=True, justify="right" if name else "left")
     for row in _rows(found):
         table.add_row(*row)
     for one in leaks:
-        chance = one.summary["floors"]["chance"]["auc"]
-        area = one.summary["metrics"]["auc"]
-        told = (f"{of['mean']:.3f} {formats.interval(of, 3)}" for of in (area, chance))
-        leak, by_chance = told
-        table.add_row(f"leak: AUC of {one.attack}", leak, "", by_chance)
+        chance, area = one.summary["floors"]["chance"]["auc"], one.summary["metrics"]["auc"]
+        leak, by_chance = (f"{of['mean']:.3f}\n{formats.span(of, 3)}" for of in (area, chance))
+        table.add_row(f"AUC {one.attack}", leak, "", by_chance)
     return table
 
 
 def _sentences(found: Mapping[str, Any]) -> list[str]:
     """The table's figures as notes of a report."""
     notes = []
-    for name, made, real, chance in _rows(found):
+    for row in _rows(found):
+        name, made, real, chance = (cell.replace("\n", " in ") for cell in row)
         told = (
             [f"{made} (synthetic)"] + [f"{real} (real)"] * bool(real) + [f"{chance} (chance)"] * bool(chance)
         )
