@@ -158,7 +158,7 @@ def simulate(
             shown.say(note, folder)
     results = _with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
-    notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
+    notes = [*world.notes, *notes, *late]
     more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world)}
     _report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():

@@ -10,6 +10,7 @@ import numpy as np
 from fedattack.config import Config
 from fedattack.data.auxiliary import load_auxiliary
 from fedattack.data.dataset import ImageDataset, joined, random_labels
+from fedattack.data.facts import SERIES, series_shift
 from fedattack.data.load import load_dataset
 from fedattack.data.partitioners import partition
 from fedattack.data.pools import Pools, make_pools
@@ -28,6 +29,13 @@ class World:
     partitions: tuple[np.ndarray, ...]  # sample ids of each client
     auxiliary: Auxiliary | None  # granted to the adversary
     scenario: Scenario  # public facts, with the resolved model
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know before reading a figure: of the data, and where non-members come from other series."""
+        members = np.concatenate(self.partitions)
+        shift = series_shift(self.dataset.facts.get(SERIES), members, self.pools.nonmembers)
+        return tuple(note for note in (self.dataset.note, shift) if note)
 
 
 def build_world(config: Config) -> World:
@@ -76,7 +84,7 @@ def world_record(world: World) -> dict[str, Any]:
     return {
         "dataset": {
             "name": dataset.name,
-            "note": joined(dataset.note, pools.note),
+            "note": joined(*world.notes, pools.note),
             "samples": len(dataset),
             "channels": dataset.channels,
             "image_size": dataset.image_size,
