@@ -213,15 +213,15 @@ class _Part:
 
     prefix: str
     published: int
-    rows: slice = slice(None)
+    first: int = 0  # the part is the rows `first` to `first + published` of its files
     stand_in: str | None = None
 
 
 _QMNIST = {
     "train": _Part("qmnist-train", 60_000, stand_in="train"),
     "test": _Part("qmnist-test", 60_000),
-    "test10k": _Part("qmnist-test", 10_000, slice(0, 10_000), "t10k"),
-    "test50k": _Part("qmnist-test", 50_000, slice(10_000, 60_000)),
+    "test10k": _Part("qmnist-test", 10_000, stand_in="t10k"),
+    "test50k": _Part("qmnist-test", 50_000, first=10_000),
     "nist": _Part("xnist", 402_953),
 }
 # The columns of the labels, as the publishers describe them; "code" is NIST's name of the class, 30 to 39.
@@ -243,18 +243,19 @@ def qmnist(config: DataConfig) -> Listing:
     """
     name = chosen_part(config, tuple(_QMNIST))
     part = _QMNIST[name]
+    rows = slice(part.first, part.first + part.published)
 
     def read() -> Listing:
         root = data_dir(config, f"a folder with {part.prefix}-labels-idx2-int and its images (plain or .gz)")
         folders = _folders(root, "QMNIST")
         label_file = _find(folders, [f"{part.prefix}-labels-idx2-int"], config)
-        columns = read_idx(label_file, 2)[part.rows].astype(np.int64)
+        columns = read_idx(label_file, 2)[rows].astype(np.int64)
         if columns.shape[1] != len(_COLUMNS):
             raise DataError(f"{str(label_file)!r} has {columns.shape[1]} columns; QMNIST labels have 8")
         image_file = find_file([label_file.parent, *folders], [f"{part.prefix}-images-idx3-ubyte"])
         stand_in = ""
         if image_file is not None:
-            images = read_images(image_file)[part.rows]
+            images = read_images(image_file)[rows]
         else:
             image_file = _stand_in(config, name, label_file)
             images = read_images(image_file)

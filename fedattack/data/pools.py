@@ -35,10 +35,10 @@ def make_pools(dataset: ImageDataset, config: DataConfig, seed: int) -> Pools:
 
     `nonmembers` defaults to a tenth (at least 1) of the samples, or of the people where `nonmember_unit` is "group";
     a split `auxiliary_size` to half of the rest. Where the data set knows whose a sample is, nobody is both in the
-    auxiliary pool and in another one; where it also knows people's series, they are held out, and granted, in the
-    proportions of the series, unless `nonmember_series` holds out of those alone. `withheld` is that share of every client's person's samples, rounded, at least
-    one and never all. A picture that is stored twice never ends up on both sides of a border: its copy is taken out
-    of the pool that nobody trains on.
+    auxiliary pool and in another one; where it also knows people's series, whole people are held out, and granted, in
+    the proportions of the series, unless `nonmember_series` holds out of those alone. `withheld` is that share of
+    every client's person's samples, rounded, at least one and never all. A picture that is stored twice never ends up
+    on both sides of a border: its copy is taken out of the pool that nobody trains on.
     """
     rng = numpy_rng(seed, "data.pools")
     order = rng.permutation(len(dataset))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -153,8 +153,8 @@ def _extracted(config: DataConfig, by_write: Tree, by_class: Tree, kind: _Kind) 
         known = np.array([label is not None for label in labels])
         if not known.any():
             raise DataError(
-                f"setting 'data.dir' = {config.dir!r}: no picture of hsf_{series} in {str(by_write.path)!r} is also in "
-                f"{str(by_class.path)!r}, which tells the classes"
+                f"setting 'data.dir' = {config.dir!r}: no picture of hsf_{series} in {str(by_write.path)!r} is also "
+                f"in {str(by_class.path)!r}, which tells the classes"
             )
         lost = int((~known).sum())
         kept = np.flatnonzero(known)
@@ -182,21 +182,20 @@ def _arrays(
         half = "by_write (the writers)" if by_write else "by_field or by_class (the classes)"
         what = f"only {half}, both are needed" if by_write or by_class else "neither by_write with by_field"
         raise Missing(
-            f"setting 'data.dir' = {config.dir!r}: {what} with {config.part or 'digits'}, nor HSF_<k>_images.npy there"
+            f"setting 'data.dir' = {config.dir!r}: {what} with {config.part or 'digits'}, nor HSF_<k>_images.npy "
+            "there"
         )
     if kind.field != "digit":
         raise DataError(
-            f"setting 'data.part' = {config.part!r}: the arrays in {str(folder)!r} hold digits only; letters are read "
-            "from by_write and by_field"
+            f"setting 'data.part' = {config.part!r}: the arrays in {str(folder)!r} hold digits only; letters are "
+            "read from by_write and by_field"
         )
     return {k: _array(folder, k) for k in _asked(config, there, "HSF_<k>_images.npy")}
 
 
 def _array(folder: Path, series: int) -> _Series:
-    images, labels = (
-        _load(folder / f"HSF_{series}_{what}.npy", "u1", tail)
-        for what, tail in (("images", (_PACKED,)), ("labels", ()))
-    )
+    images = _load(folder / f"HSF_{series}_images.npy", "u1", (_PACKED,))
+    labels = _load(folder / f"HSF_{series}_labels.npy", "u1", ())
     if len(images) != len(labels):
         raise DataError(
             f"{str(folder)!r}: HSF_{series} has {len(images):,} images and {len(labels):,} labels"
