@@ -68,7 +68,7 @@ def filtered(listing: Listing, config: DataConfig) -> tuple[np.ndarray, str]:
         require_fact(listing, config.group_by, "data.group_by", config.group_by, config.name)
     if config.duplicates == "drop" and DUPLICATE in listing.facts:
         copies = listing.facts[DUPLICATE] != 0
-        notes.append(f"{(keep & copies).sum():,} duplicates left out" if (keep & copies).any() else "")
+        notes.append(f"duplicates left out: {(keep & copies).sum():,}" if (keep & copies).any() else "")
         keep &= ~copies
     if not keep.any() and len(keep):
         settings = ", ".join(_SETTINGS.get(fact, f"data.where.{fact}") for fact in asked) or "data.duplicates"

@@ -247,38 +247,41 @@ def _number(writer: str) -> int | None:
 
 def _listing(config: DataConfig, kind: _Kind, found: dict[int, _Series]) -> Listing:
     """All series as one listing, without blank pictures."""
+    every = list(found.values())
     series = np.concatenate([np.full(len(one.labels), k, np.int64) for k, one in found.items()])
-    packed = np.concatenate([one.packed for one in found.values()])
-    labels = np.concatenate([one.labels for one in found.values()])
+    packed = np.concatenate([one.packed for one in every])
     # Rows that the source never filled are all zeros; a picture without ink is all ones.
     kept = np.flatnonzero((packed != 0xFF).any(axis=1) & packed.any(axis=1))
-    blank = len(labels) - len(kept)
-    series, packed, labels = series[kept], packed[kept], labels[kept]
+    blank = len(packed) - len(kept)
+    series, packed = series[kept], packed[kept]
+    labels = np.concatenate([one.labels for one in every])[kept]
     first: dict[bytes, int] = {}
     copies = [first.setdefault(digest, i) != i for i, digest in enumerate(fingerprints(packed))]
     facts = {"class": labels, SERIES: series, DUPLICATE: np.array(copies, np.int64)}
-    unknown = [k for k, one in found.items() if one.writers is None]
-    groups = group_names = None
-    if not unknown:
-        names = np.array([name for one in found.values() for name in one.writers or []])[kept]
-        facts[WRITER] = np.array([_number(str(name)) for name in names], np.int64)
-        # Numbered with the series: a file of writers may count each series' from 0.
+    groups, group_names, unknown = None, None, ""
+    nameless = [k for k, one in found.items() if one.writers is None]
+    if nameless:
+        unknown = f"writers unknown: no HSF_{nameless[0]}_writers.npy or .csv, and pickles are not opened"
+    else:
+        numbers = [_number(name) for one in every for name in one.writers or []]
+        facts[WRITER] = np.array(numbers, np.int64)[kept]
+        # Told apart with the series: a file of writers may count each series' from 0.
         people, groups = np.unique(np.stack([series, facts[WRITER]]), axis=1, return_inverse=True)
-        groups, group_names = groups.astype(np.int64), tuple(f"hsf_{k} writer {n}" for k, n in people.T)
-    if all(one.index is not None for one in found.values()):
-        facts["index"] = np.concatenate([one.index for one in found.values() if one.index is not None])[kept]
-    missing = f"writers unknown: no HSF_{unknown[0]}_writers.npy or .csv, and pickles are not opened"
+        group_names = tuple(f"hsf_{k} writer {number}" for k, number in people.T)
+    index = [one.index for one in every if one.index is not None]
+    if len(index) == len(every):
+        facts["index"] = np.concatenate(index)[kept]
     return Listing(
         labels=labels,
         class_names=tuple(kind.classes),
         read=lambda ids, size: prepared(packed[ids], size or 28),
-        groups=groups,
+        groups=None if groups is None else groups.astype(np.int64),
         group_names=group_names,
         note=joined(
-            f"series hsf_{spans(series)}",
-            f"{blank:,} blank pictures left out with their labels" if blank else "",
-            *(one.note for one in found.values()),
-            missing if unknown else "",
+            f"series {spans(series)}",
+            f"blank pictures left out with their labels: {blank:,}" if blank else "",
+            *(one.note for one in every),
+            unknown,
         ),
         image_size=28,
         facts=facts,
