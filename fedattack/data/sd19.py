@@ -7,6 +7,7 @@ from the net must not be unpickled.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,16 +138,18 @@ def _packed(tree: Tree, name: str) -> np.ndarray:
 def _extracted(config: DataConfig, by_write: Tree, by_class: Tree, kind: _Kind) -> dict[int, _Series]:
     """The series as published: each picture of by_write has the class of the equal one in the other tree."""
     written = [(*place, name) for name in by_write.names if (place := _written(name, kind)) is not None]
+    classed: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    for name in by_class.names:
+        if (where := _classed(name, kind)) is not None:
+            classed[where[0]].append((where[1], name))
     what = f"{config.part or 'digits'} in {by_write.path.name}"
     found = {}
     for series in _asked(config, (one[0] for one in written), what):
         classes: dict[bytes, int | None] = {}
-        for name in by_class.names:
-            place = _classed(name, kind)
-            if place is not None and place[0] == series:
-                (digest,) = fingerprints(_packed(by_class, name)[None])
-                # A picture under two classes has none.
-                classes[digest] = place[1] if classes.get(digest, place[1]) == place[1] else None
+        for label, name in classed[series]:
+            (digest,) = fingerprints(_packed(by_class, name)[None])
+            # A picture under two classes has none.
+            classes[digest] = label if classes.get(digest, label) == label else None
         ours = sorted((writer, index, name) for one, writer, index, name in written if one == series)
         packed = np.stack([_packed(by_write, name) for _, _, name in ours])
         labels = [classes.get(digest) for digest in fingerprints(packed)]
