@@ -122,7 +122,11 @@ def simulate(
         EXPERIMENTS.get(attack.family).check(config, world)
 
     attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
-    notes = [*check_model(config, world), *(f"{name} is left out: {text}" for name, text in left_out.items())]
+    notes = [world.shift] if world.shift else []
+    notes += [
+        *check_model(config, world),
+        *(f"{name} is left out: {text}" for name, text in left_out.items()),
+    ]
     sitting = config.attack.model_copy(update={"names": tuple(attacks)})
     rounds: list[RoundRecord] = []
     scored: dict[str, AuditResult] = {}
@@ -158,7 +162,7 @@ def simulate(
             shown.say(note, folder)
     results = _with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
-    notes = [*world.notes, *notes, *late]
+    notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
     more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world)}
     _report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():

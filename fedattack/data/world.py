@@ -31,11 +31,10 @@ class World:
     scenario: Scenario  # public facts, with the resolved model
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What to know before reading a figure: of the data, and where non-members come from other series."""
+    def shift(self) -> str:
+        """The warning that members and non-members come from other series of writers; empty where they do not."""
         members = np.concatenate(self.partitions)
-        shift = series_shift(self.dataset.facts.get(SERIES), members, self.pools.nonmembers)
-        return tuple(note for note in (self.dataset.note, shift) if note)
+        return series_shift(self.dataset.facts.get(SERIES), members, self.pools.nonmembers)
 
 
 def build_world(config: Config) -> World:
@@ -84,7 +83,7 @@ def world_record(world: World) -> dict[str, Any]:
     return {
         "dataset": {
             "name": dataset.name,
-            "note": joined(*world.notes, pools.note),
+            "note": joined(dataset.note, pools.note, world.shift),
             "samples": len(dataset),
             "channels": dataset.channels,
             "image_size": dataset.image_size,
