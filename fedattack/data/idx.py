@@ -237,6 +237,9 @@ def qmnist(config: DataConfig) -> Listing:
     Where QMNIST's own image file is absent, MNIST's images stand in for train and test10k (the same digits in the
     same order), and the note says so.
 
+    A hundred writers held out whole, as the series are mixed, the others dealt out whole:
+    ``--set data.nonmember_unit=group --set data.nonmembers=100 --partition natural``.
+
     References
     ----------
     .. [1] C. Yadav, L. Bottou, "Cold Case: the Lost MNIST Digits", NeurIPS 2019.

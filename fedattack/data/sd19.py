@@ -182,11 +182,17 @@ def _arrays(
             folder = place
             break
     if folder is None:
-        half = "by_write (the writers)" if by_write else "by_field or by_class (the classes)"
-        what = f"only {half}, both are needed" if by_write or by_class else "neither by_write with by_field"
+        part, place = config.part or "digits", f"setting 'data.dir' = {config.dir!r}"
+        if by_write is not None:
+            raise Missing(
+                f"{place}: by_write tells no classes of its {part}; put by_field or by_class beside it"
+            )
+        if by_class is not None:
+            raise Missing(
+                f"{place}: {by_class.path.name} tells no writers of its {part}; put by_write beside it"
+            )
         raise Missing(
-            f"setting 'data.dir' = {config.dir!r}: {what} with {config.part or 'digits'}, nor HSF_<k>_images.npy "
-            "there"
+            f"{place}: no {part} of SD19 there, neither by_write with by_field nor HSF_<k>_images.npy"
         )
     if kind.field != "digit":
         raise DataError(

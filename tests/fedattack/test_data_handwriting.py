@@ -401,7 +401,7 @@ BAD_SD19 = [
         {"part": "uppers", "series": "4"},
         r"'data.series' = '4': .*sd19: uppers in by_write' is of 4; it has 0",
     ),
-    ({"part": "lowers"}, "neither by_write with by_field with lowers, nor HSF_<k>_images.npy there"),
+    ({"part": "lowers"}, "no lowers of SD19 there, neither by_write with by_field nor HSF_<k>_images.npy"),
     ({"part": "const"}, "'data.part' = 'const': data set 'sd19' has digits, uppers, lowers"),
 ]
 
@@ -413,6 +413,19 @@ def test_missing_series_and_letters_are_named(
     with pytest.raises(BadRequest, match=message) as caught:
         load("sd19", extracted(tmp_path), **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_half_of_the_published_folders_is_not_enough(tmp_path: Path) -> None:
+    folder = extracted(tmp_path)
+    (folder / "by_field").rename(folder / "elsewhere")
+    with pytest.raises(
+        DataError, match="by_write tells no classes of its digits; put by_field or by_class beside"
+    ):
+        load("sd19", folder)
+    (folder / "by_write").rename(folder / "written")
+    (folder / "elsewhere").rename(folder / "by_field")
+    with pytest.raises(DataError, match="by_field tells no writers of its digits; put by_write beside it"):
+        load("sd19", folder)
 
 
 def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
