@@ -18,6 +18,7 @@ from fedattack.defenses import defended_model
 from fedattack.errors import ConfigError
 from fedattack.models import resolve
 from fedattack.observation import Auxiliary, Scenario
+from fedattack.task import TASKS
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ def build_world(config: Config) -> World:
             )
     if data.labels == "random":
         dataset = random_labels(dataset, model.resolved[2], seed)
+    model = TASKS.get(config.training.task)().model(model, config.gan)
     pools = make_pools(dataset, data, seed)
     partitions = partition(dataset, pools.clients, config.partition, config.federation.clients, seed)
     return World(
@@ -72,6 +74,7 @@ def build_world(config: Config) -> World:
             training=config.training,
             compression=config.compression,
             defense=config.defense,
+            gan=config.gan,
         ),
     )
 
