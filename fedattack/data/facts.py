@@ -88,6 +88,18 @@ def require_fact(listing: Listing, fact: str, setting: str, value: str, name: st
     return listing.facts[fact]
 
 
+def interleaved(kinds: np.ndarray) -> np.ndarray:
+    """The order, int64 (N,), in which any first few things are mixed as all are by kind; within a kind as they come.
+
+    A share of k things is off by less than one per kind.
+    """
+    rank = np.empty(len(kinds))
+    for kind in np.unique(kinds):
+        own = kinds == kind
+        rank[own] = (np.arange(own.sum()) + 0.5) / own.sum()
+    return np.argsort(rank, kind="stable")
+
+
 def series_shift(series: np.ndarray | None, members: np.ndarray, nonmembers: np.ndarray) -> str:
     """The warning that members' and non-members' samples, by id, come from other series; empty where they do not.
 

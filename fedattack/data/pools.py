@@ -9,7 +9,7 @@ import numpy as np
 
 from fedattack.config import DataConfig
 from fedattack.data.dataset import ImageDataset, joined, require_groups
-from fedattack.data.facts import SERIES, within
+from fedattack.data.facts import SERIES, interleaved, within
 from fedattack.errors import DataError
 from fedattack.rng import numpy_rng
 
@@ -105,12 +105,7 @@ def _people_in_order(dataset: ImageDataset, order: np.ndarray) -> np.ndarray:
     place = np.argsort(first)
     if SERIES not in dataset.facts:
         return whose[place]
-    series = dataset.facts[SERIES][order][first[place]]
-    rank = np.empty(len(place))
-    for one in np.unique(series):
-        own = series == one
-        rank[own] = (np.arange(own.sum()) + 0.5) / own.sum()
-    return whose[place][np.argsort(rank, kind="stable")]
+    return whose[place][interleaved(dataset.facts[SERIES][order][first[place]])]
 
 
 def _people_held_out(dataset: ImageDataset, order: np.ndarray, config: DataConfig) -> np.ndarray:

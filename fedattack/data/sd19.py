@@ -182,7 +182,7 @@ def _arrays(
             folder = place
             break
     if folder is None:
-        part, place = config.part or "digits", f"setting 'data.dir' = {config.dir!r}"
+        part, setting = config.part or "digits", f"setting 'data.dir' = {config.dir!r}"
         if by_write is not None:
             raise Missing(
                 f"{place}: by_write tells no classes of its {part}; put by_field or by_class beside it"

@@ -146,6 +146,22 @@ def test_writers_are_held_out_and_granted_as_the_series_are_mixed(shared_dir: Pa
             assert abs(share - 289 / 539) <= 1 / len(side)
 
 
+def test_the_people_that_are_dealt_out_are_mixed_as_the_series(tmp_path: Path) -> None:
+    from fedattack.config import PartitionConfig
+    from fedattack.data import partition
+
+    write_qmnist(tmp_path, "qmnist-train", *qmnist_rows(2_000))
+    dataset = load("qmnist", tmp_path)
+    series, everybody = dataset.facts["series"], np.arange(2_000)
+    config = PartitionConfig(name="natural", groups_per_client=1)
+    for seed in range(5):
+        parts = partition(dataset, everybody, config, 10, seed)
+        assert sorted(series[part[0]] for part in parts) == [0] * 5 + [4] * 5  # 20 writers of each there
+        assert [part.tolist() for part in parts] == [
+            part.tolist() for part in partition(dataset, everybody, config, 10, seed)
+        ]
+
+
 def shift_world(tmp_path: Path, **settings: object):  # type: ignore[no-untyped-def]
     if not (tmp_path / "QMNIST").exists():
         write_qmnist(tmp_path, "qmnist-train", *qmnist_rows(400))
