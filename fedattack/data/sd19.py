@@ -185,14 +185,14 @@ def _arrays(
         part, setting = config.part or "digits", f"setting 'data.dir' = {config.dir!r}"
         if by_write is not None:
             raise Missing(
-                f"{place}: by_write tells no classes of its {part}; put by_field or by_class beside it"
+                f"{setting}: by_write tells no classes of its {part}; put by_field or by_class beside it"
             )
         if by_class is not None:
             raise Missing(
-                f"{place}: {by_class.path.name} tells no writers of its {part}; put by_write beside it"
+                f"{setting}: {by_class.path.name} tells no writers of its {part}; put by_write beside it"
             )
         raise Missing(
-            f"{place}: no {part} of SD19 there, neither by_write with by_field nor HSF_<k>_images.npy"
+            f"{setting}: no {part} of SD19 there, neither by_write with by_field nor HSF_<k>_images.npy"
         )
     if kind.field != "digit":
         raise DataError(
