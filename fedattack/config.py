@@ -405,7 +405,7 @@ class Config(Section):
     ) -> Config:
         """Build from a flat or nested mapping of short or dotted names or sections, over nested `base` settings.
 
-        `left_open`, nested: what is meant where neither says.
+        `left_open`, nested: what is meant where neither says, unless they name another task than it does.
 
         Values may be strings as typed in a shell; an empty string stands for "not set" (Flower's run-config cannot
         hold null). Raises ConfigError, which names the setting, its value and what would be accepted.
@@ -413,7 +413,10 @@ class Config(Section):
         tree: dict[str, Any] = _deep_copy(base or {})
         for key, value in settings.items():
             _assign(tree, _resolve(key), value)
-        _fill(tree, left_open or {})
+        meant = left_open or {}
+        task = meant.get("training", {}).get("task")
+        if task in (None, tree.get("training", {}).get("task", task)):
+            _fill(tree, meant)
         if task := TASK_SETTINGS.get(str(tree.get("training", {}).get("task", ""))):
             _fill(tree, task)
             _fill(tree, MODEL_SETTINGS.get(str(tree["model"]["name"]), {}))
