@@ -467,6 +467,13 @@ MEMBERSHIP: Family = Family(
             each=False,
         ),
         Drawing(
+            "samples",
+            "fedattack.reporting.figures:samples",
+            "Synthetic images, in the order of their file",
+            "What was released; none was chosen.",
+            each=False,
+        ),
+        Drawing(
             "nearest",
             "fedattack.reporting.figures:nearest",
             "the candidates with the highest scores and the synthetic images nearest to them",

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from fedattack.audit.family import AuditResult
 from fedattack.audit.reconstruction import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
@@ -225,6 +226,20 @@ def nearest(results: Sequence[AuditResult]) -> Figure | None:
         return None
     best = max(shown, key=lambda result: result.summary["metrics"]["auc"]["mean"])
     return nearest_sheet(best.attack, best.curves["nearest"])
+
+
+def samples(results: Sequence[AuditResult], columns: int = 16) -> Figure | None:
+    """Synthetic images as they lie in their file; None where no result has them (a run shows its generator's)."""
+    made = next((result.curves["samples"] for result in results if "samples" in result.curves), None)
+    if made is None:
+        return None
+    sheet = make_grid(made, nrow=columns, padding=1, pad_value=1.0)
+    figure = Figure(figsize=(9.0, 0.3 + 9.0 * sheet.shape[1] / sheet.shape[2]), layout="constrained")
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.imshow(enlarged(sheet, 1), interpolation="nearest")
+    axes.set_title(f"the first {len(made)} synthetic images", fontsize=10, loc="left")
+    return figure
 
 
 def nearest_sheet(attack: str, kinds: Mapping[str, Mapping[str, Any]]) -> Figure:

@@ -45,6 +45,7 @@ from simulations.experiments.executor import choose_device, reason
 from simulations.experiments.synthetic import (
     MEMBERS,
     NON_MEMBERS,
+    SHOWN,
     FinishedRun,
     Folders,
     ReleaseExperiment,
@@ -61,8 +62,8 @@ from simulations.pipeline import (
     with_threats,
 )
 
-SHEET = (8, 16)
-"""Rows and columns of a sheet of samples."""
+COLUMNS = 16
+"""Of a sheet of samples."""
 LEAK = ("full-black-box", "full-black-box-calibrated")
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 _AT_ONCE = 500
@@ -128,7 +129,7 @@ def run_sample(place: Path, out: Path, count: int, png: bool, seed: int, console
 
     write_array(out / "images.npz", shape, chunks())
     first = torch.cat(looked_at)[:_LOOKED_AT]
-    sheet = make_grid(first[: SHEET[0] * SHEET[1]], nrow=SHEET[1], padding=1, pad_value=1.0)
+    sheet = make_grid(first[:SHOWN], nrow=COLUMNS, padding=1, pad_value=1.0)
     write_bytes(out / "sheet.png", image_png(sheet))
     distinct = _distinct(place, first)
     found = {"generator": content_hash(gan.state_dict()), "seed": seed, "count": count, "distinct": distinct}
@@ -177,7 +178,7 @@ def run_attack(given: Given, config: Config, console: Console, command: str) -> 
     if given.candidates is None:
         raise ConfigError("--synthetic: nobody is asked about; give --candidates with a folder of images")
     _refuse_federation(config)
-    attacks, folders = synthetic_attacks(config), _folders(given)
+    attacks, folders = synthetic_attacks(config, images_alone=True), _folders(given)
     config = _in_folder(config, "gan-attack")
     with open_run_folder(config, console) as (folder, shown):
         _only_of(folder, config, given)
@@ -307,7 +308,7 @@ class Released:
         results = with_threats(scored, attacks, scenario, self.world.auxiliary)
         last, device = self.config.federation.rounds, choose_device(self.config.engine.device)
         seed = adversary_seed(self.config.seed, "sheet")
-        made = released(scenario, self.run.weights, SHEET[0] * SHEET[1], seed, device)
+        made = released(scenario, self.run.weights, SHOWN, seed, device)
         more: dict[str, Any] = {"notes": [*notes, *also], "generated": {last: made.images}}
         more["about"] = f"the generator of {self.given.run}"
         figures = federation_figures(self.config, self.world, self.run.federation)

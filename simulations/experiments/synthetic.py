@@ -41,18 +41,25 @@ from simulations.experiments.membership import MembershipExperiment
 from simulations.experiments.nearest import nearest_pictures
 from simulations.generators import FILE
 
+SHOWN = 128
+"""Synthetic images on a sheet."""
 MEMBERS, NON_MEMBERS = "members", "non-members"
 """Sub-folders of candidates of which it is known what they are."""
 
 
-def synthetic_attacks(config: Config) -> dict[str, SyntheticAttack]:
+def synthetic_attacks(config: Config, *, images_alone: bool = False) -> dict[str, SyntheticAttack]:
     """The attacks of `config`, or where it names none all that read what a generator releases.
 
-    ConfigError for one that reads something else.
+    `images_alone`: then those that read its images and no more. ConfigError for one that reads something else.
     """
     chosen = config.attack
     if not chosen.names:
-        every = tuple(name for name in ATTACKS.names() if issubclass(ATTACKS.get(name), SyntheticAttack))
+        kinds = {name: ATTACKS.get(name) for name in ATTACKS.names()}
+        every = tuple(
+            name
+            for name, kind in kinds.items()
+            if issubclass(kind, SyntheticAttack) and (kind.access == "samples" or not images_alone)
+        )
         config = config.model_copy(update={"attack": chosen.model_copy(update={"names": every})})
     found: dict[str, SyntheticAttack] = {}
     for name, attack in choose_attacks(config).items():
@@ -289,6 +296,9 @@ def attack_folders(
     blind = Blind(lambda ids: asked[torch.from_numpy(ids)], config.seed)
     told = Told({}, {}, {})
     for name, attack in attacks.items():
+        if lacking := _lacking(attack, release):
+            told.left_out[name] = lacking
+            continue
         shown(name, 0.0, f"{len(asked)} candidates")
         started = time.perf_counter()
         try:
@@ -301,12 +311,22 @@ def attack_folders(
             seconds = time.perf_counter() - started
             result = _audit(name, attack, folders, scores, blind, asked, seconds, config.seed)
             result.curves["nearest"] = nearest_pictures(result, release.images, device)
+            result.curves["samples"] = release.images[:SHOWN]
             told.audits[name] = result
         shown(name, 1.0, f"{len(asked)} candidates")
     if not told.scores:
         why = "\n".join(f"attack {name!r}: {sentence}" for name, sentence in told.left_out.items())
         raise NotApplicable(why)
     return told
+
+
+def _lacking(attack: SyntheticAttack, release: Release) -> str:
+    """Which option would help an attack that lacks images; "" where it does not."""
+    if attack.calibrated and release.reference is None:
+        return "calibrated by images of a generator trained on other people's data; give --reference"
+    if attack.needs.auxiliary and not attack.calibrated and release.public is None:
+        return "needs real images that nobody trained on; give --public"
+    return ""
 
 
 def _audit(

@@ -141,7 +141,7 @@ def test_a_run_attacked_later_gives_its_own_scores(trained: Path, tmp_path: Path
     page = (tmp_path / "again" / "report.html").read_text()
     assert "How much do these images leak?" in page
     assert (tmp_path / "again" / "figures" / "nearest.png").is_file()
-    assert (tmp_path / "again" / "figures" / "samples.png").is_file()
+    assert "Images of the generator, by round" in page
     # Started again on another question, the folder is not overwritten.
     assert "holds a run with other settings" in refusal(
         *("attack", trained, "--attack", "critic", "--run-dir", tmp_path / "again")
@@ -176,10 +176,13 @@ def test_anybodys_images_are_scored(leaking: Path, tmp_path: Path) -> None:
         area = summary["attacks"][name]["metrics"]["auc"]["mean"]
         assert area == pytest.approx(roc_auc_score(members, scores), abs=1e-12)
     assert summary["attacks"]["full-black-box"]["level"] == "leak"
-    # What needs a generator is left out with a sentence, and says so.
-    assert {"white-box", "critic"} <= set(summary["left_out"])
-    assert "critic is left out" in told
-    assert "domias" in set(rows.attack)
+    # Those that read images alone; others are refused by name, and calibration without a reference by its option.
+    assert set(rows.attack) == {*expected, "monte-carlo", "domias"}
+    assert "identified" in told
+    named = ("--synthetic", leaking / "synthetic.npz", "--candidates", leaking / "candidates", "--attack")
+    assert "needs the latents and the generator" in refusal("attack", *named, "white-box")
+    assert "give --reference" in refusal("attack", *named, "full-black-box-calibrated")
+    assert "give --public" in refusal("attack", *named, "domias")
 
 
 def test_without_truth_there_is_a_list_and_no_verdict(leaking: Path, tmp_path: Path) -> None:
