@@ -21,6 +21,7 @@ from fedattack.audit.family import AuditResult
 from fedattack.audit.reconstruction import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
 from fedattack.audit.reconstruction_verdict import COUNTED_DB, RECOVERED_PSNR
 from fedattack.metrics import clopper_pearson
+from fedattack.observation import EVERYONE
 from fedattack.reporting import formats
 
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -206,12 +207,11 @@ def exposed(results: Sequence[AuditResult], limit: int = 3) -> Figure | None:
         for column, (told, image) in enumerate(zip(kind["rows"], kind["images"], strict=True)):
             ends = (column + 0.04, column + 0.96, row + 0.86, row + 0.14)
             axes.imshow(enlarged(image, 1), interpolation="nearest", extent=ends, aspect="auto")
-            whose = f", person {told['group']}" if "group" in told else ""
+            known = [] if told["client"] == EVERYONE else [formats.seat(told["client"])]
+            whose = ", ".join([*known, *([f"person {told['group']}"] if "group" in told else [])])
             label = f"label {told['label']}, " if "label" in told else ""
             place: dict[str, Any] = {"ha": "center", "fontsize": 7}
-            axes.text(
-                column + 0.5, row + 0.12, f"{formats.seat(told['client'])}{whose}", va="bottom", **place
-            )
+            axes.text(column + 0.5, row + 0.12, whose, va="bottom", **place)
             axes.text(column + 0.5, row + 0.88, f"{label}{formats.compact(told['score'])}", va="top", **place)
     return figure
 
@@ -245,9 +245,9 @@ def samples(results: Sequence[AuditResult], columns: int = 16) -> Figure | None:
 def nearest_sheet(attack: str, kinds: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Kind of candidate -> "images" (n, C, H, W), "synthetic" and "distances", below one another; n: 8 or so."""
     columns = max(len(kind["distances"]) for kind in kinds.values())
-    figure = Figure(figsize=(1.25 * columns + 1.6, 2.75 * len(kinds) + 0.3), layout="constrained")
+    figure = Figure(figsize=(1.25 * columns + 1.1, 2.9 * len(kinds) + 0.35), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlim=(-0.05, columns), ylim=(2.3 * len(kinds), -0.02), aspect=1.0)
+    axes.set(xlim=(-0.05, columns), ylim=(2.3 * len(kinds), -0.02))
     axes.axis("off")
     for row, (name, kind) in enumerate(kinds.items()):
         for below, (label, images) in enumerate(

@@ -163,7 +163,7 @@ def write_array(path: Path, shape: Sequence[int], chunks: Iterator[NDArray[np.ui
         zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("images.npy", "w", force_zip64=True) as member,
     ):
-        np.lib.format.write_array_header_1_0(member, header)  # type: ignore[no-untyped-call]
+        np.lib.format.write_array_header_1_0(member, header)
         for chunk in chunks:
             member.write(chunk.tobytes())
 
@@ -434,7 +434,7 @@ def _said(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def _rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Figure, of synthetic images, of real ones, by chance; intervals on a line of their own."""
     accuracy, sure, classes = found["accuracy"], found["sure"], found["classes"]
 
@@ -444,7 +444,7 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
     accuracies = (share(accuracy[of]) for of in ("synthetic", "real", "chance"))
     surer = (formats.percent(sure[of]) for of in ("synthetic", "real"))
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("accuracy on real images", *accuracies),
         (f"teacher surer than {formats.percent(sure['above'], 0)}", *surer, ""),
         ("classes present", f"{classes['found']} of {classes['of']}", "", ""),
