@@ -11,7 +11,7 @@ if __package__ in (None, ""):  # run as a file: import the checkout, not this fo
 import inspect
 import io
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, get_type_hints
 
@@ -80,11 +80,13 @@ SetOptions = Annotated[
 
 
 def with_settings(
-    function: Callable[..., None], left_open: Mapping[str, Any] | None = None
+    function: Callable[..., None],
+    left_open: Mapping[str, Any] | None = None,
+    sections: Collection[str] = tuple(Config.model_fields),
 ) -> Callable[..., None]:
     """Give `function` --config, --set and an option per short setting name; it receives the `config` they make.
 
-    `left_open`, nested settings: what the command means where nothing is said.
+    `left_open`, nested settings: what the command means where nothing is said; `sections`: those that have options.
     """
     panels = {name: (panel, text) for panel, group in PROMINENT.items() for name, text in group.items()}
     hints, keyword = get_type_hints(function, include_extras=True), inspect.Parameter.KEYWORD_ONLY
@@ -99,7 +101,7 @@ def with_settings(
     # Prominent ones first and in their order, so that the help reads as a page.
     own = {p.name for p in parameters}  # where a name means something else, --set reaches the setting
     for name in [*panels, *(n for n in SHORT_NAMES if n not in panels)]:
-        if name.replace("-", "_") in own:
+        if name.replace("-", "_") in own or SHORT_NAMES[name].partition(".")[0] not in sections:
             continue
         annotation, description = field_type(SHORT_NAMES[name])
         panel, text = panels.get(name, ("More", description))
@@ -339,6 +341,7 @@ CENTRAL = INLINE | {
     "federation": {"clients": 1, "rounds": 16},
     "attack": {"candidates": 500},
 }
+ASKING = ("seed", "attack", "engine", "output")
 Run = Annotated[Path | None, typer.Argument(help="folder of a run of `gan train`", show_default=False)]
 Synthetic = Annotated[Path | None, typer.Option(help="synthetic images: folder, archive, .npz or .npy")]
 Asked = Annotated[
@@ -374,7 +377,7 @@ def gan_sample(
 
 
 @gan.command("attack")
-@partial(with_settings, left_open=INLINE)
+@partial(with_settings, left_open=INLINE, sections=ASKING)
 def gan_attack(
     run: Run = None,
     synthetic: Synthetic = None,
@@ -393,7 +396,7 @@ def gan_attack(
 
 
 @gan.command("evaluate")
-@partial(with_settings, left_open=INLINE)
+@partial(with_settings, left_open=INLINE, sections=ASKING)
 def gan_evaluate(
     run: Run = None,
     synthetic: Synthetic = None,

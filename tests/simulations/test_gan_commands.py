@@ -247,7 +247,7 @@ def test_images_that_cannot_be_asked_about(leaking: Path, tmp_path: Path) -> Non
     assert "all images of --synthetic are looked at" in of(
         asked, known, "--set", "attack.samples=10", *few[:2]
     )
-    assert "no federation to set up" in of(asked, known, "--clients", 3)
+    assert "no federation to set up" in of(asked, known, "--set", "federation.clients=3")
     assert "reads a federation while it trains" in of(asked, known, "--attack", "fedmia")
     assert "nobody is asked about" in refusal("attack", "--synthetic", known)
     assert "one of the two" in refusal("attack")
