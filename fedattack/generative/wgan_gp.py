@@ -109,6 +109,12 @@ class WganGp(Task):
             raise ConfigError(
                 f"setting 'training.protocol' = {training.protocol!r}: task 'wgan-gp' needs 'fedavg'"
             )
+        for name in ("momentum", "weight_decay"):
+            if getattr(training, name):
+                raise ConfigError(
+                    f"setting 'training.{name}' = {getattr(training, name)}: task 'wgan-gp' uses Adam; needs 0 here, "
+                    "see gan.beta1 and gan.beta2"
+                )
         if training.local_steps % steps:
             raise ConfigError(
                 f"setting 'training.local_steps' = {training.local_steps}: accepted under task 'wgan-gp': a multiple "
@@ -121,6 +127,11 @@ class WganGp(Task):
             raise ConfigError(
                 f"setting 'model.name' = {model.name!r}: task 'wgan-gp' trains a generator and a critic; accepted: "
                 "wgan-gp-mlp, wgan-gp"
+            )
+        if model.activation != "relu":
+            raise ConfigError(
+                f"setting 'model.activation' = {model.activation!r}: task 'wgan-gp' has nets with their own (ReLU, "
+                "LeakyReLU); leave it open"
             )
         return model.model_copy(update={"nets": gan.share})
 

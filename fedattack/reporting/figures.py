@@ -336,16 +336,24 @@ def sample_sheet(generated: Mapping[int, Tensor], columns: int = 16) -> Figure:
     strips = [(f"round {number}", generated[number][:columns]) for number in sorted(generated)[:-1]]
     rows = generated[last].split(columns)
     strips += [(f"round {last}" if index == 0 else "", row) for index, row in enumerate(rows)]
-    figure = Figure(figsize=(0.55 * columns + 1.0, 0.57 * len(strips) + 0.1), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)  # type: ignore[union-attr, call-arg]
-    grid = figure.subplots(len(strips), columns, squeeze=False)
-    for (name, images), places in zip(strips, grid, strict=True):
-        for axes in places:
-            axes.set_axis_off()
-        for axes, image in zip(places, images, strict=False):
-            axes.set_axis_on()
-            _image(axes, image)
-        places[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center", labelpad=6)
+    side = enlarged(rows[0][0], 64).shape[0]
+    cell, apart = side + 4, 24  # pixels; the last round's sheet stands apart
+    tops = [
+        index * cell + (apart if index > len(strips) - len(rows) - 1 else 0) for index in range(len(strips))
+    ]
+    page = np.full((tops[-1] + side, columns * cell - 4, 3), 255, np.uint8)
+    for top, (_, images) in zip(tops, strips, strict=True):
+        for place, image in enumerate(images):
+            page[top : top + side, place * cell : place * cell + side] = enlarged(image, 64)
+    figure = Figure(figsize=(9.8, 8.9 * page.shape[0] / page.shape[1] + 0.1), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(page, interpolation="nearest")
+    named = [(top + side / 2, name) for top, (name, _) in zip(tops, strips, strict=True) if name]
+    axes.set_yticks([place for place, _ in named], [name for _, name in named], fontsize=9)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    for edge in axes.spines.values():
+        edge.set_visible(False)
     return figure
 
 

@@ -210,7 +210,8 @@ def _federation(
         )
         pictures.append(_figure(folder, "samples", figures.sample_sheet(generated), alt, told))
         for number, images in generated.items():
-            sheet = torch.cat([torch.cat(list(row), 2) for row in images.split(16) if len(row) == 16], 1)
+            wide = min(16, len(images))
+            sheet = torch.cat([torch.cat(list(row), 2) for row in images.split(wide) if len(row) == wide], 1)
             write_bytes(folder.images / "generator" / f"round-{number:05d}.png", image_png(sheet))
     if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
         told = (
