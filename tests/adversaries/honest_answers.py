@@ -38,7 +38,7 @@ from fedattack.observation import (
 )
 from fedattack.registry import plugin_options
 from fedattack.storage.observations import load_observations, read_tensors, save_observation
-from fedattack.training import local_update
+from fedattack.task import task_of
 
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hcgla": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 5, "method": "matching"}),
@@ -160,8 +160,10 @@ FACTS = Facts(
     references=MODELS,
     people=True,
 )
+BRIEF = {"samples": 50, "evaluations": 20}
 TRAINING = TrainingConfig(protocol="fedavg", batch_size=0, local_steps=3, learning_rate=0.2)
 GRADIENT = TrainingConfig(batch_size=0)
+GENERATOR = TrainingConfig(task="wgan-gp", protocol="fedavg", batch_size=0, local_steps=5, learning_rate=1e-3)
 
 
 def membership_attacks() -> list[str]:
@@ -170,8 +172,9 @@ def membership_attacks() -> list[str]:
 
 
 def membership_attack(name: str) -> MembershipAttack:
-    """The attack with its default settings."""
-    attack = ATTACKS.get(name)()
+    """The attack with its default settings, but for what would take long."""
+    settings = {key: value for key, value in BRIEF.items() if key in plugin_options(ATTACKS.get(name))}
+    attack = ATTACKS.get(name)(**settings)
     assert isinstance(attack, MembershipAttack)
     return attack
 
@@ -180,6 +183,7 @@ def membership_scene(name: str) -> Scenario:
     """The first small federation that meets an attack's needs."""
     attack = membership_attack(name)
     made = [scenario("mlp", 0, 24, training=t, activation="relu") for t in (TRAINING, GRADIENT)]
+    made.append(scenario("wgan-gp-mlp", 0, 24, training=GENERATOR))
     return next(scene for scene in made if not attack_refusals(attack, scene, FACTS))
 
 
@@ -202,7 +206,7 @@ def save_federation(folder: Path, name: str, seed: int) -> None:
         for client, (images, labels) in enumerate(data):
             own = slice(2 * client, 2 * client + 2)
             images[:2], labels[:2] = candidates.images[own], candidates.labels[own]
-    model, weights = build_model(scene.model), initial_weights(scene.model, 0)
+    model, weights, task = build_model(scene.model), initial_weights(scene.model, 0), task_of(scene)
     earlier: dict[int, list[Observation]] = defaultdict(list)
     for number in range(1, ROUNDS + 1):
         sent, steps = weights, []
@@ -213,7 +217,9 @@ def save_federation(folder: Path, name: str, seed: int) -> None:
             if isinstance(attack, MaliciousServer):
                 own |= attack.tailor(scene, sent, client, earlier[client] if attack.adapts else ())
             batches = [np.arange(len(images))] * scene.training.local_steps
-            update = local_update(model, own, images, labels, batches, scene.training).update
+            draws = torch.Generator().manual_seed(seed + number)
+            step, given = task.step(scene, draws), (model, own, images, labels, batches, scene)
+            update = task.train(*given, step, draws, {}).update
             values = torch.cat([tensor.flatten() for tensor in update.values()])
             shapes = tuple(tuple(tensor.shape) for tensor in update.values())
             kind = "delta" if scene.training.protocol == "fedavg" else "gradient"
