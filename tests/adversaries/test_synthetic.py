@@ -28,6 +28,7 @@ from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import EVERYONE, Candidates, Observation, Scenario
+from simulations.bench.neighbours import run
 
 CPU = torch.device("cpu")
 SYNTHETIC = [name for name in ATTACKS.names() if issubclass(ATTACKS.get(name), SyntheticAttack)]
@@ -109,6 +110,15 @@ def test_neighbours_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (within(points, asked, radius, CPU).numpy() == (far <= radius + 1e-9).sum(1)).all()
     with pytest.raises(NotApplicable, match="3 synthetic images, and 6 nearest"):
         nearest(points[:3], asked, 6, CPU)
+
+
+def test_the_benchmark_of_neighbours_compares() -> None:
+    figures = run(quick=True)
+    assert figures["same"] == 1
+    assert figures["apart"] < 5e-6
+    assert figures["duplicate"] < 1e-6
+    assert figures["seconds"] > 0
+    assert figures["sklearn_seconds"] > 0
 
 
 # ---------------------------------------------------------------------- searches of latents
@@ -289,6 +299,20 @@ def test_client_critic_is_each_critic_against_the_mean_of_the_others(sparse: boo
         found = ATTACKS.get("client-critic")().run(observations, target, candidates, 0, CPU)
         assert np.allclose(found.scores, wanted, atol=1e-4)
         assert found.details["rounds"] == [n for n, clients in answered.items() if target in clients]
+
+
+def test_critic_series_is_the_mean_over_rounds_of_the_global_critics() -> None:
+    candidates, wanted, figures = Candidates(draw(12, 5), torch.zeros(12).long()), [], {}
+    attack = ATTACKS.get("critic-series")()
+    for number in (1, 2, 4):
+        after = initial_weights(SCENE.model, 20 + number)
+        told = seen({number: [0]})[0]
+        still = replace(told, weights=after, update=replace(told.update, values=0 * told.update.values))
+        wanted.append(critics([still], candidates.images)[number, 0])
+        view = RoundView([told], Knowledge(candidates), CPU, after)
+        figures[number] = attack.watch(view, 0)
+    found = attack.scores(figures, EVERYONE, Knowledge(candidates)).scores
+    assert np.allclose(found, np.mean(wanted, axis=0), atol=1e-4)
 
 
 def test_critic_says_what_the_released_critic_does() -> None:

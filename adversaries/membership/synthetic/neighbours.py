@@ -22,7 +22,7 @@ def nearest(points: Tensor, queries: Tensor, count: int, device: torch.device) -
     if len(points) < count:
         raise NotApplicable(f"{len(points)} synthetic images, and {count} nearest are asked for")
     flat, asked = points.flatten(1).to(device), queries.flatten(1).to(device)
-    lengths, kept = flat.square().sum(1), min(count + _SPARE, len(flat))
+    lengths, kept = torch.linalg.vector_norm(flat, dim=1).square(), min(count + _SPARE, len(flat))
     distances, places = [], []
     for some in asked.split(_QUERIES):
         best = near = None
