@@ -163,7 +163,7 @@ FACTS = Facts(
 BRIEF = {"samples": 50, "evaluations": 20}
 TRAINING = TrainingConfig(protocol="fedavg", batch_size=0, local_steps=3, learning_rate=0.2)
 GRADIENT = TrainingConfig(batch_size=0)
-GENERATOR = TrainingConfig(task="wgan-gp", protocol="fedavg", batch_size=0, local_steps=5, learning_rate=1e-3)
+GENERATOR = TRAINING.model_copy(update={"task": "wgan-gp", "local_steps": 5, "learning_rate": 0.01})
 
 
 def membership_attacks() -> list[str]:
@@ -183,7 +183,7 @@ def membership_scene(name: str) -> Scenario:
     """The first small federation that meets an attack's needs."""
     attack = membership_attack(name)
     made = [scenario("mlp", 0, 24, training=t, activation="relu") for t in (TRAINING, GRADIENT)]
-    made.append(scenario("wgan-gp-mlp", 0, 24, training=GENERATOR))
+    made.append(scenario("wgan-gp-mlp", 0, 24, training=GENERATOR, activation="relu"))
     return next(scene for scene in made if not attack_refusals(attack, scene, FACTS))
 
 
@@ -217,9 +217,9 @@ def save_federation(folder: Path, name: str, seed: int) -> None:
             if isinstance(attack, MaliciousServer):
                 own |= attack.tailor(scene, sent, client, earlier[client] if attack.adapts else ())
             batches = [np.arange(len(images))] * scene.training.local_steps
-            draws = torch.Generator().manual_seed(seed + number)
-            step, given = task.step(scene, draws), (model, own, images, labels, batches, scene)
-            update = task.train(*given, step, draws, {}).update
+            draws = torch.Generator().manual_seed(100 * number + client)
+            step = task.step(scene, draws)
+            update = task.train(model, own, images, labels, batches, scene, step, draws, {}).update
             values = torch.cat([tensor.flatten() for tensor in update.values()])
             shapes = tuple(tuple(tensor.shape) for tensor in update.values())
             kind = "delta" if scene.training.protocol == "fedavg" else "gradient"

@@ -16,9 +16,9 @@ from adversaries.membership.synthetic.release import Release
 
 @dataclass
 class FullBlackBox(SyntheticAttack):
-    """GAN-Leaks, full black-box: minus the Euclidean distance to the nearest synthetic image.
+    """GAN-Leaks, full black-box: minus the distance to the nearest synthetic image (Chen et al., CCS 2020).
 
-    Chen, Yu, Zhang and Fritz, "GAN-Leaks", CCS 2020, section 4.2. Needs synthetic images alone.
+    Section 4.2; Euclidean. Needs synthetic images alone.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class FullBlackBox(SyntheticAttack):
 
 @dataclass
 class CalibratedFullBlackBox(FullBlackBox):
-    """GAN-Leaks, full black-box, calibrated: the distance to a reference generator's images minus that to these.
+    """GAN-Leaks, full black-box, less the distance to a reference generator's images (Chen et al., CCS 2020).
 
     The adversary trains the reference on its public images as the federation trained (section 4.4).
     """

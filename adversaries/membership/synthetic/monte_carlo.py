@@ -19,9 +19,9 @@ from fedattack.errors import NotApplicable
 
 @dataclass
 class MonteCarlo(SyntheticAttack):
-    """Monte Carlo attack: the share of synthetic images within a radius of the candidate.
+    """Monte Carlo attack: the share of synthetic images within a radius (Hilprecht et al., PoPETs 2019).
 
-    Hilprecht, Haerterich and Bernau, PoPETs 2019. The radius is their median rule, which knows no member: the median
+    The radius is their median rule, which knows no member: the median
     over all candidates of the distance to the nearest synthetic image. The half with none so near would tie; of
     equally many the candidate whose nearest is nearer comes first. Needs synthetic images alone.
 

@@ -14,12 +14,13 @@ from adversaries.needs import Needs
 
 @dataclass
 class CriticSeries(RoundStatistic):
-    """Scores of the global critic after each round, standardised over the candidates, meaned over rounds.
+    """Scores of every round's global critic, standardised, meaned (Hayes et al., PoPETs 2019).
 
-    LOGAN's white-box attack (Hayes et al., PoPETs 2019) on every critic that the federation had, not the last alone.
+    LOGAN's white-box attack on all the critics that the federation had, not the last alone; standardised over the
+    candidates.
     """
 
-    needs: ClassVar[Needs] = Needs(sums="any", held_out=True, about="anybody", trains="generate", critic=True)
+    needs: ClassVar[Needs] = Needs(held_out=True, about="anybody", trains="generate", critic=True)
 
     def measure(self, view: RoundView) -> Tensor:
         """The scores, (1, N)."""
