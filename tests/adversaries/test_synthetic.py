@@ -280,7 +280,7 @@ def critics(observations: list[Observation], images: Tensor) -> dict[tuple[int, 
         parts = zip(one.update.names, one.update.shapes, flat.split(sizes), strict=True)
         own = {**one.weights, **{n: one.weights[n] + p.reshape(s) for n, s, p in parts}}
         scores = functional_call(model, own, (images,)).detach()[:, 0].double().numpy()
-        found[one.round, one.client] = (scores - scores.mean()) / scores.std(ddof=1)
+        found[one.round, one.client] = (scores - scores.mean()) / scores.std()
     return found
 
 
@@ -390,6 +390,7 @@ def test_images_alone_and_images_of_another_kind(name: str) -> None:
         (replace(release, images=made * torch.nan), images, "synthetic images: pixels hold NaN"),
         (replace(release, images=made / 255), images, "synthetic images: no pixel above"),
         (replace(release, public=draw(9, 1, 1, 3, 3)), images, "public images: 1 x 3 x 3"),
+        (replace(release, reference=Release(draw(9, 1) * 255)), images, "reference images: pixels from"),
     ):
         with pytest.raises(NotApplicable, match=says):
             attack.about(given, asked, 0, CPU)
