@@ -24,6 +24,8 @@ from adversaries.membership.synthetic.base import SyntheticAttack
 from adversaries.membership.synthetic.neighbours import nearest, within
 from adversaries.membership.synthetic.release import Release
 from adversaries.membership.view import RoundView
+from adversaries.needs import Facts
+from adversaries.refusals import attack_refusals
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
@@ -361,6 +363,19 @@ def test_one_reference_generator_serves_all_and_comes_from_public_images_alone()
     assert not torch.equal(other.reference.images, release.reference.images)
     with pytest.raises(NotApplicable, match=r"data\.auxiliary_size"):
         view(public=None).release(30, True, 3)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_trained() -> None:
+    def said(name: str, auxiliary: int, **settings: object) -> list[str]:
+        return attack_refusals(ATTACKS.get(name)(**settings), SCENE, Facts(auxiliary=auxiliary))
+
+    assert said("full-black-box", 0) == []
+    assert "more than 100 images" in said("full-black-box", 0, samples=100, neighbours=101)[0]
+    for name in (*(n for n in SYNTHETIC if "calibrated" in n), "domias"):
+        assert "1 auxiliary images, and this attack needs at least 2" in said(name, 1)[0]
+        assert said(name, 2) == []
+    assert "needs at least 2" in said("critic", 1, calibrated=True)[0]
+    assert "needs at least 40" in said("monte-carlo", 39, components=40)[0]
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)

@@ -12,6 +12,9 @@ from torch import Tensor
 from adversaries.membership.synthetic.base import LEAST_PUBLIC, SyntheticAttack
 from adversaries.membership.synthetic.neighbours import nearest
 from adversaries.membership.synthetic.release import Release
+from adversaries.needs import Facts
+from fedattack.errors import NotApplicable
+from fedattack.observation import Scenario
 
 
 @dataclass
@@ -31,6 +34,13 @@ class FullBlackBox(SyntheticAttack):
     def judge(self, release: Release, images: Tensor, seed: int, device: torch.device) -> Tensor:
         """Minus the distances, of pixels in [-1, 1]."""
         return -2 * nearest(release.images, images, self.neighbours, device)[0].mean(1)
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse, before anything is trained, more neighbours than images."""
+        if self.neighbours > self.samples:
+            raise NotApplicable(
+                f"setting 'neighbours' = {self.neighbours}: more than {self.samples} images drawn; raise 'samples'"
+            )
 
 
 @dataclass

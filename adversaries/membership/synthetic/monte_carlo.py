@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -14,7 +14,9 @@ from torch import Tensor
 from adversaries.membership.synthetic.base import SyntheticAttack
 from adversaries.membership.synthetic.neighbours import nearest, within
 from adversaries.membership.synthetic.release import Release
+from adversaries.needs import Needs
 from fedattack.errors import NotApplicable
+from fedattack.observation import Scenario
 
 
 @dataclass
@@ -50,3 +52,8 @@ class MonteCarlo(SyntheticAttack):
         first = nearest(made, asked, 1, device)[0][:, 0]
         counts = within(made, asked, float(np.median(first.numpy())), device)
         return (counts.double() + 1 / (1 + first)) / len(made)
+
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """With public images for the components."""
+        needs = super().needs_now(scenario)
+        return replace(needs, auxiliary=max(needs.auxiliary, self.components))
