@@ -69,6 +69,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "ascent": "adversaries.membership.active.ascent:Ascent",
         "isolating": "adversaries.membership.active.isolating:Isolating",
         "client-critic": "adversaries.membership.updates.client_critic:ClientCritic",
+        "critic-series": "adversaries.membership.updates.critic_series:CriticSeries",
         "critic": "adversaries.membership.synthetic.critic:Critic",
         "full-black-box": "adversaries.membership.synthetic.full_black_box:FullBlackBox",
         "full-black-box-calibrated": "adversaries.membership.synthetic.full_black_box:CalibratedFullBlackBox",

@@ -135,6 +135,11 @@ class RoundView:
         """Answers of a model to the public samples, float32 (P, classes)."""
         return self._answers(which, public=True)
 
+    def critic(self, which: Which) -> Tensor:
+        """Scores of a model's critic for the candidates, with mean 0 and deviation 1 over them, float64 (N,)."""
+        scores = self.logits(which)[:, 0].double()
+        return (scores - scores.mean()) / scores.std(correction=0).clamp_min(1e-12)
+
     def losses(self, which: Which) -> Tensor:
         """Cross-entropies of the candidates under a model, float64 (N,)."""
         return cross_entropy(self.logits(which), self.candidates.labels, reduction="none").double()

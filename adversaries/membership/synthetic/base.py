@@ -44,7 +44,7 @@ class SyntheticAttack(CuriousServer, MembershipAttack):
         an image is than it would be to anybody's generator.
     """
 
-    needs: ClassVar[Needs] = Needs(held_out=True, about="anybody", sums="any", trains="generate")
+    needs: ClassVar[Needs] = Needs(held_out=True, about="anybody", trains="generate")
     access: ClassVar[Access] = "samples"
     watches: ClassVar[Literal["every", "last"]] = "last"
 

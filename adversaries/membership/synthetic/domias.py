@@ -21,9 +21,9 @@ from fedattack.errors import NotApplicable
 
 @dataclass
 class Domias(SyntheticAttack):
-    """DOMIAS: the log ratio of the density of synthetic images to that of the adversary's public images.
+    """DOMIAS: the log ratio of densities of synthetic and of public images (Breugel et al., AISTATS 2023).
 
-    Van Breugel, Sun, Qian and van der Schaar, AISTATS 2023, equation 2. Densities are of whitened principal
+    Equation 2. Densities are of whitened principal
     components of synthetic and public images together. Needs synthetic images, and public ones.
 
     Parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -14,14 +14,16 @@ from torch import Tensor
 from adversaries.membership.synthetic.base import SyntheticAttack
 from adversaries.membership.synthetic.neighbours import nearest, within
 from adversaries.membership.synthetic.release import Release
+from adversaries.needs import Needs
 from fedattack.errors import NotApplicable
+from fedattack.observation import Scenario
 
 
 @dataclass
 class MonteCarlo(SyntheticAttack):
-    """Monte Carlo attack: the share of synthetic images within a radius of the candidate.
+    """Monte Carlo attack: the share of synthetic images within a radius (Hilprecht et al., PoPETs 2019).
 
-    Hilprecht, Haerterich and Bernau, PoPETs 2019. The radius is their median rule, which knows no member: the median
+    The radius is their median rule, which knows no member: the median
     over all candidates of the distance to the nearest synthetic image. The half with none so near would tie; of
     equally many the candidate whose nearest is nearer comes first. Needs synthetic images alone.
 
@@ -50,3 +52,8 @@ class MonteCarlo(SyntheticAttack):
         first = nearest(made, asked, 1, device)[0][:, 0]
         counts = within(made, asked, float(np.median(first.numpy())), device)
         return (counts.double() + 1 / (1 + first)) / len(made)
+
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """With public images for the components."""
+        needs = super().needs_now(scenario)
+        return replace(needs, auxiliary=max(needs.auxiliary, self.components))

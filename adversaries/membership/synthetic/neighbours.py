@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fedattack.errors import NotApplicable
 
-_QUERIES, _POINTS = 512, 4096
-"""Rows of the matrix of distances that is held at once, and its columns."""
+_QUERIES, _POINTS, _EXACT = 512, 4096, 64
+"""Rows of the matrix of distances that is held at once, its columns, and rows whose distances are taken exactly."""
 _SPARE = 8
 """Further neighbours whose distances are taken exactly, since rounding may have put them behind others."""
 
@@ -22,7 +22,7 @@ def nearest(points: Tensor, queries: Tensor, count: int, device: torch.device) -
     if len(points) < count:
         raise NotApplicable(f"{len(points)} synthetic images, and {count} nearest are asked for")
     flat, asked = points.flatten(1).to(device), queries.flatten(1).to(device)
-    lengths, kept = flat.square().sum(1), min(count + _SPARE, len(flat))
+    lengths, kept = torch.linalg.vector_norm(flat, dim=1).square(), min(count + _SPARE, len(flat))
     distances, places = [], []
     for some in asked.split(_QUERIES):
         best = near = None
@@ -38,9 +38,8 @@ def nearest(points: Tensor, queries: Tensor, count: int, device: torch.device) -
         assert near is not None
         near = near.sort(dim=1).values
         # |q|^2 + |g|^2 - 2 q.g cancels where both are alike, so the winners' distances are taken anew.
-        exact = torch.cdist(
-            some[:, None].double(), flat[near].double(), compute_mode="donot_use_mm_for_euclid_dist"
-        )[:, 0]
+        pairs = zip(some.split(_EXACT), near.split(_EXACT), strict=True)
+        exact = torch.cat([(flat[which] - one[:, None]).double().norm(dim=2) for one, which in pairs])
         exact, order = exact.sort(dim=1, stable=True)
         distances.append(exact[:, :count].cpu())
         places.append(near.gather(1, order[:, :count]).cpu())

@@ -18,10 +18,11 @@ from adversaries.membership.synthetic.release import Release
 
 @dataclass
 class PartialBlackBox(SyntheticAttack):
-    """GAN-Leaks, partial black-box: minus the least mean squared difference that a search of latents finds.
+    """GAN-Leaks, partial black-box: minus the least difference that a search finds (Chen et al., CCS 2020).
 
-    Chen et al., CCS 2020, section 4.2: Powell's method from the latent of the nearest synthetic image. Needs
-    synthetic images, their latents, and to have the generator make images of latents of the adversary's choice.
+    Section 4.2: the mean squared difference of the images that Powell's method comes to from the latent of the
+    nearest synthetic image. Needs synthetic images, their latents, and to have the generator make images of latents
+    of the adversary's choice.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ class PartialBlackBox(SyntheticAttack):
 
 @dataclass
 class CalibratedPartialBlackBox(PartialBlackBox):
-    """GAN-Leaks, partial black-box, calibrated: less what the search finds in a reference generator (section 4.4)."""
+    """GAN-Leaks, partial black-box, less what it finds in a reference generator (Chen et al., CCS 2020)."""
 
     needs = replace(PartialBlackBox.needs, auxiliary=LEAST_PUBLIC)
     calibrated: bool = True

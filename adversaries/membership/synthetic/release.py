@@ -53,6 +53,8 @@ class Release:
         known = {"synthetic images": self.images, name: images}
         if self.public is not None:
             known["public images"] = self.public
+        if self.reference is not None:
+            known["reference images"] = self.reference.images
         for what, some in known.items():
             if some.dim() != 4 or not len(some):
                 raise NotApplicable(

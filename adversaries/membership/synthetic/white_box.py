@@ -18,10 +18,10 @@ from fedattack.config import Weight
 
 @dataclass
 class WhiteBox(SyntheticAttack):
-    """GAN-Leaks, white-box: minus the least mean squared difference that descent in the latent finds.
+    """GAN-Leaks, white-box: minus the least difference that descent finds (Chen et al., CCS 2020).
 
-    Chen et al., CCS 2020, section 4.3, without the perceptual term: L-BFGS, with a line search of its own for each
-    candidate, from the latent of the nearest synthetic image. Needs the generator.
+    Section 4.3, the mean squared difference without the perceptual term: L-BFGS, with a line search of its own for
+    each candidate, from the latent of the nearest synthetic image. Needs the generator.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class WhiteBox(SyntheticAttack):
 
 @dataclass
 class CalibratedWhiteBox(WhiteBox):
-    """GAN-Leaks, white-box, calibrated: less what the search finds in a reference generator (section 4.4)."""
+    """GAN-Leaks, white-box, less what it finds in a reference generator (Chen et al., CCS 2020)."""
 
     needs = replace(WhiteBox.needs, auxiliary=LEAST_PUBLIC)
     calibrated: bool = True
