@@ -228,16 +228,21 @@ def nearest(results: Sequence[AuditResult]) -> Figure | None:
     return nearest_sheet(best.attack, best.curves["nearest"])
 
 
-def samples(results: Sequence[AuditResult], columns: int = 16) -> Figure | None:
+def sheet(images: Tensor, columns: int = 16) -> Tensor:
+    """Images (n, C, S, S) in rows, white lines between them, as one image (3, H, W)."""
+    return make_grid(images, nrow=columns, padding=1, pad_value=1.0)
+
+
+def samples(results: Sequence[AuditResult]) -> Figure | None:
     """Synthetic images as they lie in their file; None where no result has them (a run shows its generator's)."""
     made = next((result.curves["samples"] for result in results if "samples" in result.curves), None)
     if made is None:
         return None
-    sheet = make_grid(made, nrow=columns, padding=1, pad_value=1.0)
-    figure = Figure(figsize=(9.0, 0.3 + 9.0 * sheet.shape[1] / sheet.shape[2]), layout="constrained")
+    page = sheet(made)
+    figure = Figure(figsize=(9.0, 0.3 + 9.0 * page.shape[1] / page.shape[2]), layout="constrained")
     axes = figure.subplots()
     axes.axis("off")
-    axes.imshow(enlarged(sheet, 1), interpolation="nearest")
+    axes.imshow(enlarged(page, 1), interpolation="nearest")
     axes.set_title(f"the first {len(made)} synthetic images", fontsize=10, loc="left")
     return figure
 

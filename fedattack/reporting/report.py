@@ -210,9 +210,8 @@ def _federation(
         )
         pictures.append(_figure(folder, "samples", figures.sample_sheet(generated), alt, told))
         for number, images in generated.items():
-            wide = min(16, len(images))
-            sheet = torch.cat([torch.cat(list(row), 2) for row in images.split(wide) if len(row) == wide], 1)
-            write_bytes(folder.images / "generator" / f"round-{number:05d}.png", image_png(sheet))
+            path = folder.images / "generator" / f"round-{number:05d}.png"
+            write_bytes(path, image_png(figures.sheet(images)))
     if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
         told = (
             "The global model on held-out samples: an attacked federation that learns nothing proves little."

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from adversaries.membership.synthetic.base import SyntheticAttack
 from adversaries.membership.synthetic.neighbours import nearest
@@ -62,8 +61,6 @@ from simulations.pipeline import (
     with_threats,
 )
 
-COLUMNS = 16
-"""Of a sheet of samples."""
 LEAK = ("full-black-box", "full-black-box-calibrated")
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 _AT_ONCE = 500
@@ -129,8 +126,7 @@ def run_sample(place: Path, out: Path, count: int, png: bool, seed: int, console
 
     write_array(out / "images.npz", shape, chunks())
     first = torch.cat(looked_at)[:_LOOKED_AT]
-    sheet = make_grid(first[:SHOWN], nrow=COLUMNS, padding=1, pad_value=1.0)
-    write_bytes(out / "sheet.png", image_png(sheet))
+    write_bytes(out / "sheet.png", image_png(figures.sheet(first[:SHOWN])))
     distinct = _distinct(place, first)
     found = {"generator": content_hash(gan.state_dict()), "seed": seed, "count": count, "distinct": distinct}
     write_json(out / "sample.json", found)
