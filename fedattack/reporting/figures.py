@@ -229,8 +229,8 @@ def nearest(results: Sequence[AuditResult]) -> Figure | None:
 
 
 def sheet(images: Tensor, columns: int = 16) -> Tensor:
-    """Images (n, C, S, S) in rows, white lines between them, as one image (3, H, W)."""
-    return make_grid(images, nrow=columns, padding=1, pad_value=1.0)
+    """Images (n, C, S, S) in rows, as one image (3, H, W), black where the last row ends."""
+    return make_grid(images, nrow=columns, padding=0)
 
 
 def samples(results: Sequence[AuditResult]) -> Figure | None:

@@ -118,7 +118,7 @@ def test_samples_are_the_generators(trained: Path, tmp_path: Path) -> None:
     made = torch.cat([nets.sample(count, draws) for count in (500, 500, 203)])[:, 0]
     assert np.array_equal(images, (made * 255).round().byte().numpy())
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / "png" / "001202.png")), images[1202])
-    assert np.asarray(Image.open(tmp_path / "a" / "sheet.png")).shape[:2] == (8 * 9 + 1, 16 * 9 + 1)
+    assert np.asarray(Image.open(tmp_path / "a" / "sheet.png")).shape[:2] == (8 * 8, 16 * 8)
     assert "samples are distinct" in told
     checkpoint = trained / "generator.safetensors"
     assert "different pictures" in done("sample", checkpoint, "--count", 20, "--out", tmp_path / "b")
