@@ -1,4 +1,4 @@
-"""What a run's noise guaranteed: the defences' accounts over the rounds in which clients really answered."""
+"""What a run's noise guaranteed, over the rounds in which clients really answered, and what canaries measure of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedattack.audit.canaries import CanaryAudit, CanaryScores, Contribution, audit_canaries
 from fedattack.audit.membership import Guarantee
+from fedattack.canaries import Canaries, release_weights
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.defenses import Privacy, build_defenses
+from fedattack.defenses import ClientDefenses, Privacy, build_defenses
+from fedattack.defenses.accounting import UNIT_WORDS
+from fedattack.defenses.clip_noise import ClipNoise
 from fedattack.models import build_model
+from fedattack.observation import EVERYONE, Observation
 from fedattack.reporting import formats
+from fedattack.task import trained_parameters
+from fedattack.training import load_weights, training_mode
+from simulations.client_app import Workplace, round_batches, used_positions
 from simulations.engine.federation import RoundRecord
 
 
@@ -67,11 +81,88 @@ def privacy_text(account: Privacy) -> str:
     """One line for a person."""
     if account.note:
         return f"no guarantee: {account.note}"
-    whom = "all that a client sends" if account.unit == "client" else "one sample"
-    text = (
-        f"epsilon {formats.decimal(account.epsilon, 2)} at delta {formats.compact(account.delta)} for {whom}, "
-        f"{formats.count(account.releases)} release{'s' if account.releases != 1 else ''}"
-    )
+    told = [
+        f"epsilon {formats.decimal(account.epsilon, 2)} at delta {formats.compact(account.delta)} for "
+        f"{UNIT_WORDS[account.unit]}, {formats.count(account.releases)} "
+        f"release{'s' if account.releases != 1 else ''}",
+        f"{formats.decimal(account.replacement_epsilon, 2)} where it is replaced by another (replacement)",
+    ]
     if account.sampled_epsilon is not None:
-        text += f" ({formats.decimal(account.sampled_epsilon, 2)} if batches were Poisson samples)"
-    return text
+        told.append(f"{formats.decimal(account.sampled_epsilon, 2)} if batches were Poisson samples (zero-out)")
+    return "; ".join(told)
+
+
+class CanaryWatch:
+    """Looks at what the server is sent, as it comes, for the canaries that the run planted; there may be none."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self._config, self._world = config, world
+        self._place = Workplace.of(config, world)
+        self.canaries: Canaries | None = self._place.canaries
+        self._found = CanaryScores(len(self.canaries) if self.canaries else 0)
+        self._sums: list[Observation] = []
+
+    def observe(self, observation: Observation) -> None:
+        """Take account of an update; of a sum when :meth:`after_round` says whose it is."""
+        if observation.client == EVERYONE:
+            self._sums.append(observation)
+        else:
+            self._add(observation, {observation.client: 1.0})
+
+    def after_round(self, record: RoundRecord) -> None:
+        """Take account of the sum over those that answered."""
+        for observation in self._sums:
+            examples = {client: len(used_positions(self._batches(record.round, client))) for client in record.clients}
+            total = sum(examples.values())
+            self._add(observation, {client: count / total for client, count in examples.items()})
+        self._sums.clear()
+
+    def audit(self, rounds: Sequence[RoundRecord]) -> CanaryAudit | None:
+        """What the canaries show, beside what is accounted to the least guarded client among theirs."""
+        if self.canaries is None:
+            return None
+        accounts = next(
+            found
+            for name, found in privacy_accounts(self._config, self._world, rounds).items()
+            if isinstance(build_defenses(self._config.defense)[name], ClipNoise)
+        )
+        theirs = {client: accounts[client] for client in accounts if len(self.canaries.of(client))}
+        if not theirs:
+            return None
+        worst = _worst(theirs)
+        return audit_canaries(self.canaries, self._found, theirs[worst], worst, self._config.canaries.guesses)
+
+    def _batches(self, round: int, client: int) -> list[NDArray[np.int64]]:
+        return round_batches(self._config, len(self._world.partitions[client]), round, client)
+
+    def _add(self, observation: Observation, shares: Mapping[int, float]) -> None:
+        """Say with which weight each canary, and the noise, of those who sent are in an observation."""
+        canaries = self.canaries
+        assert canaries is not None
+        variance, numbers, weights = 0.0, [], []
+        for client, share in shares.items():
+            own = canaries.of(client)
+            if canaries.kind == "client":
+                of_each, variance = np.full(len(own), share), variance + share**2
+            else:
+                batches = self._batches(observation.round, client)
+                steps = share * release_weights(self._config.training, [len(batch) for batch in batches])
+                variance += float(np.square(steps).sum())
+                total = np.zeros(len(self._world.partitions[client]))
+                for batch, weight in zip(batches, steps, strict=True):
+                    total[batch] += weight
+                of_each = total[canaries.position[own]]
+            numbers.append(own[of_each != 0])
+            weights.append(of_each[of_each != 0])
+        if not sum(map(len, numbers)):
+            return
+        numel, add = observation.update.numel, self._contribution(observation)
+        scale = canaries.bound**2
+        self._found.add(
+            observation.update, np.concatenate(numbers), np.concatenate(weights), scale * variance, add
+        )
+
+    def _contribution(self, observation: Observation) -> Contribution:
+        canaries = self.canaries
+        assert canaries is not None
+        return lambda canary: canaries.contribution(canary, observation.update.numel)
