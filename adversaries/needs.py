@@ -74,6 +74,10 @@ class Needs:
     """Of membership: whether one client trained on a sample, or anybody did."""
     members: bool = False
     """Samples that are known to be members."""
+    trains: Literal["classify", "generate"] = "classify"
+    """What the federation trains."""
+    critic: bool = False
+    """Of a generator's federation: critics are sent."""
     people: bool = False
     """Of membership: people are asked about, by samples that nobody trained on."""
 

@@ -26,6 +26,7 @@ from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Scenario
+from fedattack.task import task_of
 
 NOT_KNOWN = Facts()
 
@@ -108,6 +109,13 @@ _READ = "and quotients or differences of entries are read; use compression.name 
 
 # fmt: off
 TABLE: tuple[Row, ...] = (
+    Row("trains", "a classifier", lambda n, s, f: task_of(s).kind != "classify",
+        "training.task = {t.task!r} trains no classifier, whose classes this attack reads; use --task classify, or "
+        "an attack on generators (fedattack list attacks)", value="classify", plain=True),
+    Row("trains", "a generator", lambda n, s, f: task_of(s).kind != "generate",
+        "training.task = {t.task!r} trains no generator; use --task wgan-gp", value="generate"),
+    Row("critic", "critics that are sent", lambda n, s, f: s.model.nets == "generator",
+        "gan.share = 'generator': critics stay at home, and this attack reads them; use gan.share 'both'"),
     Row("block", "{n.block.words} (model {n.block.models})",
         lambda n, s, f: not issubclass(_model(s.model)[2], n.block.kind if n.block else nn.Module),
         "model.name = {m.name!r} lacks {n.block.words}; use --model {n.block.models}"),

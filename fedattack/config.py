@@ -122,6 +122,9 @@ class ModelConfig(Section):
     bottleneck: Positive | None = Field(
         None, description="width of a bottleneck before the head; defence 'precode' sets it"
     )
+    nets: Literal["both", "generator"] | None = Field(
+        None, description="of a generator and a critic, what is sent; 'gan.share' sets it"
+    )
     weights: str | None = Field(None, description="safetensors file of initial weights; None: seeded random")
 
     @property
@@ -159,6 +162,24 @@ class TrainingConfig(Section):
         if self.protocol == "fedsgd" and self.local_steps != 1:
             raise ValueError("local_steps must be 1 under protocol 'fedsgd'; use protocol 'fedavg'")
         return self
+
+
+class GanConfig(Section):
+    """How task wgan-gp trains a generator and a critic; public."""
+
+    critic_steps: Positive = Field(
+        5,
+        description="steps of the critic for each of the generator's; training.local_steps counts the critic's",
+    )
+    penalty: Weight = Field(10.0, description="weight of the gradient penalty")
+    beta1: Share = Field(
+        0.5, description="Adam's decay of the mean gradient; training.learning_rate is its step"
+    )
+    beta2: Share = Field(0.9, description="Adam's decay of the mean square")
+    share: Literal["both", "generator"] = Field(
+        "both",
+        description="nets that clients send; generator: critics stay at home, and learn from nobody else",
+    )
 
 
 class CompressionConfig(Section):
@@ -302,6 +323,7 @@ class Config(Section):
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    gan: GanConfig = GanConfig()
     defense: DefenseConfig = DefenseConfig()
     canaries: CanaryConfig = CanaryConfig()
     compression: CompressionConfig = CompressionConfig()
@@ -354,6 +376,7 @@ class Config(Section):
         tree: dict[str, Any] = _deep_copy(base or {})
         for key, value in settings.items():
             _assign(tree, _resolve(key), value)
+        _fill(tree, TASK_SETTINGS.get(str(tree.get("training", {}).get("task", "")), {}))
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -379,6 +402,15 @@ class Config(Section):
         return self.model_dump(mode="json", exclude={"engine", "output"})
 
 
+TASK_SETTINGS: dict[str, dict[str, Any]] = {
+    "wgan-gp": {
+        "model": {"name": "wgan-gp-mlp"},
+        "training": {"protocol": "fedavg", "batch_size": 32, "local_steps": 100, "learning_rate": 1e-4},
+        "compression": {"name": "none"},
+    }
+}
+"""Task -> what is meant by settings that are left open, where it differs from the defaults."""
+
 SHORT_NAMES: dict[str, str] = {
     "seed": "seed",
     "dataset": "data.name",
@@ -396,6 +428,7 @@ SHORT_NAMES: dict[str, str] = {
     "activation": "model.activation",
     "width": "model.width",
     "weights": "model.weights",
+    "task": "training.task",
     "protocol": "training.protocol",
     "batch-size": "training.batch_size",
     "local-steps": "training.local_steps",
@@ -504,6 +537,15 @@ def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
             _assign(tree[path[-1]], [key], inner)
     else:
         tree[path[-1]] = value
+
+
+def _fill(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Put settings where `tree` has none."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            _fill(tree.setdefault(name, {}), value)
+        else:
+            tree.setdefault(name, value)
 
 
 def _deep_copy(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, TrainingConfig
+from fedattack.config import CompressionConfig, DefenseConfig, GanConfig, ModelConfig, TrainingConfig
 
 UpdateKind = Literal["gradient", "delta"]
 
@@ -111,6 +111,7 @@ class Scenario:
     training: TrainingConfig
     compression: CompressionConfig
     defense: DefenseConfig = field(default_factory=DefenseConfig)
+    gan: GanConfig = field(default_factory=GanConfig)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -119,7 +120,7 @@ class Scenario:
         return channels, side, side
 
     def record(self) -> dict[str, Any]:
-        """The facts as JSON-able sections: "model", "training", "compression", "defense"."""
+        """The facts as JSON-able sections: "model", "training", "compression", "defense", "gan"."""
         return {part.name: getattr(self, part.name).model_dump(mode="json") for part in fields(self)}
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedattack.config import ModelConfig
+from fedattack.config import GanConfig, ModelConfig
+from fedattack.observation import Scenario
 from fedattack.registry import Registry
 
 LossAndGradient = tuple[Tensor, tuple[Tensor, ...]]
@@ -47,15 +50,63 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in named if name != first[id(parameter)]}
 
 
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training leaves."""
+
+    update: dict[str, Tensor]  # trained parameter -> gradient (fedsgd) or weight change (fedavg)
+    buffers: dict[str, Tensor]  # floating-point buffers after training (BatchNorm statistics)
+    loss: float  # mean over the batches, each at the weights it met
+    num_examples: int  # distinct samples used
+    memory: dict[str, Tensor] = field(default_factory=dict)  # what the client keeps until its next round
+
+
 class Task(ABC):
     """What the clients minimise and what a model is measured by; stateless."""
 
+    kind: ClassVar[Literal["classify", "generate"]] = "classify"
+    """Which attacks can apply (:attr:`adversaries.needs.Needs.trains`)."""
     figures: ClassVar[tuple[str, ...]] = ("loss",)
     """Names of what :meth:`measure` answers; "loss" is one of them."""
 
+    def check(self, scenario: Scenario) -> None:
+        """Refuse (ConfigError), before anything starts, settings that the task cannot work with."""
+        return None
+
+    def model(self, model: ModelConfig, gan: GanConfig) -> ModelConfig:
+        """The resolved model, as this task has it sent."""
+        return model
+
+    def keeps_memory(self, scenario: Scenario) -> bool:
+        """Whether clients keep something of it from round to round."""
+        return False
+
     @abstractmethod
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of one batch with its graph, a scalar."""
+    def step(self, scenario: Scenario, draws: Generator) -> GradientStep:
+        """How an undefended client computes the loss and gradient of one batch; random numbers come from `draws`."""
+
+    def stepped(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What the gradient of :meth:`step` is of, in its order, as far as it is sent."""
+        return trained_parameters(model)
+
+    @abstractmethod
+    def train(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        batches: Sequence[NDArray[np.int64]],
+        scenario: Scenario,
+        step: GradientStep,
+        draws: Generator,
+        memory: Mapping[str, Tensor],
+    ) -> LocalResult:
+        """One client's round, from the received weights.
+
+        Arguments as of :func:`fedattack.training.local_update`; `step` is that of :meth:`step`, behind the client's
+        defences, `memory` what :attr:`LocalResult.memory` was in the client's last round, empty at first.
+        """
 
     @abstractmethod
     def measure(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -65,37 +116,15 @@ class Task(ABC):
     def output(self, model: ModelConfig) -> tuple[int, ...]:
         """Shape of the model's answer to one sample."""
 
-    def gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
-        """Loss and gradient of one batch: what an undefended client computes."""
-        loss = self.loss(model, images, labels)
-        parameters = list(trained_parameters(model).values())
-        return loss, torch.autograd.grad(loss, parameters, materialize_grads=True)
-
-
-class Classify(Task):
-    """Tell the class of an image: cross-entropy and the share of right answers."""
-
-    figures = ("loss", "accuracy")
-
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The :func:`objective` of the model's logits."""
-        return objective(model, model(images), labels)
-
-    def measure(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Cross-entropies and right answers, summed."""
-        logits = model(images)
-        return {
-            "loss": float(cross_entropy(logits, labels, reduction="sum")),
-            "accuracy": int((logits.argmax(1) == labels).sum()),
-        }
-
-    def output(self, model: ModelConfig) -> tuple[int, ...]:
-        """One logit for each class."""
-        return (model.resolved[2],)
-
 
 TASKS: Registry[type[Task]] = Registry(
-    "task", {"classify": "fedattack.task:Classify"}, group="fedattack.tasks"
+    "task",
+    {"classify": "fedattack.training:Classify", "wgan-gp": "fedattack.generative.wgan_gp:WganGp"},
+    group="fedattack.tasks",
+    base="fedattack.task:Task",
 )
 
-CLASSIFY = Classify()
+
+def task_of(scenario: Scenario) -> Task:
+    """What the scenario's clients train."""
+    return TASKS.get(scenario.training.task)()

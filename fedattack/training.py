@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from fedattack.config import TrainingConfig
+from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.errors import DataError, RunFailed
-from fedattack.observation import UpdateKind
+from fedattack.observation import Scenario, UpdateKind
 from fedattack.rng import numpy_rng
-from fedattack.task import CLASSIFY, GradientStep, Task, trained_parameters
-
-batch_gradient: GradientStep = CLASSIFY.gradient
-"""Loss and gradient of the mean cross-entropy of one batch: what an undefended client of a classifier computes."""
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """What local training leaves."""
-
-    update: dict[str, Tensor]  # trained parameter -> gradient (fedsgd) or weight change (fedavg)
-    buffers: dict[str, Tensor]  # floating-point buffers after training (BatchNorm statistics)
-    loss: float  # mean over the batches, each at the weights it met
-    num_examples: int  # distinct samples used
+from fedattack.task import (
+    GradientStep,
+    LocalResult,
+    LossAndGradient,
+    Task,
+    objective,
+    trained_parameters,
+)
 
 
 def batch_positions(
@@ -70,6 +64,67 @@ def training_mode(model: nn.Module, batch_norm: Literal["train", "eval"]) -> nn.
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.eval()
     return model
+
+
+class LossTask(Task):
+    """Minimise one loss by SGD; a subclass brings :meth:`loss`, :meth:`measure` and :meth:`output`."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of one batch with its graph, a scalar."""
+
+    def gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        """Loss and gradient of one batch: what an undefended client computes."""
+        loss = self.loss(model, images, labels)
+        parameters = list(trained_parameters(model).values())
+        return loss, torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+    def step(self, scenario: Scenario, draws: Generator) -> GradientStep:
+        """:meth:`gradient`, which draws nothing."""
+        return self.gradient
+
+    def train(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        batches: Sequence[NDArray[np.int64]],
+        scenario: Scenario,
+        step: GradientStep,
+        draws: Generator,
+        memory: Mapping[str, Tensor],
+    ) -> LocalResult:
+        """See :func:`local_update`."""
+        return local_update(model, weights, images, labels, batches, scenario.training, step)
+
+
+class Classify(LossTask):
+    """Tell the class of an image: cross-entropy and the share of right answers."""
+
+    figures = ("loss", "accuracy")
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The :func:`fedattack.task.objective` of the model's logits."""
+        return objective(model, model(images), labels)
+
+    def measure(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Cross-entropies and right answers, summed."""
+        logits = model(images)
+        return {
+            "loss": float(cross_entropy(logits, labels, reduction="sum")),
+            "accuracy": int((logits.argmax(1) == labels).sum()),
+        }
+
+    def output(self, model: ModelConfig) -> tuple[int, ...]:
+        """One logit for each class."""
+        return (model.resolved[2],)
+
+
+CLASSIFY = Classify()
+
+batch_gradient: GradientStep = CLASSIFY.gradient
+"""Loss and gradient of the mean cross-entropy of one batch: what an undefended client of a classifier computes."""
 
 
 def local_update(

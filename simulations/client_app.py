@@ -26,8 +26,8 @@ from fedattack.models import build_model
 from fedattack.observation import Candidates, Scenario
 from fedattack.registry import build_plugin
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
-from fedattack.task import TASKS, GradientStep, Task, trained_parameters
-from fedattack.training import LocalResult, batch_positions, evaluate, load_weights, local_update
+from fedattack.task import GradientStep, LocalResult, Task, task_of, trained_parameters
+from fedattack.training import batch_positions, evaluate, load_weights, local_update
 from simulations.experiments.executor import choose_device
 from strategies import messages as wire
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fedattack.data import World
 
 _MEMORY = "memory"
+_TASK_MEMORY = "memory of the task"
 _ATTACK_MEMORY = "memory of {attack}"
 _UNUSED = torch.Generator()
 
@@ -86,7 +87,7 @@ class Workplace:
     @cached_property
     def task(self) -> Task:
         """What is trained and measured."""
-        return TASKS.get(self.scenario.training.task)()
+        return task_of(self.scenario)
 
     @cached_property
     def defenses(self) -> tuple[Defense, ...]:
@@ -112,7 +113,8 @@ class Workplace:
     @property
     def stateful(self) -> bool:
         """Whether clients keep anything from round to round."""
-        return self.compressor.stateful or any(one.keeps_memory for one in self.attackers.values())
+        hostile = any(one.keeps_memory for one in self.attackers.values())
+        return self.compressor.stateful or hostile or self.task.keeps_memory(self.scenario)
 
     def weights(self, record: ArrayRecord) -> dict[str, Tensor]:
         """The broadcast as tensors, opened once for all clients that got the same one."""
@@ -249,24 +251,29 @@ def train(message: Message, context: Context) -> Message:
         images, labels = _alike(attack, own, dict(zip(own, poisoned, strict=True))).values()
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
+    draws = torch_rng(place.config.seed, "training", round, client)
+    plain = place.task.step(place.scenario, draws)
     planted = place.canaries.step if place.canaries else None
     if place.canaries:
         labels = place.canaries.coded(client, used, labels)
-    defended = ClientDefenses(place.defenses, place.config.seed, round, client, place.task.gradient, planted)
+    defended = ClientDefenses(place.defenses, place.config.seed, round, client, plain, planted)
     shown = defended.images(images)
     if mu == 0.0 or len(steps) == 1:  # the proximal term has no gradient at the received weights
-        training = place.scenario.training
-        result = local_update(place.model, weights, shown, labels, steps, training, defended.gradient)
+        known = _recalled(context, _TASK_MEMORY)
+        result = place.task.train(
+            place.model, weights, shown, labels, steps, place.scenario, defended.gradient, draws, known
+        )
     else:
         result = _train_proximal(place, weights, shown, labels, steps, mu, defended.gradient)
     trained = place.canaries.update(client, result.update) if place.canaries else result.update
     update = defended.update(trained)
     for attack, view in seats.values():
         update = _alike(attack, update, attack.reply(view, update))
-    draws = place.compressor.draws
-    generator = torch_rng(place.config.seed, "compression", round, client) if draws else _UNUSED
+    random = place.compressor.draws
+    generator = torch_rng(place.config.seed, "compression", round, client) if random else _UNUSED
     packet, memory = place.compressor.compress(update, Memory(_recalled(context, _MEMORY)), round, generator)
     _remember(context, _MEMORY, memory.tensors)
+    _remember(context, _TASK_MEMORY, result.memory)
     for name, (attack, view) in seats.items():
         if view.memory and not attack.keeps_memory:
             why = "keeps memory and does not say so: set 'keeps_memory' of its class"

@@ -122,7 +122,6 @@ def simulate(
         EXPERIMENTS.get(attack.family).check(config, world)
 
     canaries = CanaryWatch(config, world)
-    check_canaries(config, named)
     attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
     notes = [*check_model(config, world), *(f"{name} is left out: {text}" for name, text in left_out.items())]
     sitting = config.attack.model_copy(update={"names": tuple(attacks)})

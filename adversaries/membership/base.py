@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class MembershipAttack(Attack):
 
     family = "membership"
     needs: ClassVar[Needs] = Needs(sums="single", held_out=True)
+    watches: ClassVar[Literal["every", "last"]] = "every"
+    """Rounds that it is shown; of a server's attack that sends weights of its own, of the armed ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.per_sample import HELD, Gradients, gram, products
+from adversaries.membership.synthetic.release import Release, released, with_reference
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Candidates, Observation
@@ -87,6 +88,7 @@ class RoundView:
         self._per_sample: dict[tuple[int, bool], Gradients] = {}
         self._found: dict[bool, tuple[Tensor, Tensor]] = {}
         self._grams: dict[int, Tensor] = {}
+        self._releases: dict[tuple[int, bool], Release] = {}
 
     @property
     def round(self) -> int:
@@ -168,6 +170,23 @@ class RoundView:
     def cosines(self) -> Tensor:
         """:attr:`products` of unit gradients and unit updates, float64 (K, N); 0 where either is zero."""
         return self.products / (self.norms * self.lengths[:, None]).clamp_min(1e-300)
+
+    def release(self, count: int, calibrated: bool, seed: int) -> Release:
+        """`count` images of the generator after the round, and what is known besides; see :mod:`.synthetic.release`.
+
+        With `calibrated`, also those of a generator that the adversary trains on its public images, as many rounds.
+        """
+        first, public = self.observations[0], self.knowledge.public
+        assert self.after is not None, "who shows the round gives the model after it"
+        given = first.scenario, self.after, count, seed, self.device
+        if (count, False) not in self._releases:
+            found = released(*given)
+            self._releases[count, False] = replace(found, public=None if public is None else public.images)
+        if calibrated and (count, True) not in self._releases:
+            plain = self._releases[count, False]
+            settings = first.scenario, self.round, seed, self.device
+            self._releases[count, True] = with_reference(plain, *settings)
+        return self._releases[count, calibrated]
 
     def equations(self, client: int) -> tuple[Tensor, Tensor]:
         """Of the client's :class:`System`, `gram` (n, n) and its row of `products` (n,), float64."""

@@ -104,7 +104,9 @@ class CanaryAudit:
     view: float
     account: Privacy
     client: int  # of the canaries' clients that which is guaranteed least
+    noise: float  # agreed multiplier
     scores: NDArray[np.float64]  # (count,)
+    inclusions_of: NDArray[np.float64]  # (count,)
     of_present: NDArray[np.bool_]  # (count,)
 
     @property
@@ -172,10 +174,29 @@ class CanaryAudit:
             told.append("the estimate above the accounted epsilon breaks no guarantee: it is no bound")
         return told
 
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """Of a table: "name", "value", "most" (that could be shown) and "what" of each epsilon."""
+        a, e = self.account, self.estimate
+        found = [
+            ("accounted", a.epsilon, None, f"what the agreed noise guarantees, at {self.adjacency}"),
+            ("if replaced", a.replacement_epsilon, None, "the same noise, where the unit is replaced by another"),
+            ("in the server's view", self.view, None, "the agreed noise, in what the server saw of the canaries"),
+            ("bound, Gaussian", self.gaussian_bound, self.gaussian_ceiling, "shown at 95 %, if noise is Gaussian"),
+            ("bound", self.bound, self.ceiling, "shown at 95 %, of any mechanism"),
+        ]
+        if e is not None:
+            ends = f"[{formats.decimal(e.low, 2)}, {formats.decimal(e.high, 2)}]"
+            found.append(("estimate", e.epsilon, None, f"no bound; 95 % interval {ends}"))
+        return [
+            {"name": n, "value": formats.decimal(x, 2), "most": formats.decimal(m, 2) if m else "", "what": w}
+            for n, x, m, w in found
+        ]
+
     def record(self) -> dict[str, Any]:
         """The figures, JSON-able, with "broken", "headline", "text" and "remarks"."""
         told = {"broken": self.broken, "headline": self.headline, "text": self.text, "remarks": self.remarks}
-        left_out = ("scores", "of_present")
+        left_out = ("scores", "inclusions_of", "of_present")
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
         kept["account"] = dataclasses.asdict(self.account)
         kept["estimate"] = None if self.estimate is None else dataclasses.asdict(self.estimate)
@@ -215,6 +236,8 @@ def audit_canaries(
         view=shift_epsilon(math.sqrt(float(inclusions.mean())) / canaries.promise.noise, delta),
         account=account,
         client=client,
+        noise=canaries.promise.noise,
         scores=scores,
+        inclusions_of=inclusions,
         of_present=present,
     )

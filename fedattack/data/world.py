@@ -17,6 +17,7 @@ from fedattack.defenses import defended_model
 from fedattack.errors import ConfigError
 from fedattack.models import resolve
 from fedattack.observation import Auxiliary, Scenario
+from fedattack.task import TASKS
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ def build_world(config: Config) -> World:
             )
     if data.labels == "random":
         dataset = random_labels(dataset, model.resolved[2], seed)
+    model = TASKS.get(config.training.task)().model(model, config.gan)
     pools = make_pools(dataset, data, seed)
     partitions = partition(dataset, pools.clients, config.partition, config.federation.clients, seed)
     return World(
@@ -65,6 +67,7 @@ def build_world(config: Config) -> World:
             training=config.training,
             compression=config.compression,
             defense=config.defense,
+            gan=config.gan,
         ),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from fedattack.config import ModelConfig
 from fedattack.errors import BadRequest, ConfigError, DataError
 from fedattack.models.classifiers.layers import kaiming_uniform
 from fedattack.models.classifiers.precode import Bottlenecked
+from fedattack.observation import Scenario
 from fedattack.registry import Registry
 from fedattack.rng import torch_rng
-from fedattack.task import tied_names
-from fedattack.training import batch_gradient, training_mode
+from fedattack.task import task_of, tied_names
+from fedattack.training import training_mode
 
 
 @runtime_checkable
@@ -42,6 +43,8 @@ MODELS: Registry[Builder] = Registry(
         "loki": "fedattack.models.armable.loki:loki",
         "two-layer": "fedattack.models.armable.two_layer:two_layer",
         "lenet-two-layer": "fedattack.models.armable.two_layer:lenet_two_layer",
+        "wgan-gp": "fedattack.generative.nets:wgan_gp",
+        "wgan-gp-mlp": "fedattack.generative.nets:wgan_gp_mlp",
     },
     group="fedattack.models",
 )
@@ -49,7 +52,7 @@ MODELS: Registry[Builder] = Registry(
 _PUBLISHED_HEADS = {"lenet-zhu": 10_177}
 _PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-two-layer": "poly3"}
 _WIDE = ("imprint", "imprint-sparse", "two-layer", "lenet-two-layer")
-_WIDTHS = {**dict.fromkeys(_WIDE, 1024), "loki": 256, "mlp": 64}
+_WIDTHS = {**dict.fromkeys(_WIDE, 1024), "loki": 256, "mlp": 64, "wgan-gp": 64, "wgan-gp-mlp": 256}
 _HCGLA_RESNETS = {"resnet18", "resnet34"}
 _FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn"}
 
@@ -119,14 +122,14 @@ def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"], seed: int) -> list[str]:
-    """Train the model of a resolved configuration on one batch of noise, in vain, and look at what comes out.
+def dry_run(batch: int, scenario: Scenario, seed: int) -> list[str]:
+    """Train the scenario's model on one batch of noise, in vain, and look at what comes out.
 
     Answers what a person should know: which parameters are frozen, and which are one under several names. Raises
     BadRequest, in one sentence, where something stands in the way of training it.
     """
-    refusal = f"setting 'model.name' = {model.name!r}:"
-    shape = (model.channels or 1, model.image_size or 1, model.image_size or 1)
+    task, model, shape = task_of(scenario), scenario.model, scenario.image_shape
+    refusal, answer = f"setting 'model.name' = {model.name!r}:", (batch, *task.output(model))
     try:
         weights = initial_weights(model, seed)
         module = build_model(model)
@@ -139,14 +142,15 @@ def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"]
         images = torch.rand(batch, *shape, generator=torch_rng(seed, "dry run"))
         labels = torch.zeros(batch, dtype=torch.int64)
         with torch.random.fork_rng(devices=[]):
-            _check_logits(refusal, training_mode(module, batch_norm)(images), batch, model.classes)
-            loss, gradient = batch_gradient(module, images, labels)
+            training_mode(module, scenario.training.batch_norm)
+            _check_answer(refusal, module(images), answer)
+            loss, gradient = task.step(scenario, torch_rng(seed, "dry run"))(module, images, labels)
             if not all(bool(part.isfinite().all()) for part in (loss, *gradient)):
                 raise ConfigError(
                     f"{refusal} its gradient holds NaN or infinite values on a batch of {batch}"
                 )
             with torch.no_grad():
-                _check_logits(refusal, module.eval()(images), batch, model.classes)
+                _check_answer(refusal, module.eval()(images), answer)
         states = weights, module.state_dict()
         before, after = ({n: (t.shape, t.dtype) for n, t in state.items()} for state in states)
         if before != after:
@@ -173,14 +177,13 @@ def dry_run(batch: int, model: ModelConfig, batch_norm: Literal["train", "eval"]
     ]
 
 
-def _check_logits(refusal: str, logits: object, batch: int, classes: int | None) -> None:
-    """Refuse what is no finite (batch, classes)."""
-    if not isinstance(logits, Tensor) or logits.shape != (batch, classes):
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise ConfigError(
-            f"{refusal} answers {found} to a batch of {batch}; logits ({batch}, {classes}) are needed"
-        )
-    if not bool(logits.isfinite().all()):
+def _check_answer(refusal: str, found: object, wanted: tuple[int, ...]) -> None:
+    """Refuse what is no finite tensor of the shape `wanted`, the batch first."""
+    batch = wanted[0]
+    if not isinstance(found, Tensor) or found.shape != wanted:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ConfigError(f"{refusal} answers {what} to a batch of {batch}; logits {wanted} are needed")
+    if not bool(found.isfinite().all()):
         raise ConfigError(f"{refusal} answers NaN or infinite values to a batch of {batch} images in [0, 1]")
 
 

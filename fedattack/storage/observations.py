@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, Section, TrainingConfig
+from fedattack.config import CompressionConfig, DefenseConfig, GanConfig, ModelConfig, Section, TrainingConfig
 from fedattack.errors import DataError
 from fedattack.files import content_hash, write_tensors
 from fedattack.groundtruth import GroundTruth
@@ -41,6 +41,7 @@ class _Scenario(Section):
     training: TrainingConfig
     compression: CompressionConfig
     defense: DefenseConfig = DefenseConfig()
+    gan: GanConfig = GanConfig()
 
 
 class _Document(Section):
@@ -179,7 +180,7 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
             f"{path}: the scenario's model must state classes, channels, image_size and activation"
         )
     agreed = document.scenario
-    scenario = Scenario(model, agreed.training, agreed.compression, agreed.defense)
+    scenario = Scenario(model, agreed.training, agreed.compression, agreed.defense, agreed.gan)
     weights = _read_once(path.parent / document.weights, shared)
     for name, tensor in weights.items():
         check_finite(path.parent / document.weights, name, tensor)

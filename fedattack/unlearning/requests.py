@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedattack.errors import PayloadError
 from fedattack.observation import Scenario, UnlearningRequest
-from fedattack.task import TASKS
+from fedattack.task import task_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _checked_samples(
         )
     if not bool(((images >= 0) & (images <= 1)).all()):  # NaN fails both
         raise PayloadError(f"{who}: a pixel is not a number in [0, 1]")
-    classes = TASKS.get(scenario.training.task)().output(scenario.model)[0]
+    classes = task_of(scenario).output(scenario.model)[0]
     if labels.dtype != torch.int64 or not bool(((labels >= 0) & (labels < classes)).all()):
         raise PayloadError(f"{who}: a label is not an int64 in [0, {classes})")
     return images, labels

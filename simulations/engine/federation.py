@@ -26,7 +26,7 @@ from fedattack.data import World
 from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, Observation, Scenario, UnlearningRequest
-from fedattack.task import TASKS
+from fedattack.task import task_of
 from fedattack.training import evaluate
 from simulations.client_app import Workplace, exclusion_settings
 from simulations.engine.flower_grid import PartitionedGrid
@@ -309,7 +309,7 @@ class Judge:
     def __init__(self, config: Config, world: World) -> None:
         self._world = world
         self._model = build_model(world.scenario.model).to(choose_device(config.engine.device))
-        self._task = TASKS.get(config.training.task)()
+        self._task = task_of(world.scenario)
 
     def __call__(
         self, weights: Mapping[str, Tensor], ids: NDArray[np.int64] | None = None

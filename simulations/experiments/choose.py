@@ -15,7 +15,7 @@ from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import dry_run
 from fedattack.registry import build_plugins
-from fedattack.task import TASKS
+from fedattack.task import TASKS, task_of
 from fedattack.training import batch_positions
 from fedattack.unlearning import build_mechanism
 from simulations.experiments.base import EXPERIMENTS
@@ -66,11 +66,11 @@ def check_model(config: Config, world: World) -> list[str]:
         for count in {len(part) for part in world.partitions} - {0}
         for batch in batch_positions(count, config.training, config.seed, 1, 0)
     }
-    facts = world.scenario.model, config.training.batch_norm, config.seed
-    notes = dry_run(max(sizes), *facts)
+    task_of(world.scenario).check(world.scenario)
+    notes = dry_run(max(sizes), world.scenario, config.seed)
     if min(sizes) < max(sizes):
         try:
-            dry_run(min(sizes), *facts)
+            dry_run(min(sizes), world.scenario, config.seed)
         except ConfigError as error:
             notes.append(str(error))
     return notes

@@ -133,8 +133,13 @@ class MembershipExperiment(Experiment):
         return any(self._watch.lacks(name, round) for name in self._reading(round))
 
     def _reading(self, round: int) -> list[str]:
-        """The attacks of the server that read a round."""
-        return [name for name in self._serving() if round in self._rounds(self.attacks[name])]
+        """The attacks of the server that are shown a round."""
+        shown = {name: self._rounds(self.attacks[name]) for name in self._serving()}
+        return [
+            n
+            for n, found in shown.items()
+            if round in found[-1 if self.attacks[n].watches == "last" else 0 :]
+        ]
 
     def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
         self._after = weights

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedattack.audit.canaries import CanaryAudit, CanaryScores, Contribution, audit_canaries
 from fedattack.audit.membership import Guarantee
@@ -22,11 +22,12 @@ from fedattack.data import World
 from fedattack.defenses import ClientDefenses, Privacy, build_defenses
 from fedattack.defenses.accounting import UNIT_WORDS
 from fedattack.defenses.clip_noise import ClipNoise
+from fedattack.errors import ConfigError
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation
 from fedattack.reporting import formats
 from fedattack.task import trained_parameters
-from fedattack.training import load_weights, training_mode
+from fedattack.training import LossTask, load_weights, training_mode
 from simulations.client_app import Workplace, round_batches, used_positions
 from simulations.engine.federation import RoundRecord
 
@@ -99,6 +100,8 @@ class CanaryWatch:
         self._config, self._world = config, world
         self._place = Workplace.of(config, world)
         self.canaries: Canaries | None = self._place.canaries
+        if self.canaries is not None:
+            _ = self._stepped  # refused before anything starts
         self._found = CanaryScores(len(self.canaries) if self.canaries else 0)
         self._sums: list[Observation] = []
 
@@ -132,6 +135,12 @@ class CanaryWatch:
         worst = _worst(theirs)
         return audit_canaries(self.canaries, self._found, theirs[worst], worst, self._config.canaries.guesses)
 
+    def _release_weights(self, sizes: list[int]) -> NDArray[np.float64]:
+        """As :func:`release_weights`; of a task with an optimiser of its own, each step as much, by its batch."""
+        if isinstance(self._place.task, LossTask):
+            return release_weights(self._config.training, sizes)
+        return -self._config.training.learning_rate / np.asarray(sizes, np.float64)
+
     def _batches(self, round: int, client: int) -> list[NDArray[np.int64]]:
         return round_batches(self._config, len(self._world.partitions[client]), round, client)
 
@@ -146,7 +155,7 @@ class CanaryWatch:
                 of_each, variance = np.full(len(own), share), variance + share**2
             else:
                 batches = self._batches(observation.round, client)
-                steps = share * release_weights(self._config.training, [len(batch) for batch in batches])
+                steps = share * self._release_weights([len(batch) for batch in batches])
                 variance += float(np.square(steps).sum())
                 total = np.zeros(len(self._world.partitions[client]))
                 for batch, weight in zip(batches, steps, strict=True):
@@ -163,6 +172,58 @@ class CanaryWatch:
         )
 
     def _contribution(self, observation: Observation) -> Contribution:
-        canaries = self.canaries
+        """What each canary adds to the update, at the weights that were sent where that depends on them."""
+        canaries, numel = self.canaries, observation.update.numel
         assert canaries is not None
-        return lambda canary: canaries.contribution(canary, observation.update.numel)
+        if canaries.kind == "mislabelled":
+            return self._gradients(observation)
+
+        def add(canary: int) -> NDArray[np.float32]:
+            if self._stepped is None:
+                return canaries.contribution(canary, numel)
+            whole = np.zeros(numel, np.float32)
+            whole[self._stepped] = canaries.contribution(canary, len(self._stepped))
+            return whole
+
+        return add
+
+    @cached_property
+    def _stepped(self) -> NDArray[np.int64] | None:
+        """Positions, in an update, of what a local step moves by its gradient; None: all."""
+        model = build_model(self._world.scenario.model)
+        sent, moved = trained_parameters(model), self._place.task.stepped(model)
+        if not moved:
+            raise ConfigError(
+                f"setting 'canaries.count' = {self._config.canaries.count}: of what task "
+                f"{self._config.training.task!r} trains on private samples nothing is sent ('gan.share' = "
+                f"{self._config.gan.share!r}), so that canaries measure nothing; accepted: 'both'"
+            )
+        if moved.keys() == sent.keys() or self.canaries is None or self.canaries.kind == "client":
+            return None
+        ends = np.cumsum([0, *(parameter.numel() for parameter in sent.values())])
+        ranges = [np.arange(ends[i], ends[i + 1]) for i, name in enumerate(sent) if name in moved]
+        return np.concatenate(ranges)
+
+    def _gradients(self, observation: Observation) -> Contribution:
+        """The clipped gradients of mislabelled samples, as their clients show them to the model that was sent."""
+        canaries, place, seen = self.canaries, self._place, dict[int, tuple[NDArray[np.int64], Tensor, Tensor]]()
+        assert canaries is not None
+        load_weights(place.model, observation.weights)
+        training_mode(place.model, place.scenario.training.batch_norm)
+        step = place.task.step(place.scenario, torch.Generator())
+
+        def add(canary: int) -> NDArray[np.float32]:
+            client = int(canaries.client[canary])
+            if client not in seen:
+                used = used_positions(self._batches(observation.round, client))
+                images, labels = place.samples(client, used)
+                defended = ClientDefenses(place.defenses, self._config.seed, observation.round, client)
+                seen[client] = used, defended.images(images), labels
+            used, images, labels = seen[client]
+            at = int(np.searchsorted(used, canaries.position[canary]))
+            wrong = labels.new_tensor([canaries.wrong_label(canary, int(labels[at]))])
+            _, gradient = step(place.model, images[at : at + 1].to(place.device), wrong.to(place.device))
+            clipped = canaries.promise.clipped(gradient)
+            return torch.cat([part.reshape(-1) for part in clipped]).float().cpu().numpy()
+
+        return add

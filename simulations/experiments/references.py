@@ -21,11 +21,11 @@ from fedattack.errors import DataError, FedattackError
 from fedattack.files import content_hash, write_tensors
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, Scenario
-from fedattack.rng import adversary_seed, numpy_rng
+from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.storage import RunFolder
 from fedattack.storage.observations import read_tensors
-from fedattack.task import TASKS
-from fedattack.training import batch_positions, local_update, sample_logits, weight_step
+from fedattack.task import task_of
+from fedattack.training import batch_positions, sample_logits, weight_step
 from simulations.experiments.executor import Job, choose_device, reason
 
 log = logging.getLogger("fedattack.references")
@@ -56,14 +56,18 @@ class Recipe:
         """Logits of model `index` on all samples, float32 (n, classes): a federation of one client with its half."""
         training = self.scenario.training
         model = build_model(self.scenario.model).to(device)
-        step = TASKS.get(training.task)().gradient
+        task, kept = task_of(self.scenario), dict[str, Tensor]()
         weights = initial_weights(self.scenario.model, adversary_seed(self.seed, "weights", index))
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
         own = np.flatnonzero(self.trained_on(index, samples))
         images, labels = samples.images[own].to(device), samples.labels[own].to(device)
         for number in range(1, self.rounds + 1):
             batches = batch_positions(len(own), training, self.seed, number, index)
-            result = local_update(model, weights, images, labels, batches, training, step)
+            draws = torch_rng(self.seed, "training", number, index)
+            step = task.step(self.scenario, draws)
+            samples_of = images, labels, batches
+            result = task.train(model, weights, *samples_of, self.scenario, step, draws, kept)
+            kept = result.memory
             kind = weight_step(training, "gradient" if training.protocol == "fedsgd" else "delta")
             moved = {name: weights[name] + kind * change for name, change in result.update.items()}
             weights = {**weights, **moved, **result.buffers}
@@ -72,7 +76,10 @@ class Recipe:
     def digest(self, samples: Candidates, device: torch.device) -> str:
         """Of all that a model's answers depend on."""
         told = [FORMAT, torch.__version__, device.type, str(self.rounds), str(self.seed)]
-        told += [part.model_dump_json() for part in (self.scenario.model, self.scenario.training)]
+        told += [
+            part.model_dump_json()
+            for part in (self.scenario.model, self.scenario.training, self.scenario.gan)
+        ]
         if (file := self.scenario.model.weights) is not None:
             told.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
         tensors = {"images": samples.images, "labels": samples.labels, "groups": samples.groups}
@@ -202,7 +209,8 @@ class TrainedReferences:
         if not path.is_file():
             return None
         halves = torch.from_numpy(self._recipe.trained_on(index, self._samples))
-        wanted = (len(halves), self._recipe.scenario.model.classes)
+        scenario = self._recipe.scenario
+        wanted = (len(halves), *task_of(scenario).output(scenario.model))
         try:
             held = read_tensors(path)
             logits, dealt = held.get("logits"), held.get("trained_on")

@@ -159,6 +159,19 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
     ],
     "about": [],
     "people": [(Needs(people=True), MLP, Facts(people=False), "unit 'group' with data.withheld")],
+    "trains": [(Needs(trains="generate"), MLP, Facts(), "trains no generator")],
+    "critic": [
+        (
+            Needs(trains="generate", critic=True),
+            dataclasses.replace(
+                MLP,
+                model=MLP.model.model_copy(update={"name": "wgan-gp-mlp", "nets": "generator"}),
+                training=TrainingConfig(task="wgan-gp", protocol="fedavg", local_steps=5),
+            ),
+            Facts(),
+            "critics stay at home",
+        )
+    ],
     "members": [(Needs(members=True), MLP, Facts(members=0), "known members")],
 }
 
@@ -178,7 +191,7 @@ def test_each_need_refuses_in_one_sentence_what_it_cannot_have(
     assert part in sentence
     assert "\n" not in sentence
     assert words(needs, plain=True)
-    assert refusals(Needs(), scene, facts) == []
+    assert refusals(Needs(trains=needs.trains if needs.critic else "classify"), scene, facts) == []
     # What is not known is not refused.
     if facts != Facts():
         assert refusals(needs, scene) == []

@@ -12,8 +12,8 @@ from fedattack.data import build_world
 from fedattack.errors import ConfigError, RunFailed
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Observation
-from fedattack.task import CLASSIFY, TASKS, Task, tied_names, trained_parameters
-from fedattack.training import evaluate, local_update
+from fedattack.task import TASKS, tied_names, trained_parameters
+from fedattack.training import CLASSIFY, LossTask, evaluate, local_update
 from simulations.engine.federation import Judge, run_federation
 
 BASE = {
@@ -64,7 +64,7 @@ def lazy(config: ModelConfig) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, config.classes))
 
 
-class Brightness(Task):
+class Brightness(LossTask):
     """Tell an image's mean: no labels, no accuracy."""
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -25,10 +25,11 @@ from rigged_clients import rigged
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedattack.config import Config, ModelConfig
+from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, NotApplicable, RunFailed
 from fedattack.models import MODELS, build_model, dry_run
-from fedattack.observation import Observation
+from fedattack.observation import Observation, Scenario
+from fedattack.registry import Registry
 from fedattack.storage import load_observations, load_truths, save_observation, save_truth
 from simulations.client_app import Workplace
 from simulations.engine.federation import FederationResult, RoundRecord, run_federation
@@ -353,6 +354,16 @@ class Tied(nn.Module):
         return logits
 
 
+def built(monkeypatch: pytest.MonkeyPatch, made: object) -> None:
+    """Have every name of a model stand for `made`."""
+    get = Registry.get
+    monkeypatch.setattr(Registry, "get", lambda self, name: made if self is MODELS else get(self, name))
+
+
+def plain(model: ModelConfig) -> Scenario:
+    return Scenario(model, TrainingConfig(), CompressionConfig())
+
+
 def flat(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Flatten(), *layers)
 
@@ -375,23 +386,23 @@ def test_a_model_that_cannot_be_trained_is_refused_in_a_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, words = MADE[name]
-    monkeypatch.setattr(type(MODELS), "get", lambda self, asked: made)
+    built(monkeypatch, made)
     model = ModelConfig(name=name, classes=10, channels=1, image_size=8, activation="relu")
     with pytest.raises(ConfigError, match=rf"^setting 'model.name' = '{name}':.*{words}"):
-        dry_run(2, model, "train", 0)
+        dry_run(2, plain(model), 0)
 
 
 def test_odd_models_that_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(name="odd", classes=10, channels=1, image_size=8, activation="relu")
-    monkeypatch.setattr(type(MODELS), "get", lambda self, asked: lambda c: Tied(64))
-    assert dry_run(2, model, "train", 0) == [
+    built(monkeypatch, lambda c: Tied(64))
+    assert dry_run(2, plain(model), 0) == [
         "model 'odd': one parameter under several names (a.weight = b.weight)"
     ]
     frozen = flat(nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, 10))
-    monkeypatch.setattr(type(MODELS), "get", lambda self, asked: lambda c: frozen)
-    assert dry_run(2, model, "train", 0) == ["model 'odd': 2 of 4 parameters are frozen (1.weight, 1.bias)"]
-    monkeypatch.setattr(type(MODELS), "get", lambda self, asked: lambda c: flat(nn.LazyLinear(10)))
-    assert dry_run(2, model, "train", 0) == []
+    built(monkeypatch, lambda c: frozen)
+    assert dry_run(2, plain(model), 0) == ["model 'odd': 2 of 4 parameters are frozen (1.weight, 1.bias)"]
+    built(monkeypatch, lambda c: flat(nn.LazyLinear(10)))
+    assert dry_run(2, plain(model), 0) == []
     assert build_model(model)[1].weight.shape == (10, 64)
 
 

@@ -1,0 +1,1 @@
+"""Attacks on synthetic data and the generators it comes from: a file each."""

@@ -1,0 +1,1 @@
+"""Generators of images and their critics: the nets, and how clients train them."""
