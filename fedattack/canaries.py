@@ -8,7 +8,7 @@ accounts: one unit's contribution is there, or is zero.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
 
@@ -64,6 +64,11 @@ class Canaries:
         assert self.promise.clip_norm is not None, "see choose_canaries"
         return self.promise.clip_norm
 
+    @property
+    def silent(self) -> Canaries:
+        """The same canaries, none of them there."""
+        return replace(self, present=np.zeros_like(self.present))
+
     @cached_property
     def _of_client(self) -> dict[int, NDArray[np.int64]]:
         order = np.argsort(self.client, kind="stable")
@@ -94,7 +99,7 @@ class Canaries:
     # ------------------------------------------------------------------ what clients do
 
     def coded(self, client: int, positions: NDArray[np.int64], labels: Tensor) -> Tensor:
-        """The labels of a client's samples at `positions`, ascending; those of canaries turned into negative codes.
+        """The labels of a client's samples at `positions`; those of canaries turned into negative codes.
 
         A code holds the canary's number and the label: ``-1 - (number + m * label)``.
         """

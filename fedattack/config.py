@@ -229,6 +229,10 @@ class CanaryConfig(Section):
     guesses: float = Field(
         0.1, gt=0, le=1, description="share of the canaries that the lower bounds guess about, fixed beforehand"
     )
+    others_known: bool = Field(
+        True,
+        description="the auditor takes out what other samples add, without noise: the clients' work once more",
+    )
 
 
 class FederationConfig(Section):

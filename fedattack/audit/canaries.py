@@ -42,7 +42,8 @@ class CanaryScores:
     counted in full where a release is one step seen singly and densely, in part otherwise.
 
     Only entries that were sent count, of u and of p. Half of all other canaries' contributions, what they add on
-    average, is taken out first.
+    average, is taken out first, and what is known of everything else: differential privacy is promised against one
+    who knows all but whether the unit is there.
     """
 
     def __init__(self, count: int) -> None:
@@ -56,10 +57,16 @@ class CanaryScores:
         weights: NDArray[np.float64],
         variance: float,
         contribution: Contribution,
+        known: NDArray[np.float32] | None = None,
     ) -> None:
-        """Take account of an update: of the `canaries` (k,) that it could hold, their `weights` w (k,), and v."""
+        """Take account of an update: of the `canaries` (k,) that it could hold, their `weights` w (k,), and v.
+
+        `known`, (numel,), is what everybody else adds.
+        """
         values = update.values.numpy().astype(np.float64)
         sent = None if update.indices is None else update.indices.numpy()
+        if known is not None:
+            values -= known if sent is None else known[sent]
 
         def parts() -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float32]]]:
             size = max(1, _AT_ONCE // max(1, update.numel))
@@ -84,8 +91,8 @@ class CanaryAudit:
 
     `bound` holds for any mechanism, `gaussian_bound` for Gaussian noise, both at 95 % and each beside its ceiling, the
     largest value that so many canaries could show; `estimate` is no bound. `view` is the epsilon of the agreed noise
-    in what the server saw of the canaries: less than `account` where it saw sums, or part of an update. `response` is
-    by how much of what was expected a present canary raised its score.
+    in what the server saw of the canaries: less than `account` where it saw sums, or not every release could hold
+    them. `response` is by how much of what was expected a present canary raised its score.
     """
 
     kind: str
@@ -101,7 +108,7 @@ class CanaryAudit:
     estimate: GaussianEstimate | None
     response: float
     inclusions: float  # mean of those that count
-    view: float
+    view: float | None  # None where updates are compressed by what they hold
     account: Privacy
     client: int  # of the canaries' clients that which is guaranteed least
     noise: float  # agreed multiplier
@@ -157,7 +164,9 @@ class CanaryAudit:
             f"guesses, fixed beforehand: the {self.guesses // 2} canaries of the highest evidence are said to be there, "
             f"the {self.guesses // 2} of the lowest not; {self.right} of {self.guesses} are right"
         ]
-        if self.view < 0.98 * self.account.epsilon:
+        if self.view is None:
+            told.append("updates are compressed: scores are of the entries that were sent, as they were sent")
+        elif self.view < 0.98 * self.account.epsilon:
             told.append(
                 f"the server saw {formats.decimal(self.inclusions, 2)} releases' worth of a canary on average: the "
                 f"agreed noise shows epsilon {formats.decimal(self.view, 2)} there, however many canaries there are"
@@ -181,10 +190,11 @@ class CanaryAudit:
         found = [
             ("accounted", a.epsilon, None, f"what the agreed noise guarantees, at {self.adjacency}"),
             ("if replaced", a.replacement_epsilon, None, "the same noise, where the unit is replaced by another"),
-            ("in the server's view", self.view, None, "the agreed noise, in what the server saw of the canaries"),
             ("bound, Gaussian", self.gaussian_bound, self.gaussian_ceiling, "shown at 95 %, if noise is Gaussian"),
             ("bound", self.bound, self.ceiling, "shown at 95 %, of any mechanism"),
         ]
+        if self.view is not None:
+            found.insert(2, ("in the server's view", self.view, None, "the agreed noise, in what the server saw"))
         if e is not None:
             ends = f"[{formats.decimal(e.low, 2)}, {formats.decimal(e.high, 2)}]"
             found.append(("estimate", e.epsilon, None, f"no bound; 95 % interval {ends}"))
@@ -204,11 +214,11 @@ class CanaryAudit:
 
 
 def audit_canaries(
-    canaries: Canaries, found: CanaryScores, account: Privacy, client: int, share: float
+    canaries: Canaries, found: CanaryScores, account: Privacy, client: int, share: float, linear: bool = True
 ) -> CanaryAudit | None:
     """Guess, count and estimate; `account` is that of `client`, `share` of the canaries are guessed about.
 
-    None where fewer than two canaries were in any update.
+    `linear`: which entries are sent, and how, depends on no update's values. None where fewer than two canaries were in any update.
     """
     used = found.inclusions > 0
     count = int(used.sum())
@@ -233,7 +243,7 @@ def audit_canaries(
         estimate=gaussian_estimate(scores, present, inclusions, delta),
         response=response,
         inclusions=float(inclusions.mean()),
-        view=shift_epsilon(math.sqrt(float(inclusions.mean())) / canaries.promise.noise, delta),
+        view=shift_epsilon(math.sqrt(float(inclusions.mean())) / canaries.promise.noise, delta) if linear else None,
         account=account,
         client=client,
         noise=canaries.promise.noise,

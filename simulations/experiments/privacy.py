@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +27,7 @@ from fedattack.errors import ConfigError
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation
 from fedattack.reporting import formats
+from fedattack.rng import torch_rng
 from fedattack.task import trained_parameters
 from fedattack.training import LossTask, load_weights, training_mode
 from simulations.client_app import Workplace, round_batches, used_positions
@@ -133,7 +135,9 @@ class CanaryWatch:
         if not theirs:
             return None
         worst = _worst(theirs)
-        return audit_canaries(self.canaries, self._found, theirs[worst], worst, self._config.canaries.guesses)
+        linear = self._config.compression.name in ("none", "randomk") and isinstance(self._place.task, LossTask)
+        share = self._config.canaries.guesses
+        return audit_canaries(self.canaries, self._found, theirs[worst], worst, share, linear)
 
     def _release_weights(self, sizes: list[int]) -> NDArray[np.float64]:
         """As :func:`release_weights`; of a task with an optimiser of its own, each step as much, by its batch."""
@@ -165,11 +169,48 @@ class CanaryWatch:
             weights.append(of_each[of_each != 0])
         if not sum(map(len, numbers)):
             return
-        numel, add = observation.update.numel, self._contribution(observation)
-        scale = canaries.bound**2
+        known = None
+        if self._config.canaries.others_known:
+            known = np.zeros(observation.update.numel, np.float32)
+            for client, share in shares.items():
+                known += np.float32(share) * self._others(observation, client)
         self._found.add(
-            observation.update, np.concatenate(numbers), np.concatenate(weights), scale * variance, add
+            observation.update,
+            np.concatenate(numbers),
+            np.concatenate(weights),
+            canaries.bound**2 * variance,
+            self._contribution(observation),
+            known,
         )
+
+    def _others(self, observation: Observation, client: int) -> NDArray[np.float32]:
+        """What a client would have sent without noise and canaries, flat; zeros where all its samples are canaries."""
+        canaries, place, round = self.canaries, self._place, observation.round
+        assert canaries is not None
+        batches = self._batches(round, client)
+        used = used_positions(batches)
+        if not len(np.setdiff1d(used, canaries.replaced(client, len(place.partitions[client])))):
+            return np.zeros(observation.update.numel, np.float32)
+        silent, draws = canaries.silent, torch_rng(self._config.seed, "training", round, client)
+        images, labels = place.samples(client, used)
+        exact = [replace(one, noise=0.0) if isinstance(one, ClipNoise) else one for one in place.defenses]
+        plain = place.task.step(place.scenario, draws)
+        defended = ClientDefenses(exact, self._config.seed, round, client, plain, silent.step)
+        place_of = np.zeros(len(place.partitions[client]), np.int64)
+        place_of[used] = np.arange(len(used))
+        result = place.task.train(
+            place.model,
+            observation.weights,
+            defended.images(images),
+            silent.coded(client, used, labels),
+            [place_of[batch] for batch in batches],
+            place.scenario,
+            defended.gradient,
+            draws,
+            {},
+        )
+        update = defended.update(silent.update(client, result.update))
+        return torch.cat([part.reshape(-1) for part in update.values()]).float().cpu().numpy()
 
     def _contribution(self, observation: Observation) -> Contribution:
         """What each canary adds to the update, at the weights that were sent where that depends on them."""
@@ -220,7 +261,7 @@ class CanaryWatch:
                 defended = ClientDefenses(place.defenses, self._config.seed, observation.round, client)
                 seen[client] = used, defended.images(images), labels
             used, images, labels = seen[client]
-            at = int(np.searchsorted(used, canaries.position[canary]))
+            at = int(np.flatnonzero(used == canaries.position[canary])[0])
             wrong = labels.new_tensor([canaries.wrong_label(canary, int(labels[at]))])
             _, gradient = step(place.model, images[at : at + 1].to(place.device), wrong.to(place.device))
             clipped = canaries.promise.clipped(gradient)
