@@ -231,7 +231,7 @@ class CanaryConfig(Section):
     )
     others_known: bool = Field(
         True,
-        description="the auditor takes out what other samples add, without noise: the clients' work once more",
+        description="take out what other samples add, without noise, as SGD makes it: the clients' work once more",
     )
 
 

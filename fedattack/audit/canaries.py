@@ -108,7 +108,8 @@ class CanaryAudit:
     estimate: GaussianEstimate | None
     response: float
     inclusions: float  # mean of those that count
-    view: float | None  # None where updates are compressed by what they hold
+    view: float | None  # None where it cannot be told, for `through`
+    through: str  # what stands between noise and server and is not linear; empty for nothing
     account: Privacy
     client: int  # of the canaries' clients that which is guaranteed least
     noise: float  # agreed multiplier
@@ -165,7 +166,10 @@ class CanaryAudit:
             f"the {self.guesses // 2} of the lowest not; {self.right} of {self.guesses} are right"
         ]
         if self.view is None:
-            told.append("updates are compressed: scores are of the entries that were sent, as they were sent")
+            told.append(
+                f"noise and canaries came through {self.through}: scores are of what was sent, as it was sent, and the "
+                "bounds hold for that"
+            )
         elif self.view < 0.98 * self.account.epsilon:
             told.append(
                 f"the server saw {formats.decimal(self.inclusions, 2)} releases' worth of a canary on average: the "
@@ -214,11 +218,11 @@ class CanaryAudit:
 
 
 def audit_canaries(
-    canaries: Canaries, found: CanaryScores, account: Privacy, client: int, share: float, linear: bool = True
+    canaries: Canaries, found: CanaryScores, account: Privacy, client: int, share: float, through: str = ""
 ) -> CanaryAudit | None:
     """Guess, count and estimate; `account` is that of `client`, `share` of the canaries are guessed about.
 
-    `linear`: which entries are sent, and how, depends on no update's values. None where fewer than two canaries were in any update.
+    `through` names what makes of updates something that is not linear in them. None where fewer than two canaries were in any update.
     """
     used = found.inclusions > 0
     count = int(used.sum())
@@ -243,7 +247,10 @@ def audit_canaries(
         estimate=gaussian_estimate(scores, present, inclusions, delta),
         response=response,
         inclusions=float(inclusions.mean()),
-        view=shift_epsilon(math.sqrt(float(inclusions.mean())) / canaries.promise.noise, delta) if linear else None,
+        view=shift_epsilon(math.sqrt(float(inclusions.mean())) / canaries.promise.noise, delta)
+        if not through
+        else None,
+        through=through,
         account=account,
         client=client,
         noise=canaries.promise.noise,

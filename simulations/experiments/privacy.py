@@ -135,9 +135,13 @@ class CanaryWatch:
         if not theirs:
             return None
         worst = _worst(theirs)
-        linear = self._config.compression.name in ("none", "randomk") and isinstance(self._place.task, LossTask)
+        through = ""
+        if self._config.compression.name not in ("none", "randomk"):
+            through = f"compressor {self._config.compression.name!r}"
+        elif not isinstance(self._place.task, LossTask):
+            through = f"the optimiser of task {self._config.training.task!r}"
         share = self._config.canaries.guesses
-        return audit_canaries(self.canaries, self._found, theirs[worst], worst, share, linear)
+        return audit_canaries(self.canaries, self._found, theirs[worst], worst, share, through)
 
     def _release_weights(self, sizes: list[int]) -> NDArray[np.float64]:
         """As :func:`release_weights`; of a task with an optimiser of its own, each step as much, by its batch."""
@@ -170,7 +174,7 @@ class CanaryWatch:
         if not sum(map(len, numbers)):
             return
         known = None
-        if self._config.canaries.others_known:
+        if self._config.canaries.others_known and isinstance(self._place.task, LossTask):
             known = np.zeros(observation.update.numel, np.float32)
             for client, share in shares.items():
                 known += np.float32(share) * self._others(observation, client)
