@@ -162,10 +162,14 @@ def choose_canaries(config: Config, sizes: Sequence[int], classes: int) -> Canar
         return None
     setting, promise = f"setting 'canaries.count' = {asked}", agreed_noise(config.defense)
     if promise is None:
-        raise ConfigError(f"{setting}: canaries measure the noise of defence 'clip-noise'; add it to 'defense.names'")
+        raise ConfigError(
+            f"{setting}: canaries measure the noise of defence 'clip-noise'; add it to 'defense.names'"
+        )
     if promise.clip_norm is None or promise.noise == 0:
         what = "clip_norm' = None" if promise.clip_norm is None else "noise' = 0"
-        raise ConfigError(f"{setting}: setting 'defense.clip-noise.{what} promises nothing; accepted: above 0")
+        raise ConfigError(
+            f"{setting}: setting 'defense.clip-noise.{what} promises nothing; accepted: above 0"
+        )
     kind = config.canaries.kind or _OF_UNIT[promise.unit]
     if UNITS[kind] != promise.unit:
         fitting = " or ".join(repr(one) for one, unit in UNITS.items() if unit == promise.unit)
@@ -201,7 +205,9 @@ def release_weights(training: TrainingConfig, sizes: Sequence[int]) -> NDArray[n
     if training.protocol == "fedsgd":
         return 1 / counts
     moved, velocity, response = 0.0, 0.0, []
-    for step in range(len(counts)):  # what one unit of gradient, in the first step, has become after each step
+    for step in range(
+        len(counts)
+    ):  # what one unit of gradient, in the first step, has become after each step
         velocity = training.momentum * velocity + training.weight_decay * moved + (step == 0)
         moved -= training.learning_rate * velocity
         response.append(moved)

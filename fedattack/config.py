@@ -220,14 +220,19 @@ class DefenseConfig(PluginSection):
 class CanaryConfig(Section):
     """Units that are there or not by a coin flip, by which the auditor measures what ``clip-noise`` promises."""
 
-    count: Count = Field(0, description="canaries planted to measure epsilon under defence clip-noise; 0: none")
+    count: Count = Field(
+        0, description="canaries planted to measure epsilon under defence clip-noise; 0: none"
+    )
     kind: Literal["gradient", "mislabelled", "client"] | None = Field(
         None,
-        description="gradient: a random direction in place of a sample's gradient; mislabelled: a sample with a wrong "
-        "label; client: a random direction in place of a client's update; None: as the unit of clip-noise",
+        description="gradient: a random direction in place of a sample's gradient; mislabelled: a sample with a "
+        "wrong label; client: a random direction in place of a client's update; None: as the unit of clip-noise",
     )
     guesses: float = Field(
-        0.1, gt=0, le=1, description="share of the canaries that the lower bounds guess about, fixed beforehand"
+        0.1,
+        gt=0,
+        le=1,
+        description="share of the canaries that the lower bounds guess about, fixed beforehand",
     )
     others_known: bool = Field(
         True,

@@ -36,8 +36,8 @@ class CanaryScores:
     """Evidence on each canary, summed over the updates that could hold it.
 
     Of an update ``u = sum_j b_j w_j p_j + noise``, where canary j of contribution p_j is there (b_j = 1) or not, the
-    noise has the deviation ``noise * sqrt(v)`` in each entry. Its `scores` are ``w <p, u> / v``: matched filters, that
-    is the log-likelihood ratio up to ``- w^2 |p|^2 / 2v`` and the noise. They are 0 on average where the canary is
+    noise has the deviation ``noise * sqrt(v)`` in each entry. The `scores` are ``w <p, u> / v``, matched filters: the
+    log-likelihood ratio up to ``- w^2 |p|^2 / 2v`` and the noise. They are 0 on average where the canary is
     absent, and `inclusions`, the sum of ``w^2 |p|^2 / v``, where it is there: the number of releases that hold it,
     counted in full where a release is one step seen singly and densely, in part otherwise.
 
@@ -89,7 +89,7 @@ class CanaryScores:
 class CanaryAudit:
     """What the canaries show, beside what is accounted.
 
-    `bound` holds for any mechanism, `gaussian_bound` for Gaussian noise, both at 95 % and each beside its ceiling, the
+    `bound` holds for any mechanism, `gaussian_bound` for Gaussian noise, both at 95 %, beside their ceilings, the
     largest value that so many canaries could show; `estimate` is no bound. `view` is the epsilon of the agreed noise
     in what the server saw of the canaries: less than `account` where it saw sums, or not every release could hold
     them. `response` is by how much of what was expected a present canary raised its score.
@@ -135,7 +135,8 @@ class CanaryAudit:
     def text(self) -> str:
         """The finding in a line."""
         bound, of, gauss, most = (
-            formats.decimal(x, 2) for x in (self.bound, self.ceiling, self.gaussian_bound, self.gaussian_ceiling)
+            formats.decimal(x, 2)
+            for x in (self.bound, self.ceiling, self.gaussian_bound, self.gaussian_ceiling)
         )
         measured = f"epsilon at least {gauss} for Gaussian noise (so many canaries show at most {most}), {bound} for "
         measured += f"any mechanism (at most {of}), at 95 %"
@@ -162,13 +163,13 @@ class CanaryAudit:
     def remarks(self) -> list[str]:
         """What to know when reading the figures."""
         told = [
-            f"guesses, fixed beforehand: the {self.guesses // 2} canaries of the highest evidence are said to be there, "
-            f"the {self.guesses // 2} of the lowest not; {self.right} of {self.guesses} are right"
+            f"guesses, fixed beforehand: the {self.guesses // 2} canaries of the highest evidence are said to be "
+            f"there, the {self.guesses // 2} of the lowest not; {self.right} of {self.guesses} are right"
         ]
         if self.view is None:
             told.append(
-                f"noise and canaries came through {self.through}: scores are of what was sent, as it was sent, and the "
-                "bounds hold for that"
+                f"noise and canaries came through {self.through}: scores are of what was sent, as it "
+                "was sent, and the bounds hold for that"
             )
         elif self.view < 0.98 * self.account.epsilon:
             told.append(
@@ -178,7 +179,9 @@ class CanaryAudit:
         if self.account.note:
             told.append(f"nothing is guaranteed: {self.account.note}")
         if self.kind == "client":
-            told.append("canary clients' replies are part of the global model, which learns from the others only")
+            told.append(
+                "canary clients' replies are part of the global model, which learns from the others only"
+            )
         if self.planted > self.count:
             told.append(f"{self.planted - self.count} canaries were in no update")
         if self.estimate is None:
@@ -193,12 +196,24 @@ class CanaryAudit:
         a, e = self.account, self.estimate
         found = [
             ("accounted", a.epsilon, None, f"what the agreed noise guarantees, at {self.adjacency}"),
-            ("if replaced", a.replacement_epsilon, None, "the same noise, where the unit is replaced by another"),
-            ("bound, Gaussian", self.gaussian_bound, self.gaussian_ceiling, "shown at 95 %, if noise is Gaussian"),
+            (
+                "if replaced",
+                a.replacement_epsilon,
+                None,
+                "the same noise, where the unit is replaced by another",
+            ),
+            (
+                "bound, Gaussian",
+                self.gaussian_bound,
+                self.gaussian_ceiling,
+                "shown at 95 %, if noise is Gaussian",
+            ),
             ("bound", self.bound, self.ceiling, "shown at 95 %, of any mechanism"),
         ]
         if self.view is not None:
-            found.insert(2, ("in the server's view", self.view, None, "the agreed noise, in what the server saw"))
+            found.insert(
+                2, ("in the server's view", self.view, None, "the agreed noise, in what the server saw")
+            )
         if e is not None:
             ends = f"[{formats.decimal(e.low, 2)}, {formats.decimal(e.high, 2)}]"
             found.append(("estimate", e.epsilon, None, f"no bound; 95 % interval {ends}"))
@@ -222,7 +237,8 @@ def audit_canaries(
 ) -> CanaryAudit | None:
     """Guess, count and estimate; `account` is that of `client`, `share` of the canaries are guessed about.
 
-    `through` names what makes of updates something that is not linear in them. None where fewer than two canaries were in any update.
+    `through` names what makes of updates something that is not linear in them. None where fewer than two canaries
+    were in any update.
     """
     used = found.inclusions > 0
     count = int(used.sum())

@@ -70,7 +70,8 @@ def check_defenses(scenario: Scenario) -> None:
 class ClientDefenses:
     """What one client does in one round; `step` is how an undefended one computes a batch's loss and gradient.
 
-    `planted` makes of the step below a defence that clips samples the one that it is to clip. A pure function of its arguments, so that the auditor can recompute what the model was shown.
+    `planted` makes of the step below a defence that clips samples the one that it is to clip. A pure function of
+    its arguments, so that the auditor can recompute what the model was shown.
     """
 
     def __init__(

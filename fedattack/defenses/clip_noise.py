@@ -108,7 +108,9 @@ class ClipNoise(Defense):
         if unit == "sample":
             steps = rounds * training.local_steps
             sampled = sampled_epsilon(rate, self.noise, steps, self.delta)
-        there_or_zero, replaced = (gaussian_epsilon(s, releases, self.delta) for s in (self.noise, self.noise / 2))
+        there_or_zero, replaced = (
+            gaussian_epsilon(s, releases, self.delta) for s in (self.noise, self.noise / 2)
+        )
         return Privacy(there_or_zero, self.delta, unit, releases, sampled, replacement_epsilon=replaced)
 
     def clipped(self, parts: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:

@@ -26,7 +26,9 @@ def one_run_p_value(count: int, guesses: int, right: int, epsilon: float, delta:
     theorem 5.2). May exceed 1.
     """
     _check(count, guesses, right)
-    at_least = stats.binom.sf(np.arange(-1, guesses), guesses, expit(epsilon))  # P[Bin >= j], j = 0, ..., guesses
+    at_least = stats.binom.sf(
+        np.arange(-1, guesses), guesses, expit(epsilon)
+    )  # P[Bin >= j], j = 0, ..., guesses
     steps = np.arange(1, right + 1)
     alpha = ((at_least[right - steps] - at_least[right]) / steps).max(initial=0.0)
     return float(at_least[right] + 2 * count * delta * alpha)
@@ -148,7 +150,7 @@ def guessed(count: int, share: float) -> int:
 
 
 def right_guesses(evidence: NDArray[np.float64], present: NDArray[np.bool_], guesses: int) -> int:
-    """How many guesses are right: the half of them on the highest `evidence` says in, the other, on the lowest, out."""
+    """How many guesses are right: half of them say "in", of the highest `evidence`, half "out", of the lowest."""
     order, half = np.argsort(evidence, kind="stable"), guesses // 2
     return int((~present[order[:half]]).sum() + present[order[len(order) - half :]].sum())
 

@@ -184,11 +184,22 @@ def _png(image: Tensor) -> bytes:
 
 def _canaries(folder: RunFolder, found: CanaryAudit) -> dict[str, Any]:
     rows = zip(found.of_present.astype(int), found.inclusions_of, found.scores, strict=True)
-    lines = ["present,inclusions,score", *(f"{there},{times:.9g},{score:.9g}" for there, times, score in rows)]
+    lines = [
+        "present,inclusions,score",
+        *(f"{there},{times:.9g},{score:.9g}" for there, times, score in rows),
+    ]
     write_bytes(folder.path / "canaries.csv", ("\n".join(lines) + "\n").encode())
-    told = "Scores of canaries that were there, and of those that were not: the better they part, the less the noise hides."
-    picture = _figure(folder, "canaries", figures.canary_scores(found), "Histogram of the canaries' scores", told)
-    return {"text": found.text, "broken": found.broken, "rows": found.rows, "remarks": found.remarks, "picture": picture}
+    told = "Scores of canaries that were there, and of those that were not: as they part, so little the noise hides."
+    picture = _figure(
+        folder, "canaries", figures.canary_scores(found), "Histogram of the canaries' scores", told
+    )
+    return {
+        "text": found.text,
+        "broken": found.broken,
+        "rows": found.rows,
+        "remarks": found.remarks,
+        "picture": picture,
+    }
 
 
 def _federation(

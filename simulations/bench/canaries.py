@@ -32,9 +32,19 @@ class HalfNoise(ClipNoise):
 def measured(seed: int, canaries: int, defense: str = "clip-noise", **settings: Any) -> CanaryAudit:
     """What so many sample canaries, all that the clients have, measure in one round of one step."""
     settings = {
-        **{"dataset": "digits", "model": "mlp", "width": 256, "clients": CLIENTS, "batch-size": 0},
-        **{"compressor": "none", "engine": "inline", "defense": defense, "defense.unit": "sample"},
-        **{"canaries": canaries, "seed": seed, "federation.evaluate": False, **settings},
+        "dataset": "digits",
+        "model": "mlp",
+        "width": 256,
+        "clients": CLIENTS,
+        "batch-size": 0,
+        "compressor": "none",
+        "engine": "inline",
+        "defense": defense,
+        "defense.unit": "sample",
+        "canaries": canaries,
+        "seed": seed,
+        "federation.evaluate": False,
+        **settings,
     }
     config = Config.from_mapping(settings)
     world = crowd(build_world(config), canaries, seed)

@@ -1,4 +1,4 @@
-"""What a run's noise guaranteed, over the rounds in which clients really answered, and what canaries measure of it."""
+"""What a run's noise guaranteed over the rounds in which clients really answered, and what canaries measure."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def privacy_text(account: Privacy) -> str:
         f"{formats.decimal(account.replacement_epsilon, 2)} where it is replaced by another (replacement)",
     ]
     if account.sampled_epsilon is not None:
-        told.append(f"{formats.decimal(account.sampled_epsilon, 2)} if batches were Poisson samples (zero-out)")
+        told.append(
+            f"{formats.decimal(account.sampled_epsilon, 2)} if batches were Poisson samples (zero-out)"
+        )
     return "; ".join(told)
 
 
@@ -117,7 +119,9 @@ class CanaryWatch:
     def after_round(self, record: RoundRecord) -> None:
         """Take account of the sum over those that answered."""
         for observation in self._sums:
-            examples = {client: len(used_positions(self._batches(record.round, client))) for client in record.clients}
+            examples = {
+                client: len(used_positions(self._batches(record.round, client))) for client in record.clients
+            }
             total = sum(examples.values())
             self._add(observation, {client: count / total for client, count in examples.items()})
         self._sums.clear()
@@ -188,7 +192,7 @@ class CanaryWatch:
         )
 
     def _others(self, observation: Observation, client: int) -> NDArray[np.float32]:
-        """What a client would have sent without noise and canaries, flat; zeros where all its samples are canaries."""
+        """What a client would have sent without noise and canaries, flat; zeros where it has nothing else."""
         canaries, place, round = self.canaries, self._place, observation.round
         assert canaries is not None
         batches = self._batches(round, client)
@@ -251,7 +255,11 @@ class CanaryWatch:
 
     def _gradients(self, observation: Observation) -> Contribution:
         """The clipped gradients of mislabelled samples, as their clients show them to the model that was sent."""
-        canaries, place, seen = self.canaries, self._place, dict[int, tuple[NDArray[np.int64], Tensor, Tensor]]()
+        canaries, place, seen = (
+            self.canaries,
+            self._place,
+            dict[int, tuple[NDArray[np.int64], Tensor, Tensor]](),
+        )
         assert canaries is not None
         load_weights(place.model, observation.weights)
         training_mode(place.model, place.scenario.training.batch_norm)

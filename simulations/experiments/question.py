@@ -176,7 +176,7 @@ def per_unit(answer: MembershipScores, groups: Tensor | None) -> MembershipScore
 
 
 def trained_on(config: Config, world: World, rounds: Rounds) -> Ids:
-    """Distinct ids of the samples that clients train on in their rounds, client by client; no canary is among them."""
+    """Distinct ids of the samples that clients train on in their rounds, client by client; canaries are none."""
     used: list[Ids] = [np.zeros(0, dtype=np.int64)]
     canaries = Workplace.of(config, world).canaries
     for client, numbers in rounds.items():

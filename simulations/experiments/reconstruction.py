@@ -184,8 +184,8 @@ class ReconstructionExperiment(Experiment):
         """Refuse batches in which canaries stand in the place of images."""
         if config.canaries.count:
             raise NotApplicable(
-                f"setting 'canaries.count' = {config.canaries.count}: canaries stand where images would, which nobody "
-                "could rebuild; reconstruct in a run without them"
+                f"setting 'canaries.count' = {config.canaries.count}: canaries stand where images would, which "
+                "nobody could rebuild; reconstruct in a run without them"
             )
 
     def __init__(self, plan: Plan, attacks: Mapping[str, ReconstructionAttack]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedattack.audit.canaries import CanaryScores, audit_canaries
+from fedattack.audit.family import headline
 from fedattack.canaries import Canaries, choose_canaries, release_weights
 from fedattack.config import Config, ModelConfig, TrainingConfig
 from fedattack.defenses import ClientDefenses
@@ -89,7 +90,10 @@ def test_a_step_holds_their_contributions_and_everybody_elses(kind: str) -> None
     own = canaries.of(client)
     assert 0 < canaries.present[own].sum() < len(own) < SIZES[client]
     positions = np.array([11, 3, 0, 7, 8, 1, 2, 10, 9, 4, 5, 6])
-    images, labels = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10
+    images, labels = (
+        torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.arange(12) % 10,
+    )
     model = network()
     defence = ClipNoise(clip_norm=bound, noise=0.0, unit="sample")
     step = ClientDefenses([defence], 0, 1, client, batch_gradient, canaries.step).gradient
@@ -157,7 +161,11 @@ def test_the_weight_of_a_step_is_its_part_in_the_update(settings: dict[str, Any]
 def test_scores_are_projections_on_what_was_sent(sparse: bool) -> None:
     rng, numel, count = np.random.default_rng(0), 60, 5
     held = rng.standard_normal((count, numel)).astype(np.float32)
-    there, weight, known = np.array([1, 0, 1, 1, 0]), np.array([1.0, 2.0, 0.5, 1.0, 1.0]), rng.standard_normal(numel)
+    there, weight, known = (
+        np.array([1, 0, 1, 1, 0]),
+        np.array([1.0, 2.0, 0.5, 1.0, 1.0]),
+        rng.standard_normal(numel),
+    )
     values = (there * weight) @ held + known
     kept = np.sort(rng.choice(numel, 25, replace=False)) if sparse else np.arange(numel)
     sent = torch.from_numpy(values[kept].astype(np.float32))
@@ -172,7 +180,9 @@ def test_scores_are_projections_on_what_was_sent(sparse: bool) -> None:
         rest = sum(0.5 * weight[j] * part[j] for j in range(count) if j != i)
         score = 2 * weight[i] * part[i] @ (values[kept] - known[kept] - rest) / variance
         assert found.scores[i] == pytest.approx(score, rel=1e-4)
-        assert found.inclusions[i] == pytest.approx(2 * weight[i] ** 2 * part[i] @ part[i] / variance, rel=1e-5)
+        assert found.inclusions[i] == pytest.approx(
+            2 * weight[i] ** 2 * part[i] @ part[i] / variance, rel=1e-5
+        )
 
 
 def audited(mu: float, promised: float, count: int = 2000) -> Any:
@@ -203,6 +213,14 @@ def test_only_a_bound_breaks_a_guarantee() -> None:
     assert few.estimate.epsilon > few.account.epsilon > few.gaussian_ceiling
     assert not few.broken
     assert any("breaks no guarantee" in remark for remark in few.remarks)
+
+
+def test_a_broken_guarantee_stands_above_every_attack() -> None:
+    broken, kept = audited(2.0, 1.0), audited(1.0, 1.0)
+    assert headline([], {"canaries": kept.record()}) is None
+    top = headline([], {"canaries": broken.record()})
+    assert top is not None
+    assert (top["level"], top["text"]) == ("leak", broken.headline)
 
 
 def test_canaries_in_no_update_do_not_count() -> None:

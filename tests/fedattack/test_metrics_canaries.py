@@ -54,7 +54,8 @@ def scores(count: int, mu: float, rng: np.random.Generator) -> tuple[np.ndarray,
 
 
 @pytest.mark.parametrize(
-    ("mu", "one_run", "estimate"), [(0.5, 0.71, 1.96), (1.0, 1.88, 4.47), (2.0, 3.73, 9.87), (4.0, 4.14, 24.5)]
+    ("mu", "one_run", "estimate"),
+    [(0.5, 0.71, 1.96), (1.0, 1.88, 4.47), (2.0, 3.73, 9.87), (4.0, 4.14, 24.5)],
 )
 def test_gaussian_scores_show_what_was_measured_before(mu: float, one_run: float, estimate: float) -> None:
     """Means over 20 seeds of 2,000 canaries beside those of another implementation, within their own spread."""
