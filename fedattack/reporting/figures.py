@@ -252,13 +252,14 @@ def canary_scores(found: CanaryAudit) -> Figure:
     figure = Figure(figsize=(7.4, 3.6), layout="constrained")
     axes = figure.subplots()
     even = found.scores / np.sqrt(found.inclusions_of) / found.noise
-    edges = np.histogram_bin_edges(even, bins=min(60, max(10, round(2 * math.sqrt(found.count)))))
+    edges = np.histogram_bin_edges(even, bins=min(40, max(10, round(2 * math.sqrt(found.count)))))
     for there, colour, hatch, name in ((False, ORANGE, "//", "absent"), (True, BLUE, "", "present")):
         side = even[found.of_present == there]
         look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "alpha": 0.7}
-        axes.hist(side, edges, label=f"{name} ({len(side):,})", **look)
-    place, expected = np.linspace(edges[0], edges[-1], 300), found.count / 2 * (edges[1] - edges[0])
-    for shift in (0.0, math.sqrt(found.inclusions) / found.noise):
+        axes.hist(side, edges.tolist(), label=f"{name} ({len(side):,})", **look)
+    usual = math.sqrt(found.inclusions) / found.noise
+    place, expected = np.linspace(-3.5, usual + 3.5, 300), found.count / 2 * (edges[1] - edges[0])
+    for shift in () if found.through else (0.0, usual):
         density = np.exp(-0.5 * np.square(place - shift)) / math.sqrt(2 * math.pi)
         agreed = "under the agreed noise" if shift else None
         axes.plot(place, expected * density, color="black", linewidth=1.2, linestyle="--", label=agreed)
