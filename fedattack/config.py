@@ -12,13 +12,14 @@ Three spellings reach the same setting:
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from fedattack.errors import ConfigError, unknown_name
@@ -30,6 +31,23 @@ Strength = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 PluginOptions = dict[str, dict[str, Any]]
+
+
+def _ranges(value: Any) -> Any:
+    """Numbers and ranges as written, one text each; the source's name of a series, hsf_4, is 4."""
+    parts = (
+        value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    )
+    texts = [re.sub(r"^hsf_?", "", str(part).strip().lower()) for part in parts if part not in (None, "")]
+    for text in texts:
+        bounds = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+        if bounds is None or int(bounds[2] or bounds[1]) < int(bounds[1]):
+            raise ValueError(f"{text!r} is neither a number nor a range; accepted: 4 or 0,4 or 2100-2349")
+    return tuple(texts)
+
+
+Ranges = Annotated[tuple[str, ...], BeforeValidator(_ranges)]
+"""Whole numbers from 0 and ranges of them, both ends included: "0,4" or "2100-2349"; none: all."""
 
 
 class Section(BaseModel):
@@ -65,6 +83,25 @@ class DataConfig(Section):
     dir: str | None = Field(None, description="folder that holds the data set")
     download: bool = False
     image_size: int | None = Field(None, ge=4, le=1024, description="square side in pixels; None: as stored")
+    part: str | None = Field(
+        None,
+        description="part of a set that has several: train, test (mnist, fashion-mnist, emnist-*); train, test, "
+        "test10k, test50k, nist (qmnist); digits, uppers, lowers (sd19); None: the first",
+    )
+    series: Ranges = Field(
+        (), description="only samples of these series of writers, as 0,4 or hsf_0,hsf_4; none: all"
+    )
+    writers: Ranges = Field((), description="only samples of these writers, as 2100-2349; none: all")
+    where: dict[str, Ranges] = Field(
+        default_factory=dict,
+        description="only samples of which the source says so: fact -> values, as data.where.index=0-49",
+    )
+    duplicates: Literal["drop", "keep"] = Field(
+        "drop", description="samples that the source, or an equal picture (sd19), calls duplicates"
+    )
+    group_by: str | None = Field(
+        None, description="the fact that makes samples one group: series, class, ...; None: the person"
+    )
     limit: int | None = Field(None, ge=1, description="use at most this many samples (seeded draw)")
     labels: Literal["natural", "random"] = Field(
         "natural", description="random: a seeded draw from the model's classes, distinct while they last"
@@ -82,6 +119,11 @@ class DataConfig(Section):
     )
     nonmember_unit: Literal["sample", "group"] = Field(
         "sample", description="group: hold out whole people (groups), of whom no client has a sample"
+    )
+    nonmember_series: Ranges = Field(
+        (),
+        description="hold out samples or people of these series only, members from data.series (or the others): "
+        "measures a shift too; none: of the members' series",
     )
     withheld: float = Field(
         0.0,

@@ -123,7 +123,11 @@ def simulate(
 
     canaries = CanaryWatch(config, world)
     attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
-    notes = [*check_model(config, world), *(f"{name} is left out: {text}" for name, text in left_out.items())]
+    notes = [world.shift] if world.shift else []
+    notes += [
+        *check_model(config, world),
+        *(f"{name} is left out: {text}" for name, text in left_out.items()),
+    ]
     sitting = config.attack.model_copy(update={"names": tuple(attacks)})
     rounds: list[RoundRecord] = []
     scored: dict[str, AuditResult] = {}

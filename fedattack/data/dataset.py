@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedattack.errors import DataError
+from fedattack.config import DataConfig
+from fedattack.errors import ConfigError, DataError
 from fedattack.rng import numpy_rng
 
 
@@ -27,6 +28,8 @@ class ImageDataset:
     groups: np.ndarray | None  # int64 (N,): the person, writer, ... of each; None: unknown
     note: str  # what to know before reading a figure ("cut: 2,500 of 50,000 images")
     group_names: tuple[str, ...] | None = None  # what `groups` indexes, where the source names its people
+    # What the source says about each sample: name -> int64 (N,); "series", "writer", "duplicate", ...
+    facts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape, count = self.images.shape, len(self.images)
@@ -49,6 +52,9 @@ class ImageDataset:
             )
         if self.groups is not None and (self.groups.dtype != np.int64 or self.groups.shape != (count,)):
             raise DataError(f"data set {self.name!r}: groups must be int64 of shape ({count},)")
+        for fact, values in self.facts.items():
+            if values.dtype != np.int64 or values.shape != (count,):
+                raise DataError(f"data set {self.name!r}: fact {fact!r} must be int64 of shape ({count},)")
 
     @property
     def channels(self) -> int:
@@ -83,7 +89,7 @@ def require_groups(groups: np.ndarray | None, setting: str) -> np.ndarray:
     """The groups that a setting needs; DataError, which begins with the setting, where there are none."""
     if groups is None:
         raise DataError(
-            f"{setting}: this data set does not say whose a sample is; 'qmnist', 'lfw' and 'celeba' do"
+            f"{setting}: this data set does not say whose a sample is; 'qmnist', 'sd19', 'lfw' and 'celeba' do"
         )
     return groups
 
@@ -119,6 +125,16 @@ class Listing:
     group_names: tuple[str, ...] | None = None
     note: str = ""
     image_size: int | None = None  # side where the configuration leaves it open; None: as stored
+    facts: Mapping[str, np.ndarray] = field(default_factory=dict)  # as those of ImageDataset
+    parts: tuple[str, ...] = ()  # what `data.part` may name, the first where it names none; (): nothing
+
+
+def chosen_part(config: DataConfig, parts: tuple[str, ...]) -> str:
+    """The part that `data.part` names, the first where it names none; ConfigError if it is not among `parts`."""
+    if config.part is not None and config.part not in parts:
+        known = f"has {', '.join(parts)}" if parts else "is not in parts; leave it open"
+        raise ConfigError(f"setting 'data.part' = {config.part!r}: data set {config.name!r} {known}")
+    return config.part or parts[0]
 
 
 def joined(*notes: str) -> str:

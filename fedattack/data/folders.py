@@ -100,7 +100,7 @@ def _only_archive(config: DataConfig, root: Path) -> Path:
     return archives[0]
 
 
-def _first_tree(
+def first_tree(
     places: Sequence[Path], stems: Sequence[str], wanted: Callable[[PurePosixPath], bool]
 ) -> Tree | None:
     """First folder or archive called one of `stems` in `places` that has a wanted file; a place may be an archive."""
@@ -134,8 +134,8 @@ def lfw(config: DataConfig) -> Listing:
     def read() -> Listing:
         root = data_dir(config, "a folder or archive with <Name>/<Name>_0001.jpg")
         stems = ("lfw", "lfw_funneled", "lfw-deepfunneled", "lfw64", "lfw32", ".")
-        tree = _first_tree([root, root / "LFW", root / "lfw-py"], stems[:-1], _is_lfw)
-        tree = tree or _first_tree([root], stems[-1:], _is_lfw)
+        tree = first_tree([root, root / "LFW", root / "lfw-py"], stems[:-1], _is_lfw)
+        tree = tree or first_tree([root], stems[-1:], _is_lfw)
         if tree is None:
             raise Missing(
                 f"setting 'data.dir' = {config.dir!r}: no <Name>/<Name>_0001.jpg (or .png) of LFW there"
@@ -176,7 +176,7 @@ def celeba(config: DataConfig) -> Listing:
         )
         if identities is None:
             raise Missing(f"setting 'data.dir' = {config.dir!r}: no file identity_CelebA.txt")
-        tree = _first_tree([identities.parent], ("img_align_celeba",), is_picture)
+        tree = first_tree([identities.parent], ("img_align_celeba",), is_picture)
         if tree is None:
             raise Missing(
                 f"setting 'data.dir' = {config.dir!r}: no pictures in img_align_celeba (folder or .zip)"
@@ -278,7 +278,7 @@ def caltech101(config: DataConfig) -> Listing:
     def read() -> Listing:
         root = data_dir(config, "a folder with 101_ObjectCategories (folder or .tar.gz)")
         places = [root, root / "caltech101", root / "caltech-101", root / "Caltech101"]
-        tree = _first_tree(places, ("101_ObjectCategories",), wanted)
+        tree = first_tree(places, ("101_ObjectCategories",), wanted)
         if tree is None and root.name == "101_ObjectCategories":
             tree = open_tree(root, wanted)
         if tree is None or not tree.names:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from fedattack.config import DataConfig
-from fedattack.data.dataset import ImageDataset, Listing, joined
+from fedattack.data.dataset import ImageDataset, Listing, chosen_part, joined
+from fedattack.data.facts import filtered
 from fedattack.errors import DataError
 from fedattack.registry import Registry
 from fedattack.rng import numpy_rng
@@ -23,7 +24,11 @@ DATASETS: Registry[Callable[[DataConfig], Listing]] = Registry(
         "qmnist": "fedattack.data.idx:qmnist",
         "emnist": "fedattack.data.idx:emnist",
         "emnist-byclass": "fedattack.data.idx:emnist_byclass",
+        "emnist-bymerge": "fedattack.data.idx:emnist_bymerge",
         "emnist-letters": "fedattack.data.idx:emnist_letters",
+        "emnist-digits": "fedattack.data.idx:emnist_digits",
+        "emnist-mnist": "fedattack.data.idx:emnist_mnist",
+        "sd19": "fedattack.data.sd19:sd19",
         "cifar10": "fedattack.data.cifar:cifar10",
         "cifar100": "fedattack.data.cifar:cifar100",
         "celeba": "fedattack.data.folders:celeba",
@@ -39,24 +44,31 @@ DATASETS: Registry[Callable[[DataConfig], Listing]] = Registry(
 def load_dataset(config: DataConfig, seed: int) -> ImageDataset:
     """The data set of `config.name`; DataError if its files are missing, corrupt or of the wrong format.
 
-    `limit` draws a seeded subset before any picture is decoded; `image_size` resizes (antialiased bilinear,
-    non-square pictures centre-cropped). Labels are the natural ones.
+    What the source says about its samples filters them (`series`, `writers`, `where`, `duplicates`) and may be their
+    groups (`group_by`). `limit` draws a seeded subset of what is left before any picture is decoded; `image_size`
+    resizes (antialiased bilinear, non-square pictures centre-cropped). Labels are the natural ones.
     """
     listing = DATASETS.get(config.name)(config)
-    count = len(listing.labels)
-    if count == 0:
+    if config.part is not None:
+        chosen_part(config, listing.parts)
+    if len(listing.labels) == 0:
         raise DataError(f"data set {config.name!r} (setting 'data.dir' = {config.dir!r}) holds no images")
-    ids = np.arange(count)
-    note = listing.note
+    ids, filters = filtered(listing, config)
+    note, count = joined(listing.note, filters), len(ids)
     if config.limit is not None and config.limit < count:
-        ids = np.sort(numpy_rng(seed, "data.limit").choice(count, config.limit, replace=False))
+        ids = ids[np.sort(numpy_rng(seed, "data.limit").choice(count, config.limit, replace=False))]
         note = joined(note, f"limit: {config.limit:,} of {count:,} images, a seeded draw")
+    facts = {name: values[ids] for name, values in listing.facts.items()}
+    groups, group_names = listing.groups, listing.group_names
+    if config.group_by is not None:
+        groups, group_names = listing.facts[config.group_by], None
     return ImageDataset(
         name=config.name,
         images=np.ascontiguousarray(listing.read(ids, config.image_size or listing.image_size)),
         labels=listing.labels[ids],
         class_names=listing.class_names,
-        groups=None if listing.groups is None else listing.groups[ids],
+        groups=None if groups is None else groups[ids],
         note=note,
-        group_names=listing.group_names,
+        group_names=group_names,
+        facts=facts,
     )

@@ -11,11 +11,13 @@ from numpy.random import Generator
 
 from fedattack.config import PartitionConfig
 from fedattack.data.dataset import ImageDataset, require_groups
+from fedattack.data.facts import SERIES, interleaved
 from fedattack.errors import ConfigError, DataError
 from fedattack.registry import Registry
 from fedattack.rng import numpy_rng
 
-Partitioner = Callable[[np.ndarray, np.ndarray | None, int, PartitionConfig, Generator], list[np.ndarray]]
+Partitioner = Callable[..., list[np.ndarray]]
+"""Labels (n,), groups (n,) or None, clients, settings and generator to each client's positions."""
 
 PARTITIONERS: Registry[Partitioner] = Registry(
     "partition",
@@ -37,7 +39,8 @@ def partition(
     `config.name` is a registered partitioner or a flwr-datasets class
     ("flwr_datasets.partitioner:DirichletPartitioner", constructed with `options`); only the latter and
     "natural" with `groups_per_client` may leave samples out. Raises ConfigError if it is unknown or cannot be built
-    from its options, DataError if there are too few samples or groups for so many clients.
+    from its options, DataError if there are too few samples or groups for so many clients. A partitioner with a
+    parameter `series`, int64 (n,) or None, is told the series of writers of each sample.
     """
     ids = np.asarray(ids, dtype=np.int64)
     if clients > len(ids):
@@ -48,7 +51,10 @@ def partition(
     target: Any = PARTITIONERS.get(config.name)
     deal: Partitioner = _adapted(target, config.name) if isinstance(target, type) else target
     groups = None if dataset.groups is None else dataset.groups[ids]
-    parts = deal(dataset.labels[ids], groups, clients, config, rng)
+    known: dict[str, Any] = {}
+    if SERIES in dataset.facts and SERIES in inspect.signature(deal).parameters:
+        known[SERIES] = dataset.facts[SERIES][ids]
+    parts = deal(dataset.labels[ids], groups, clients, config, rng, **known)
     complete = not isinstance(target, type) and config.groups_per_client is None
     _check(parts, clients, len(ids), config.name, complete)
     return [ids[rng.permutation(part)] for part in parts]
@@ -146,14 +152,20 @@ def shards(
 
 
 def natural(
-    labels: np.ndarray, groups: np.ndarray | None, clients: int, config: PartitionConfig, rng: Generator
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    clients: int,
+    config: PartitionConfig,
+    rng: Generator,
+    series: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Whole people (writers, ...) to a client: groups in random order, equally many to each.
 
-    With `groups_per_client` so many to each, and the others' samples to nobody.
+    With `groups_per_client` so many to each, in the proportions of their series where those are known, and the
+    others' samples to nobody.
     """
     groups = require_groups(groups, "setting 'partition.name' = 'natural'")
-    whose, position = np.unique(groups, return_inverse=True)
+    whose, first, position = np.unique(groups, return_index=True, return_inverse=True)
     if clients * (config.groups_per_client or 1) > len(whose):
         each = config.groups_per_client
         raise DataError(
@@ -162,7 +174,8 @@ def natural(
         )
     order = rng.permutation(len(whose))
     if config.groups_per_client is not None:
-        order = order[: clients * config.groups_per_client]
+        mixed = np.arange(len(order)) if series is None else interleaved(series[first[order]])
+        order = order[np.sort(mixed[: clients * config.groups_per_client])]
     owner_of_group = np.full(len(whose), clients)
     for client, hand in enumerate(np.array_split(order, clients)):
         owner_of_group[hand] = client

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedattack.config import DataConfig
 from fedattack.data.dataset import ImageDataset, joined, require_groups
+from fedattack.data.facts import SERIES, interleaved, within
 from fedattack.errors import DataError
 from fedattack.rng import numpy_rng
 
@@ -34,18 +35,18 @@ def make_pools(dataset: ImageDataset, config: DataConfig, seed: int) -> Pools:
 
     `nonmembers` defaults to a tenth (at least 1) of the samples, or of the people where `nonmember_unit` is "group";
     a split `auxiliary_size` to half of the rest. Where the data set knows whose a sample is, nobody is both in the
-    auxiliary pool and in another one. `withheld` is that share of every client's person's samples, rounded, at least
-    one and never all. A picture that is stored twice never ends up on both sides of a border: its copy is taken out
-    of the pool that nobody trains on.
+    auxiliary pool and in another one; where it also knows people's series, whole people are held out, and granted, in
+    the proportions of the series, unless `nonmember_series` holds out of those alone. `withheld` is that share of
+    every client's person's samples, rounded, at least one and never all. A picture that is stored twice never ends up
+    on both sides of a border: its copy is taken out of the pool that nobody trains on.
     """
     rng = numpy_rng(seed, "data.pools")
     order = rng.permutation(len(dataset))
-    if config.nonmember_unit == "group":
-        nonmembers, rest = _people_held_out(dataset, order, config)
+    held_out = max(1, len(dataset) // 10) if config.nonmembers is None else config.nonmembers
+    nonmembers, rest = order[:0], order
+    if config.nonmember_unit == "group" or config.nonmember_series:
+        nonmembers, rest = _held_out_first(dataset, order, held_out, config)
         held_out = 0
-    else:
-        held_out = max(1, len(dataset) // 10) if config.nonmembers is None else config.nonmembers
-        nonmembers, rest = order[:0], order
     granted = 0
     if config.auxiliary == "split":
         half = max(0, (len(rest) - held_out) // 2)
@@ -57,7 +58,7 @@ def make_pools(dataset: ImageDataset, config: DataConfig, seed: int) -> Pools:
             "leave none for the clients"
         )
     if granted and dataset.groups is not None:
-        auxiliary, rest, left_out = _by_group(dataset.groups, rest, granted, held_out, config)
+        auxiliary, rest, left_out = _by_group(dataset, rest, granted, held_out, config)
     else:
         auxiliary, rest, left_out = rest[:granted], rest[granted:], 0
     nonmembers, clients = np.concatenate([nonmembers, rest[:held_out]]), rest[held_out:]
@@ -75,20 +76,50 @@ def make_pools(dataset: ImageDataset, config: DataConfig, seed: int) -> Pools:
     return Pools(np.sort(clients), np.sort(nonmembers), np.sort(auxiliary), np.sort(withheld), note)
 
 
-def _people_held_out(
-    dataset: ImageDataset, order: np.ndarray, config: DataConfig
+def _held_out_first(
+    dataset: ImageDataset, order: np.ndarray, held_out: int, config: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of whole people in the order of their first samples, and the other people's."""
-    groups = require_groups(dataset.groups, "setting 'data.nonmember_unit' = 'group'")
-    whose, first = np.unique(groups[order], return_index=True)
-    wanted = max(1, len(whose) // 10) if config.nonmembers is None else config.nonmembers
-    if wanted >= len(whose):
+    """Ids of the held-out people or samples (of `nonmember_series`), and those that the other pools may have."""
+    eligible = rest = order
+    if config.nonmember_series:
+        series = dataset.facts[SERIES][order]
+        foreign = within(series, config.nonmember_series, "data.nonmember_series", config.name)
+        ours = within(series, config.series, "data.series", config.name) if config.series else ~foreign
+        eligible, rest = order[foreign], order[ours]
+    if config.nonmember_unit == "group":
+        nonmembers = _people_held_out(dataset, eligible, config)
+        groups = require_groups(dataset.groups, "setting 'data.nonmember_unit' = 'group'")
+        return nonmembers, rest[~np.isin(groups[rest], groups[nonmembers])]
+    if held_out > len(eligible):
         raise DataError(
-            f"setting 'data.nonmembers' = {wanted}: data set {config.name!r} has {len(whose)} people, and some must "
-            "be left for the clients"
+            f"setting 'data.nonmembers' = {held_out}: series {', '.join(config.nonmember_series)} "
+            f"('data.nonmember_series') of data set {config.name!r} hold {len(eligible)} samples"
         )
-    inside = np.isin(groups[order], whose[np.argsort(first)][:wanted])
-    return order[inside], order[~inside]
+    return eligible[:held_out], rest[~np.isin(rest, eligible[:held_out])]
+
+
+def _people_in_order(dataset: ImageDataset, order: np.ndarray) -> np.ndarray:
+    """The people of the samples `order`, in the order of their first ones; any first few as the series are mixed."""
+    assert dataset.groups is not None
+    whose, first = np.unique(dataset.groups[order], return_index=True)
+    place = np.argsort(first)
+    if SERIES not in dataset.facts:
+        return whose[place]
+    return whose[place][interleaved(dataset.facts[SERIES][order][first[place]])]
+
+
+def _people_held_out(dataset: ImageDataset, order: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Ids of the samples of whole people, as many as `nonmembers` says."""
+    groups = require_groups(dataset.groups, "setting 'data.nonmember_unit' = 'group'")
+    people = _people_in_order(dataset, order)
+    wanted = max(1, len(people) // 10) if config.nonmembers is None else config.nonmembers
+    if wanted + (not config.nonmember_series) > len(people):
+        left = "" if config.nonmember_series else ", and some must be left for the clients"
+        where = f" of series {', '.join(config.nonmember_series)}" if config.nonmember_series else ""
+        raise DataError(
+            f"setting 'data.nonmembers' = {wanted}: data set {config.name!r} has {len(people)} people{where}{left}"
+        )
+    return order[np.isin(groups[order], people[:wanted])]
 
 
 def share_of_each(groups: np.ndarray, share: float) -> np.ndarray:
@@ -110,14 +141,15 @@ def _withheld(dataset: ImageDataset, ids: np.ndarray, share: float) -> tuple[np.
 
 
 def _by_group(
-    groups: np.ndarray, order: np.ndarray, granted: int, held_out: int, config: DataConfig
+    dataset: ImageDataset, order: np.ndarray, granted: int, held_out: int, config: DataConfig
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Auxiliary ids of whole groups in the order of first samples, the other groups' ids, and the size of neither."""
-    whose, first = np.unique(groups[order], return_index=True)
+    assert dataset.groups is not None
+    groups, people = dataset.groups, _people_in_order(dataset, order)
     sizes = dict(zip(*np.unique(groups, return_counts=True), strict=True))
     chosen: list[int] = []
     taken = 0
-    for group in whose[np.argsort(first)]:
+    for group in people:
         if taken >= granted:
             break
         if taken + sizes[group] + held_out < len(order):
@@ -126,7 +158,7 @@ def _by_group(
     if not taken or (config.auxiliary_size is not None and taken < granted):
         raise DataError(
             f"setting 'data.auxiliary' = 'split': no {granted} auxiliary images of data set {config.name!r} can be "
-            f"cut off so that nobody ({len(whose)} groups) is also among the clients"
+            f"cut off so that nobody ({len(people)} groups) is also among the clients"
         )
     inside = np.isin(groups[order], chosen)
     auxiliary = order[inside]

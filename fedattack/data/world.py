@@ -10,6 +10,7 @@ import numpy as np
 from fedattack.config import Config
 from fedattack.data.auxiliary import load_auxiliary
 from fedattack.data.dataset import ImageDataset, joined, random_labels
+from fedattack.data.facts import SERIES, series_shift
 from fedattack.data.load import load_dataset
 from fedattack.data.partitioners import partition
 from fedattack.data.pools import Pools, make_pools
@@ -29,6 +30,12 @@ class World:
     partitions: tuple[np.ndarray, ...]  # sample ids of each client
     auxiliary: Auxiliary | None  # granted to the adversary
     scenario: Scenario  # public facts, with the resolved model
+
+    @property
+    def shift(self) -> str:
+        """The warning that members and non-members come from other series of writers; empty where they do not."""
+        members = np.concatenate(self.partitions)
+        return series_shift(self.dataset.facts.get(SERIES), members, self.pools.nonmembers)
 
 
 def build_world(config: Config) -> World:
@@ -79,7 +86,7 @@ def world_record(world: World) -> dict[str, Any]:
     return {
         "dataset": {
             "name": dataset.name,
-            "note": joined(dataset.note, pools.note),
+            "note": joined(dataset.note, pools.note, world.shift),
             "samples": len(dataset),
             "channels": dataset.channels,
             "image_size": dataset.image_size,

@@ -38,7 +38,7 @@ from fedattack.observation import (
 )
 from fedattack.registry import plugin_options
 from fedattack.storage.observations import load_observations, read_tensors, save_observation
-from fedattack.training import local_update
+from fedattack.task import task_of
 
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hcgla": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 5, "method": "matching"}),
@@ -162,6 +162,7 @@ FACTS = Facts(
 )
 TRAINING = TrainingConfig(protocol="fedavg", batch_size=0, local_steps=3, learning_rate=0.2)
 GRADIENT = TrainingConfig(batch_size=0)
+GENERATOR = TRAINING.model_copy(update={"task": "wgan-gp", "local_steps": 5, "learning_rate": 0.01})
 
 
 def membership_attacks() -> list[str]:
@@ -180,6 +181,7 @@ def membership_scene(name: str) -> Scenario:
     """The first small federation that meets an attack's needs."""
     attack = membership_attack(name)
     made = [scenario("mlp", 0, 24, training=t, activation="relu") for t in (TRAINING, GRADIENT)]
+    made.append(scenario("wgan-gp-mlp", 0, 24, training=GENERATOR, activation="relu"))
     return next(scene for scene in made if not attack_refusals(attack, scene, FACTS))
 
 
@@ -202,7 +204,7 @@ def save_federation(folder: Path, name: str, seed: int) -> None:
         for client, (images, labels) in enumerate(data):
             own = slice(2 * client, 2 * client + 2)
             images[:2], labels[:2] = candidates.images[own], candidates.labels[own]
-    model, weights = build_model(scene.model), initial_weights(scene.model, 0)
+    model, weights, task = build_model(scene.model), initial_weights(scene.model, 0), task_of(scene)
     earlier: dict[int, list[Observation]] = defaultdict(list)
     for number in range(1, ROUNDS + 1):
         sent, steps = weights, []
@@ -213,7 +215,9 @@ def save_federation(folder: Path, name: str, seed: int) -> None:
             if isinstance(attack, MaliciousServer):
                 own |= attack.tailor(scene, sent, client, earlier[client] if attack.adapts else ())
             batches = [np.arange(len(images))] * scene.training.local_steps
-            update = local_update(model, own, images, labels, batches, scene.training).update
+            draws = torch.Generator().manual_seed(100 * number + client)
+            step = task.step(scene, draws)
+            update = task.train(model, own, images, labels, batches, scene, step, draws, {}).update
             values = torch.cat([tensor.flatten() for tensor in update.values()])
             shapes = tuple(tuple(tensor.shape) for tensor in update.values())
             kind = "delta" if scene.training.protocol == "fedavg" else "gradient"
