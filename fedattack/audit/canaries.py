@@ -178,6 +178,8 @@ class CanaryAudit:
             )
         if self.account.note:
             told.append(f"nothing is guaranteed: {self.account.note}")
+        elif self.gaussian_ceiling < self.account.epsilon:
+            told.append("so few canaries could not show a broken guarantee, whatever the noise was")
         if self.kind == "client":
             told.append(
                 "canary clients' replies are part of the global model, which learns from the others only"

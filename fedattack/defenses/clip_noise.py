@@ -71,11 +71,14 @@ class ClipNoise(Defense):
         if self.unit == "update":
             return inner(model, images, labels)
         losses: list[Tensor] = []
-        total: tuple[Tensor, ...] | list[Tensor] = ()
+        total: list[Tensor] = []
         for image, label in zip(images.split(1), labels.split(1), strict=True):
             loss, gradient = inner(model, image, label)
             clipped = self.clipped(gradient)
-            total = torch._foreach_add(list(total), clipped) if losses else clipped
+            if losses:
+                torch._foreach_add_(total, clipped)
+            else:
+                total = [part.clone() for part in clipped]
             losses.append(loss.detach())
         mean = [(part + self._noise(part, generator)) / len(images) for part in total]
         return torch.stack(losses).mean(), tuple(mean)
@@ -117,9 +120,9 @@ class ClipNoise(Defense):
         """The tensors of one contribution, scaled to have at most the clip norm together."""
         if self.clip_norm is None:
             return list(parts)
-        norm = torch.stack([part.detach().double().square().sum() for part in parts]).sum().sqrt()
+        norm = torch.stack(torch._foreach_norm(list(parts))).double().square().sum().sqrt()
         scale = (self.clip_norm / norm.clamp(min=self.clip_norm)).float()
-        return [part * scale for part in parts]
+        return list(torch._foreach_mul(list(parts), scale))
 
     def _noise(self, like: Tensor, generator: Generator) -> Tensor:
         drawn = torch.randn(like.shape, generator=generator)

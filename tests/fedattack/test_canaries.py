@@ -213,6 +213,7 @@ def test_only_a_bound_breaks_a_guarantee() -> None:
     assert few.estimate.epsilon > few.account.epsilon > few.gaussian_ceiling
     assert not few.broken
     assert any("breaks no guarantee" in remark for remark in few.remarks)
+    assert any("could not show a broken guarantee" in remark for remark in few.remarks)
 
 
 def test_a_broken_guarantee_stands_above_every_attack() -> None:
