@@ -64,7 +64,7 @@ class Canaries:
         assert self.promise.clip_norm is not None, "see choose_canaries"
         return self.promise.clip_norm
 
-    @property
+    @cached_property
     def silent(self) -> Canaries:
         """The same canaries, none of them there."""
         return replace(self, present=np.zeros_like(self.present))

@@ -25,7 +25,7 @@ from fedattack.metrics.canaries import (
 from fedattack.observation import Update
 from fedattack.reporting import formats
 
-_AT_ONCE = 1 << 25
+_AT_ONCE = 1 << 24
 """Entries of contributions that are held at once."""
 
 Contribution = Callable[[int], NDArray[np.float32]]
