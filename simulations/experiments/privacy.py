@@ -130,11 +130,10 @@ class CanaryWatch:
         """What the canaries show, beside what is accounted to the least guarded client among theirs."""
         if self.canaries is None:
             return None
-        accounts = next(
-            found
-            for name, found in privacy_accounts(self._config, self._world, rounds).items()
-            if isinstance(build_defenses(self._config.defense)[name], ClipNoise)
-        )
+        accounts: Mapping[int, Privacy] = {}
+        for name, found in privacy_accounts(self._config, self._world, rounds).items():
+            if isinstance(build_defenses(self._config.defense)[name], ClipNoise):
+                accounts = found
         theirs = {client: accounts[client] for client in accounts if len(self.canaries.of(client))}
         if not theirs:
             return None

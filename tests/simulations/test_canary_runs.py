@@ -152,6 +152,23 @@ def test_a_run_tells_it_everywhere_and_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scores_are_the_same_on_ray(tmp_path: Path) -> None:
+    given = {
+        **SAMPLES,
+        "limit": 400,
+        "batch-size": 16,
+        "rounds": 2,
+        "canaries": 100,
+        "compressor": "topk-qsgd",
+    }
+    given |= {"compression": 0.1, "error-feedback": True}
+    for engine in ("inline", "ray"):
+        simulate(Config.from_mapping(BASE | given | {"engine": engine, "run-dir": str(tmp_path / engine)}))
+    inline, ray = (tmp_path / engine / "canaries.csv" for engine in ("inline", "ray"))
+    assert inline.read_bytes() == ray.read_bytes()
+
+
+@pytest.mark.slow
 def test_a_broken_guarantee_is_the_headline(tmp_path: Path) -> None:
     given = {
         **SAMPLES,
