@@ -54,6 +54,11 @@ class ClipNoise(Defense):
     unit: Literal["update", "sample"] = "update"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
+    @property
+    def clips_samples(self) -> bool:
+        """Under unit "sample"."""
+        return self.unit == "sample"
+
     def check(self, scenario: Scenario) -> None:
         """Refuse per-sample gradients of a model whose samples share statistics."""
         if self.unit == "sample" and _mixes_samples(build_model(scenario.model)):
@@ -70,17 +75,19 @@ class ClipNoise(Defense):
             return inner(model, images, labels)
         several = isinstance(inner, PerSample)
         losses: list[Tensor] = []
-        total: tuple[Tensor, ...] | list[Tensor] = ()
-        for some, truth in zip(
-            *(part.split(_AT_ONCE if several else 1) for part in (images, labels)), strict=True
-        ):
+        total: list[Tensor] = []
+        parts = (part.split(_AT_ONCE if several else 1) for part in (images, labels))
+        for some, truth in zip(*parts, strict=True):
             if isinstance(inner, PerSample):
                 loss, gradients = inner.per_sample(model, some, truth)
                 clipped = self._clipped_sum(gradients)
             else:
                 loss, gradient = inner(model, some, truth)
-                clipped = self._clip(gradient)
-            total = torch._foreach_add(list(total), clipped) if losses else clipped
+                clipped = self.clipped(gradient)
+            if losses:
+                torch._foreach_add_(total, clipped)
+            else:
+                total = [part.clone() for part in clipped]
             losses.append(loss.detach().reshape(-1))
         mean = [(part + self._noise(part, generator)) / len(images) for part in total]
         return torch.cat(losses).mean(), tuple(mean)
@@ -89,7 +96,7 @@ class ClipNoise(Defense):
         """The clipped update with noise; unchanged under unit "sample"."""
         if self.unit == "sample":
             return update
-        clipped = self._clip(list(update.values()))
+        clipped = self.clipped(list(update.values()))
         return {n: t + self._noise(t, generator) for n, t in zip(update, clipped, strict=True)}
 
     def privacy(self, training: TrainingConfig, samples: int, rounds: int, statistics_sent: bool) -> Privacy:
@@ -113,9 +120,10 @@ class ClipNoise(Defense):
         if unit == "sample":
             steps = rounds * training.local_steps
             sampled = sampled_epsilon(rate, self.noise, steps, self.delta)
-        return Privacy(
-            gaussian_epsilon(self.noise, releases, self.delta), self.delta, unit, releases, sampled
+        there_or_zero, replaced = (
+            gaussian_epsilon(s, releases, self.delta) for s in (self.noise, self.noise / 2)
         )
+        return Privacy(there_or_zero, self.delta, unit, releases, sampled, replacement_epsilon=replaced)
 
     def _clipped_sum(self, gradients: tuple[Tensor, ...]) -> list[Tensor]:
         """Of gradients that lie side by side, (n, ...) for each parameter."""
@@ -126,12 +134,13 @@ class ClipNoise(Defense):
         scale = torch.ones_like(norms) if bound is None else bound / norms.clamp(min=bound)
         return [torch.tensordot(scale.to(part.dtype), part, dims=1) for part in gradients]
 
-    def _clip(self, parts: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    def clipped(self, parts: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+        """The tensors of one contribution, scaled to have at most the clip norm together."""
         if self.clip_norm is None:
             return list(parts)
-        norm = torch.stack([part.detach().double().square().sum() for part in parts]).sum().sqrt()
+        norm = torch.stack(torch._foreach_norm(list(parts))).double().square().sum().sqrt()
         scale = (self.clip_norm / norm.clamp(min=self.clip_norm)).float()
-        return [part * scale for part in parts]
+        return list(torch._foreach_mul(list(parts), scale))
 
     def _noise(self, like: Tensor, generator: Generator) -> Tensor:
         drawn = torch.randn(like.shape, generator=generator)

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
+from fedattack.audit.canaries import CanaryAudit
 from fedattack.audit.family import AuditResult, by_family, headline
 from fedattack.files import write_bytes
 from fedattack.observation import Reconstruction, observation_name
@@ -60,6 +61,7 @@ def write_results(
     left_out: Mapping[str, str] | None = None,
     about: str = "",
     generated: Mapping[int, Tensor] | None = None,
+    canaries: CanaryAudit | None = None,
 ) -> Path:
     """Write records, summary, images, figures and ``report.html`` into a run's folder; the report's path.
 
@@ -80,6 +82,8 @@ def write_results(
         What was asked about, in words, where it is no federation that the run itself trained.
     generated
         Round -> images of the generator that was trained, (n, C, S, S) in [0, 1].
+    canaries
+        What canaries measured of the noise; their scores go into ``canaries.csv``.
 
     Raises
     ------
@@ -105,6 +109,7 @@ def write_results(
             notes=notes,
             pictures=_attack_pictures(folder, results),
             seen=views.seen_views(results),
+            canaries=_canaries(folder, canaries) if canaries else None,
             federation=(
                 _federation(folder, federation, label_counts, generated)
                 if federation or label_counts
@@ -187,6 +192,26 @@ def image_png(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3]).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _canaries(folder: RunFolder, found: CanaryAudit) -> dict[str, Any]:
+    rows = zip(found.of_present.astype(int), found.inclusions_of, found.scores, strict=True)
+    lines = [
+        "present,inclusions,score",
+        *(f"{there},{times:.9g},{score:.9g}" for there, times, score in rows),
+    ]
+    write_bytes(folder.path / "canaries.csv", ("\n".join(lines) + "\n").encode())
+    told = "Scores of canaries that were there, and of those that were not: as they part, so little the noise hides."
+    picture = _figure(
+        folder, "canaries", figures.canary_scores(found), "Histogram of the canaries' scores", told
+    )
+    return {
+        "text": found.text,
+        "broken": found.broken,
+        "rows": found.rows,
+        "remarks": found.remarks,
+        "picture": picture,
+    }
 
 
 def _federation(
