@@ -259,6 +259,29 @@ class DefenseConfig(PluginSection):
         return self
 
 
+class CanaryConfig(Section):
+    """Units that are there or not by a coin flip, by which the auditor measures what ``clip-noise`` promises."""
+
+    count: Count = Field(
+        0, description="canaries planted to measure epsilon under defence clip-noise; 0: none"
+    )
+    kind: Literal["gradient", "mislabelled", "client"] | None = Field(
+        None,
+        description="gradient: a random direction in place of a sample's gradient; mislabelled: a sample with a "
+        "wrong label; client: a random direction in place of a client's update; None: as the unit of clip-noise",
+    )
+    guesses: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of the canaries that the lower bounds guess about, fixed beforehand",
+    )
+    others_known: bool = Field(
+        True,
+        description="take out what other samples add, without noise, as SGD makes it: the clients' work once more",
+    )
+
+
 class FederationConfig(Section):
     """Who takes part and how the server aggregates."""
 
@@ -353,6 +376,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     gan: GanConfig = GanConfig()
     defense: DefenseConfig = DefenseConfig()
+    canaries: CanaryConfig = CanaryConfig()
     compression: CompressionConfig = CompressionConfig()
     federation: FederationConfig = FederationConfig()
     attack: AttackConfig = AttackConfig()
@@ -461,6 +485,7 @@ SHORT_NAMES: dict[str, str] = {
     "local-steps": "training.local_steps",
     "learning-rate": "training.learning_rate",
     "defense": "defense.names",
+    "canaries": "canaries.count",
     "compression": "compression.rate",
     "compressor": "compression.name",
     "scope": "compression.scope",

@@ -85,6 +85,10 @@ class Task(ABC):
     def step(self, scenario: Scenario, draws: Generator) -> GradientStep:
         """How an undefended client computes the loss and gradient of one batch; random numbers come from `draws`."""
 
+    def stepped(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What the gradient of :meth:`step` is of, in its order, as far as it is sent."""
+        return trained_parameters(model)
+
     @abstractmethod
     def train(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adversaries import ATTACKS
 from adversaries.seats import ClientView, MaliciousClient
+from fedattack.canaries import Canaries, choose_canaries
 from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
 from fedattack.config import Config, EngineConfig
@@ -92,6 +93,12 @@ class Workplace:
     def defenses(self) -> tuple[Defense, ...]:
         """The agreed defences, in their order."""
         return tuple(build_defenses(self.scenario.defense).values())
+
+    @cached_property
+    def canaries(self) -> Canaries | None:
+        """What is planted among the clients to measure their noise."""
+        sizes = [len(ids) for ids in self.partitions]
+        return choose_canaries(self.config, sizes, self.scenario.model.resolved[2])
 
     @cached_property
     def attackers(self) -> dict[str, MaliciousClient]:
@@ -246,7 +253,10 @@ def train(message: Message, context: Context) -> Message:
     mu = float(settings.get("proximal-mu", 0.0))
     draws = torch_rng(place.config.seed, "training", round, client)
     plain = place.task.step(place.scenario, draws)
-    defended = ClientDefenses(place.defenses, place.config.seed, round, client, plain)
+    planted = place.canaries.step if place.canaries else None
+    if place.canaries:
+        labels = place.canaries.coded(client, used, labels)
+    defended = ClientDefenses(place.defenses, place.config.seed, round, client, plain, planted)
     shown = defended.images(images)
     if mu == 0.0 or len(steps) == 1:  # the proximal term has no gradient at the received weights
         known = _recalled(context, _TASK_MEMORY)
@@ -255,7 +265,8 @@ def train(message: Message, context: Context) -> Message:
         )
     else:
         result = _train_proximal(place, weights, shown, labels, steps, mu, defended.gradient)
-    update = defended.update(result.update)
+    trained = place.canaries.update(client, result.update) if place.canaries else result.update
+    update = defended.update(trained)
     for attack, view in seats.values():
         update = _alike(attack, update, attack.reply(view, update))
     random = place.compressor.draws

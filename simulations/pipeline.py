@@ -43,7 +43,7 @@ from simulations.experiments.choose import (
     known_facts,
 )
 from simulations.experiments.executor import choose_device, reason
-from simulations.experiments.privacy import privacy_accounts, privacy_record
+from simulations.experiments.privacy import CanaryWatch, privacy_accounts, privacy_record
 from simulations.progress import Stages, stages
 
 # A run has its own progress bars and table; Flower's lines between them would say the same again.
@@ -121,6 +121,7 @@ def simulate(
     def check(_: str, attack: Attack) -> None:
         EXPERIMENTS.get(attack.family).check(config, world)
 
+    canaries = CanaryWatch(config, world)
     attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
     notes = [world.shift] if world.shift else []
     notes += [
@@ -141,7 +142,7 @@ def simulate(
         for experiment in experiments:
             stack.callback(experiment.close)
         try:
-            federation = _train(plan, experiments, attacks, federate, rounds)
+            federation = _train(plan, experiments, attacks, federate, rounds, canaries)
         except RunFailed as error:  # what was seen until then can be told
             ended = error
             federation = FederationResult({}, rounds, [])
@@ -162,11 +163,16 @@ def simulate(
             shown.say(note, folder)
     results = _with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
+    measured = canaries.audit(federation.rounds)
+    if measured is not None:
+        figures["canaries"] = measured.record()
     notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
-    more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world)}
+    more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world), "canaries": measured}
     _report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
+    if measured is not None:
+        console.print(measured.text, style="bold red" if measured.broken else "", highlight=False)
     if ended is not None:
         raise ended
     answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
@@ -332,14 +338,17 @@ def _train(
     attacks: Mapping[str, Attack],
     federate: Callable[..., FederationResult],
     rounds: list[RoundRecord],
+    canaries: CanaryWatch,
 ) -> FederationResult:
-    """Train; hand each round's observations to the experiments while the rounds go on, and note the rounds."""
+    """Train; hand each round's observations to those who look while the rounds go on, and note the rounds."""
     total = plan.config.federation.rounds
 
     def observed(observation: Observation) -> None:
         for experiment in experiments:
             if experiment.wants(observation.round, observation.client):
                 experiment.observe(observation)
+        if canaries.canaries is not None:
+            canaries.observe(observation)
 
     def after_round(record: RoundRecord) -> None:
         rounds.append(record)
@@ -348,6 +357,7 @@ def _train(
         accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.1%}"
         plan.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
         plan.shown("federation", record.round / total, f"round {record.round} of {total}{accuracy}")
+        canaries.after_round(record)
         for experiment in experiments:
             experiment.after_round(record)
 
@@ -368,7 +378,9 @@ def _train(
         plan.world,
         run_dir=plan.folder.path,
         on_observation=observed,
-        observe=lambda round, client: any(one.wants(round, client) for one in experiments),
+        observe=lambda round, client: (
+            canaries.canaries is not None or any(one.wants(round, client) for one in experiments)
+        ),
         on_round=after_round,
         on_weights=global_model,
         on_requests=requested if clients else None,

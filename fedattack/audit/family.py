@@ -319,8 +319,11 @@ def interval_fields(interval: Interval) -> dict[str, float | None]:
 def headline(results: Sequence[AuditResult], federation: Figures | None = None) -> dict[str, Any] | None:
     """The worst that was found by any attack, from which seat, and under which assumptions; None without results.
 
-    "level", "attack", "seat" (empty where unknown), "assumptions" (list of str) and "text".
+    "level", "attack", "seat" (empty where unknown), "assumptions" (list of str) and "text". A guarantee that canaries
+    show to be broken stands above every attack; "attack" is empty then.
     """
+    if broken := ((federation or {}).get("canaries") or {}).get("headline"):
+        return {"level": "leak", "attack": "", "seat": "", "assumptions": [], "text": broken}
     if not results:
         return None
     first = min(results, key=lambda result: SEVERITY.index(result.level))

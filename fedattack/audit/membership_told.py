@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedattack.audit.family import AuditResult, Figures
+from fedattack.defenses.accounting import UNIT_WORDS
 from fedattack.observation import EVERYONE
 from fedattack.reporting import formats
 
@@ -61,7 +62,7 @@ def beside(result: AuditResult) -> list[str]:
     ]
     told += [f"floors without a model: {'; '.join(named)}"] if named else []
     if allowed := s["allowed"]:
-        whom = "one sample" if allowed["unit"] == "sample" else "all that a client sends"
+        whom = UNIT_WORDS[allowed["unit"]]
         most, tail = allowed["tpr_at_1_percent_fpr"], metrics["tpr_at_1_percent_fpr"]["mean"]
         bound = f"at most {formats.percent(most)} of the members at 1 % false positives"
         bound += f", and an AUC of {allowed['auc']:.3f}"

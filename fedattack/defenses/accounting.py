@@ -20,6 +20,12 @@ ORDERS: tuple[float, ...] = (
 )
 """Renyi orders that are tried."""
 
+UNIT_WORDS = {
+    "sample": "one sample there or zero (zero-out)",
+    "client": "all that a client sends there or zero (zero-out)",
+}
+"""What may be there or not, in words, with the adjacency for which epsilon is accounted."""
+
 _REACH = 14.0
 _STEPS_PER_SIGMA = 40
 
@@ -31,6 +37,9 @@ class Privacy:
     `epsilon`, at `delta`, is for what the client really does: fixed-size batches, no amplification by sampling;
     infinite where there is no guarantee (`note` says why). `sampled_epsilon` is what DP-SGD accountants print: the
     same noise as if each batch had been a Poisson sample; None for "client", since the server knows who answered.
+
+    Both hold for zero-out adjacency: the unit's contribution is there, or is zero. `replacement_epsilon` holds where
+    another unit stands in its place, which moves a clipped sum twice as far.
     """
 
     epsilon: float
@@ -39,6 +48,7 @@ class Privacy:
     releases: int  # noised releases that can hold the unit
     sampled_epsilon: float | None = None
     note: str = ""
+    replacement_epsilon: float = math.inf
 
 
 def gaussian_epsilon(noise: float, releases: int, delta: float) -> float:

@@ -27,6 +27,11 @@ class Defense:
     replaces_gradient: ClassVar[bool] = False  # `gradient` passes over what comes before it in the list
     aggregates: ClassVar[bool] = False  # the server sees nothing but the round's sum over all clients
 
+    @property
+    def clips_samples(self) -> bool:
+        """Whether `gradient` asks its `inner` step for one sample at a time, and bounds what it adds."""
+        return False
+
     def check(self, scenario: Scenario) -> None:
         """Refuse (NotApplicable) a scenario this defence cannot apply to, before anything starts."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -70,7 +70,8 @@ def check_defenses(scenario: Scenario) -> None:
 class ClientDefenses:
     """What one client does in one round; `step` is how an undefended one computes a batch's loss and gradient.
 
-    A pure function of its arguments, so that the auditor can recompute what the model was shown.
+    `planted` makes of the step below a defence that clips samples the one that it is to clip. A pure function of
+    its arguments, so that the auditor can recompute what the model was shown.
     """
 
     def __init__(
@@ -80,9 +81,11 @@ class ClientDefenses:
         round: int,
         client: int,
         step: GradientStep = batch_gradient,
+        planted: Callable[[GradientStep], GradientStep] | None = None,
     ) -> None:
         self._defenses = tuple(defenses)
         self._step = step
+        self._planted = planted
         self._generators = [
             torch_rng(seed, "defense", round, client, place) if defense.draws else _UNUSED
             for place, defense in enumerate(self._defenses)
@@ -105,7 +108,8 @@ class ClientDefenses:
         step = self._step
         for defense, generator in zip(self._defenses, self._generators, strict=True):
             if type(defense).gradient is not Defense.gradient:
-                step = partial(defense.gradient, inner=step, generator=generator)
+                below = self._planted(step) if self._planted and defense.clips_samples else step
+                step = partial(defense.gradient, inner=below, generator=generator)
         return step
 
     def update(self, update: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -51,6 +51,11 @@ class ClipNoise(Defense):
     unit: Literal["update", "sample"] = "update"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
+    @property
+    def clips_samples(self) -> bool:
+        """Under unit "sample"."""
+        return self.unit == "sample"
+
     def check(self, scenario: Scenario) -> None:
         """Refuse per-sample gradients of a model whose samples share statistics."""
         if self.unit == "sample" and _mixes_samples(build_model(scenario.model)):
@@ -66,11 +71,14 @@ class ClipNoise(Defense):
         if self.unit == "update":
             return inner(model, images, labels)
         losses: list[Tensor] = []
-        total: tuple[Tensor, ...] | list[Tensor] = ()
+        total: list[Tensor] = []
         for image, label in zip(images.split(1), labels.split(1), strict=True):
             loss, gradient = inner(model, image, label)
-            clipped = self._clip(gradient)
-            total = torch._foreach_add(list(total), clipped) if losses else clipped
+            clipped = self.clipped(gradient)
+            if losses:
+                torch._foreach_add_(total, clipped)
+            else:
+                total = [part.clone() for part in clipped]
             losses.append(loss.detach())
         mean = [(part + self._noise(part, generator)) / len(images) for part in total]
         return torch.stack(losses).mean(), tuple(mean)
@@ -79,7 +87,7 @@ class ClipNoise(Defense):
         """The clipped update with noise; unchanged under unit "sample"."""
         if self.unit == "sample":
             return update
-        clipped = self._clip(list(update.values()))
+        clipped = self.clipped(list(update.values()))
         return {n: t + self._noise(t, generator) for n, t in zip(update, clipped, strict=True)}
 
     def privacy(self, training: TrainingConfig, samples: int, rounds: int, statistics_sent: bool) -> Privacy:
@@ -103,16 +111,18 @@ class ClipNoise(Defense):
         if unit == "sample":
             steps = rounds * training.local_steps
             sampled = sampled_epsilon(rate, self.noise, steps, self.delta)
-        return Privacy(
-            gaussian_epsilon(self.noise, releases, self.delta), self.delta, unit, releases, sampled
+        there_or_zero, replaced = (
+            gaussian_epsilon(s, releases, self.delta) for s in (self.noise, self.noise / 2)
         )
+        return Privacy(there_or_zero, self.delta, unit, releases, sampled, replacement_epsilon=replaced)
 
-    def _clip(self, parts: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    def clipped(self, parts: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+        """The tensors of one contribution, scaled to have at most the clip norm together."""
         if self.clip_norm is None:
             return list(parts)
-        norm = torch.stack([part.detach().double().square().sum() for part in parts]).sum().sqrt()
+        norm = torch.stack(torch._foreach_norm(list(parts))).double().square().sum().sqrt()
         scale = (self.clip_norm / norm.clamp(min=self.clip_norm)).float()
-        return [part * scale for part in parts]
+        return list(torch._foreach_mul(list(parts), scale))
 
     def _noise(self, like: Tensor, generator: Generator) -> Tensor:
         drawn = torch.randn(like.shape, generator=generator)

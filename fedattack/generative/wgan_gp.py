@@ -96,6 +96,12 @@ class WganGp(Task):
 
         return critic_step
 
+    def stepped(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The critic's parameters, none where it stays at home."""
+        assert isinstance(model, Gan)
+        critic = {id(parameter) for parameter in model.critic.parameters()}
+        return {name: one for name, one in trained_parameters(model).items() if id(one) in critic}
+
     def train(
         self,
         model: nn.Module,

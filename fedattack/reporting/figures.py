@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from fedattack.audit.canaries import CanaryAudit
 from fedattack.audit.family import AuditResult
 from fedattack.audit.reconstruction import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
 from fedattack.audit.reconstruction_verdict import COUNTED_DB, RECOVERED_PSNR
@@ -243,6 +244,36 @@ def unlearning_bars(results: Sequence[AuditResult]) -> Figure:
     axes.set_axisbelow(True)
     axes.set_title("What a deletion request costs", fontsize=10, loc="left")
     _legend_right(axes)
+    return figure
+
+
+def canary_scores(found: CanaryAudit) -> Figure:
+    """Histograms of the scores of present and absent canaries, on the scale of the noise agreed on."""
+    figure = Figure(figsize=(7.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    even = found.scores / np.sqrt(found.inclusions_of) / found.noise
+    edges = np.histogram_bin_edges(even, bins=min(40, max(10, round(2 * math.sqrt(found.count)))))
+    for there, colour, hatch, name in ((False, ORANGE, "//", "absent"), (True, BLUE, "", "present")):
+        side = even[found.of_present == there]
+        look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "alpha": 0.7}
+        axes.hist(side, edges.tolist(), label=f"{name} ({len(side):,})", **look)
+    usual = math.sqrt(found.inclusions) / found.noise
+    place, expected = np.linspace(-3.5, usual + 3.5, 300), found.count / 2 * (edges[1] - edges[0])
+    for shift in () if found.through else (0.0, usual):
+        density = np.exp(-0.5 * np.square(place - shift)) / math.sqrt(2 * math.pi)
+        agreed = "under the agreed noise" if shift else None
+        axes.plot(place, expected * density, color="black", linewidth=1.2, linestyle="--", label=agreed)
+    axes.set_xlabel("score, in standard deviations of the agreed noise")
+    axes.set_ylabel("canaries")
+    measured = max(found.bound, found.gaussian_bound)
+    estimate = "" if found.estimate is None else f", estimated {formats.decimal(found.estimate.epsilon, 2)}"
+    axes.set_title(
+        f"epsilon: measured at least {formats.decimal(measured, 2)}{estimate}; "
+        f"accounted {formats.decimal(found.account.epsilon, 2)}",
+        fontsize=10,
+        loc="left",
+    )
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
+from fedattack.audit.canaries import CanaryAudit
 from fedattack.audit.family import AuditResult, by_family, headline
 from fedattack.files import write_bytes
 from fedattack.observation import Reconstruction, observation_name
@@ -58,6 +59,7 @@ def write_results(
     label_counts: Mapping[int, Mapping[int, int]] | None = None,
     notes: Sequence[str] = (),
     left_out: Mapping[str, str] | None = None,
+    canaries: CanaryAudit | None = None,
 ) -> Path:
     """Write records, summary, images, figures and ``report.html`` into a run's folder; the report's path.
 
@@ -73,6 +75,8 @@ def write_results(
         Warnings shown below the verdicts.
     left_out
         Attack -> why it does not apply.
+    canaries
+        What canaries measured of the noise; their scores go into ``canaries.csv``.
 
     Raises
     ------
@@ -97,6 +101,7 @@ def write_results(
             notes=notes,
             pictures=_attack_pictures(folder, results),
             seen=views.seen_views(results),
+            canaries=_canaries(folder, canaries) if canaries else None,
             federation=_federation(folder, federation, label_counts) if federation or label_counts else None,
             command=command or f"fedattack --config {folder.path / 'config.toml'}",
             versions=views.versions(folder.config),
@@ -175,6 +180,26 @@ def _png(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3]).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _canaries(folder: RunFolder, found: CanaryAudit) -> dict[str, Any]:
+    rows = zip(found.of_present.astype(int), found.inclusions_of, found.scores, strict=True)
+    lines = [
+        "present,inclusions,score",
+        *(f"{there},{times:.9g},{score:.9g}" for there, times, score in rows),
+    ]
+    write_bytes(folder.path / "canaries.csv", ("\n".join(lines) + "\n").encode())
+    told = "Scores of canaries that were there, and of those that were not: as they part, so little the noise hides."
+    picture = _figure(
+        folder, "canaries", figures.canary_scores(found), "Histogram of the canaries' scores", told
+    )
+    return {
+        "text": found.text,
+        "broken": found.broken,
+        "rows": found.rows,
+        "remarks": found.remarks,
+        "picture": picture,
+    }
 
 
 def _federation(

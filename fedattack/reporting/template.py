@@ -100,6 +100,19 @@ REPORT = (
 {% endfor %}
 {% endif %}
 
+{% if canaries %}
+<h2>What the noise hides: canaries</h2>
+<p{% if canaries.broken %} class="top leak"{% endif %}>{{ canaries.text }}.</p>
+<div class="scroll"><table>
+<tr><th>epsilon</th><th>value</th><th>most that could be shown</th><th class="words">what it is</th></tr>
+{% for row in canaries.rows %}
+<tr><td>{{ row.name }}</td><td>{{ row.value }}</td><td>{{ row.most }}</td><td class="words">{{ row.what }}</td></tr>
+{% endfor %}
+</table></div>
+<figure><img alt="{{ canaries.picture.alt }}" src="data:image/png;base64,{{ canaries.picture.data }}"><figcaption>{{ canaries.picture.caption }}</figcaption></figure>
+{% for remark in canaries.remarks %}<p class="soft">{{ remark }}.</p>{% endfor %}
+{% endif %}
+
 {% if pictures %}
 <h2>Pictures</h2>
 {% for p in pictures %}

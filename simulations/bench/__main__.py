@@ -32,6 +32,7 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "tensor": "simulations.bench.tensor:run",
         "view": "simulations.bench.view:run",
         "neighbours": "simulations.bench.neighbours:run",
+        "canaries": "simulations.bench.canaries:run",
     },
 )
 

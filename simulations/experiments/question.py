@@ -24,7 +24,7 @@ from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.models import initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, called
 from fedattack.rng import numpy_rng
-from simulations.client_app import drops_out, round_batches
+from simulations.client_app import Workplace, drops_out, round_batches
 from simulations.engine.flower_internals import server_identity
 from strategies import build_strategy
 from strategies.eavesdropper import seeded_sampling
@@ -176,13 +176,17 @@ def per_unit(answer: MembershipScores, groups: Tensor | None) -> MembershipScore
 
 
 def trained_on(config: Config, world: World, rounds: Rounds) -> Ids:
-    """Distinct ids of the samples that clients train on in their rounds, client by client."""
+    """Distinct ids of the samples that clients train on in their rounds, client by client; canaries are none."""
     used: list[Ids] = [np.zeros(0, dtype=np.int64)]
+    canaries = Workplace.of(config, world).canaries
     for client, numbers in rounds.items():
         partition = world.partitions[client]
         batches = [batch for r in numbers for batch in round_batches(config, len(partition), r, client)]
         if batches:
-            used.append(partition[np.unique(np.concatenate(batches))])
+            positions = np.unique(np.concatenate(batches))
+            if canaries is not None:
+                positions = np.setdiff1d(positions, canaries.replaced(client, len(partition)))
+            used.append(partition[positions])
     return np.concatenate(used)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from adversaries import ReconstructionAttack
 from fedattack.audit import AuditResult, audit_reconstruction
 from fedattack.config import Config
+from fedattack.data import World
 from fedattack.defenses import ClientDefenses, build_defenses, hides_clients
-from fedattack.errors import RunFailed
+from fedattack.errors import NotApplicable, RunFailed
 from fedattack.groundtruth import GroundTruth
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
@@ -177,6 +178,15 @@ class ReconstructionExperiment(Experiment):
 
     from_saved = SavedVictims
     attacks: dict[str, ReconstructionAttack]
+
+    @classmethod
+    def check(cls, config: Config, world: World) -> None:
+        """Refuse batches in which canaries stand in the place of images."""
+        if config.canaries.count:
+            raise NotApplicable(
+                f"setting 'canaries.count' = {config.canaries.count}: canaries stand where images would, which "
+                "nobody could rebuild; reconstruct in a run without them"
+            )
 
     def __init__(self, plan: Plan, attacks: Mapping[str, ReconstructionAttack]) -> None:
         super().__init__(plan, attacks)

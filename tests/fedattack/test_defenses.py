@@ -34,6 +34,7 @@ from fedattack.models.classifiers.precode import Bottlenecked
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario
 from fedattack.training import batch_gradient, load_weights, local_update
 from simulations.engine.federation import run_federation
+from simulations.experiments.privacy import privacy_text
 from simulations.pipeline import simulate
 
 MODEL = ModelConfig(name="tiny-cnn", classes=5, channels=1, image_size=8, activation="relu")
@@ -87,6 +88,16 @@ def test_gaussian_epsilon_is_where_the_exact_delta_is_met(noise: float, releases
     mu, epsilon = math.sqrt(releases) / noise, gaussian_epsilon(noise, releases, 1e-5)
     spent = norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu))
     assert spent == pytest.approx(1e-5, rel=1e-6)
+
+
+def test_both_adjacencies_at_noise_one() -> None:
+    account = ClipNoise(noise=1.0).privacy(TrainingConfig(), samples=4, rounds=1, statistics_sent=False)
+    assert account.epsilon == pytest.approx(4.377, abs=5e-4)
+    assert account.replacement_epsilon == pytest.approx(9.997, abs=5e-4)
+    assert privacy_text(account) == (
+        "epsilon 4.38 at delta 1e-05 for all that a client sends there or zero (zero-out), 1 release; "
+        "10.00 where it is replaced by another (replacement)"
+    )
 
 
 def test_no_noise_guarantees_nothing_and_much_noise_everything() -> None:
@@ -170,6 +181,7 @@ def test_what_is_promised() -> None:
     update = ClipNoise(noise=2.0).privacy(training, samples=12, rounds=5, statistics_sent=False)
     assert (update.unit, update.releases, update.sampled_epsilon) == ("client", 5, None)
     assert update.epsilon == gaussian_epsilon(2.0, 5, 1e-5)
+    assert update.replacement_epsilon == gaussian_epsilon(1.0, 5, 1e-5)
     sample = ClipNoise(noise=2.0, unit="sample").privacy(training, 12, 5, False)
     assert (sample.unit, sample.releases) == ("sample", 10)  # 6 steps are 2 epochs of 3 batches
     assert sample.sampled_epsilon == sampled_epsilon(4 / 12, 2.0, 30, 1e-5)
