@@ -29,7 +29,8 @@ class PartialBlackBox(SyntheticAttack):
     iterations : int
         Of Powell's method, each a line search along every axis of the latent.
     evaluations : int
-        Most images that the generator makes for a candidate; one iteration takes some thousand of 32 latents.
+        Most images that the generator makes for a candidate; the paper's search has no such bound, and its ten
+        iterations come to about 4,000 with 32 latents.
     """
 
     access: ClassVar = "latents"
