@@ -26,11 +26,12 @@ from adversaries.membership.synthetic.release import Release
 from adversaries.membership.view import RoundView
 from adversaries.needs import Facts
 from adversaries.refusals import attack_refusals
-from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
+from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import EVERYONE, Candidates, Observation, Scenario
 from simulations.bench.neighbours import run
+from simulations.pipeline import attack_folder, simulate
 
 CPU = torch.device("cpu")
 SYNTHETIC = [name for name in ATTACKS.names() if issubclass(ATTACKS.get(name), SyntheticAttack)]
@@ -409,3 +410,32 @@ def test_images_alone_and_images_of_another_kind(name: str) -> None:
     ):
         with pytest.raises(NotApplicable, match=says):
             attack.about(given, asked, 0, CPU)
+
+
+# ---------------------------------------------------------------------- in a federation
+
+
+def test_a_federation_is_attacked_at_its_end_and_later_from_disk(tmp_path: Path) -> None:
+    """The same scores; attacks on a release read the last round alone, and all scores beside one another."""
+    every, last = ["client-critic", "critic-series"], ["critic", "full-black-box-calibrated", "white-box"]
+    training = (
+        "task=wgan-gp dataset=digits engine=inline clients=3 rounds=2 width=16 local-steps=5 batch-size=8"
+    )
+    named: dict[str, object] = dict(one.split("=") for one in training.split())
+    named |= {"limit": 120, "candidates": 8, "data.nonmembers": 24, "save-observations": True}
+    named |= {"attack": ",".join(every + last), "attack.samples": 60, "attack.iterations": 5}
+
+    def settings(folder: str) -> Config:
+        return Config.from_mapping({**named, "run-dir": str(tmp_path / folder)})
+
+    ran = simulate(settings("run"))
+    assert set(ran.audits) == {*every, *last}
+    truth = tmp_path / "run" / "truth"
+    later = attack_folder(tmp_path / "run" / "observations", settings("later"), truth=truth)
+    for name in (*every, *last):
+        assert later.audits[name].records == ran.audits[name].records
+        for folder in ("run", "later"):
+            kept = {path.stem for path in (tmp_path / folder / "parts" / name).glob("round-*")}
+            assert kept == ({"round-00001", "round-00002"} if name in every else {"round-00002"})
+    assert {r["client"] for r in ran.audits["critic"].records} == {EVERYONE}
+    assert {r["client"] for r in ran.audits["client-critic"].records} == {0, 1, 2}
