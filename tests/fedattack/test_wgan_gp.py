@@ -90,7 +90,7 @@ def test_the_nets_have_the_published_sizes(width: int, generator: int, critic: i
     ]
     images = gan.sample(3, torch.Generator().manual_seed(0))
     assert images.shape == (3, 1, 28, 28)
-    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert 0 <= images.min().item() <= images.max().item() <= 1
     assert gan(images).shape == (3, 1)
     inner = gan.generator.to_8(torch.zeros(1, 4 * width, 4, 4))  # type: ignore[operator]
     assert inner.shape[-1] == 8, "cropped to 7 before it is doubled again"
