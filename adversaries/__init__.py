@@ -69,8 +69,18 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "ascent": "adversaries.membership.active.ascent:Ascent",
         "isolating": "adversaries.membership.active.isolating:Isolating",
         "client-critic": "adversaries.membership.updates.client_critic:ClientCritic",
+        "critic-series": "adversaries.membership.updates.critic_series:CriticSeries",
         "critic": "adversaries.membership.synthetic.critic:Critic",
         "full-black-box": "adversaries.membership.synthetic.full_black_box:FullBlackBox",
+        "full-black-box-calibrated": "adversaries.membership.synthetic.full_black_box:CalibratedFullBlackBox",
+        "partial-black-box": "adversaries.membership.synthetic.partial_black_box:PartialBlackBox",
+        "partial-black-box-calibrated": (
+            "adversaries.membership.synthetic.partial_black_box:CalibratedPartialBlackBox"
+        ),
+        "white-box": "adversaries.membership.synthetic.white_box:WhiteBox",
+        "white-box-calibrated": "adversaries.membership.synthetic.white_box:CalibratedWhiteBox",
+        "monte-carlo": "adversaries.membership.synthetic.monte_carlo:MonteCarlo",
+        "domias": "adversaries.membership.synthetic.domias:Domias",
         "unlearn-max-loss": "adversaries.unlearning.max_loss:MaxLoss",
     },
     group="fedattack.attacks",

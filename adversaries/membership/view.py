@@ -13,7 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.per_sample import HELD, Gradients, gram, products
-from adversaries.membership.synthetic.release import Release, released, with_reference
+from adversaries.membership.synthetic.release import (
+    Release,
+    reference_weights,
+    released,
+    with_reference,
+)
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Candidates, Observation
@@ -89,6 +94,7 @@ class RoundView:
         self._found: dict[bool, tuple[Tensor, Tensor]] = {}
         self._grams: dict[int, Tensor] = {}
         self._releases: dict[tuple[int, bool], Release] = {}
+        self._reference: dict[str, Tensor] = {}
 
     @property
     def round(self) -> int:
@@ -128,6 +134,11 @@ class RoundView:
     def public_logits(self, which: Which) -> Tensor:
         """Answers of a model to the public samples, float32 (P, classes)."""
         return self._answers(which, public=True)
+
+    def critic(self, which: Which) -> Tensor:
+        """Scores of a model's critic for the candidates, with mean 0 and deviation 1 over them, float64 (N,)."""
+        scores = self.logits(which)[:, 0].double()
+        return (scores - scores.mean()) / scores.std(correction=0).clamp_min(1e-12)
 
     def losses(self, which: Which) -> Tensor:
         """Cross-entropies of the candidates under a model, float64 (N,)."""
@@ -184,8 +195,11 @@ class RoundView:
             self._releases[count, False] = replace(found, public=None if public is None else public.images)
         if calibrated and (count, True) not in self._releases:
             plain = self._releases[count, False]
-            settings = first.scenario, self.round, seed, self.device
-            self._releases[count, True] = with_reference(plain, *settings)
+            self._reference = self._reference or reference_weights(
+                plain.public, first.scenario, self.round, seed, self.device
+            )
+            found = with_reference(plain, first.scenario, self._reference, seed, self.device)
+            self._releases[count, True] = found
         return self._releases[count, calibrated]
 
     def equations(self, client: int) -> tuple[Tensor, Tensor]:

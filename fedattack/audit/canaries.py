@@ -90,9 +90,9 @@ class CanaryAudit:
     """What the canaries show, beside what is accounted.
 
     `bound` holds for any mechanism, `gaussian_bound` for Gaussian noise, both at 95 %, beside their ceilings, the
-    largest value that so many canaries could show; `estimate` is no bound. `view` is the epsilon of the agreed noise
-    in what the server saw of the canaries: less than `account` where it saw sums, or not every release could hold
-    them. `response` is by how much of what was expected a present canary raised its score.
+    largest value that so many canaries could show; `estimate` is no bound, but for its `least`. `view` is the
+    epsilon of the agreed noise in what the server saw of the canaries: less than `account` where it saw sums, or not
+    every release could hold them. `response` is by how much of what was expected a present canary raised its score.
     """
 
     kind: str
@@ -121,10 +121,20 @@ class CanaryAudit:
     def broken(self) -> bool:
         """Whether a bound lies above what is accounted.
 
-        The two bounds grow with the number of right guesses and depend on nothing else, so that no correction for
-        looking at both is due.
+        The two bounds by guesses grow with the number of right ones and depend on nothing else, so that no
+        correction for looking at both is due; that of normal scores errs once in a thousand runs.
         """
-        return max(self.bound, self.gaussian_bound) > self.account.epsilon
+        return self.least > self.account.epsilon
+
+    @property
+    def normal_bound(self) -> float:
+        """For Gaussian noise seen through what is linear, at 99.9 %; 0 for anything else."""
+        return 0.0 if self.through or self.estimate is None else self.estimate.least
+
+    @property
+    def least(self) -> float:
+        """The largest bound."""
+        return max(self.bound, self.gaussian_bound, self.normal_bound)
 
     @property
     def adjacency(self) -> str:
@@ -142,6 +152,8 @@ class CanaryAudit:
         measured += f"any mechanism (at most {of}), at 95 %"
         if self.estimate is not None:
             e = self.estimate
+            if self.normal_bound:
+                measured += f", {formats.decimal(self.normal_bound, 2)} for Gaussian noise at 99.9 %"
             measured += f"; estimated {formats.decimal(e.epsilon, 2)} "
             measured += f"[{formats.decimal(e.low, 2)}, {formats.decimal(e.high, 2)}]"
         accounted = f"accounted {formats.decimal(self.account.epsilon, 2)} at {self.adjacency}"
@@ -153,9 +165,8 @@ class CanaryAudit:
         """What a broken guarantee is told by; empty where there is none."""
         if not self.broken:
             return ""
-        least = max(self.bound, self.gaussian_bound)
         return (
-            f"broken guarantee: canaries show epsilon {formats.decimal(least, 2)} or more, where "
+            f"broken guarantee: canaries show epsilon {formats.decimal(self.least, 2)} or more, where "
             f"{formats.decimal(self.account.epsilon, 2)} is accounted, at {self.adjacency}"
         )
 
@@ -179,7 +190,8 @@ class CanaryAudit:
         if self.account.note:
             told.append(f"nothing is guaranteed: {self.account.note}")
         elif self.gaussian_ceiling < self.account.epsilon:
-            told.append("so few canaries could not show a broken guarantee, whatever the noise was")
+            text = "guesses about so few canaries could not show a broken guarantee, whatever the noise was"
+            told.append(text + ("; normal scores could" if self.normal_bound else ""))
         if self.kind == "client":
             told.append(
                 "canary clients' replies are part of the global model, which learns from the others only"
@@ -216,6 +228,9 @@ class CanaryAudit:
             found.insert(
                 2, ("in the server's view", self.view, None, "the agreed noise, in what the server saw")
             )
+        if self.normal_bound:
+            what = "shown at 99.9 %, if noise is Gaussian, by how far present and absent lie apart"
+            found.append(("bound, normal scores", self.normal_bound, None, what))
         if e is not None:
             ends = f"[{formats.decimal(e.low, 2)}, {formats.decimal(e.high, 2)}]"
             found.append(("estimate", e.epsilon, None, f"no bound; 95 % interval {ends}"))

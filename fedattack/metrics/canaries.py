@@ -94,7 +94,8 @@ def shift_epsilon(mu: float, delta: float) -> float:
 class GaussianEstimate:
     """`mu`, by how many deviations of the noise a canary shifts its score, and epsilon; both with 95 % ends.
 
-    An estimate and no bound: the true epsilon may lie on either side.
+    An estimate and no bound: the true epsilon may lie on either side. `least`, which the true one falls short of in
+    one run in a thousand, is a bound where scores are normal, as Gaussian noise makes them.
     """
 
     mu: float
@@ -102,6 +103,7 @@ class GaussianEstimate:
     epsilon: float
     low: float
     high: float
+    least: float
 
 
 def gaussian_estimate(
@@ -140,8 +142,14 @@ def gaussian_estimate(
     mu = (means[0] - means[1]) * math.sqrt(typical) / deviation
     error = math.sqrt(typical * spread + mu * mu / (2 * (len(scores) - 2)))
     reach = float(ndtri(0.975)) * error
-    ends = [shift_epsilon(mu + sign * reach, delta) for sign in (-1, 1)]
-    return GaussianEstimate(mu, error, shift_epsilon(mu, delta), *ends)
+    low, high = (shift_epsilon(mu + sign * reach, delta) for sign in (-1, 1))
+    # of normal scores the distance is noncentral t
+    unit, freedom = math.sqrt(typical * spread), len(scores) - 2
+    span = 8 * error / unit + 1
+    least = brentq(lambda c: stats.nct.sf(mu / unit, freedom, c) - 1e-3, mu / unit - span, mu / unit + span)
+    return GaussianEstimate(
+        mu, error, shift_epsilon(mu, delta), low, high, shift_epsilon(least * unit, delta)
+    )
 
 
 def guessed(count: int, share: float) -> int:

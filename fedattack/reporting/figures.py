@@ -265,7 +265,7 @@ def canary_scores(found: CanaryAudit) -> Figure:
         axes.plot(place, expected * density, color="black", linewidth=1.2, linestyle="--", label=agreed)
     axes.set_xlabel("score, in standard deviations of the agreed noise")
     axes.set_ylabel("canaries")
-    measured = max(found.bound, found.gaussian_bound)
+    measured = found.least
     estimate = "" if found.estimate is None else f", estimated {formats.decimal(found.estimate.epsilon, 2)}"
     axes.set_title(
         f"epsilon: measured at least {formats.decimal(measured, 2)}{estimate}; "

@@ -31,6 +31,7 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "soak": "simulations.bench.soak:run",
         "tensor": "simulations.bench.tensor:run",
         "view": "simulations.bench.view:run",
+        "neighbours": "simulations.bench.neighbours:run",
         "canaries": "simulations.bench.canaries:run",
     },
 )

@@ -53,7 +53,9 @@ class SavedMembership(SavedWork):
             self._watch = Watch(self.config, self.folder, self.attacks, seat, setting, self.shown)
             self._hidden = hides_clients(first.scenario.defense)
         self._seen |= {o.client for o in observations}
-        self._watch.show(observations, load_global_model(self.saved, first.round), list(self.attacks))
+        last = first.round == self._rounds[-1]
+        shown = [name for name, attack in self.attacks.items() if last or attack.watches == "every"]
+        self._watch.show(observations, load_global_model(self.saved, first.round), shown)
 
     def collect(self) -> None:
         assert self._watch is not None, "there is no folder without an observation"

@@ -160,6 +160,7 @@ FACTS = Facts(
     references=MODELS,
     people=True,
 )
+BRIEF = {"samples": 50, "evaluations": 20}
 TRAINING = TrainingConfig(protocol="fedavg", batch_size=0, local_steps=3, learning_rate=0.2)
 GRADIENT = TrainingConfig(batch_size=0)
 GENERATOR = TRAINING.model_copy(update={"task": "wgan-gp", "local_steps": 5, "learning_rate": 0.01})
@@ -171,8 +172,9 @@ def membership_attacks() -> list[str]:
 
 
 def membership_attack(name: str) -> MembershipAttack:
-    """The attack with its default settings."""
-    attack = ATTACKS.get(name)()
+    """The attack with its default settings, but for what would take long."""
+    settings = {key: value for key, value in BRIEF.items() if key in plugin_options(ATTACKS.get(name))}
+    attack = ATTACKS.get(name)(**settings)
     assert isinstance(attack, MembershipAttack)
     return attack
 

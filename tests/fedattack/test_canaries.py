@@ -18,6 +18,7 @@ from fedattack.defenses import ClientDefenses
 from fedattack.defenses.accounting import Privacy, gaussian_epsilon
 from fedattack.defenses.clip_noise import ClipNoise
 from fedattack.errors import ConfigError, RunFailed
+from fedattack.metrics.canaries import gaussian_estimate, shift_epsilon
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Update
 from fedattack.rng import numpy_rng
@@ -208,7 +209,7 @@ def test_only_a_bound_breaks_a_guarantee() -> None:
     broken = audited(2.0, 1.0)
     assert broken.broken
     assert broken.text.startswith("BROKEN GUARANTEE")
-    assert f"{broken.gaussian_bound:.2f} or more, where 4.38 is accounted" in broken.headline
+    assert f"{broken.least:.2f} or more, where 4.38 is accounted" in broken.headline
     few = audited(1.6, 1.0, 60)  # the estimate lies above, the bounds cannot
     assert few.estimate.epsilon > few.account.epsilon > few.gaussian_ceiling
     assert not few.broken
@@ -234,3 +235,20 @@ def test_canaries_in_no_update_do_not_count() -> None:
     assert audit is not None
     assert (audit.count, audit.planted, audit.guesses) == (6, 10, 2)
     assert "4 canaries were in no update" in audit.remarks
+
+
+def test_how_far_normal_scores_lie_apart_is_a_bound() -> None:
+    """Hardly ever above what is accounted under the agreed noise; under half of it, where guesses cannot be, so."""
+    halved = audited(4.0, 0.5, 2000)
+    assert halved.gaussian_ceiling < halved.account.epsilon
+    assert halved.broken
+    assert halved.normal_bound == pytest.approx(
+        shift_epsilon(4 - 3.09 * halved.estimate.error, 1e-5), rel=0.01
+    )
+    rng, above = np.random.default_rng(8), 0
+    for _ in range(1000):
+        present = rng.random(60) < 0.5
+        found = gaussian_estimate(present + rng.standard_normal(60) / 2, present, np.ones(60), 1e-5)
+        assert found is not None
+        above += found.least > shift_epsilon(2.0, 1e-5)
+    assert above <= 5  # 1 is expected; more than 5 would come once in a thousand times

@@ -14,6 +14,7 @@ from simulations.engine.federation import FederationResult, run_federation
 from simulations.experiments.base import Plan
 from simulations.experiments.choose import choose_attacks
 from simulations.experiments.membership import MembershipExperiment
+from simulations.experiments.privacy import CanaryWatch
 from simulations.pipeline import _train, logging_to
 from simulations.progress import stages
 
@@ -29,7 +30,7 @@ def audited(
     with logging_to(folder), stages(console or Console(quiet=True)) as shown:
         plan = Plan(config, build_world(config), folder, shown)
         found = MembershipExperiment(plan, attacks)
-        federation = _train(plan, [found], attacks, federate, [])
+        federation = _train(plan, [found], attacks, federate, [], CanaryWatch(config, plan.world))
         found.collect()
         audits = found.audit(federation)
         for name, error in found.failed.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -18,10 +18,13 @@ from adversaries.membership.view import RoundView
 from adversaries.needs import Needs
 from adversaries.seats import CuriousServer
 from fedattack.errors import NotApplicable
-from fedattack.observation import MembershipScores
+from fedattack.observation import MembershipScores, Scenario
 
 Access = Literal["samples", "latents", "generator", "critic"]
 """Of a release: its images; the latents they were made from, and more of both; its gradients; its critic."""
+
+LEAST_PUBLIC = 2
+"""Public images without which there is no reference."""
 
 
 @dataclass
@@ -37,10 +40,11 @@ class SyntheticAttack(CuriousServer, MembershipAttack):
         Images drawn from the generator.
     calibrated : bool
         Whether the score is less that of a reference release: images of a generator that the adversary trains, as
-        the federation did, on its public images (Chen et al., GAN-Leaks, CCS 2020, section 4.4).
+        the federation did, on its public images (Chen et al., GAN-Leaks, CCS 2020, section 4.4). Says how much nearer
+        an image is than it would be to anybody's generator.
     """
 
-    needs: ClassVar[Needs] = Needs(held_out=True, about="anybody", sums="any", trains="generate")
+    needs: ClassVar[Needs] = Needs(held_out=True, about="anybody", trains="generate")
     access: ClassVar[Access] = "samples"
     watches: ClassVar[Literal["every", "last"]] = "last"
 
@@ -56,16 +60,31 @@ class SyntheticAttack(CuriousServer, MembershipAttack):
         """
 
     def about(self, release: Release, images: Tensor, seed: int, device: torch.device) -> Tensor:
-        """:meth:`judge`, calibrated where that is asked for."""
-        known = {"samples": release.images, "latents": release.latents}
-        if known.get(self.access, getattr(release, self.access, None)) is None:
-            raise NotApplicable(f"needs the {self.access} of what is released, which holds images alone")
+        """:meth:`judge`, calibrated where that is asked for; NotApplicable also by :meth:`Release.check`."""
+        parts = {
+            "samples": ("images",),
+            "latents": ("latents", "generator"),
+            "generator": ("latents", "generator"),
+        }
+        if lacking := [
+            part for part in parts.get(self.access, ("critic",)) if getattr(release, part) is None
+        ]:
+            raise NotApplicable(
+                f"needs the {' and the '.join(lacking)} of what is released, where they are not; use an attack on "
+                "images alone, such as full-black-box"
+            )
+        release.check(images)
         found = self.judge(release, images, seed, device)
         if self.calibrated:
             if release.reference is None:
                 raise NotApplicable("calibrated: no reference generator; grant public images, or a reference")
             found = found - self.judge(release.reference, images, seed, device)
         return found
+
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """With public images for the reference, where scores are calibrated."""
+        least = max(self.needs.auxiliary, LEAST_PUBLIC if self.calibrated else 0)
+        return replace(self.needs, auxiliary=least)
 
     def watch(self, view: RoundView, seed: int) -> Figures:
         """``scores``, float64 (N,)."""

@@ -14,7 +14,7 @@ from adversaries.membership.synthetic.release import Release
 
 @dataclass
 class Critic(SyntheticAttack):
-    """LOGAN, white-box: the critic's score (Hayes, Melis, Danezis and De Cristofaro, LOGAN, PoPETs 2019)."""
+    """LOGAN, white-box: the critic's score (Hayes et al., PoPETs 2019). Needs a critic that was sent."""
 
     needs = replace(SyntheticAttack.needs, critic=True)
     access: ClassVar = "critic"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from adversaries.membership.synthetic.neighbours import nearest
 from fedattack.errors import NotApplicable
 from fedattack.generative.nets import Gan
 from fedattack.models import build_model, initial_weights
@@ -39,6 +40,50 @@ class Release:
     critic: nn.Module | None = None
     public: Tensor | None = None
     reference: Release | None = None
+
+    def start(self, images: Tensor) -> tuple[nn.Module, Tensor]:
+        """The generator, and the latent of the synthetic image nearest to each of `images`, where these are."""
+        assert self.generator is not None
+        assert self.latents is not None
+        places = nearest(self.images, images, 1, images.device)[1][:, 0]
+        return self.generator, self.latents[places].to(images.device)
+
+    def check(self, images: Tensor, name: str = "candidates") -> None:
+        """NotApplicable where `images` are not of the size and the scale of the release's, or either are broken."""
+        known = {"synthetic images": self.images, name: images}
+        if self.public is not None:
+            known["public images"] = self.public
+        if self.reference is not None:
+            known["reference images"] = self.reference.images
+        for what, some in known.items():
+            if some.dim() != 4 or not len(some):
+                raise NotApplicable(
+                    f"{what}: shape {tuple(some.shape)}; accepted: (count, channels, height, width), at least one"
+                )
+            if not bool(some.isfinite().all()):
+                raise NotApplicable(f"{what}: pixels hold NaN or infinite values")
+            low, high = float(some.min()), float(some.max())
+            if low < 0 or high > 1:
+                raise NotApplicable(
+                    f"{what}: pixels from {low:g} to {high:g}; accepted: 0 to 1, as all images are"
+                )
+            if some.shape[1:] != self.images.shape[1:]:
+                (c, h, w), (cs, hs, ws) = some.shape[1:], self.images.shape[1:]
+                raise NotApplicable(
+                    f"{what}: {c} x {h} x {w} (channels, height, width), and synthetic images {cs} x {hs} x {ws}; "
+                    "bring all to one size"
+                )
+        brightest = {what: float(some.max()) for what, some in known.items()}
+        dark, bright = min(brightest, key=brightest.__getitem__), max(brightest.values())
+        if 0 < brightest[dark] < bright / _DARKER:
+            raise NotApplicable(
+                f"{dark}: no pixel above {brightest[dark]:g}, and elsewhere up to {bright:g}: another scale; bring "
+                "all to 0 to 1"
+            )
+
+
+_DARKER = 100
+"""Times darker than others that images are of another scale (0 to 1 was divided by 255 once more)."""
 
 
 @torch.no_grad()
@@ -74,13 +119,19 @@ def trained_on(
     return weights
 
 
-def with_reference(
-    release: Release, scenario: Scenario, rounds: int, seed: int, device: torch.device
-) -> Release:
-    """The release with as many images of a reference generator; NotApplicable without public images."""
-    public = release.public
+def reference_weights(
+    public: Tensor | None, scenario: Scenario, rounds: int, seed: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Weights of a reference generator; NotApplicable without public images."""
     if public is None or not len(public):
         raise NotApplicable("calibrated: no public images are granted; raise setting 'data.auxiliary_size'")
-    seed = adversary_seed(seed, "reference generator")
-    weights = trained_on(public, scenario, rounds, seed, device)
-    return replace(release, reference=released(scenario, weights, len(release.images), seed, device))
+    return trained_on(public, scenario, rounds, adversary_seed(seed, "reference generator"), device)
+
+
+def with_reference(
+    release: Release, scenario: Scenario, weights: Mapping[str, Tensor], seed: int, device: torch.device
+) -> Release:
+    """The release with as many images of the reference generator of `weights`."""
+    seed = adversary_seed(seed, "reference images")
+    reference = released(scenario, weights, len(release.images), seed, device)
+    return replace(release, reference=replace(reference, public=release.public))

@@ -25,8 +25,7 @@ class ClientCritic(RoundStatistic):
 
     def measure(self, view: RoundView) -> Tensor:
         """The differences, (K, N)."""
-        scores = torch.stack([view.logits(client)[:, 0].double() for client in view.clients])
-        scores = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp_min(1e-12)
+        scores = torch.stack([view.critic(client) for client in view.clients])
         if len(scores) < 2:
             return scores
         return scores - (scores.sum(0) - scores) / (len(scores) - 1)
