@@ -44,7 +44,7 @@ def energy_distance(one: Tensor, other: Tensor) -> float:
 
     Zero where both come from one distribution, and for no others (Székely and Rizzo, Energy statistics, 2013).
     """
-    one, other = one.flatten(1).double(), other.flatten(1).double()
+    one, other = (images.flatten(1).cpu().double() for images in (one, other))  # not every device has float64
     within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (one, other)]
     return float(2 * torch.cdist(one, other).mean() - sum(within))
 

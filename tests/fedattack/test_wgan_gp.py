@@ -72,8 +72,8 @@ def test_a_linear_critic_has_a_closed_form() -> None:
     loss, gp = critic_loss(critic, real, fake, torch.rand(5, generator=draws, dtype=torch.float64), 10.0)
     slope, bias = torch.autograd.grad(loss, [weight, critic[1].bias])
     length, apart = weight.detach().norm(), (fake - real).flatten(1).mean(0)
-    assert float(gp) == pytest.approx(float((length - 1) ** 2), rel=1e-12)
-    assert float(loss) == pytest.approx(float(weight.detach()[0] @ apart + 10 * (length - 1) ** 2), rel=1e-12)
+    assert gp.item() == pytest.approx(float((length - 1) ** 2), rel=1e-12)
+    assert loss.item() == pytest.approx(float(weight.detach()[0] @ apart + 10 * (length - 1) ** 2), rel=1e-12)
     torch.testing.assert_close(slope[0], apart + 20 * (length - 1) / length * weight.detach()[0])
     assert float(bias) == 0.0
 
@@ -90,7 +90,7 @@ def test_the_nets_have_the_published_sizes(width: int, generator: int, critic: i
     ]
     images = gan.sample(3, torch.Generator().manual_seed(0))
     assert images.shape == (3, 1, 28, 28)
-    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert 0 <= images.min().item() <= images.max().item() <= 1
     assert gan(images).shape == (3, 1)
     inner = gan.generator.to_8(torch.zeros(1, 4 * width, 4, 4))  # type: ignore[operator]
     assert inner.shape[-1] == 8, "cropped to 7 before it is doubled again"
@@ -131,7 +131,7 @@ def test_gradients_of_single_samples_are_those_of_batches_of_one(name: str) -> N
         one = [x[place : place + 1] for x in (images, made, alpha)]
         loss, _ = critic_loss(gan.critic, *one, 10.0)  # type: ignore[arg-type]
         wanted = torch.autograd.grad(loss, list(gan.critic.parameters()))
-        assert float(losses[place]) == pytest.approx(float(loss), rel=1e-5)
+        assert losses[place].item() == pytest.approx(loss.item(), rel=1e-5)
         for found, right in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(found[place], right, rtol=1e-4, atol=1e-6)
 
