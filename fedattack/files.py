@@ -6,8 +6,9 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import save
@@ -26,13 +27,20 @@ _REASONS = {
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file whole or not at all (RunFailed): to a temporary neighbour first, then renamed."""
+    with whole_file(path, sum(memoryview(part).nbytes for part in parts)) as stream:
+        for part in parts:
+            stream.write(part)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, size: int) -> Iterator[IO[bytes]]:
+    """Stream into a file that is there when the block is over, or not at all (RunFailed); `size`: in bytes, about."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as stream:
-                for part in parts:
-                    stream.write(part)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
@@ -41,7 +49,7 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
                 temporary.unlink()
             raise
     except OSError as error:
-        raise cannot_write(path, error, sum(memoryview(part).nbytes for part in parts)) from error
+        raise cannot_write(path, error, size) from error
 
 
 def cannot_write(path: Path, error: OSError, size: int) -> RunFailed:

@@ -50,6 +50,15 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in named if name != first[id(parameter)]}
 
 
+@runtime_checkable
+class PerSample(Protocol):
+    """A :data:`GradientStep` that can take a batch's samples apart, quicker than one after the other."""
+
+    def per_sample(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        """Each sample's own loss, (n,), and gradient, a tensor (n, ...) for each parameter."""
+        ...
+
+
 @dataclass(frozen=True)
 class LocalResult:
     """What local training leaves."""
@@ -68,6 +77,10 @@ class Task(ABC):
     """Which attacks can apply (:attr:`adversaries.needs.Needs.trains`)."""
     figures: ClassVar[tuple[str, ...]] = ("loss",)
     """Names of what :meth:`measure` answers; "loss" is one of them."""
+    called: ClassVar[tuple[str, str]] = ("test loss", "training loss")
+    """What people call "loss" on held-out samples, and the loss that clients report."""
+    proximal: ClassVar[bool] = False
+    """Whether :meth:`step` is the gradient of all that is sent, so that a client can add a proximal term's to it."""
 
     def check(self, scenario: Scenario) -> None:
         """Refuse (ConfigError), before anything starts, settings that the task cannot work with."""

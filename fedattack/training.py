@@ -14,8 +14,8 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from fedattack.config import ModelConfig, TrainingConfig
-from fedattack.errors import DataError, RunFailed
+from fedattack.config import GanConfig, ModelConfig, TrainingConfig
+from fedattack.errors import ConfigError, DataError, RunFailed
 from fedattack.observation import Scenario, UpdateKind
 from fedattack.rng import numpy_rng
 from fedattack.task import (
@@ -69,6 +69,8 @@ def training_mode(model: nn.Module, batch_norm: Literal["train", "eval"]) -> nn.
 class LossTask(Task):
     """Minimise one loss by SGD; a subclass brings :meth:`loss`, :meth:`measure` and :meth:`output`."""
 
+    proximal = True
+
     @abstractmethod
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of one batch with its graph, a scalar."""
@@ -103,6 +105,15 @@ class Classify(LossTask):
     """Tell the class of an image: cross-entropy and the share of right answers."""
 
     figures = ("loss", "accuracy")
+
+    def model(self, model: ModelConfig, gan: GanConfig) -> ModelConfig:
+        """Itself; ConfigError for a generator and its critic, which tell no classes."""
+        if model.name.startswith("wgan-gp"):
+            raise ConfigError(
+                f"setting 'model.name' = {model.name!r}: a generator and a critic, which tell no classes; use --task "
+                "wgan-gp, or a classifier"
+            )
+        return model
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The :func:`fedattack.task.objective` of the model's logits."""
@@ -227,7 +238,9 @@ def evaluate(
     device = next(model.parameters()).device
     total = dict.fromkeys(task.figures, 0.0)
     with torch.inference_mode():
-        for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        # in parts of one size: a last part of one image would have no figure that needs two
+        parts = -(-len(labels) // batch_size)
+        for some, truth in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
             for name, figure in task.measure(model, some.to(device), truth.to(device)).items():
                 total[name] += figure
     return {name: figure / len(labels) for name, figure in total.items()}

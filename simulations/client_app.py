@@ -263,6 +263,8 @@ def train(message: Message, context: Context) -> Message:
         result = place.task.train(
             place.model, weights, shown, labels, steps, place.scenario, defended.gradient, draws, known
         )
+    elif not place.task.proximal:
+        raise ConfigError(no_proximal_term(place.config))
     else:
         result = _train_proximal(place, weights, shown, labels, steps, mu, defended.gradient)
     trained = place.canaries.update(client, result.update) if place.canaries else result.update
@@ -286,6 +288,14 @@ def train(message: Message, context: Context) -> Message:
         {wire.NUM_EXAMPLES: result.num_examples, wire.TRAIN_LOSS: result.loss, wire.PARTITION: client}
     )
     return Message(LightRecords({wire.UPDATE: LightArrays(reply), wire.METRICS: metrics}), reply_to=message)
+
+
+def no_proximal_term(config: Config) -> str:
+    """Why a task whose clients do not minimise one loss cannot have FedProx's term."""
+    return (
+        f"setting 'federation.strategy' = {config.federation.strategy!r}: adds a proximal term to one loss, and task "
+        f"{config.training.task!r} has two; use fedavg or a server optimiser"
+    )
 
 
 def _train_proximal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import logging
@@ -26,12 +27,14 @@ from fedattack.defenses import check_defenses
 from fedattack.errors import ConfigError, FedattackError, RunFailed
 from fedattack.files import cannot_write
 from fedattack.observation import Auxiliary, Observation, Scenario
+from fedattack.reporting import formats
 from fedattack.reporting.report import write_answers, write_results
 from fedattack.reporting.terminal import print_summary
 from fedattack.storage import RunFolder
 from fedattack.storage import load_observations as read_observations
 from fedattack.storage.observations import observed_rounds, safe_name
 from fedattack.storage.records import summary_document
+from fedattack.task import task_of
 from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.ray_session import ray_session
 from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, SavedWork, by_family, open_experiments
@@ -44,6 +47,7 @@ from simulations.experiments.choose import (
 )
 from simulations.experiments.executor import choose_device, reason
 from simulations.experiments.privacy import CanaryWatch, privacy_accounts, privacy_record
+from simulations.generators import Generators
 from simulations.progress import Stages, stages
 
 # A run has its own progress bars and table; Flower's lines between them would say the same again.
@@ -133,7 +137,8 @@ def simulate(
     scored: dict[str, AuditResult] = {}
     failed: dict[str, BaseException] = {}
     ended: RunFailed | None = None
-    with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
+    with open_run_folder(config, console) as (folder, shown), ExitStack() as stack:
+        generators = Generators(config, world, folder)
         folder.save_part("world", world_record(world))
         for note in notes:
             shown.say(note, folder)
@@ -142,7 +147,7 @@ def simulate(
         for experiment in experiments:
             stack.callback(experiment.close)
         try:
-            federation = _train(plan, experiments, attacks, federate, rounds, canaries)
+            federation = _train(plan, experiments, attacks, federate, rounds, canaries, generators)
         except RunFailed as error:  # what was seen until then can be told
             ended = error
             federation = FederationResult({}, rounds, [])
@@ -161,18 +166,29 @@ def simulate(
             raise ended or (first if isinstance(first, FedattackError) else RunFailed(late[0])) from first
         for note in late:
             shown.say(note, folder)
-    results = _with_threats(scored, attacks, world.scenario, world.auxiliary)
+    results = with_threats(scored, attacks, world.scenario, world.auxiliary)
     figures = federation_figures(config, world, federation)
     measured = canaries.audit(federation.rounds)
     if measured is not None:
         figures["canaries"] = measured.record()
     notes = [*([world.dataset.note] if world.dataset.note else []), *notes, *late]
-    more: dict[str, Any] = {"notes": notes, "label_counts": label_counts(world), "canaries": measured}
-    _report(console, folder, results, figures, command, left_out, **more)
+    more: dict[str, Any] = {"label_counts": label_counts(world), "canaries": measured}
+    made = generators.finish("; ".join(f"{n}: {one['text']}" for n, one in figures["privacy"].items()))
+    if made is not None:
+        more["generated"] = made.images
+        if made.diversity is not None:
+            figures["generator"] = dataclasses.asdict(made.diversity)
+            figures["images of the generator"] = made.diversity.text
+            notes += [f"warning: {made.diversity.text}"] if made.diversity.collapsed else []
+    more["notes"] = notes
+    report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():
         console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
     if measured is not None:
         console.print(measured.text, style="bold red" if measured.broken else "", highlight=False)
+    if made is not None:
+        told = "" if made.diversity is None else made.diversity.text
+        console.print(f"generator [bold]{made.path}[/]  {told}", highlight=False, soft_wrap=True)
     if ended is not None:
         raise ended
     answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
@@ -222,7 +238,7 @@ def attack_folder(
     scored: dict[str, AuditResult] = {}
     answers: dict[str, dict[str, Any]] = {}
     failed: dict[str, BaseException] = {}
-    with _run_folder(config, console) as (folder, shown), ExitStack() as stack:
+    with open_run_folder(config, console) as (folder, shown), ExitStack() as stack:
         told = {"folder": str(saved.resolve())}
         if (earlier := folder.load_part("observations")) not in (None, told):
             what = f"holds attacks on {dict(earlier or {}).get('folder')}; give another folder"
@@ -251,9 +267,9 @@ def attack_folder(
             raise error if isinstance(error, FedattackError) else RunFailed(late[0]) from error
         for note in late:
             shown.say(note, folder)
-    results = _with_threats(scored, attacks, first.scenario, first.auxiliary)
+    results = with_threats(scored, attacks, first.scenario, first.auxiliary)
     if results:
-        _report(console, folder, results, None, command, left_out, notes=[*notes, *late])
+        report(console, folder, results, None, command, left_out, notes=[*notes, *late])
     else:
         write_answers(folder, answers)
         left = " and ".join(dict.fromkeys(work.left for work in works))
@@ -264,7 +280,7 @@ def attack_folder(
 
 
 @contextmanager
-def _run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, Stages]]:
+def open_run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, Stages]]:
     """The run's folder, with its log, the Ray session that the engine needs, and the progress bars."""
     folder = RunFolder.create(run_directory(config), config)
     console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
@@ -273,7 +289,7 @@ def _run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, S
         yield folder, shown
 
 
-def _with_threats(
+def with_threats(
     scored: Mapping[str, AuditResult],
     attacks: Mapping[str, Attack],
     scenario: Scenario,
@@ -284,7 +300,7 @@ def _with_threats(
     return [replace(scored[name], threat=threats[name]) for name in attacks if name in scored]
 
 
-def _report(
+def report(
     console: Console,
     folder: RunFolder,
     results: Sequence[AuditResult],
@@ -339,6 +355,7 @@ def _train(
     federate: Callable[..., FederationResult],
     rounds: list[RoundRecord],
     canaries: CanaryWatch,
+    generators: Generators,
 ) -> FederationResult:
     """Train; hand each round's observations to those who look while the rounds go on, and note the rounds."""
     total = plan.config.federation.rounds
@@ -355,6 +372,8 @@ def _train(
         for client, why in (*record.rejected, *record.failed):
             plan.folder.log(f"round {record.round}: reply of client {client} not used: {why}")
         accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.1%}"
+        if generators.watches and record.loss is not None:
+            accuracy = f", {task_of(plan.world.scenario).called[0]} {formats.compact(record.loss)}"
         plan.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
         plan.shown("federation", record.round / total, f"round {record.round} of {total}{accuracy}")
         canaries.after_round(record)
@@ -362,6 +381,7 @@ def _train(
             experiment.after_round(record)
 
     def global_model(round: int, weights: dict[str, Tensor]) -> None:
+        generators.after_round(round, weights)
         for experiment in experiments:
             experiment.global_model(round, weights)
 
@@ -418,6 +438,7 @@ def federation_figures(config: Config, world: World, federation: FederationResul
         "defences": ", ".join(config.defense.names) or "none",
         **{f"guarantee of {name}": account["text"] for name, account in privacy.items()},
         "privacy": privacy,
+        "called": dict(zip(("loss", "train_loss"), task_of(world.scenario).called, strict=True)),
         "rounds": rounds,
         "rejections": refused,
     }

@@ -11,7 +11,8 @@ if __package__ in (None, ""):  # run as a file: import the checkout, not this fo
 import inspect
 import io
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -58,6 +59,10 @@ app = typer.Typer(
 )
 learn = typer.Typer(help="Train and test HCGLA's generator and denoiser.", no_args_is_help=True)
 app.add_typer(learn, name="hcgla")
+gan = typer.Typer(
+    help="Train a generator of images, sample it, attack what it releases.", no_args_is_help=True
+)
+app.add_typer(gan, name="gan")
 console = Console()
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 
@@ -74,8 +79,15 @@ SetOptions = Annotated[
 ]
 
 
-def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """Give `function` --config, --set and an option per short setting name; it receives the `config` they make."""
+def with_settings(
+    function: Callable[..., None],
+    left_open: Mapping[str, Any] | None = None,
+    sections: Collection[str] = tuple(Config.model_fields),
+) -> Callable[..., None]:
+    """Give `function` --config, --set and an option per short setting name; it receives the `config` they make.
+
+    `left_open`, nested settings: what the command means where nothing is said; `sections`: those that have options.
+    """
     panels = {name: (panel, text) for panel, group in PROMINENT.items() for name, text in group.items()}
     hints, keyword = get_type_hints(function, include_extras=True), inspect.Parameter.KEYWORD_ONLY
     parameters = [
@@ -87,7 +99,10 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
         parameters.append(inspect.Parameter(name, keyword, default=None, annotation=hint))
     options: list[inspect.Parameter] = []
     # Prominent ones first and in their order, so that the help reads as a page.
+    own = {p.name for p in parameters}  # where a name means something else, --set reaches the setting
     for name in [*panels, *(n for n in SHORT_NAMES if n not in panels)]:
+        if name.replace("-", "_") in own or SHORT_NAMES[name].partition(".")[0] not in sections:
+            continue
         annotation, description = field_type(SHORT_NAMES[name])
         panel, text = panels.get(name, ("More", description))
         flag = annotation is bool
@@ -104,13 +119,14 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
         settings = {
             name: value
             for name in SHORT_NAMES
-            if (value := arguments.pop(name.replace("-", "_"), None)) is not None
+            if name.replace("-", "_") not in own
+            and (value := arguments.pop(name.replace("-", "_"), None)) is not None
         }
         if getattr(arguments.get("context"), "invoked_subcommand", None) is not None:
             if settings or file or assignments:
                 raise ConfigError("put options after the sub-command, not before it")
             return
-        function(**arguments, config=read_config(file, assignments, settings))
+        function(**arguments, config=read_config(file, assignments, settings, left_open))
 
     wrapper.__name__ = function.__name__
     wrapper.__doc__ = function.__doc__
@@ -119,7 +135,12 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def read_config(config: Path | None, assignments: list[str] | None, settings: dict[str, Any]) -> Config:
+def read_config(
+    config: Path | None,
+    assignments: list[str] | None,
+    settings: dict[str, Any],
+    left_open: Mapping[str, Any] | None = None,
+) -> Config:
     """Join a TOML file, ``--set`` assignments and options; options win over assignments, both over the file."""
     overrides: dict[str, Any] = {}
     for assignment in assignments or []:
@@ -128,7 +149,9 @@ def read_config(config: Path | None, assignments: list[str] | None, settings: di
             raise ConfigError(f"--set {assignment!r}: expected NAME=VALUE, for example hcgla.iterations=300")
         overrides[name.strip()] = value.strip()
     overrides |= settings
-    return Config.from_toml(config, overrides) if config else Config.from_mapping(overrides)
+    if config:
+        return Config.from_toml(config, overrides, left_open)
+    return Config.from_mapping(overrides, left_open=left_open)
 
 
 @app.callback(invoke_without_command=True, epilog=EXAMPLE)
@@ -310,6 +333,86 @@ def check_generator(
     from simulations.cli.hcgla import run_test_generator
 
     run_test_generator(config, generator, console)
+
+
+INLINE = {"engine": {"name": "inline"}}
+CENTRAL = INLINE | {
+    "training": {"task": "wgan-gp", "local_steps": 500},
+    "federation": {"clients": 1, "rounds": 16},
+    "attack": {"candidates": 500},
+}
+ASKING = ("seed", "attack", "engine", "output")
+Run = Annotated[Path | None, typer.Argument(help="folder of a run of `gan train`", show_default=False)]
+Synthetic = Annotated[Path | None, typer.Option(help="synthetic images: folder, archive, .npz or .npy")]
+Asked = Annotated[
+    Path | None, typer.Option(help="images to ask about, in members/ and non-members/ or together")
+]
+Reference = Annotated[Path | None, typer.Option(help="images of a generator trained on other people's data")]
+Public = Annotated[Path | None, typer.Option(help="real images that nobody trained on")]
+People = Annotated[bool, typer.Option("--people", help="sub-folders of the candidates are people")]
+Count = Annotated[int, typer.Option(min=1, help="images to draw")]
+
+
+@gan.command("train")
+@partial(with_settings, left_open=CENTRAL)
+def gan_train(config: Config) -> None:
+    """Train a WGAN-GP in one place (--clients 1), or in a federation of more."""
+    from simulations.cli.gan import run_train
+
+    run_train(config, console, typed())
+
+
+@gan.command("sample")
+def gan_sample(
+    generator: Annotated[Path, typer.Argument(help="folder of a run, or its generator", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="folder to write into", show_default=False)],
+    count: Count = 5000,
+    png: Annotated[bool, typer.Option("--png", help="each image as a PNG file too")] = False,
+    seed: int = 0,
+) -> None:
+    """Draw images of a generator: images.npz, a sheet to look at, PNG files."""
+    from simulations.cli.gan import run_sample
+
+    run_sample(generator, out, count, png, seed, console)
+
+
+@gan.command("attack")
+@partial(with_settings, left_open=INLINE, sections=ASKING)
+def gan_attack(
+    run: Run = None,
+    synthetic: Synthetic = None,
+    candidates: Asked = None,
+    reference: Reference = None,
+    public: Public = None,
+    people: People = False,
+    *,
+    config: Config,
+) -> None:
+    """Ask a run's generator, or anybody's synthetic images, who was trained on."""
+    from simulations.cli.gan import Given, run_attack
+
+    given = Given(run, synthetic, candidates, reference, public, people)
+    run_attack(given, config, console, typed())
+
+
+@gan.command("evaluate")
+@partial(with_settings, left_open=INLINE, sections=ASKING)
+def gan_evaluate(
+    run: Run = None,
+    synthetic: Synthetic = None,
+    candidates: Asked = None,
+    reference: Reference = None,
+    public: Public = None,
+    people: People = False,
+    count: Count = 5000,
+    *,
+    config: Config,
+) -> None:
+    """Set what synthetic images are worth beside what they leak."""
+    from simulations.cli.gan import Given, run_evaluate
+
+    given = Given(run, synthetic, candidates, reference, public, people)
+    run_evaluate(given, count, config, console, typed())
 
 
 def main() -> None:

@@ -466,6 +466,22 @@ MEMBERSHIP: Family = Family(
             "of the three attacks with the highest AUC.",
             each=False,
         ),
+        Drawing(
+            "samples",
+            "fedattack.reporting.figures:samples",
+            "Synthetic images, in the order of their file",
+            "What was released; none was chosen.",
+            each=False,
+        ),
+        Drawing(
+            "nearest",
+            "fedattack.reporting.figures:nearest",
+            "the candidates with the highest scores and the synthetic images nearest to them",
+            "What an attack on synthetic images is surest of, and the image that is most like it, with their "
+            "Euclidean distance (pixels from 0 to 1). Non-members below: how near is near by chance. Distances alone "
+            "prove nothing, in either direction: images that are far apart can still tell who was trained on.",
+            each=False,
+        ),
     ),
     types={
         "client": "Int64",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,12 @@ from fedattack.config import DataConfig
 from fedattack.data.dataset import ImageDataset, as_float, joined
 from fedattack.data.files import open_tree
 from fedattack.data.folders import by_folder, is_picture, read_pictures
+from fedattack.data.images import as_uint8, plain_arrays
 from fedattack.data.pixels import adapt
 from fedattack.data.pools import Pools, fingerprints
 from fedattack.errors import DataError
 from fedattack.observation import Auxiliary
 from fedattack.rng import numpy_rng
-
-_LARGEST = 16 * 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +91,8 @@ def _drawn(count: int, config: DataConfig, seed: int) -> np.ndarray:
 
 
 def _read_npz(path: Path, config: DataConfig, dataset: ImageDataset, seed: int) -> _Public:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            declared = sum(entry.file_size for entry in archive.infolist())
-        if declared > _LARGEST:
-            raise DataError(f"it unpacks to {declared / 2**30:.0f} GiB; 16 are accepted")
-        with np.load(path, allow_pickle=False) as held:
-            arrays = {key: held[key] for key in ("images", "labels", "names") if key in held.files}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, MemoryError) as error:
-        raise DataError(f"not a readable .npz file of plain arrays ({error})") from None
-    if "images" not in arrays:
-        raise DataError("it has no array 'images'")
-    images = _as_uint8(arrays["images"])
+    arrays = plain_arrays(path, "labels", "names")
+    images = as_uint8(arrays["images"])
     labels, names = arrays.get("labels"), arrays.get("names")
     if labels is not None:
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
@@ -132,22 +120,6 @@ def _numbered(names: np.ndarray) -> np.ndarray:
     """int64 number of each picture's person: "Ann_Lee_0001.jpg" and "Ann_Lee_0002.jpg" are the same one's."""
     people = [_person(re.sub(r"(_\d+)?(\.\w{3,4})?$", "", str(name))) for name in names]
     return np.unique(people, return_inverse=True)[1].astype(np.int64)
-
-
-def _as_uint8(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, C, H, W) of an (N, H, W) or (N, H, W, C) array of uint8, or of floats in [0, 1]."""
-    colour = images.ndim == 4 and images.shape[3] in (1, 3)
-    if not (images.ndim == 3 or colour) or not images.size:
-        raise DataError(f"'images' must have shape (N, H, W) or (N, H, W, 1 or 3); got {images.shape}")
-    if images.dtype.kind == "f":
-        if not np.isfinite(images).all():
-            raise DataError("'images' holds NaN or infinite values")
-        if images.min() < 0 or images.max() > 1:
-            raise DataError(f"float 'images' must lie in [0, 1]; got {images.min():g} to {images.max():g}")
-        images = np.rint(images * 255).astype(np.uint8)
-    if images.dtype != np.uint8:
-        raise DataError(f"'images' must be uint8 or float; got {images.dtype}")
-    return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 def _read_pictures(path: Path, config: DataConfig, dataset: ImageDataset, seed: int) -> _Public:

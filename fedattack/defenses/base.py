@@ -25,6 +25,7 @@ class Defense:
     draws: ClassVar[bool] = False  # whether a hook draws; where it does not, no generator is seeded
     transforms: ClassVar[bool] = False  # whether the model sees other images than the private ones
     replaces_gradient: ClassVar[bool] = False  # `gradient` passes over what comes before it in the list
+    generates: ClassVar[bool] = True  # whether it makes sense where a generator is trained
     aggregates: ClassVar[bool] = False  # the server sees nothing but the round's sum over all clients
 
     @property

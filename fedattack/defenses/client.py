@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fedattack.config import DefenseConfig, ModelConfig
 from fedattack.defenses.base import Defense
-from fedattack.errors import ConfigError
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Scenario
 from fedattack.registry import Registry, build_plugins
 from fedattack.rng import torch_rng
-from fedattack.task import GradientStep
+from fedattack.task import GradientStep, task_of
 from fedattack.training import batch_gradient
 
 DEFENSES: Registry[type[Defense]] = Registry(
@@ -63,7 +63,14 @@ def hides_clients(config: DefenseConfig) -> bool:
 
 def check_defenses(scenario: Scenario) -> None:
     """Refuse (NotApplicable) a scenario that a configured defence cannot apply to."""
-    for defense in build_defenses(scenario.defense).values():
+    generating = task_of(scenario).kind == "generate"
+    for name, defense in build_defenses(scenario.defense).items():
+        if generating and not defense.generates:
+            fitting = ", ".join(other for other in DEFENSES if DEFENSES.get(other).generates)
+            raise NotApplicable(
+                f"setting 'defense.names' = {name!r}: makes no sense where a generator is trained (task "
+                f"{scenario.training.task!r}); accepted: {fitting}"
+            )
         defense.check(scenario)
 
 

@@ -35,6 +35,7 @@ class Precode(Defense):
     """
 
     draws: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
 
     width: Annotated[int, Field(ge=1)] = 256
     beta: Annotated[float, Field(ge=0)] = 1e-3

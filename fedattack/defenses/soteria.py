@@ -43,6 +43,7 @@ class Soteria(Defense):
     """
 
     replaces_gradient: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.6
 

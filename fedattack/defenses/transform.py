@@ -59,6 +59,7 @@ class Transform(Defense):
 
     draws: ClassVar[bool] = True
     transforms: ClassVar[bool] = True
+    generates: ClassVar[bool] = False  # it would learn to draw transformed images
 
     policy: str = "3-1-7+43-18-18"
     crop: bool = True

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
+from torch.func import functional_call
 
 from fedattack.config import GanConfig, ModelConfig
 from fedattack.errors import ConfigError, RunFailed
@@ -42,9 +44,51 @@ def energy_distance(one: Tensor, other: Tensor) -> float:
 
     Zero where both come from one distribution, and for no others (Székely and Rizzo, Energy statistics, 2013).
     """
-    one, other = one.flatten(1).double(), other.flatten(1).double()
+    one, other = (images.flatten(1).cpu().double() for images in (one, other))  # not every device has float64
     within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (one, other)]
     return float(2 * torch.cdist(one, other).mean() - sum(within))
+
+
+@dataclass(frozen=True)
+class CriticStep:
+    """The critic's loss and gradient on a batch, :func:`critic_loss`, latents and alpha from `draws`.
+
+    The gradient is in the order of the critic's parameters.
+    """
+
+    penalty: float
+    draws: Generator
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        """Of the batch."""
+        critic, fake, alpha = self._drawn(model, images)
+        loss, _ = critic_loss(critic, images, fake, alpha, self.penalty)
+        return loss, torch.autograd.grad(loss, list(critic.parameters()))
+
+    def per_sample(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        """Of each image, with one generated image and one alpha of its own: (n,), and (n, ...) per parameter."""
+        critic, fake, alpha = self._drawn(model, images)
+        weights = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+
+        def score(state: dict[str, Tensor], image: Tensor) -> Tensor:
+            found: Tensor = functional_call(critic, state, (image[None],))
+            return found.sum()
+
+        def loss(state: dict[str, Tensor], real: Tensor, made: Tensor, share: Tensor) -> Tensor:
+            slope = torch.func.grad(score, argnums=1)(state, real + share * (made - real))
+            gp = (slope.norm() - 1).square()
+            return score(state, made) - score(state, real) + self.penalty * gp
+
+        each = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0, 0))
+        gradients, losses = each(weights, images, fake, alpha)
+        return losses, tuple(gradients[name] for name in weights)
+
+    def _drawn(self, model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+        """The critic, as many generated images, and the alphas, (n,)."""
+        assert isinstance(model, Gan)
+        with torch.no_grad():
+            fake = model.sample(len(images), self.draws)
+        return model.critic, fake, torch.rand(len(images), generator=self.draws).to(images.device)
 
 
 class WganGp(Task):
@@ -56,6 +100,7 @@ class WganGp(Task):
     """
 
     kind = "generate"
+    called = ("energy distance", "critic's loss")
 
     def check(self, scenario: Scenario) -> None:
         """Refuse a protocol, or a number of steps, with which no generator is trained."""
@@ -64,6 +109,12 @@ class WganGp(Task):
             raise ConfigError(
                 f"setting 'training.protocol' = {training.protocol!r}: task 'wgan-gp' needs 'fedavg'"
             )
+        for name in ("momentum", "weight_decay"):
+            if getattr(training, name):
+                raise ConfigError(
+                    f"setting 'training.{name}' = {getattr(training, name)}: task 'wgan-gp' uses Adam; needs 0 here, "
+                    "see gan.beta1 and gan.beta2"
+                )
         if training.local_steps % steps:
             raise ConfigError(
                 f"setting 'training.local_steps' = {training.local_steps}: accepted under task 'wgan-gp': a multiple "
@@ -77,6 +128,11 @@ class WganGp(Task):
                 f"setting 'model.name' = {model.name!r}: task 'wgan-gp' trains a generator and a critic; accepted: "
                 "wgan-gp-mlp, wgan-gp"
             )
+        if model.activation != "relu":
+            raise ConfigError(
+                f"setting 'model.activation' = {model.activation!r}: task 'wgan-gp' has nets with their own (ReLU, "
+                "LeakyReLU); leave it open"
+            )
         return model.model_copy(update={"nets": gan.share})
 
     def keeps_memory(self, scenario: Scenario) -> bool:
@@ -86,15 +142,7 @@ class WganGp(Task):
     def step(self, scenario: Scenario, draws: Generator) -> GradientStep:
         """The critic's; the gradient is in the order of its parameters."""
 
-        def critic_step(model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
-            assert isinstance(model, Gan)
-            with torch.no_grad():
-                fake = model.sample(len(images), draws)
-            alpha = torch.rand(len(images), generator=draws).to(images.device)
-            loss, _ = critic_loss(model.critic, images, fake, alpha, scenario.gan.penalty)
-            return loss, torch.autograd.grad(loss, list(model.critic.parameters()))
-
-        return critic_step
+        return CriticStep(scenario.gan.penalty, draws)
 
     def stepped(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The critic's parameters, none where it stays at home."""

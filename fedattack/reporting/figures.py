@@ -15,12 +15,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from fedattack.audit.canaries import CanaryAudit
 from fedattack.audit.family import AuditResult
 from fedattack.audit.reconstruction import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
 from fedattack.audit.reconstruction_verdict import COUNTED_DB, RECOVERED_PSNR
 from fedattack.metrics import clopper_pearson
+from fedattack.observation import EVERYONE
 from fedattack.reporting import formats
 
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -206,13 +208,68 @@ def exposed(results: Sequence[AuditResult], limit: int = 3) -> Figure | None:
         for column, (told, image) in enumerate(zip(kind["rows"], kind["images"], strict=True)):
             ends = (column + 0.04, column + 0.96, row + 0.86, row + 0.14)
             axes.imshow(enlarged(image, 1), interpolation="nearest", extent=ends, aspect="auto")
-            whose = f", person {told['group']}" if "group" in told else ""
+            known = [] if told["client"] == EVERYONE else [formats.seat(told["client"])]
+            whose = ", ".join([*known, *([f"person {told['group']}"] if "group" in told else [])])
             label = f"label {told['label']}, " if "label" in told else ""
             place: dict[str, Any] = {"ha": "center", "fontsize": 7}
-            axes.text(
-                column + 0.5, row + 0.12, f"{formats.seat(told['client'])}{whose}", va="bottom", **place
-            )
+            axes.text(column + 0.5, row + 0.12, whose, va="bottom", **place)
             axes.text(column + 0.5, row + 0.88, f"{label}{formats.compact(told['score'])}", va="top", **place)
+    return figure
+
+
+def nearest(results: Sequence[AuditResult]) -> Figure | None:
+    """The highest scores' candidates above the synthetic images most like them, of the attack of the highest AUC.
+
+    None where no result has such.
+    """
+    shown = [result for result in results if result.curves.get("nearest")]
+    if not shown:
+        return None
+    best = max(shown, key=lambda result: result.summary["metrics"]["auc"]["mean"])
+    return nearest_sheet(best.attack, best.curves["nearest"])
+
+
+def sheet(images: Tensor, columns: int = 16) -> Tensor:
+    """Images (n, C, S, S) in rows, as one image (3, H, W), black where the last row ends."""
+    return make_grid(images, nrow=columns, padding=0)
+
+
+def samples(results: Sequence[AuditResult]) -> Figure | None:
+    """Synthetic images as they lie in their file; None where no result has them (a run shows its generator's)."""
+    made = next((result.curves["samples"] for result in results if "samples" in result.curves), None)
+    if made is None:
+        return None
+    page = sheet(made)
+    figure = Figure(figsize=(9.0, 0.3 + 9.0 * page.shape[1] / page.shape[2]), layout="constrained")
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.imshow(enlarged(page, 1), interpolation="nearest")
+    axes.set_title(f"the first {len(made)} synthetic images", fontsize=10, loc="left")
+    return figure
+
+
+def nearest_sheet(attack: str, kinds: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Kind of candidate -> "images" (n, C, H, W), "synthetic" and "distances", below one another; n: 8 or so."""
+    columns = max(len(kind["distances"]) for kind in kinds.values())
+    figure = Figure(figsize=(1.25 * columns + 1.1, 2.9 * len(kinds) + 0.35), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(-0.05, columns), ylim=(2.3 * len(kinds), -0.02))
+    axes.axis("off")
+    for row, (name, kind) in enumerate(kinds.items()):
+        for below, (label, images) in enumerate(
+            ((name, kind["images"]), ("nearest\nsynthetic", kind["synthetic"]))
+        ):
+            top = 2.3 * row + below
+            axes.text(-0.08, top + 0.5, label, ha="right", va="center", fontsize=9)
+            for column, image in enumerate(images):
+                ends = (column + 0.04, column + 0.96, top + 0.96, top + 0.04)
+                axes.imshow(enlarged(image, 1), interpolation="nearest", extent=ends, aspect="auto")
+        for column, distance in enumerate(kind["distances"]):
+            place: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8}
+            axes.text(column + 0.5, 2.3 * row + 2.0, formats.compact(distance), **place)
+    axes.set_title(
+        f"{attack}: the highest scores, and the distance to what is nearest", fontsize=10, loc="left"
+    )
     return figure
 
 
@@ -277,26 +334,62 @@ def canary_scores(found: CanaryAudit) -> Figure:
     return figure
 
 
-def accuracy_over_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure:
-    """Test accuracy and losses of the global model over the rounds."""
+def accuracy_over_rounds(
+    rounds: Sequence[Mapping[str, Any]], called: Mapping[str, str] | None = None
+) -> Figure:
+    """Test accuracy and losses of the global model over the rounds; without accuracy each loss has its own axes.
+
+    `called`: names of "loss" and "train_loss".
+    """
+    called = {"loss": "test loss", "train_loss": "training loss"} | dict(called or {})
     figure = Figure(figsize=(8.4, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     x = [row["round"] for row in rounds]
     marker = "o" if len(x) < 40 else None
-    left.plot(x, [_finite(row.get("accuracy")) * 100 for row in rounds], color=BLUE, marker=marker, ms=4)
-    left.set(ylabel="test accuracy, %", ylim=(0, 100))
-    losses = (("loss", "test loss", BLUE, "-"), ("train_loss", "training loss", ORANGE, "--"))
-    for key, label, colour, style in losses:
+    accuracies = [_finite(row.get("accuracy")) * 100 for row in rounds]
+    unlike = bool(np.isnan(accuracies).all())
+    if not unlike:
+        left.plot(x, accuracies, color=BLUE, marker=marker, ms=4)
+        left.set(ylabel="test accuracy, %", ylim=(0, 100))
+    for key, axes, colour, style in (("loss", left, BLUE, "-"), ("train_loss", right, ORANGE, "--")):
         values = [_finite(row.get(key)) for row in rounds]
         if not np.isnan(values).all():
-            right.plot(x, values, style, color=colour, marker=marker, ms=4, label=label)
-    right.set(ylabel="loss")
-    if right.lines:
+            place, name = (axes, None) if unlike else (right, called[key])
+            place.plot(x, values, style, color=colour, marker=marker, ms=4, label=name)
+            place.set(ylabel=called[key] if unlike else "loss")
+    if right.lines and not unlike:
         right.legend(fontsize=8)
     for axes in (left, right):
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#e3e3e3")
+    return figure
+
+
+def sample_sheet(generated: Mapping[int, Tensor], columns: int = 16) -> Figure:
+    """Images (n, C, S, S) in [0, 1] of the generator of each round: a row of the earlier ones, all of the last's."""
+    last = max(generated)
+    strips = [(f"round {number}", generated[number][:columns]) for number in sorted(generated)[:-1]]
+    rows = generated[last].split(columns)
+    strips += [(f"round {last}" if index == 0 else "", row) for index, row in enumerate(rows)]
+    side = enlarged(rows[0][0], 64).shape[0]
+    cell, apart = side + 4, 24  # pixels; the last round's sheet stands apart
+    tops = [
+        index * cell + (apart if index > len(strips) - len(rows) - 1 else 0) for index in range(len(strips))
+    ]
+    page = np.full((tops[-1] + side, columns * cell - 4, 3), 255, np.uint8)
+    for top, (_, images) in zip(tops, strips, strict=True):
+        for place, image in enumerate(images):
+            page[top : top + side, place * cell : place * cell + side] = enlarged(image, 64)
+    figure = Figure(figsize=(9.8, 8.9 * page.shape[0] / page.shape[1] + 0.1), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(page, interpolation="nearest")
+    named = [(top + side / 2, name) for top, (name, _) in zip(tops, strips, strict=True) if name]
+    axes.set_yticks([place for place, _ in named], [name for _, name in named], fontsize=9)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    for edge in axes.spines.values():
+        edge.set_visible(False)
     return figure
 
 

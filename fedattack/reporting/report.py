@@ -59,6 +59,8 @@ def write_results(
     label_counts: Mapping[int, Mapping[int, int]] | None = None,
     notes: Sequence[str] = (),
     left_out: Mapping[str, str] | None = None,
+    about: str = "",
+    generated: Mapping[int, Tensor] | None = None,
     canaries: CanaryAudit | None = None,
 ) -> Path:
     """Write records, summary, images, figures and ``report.html`` into a run's folder; the report's path.
@@ -68,13 +70,18 @@ def write_results(
     federation
         "rounds": list of {"round", "loss", "accuracy", "train_loss", "answered", "failed", "rejected", "dropped",
         "wire_bytes", "seconds"} (missing or None where unknown), "rejections": list of {"round", "client",
-        "reason"}; every other entry with a plain value is shown as a fact.
+        "reason"}, "called": what to call "loss" and "train_loss"; every other entry with a plain value is shown as a
+        fact.
     label_counts
         Client -> label -> samples.
     notes
         Warnings shown below the verdicts.
     left_out
         Attack -> why it does not apply.
+    about
+        What was asked about, in words, where it is no federation that the run itself trained.
+    generated
+        Round -> images of the generator that was trained, (n, C, S, S) in [0, 1].
     canaries
         What canaries measured of the noise; their scores go into ``canaries.csv``.
 
@@ -94,7 +101,8 @@ def write_results(
         .from_string(REPORT)
         .render(
             title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
-            subtitle=views.subtitle(folder.config),
+            heading="How much do these images leak?" if about else "How much does this federation leak?",
+            subtitle=about or views.subtitle(folder.config),
             top=headline(results, federation),
             attacks=[views.attack_view(result) for result in results],
             families=views.family_views(results),
@@ -102,7 +110,11 @@ def write_results(
             pictures=_attack_pictures(folder, results),
             seen=views.seen_views(results),
             canaries=_canaries(folder, canaries) if canaries else None,
-            federation=_federation(folder, federation, label_counts) if federation or label_counts else None,
+            federation=(
+                _federation(folder, federation, label_counts, generated)
+                if federation or label_counts
+                else None
+            ),
             command=command or f"fedattack --config {folder.path / 'config.toml'}",
             versions=views.versions(folder.config),
             config=folder.config.to_toml(),
@@ -123,7 +135,7 @@ def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Any]]) -
             if not isinstance(answer, Reconstruction):
                 continue
             row = torch.cat(list(answer.images.clamp(0, 1)), dim=2)
-            write_bytes(folder.images / safe_name(attack) / f"{safe_name(key)}.png", _png(row))
+            write_bytes(folder.images / safe_name(attack) / f"{safe_name(key)}.png", image_png(row))
 
 
 def environment() -> Environment:
@@ -171,10 +183,10 @@ def _write_images(folder: RunFolder, result: AuditResult) -> None:
             if torch.isnan(image).any():
                 continue
             stem = f"{observation_name(record['round'], record['client'])}-{record['image']}"
-            write_bytes(place / f"{stem}-{name.replace(' ', '-').replace('/', '-')}.png", _png(image))
+            write_bytes(place / f"{stem}-{name.replace(' ', '-').replace('/', '-')}.png", image_png(image))
 
 
-def _png(image: Tensor) -> bytes:
+def image_png(image: Tensor) -> bytes:
     """8-bit PNG of an image (C, H, W) in [0, 1]."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
@@ -203,20 +215,33 @@ def _canaries(folder: RunFolder, found: CanaryAudit) -> dict[str, Any]:
 
 
 def _federation(
-    folder: RunFolder, federation: Mapping[str, Any], label_counts: Mapping[int, Mapping[int, int]] | None
+    folder: RunFolder,
+    federation: Mapping[str, Any],
+    label_counts: Mapping[int, Mapping[int, int]] | None,
+    generated: Mapping[int, Tensor] | None,
 ) -> dict[str, Any]:
     rounds = [dict.fromkeys(_COLUMNS) | dict(row) for row in federation.get("rounds", [])]
+    called = {"loss": "test loss", "train_loss": "training loss"} | federation.get("called", {})
     facts = [
         (name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
         for name, value in federation.items()
         if isinstance(value, str | int | float)
     ]
     pictures = []
+    if generated:
+        alt, told = (
+            "Images of the generator, by round",
+            ("Images of the last generator, and of earlier ones from the same latents: none was chosen."),
+        )
+        pictures.append(_figure(folder, "samples", figures.sample_sheet(generated), alt, told))
+        for number, images in generated.items():
+            path = folder.images / "generator" / f"round-{number:05d}.png"
+            write_bytes(path, image_png(figures.sheet(images)))
     if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
         told = (
             "The global model on held-out samples: an attacked federation that learns nothing proves little."
         )
-        drawn = figures.accuracy_over_rounds(rounds)
+        drawn = figures.accuracy_over_rounds(rounds, called)
         pictures.append(_figure(folder, "accuracy", drawn, "Accuracy and loss over the rounds", told))
     if label_counts:
         alt, told = "Samples of each label at each client", "How the samples are dealt out."
@@ -224,5 +249,6 @@ def _federation(
     more = f"The first {_ROUNDS} of {len(rounds)} rounds; all are in summary.json."
     left_out = more if len(rounds) > _ROUNDS else ""
     rejections = list(federation.get("rejections", []))[:_ROWS]
-    shown = {"facts": facts, "rounds": rounds[:_ROUNDS], "left_out": left_out}
+    told_of = {"called": called, "classifies": any(row["accuracy"] is not None for row in rounds)}
+    shown = {**told_of, "facts": facts, "rounds": rounds[:_ROUNDS], "left_out": left_out}
     return shown | {"rejections": rejections, "pictures": pictures}

@@ -66,7 +66,7 @@ REPORT = (
 </style>
 </head>
 <body>
-<h1>How much does this federation leak?</h1>
+<h1>{{ heading }}</h1>
 <p class="soft">{{ subtitle }}</p>
 
 {% if top %}<p class="top {{ top.level }}">{{ top.text }}</p>{% endif %}
@@ -142,9 +142,9 @@ REPORT = (
 {% endfor %}
 {% if federation.rounds %}
 <div class="scroll"><table>
-<tr><th>round</th><th>test accuracy</th><th>test loss</th><th>training loss</th><th>answered</th><th>dropped</th><th>failed</th><th>rejected</th><th>on the wire</th><th>time</th></tr>
+<tr><th>round</th>{% if federation.classifies %}<th>test accuracy</th>{% endif %}<th>{{ federation.called.loss }}</th><th>{{ federation.called.train_loss }}</th><th>answered</th><th>dropped</th><th>failed</th><th>rejected</th><th>on the wire</th><th>time</th></tr>
 {% for r in federation.rounds %}
-<tr><td>{{ r.round }}</td><td>{{ r.accuracy|percent }}</td><td>{{ r.loss|compact }}</td><td>{{ r.train_loss|compact }}</td><td>{{ r.answered|count }}</td><td>{{ r.dropped|count }}</td><td>{{ r.failed|count }}</td><td>{{ r.rejected|count }}</td><td>{{ r.wire_bytes|size }}</td><td>{{ r.seconds|seconds }}</td></tr>
+<tr><td>{{ r.round }}</td>{% if federation.classifies %}<td>{{ r.accuracy|percent }}</td>{% endif %}<td>{{ r.loss|compact }}</td><td>{{ r.train_loss|compact }}</td><td>{{ r.answered|count }}</td><td>{{ r.dropped|count }}</td><td>{{ r.failed|count }}</td><td>{{ r.rejected|count }}</td><td>{{ r.wire_bytes|size }}</td><td>{{ r.seconds|seconds }}</td></tr>
 {% endfor %}
 </table></div>
 {% if federation.left_out %}<p class="soft">{{ federation.left_out }}</p>{% endif %}

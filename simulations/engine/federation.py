@@ -317,12 +317,14 @@ class Judge:
         """Means over the samples `ids` of what :attr:`fedattack.task.Task.figures` names; None: the pool."""
         chosen = self._world.pools.nonmembers if ids is None else ids
         total = dict.fromkeys(self._task.figures, 0.0)
-        for start in range(0, len(chosen), _EVALUATED_AT_ONCE):
-            images, labels = self._world.dataset.tensors(chosen[start : start + _EVALUATED_AT_ONCE])
+        if not len(chosen):
+            return {}
+        for some in np.array_split(chosen, -(-len(chosen) // _EVALUATED_AT_ONCE)):
+            images, labels = self._world.dataset.tensors(some)
             figures = evaluate(self._model, weights, images, labels, task=self._task)
             for name in total:
                 total[name] += figures[name] * (len(labels) / len(chosen))
-        return total if len(chosen) else {}
+        return total
 
 
 def ask(

@@ -18,6 +18,7 @@ from fedattack.registry import build_plugins
 from fedattack.task import TASKS, task_of
 from fedattack.training import batch_positions
 from fedattack.unlearning import build_mechanism
+from simulations.client_app import no_proximal_term
 from simulations.experiments.base import EXPERIMENTS
 from simulations.experiments.executor import choose_device
 from strategies import NEED_SINGLE_UPDATES, build_strategy, drawn
@@ -66,7 +67,10 @@ def check_model(config: Config, world: World) -> list[str]:
         for count in {len(part) for part in world.partitions} - {0}
         for batch in batch_positions(count, config.training, config.seed, 1, 0)
     }
-    task_of(world.scenario).check(world.scenario)
+    task = task_of(world.scenario)
+    task.check(world.scenario)
+    if config.federation.strategy == "fedprox" and not task.proximal:
+        raise ConfigError(no_proximal_term(config))
     notes = dry_run(max(sizes), world.scenario, config.seed)
     if min(sizes) < max(sizes):
         try:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.knowledge import Knowledge
+from adversaries.membership.synthetic.base import SyntheticAttack
+from adversaries.membership.synthetic.release import released
 from adversaries.seats import MaliciousClient, MaliciousServer
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.audit.membership_floors import Blind
@@ -28,11 +29,14 @@ from fedattack.groundtruth import MembershipTruth
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.reporting import formats
+from fedattack.rng import adversary_seed
 from fedattack.storage import save_observation
 from fedattack.storage.membership import save_candidates, save_global_model, save_membership_truth
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.answered import Answered
 from simulations.experiments.base import Experiment, Plan
+from simulations.experiments.executor import choose_device
+from simulations.experiments.nearest import nearest_pictures
 from simulations.experiments.privacy import weakest_guarantee
 from simulations.experiments.question import (
     Question,
@@ -173,7 +177,7 @@ class MembershipExperiment(Experiment):
         return audits
 
     def _audit(self, name: str, attack: MembershipAttack, federation: FederationResult) -> AuditResult:
-        plan, started = self.plan, time.perf_counter()
+        plan = self.plan
         answered: dict[int, list[int]] = defaultdict(list)
         for record in federation.rounds:
             # A client learns of the others' data through what was aggregated; the server saw every reply.
@@ -193,8 +197,7 @@ class MembershipExperiment(Experiment):
             except NotApplicable as error:  # nothing counts of this one
                 self._watch.pass_over(name, target, error)
                 continue
-            hostile = partial(_answered, name, federation) if isinstance(attack, MaliciousClient) else None
-            answer = self._watch.scores(name, target, hostile)
+            answer = self._watch.scores(name, target, self._answer(name, attack, federation))
             if answer is None:
                 continue
             told.add(asked, per_unit(answer, self._question.groups), details[str(target)]["observed_rounds"])
@@ -202,11 +205,11 @@ class MembershipExperiment(Experiment):
             raise self._watch.fault(name)
         plan.shown(name, 1.0, f"{len(self._question.ids)} candidates")
         plan.folder.save_part(f"{name}-candidates", details)
-        return audit_membership(
+        result = audit_membership(
             name,
             told.scored,
             statistic=told.statistic,
-            seconds=self._watch.seconds[name] + time.perf_counter() - started,
+            seconds=self._watch.seconds[name],
             accuracy=last_accuracy(federation),
             chance_accuracy=plan.commonest_share,
             test_samples=len(plan.world.pools.nonmembers),
@@ -218,6 +221,18 @@ class MembershipExperiment(Experiment):
             warnings=self._warnings(details),
             seed=plan.config.seed,
         )
+        if isinstance(attack, SyntheticAttack) and federation.weights:
+            device = choose_device(plan.config.engine.device)
+            seed = adversary_seed(plan.config.seed, "watch", plan.config.federation.rounds)
+            release = released(world.scenario, federation.weights, attack.samples, seed, device)
+            result.curves["nearest"] = nearest_pictures(result, release.images, device)
+        return result
+
+    def _answer(
+        self, name: str, attack: MembershipAttack, federation: FederationResult
+    ) -> Callable[[], MembershipScores] | None:
+        """What gives the scores of an attack that reads no rounds; None: it reads them."""
+        return partial(_answered, name, federation) if isinstance(attack, MaliciousClient) else None
 
     def _images(self, ids: NDArray[np.int64]) -> Tensor:
         return self.plan.world.dataset.tensors(ids)[0]

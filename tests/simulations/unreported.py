@@ -15,6 +15,7 @@ from simulations.experiments.base import Plan
 from simulations.experiments.choose import choose_attacks
 from simulations.experiments.membership import MembershipExperiment
 from simulations.experiments.privacy import CanaryWatch
+from simulations.generators import Generators
 from simulations.pipeline import _train, logging_to
 from simulations.progress import stages
 
@@ -30,7 +31,8 @@ def audited(
     with logging_to(folder), stages(console or Console(quiet=True)) as shown:
         plan = Plan(config, build_world(config), folder, shown)
         found = MembershipExperiment(plan, attacks)
-        federation = _train(plan, [found], attacks, federate, [], CanaryWatch(config, plan.world))
+        beside = CanaryWatch(config, plan.world), Generators(config, plan.world, folder)
+        federation = _train(plan, [found], attacks, federate, [], *beside)
         found.collect()
         audits = found.audit(federation)
         for name, error in found.failed.items():
