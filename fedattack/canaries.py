@@ -22,7 +22,7 @@ from fedattack.defenses import build_defenses
 from fedattack.defenses.clip_noise import ClipNoise
 from fedattack.errors import ConfigError, RunFailed
 from fedattack.rng import numpy_rng
-from fedattack.task import GradientStep, LossAndGradient
+from fedattack.task import GradientStep, LossAndGradient, PerSample
 
 Kind = Literal["gradient", "mislabelled", "client"]
 
@@ -117,9 +117,9 @@ class Canaries:
         """`inner`, but for single samples with a canary's code, whose gradient is the canary's contribution or zero.
 
         The loss stays that of the sample. RunFailed where canaries are asked about in a batch: nothing then bounds
-        what a single one adds.
+        what a single one adds. Where `inner` takes samples apart by itself, so does what is returned.
         """
-        return partial(self._answer, inner)
+        return _Apart(self, inner) if isinstance(inner, PerSample) else partial(self._answer, inner)
 
     def _answer(
         self, inner: GradientStep, model: nn.Module, images: Tensor, labels: Tensor
@@ -136,6 +136,31 @@ class Canaries:
             return loss, inner(model, images, labels.new_tensor([self.wrong_label(canary, label)]))[1]
         return loss, tuple(self._shaped(canary, gradient))
 
+    def apart(
+        self, inner: PerSample, model: nn.Module, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As :meth:`step`, of several samples: losses (n,), and a tensor (n, ...) for each parameter."""
+        coded = (labels < 0).nonzero()[:, 0].tolist()
+        codes = [divmod(-1 - int(labels[row]), len(self)) for row in coded]
+        shown, answered = labels.clone(), labels.clone()
+        for row, (label, canary) in zip(coded, codes, strict=True):
+            shown[row] = label
+            answered[row] = self.wrong_label(canary, label) if self.kind == "mislabelled" else label
+        losses, gradients = inner.per_sample(model, images, shown)
+        if self.kind == "mislabelled" and coded:
+            wrong = inner.per_sample(model, images[coded], answered[coded])[1]
+            for part, other in zip(gradients, wrong, strict=True):
+                part[coded] = other
+        for row, (_, canary) in zip(coded, codes, strict=True):
+            own = [part[row] for part in gradients]
+            if not self.present[canary]:
+                for part in own:
+                    part.zero_()
+            elif self.kind == "gradient":
+                for part, drawn in zip(own, self._shaped(canary, own), strict=True):
+                    part.copy_(drawn)
+        return losses, gradients
+
     def update(self, client: int, update: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a client hands to its defences: a canary client its contribution, or zeros; others their `update`."""
         if self.kind != "client" or not len(self.of(client)):
@@ -149,6 +174,20 @@ class Canaries:
         sizes = [part.numel() for part in like]
         flat = torch.from_numpy(self.contribution(canary, sum(sizes)))
         return [part.reshape(old.shape).to(old) for part, old in zip(flat.split(sizes), like, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A step under canaries that takes the samples of a batch apart."""
+
+    canaries: Canaries
+    inner: PerSample
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        return self.canaries._answer(self.inner, model, images, labels)
+
+    def per_sample(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        return self.canaries.apart(self.inner, model, images, labels)
 
 
 def choose_canaries(config: Config, sizes: Sequence[int], classes: int) -> Canaries | None:

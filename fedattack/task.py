@@ -54,6 +54,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 class PerSample(Protocol):
     """A :data:`GradientStep` that can take a batch's samples apart, quicker than one after the other."""
 
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, /) -> LossAndGradient: ...
+
     def per_sample(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
         """Each sample's own loss, (n,), and gradient, a tensor (n, ...) for each parameter."""
         ...

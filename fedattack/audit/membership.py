@@ -96,6 +96,7 @@ def audit_membership(
     accuracy: float | None = None,
     chance_accuracy: float | None = None,
     test_samples: int | None = None,
+    idle: str = "",
     source: Source | None = None,
     blind: Interval | None = None,
     guarantee: Guarantee | None = None,
@@ -115,6 +116,8 @@ def audit_membership(
     accuracy, chance_accuracy
         In [0, 1]: of the model on `test_samples` held-out samples, and the share of the commonest class there. A
         model that cannot be told from chance says nothing about membership.
+    idle
+        Why a model without an accuracy says nothing, where it does not.
     source
         For which client's a sample is; left out, it is not asked.
     blind
@@ -138,7 +141,7 @@ def audit_membership(
     area, chance = pool.auc(), chance_auc(members, nonmembers)
     apart = [auc(one.scores, one.is_member) for one in scored]
     tails = {name: _tail(pool, scored, share) for name, share in TAILS.items()}
-    idle = at_chance(accuracy, chance_accuracy, test_samples)
+    idle = idle or at_chance(accuracy, chance_accuracy, test_samples)
     withheld = ""
     if blind is not None and blind.low > 0.5:
         withheld = f"the candidates differ: pixels alone, without any model, tell members by an AUC of {_told(blind)}"

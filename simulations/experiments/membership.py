@@ -26,13 +26,14 @@ from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable, RunFailed
 from fedattack.groundtruth import MembershipTruth
-from fedattack.models import build_model
+from fedattack.models import build_model, initial_weights
 from fedattack.observation import EVERYONE, Candidates, MembershipScores, Observation
 from fedattack.reporting import formats
 from fedattack.rng import adversary_seed
 from fedattack.storage import save_observation
 from fedattack.storage.membership import save_candidates, save_global_model, save_membership_truth
-from simulations.engine.federation import FederationResult, RoundRecord
+from fedattack.task import task_of
+from simulations.engine.federation import FederationResult, Judge, RoundRecord
 from simulations.experiments.answered import Answered
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.executor import choose_device
@@ -50,6 +51,9 @@ from simulations.experiments.rounds import Watch
 from simulations.experiments.saved_membership import SavedMembership
 
 log = logging.getLogger("fedattack.membership")
+
+LEARNT = 0.1
+"""Of an untrained generator's distance to real images, what is left where it makes images like them."""
 
 
 class MembershipExperiment(Experiment):
@@ -213,6 +217,7 @@ class MembershipExperiment(Experiment):
             accuracy=last_accuracy(federation),
             chance_accuracy=plan.commonest_share,
             test_samples=len(plan.world.pools.nonmembers),
+            idle=self._idle(federation),
             source=told.source,
             blind=self._blind.of(told.scored),
             guarantee=weakest_guarantee(plan.config, world, federation.rounds),
@@ -233,6 +238,27 @@ class MembershipExperiment(Experiment):
     ) -> Callable[[], MembershipScores] | None:
         """What gives the scores of an attack that reads no rounds; None: it reads them."""
         return partial(_answered, name, federation) if isinstance(attack, MaliciousClient) else None
+
+    def _idle(self, federation: FederationResult) -> str:
+        """Why a generator says nothing about anybody: it makes nothing like the images yet; else empty."""
+        last = next((r.loss for r in reversed(federation.rounds) if r.loss is not None), None)
+        if (
+            task_of(self.plan.world.scenario).kind != "generate"
+            or last is None
+            or last < LEARNT * self._untrained
+        ):
+            return ""
+        shown, first = formats.decimal(last, 2), formats.decimal(self._untrained, 2)
+        return (
+            f"the generator has hardly learnt (energy distance to held-out images {shown}, untrained {first}), "
+            "and says nothing either way"
+        )
+
+    @cached_property
+    def _untrained(self) -> float:
+        """What the model that the training began with is measured by."""
+        config, world = self.plan.config, self.plan.world
+        return Judge(config, world)(initial_weights(world.scenario.model, config.seed))["loss"]
 
     def _images(self, ids: NDArray[np.int64]) -> Tensor:
         return self.plan.world.dataset.tensors(ids)[0]

@@ -83,8 +83,24 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
+class Apart:
+    """A classifier's step that takes samples apart."""
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Any:
+        return batch_gradient(model, images, labels)
+
+    def per_sample(self, model: nn.Module, images: Tensor, labels: Tensor) -> Any:
+        each = [
+            batch_gradient(model, image, label)
+            for image, label in zip(images.split(1), labels.split(1), strict=True)
+        ]
+        losses, gradients = zip(*each, strict=True)
+        return torch.stack(losses), tuple(torch.stack(parts) for parts in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("kind", ["gradient", "mislabelled"])
-def test_a_step_holds_their_contributions_and_everybody_elses(kind: str) -> None:
+def test_a_step_holds_their_contributions_and_everybody_elses(kind: str, apart: bool) -> None:
     bound = 0.3
     canaries = chosen(12, **{"canaries.kind": kind, "defense.clip_norm": bound})
     client = 2
@@ -97,7 +113,8 @@ def test_a_step_holds_their_contributions_and_everybody_elses(kind: str) -> None
     )
     model = network()
     defence = ClipNoise(clip_norm=bound, noise=0.0, unit="sample")
-    step = ClientDefenses([defence], 0, 1, client, batch_gradient, canaries.step).gradient
+    plain = Apart() if apart else batch_gradient
+    step = ClientDefenses([defence], 0, 1, client, plain, canaries.step).gradient
     loss, mean = step(model, images, canaries.coded(client, positions, labels))
     wanted, numel = torch.zeros(sum(p.numel() for p in model.parameters())), flat(model.parameters()).numel()
     for place, position in enumerate(positions):
