@@ -266,7 +266,7 @@ def nearest_sheet(attack: str, kinds: Mapping[str, Mapping[str, Any]]) -> Figure
                 axes.imshow(enlarged(image, 1), interpolation="nearest", extent=ends, aspect="auto")
         for column, distance in enumerate(kind["distances"]):
             place: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8}
-            axes.text(column + 0.5, 2.3 * row + 2.0, formats.compact(distance), **place)
+            axes.text(column + 0.5, 2.3 * row + 2.0, formats.decimal(distance, 2), **place)
     axes.set_title(
         f"{attack}: the highest scores, and the distance to what is nearest", fontsize=10, loc="left"
     )
