@@ -30,6 +30,7 @@ from fedattack.audit.family import (
     interval_fields,
 )
 from fedattack.audit.membership_floors import null_control
+from fedattack.audit.membership_people import exposure
 from fedattack.audit.membership_pool import KINDS, Pool, Scored
 from fedattack.audit.selection import together
 from fedattack.metrics import (
@@ -206,12 +207,13 @@ def audit_membership(
         "allowed": allowed,
         "warnings": warned,
         "exposed": _exposed(pool, pool.is_member),
+        "people": exposure(pool),
         "seconds": float(seconds),
         "level": level,
         "verdict": verdict,
     }
     rounds = {one.client: _ranges(one.rounds) for one in scored}
-    curves: dict[str, Any] = {"roc": _roc(pool, members, nonmembers)}
+    curves: dict[str, Any] = {"people": summary["people"], "roc": _roc(pool, members, nonmembers)}
     if images is not None:
         curves["exposed"] = _pictures(pool, images)
     records = _records(attack_name, pool, rounds)
@@ -467,6 +469,14 @@ MEMBERSHIP: Family = Family(
             "the members with the highest scores beside the best-scoring non-members",
             "The members that an attack is surest of, and below them the non-members it would accuse first; "
             "of the three attacks with the highest AUC.",
+            each=False,
+        ),
+        Drawing(
+            "people",
+            "fedattack.reporting.figures:exposed_people",
+            "whose samples are called members, person by person",
+            "The most exposed people by the attack with the highest AUC, at 10 % false positives, beside those whom "
+            "nobody trained on: what looks like a member may be a hand or a face, whoever trained on it.",
             each=False,
         ),
         Drawing(

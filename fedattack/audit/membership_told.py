@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedattack.audit.family import AuditResult, Figures
+from fedattack.audit.membership_people import exposed_people
 from fedattack.defenses.accounting import UNIT_WORDS
 from fedattack.observation import EVERYONE
 from fedattack.reporting import formats
@@ -54,6 +55,12 @@ def beside(result: AuditResult) -> list[str]:
         chance = formats.percent(found["chance"])
         told.append(
             f"right client first: {found['right']} of {found['of']} members, {share}, chance {chance}"
+        )
+    if people := s["people"]:
+        shares = [exposed_people(people[side]) for side in ("members", "non-members")]
+        told.append(
+            "person by person, at 10 % false positives: more samples are called members than chance explains for "
+            f"{shares[0]} people trained on, and for {shares[1]} others (by chance: 1 in 40)"
         )
     named = [
         f"{name} {floors[name]['auc']['mean']:.3f} {formats.interval(floors[name]['auc'], 3)}"

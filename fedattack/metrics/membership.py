@@ -108,11 +108,16 @@ def tpr_at_fpr(scores: ArrayLike, is_member: ArrayLike, max_fpr: float) -> Opera
 
 
 def hits_at_fpr(values: NDArray[np.float64], member: NDArray[np.bool_], max_fpr: float) -> tuple[int, int]:
-    """Members and non-members above the first non-member that is not allowed, ties with it left out."""
+    """Members and non-members above :func:`bar_at_fpr`."""
+    called = values > bar_at_fpr(values, member, max_fpr)
+    return int(called[member].sum()), int(called[~member].sum())
+
+
+def bar_at_fpr(values: NDArray[np.float64], member: NDArray[np.bool_], max_fpr: float) -> float:
+    """The score of the first non-member that is not allowed: what lies above is called a member."""
     outside = np.sort(values[~member])[::-1]
     allowed = _allowed(max_fpr, len(outside))
-    bar = outside[allowed] if allowed < len(outside) else -np.inf
-    return int((values[member] > bar).sum()), int((outside > bar).sum())
+    return float(outside[allowed]) if allowed < len(outside) else -np.inf
 
 
 def chance_of_hits(hits: int, members: int, nonmembers: int, max_fpr: float) -> float:

@@ -217,6 +217,32 @@ def exposed(results: Sequence[AuditResult], limit: int = 3) -> Figure | None:
     return figure
 
 
+def exposed_people(results: Sequence[AuditResult], limit: int = 12) -> Figure | None:
+    """Share of each person's samples that are called members, those trained on beside others, the highest first.
+
+    Of the attack of the highest AUC; None where no result has people.
+    """
+    shown = [result for result in results if result.curves.get("people")]
+    if not shown:
+        return None
+    best = max(shown, key=lambda result: result.summary["metrics"]["auc"]["mean"])
+    sides = best.curves["people"]
+    count = max(len(rows[:limit]) for rows in sides.values())
+    figure = Figure(figsize=(8.4, 0.26 * count + 1.3), layout="constrained")
+    titles = {"members": "trained on", "non-members": "nobody trained on"}
+    for axes, (name, rows), colour in zip(figure.subplots(1, 2), sides.items(), (BLUE, ORANGE), strict=True):
+        for place, row in enumerate(rows[:limit]):
+            axes.barh(place, 100 * row["found"] / row["of"], color=colour, height=0.7)
+            axes.text(101, place, f"{row['found']} of {row['of']}", va="center", fontsize=7)
+        names = [f"person {row['group']}" for row in rows[:limit]]
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set(xlim=(0, 100), ylim=(count - 0.4, -0.6), xlabel="called members, %")
+        axes.axvline(10, color="black", linestyle=":", linewidth=1)
+        axes.set_title(f"{titles[name]}: the highest of {len(rows)} people", fontsize=9, loc="left")
+    figure.suptitle(f"{best.attack}, at 10 % false positives (dotted)", fontsize=10)
+    return figure
+
+
 def nearest(results: Sequence[AuditResult]) -> Figure | None:
     """The highest scores' candidates above the synthetic images most like them, of the attack of the highest AUC.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from audit_scenes import scored, targets
 from rich.console import Console
+from scipy.stats import beta
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from fedattack.audit import audit_membership, get_family
@@ -293,6 +294,32 @@ def test_the_most_exposed_are_shown() -> None:
     assert axes.texts[0].get_text() == "a:\nmembers"
     assert f"label {top[0] % 10}, {asked.scores[top[0]]:.3g}" in [text.get_text() for text in axes.texts]
     assert figures.exposed([audit_membership("a", [asked])]) is None
+
+
+def test_exposure_person_by_person() -> None:
+    """Person 0 of the members scores highest; of those nobody trained on, person 10 does, and is the floor."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 20)
+    scores = rng.normal(size=400) + 5.0 * (groups == 0) + 2.0 * (groups == 10)
+    found = audit_membership("a", [scored(scores, np.arange(400) < 200, groups=groups)])
+    people = found.summary["people"]
+    bar = np.sort(scores[200:])[::-1][20]
+    for name, first in (("members", 0), ("non-members", 10)):
+        rows = people[name]
+        assert rows[0]["group"] == first
+        assert sorted(row["group"] for row in rows) == list(range(first, first + 10))
+        for row in rows:
+            called = int((scores[groups == row["group"]] > bar).sum())
+            low = beta.ppf(0.025, called, 21 - called) if called else 0.0
+            assert (row["found"], row["of"]) == (called, 20)
+            assert row["low"] == pytest.approx(low)
+    axes = figures.exposed_people([found], limit=4).axes
+    assert [axis.texts[0].get_text() for axis in axes] == [
+        "20 of 20",
+        f"{people['non-members'][0]['found']} of 20",
+    ]
+    assert any("for 1 of 10 people trained on" in one for one in get_family("membership").beside(found))
+    assert audit_membership("a", [_asked(1.0)]).summary["people"] is None
 
 
 def test_the_left_end_of_a_roc_curve_needs_fifty_negatives() -> None:
