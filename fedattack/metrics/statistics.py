@@ -88,6 +88,19 @@ def paired_difference(
     return dataclasses.replace(bootstrap, low=low, high=high)
 
 
+def student_mean(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Mean of independent values, (n,), with Student's t interval; NaN ends below :data:`FEWEST` values.
+
+    Values that are all alike have none either: it would have no width, and nothing but they tells how they spread.
+    """
+    _check_confidence(confidence)
+    found = np.asarray(values, dtype=np.float64)
+    mean, units = float(found.mean()), len(found)
+    spread = float(found.std(ddof=1)) if units > 1 else 0.0
+    reach = _student_reach(spread, units, confidence) if spread > 0 and units >= FEWEST else float("nan")
+    return Interval(mean, mean - reach, mean + reach, units, confidence, spread)
+
+
 def _student_reach(spread: float, units: int, confidence: float) -> float:
     """Half the width of Student's t interval of a mean."""
     return float(stats.t.ppf((1 + confidence) / 2, units - 1) * spread / np.sqrt(units))

@@ -201,7 +201,7 @@ def _canaries(folder: RunFolder, found: CanaryAudit) -> dict[str, Any]:
         *(f"{there},{times:.9g},{score:.9g}" for there, times, score in rows),
     ]
     write_bytes(folder.path / "canaries.csv", ("\n".join(lines) + "\n").encode())
-    told = "Scores of canaries that were there, and of those that were not: as they part, so little the noise hides."
+    told = "Scores of canaries that were there, and of those that were not: the further apart, the less is hidden."
     picture = _figure(
         folder, "canaries", figures.canary_scores(found), "Histogram of the canaries' scores", told
     )

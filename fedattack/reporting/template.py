@@ -214,6 +214,16 @@ a { color: var(--link); }
 {% for p in pictures %}
 <figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.data }}"><figcaption>{{ p.caption }}</figcaption></figure>
 {% endfor %}
+{% if seeds.rows %}
+<h2>Over seeds</h2>
+<div class="scroll"><table>
+<tr>{% for name in seeds.columns %}<th class="words">{{ name }}</th>{% endfor %}</tr>
+{% for row in seeds.rows %}
+<tr>{% for cell in row.labels %}<td class="words">{{ cell }}</td>{% endfor %}{% for cell in row.figures %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+<p class="soft">Runs that differ in their seed alone, together (seeds.csv); the interval is Student's t over the seeds, the worst is what leaked most.</p>
+{% endif %}
 <h2>Every run</h2>
 <div class="scroll"><table>
 <tr>{% for name in columns %}<th class="words">{{ name }}</th>{% endfor %}</tr>

@@ -17,14 +17,17 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from adversaries.base import Progress, no_progress
 from adversaries.needs import Facts
 from adversaries.reconstruction.base import ReconstructionAttack
+from fedattack.audit.family import get_family
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.observation import Observation, Reconstruction, Scenario
 from fedattack.reporting.sweep import figures
-from fedattack.reporting.sweep.table import CellOutcome, sweep_table
+from fedattack.reporting.sweep.page import write_sweep
+from fedattack.reporting.sweep.table import CellOutcome, over_seeds, sweep_table
 from simulations.studies import sweep as module
 from simulations.studies.sweep import Sweep, run_sweep
 
@@ -267,6 +270,21 @@ def test_seeds_are_averaged_in_the_heat_map() -> None:
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["-1.5", "+0.5"]
     assert "mean of 2 seeds" in figure.get_suptitle()
+
+
+def test_seeds_are_told_together(tmp_path: Path) -> None:
+    table = sweep_table(["defense", "seed"], outcomes({"defense": 2, "seed": 3}))
+    rows = over_seeds(table)
+    column = table.frame[get_family("reconstruction").leakage.column]
+    assert [row["axis.defense"] for row in rows] == ["defense0", "defense1"]
+    for row, values in zip(rows, (column[:3], column[3:]), strict=True):
+        wanted = stats.t.interval(0.95, 2, values.mean(), values.std(ddof=1) / 3**0.5)
+        assert (row["seeds"], row["worst"]) == (3, values.max())
+        assert (row["low"], row["high"]) == pytest.approx(wanted)
+    page = write_sweep(tmp_path, table).read_text()
+    assert "Over seeds" in page
+    assert len((tmp_path / "seeds.csv").read_text().splitlines()) == 3
+    assert over_seeds(sweep_table(["defense"], outcomes({"defense": 2}))) == []
 
 
 def test_without_evaluation_there_is_no_utility() -> None:

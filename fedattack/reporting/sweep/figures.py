@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +74,8 @@ def heat_map(table: SweepTable, family: str) -> Figure:
     more = f"; first {len(shown)} of {len(panels)} panels" if len(shown) < len(panels) else ""
     seeds = table.axes.get(_AVERAGED, [])
     mean = f"; mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
-    figure.suptitle(f"{leakage.title}{mean}{more}", fontsize=10)
+    letters = int(12 * figure.get_figwidth())  # of this size so many fit on an inch
+    figure.suptitle(textwrap.fill(f"{leakage.title}{mean}{more}", letters), fontsize=10)
     return figure
 
 

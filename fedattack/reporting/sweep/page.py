@@ -14,7 +14,7 @@ from fedattack.files import write_bytes
 from fedattack.reporting import figures, formats
 from fedattack.reporting.report import environment
 from fedattack.reporting.sweep.figures import heat_map, utility_leakage
-from fedattack.reporting.sweep.table import DONE, SweepTable
+from fedattack.reporting.sweep.table import DONE, SEED, SweepTable, over_seeds
 from fedattack.reporting.template import SWEEP
 from fedattack.storage.plain import fedattack_version
 
@@ -26,10 +26,13 @@ def write_sweep(folder: Path, table: SweepTable, *, command: str = "") -> Path:
     table.frame.to_parquet(buffer, index=False)
     write_bytes(folder / "cells.parquet", buffer.getvalue())
     counts = table.frame.drop_duplicates("cell")["status"].value_counts()
+    if together := over_seeds(table):
+        write_bytes(folder / "seeds.csv", pd.DataFrame(together).to_csv(index=False).encode())
     template = environment().from_string(SWEEP)
     page = template.render(
         summary="; ".join(f"{number} runs {status}" for status, number in counts.items()),
         pictures=_pictures(folder, table),
+        seeds=_over_seeds(table, over_seeds(table)),
         columns=[*_labels(table), "outcome", *_FIGURES],
         rows=[_row(table, row) for row in _records(table.frame)],
         reasons=_reasons(table.frame),
@@ -60,6 +63,20 @@ _CAPTIONS = {
 }
 
 _FIGURES = ("leakage", "95 % interval", "PSNR, dB", "floor, dB", "accuracy", "epsilon", "time")
+
+
+def _over_seeds(table: SweepTable, together: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table of :func:`over_seeds` as a page shows it: its columns, and rows."""
+    axes = [axis for axis in _labels(table) if f"axis.{axis}" != SEED]
+    columns = [*axes, "seeds", "leakage: mean", "95 % over seeds", "worst"]
+    rows = []
+    for row in together:
+        digits = get_family(row["family"]).leakage.digits
+        labels = ["" if pd.isna(row[f"axis.{axis}"]) else row[f"axis.{axis}"] for axis in axes]
+        ends = formats.interval(row, digits)
+        figures = [formats.decimal(row["mean"], digits), ends, formats.decimal(row["worst"], digits)]
+        rows.append({"labels": labels, "figures": [str(row["seeds"]), *figures]})
+    return {"columns": columns, "rows": rows}
 
 
 def _labels(table: SweepTable) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from fedattack.audit.family import Leakage, get_family
+from fedattack.audit.family import Leakage, get_family, interval_fields
 from fedattack.metrics import wilson
+from fedattack.metrics.statistics import student_mean
 from fedattack.storage.plain import number
 
 DONE, FAILED, REFUSED = "done", "failed", "not applicable"
@@ -68,6 +69,37 @@ def sweep_table(axes: Sequence[str], outcomes: Sequence[CellOutcome]) -> SweepTa
     for name in [*ends, "epsilon"]:
         frame[name] = pd.to_numeric(frame[name]) if name in frame else math.nan
     return SweepTable(values, frame)
+
+
+SEED = "axis.seed"
+
+
+def over_seeds(table: SweepTable) -> list[dict[str, Any]]:
+    """Runs that differ in their seed alone, together: a row for each attack and the other axes.
+
+    Columns: those axes, ``attack``, ``family``, ``seeds``, ``mean`` with ``low`` and ``high`` (Student's t, 95 %,
+    over the seeds; None of one), and ``worst``, what leaked most. Empty where seed is no axis of more than one value.
+    """
+    frame = table.frame
+    if SEED not in frame or frame[SEED].nunique() < 2:
+        return []
+    others = [str(name) for name in frame.columns if str(name).startswith("axis.") and name != SEED]
+    keys = [*others, *(name for name in ("attack",) if name not in others)]
+    rows = []
+    done = frame[(frame["status"] == DONE) & frame["family"].notna()]
+    for chosen, group in done.groupby(keys, sort=False, dropna=False):
+        family = str(group["family"].iloc[0])
+        values = group[get_family(family).leakage.column].dropna()
+        if len(values):
+            found = student_mean(values.to_numpy())
+            labels = dict(zip(keys, chosen, strict=True)) | {
+                "attack": group["attack"].iloc[0],
+                "family": family,
+            }
+            rows.append(
+                labels | {"seeds": len(values)} | interval_fields(found) | {"worst": float(values.max())}
+            )
+    return rows
 
 
 def _rows(outcome: CellOutcome) -> list[dict[str, Any]]:
