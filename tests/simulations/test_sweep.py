@@ -269,7 +269,7 @@ def test_seeds_are_averaged_in_the_heat_map() -> None:
     figure = figures.heat_map(table, "reconstruction")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["-1.5", "+0.5"]
-    assert "mean of 2 seeds" in figure.get_suptitle()
+    assert "mean of 2 seeds" in figure.get_suptitle().replace("\n", " ")
 
 
 def test_seeds_are_told_together(tmp_path: Path) -> None:
