@@ -62,6 +62,36 @@ class PerSample(Protocol):
 
 
 @dataclass(frozen=True)
+class LocalRound:
+    """What a client trains by in one round.
+
+    Attributes
+    ----------
+    weights : mapping of str to Tensor
+        The received state dict; not to be modified.
+    images, labels : Tensor
+        All samples of the client: float32 (N, C, H, W) in [0, 1] and int64 (N,).
+    batches : sequence of ndarray of int64
+        Positions in the samples, one array per local step.
+    step : callable
+        :meth:`Task.step`, behind the client's defences.
+    draws : Generator
+        The client's own stream for this round.
+    memory : mapping of str to Tensor
+        :attr:`LocalResult.memory` of its last round; empty at first.
+    """
+
+    weights: Mapping[str, Tensor]
+    images: Tensor
+    labels: Tensor
+    batches: Sequence[NDArray[np.int64]]
+    scenario: Scenario
+    step: GradientStep
+    draws: Generator
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LocalResult:
     """What local training leaves."""
 
@@ -105,23 +135,8 @@ class Task(ABC):
         return trained_parameters(model)
 
     @abstractmethod
-    def train(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        images: Tensor,
-        labels: Tensor,
-        batches: Sequence[NDArray[np.int64]],
-        scenario: Scenario,
-        step: GradientStep,
-        draws: Generator,
-        memory: Mapping[str, Tensor],
-    ) -> LocalResult:
-        """One client's round, from the received weights.
-
-        Arguments as of :func:`fedattack.training.local_update`; `step` is that of :meth:`step`, behind the client's
-        defences, `memory` what :attr:`LocalResult.memory` was in the client's last round, empty at first.
-        """
+    def train(self, model: nn.Module, given: LocalRound) -> LocalResult:
+        """One client's round; `model` is scratch space, whose weights are overwritten."""
 
     @abstractmethod
     def measure(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:

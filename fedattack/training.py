@@ -17,13 +17,15 @@ from torch.nn.functional import cross_entropy
 from fedattack.config import GanConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, DataError, RunFailed
 from fedattack.observation import Scenario, UpdateKind
-from fedattack.rng import numpy_rng
+from fedattack.rng import numpy_rng, torch_rng
 from fedattack.task import (
     GradientStep,
     LocalResult,
+    LocalRound,
     LossAndGradient,
     Task,
     objective,
+    task_of,
     trained_parameters,
 )
 
@@ -85,20 +87,10 @@ class LossTask(Task):
         """:meth:`gradient`, which draws nothing."""
         return self.gradient
 
-    def train(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        images: Tensor,
-        labels: Tensor,
-        batches: Sequence[NDArray[np.int64]],
-        scenario: Scenario,
-        step: GradientStep,
-        draws: Generator,
-        memory: Mapping[str, Tensor],
-    ) -> LocalResult:
+    def train(self, model: nn.Module, given: LocalRound) -> LocalResult:
         """See :func:`local_update`."""
-        return local_update(model, weights, images, labels, batches, scenario.training, step)
+        samples = given.images, given.labels, given.batches
+        return local_update(model, given.weights, *samples, given.scenario.training, given.step)
 
 
 class Classify(LossTask):
@@ -216,6 +208,37 @@ def local_update(
     buffers = {name: b.detach().clone() for name, b in model.named_buffers() if b.is_floating_point()}
     seen = len(batches[0]) if len(batches) == 1 else np.unique(np.concatenate(batches)).size
     return LocalResult(dict(zip(names, update, strict=True)), buffers, loss, int(seen))
+
+
+def train_alone(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    scenario: Scenario,
+    rounds: int,
+    seed: int,
+    *keys: int,
+) -> dict[str, Tensor]:
+    """The state dict that a federation of one undefended client comes to, on the model's device.
+
+    `model` is overwritten; every draw is of (seed, purpose, round, `keys`).
+    """
+    task, training, kept = task_of(scenario), scenario.training, dict[str, Tensor]()
+    device = next(model.parameters()).device
+    current = {name: tensor.to(device) for name, tensor in weights.items()}
+    images, labels = images.to(device), labels.to(device)
+    kind = weight_step(training, "gradient" if training.protocol == "fedsgd" else "delta")
+    for number in range(1, rounds + 1):
+        batches = batch_positions(len(labels), training, seed, number, keys[0] if keys else 0)
+        draws = torch_rng(seed, "training", number, *keys)
+        step = task.step(scenario, draws)
+        given = LocalRound(current, images, labels, batches, scenario, step, draws, kept)
+        result = task.train(model, given)
+        kept = result.memory
+        moved = {name: current[name] + kind * change for name, change in result.update.items()}
+        current = {**current, **moved, **result.buffers}
+    return current
 
 
 def evaluate(

@@ -26,7 +26,7 @@ from fedattack.models import build_model
 from fedattack.observation import Candidates, Scenario
 from fedattack.registry import build_plugin
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
-from fedattack.task import GradientStep, LocalResult, Task, task_of, trained_parameters
+from fedattack.task import GradientStep, LocalResult, LocalRound, Task, task_of, trained_parameters
 from fedattack.training import batch_positions, evaluate, load_weights, local_update
 from simulations.experiments.executor import choose_device
 from strategies import messages as wire
@@ -259,10 +259,9 @@ def train(message: Message, context: Context) -> Message:
     defended = ClientDefenses(place.defenses, place.config.seed, round, client, plain, planted)
     shown = defended.images(images)
     if mu == 0.0 or len(steps) == 1:  # the proximal term has no gradient at the received weights
-        known = _recalled(context, _TASK_MEMORY)
-        result = place.task.train(
-            place.model, weights, shown, labels, steps, place.scenario, defended.gradient, draws, known
-        )
+        known, step = _recalled(context, _TASK_MEMORY), defended.gradient
+        given = LocalRound(weights, shown, labels, steps, place.scenario, step, draws, known)
+        result = place.task.train(place.model, given)
     elif not place.task.proximal:
         raise ConfigError(no_proximal_term(place.config))
     else:

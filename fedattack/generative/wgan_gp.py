@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
@@ -16,7 +15,7 @@ from fedattack.config import GanConfig, ModelConfig
 from fedattack.errors import ConfigError, RunFailed
 from fedattack.generative.nets import Gan, initialise
 from fedattack.observation import Scenario
-from fedattack.task import GradientStep, LocalResult, LossAndGradient, Task, trained_parameters
+from fedattack.task import GradientStep, LocalResult, LocalRound, LossAndGradient, Task, trained_parameters
 from fedattack.training import load_weights
 
 
@@ -150,53 +149,44 @@ class WganGp(Task):
         critic = {id(parameter) for parameter in model.critic.parameters()}
         return {name: one for name, one in trained_parameters(model).items() if id(one) in critic}
 
-    def train(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        images: Tensor,
-        labels: Tensor,
-        batches: Sequence[NDArray[np.int64]],
-        scenario: Scenario,
-        step: GradientStep,
-        draws: Generator,
-        memory: Mapping[str, Tensor],
-    ) -> LocalResult:
+    def train(self, model: nn.Module, given: LocalRound) -> LocalResult:
         """The change of the nets that are sent; a critic that stays at home is in the memory."""
         assert isinstance(model, Gan)
-        training, gan = scenario.training, scenario.gan
-        load_weights(model, weights)
+        training, gan = given.scenario.training, given.scenario.gan
+        load_weights(model, given.weights)
         model.train()
         device, home = next(model.parameters()).device, gan.share == "generator"
         critic = model.critic.to(device)
-        if home and memory:
-            load_weights(critic, memory)
+        if home and given.memory:
+            load_weights(critic, given.memory)
         elif home:
-            initialise(critic, draws)
+            initialise(critic, given.draws)
         nets = [list(net.parameters()) for net in (critic, model.generator)]
         settings = {"lr": training.learning_rate, "betas": (gan.beta1, gan.beta2)}
         for_critic, for_generator = (torch.optim.Adam(part, **settings) for part in nets)  # type: ignore[arg-type]
         losses: list[Tensor] = []
-        for number, batch in enumerate(batches, start=1):
+        for number, batch in enumerate(given.batches, start=1):
             index = torch.from_numpy(batch)
-            loss, slope = step(model, images[index].to(device), labels[index].to(device))
+            shown = given.images[index].to(device), given.labels[index].to(device)
+            loss, slope = given.step(model, *shown)
             losses.append(loss.detach())
             _move(for_critic, nets[0], slope)
             if number % gan.critic_steps == 0:
-                cost = generator_loss(critic, model.sample(len(batch), draws))
+                cost = generator_loss(critic, model.sample(len(batch), given.draws))
                 _move(for_generator, nets[1], torch.autograd.grad(cost, nets[1]))
         loss_now = float(torch.stack(losses).mean())
         if not math.isfinite(loss_now):
             raise RunFailed(
                 f"local training diverged: the critic's loss became {loss_now} (learning_rate "
-                f"{training.learning_rate}, {len(batches)} steps); lower 'training.learning_rate'"
+                f"{training.learning_rate}, {len(given.batches)} steps); lower 'training.learning_rate'"
             )
         update = {
-            name: parameter.detach() - weights[name].to(device)
+            name: parameter.detach() - given.weights[name].to(device)
             for name, parameter in trained_parameters(model).items()
         }
         kept = {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()} if home else {}
-        return LocalResult(update, {}, loss_now, int(np.unique(np.concatenate(batches)).size), kept)
+        seen = int(np.unique(np.concatenate(given.batches)).size)
+        return LocalResult(update, {}, loss_now, seen, kept)
 
     def measure(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Energy distance between the images and as many generated ones, times their number; at least 2."""

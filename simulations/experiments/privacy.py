@@ -28,7 +28,7 @@ from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation
 from fedattack.reporting import formats
 from fedattack.rng import torch_rng
-from fedattack.task import trained_parameters
+from fedattack.task import LocalRound, trained_parameters
 from fedattack.training import LossTask, load_weights, training_mode
 from simulations.client_app import Workplace, round_batches, used_positions
 from simulations.engine.federation import RoundRecord
@@ -205,8 +205,7 @@ class CanaryWatch:
         defended = ClientDefenses(exact, self._config.seed, round, client, plain, silent.step)
         place_of = np.zeros(len(place.partitions[client]), np.int64)
         place_of[used] = np.arange(len(used))
-        result = place.task.train(
-            place.model,
+        given = LocalRound(
             observation.weights,
             defended.images(images),
             silent.coded(client, used, labels),
@@ -214,8 +213,8 @@ class CanaryWatch:
             place.scenario,
             defended.gradient,
             draws,
-            {},
         )
+        result = place.task.train(place.model, given)
         update = defended.update(silent.update(client, result.update))
         return torch.cat([part.reshape(-1) for part in update.values()]).float().cpu().numpy()
 

@@ -21,11 +21,11 @@ from fedattack.errors import DataError, FedattackError
 from fedattack.files import content_hash, write_tensors
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, Scenario
-from fedattack.rng import adversary_seed, numpy_rng, torch_rng
+from fedattack.rng import adversary_seed, numpy_rng
 from fedattack.storage import RunFolder
 from fedattack.storage.observations import read_tensors
 from fedattack.task import task_of
-from fedattack.training import batch_positions, sample_logits, weight_step
+from fedattack.training import sample_logits, train_alone
 from simulations.experiments.executor import Job, choose_device, reason
 
 log = logging.getLogger("fedattack.references")
@@ -54,23 +54,11 @@ class Recipe:
 
     def train(self, index: int, samples: Candidates, device: torch.device) -> Tensor:
         """Logits of model `index` on all samples, float32 (n, classes): a federation of one client with its half."""
-        training = self.scenario.training
         model = build_model(self.scenario.model).to(device)
-        task, kept = task_of(self.scenario), dict[str, Tensor]()
         weights = initial_weights(self.scenario.model, adversary_seed(self.seed, "weights", index))
-        weights = {name: tensor.to(device) for name, tensor in weights.items()}
         own = np.flatnonzero(self.trained_on(index, samples))
-        images, labels = samples.images[own].to(device), samples.labels[own].to(device)
-        for number in range(1, self.rounds + 1):
-            batches = batch_positions(len(own), training, self.seed, number, index)
-            draws = torch_rng(self.seed, "training", number, index)
-            step = task.step(self.scenario, draws)
-            samples_of = images, labels, batches
-            result = task.train(model, weights, *samples_of, self.scenario, step, draws, kept)
-            kept = result.memory
-            kind = weight_step(training, "gradient" if training.protocol == "fedsgd" else "delta")
-            moved = {name: weights[name] + kind * change for name, change in result.update.items()}
-            weights = {**weights, **moved, **result.buffers}
+        known = samples.images[own], samples.labels[own]
+        weights = train_alone(model, weights, *known, self.scenario, self.rounds, self.seed, index)
         return sample_logits(model.eval(), weights, samples.images)
 
     def digest(self, samples: Candidates, device: torch.device) -> str:

@@ -38,7 +38,7 @@ from fedattack.observation import (
 )
 from fedattack.registry import plugin_options
 from fedattack.storage.observations import load_observations, read_tensors, save_observation
-from fedattack.task import task_of
+from fedattack.task import LocalRound, task_of
 
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hcgla": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 5, "method": "matching"}),
@@ -219,7 +219,7 @@ def save_federation(folder: Path, name: str, seed: int) -> None:
             batches = [np.arange(len(images))] * scene.training.local_steps
             draws = torch.Generator().manual_seed(100 * number + client)
             step = task.step(scene, draws)
-            update = task.train(model, own, images, labels, batches, scene, step, draws, {}).update
+            update = task.train(model, LocalRound(own, images, labels, batches, scene, step, draws)).update
             values = torch.cat([tensor.flatten() for tensor in update.values()])
             shapes = tuple(tuple(tensor.shape) for tensor in update.values())
             kind = "delta" if scene.training.protocol == "fedavg" else "gradient"

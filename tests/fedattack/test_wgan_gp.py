@@ -25,7 +25,7 @@ from fedattack.generative.nets import Gan
 from fedattack.generative.wgan_gp import CriticStep, WganGp, critic_loss, energy_distance, generator_loss
 from fedattack.models import build_model, initial_weights, resolve
 from fedattack.observation import Scenario
-from fedattack.task import LossAndGradient
+from fedattack.task import LocalRound, LossAndGradient
 from fedattack.training import batch_positions
 from simulations.experiments.choose import check_model
 
@@ -188,7 +188,7 @@ def test_data_reach_a_client_through_the_steps_gradient_alone(nets: str) -> None
     found = []
     for images in (torch.zeros(24, 1, 8, 8), torch.rand(24, 1, 8, 8)):
         draws = torch.Generator().manual_seed(5)
-        found.append(task.train(model, weights, images, labels, batches, agreed, step, draws, {}))
+        found.append(task.train(model, LocalRound(weights, images, labels, batches, agreed, step, draws)))
     assert calls == [8] * 20
     one, other = found
     assert all(torch.equal(one.update[n], other.update[n]) for n in one.update)

@@ -22,7 +22,7 @@ from fedattack.generative import load_gan
 from fedattack.generative.wgan_gp import energy_distance
 from fedattack.models import build_model, initial_weights
 from fedattack.rng import torch_rng
-from fedattack.task import task_of
+from fedattack.task import LocalRound, task_of
 from fedattack.training import batch_positions
 from simulations.client_app import Workplace
 from simulations.engine.federation import FederationResult, RoundRecord, run_federation
@@ -118,7 +118,7 @@ def test_a_federation_is_the_mean_of_its_clients_nets() -> None:
         draws = torch_rng(config.seed, "training", 1, client)
         step = task.step(world.scenario, draws)
         model = build_model(world.scenario.model)
-        found = task.train(model, weights, images, labels, batches, world.scenario, step, draws, {})
+        found = task.train(model, LocalRound(weights, images, labels, batches, world.scenario, step, draws))
         for name, change in found.update.items():
             moved[name] += change.double() * len(ids) / total
     for name, tensor in federate(rounds=1).weights.items():

@@ -14,8 +14,7 @@ from fedattack.generative.nets import Gan
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Scenario
 from fedattack.rng import adversary_seed, torch_rng
-from fedattack.task import task_of
-from fedattack.training import batch_positions, load_weights
+from fedattack.training import load_weights, train_alone
 
 
 @dataclass(frozen=True)
@@ -105,18 +104,11 @@ def trained_on(
     images: Tensor, scenario: Scenario, rounds: int, seed: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Weights of nets trained on `images` as a federation of one client trains for so many rounds."""
-    task, kept = task_of(scenario), dict[str, Tensor]()
     model = build_model(scenario.model).to(device)
-    weights = initial_weights(scenario.model, adversary_seed(seed, "weights"))
+    start = initial_weights(scenario.model, adversary_seed(seed, "weights"))
     labels = torch.zeros(len(images), dtype=torch.int64)
-    for number in range(1, rounds + 1):
-        batches = batch_positions(len(images), scenario.training, seed, number, 0)
-        draws = torch_rng(seed, "training", number)
-        step = task.step(scenario, draws)
-        found = task.train(model, weights, images, labels, batches, scenario, step, draws, kept)
-        weights = weights | {name: weights[name] + change.cpu() for name, change in found.update.items()}
-        kept = found.memory
-    return weights
+    found = train_alone(model, start, images, labels, scenario, rounds, seed)
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def reference_weights(
