@@ -337,6 +337,11 @@ class UnlearningConfig(PluginSection):
         None, description="round after which clients ask for deletions; None: the last"
     )
     checkpoint_every: Positive = Field(1, description="rounds between what the server keeps to forget later")
+    draws: Literal["kept", "anew"] = Field(
+        "kept",
+        description="batches after a deletion. kept: as they were, the deleted left out, so that other draws do not "
+        "drown the damage; anew: drawn from what is left, as real clients do",
+    )
     options: PluginOptions = Field(default_factory=dict, description="mechanism name -> parameters")
     shared_options: dict[str, Any] = Field(default_factory=dict, description="parameters of the mechanism")
 

@@ -188,10 +188,17 @@ def remaining_positions(size: int, excluded: Collection[int] = ()) -> NDArray[np
 def round_batches(
     config: Config, size: int, round: int, client: int, excluded: Collection[int] = ()
 ) -> list[NDArray[np.int64]]:
-    """Positions in the client's partition of each local step's batch; a pure function, also for the auditor."""
+    """Positions in the client's partition of each local step's batch; a pure function, also for the auditor.
+
+    Without the `excluded` positions: left out of the batches as they were, some of which may then be empty, or out of
+    what batches are drawn from (``unlearning.draws``). Raises DataError where nothing is left of the partition.
+    """
     if not excluded:
         return batch_positions(size, config.training, config.seed, round, client)
     left = remaining_positions(size, excluded)
+    if config.unlearning.draws == "kept" and len(left):
+        batches = batch_positions(size, config.training, config.seed, round, client)
+        return [batch[np.isin(batch, left)] for batch in batches]
     return [left[batch] for batch in batch_positions(len(left), config.training, config.seed, round, client)]
 
 
@@ -239,7 +246,10 @@ def train(message: Message, context: Context) -> Message:
     batches = round_batches(place.config, size, round, client, excluded)
     steps_asked = settings.get(wire.LOCAL_STEPS)
     assert steps_asked is None or isinstance(steps_asked, int)
-    batches = batches[:steps_asked]
+    # A step whose whole batch was deleted moves nothing, by weight decay neither.
+    batches = [batch for batch in batches[:steps_asked] if len(batch)]
+    if not batches:
+        return Message(Error(wire.DROPPED_OUT, "all of this round's batches were deleted"), reply_to=message)
     used = used_positions(batches)
     images, labels = place.samples(client, used)
     weights = place.weights(arrays)

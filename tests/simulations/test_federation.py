@@ -17,6 +17,7 @@ from fedattack.data import World, build_world
 from fedattack.errors import ConfigError
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Observation
+from fedattack.training import batch_positions, local_update
 from simulations.client_app import Workplace, round_batches
 from simulations.engine.federation import ask_unlearning, run_federation
 from simulations.engine.local_grid import InlineGrid
@@ -150,6 +151,35 @@ def test_excluded_samples_are_as_if_they_had_never_been(world: World) -> None:
     painted = replace(world, dataset=replace(world.dataset, images=images))
     again = run_federation(settings(), painted, excluded=excluded)
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in result.weights.items())
+
+
+def test_a_deletion_leaves_the_other_samples_batches_as_they_were() -> None:
+    """Local SGD on what is left of each batch, worked out anew; an emptied batch moves nothing."""
+    decay = {"training.weight_decay": 0.01}
+    config = settings(protocol="fedavg", batch_size=4, local_steps=6, learning_rate=0.1, **decay)
+    world = build_world(config)
+    size = len(world.partitions[1])
+    whole = batch_positions(size, config.training, config.seed, 1, 1)
+    gone = [*whole[1].tolist(), int(whole[2][0]), int(whole[4][1])]
+    kept = [np.setdiff1d(batch, gone, assume_unique=True) for batch in whole]
+    found = round_batches(config, size, 1, 1, gone)
+    assert [batch.tolist() for batch in found] == [batch.tolist() for batch in kept]
+    assert [len(batch) for batch in found].count(0) == 1
+    seen: list[Observation] = []
+    run_federation(config, world, excluded={1: gone}, on_observation=seen.append)
+    (sent,) = [observation for observation in seen if observation.client == 1]
+    model, start = build_model(world.scenario.model), initial_weights(world.scenario.model, config.seed)
+    images, labels = world.dataset.tensors(world.partitions[1])
+    wanted = local_update(model, start, images, labels, [b for b in found if len(b)], config.training).update
+    for name, tensor in sent.update.dense().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-7)
+    one = settings(protocol="fedavg", batch_size=4, local_steps=1)
+    (first,) = round_batches(one, size, 1, 1)
+    assert run_federation(one, build_world(one), excluded={1: first.tolist()}).rounds[0].dropped == (1,)
+    anew = config.model_copy(update={"unlearning": config.unlearning.model_copy(update={"draws": "anew"})})
+    left = np.setdiff1d(np.arange(size), gone)
+    drawn = [left[b] for b in batch_positions(len(left), config.training, config.seed, 1, 1)]
+    assert all(map(np.array_equal, round_batches(anew, size, 1, 1, gone), drawn))
 
 
 def test_going_on_from_a_checkpoint_is_the_same_run(world: World) -> None:

@@ -23,6 +23,7 @@ from fedattack.registry import build_plugin
 from fedattack.storage import RunFolder
 from fedattack.training import evaluate
 from fedattack.unlearning import History
+from simulations.client_app import round_batches
 from simulations.engine.federation import FederationResult, Judge, run_federation
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Plan
@@ -262,7 +263,9 @@ def test_the_trainer_reaches_the_clients(tmp_path: Path) -> None:
     wanted = evaluate(model, run.result.weights, images, labels)
     assert figures[3] == pytest.approx(wanted | {"num-examples": len(labels)})
     assert [update.client for update in short] == list(range(6))
-    assert {update.examples for update in short} == {2 * 16}  # two of eight steps
+    batches = round_batches(config, len(world.partitions[1]), 1, 1)[:2]  # two of eight steps
+    left = sum(position not in range(5) for batch in batches for position in batch)
+    assert {update.client: update.examples for update in short} == dict.fromkeys(range(6), 32) | {1: left}
     assert trainer.client_steps == 2 * 6
 
 
