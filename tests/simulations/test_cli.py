@@ -16,6 +16,7 @@ from fedattack.defenses import build_defenses
 from fedattack.defenses.clip_noise import ClipNoise
 from fedattack.defenses.transform import Transform
 from simulations.cli.catalogue import settings_tables
+from simulations.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,12 +103,29 @@ def test_parameters_can_be_none_and_come_back(tmp_path: Path) -> None:
         (["--attack", "hcgla", "--compressor", "sign"], "compression.name = 'sign'"),
     ],
 )
-def test_mistakes_are_answered_in_one_message(arguments: list[str], part: str, tmp_path: Path) -> None:
-    answer = command(*arguments, "--engine", "inline", cwd=tmp_path)
-    assert answer.returncode == 2, answer.stderr
-    assert part in answer.stderr.replace("\n", " ")
-    assert "Traceback" not in answer.stderr
+def test_mistakes_are_answered_in_one_message(
+    arguments: list[str],
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["fedattack", *arguments, "--engine", "inline"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2, told
+    assert part in told.replace("\n", " ")
     assert not list(tmp_path.iterdir()), "nothing may be left behind by a request that was refused"
+
+
+def test_a_mistake_ends_the_process(tmp_path: Path) -> None:
+    answer = command("--dataset", "mnist", "--engine", "inline", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "data.dir" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 SMALL = [
