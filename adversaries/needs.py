@@ -82,6 +82,11 @@ class Needs:
     """Of membership: people are asked about, by samples that nobody trained on."""
 
     @property
+    def summed(self) -> str:
+        """Attacks on the same training that read sums."""
+        return "critic" if self.trains == "generate" else "ig or unmix"
+
+    @property
     def behind(self) -> str:
         """The activations in words."""
         return " or ".join(self.activations)

@@ -146,7 +146,7 @@ TABLE: tuple[Row, ...] = (
         value="dense", plain=True),
     Row("sums", "single updates", lambda n, s, f: hides_clients(s.defense),
         "defence 'secure-aggregation' shows the server one large batch of all clients and no update of one "
-        "alone; leave it out of 'defense.names', or use an attack that reads sums, such as ig or unmix",
+        "alone; leave it out of 'defense.names', or use an attack that reads sums, such as {n.summed}",
         value="single", plain=True),
     Row("fresh", "no error feedback, or round 1", lambda n, s, f: one_gradient.accumulates(s) and f.last > 1,
         "setting 'attack.rounds' = {f.last} with error feedback or DGC: from round 2 on an update holds "
