@@ -23,8 +23,8 @@ from fedattack.errors import NotApplicable
 class Domias(SyntheticAttack):
     """DOMIAS: the log ratio of densities of synthetic and of public images (Breugel et al., AISTATS 2023).
 
-    Equation 2. Densities are of whitened principal
-    components of synthetic and public images together. Needs synthetic images, and public ones.
+    Equation 2. Densities are of whitened principal components of synthetic and public images together. Needs
+    synthetic images, and public ones.
 
     Parameters
     ----------

@@ -23,9 +23,9 @@ from fedattack.observation import Scenario
 class MonteCarlo(SyntheticAttack):
     """Monte Carlo attack: the share of synthetic images within a radius (Hilprecht et al., PoPETs 2019).
 
-    The radius is their median rule, which knows no member: the median
-    over all candidates of the distance to the nearest synthetic image. The half with none so near would tie; of
-    equally many the candidate whose nearest is nearer comes first. Needs synthetic images alone.
+    The radius is their median rule, which knows no member: the median over all candidates of the distance to the
+    nearest synthetic image. The half with none so near would tie; of equally many the candidate whose nearest is
+    nearer comes first. Needs synthetic images alone.
 
     Parameters
     ----------
