@@ -337,6 +337,9 @@ class UnlearningConfig(PluginSection):
         None, description="round after which clients ask for deletions; None: the last"
     )
     checkpoint_every: Positive = Field(1, description="rounds between what the server keeps to forget later")
+    seeds: Positive = Field(
+        5, description="whole trainings over which damage is measured; the first is the run itself"
+    )
     draws: Literal["kept", "anew"] = Field(
         "kept",
         description="batches after a deletion. kept: as they were, the deleted left out, so that other draws do not "

@@ -1,4 +1,4 @@
-"""Unlearning: what a deletion request cost beyond as many random deletions.
+"""Unlearning: what a deletion request cost beyond as many random deletions, and whose doing it is.
 
 Damage counts when its 95 % interval lies above 0, and as slight below 5 points of accuracy. "No damage" needs an
 upper end below 2 points. A model at chance has no accuracy to lose, so that its damage is undecided.
@@ -43,8 +43,10 @@ def audit_unlearning(
     after: Sequence[float] | float,
     random: Sequence[float] | float,
     *,
+    retrained: tuple[Sequence[float], Sequence[float]] | None = None,
     requests: int,
     mechanism: str,
+    idle: str = "",
     test_samples: int | None = None,
     chance_accuracy: float | None = None,
     seconds: float = 0.0,
@@ -57,6 +59,10 @@ def audit_unlearning(
     before, after, random
         Test accuracies in [0, 1], one per seed: before the request, after it was carried out, and after the
         deletion of as many random samples instead (the floor).
+    retrained
+        The latter two where samples are forgotten by training again; None: as `mechanism` does.
+    idle
+        Why the run says nothing, where it does not.
     test_samples
         Size of the test set: with a single seed the interval then covers the test samples.
     chance_accuracy
@@ -67,14 +73,15 @@ def audit_unlearning(
     DataError
         If the lengths differ or a figure is no share.
     """
-    columns = [np.atleast_1d(np.asarray(c, dtype=np.float64)) for c in (before, after, random)]
+    again = retrained or (after, random)
+    columns = [np.atleast_1d(np.asarray(c, dtype=np.float64)) for c in (before, after, random, *again)]
     sizes = {len(c) for c in columns}
     if len(sizes) != 1 or 0 in sizes or not all(((c >= 0) & (c <= 1)).all() for c in columns):
         raise DataError(
             f"attack {attack_name!r}: accuracies before, after and after random deletion must be equally many "
             "shares in [0, 1]"
         )
-    first, changed, floor = columns
+    first, changed, floor, exact, exact_floor = columns
     runs = len(first)
     if runs == 1 and test_samples:
         damage = share_difference(float(floor[0]), float(changed[0]), test_samples)
@@ -82,8 +89,13 @@ def audit_unlearning(
     else:
         damage = paired_difference(floor, changed, seed)
         covers = "seeds"
-    idle = at_chance(float(first.mean()), chance_accuracy, test_samples)
-    was, now, guess = (float(c.mean()) for c in columns)
+    idle = idle or at_chance(float(first.mean()), chance_accuracy, test_samples)
+    parts = {
+        "algorithm": (first, floor),
+        "request": (exact_floor, exact),
+        "together": (floor - changed, exact_floor - exact),
+    }
+    was, now, guess = (float(c.mean()) for c in columns[:3])
     level, verdict = verdict_of(was, now, guess, damage, runs, idle)
 
     def accuracy(values: np.ndarray) -> dict[str, Any]:
@@ -101,6 +113,7 @@ def audit_unlearning(
             "damage": interval_fields(damage)
             | extremes((floor - changed).tolist())
             | {"interval_over": covers},
+            **{name: interval_fields(paired_difference(*both, seed)) for name, both in parts.items()},
         },
         "floors": {"random deletion": {"accuracy": accuracy(floor)}},
         "best_floor": "random deletion",
@@ -118,7 +131,8 @@ def audit_unlearning(
         }
         | {"accuracy_before": float(b), "accuracy_after": float(a)}
         | {"floor.random deletion.accuracy": float(r), "damage": float(r - a)}
-        for index, (b, a, r) in enumerate(zip(first, changed, floor, strict=True))
+        | {"retrained.accuracy_after": float(e), "retrained.random deletion.accuracy": float(f)}
+        for index, (b, a, r, e, f) in enumerate(zip(*columns, strict=True))
     ]
     return AuditResult(attack_name, "unlearning", records, summary, verdict, level)
 
@@ -164,6 +178,26 @@ def _remarks(result: AuditResult) -> list[str]:
     return [*parts, f"time: {formats.seconds(s['seconds'])}"]
 
 
+def _beside(result: AuditResult) -> list[str]:
+    """Whose doing the loss of accuracy is: of the mechanism, of the request, or of both together."""
+    told = []
+    for name, what in _PARTS.items():
+        found = result.summary["metrics"][name]
+        ends = formats.interval(found, 1, 100.0)
+        told.append(
+            f"{what}: {formats.signed(found['mean'] * 100)} points {'' if ends == formats.NONE else ends}"
+        )
+    if result.summary["mechanism"] == "retrain":
+        return [told[1].rstrip()]
+    return [one.rstrip() for one in told]
+
+
+_PARTS = {
+    "algorithm": "lost by the mechanism alone, forgetting random samples",
+    "request": "lost by the request alone, forgotten by training again",
+    "together": "lost only by both together",
+}
+
 UNLEARNING: Family = Family(
     name="unlearning",
     question="Can a client harm the model by what it asks to be forgotten?",
@@ -198,6 +232,7 @@ UNLEARNING: Family = Family(
     ),
     rows=_score_rows,
     remarks=_remarks,
+    beside=_beside,
     drawings=(
         Drawing(
             "unlearning",

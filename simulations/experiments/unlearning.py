@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from adversaries.unlearning.base import UnlearningAttack
 from fedattack.audit import AuditResult, audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.errors import NotApplicable
+from fedattack.errors import NotApplicable, PayloadError
 from fedattack.models import initial_weights
 from fedattack.observation import Observation, UnlearningRequest
 from fedattack.rng import numpy_rng
@@ -30,6 +32,7 @@ from fedattack.unlearning import (
     sample_digests,
     validate_request,
 )
+from fedattack.unlearning.retrain import Retrain
 from simulations.engine.federation import (
     DeletionRequests,
     FederationResult,
@@ -41,38 +44,60 @@ from simulations.engine.federation import (
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
+from simulations.experiments.executor import reason
 from strategies.messages import METRICS
 
+log = logging.getLogger("fedattack.unlearning")
+
 Excluded = Mapping[int, Collection[int]]
+
+
+ARMS = ("before", "after", "random", "retrained_after", "retrained_random")
+"""Trainings of one seed: without any deletion, without what was requested and without as many random samples, as the
+mechanism forgets and as a retraining does."""
 
 
 @dataclass(frozen=True)
 class UnlearningOutcome:
     """What deletion requests did to the global model, beside what it would have done anyway.
 
-    Every repeat trains three times with the same random draws: without any deletion ("before"), without what was
-    requested ("after"), and without as many samples of the same clients drawn at random ("random"). The first
-    repeat has the draws of the run itself. These are accuracies on the held-out pool in [0, 1], one per repeat,
-    `losses` its mean losses under the same names. `drops_out`: a client has no sample left and leaves.
+    Every seed is a whole training of its own, with its own initial weights and draws, and a request chosen against
+    its model; the first is the run itself. Its arms are :data:`ARMS`, accuracies on the held-out pool in [0, 1], one
+    per seed; `losses`: mean losses under the same names.
 
-    `resumed_after`, `rounds_trained` and `client_steps` are the last round that the server kept, the rounds that
-    forgetting cost, and the clients' local steps in them. `details`: `requested_loss`, the mean loss of the
-    requested samples "before" and "after" (first repeat; None where none is named by position), and
-    `random_positions`, one list per repeat.
+    `drops_out`: a client has no sample left and leaves; `floorless`: there are not as many other samples of these
+    clients, so that the random arms are those of the request. `requests`, `resumed_after`, `rounds_trained` and
+    `client_steps` are of the first seed: the last round that the server kept, the rounds that forgetting cost, and
+    the clients' local steps in them. `details`: `requested_loss`, the mean loss of the requested samples "before" and
+    "after" (first seed; None where none is named by position), and `random_positions`, one list per seed.
     """
 
     requests: tuple[UnlearningRequest, ...]
     drops_out: bool
+    floorless: bool
     mechanism: str
     before: tuple[float, ...]
     after: tuple[float, ...]
     random: tuple[float, ...]
+    retrained_after: tuple[float, ...]
+    retrained_random: tuple[float, ...]
     losses: dict[str, tuple[float, ...]]
     test_samples: int
     resumed_after: int
     rounds_trained: int
     client_steps: int
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One seed's whole training: its settings, what its server kept, its end, and what its clients ask for."""
+
+    config: Config
+    trainer: FederationTrainer
+    history: History
+    final: Weights
+    asked: DeletionRequests
 
 
 class FederationTrainer:
@@ -83,12 +108,17 @@ class FederationTrainer:
         self.client_steps = 0
 
     def train(
-        self, excluded: Excluded, weights: Weights, first_round: int, history: History | None = None
+        self,
+        excluded: Excluded,
+        weights: Weights,
+        first_round: int,
+        history: History | None = None,
+        on_requests: Callable[[DeletionRequests], None] | None = None,
     ) -> Weights:
         """Train the rounds from `first_round` up to the request; `history` keeps of them what it is for."""
-        kept: dict[str, Any] = {}
+        kept: dict[str, Any] = {"on_requests": on_requests}
         if history is not None:
-            kept = {"on_weights": history.keep_weights, "on_observation": history.keep_update}
+            kept |= {"on_weights": history.keep_weights, "on_observation": history.keep_update}
             kept["observe"] = lambda round, _: history.wants_updates(round)
             kept["on_round"] = lambda r: history.note_round(r.round, r.clients, r.aggregated)
         return self._run(excluded, weights, first_round, self.config.request_round, **kept)
@@ -177,106 +207,148 @@ class UnlearningExperiment(Experiment):
         self.asked = requests
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        """Carry out each attack's requests, and score the damage."""
-        audits: dict[str, AuditResult] = {}
-        for name in self.attacks:
-            try:
-                audits[name] = self._audit(name, federation.weights)
-            except Exception as error:  # costs the others nothing
-                self.failed[name] = error
-        return audits
+        """Carry out each attack's requests, seed after seed, and score the damage."""
+        started, found = time.perf_counter(), self.measure(federation.weights)
+        seconds = (time.perf_counter() - started) / max(1, len(found))
+        return {name: self._audit(name, outcome, seconds) for name, outcome in found.items()}
 
-    def _audit(self, name: str, final: Weights) -> AuditResult:
-        plan, started = self.plan, time.perf_counter()
-        outcome = self.outcome(name, final)
+    def _audit(self, name: str, outcome: UnlearningOutcome, seconds: float) -> AuditResult:
+        plan = self.plan
         plan.folder.save_part(name, dataclasses.asdict(outcome))
+        none_left = "all that its client has is asked for, and no other samples can be deleted instead"
         return audit_unlearning(
             name,
             outcome.before,
             outcome.after,
             outcome.random,
+            retrained=(outcome.retrained_after, outcome.retrained_random),
             requests=sum(len(r.positions) or len(r.labels or ()) for r in outcome.requests),
             mechanism=outcome.mechanism,
             test_samples=outcome.test_samples,
             chance_accuracy=plan.commonest_share,
-            seconds=time.perf_counter() - started,
+            idle=none_left if outcome.floorless else "",
+            seconds=seconds,
             seed=plan.config.seed,
         )
 
-    def outcome(self, attack: str, final: Weights, repeats: int = 3) -> UnlearningOutcome:
-        """Grant what an attack asked for, and measure the damage against random deletions.
+    def measure(self, final: Weights, seeds: int | None = None) -> dict[str, UnlearningOutcome]:
+        """Attack -> what its requests did in each of `seeds` trainings (None: ``unlearning.seeds``).
 
-        What forgetting leaves depends on the draw of every batch, hence the `repeats`, of which all but the first
-        train the federation once more: the damage of one pair of trainings says little.
-
-        Raises
-        ------
-        NotApplicable
-            If nobody asks, or who asks never took part.
-        PayloadError
-            If the server rejects a request.
+        `final` is the end of the run itself, the first of them. An attack that fails in the first is in `failed`; a
+        later training in which it asks for nothing, or too much, is left out of its figures with a line in the log.
+        What is finished is stored, and not measured again.
         """
+        count = seeds or self.plan.config.unlearning.seeds
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in self.attacks}
+        for index in range(count):
+            stored = {name: self.plan.folder.load_part(f"{name}-seed-{index}") for name in rows}
+            for name, row in stored.items():
+                if row is not None and name not in self.failed:
+                    rows[name].append(row)
+            lacking = [name for name, row in stored.items() if row is None and name not in self.failed]
+            if not lacking:
+                continue
+            with self._training(index, final) as training:
+                for name in lacking:
+                    try:
+                        row = self._arms(name, training, index, count)
+                    except Exception as error:  # costs the others nothing
+                        if index == 0:
+                            self.failed[name] = error
+                        else:
+                            log.warning("%s: seed %d is left out: %s", name, index, reason(error))
+                        continue
+                    self.plan.folder.save_part(f"{name}-seed-{index}", row)
+                    rows[name].append(row)
+        return {name: self._outcome(name, found) for name, found in rows.items() if found}
+
+    @contextmanager
+    def _training(self, index: int, final: Weights) -> Iterator[Training]:
+        """The run itself, or a training with a seed drawn from its own; its clients can be reached in the block."""
         config, world, history = self.plan.config, self.plan.world, self.history
-        requests = tuple(request for _, request in self.asked.get(attack, []))
-        deletions = [self._accepted(sender, request) for sender, request in self.asked.get(attack, [])]
-        start = history.ignorant([deletion.client for deletion in deletions])
-        if start is None:
+        again = config.model_copy(update={"seed": _seed(config.seed, index)})
+        with open_grid(again, world) as grid, tempfile.TemporaryDirectory(dir=history.folder) as scratch:
+            trainer = FederationTrainer(again, world, grid)
+            if index == 0:
+                yield Training(again, trainer, history, final, self.asked)
+                return
+            kept, asked = self._history(Path(scratch)), DeletionRequests()
+            kept.keep_weights(0, initial_weights(world.scenario.model, again.seed))
+            trainer.train({}, kept.checkpoint(0), 1, kept, asked.update)
+            yield Training(again, trainer, kept, trainer.go_on({}, kept.weights), asked)
+
+    def _arms(self, name: str, training: Training, index: int, count: int) -> dict[str, Any]:
+        """What an attack asks for in one training, granted in every arm; JSON-able.
+
+        NotApplicable if nobody asks, or who asks never took part; PayloadError if the server rejects a request.
+        """
+        world, history, trainer = self.plan.world, training.history, training.trainer
+        asked = training.asked.get(name, [])
+        deletions = [self._accepted(sender, request) for sender, request in asked]
+        if history.ignorant([deletion.client for deletion in deletions]) is None:
             who = " and ".join(f"client {deletion.client}" for deletion in deletions)
             raise NotApplicable(
-                f"{attack}: {who} took part in none of {history.rounds} rounds, so there is nothing to forget; raise "
+                f"{name}: {who} took part in none of {history.rounds} rounds, so there is nothing to forget; raise "
                 "federation.participation or federation.rounds"
                 if deletions
-                else f"{attack}: no client asks for a deletion"
+                else f"{name}: no client asks for a deletion"
             )
-        judge = Judge(config, world)
+        rng = numpy_rng(self.plan.config.seed, "unlearning floor", index)
+        others, positions = self._random(deletions, rng)
+        weights = {"before": training.final}
+        sides = {"after": deletions} | ({"random": others} if others is not None else {})
+        cost: dict[str, int] = {}
+        for number, (side, forgotten) in enumerate(sides.items()):
+            self.plan.shown(name, (index + (1 + number) / 3) / count, f"seed {index + 1} of {count}, {side}")
+            before = trainer.client_steps
+            answer = self.mechanism.forget(forgotten, history, trainer)
+            cost = cost or {
+                "resumed_after": answer.resumed_after,
+                "rounds_trained": answer.rounds_trained,
+                "client_steps": trainer.client_steps - before,
+            }
+            weights[side] = trainer.go_on(answer.excluded, answer.weights)
+            exact = weights[side]
+            if not isinstance(self.mechanism, Retrain):
+                control = Retrain().forget([self._known(one) for one in forgotten], history, trainer)
+                exact = trainer.go_on(control.excluded, control.weights)
+            weights[f"retrained_{side}"] = exact
+        judge = Judge(training.config, world)
+        figures = {arm: judge(found) for arm, found in weights.items()}
+        for arm in ("random", "retrained_random"):
+            figures.setdefault(arm, figures[arm.replace("random", "after")])
         named = [world.partitions[d.client][sorted(d.positions)] for d in deletions if d.positions]
         ids = np.concatenate([*named, np.empty(0, np.int64)]).astype(np.int64)
-        figures: dict[str, list[dict[str, float]]] = {"before": [], "after": [], "random": []}
-        floors: list[list[int]] = []
-        for repeat in range(repeats):
-            again = config.model_copy(update={"seed": _seed(config.seed, repeat)})
+        return {
+            "accuracy": {arm: figures[arm]["accuracy"] for arm in ARMS},
+            "losses": {arm: figures[arm]["loss"] for arm in ARMS},
+            **cost,
+            "drops_out": any(deletion.drops_out for deletion in deletions),
+            "floorless": others is None,
+            "requested_loss": {arm: judge(weights[arm], ids).get("loss") for arm in ("before", "after")},
+            "random_positions": positions,
+        }
 
-            def report(step: int, text: str, repeat: int = repeat) -> None:
-                share = (3 * repeat + step) / (3 * repeats)
-                self.plan.shown(attack, share, f"repeat {repeat + 1}, {text}")
-
-            with open_grid(again, world) as grid, tempfile.TemporaryDirectory(dir=history.folder) as scratch:
-                trainer, kept, before = FederationTrainer(again, world, grid), history, final
-                if repeat:
-                    report(0, "no deletion")
-                    kept = self._history(Path(scratch))
-                    kept.first_rounds = dict(history.first_rounds)
-                    kept.keep_weights(start, history.checkpoint(start))
-                    trainer.train({}, history.checkpoint(start), start + 1, kept)
-                    before = trainer.go_on({}, kept.weights)
-                spent = trainer.client_steps
-                report(1, "the request")
-                answer = self.mechanism.forget(deletions, kept, trainer)
-                spent = trainer.client_steps - spent
-                report(2, "random samples")
-                rng = numpy_rng(config.seed, "unlearning floor", repeat)
-                others, positions = self._random(deletions, rng)
-                floor = self.mechanism.forget(others, kept, trainer)
-                after, random = (trainer.go_on(left.excluded, left.weights) for left in (answer, floor))
-            if repeat == 0:
-                first, client_steps = answer, spent
-                requested = {"before": judge(before, ids).get("loss"), "after": judge(after, ids).get("loss")}
-            for name, weights in (("before", before), ("after", after), ("random", random)):
-                figures[name].append(judge(weights))
-            floors.append(positions)
-        self.plan.shown(attack, 1.0, "done")
-        accuracy: dict[str, Any] = {n: tuple(row["accuracy"] for row in rows) for n, rows in figures.items()}
+    def _outcome(self, name: str, rows: Sequence[Mapping[str, Any]]) -> UnlearningOutcome:
+        """The seeds together."""
+        self.plan.shown(name, 1.0, "done")
+        first = rows[0]
+        accuracy: dict[str, Any] = {arm: tuple(row["accuracy"][arm] for row in rows) for arm in ARMS}
         return UnlearningOutcome(
-            requests=requests,
-            drops_out=any(deletion.drops_out for deletion in deletions),
-            mechanism=config.unlearning.mechanism,
+            requests=tuple(request for _, request in self.asked.get(name, [])),
+            drops_out=any(row["drops_out"] for row in rows),
+            floorless=any(row["floorless"] for row in rows),
+            mechanism=self.plan.config.unlearning.mechanism,
             **accuracy,
-            losses={name: tuple(row["loss"] for row in rows) for name, rows in figures.items()},
-            test_samples=len(world.pools.nonmembers),
-            resumed_after=first.resumed_after,
-            rounds_trained=first.rounds_trained,
-            client_steps=client_steps,
-            details={"requested_loss": requested, "random_positions": floors},
+            losses={arm: tuple(row["losses"][arm] for row in rows) for arm in ARMS},
+            test_samples=len(self.plan.world.pools.nonmembers),
+            resumed_after=first["resumed_after"],
+            rounds_trained=first["rounds_trained"],
+            client_steps=first["client_steps"],
+            details={
+                "requested_loss": first["requested_loss"],
+                "random_positions": [row["random_positions"] for row in rows],
+            },
         )
 
     def _accepted(self, sender: int, request: UnlearningRequest) -> Deletion:
@@ -287,18 +359,34 @@ class UnlearningExperiment(Experiment):
             return deletion
         return as_positions(deletion, sample_digests(*world.dataset.tensors(partition)))
 
+    def _known(self, deletion: Deletion) -> Deletion:
+        """The deletion by positions, for a retraining; of samples that its client does not have, of nothing."""
+        if deletion.labels is None:
+            return deletion
+        partition = self.plan.world.partitions[deletion.client]
+        try:
+            return as_positions(deletion, sample_digests(*self.plan.world.dataset.tensors(partition)))
+        except PayloadError:
+            return Deletion(deletion.client)
+
     def _random(
         self, deletions: Sequence[Deletion], rng: np.random.Generator
-    ) -> tuple[list[Deletion], list[int]]:
-        """As many random samples of the same clients, asked for in the same way, and the positions of all."""
+    ) -> tuple[list[Deletion] | None, list[int]]:
+        """As many random samples of the same clients that nobody asked to forget, asked for in the same way.
+
+        And the positions of all. None where a client has fewer than that.
+        """
         others: list[Deletion] = []
         drawn: list[int] = []
         for deletion in deletions:
             partition = self.plan.world.partitions[deletion.client]
             count = len(deletion.positions) if deletion.labels is None else len(deletion.labels)
-            positions = sorted(rng.choice(len(partition), count, replace=False).tolist())
+            free = np.setdiff1d(np.arange(len(partition)), sorted(deletion.positions))
+            if len(free) < count:
+                return None, []
+            positions = sorted(rng.choice(free, count, replace=False).tolist())
             if deletion.positions:
-                others.append(Deletion(deletion.client, frozenset(positions), deletion.drops_out))
+                others.append(Deletion(deletion.client, frozenset(positions)))
             else:
                 images, labels = self.plan.world.dataset.tensors(partition[positions])
                 others.append(Deletion(deletion.client, images=images, labels=labels))

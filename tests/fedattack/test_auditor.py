@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from audit_scenes import CLASSES, noisy, scene
+from scipy import stats
 from skimage.metrics import structural_similarity
 
 from fedattack.audit import reconstruction_verdict as rule
+from fedattack.audit.family import get_family
 from fedattack.audit.reconstruction import audit_reconstruction
 from fedattack.audit.unlearning import audit_unlearning
 from fedattack.errors import DataError
@@ -226,6 +228,31 @@ def test_unlearning_is_measured_against_random_deletion(after: list[float], leve
         np.mean([0.905, 0.91, 0.90]) - np.mean(after)
     )
     assert len(found.records) == 3
+
+
+def test_damage_is_parted_between_mechanism_and_request() -> None:
+    """Points lost by the mechanism on random samples, by the request under retraining, and by both together."""
+    before, after, random = [0.98, 0.975, 0.99], [0.10, 0.12, 0.09], [0.85, 0.84, 0.86]
+    retrained = [0.969, 0.96, 0.975], [0.98, 0.972, 0.985]
+    found = audit_unlearning("u", before, after, random, retrained=retrained, requests=10, mechanism="scrub")
+    metrics = found.summary["metrics"]
+    b, m1, m2, r1, r2 = map(np.array, (before, after, random, *retrained))
+    wanted = {"algorithm": b - m2, "request": r2 - r1, "together": (m2 - m1) - (r2 - r1)}
+    for name, values in wanted.items():
+        assert metrics[name]["mean"] == pytest.approx(values.mean())
+        assert (
+            metrics[name]["low"]
+            <= stats.t.interval(0.95, 2, values.mean(), values.std(ddof=1) / 3**0.5)[0] + 1e-9
+        )
+    total = metrics["request"]["mean"] + metrics["together"]["mean"]
+    assert total == pytest.approx(metrics["damage"]["mean"])
+    told = get_family("unlearning").beside(found)
+    assert told[0].startswith("lost by the mechanism alone, forgetting random samples: +13.2 points")
+    idle = audit_unlearning(
+        "u", before, after, random, requests=10, mechanism="scrub", idle="nothing else is left"
+    )
+    assert idle.level == "undecided"
+    assert "nothing else is left" in idle.verdict
 
 
 def test_one_unlearning_run_needs_the_number_of_test_samples() -> None:

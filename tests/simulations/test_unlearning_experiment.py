@@ -19,6 +19,7 @@ from fedattack.config import Config
 from fedattack.data import build_world
 from fedattack.errors import NotApplicable, PayloadError
 from fedattack.models import build_model
+from fedattack.observation import UnlearningRequest
 from fedattack.registry import build_plugin
 from fedattack.storage import RunFolder
 from fedattack.training import evaluate
@@ -32,6 +33,7 @@ from simulations.experiments.unlearning import (
     FederationTrainer,
     UnlearningExperiment,
     UnlearningOutcome,
+    _seed,
 )
 
 BASE = {
@@ -65,9 +67,12 @@ class Run:
     def history(self) -> History:
         return self.experiment.history
 
-    def outcome(self, repeats: int = 1) -> UnlearningOutcome:
-        ((name, _),) = self.experiment.asked.items()
-        return self.experiment.outcome(name, self.result.weights, repeats)
+    def outcome(self, seeds: int = 1) -> UnlearningOutcome:
+        (name,) = self.experiment.attacks
+        found = self.experiment.measure(self.result.weights, seeds)
+        if name in self.experiment.failed:
+            raise self.experiment.failed[name]
+        return found[name]
 
 
 def ran(folder: Path, **settings: object) -> Run:
@@ -94,7 +99,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_request_is_asked_granted_and_measured(tmp_path: Path) -> None:
     run = ran(tmp_path)
     config, world, result = run.plan.config, run.plan.world, run.result
-    outcome = run.outcome(repeats=2)
+    outcome = run.outcome(seeds=2)
 
     # What client 0 asks for: its largest losses under the final model, as anybody can sort them.
     model = build_model(world.scenario.model)
@@ -122,14 +127,25 @@ def test_a_request_is_asked_granted_and_measured(tmp_path: Path) -> None:
     requested = world.partitions[0][sorted(request.positions)]
     assert outcome.details["requested_loss"]["after"] == judge(retrained, requested)["loss"]
 
-    # Random floors are of the same size, differ between repeats, and the second repeat draws other batches.
+    # Random floors are of the same size and hold nothing that was asked for; a retraining is its own control.
     first, second = outcome.details["random_positions"]
     assert len(set(first)) == len(set(second)) == 12
     assert first != second
-    assert outcome.losses["before"][0] != outcome.losses["before"][1]
+    assert not set(first) & set(request.positions)
+    assert (outcome.retrained_after, outcome.retrained_random) == (outcome.after, outcome.random)
     assert outcome.test_samples == len(world.pools.nonmembers)
 
-    assert outcome == run.outcome(repeats=2)
+    # The second seed is a whole training of its own, from other weights, with a request chosen against its model.
+    again = config.model_copy(update={"seed": _seed(config.seed, 1)})
+    asked: dict[str, list[tuple[int, UnlearningRequest]]] = {}
+    other = run_federation(again, world, on_requests=asked.update).weights
+    ((_, chosen),) = asked["unlearn-max-loss"]
+    assert set(chosen.positions) != set(request.positions)
+    assert outcome.losses["before"][1] == judge(other)["loss"]
+    left = run_federation(again, world, excluded={0: chosen.positions}).weights
+    assert outcome.losses["after"][1] == judge(left)["loss"]
+
+    assert outcome == run.outcome(seeds=2), "what is finished is read back"
     assert json.loads(json.dumps(asdict(outcome)))["requests"][0]["client"] == 0
 
 
@@ -239,6 +255,8 @@ def test_all_samples_of_a_client_may_go(tmp_path: Path) -> None:
     run = ran(tmp_path, requests=10_000, rounds=2)
     outcome = run.outcome()
     assert outcome.drops_out
+    assert outcome.floorless
+    assert run.experiment.audit(run.result)["unlearn-max-loss"].level == "undecided"
     assert len(outcome.requests[0].positions) == len(run.plan.world.partitions[0])
     assert outcome.after == outcome.random
 
