@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -13,12 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from adversaries.membership.knowledge import Knowledge
 from adversaries.membership.per_sample import HELD, Gradients, gram, products
-from adversaries.membership.synthetic.release import (
-    Release,
-    reference_weights,
-    released,
-    with_reference,
-)
+from adversaries.membership.synthetic.release import Release, Releases
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Candidates, Observation
@@ -93,8 +88,7 @@ class RoundView:
         self._per_sample: dict[tuple[int, bool], Gradients] = {}
         self._found: dict[bool, tuple[Tensor, Tensor]] = {}
         self._grams: dict[int, Tensor] = {}
-        self._releases: dict[tuple[int, bool], Release] = {}
-        self._reference: dict[str, Tensor] = {}
+        self._releases: dict[int, Releases] = {}
 
     @property
     def round(self) -> int:
@@ -187,20 +181,12 @@ class RoundView:
 
         With `calibrated`, also those of a generator that the adversary trains on its public images, as many rounds.
         """
-        first, public = self.observations[0], self.knowledge.public
-        assert self.after is not None, "who shows the round gives the model after it"
-        given = first.scenario, self.after, count, seed, self.device
-        if (count, False) not in self._releases:
-            found = released(*given)
-            self._releases[count, False] = replace(found, public=None if public is None else public.images)
-        if calibrated and (count, True) not in self._releases:
-            plain = self._releases[count, False]
-            self._reference = self._reference or reference_weights(
-                plain.public, first.scenario, self.round, seed, self.device
-            )
-            found = with_reference(plain, first.scenario, self._reference, seed, self.device)
-            self._releases[count, True] = found
-        return self._releases[count, calibrated]
+        if seed not in self._releases:
+            first, public = self.observations[0], self.knowledge.public
+            assert self.after is not None, "who shows the round gives the model after it"
+            images = None if public is None else public.images
+            self._releases[seed] = Releases(first.scenario, self.after, images, self.round, seed, self.device)
+        return self._releases[seed].of(count, calibrated)
 
     def equations(self, client: int) -> tuple[Tensor, Tensor]:
         """Of the client's :class:`System`, `gram` (n, n) and its row of `products` (n,), float64."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from adversaries import ATTACKS
 from adversaries.membership.base import MembershipAttack
 from adversaries.membership.synthetic.base import SyntheticAttack
-from adversaries.membership.synthetic.release import Release, reference_weights, released, with_reference
+from adversaries.membership.synthetic.release import Release, Releases
 from fedattack.audit import AuditResult, audit_membership
 from fedattack.audit.membership_floors import Blind
 from fedattack.audit.membership_pool import Scored
@@ -34,7 +34,6 @@ from fedattack.rng import adversary_seed
 from fedattack.task import TASKS
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.engine.journal import Journal
-from simulations.experiments.base import Plan
 from simulations.experiments.choose import choose_attacks
 from simulations.experiments.executor import choose_device
 from simulations.experiments.membership import MembershipExperiment
@@ -123,10 +122,7 @@ class FinishedRun:
 class ReleaseExperiment(MembershipExperiment):
     """Asks about the members of a finished run, given its last generator: the question that the run itself puts."""
 
-    def __init__(self, plan: Plan, attacks: Mapping[str, SyntheticAttack]) -> None:
-        super().__init__(plan, attacks)
-        self._releases: dict[tuple[int, bool], Release] = {}
-        self._reference: dict[str, Tensor] = {}
+    _releases: Releases | None = None
 
     def _answer(
         self, name: str, attack: MembershipAttack, federation: FederationResult
@@ -139,26 +135,12 @@ class ReleaseExperiment(MembershipExperiment):
         last, device = config.federation.rounds, choose_device(config.engine.device)
         seed = adversary_seed(config.seed, "watch", last)  # as in the run: the same images
         self.plan.shown(name, 0.0, "samples")
-        release = self._release(attack, weights, seed, device)
+        if self._releases is None:
+            public = None if self.plan.world.auxiliary is None else self.plan.world.auxiliary.images
+            self._releases = Releases(self.plan.world.scenario, weights, public, last, seed, device)
+        release = self._releases.of(attack.samples, attack.calibrated)
         scores = attack.about(release, images, seed, device)
         return MembershipScores(scores, type(attack).__name__, {"rounds": [last]})
-
-    def _release(
-        self, attack: SyntheticAttack, weights: Mapping[str, Tensor], seed: int, device: torch.device
-    ) -> Release:
-        """What the attack sees; drawn once for all that see the same."""
-        world, count = self.plan.world, attack.samples
-        if (count, False) not in self._releases:
-            public = None if world.auxiliary is None else world.auxiliary.images
-            found = released(world.scenario, weights, count, seed, device)
-            self._releases[count, False] = replace(found, public=public)
-        if attack.calibrated and (count, True) not in self._releases:
-            plain, rounds = self._releases[count, False], self.plan.config.federation.rounds
-            setting = world.scenario, rounds, seed, device
-            self._reference = self._reference or reference_weights(plain.public, *setting)
-            found = with_reference(plain, world.scenario, self._reference, seed, device)
-            self._releases[count, True] = found
-        return self._releases[count, attack.calibrated]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -120,10 +121,38 @@ def reference_weights(
     return trained_on(public, scenario, rounds, adversary_seed(seed, "reference generator"), device)
 
 
-def with_reference(
-    release: Release, scenario: Scenario, weights: Mapping[str, Tensor], seed: int, device: torch.device
-) -> Release:
-    """The release with as many images of the reference generator of `weights`."""
-    seed = adversary_seed(seed, "reference images")
-    reference = released(scenario, weights, len(release.images), seed, device)
-    return replace(release, reference=replace(reference, public=release.public))
+@dataclass
+class Releases:
+    """What attacks see of one generator: its images are drawn, and a reference generator is trained, once for all.
+
+    `weights` are its nets' state dict, `rounds` those of the federation that trained it, `public` the adversary's own
+    images; `seed` is the adversary's.
+    """
+
+    scenario: Scenario
+    weights: Mapping[str, Tensor]
+    public: Tensor | None
+    rounds: int
+    seed: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self._drawn: dict[tuple[int, bool], Release] = {}
+
+    def of(self, count: int, calibrated: bool) -> Release:
+        """`count` images; with `calibrated` as many of the reference generator (NotApplicable: no public images)."""
+        if (count, calibrated) not in self._drawn:
+            if calibrated:
+                seed = adversary_seed(self.seed, "reference images")
+                reference = released(self.scenario, self._reference, count, seed, self.device)
+                found = replace(self.of(count, False), reference=replace(reference, public=self.public))
+            else:
+                found = released(self.scenario, self.weights, count, self.seed, self.device)
+                found = replace(found, public=self.public)
+            self._drawn[count, calibrated] = found
+        return self._drawn[count, calibrated]
+
+    @cached_property
+    def _reference(self) -> dict[str, Tensor]:
+        """Weights of the reference generator."""
+        return reference_weights(self.public, self.scenario, self.rounds, self.seed, self.device)
