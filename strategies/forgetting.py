@@ -104,7 +104,9 @@ class DeletionDesk:
     def take(self, round: int, sender: int, records: Mapping[str, Any]) -> None:
         """Read a reply's deletion requests; `sender` is the client that it really came from."""
         names = [name for name in records if not name.endswith(_SAMPLES)]
-        stray = [name for name in records if name.endswith(_SAMPLES) and name.removesuffix(_SAMPLES) not in records]
+        stray = [
+            name for name in records if name.endswith(_SAMPLES) and name.removesuffix(_SAMPLES) not in records
+        ]
         for name in [*names, *stray][:MAX_RECORDS]:
             tag = ""
             try:
@@ -173,7 +175,9 @@ class DeletionDesk:
         validate_request(request, sender, size, self.scenario)
         together = self._named[sender][tag] + _samples(request)
         if together > size:
-            raise PayloadError(f"with those that wait it asks for {together} samples, and the client has {size}")
+            raise PayloadError(
+                f"with those that wait it asks for {together} samples, and the client has {size}"
+            )
         return request
 
     def _samples(self, count: int, brought: Any, size: int) -> tuple[torch.Tensor, torch.Tensor]:

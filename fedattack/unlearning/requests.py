@@ -112,7 +112,9 @@ def validate_request(
     """
     who = f"deletion request from client {sender}"
     if isinstance(request.client, bool) or not isinstance(request.client, int) or request.client != sender:
-        raise PayloadError(f"{who}: names client {reprlib.repr(request.client)}; a client may only speak for itself")
+        raise PayloadError(
+            f"{who}: names client {reprlib.repr(request.client)}; a client may only speak for itself"
+        )
     brought = request.images is not None or request.labels is not None
     named = {
         "positions": len(request.positions) > 0,

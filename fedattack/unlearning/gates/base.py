@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -78,7 +77,7 @@ class Desk:
 
 
 @dataclass
-class Gate(ABC):
+class Gate:
     """Base of every gate: a dataclass whose fields are its settings, ``gates.NAME.FIELD``."""
 
     def check(self, name: str, mechanism: Mechanism, auxiliary: Auxiliary | None) -> None:

@@ -22,4 +22,8 @@ class Digest(Gate):
         gone = desk.forgotten.get(deletion.client, ())
         places = desk.registered(deletion.client).find(deletion.images, deletion.labels, gone)
         lost = places.count(None)
-        return f"{lost} of {len(places)} samples are none of the client's by their digest and label" if lost else None
+        return (
+            f"{lost} of {len(places)} samples are none of the client's by their digest and label"
+            if lost
+            else None
+        )

@@ -42,7 +42,11 @@ class Guard(Gate):
         """See the class."""
         assert desk.auxiliary is not None, "checked before the first round"
         assert desk.auxiliary.labels is not None
-        model, images, labels = build_model(desk.scenario.model).eval(), desk.auxiliary.images, desk.auxiliary.labels
+        model, images, labels = (
+            build_model(desk.scenario.model).eval(),
+            desk.auxiliary.images,
+            desk.auxiliary.labels,
+        )
         before, now = (
             float((sample_logits(model, state, images).argmax(1) == labels).float().mean())
             for state in (desk.weights, weights)
@@ -50,6 +54,6 @@ class Guard(Gate):
         if before - now <= self.drop:
             return None
         return (
-            f"accuracy on the server's {len(labels)} images would fall from {before:.3f} to {now:.3f}; gates.guard.drop "
-            f"is {self.drop:g}"
+            f"accuracy on the server's {len(labels)} images would fall from {before:.3f} to {now:.3f}; "
+            f"gates.guard.drop is {self.drop:g}"
         )

@@ -36,5 +36,8 @@ class Loss(Gate):
         if mean is None or others is None:
             return "the client has no other samples to compare their loss with"
         if not mean <= self.factor * others:
-            return f"mean loss {mean:.3g}, that of the client's others {others:.3g}; gates.loss.factor is {self.factor:g}"
+            return (
+                f"mean loss {mean:.3g}, that of the client's others {others:.3g}; "
+                f"gates.loss.factor is {self.factor:g}"
+            )
         return None

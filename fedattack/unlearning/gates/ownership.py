@@ -22,4 +22,6 @@ class Ownership(Gate):
         registered = desk.registered(deletion.client)
         own = set(registered.pixels)
         foreign = sum(digest not in own for digest in registered.digests(deletion.images))
-        return f"{foreign} of {deletion.samples} samples were not registered by this client" if foreign else None
+        return (
+            f"{foreign} of {deletion.samples} samples were not registered by this client" if foreign else None
+        )
