@@ -72,17 +72,18 @@ class UnlearningOutcome:
     mean `losses`, arm -> one per seed; `success`, in [0, 1], of an attack whose goal is not the accuracy, else empty.
 
     `drops_out`: a client has no sample left and leaves; `floorless`: there are not as many other samples of these
-    clients, so that the random arms are those of the request. `requests` and `resumed_after`, the last round that
-    the server kept, are of the first seed. `costs`: "mechanism", "retraining" -> what answering all requests of the
-    first seed took, and "history_bytes". `curve`: arm -> per seed the "accuracy" and "loss" after each answered
-    request, before the federation goes on. `clean`: of an attack that plants, "before" and "random" accuracies of a
-    training without any attack.
-    `certificate` and `details` of the mechanism's last answer to the request in the first seed; besides
-    `requested_loss`, the mean loss of the requested samples "before" and "after" (None where none is named by
-    position), and `random_positions`, one list per seed.
+    clients, so that the random arms are those of the request. Of the first seed are `requests`, the first of each
+    client, `samples`, how many are asked for in all, `resumed_after`, the last round that the server kept, and
+    `costs`: "mechanism", "retraining" -> what answering all requests took, and "history_bytes". `curve`: arm -> per
+    seed the "accuracy" and "loss" after each answered request, before the federation goes on. `clean`: of an attack
+    that plants, "before" and "random" accuracies of a training without any attack. `certificate` and `details` of
+    the mechanism's last answer to the request in the first seed; besides `requested_loss`, the mean loss of the
+    requested samples "before" and "after" (None where none is named by position), and `random_positions`, one list
+    per seed.
     """
 
     requests: tuple[UnlearningRequest, ...]
+    samples: int
     drops_out: bool
     floorless: bool
     mechanism: str
@@ -326,7 +327,7 @@ class UnlearningExperiment(Experiment):
             curve=outcome.curve,
             clean=outcome.clean,
             costs=outcome.costs,
-            requests=sum(len(r.positions) or len(r.labels or ()) for r in outcome.requests),
+            requests=outcome.samples,
             mechanism=outcome.mechanism,
             test_samples=outcome.test_samples,
             chance_accuracy=plan.commonest_share,
@@ -452,6 +453,7 @@ class UnlearningExperiment(Experiment):
             "success": self._successes(name, attack, training, judge, weights),
             "curve": curve,
             "clean": self._clean(attack, training, floor.deletions, judge),
+            "samples": sum(_size(deletion) for part in asked.deletions for deletion in part),
             "resumed_after": last.resumed_after,
             "costs": {
                 "mechanism": dataclasses.asdict(asked.cost),
@@ -587,6 +589,7 @@ class UnlearningExperiment(Experiment):
         told = all(row["success"] for row in rows)
         return UnlearningOutcome(
             requests=tuple(request for _, request in self.asked.get(name, [])),
+            samples=first["samples"],
             drops_out=any(row["drops_out"] for row in rows),
             floorless=any(row["floorless"] for row in rows),
             mechanism=self.plan.config.unlearning.mechanism,
@@ -633,7 +636,7 @@ class UnlearningExperiment(Experiment):
             some: list[Deletion] = []
             for deletion in part:
                 client = deletion.client
-                count = len(deletion.positions) if deletion.labels is None else len(deletion.labels)
+                count = _size(deletion)
                 size = len(training.place.partitions[client])
                 free = np.setdiff1d(np.arange(size), sorted(taken[client]))
                 if len(free) < count:
@@ -648,6 +651,11 @@ class UnlearningExperiment(Experiment):
                 drawn += positions
             others.append(some)
         return others, drawn
+
+
+def _size(deletion: Deletion) -> int:
+    """How many samples it names or brings."""
+    return len(deletion.positions) if deletion.labels is None else len(deletion.labels)
 
 
 def _registered(training: Training, client: int) -> list[bytes]:
