@@ -119,6 +119,7 @@ def audit_unlearning(
     metrics: dict[str, Any] = {
         "accuracy_before": share(first),
         "accuracy_after": share(changed),
+        "retrained_after": share(arms["retrained_after"]),
         "damage": interval_fields(damage) | extremes((floor - changed).tolist()),
         **parted(arms, 1.0),
     }
@@ -256,10 +257,11 @@ def _score_rows(result: AuditResult) -> list[Row]:
     before = {"accuracy": metrics["accuracy_before"]}
     if "success_before" in metrics:
         before["success"] = metrics["success_before"]
-    return [
-        ("before any request", False, before),
-        *score_rows(result),
-    ]
+    rows = [("before any request", False, before), *score_rows(result)]
+    if result.summary["mechanism"] != "retrain":
+        exact = {"accuracy": metrics["retrained_after"], "damage": metrics["request"]}
+        rows.append((f"{result.attack}, by training again", False, exact))
+    return rows
 
 
 def _remarks(result: AuditResult) -> list[str]:
@@ -285,7 +287,7 @@ def _beside(result: AuditResult) -> list[str]:
     losses = s["details"].get("requested_loss") or {}
     if losses.get("before") is not None and losses.get("after") is not None:
         ends = " to ".join(formats.compact(losses[arm]) for arm in ("before", "after"))
-        told.append(f"mean loss of the requested samples: {ends} (first seed)")
+        told.append(f"what it leaves: mean loss of the requested samples {ends} (first seed)")
     if s["certificate"]:
         facts = ", ".join(f"{name} {_plain(value)}" for name, value in s["certificate"].items())
         told.append(f"certificate: {facts}")
@@ -320,10 +322,8 @@ def _parts(s: Mapping[str, Any], prefix: str, what: str) -> list[str]:
     named = _PARTS if s["mechanism"] != "retrain" else {"request": _PARTS["request"]}
     gained = "gained" if prefix else "lost"
     return [
-        f"{what} {gained} {text}: {_points(s['metrics'][f'{prefix}{name}'])}" if prefix else
-        f"lost {text}: {_points(s['metrics'][name])}"
-        for name, text in named.items()
-    ]  # fmt: skip
+        f"{what} {gained} {text}: {_points(s['metrics'][f'{prefix}{name}'])}" for name, text in named.items()
+    ]
 
 
 def _points(found: Figures) -> str:
