@@ -31,7 +31,7 @@ from fedattack.audit.family import (
 )
 from fedattack.errors import DataError
 from fedattack.metrics import Interval, paired_difference, share_difference
-from fedattack.metrics.statistics import FEWEST
+from fedattack.metrics.statistics import FEWEST, student_mean
 from fedattack.reporting import formats
 
 SLIGHT_DAMAGE = 0.05
@@ -44,6 +44,7 @@ def audit_unlearning(
     accuracy: Mapping[str, Sequence[float]],
     *,
     losses: Mapping[str, Sequence[float]] | None = None,
+    right_lost: Sequence[float] = (),
     success: Mapping[str, Sequence[float]] | None = None,
     goal: str = "accuracy lost",
     curve: Mapping[str, Sequence[Sequence[Mapping[str, float]]]] | None = None,
@@ -69,6 +70,8 @@ def audit_unlearning(
         samples are forgotten by training again (absent: as `mechanism` does).
     losses
         Arm -> mean test losses.
+    right_lost
+        Of each test sample the share of seeds in which it is right after random deletion less that after the request.
     success
         Arm -> the share in [0, 1] of what the attack wanted, called `goal`; empty where that is the accuracy.
     curve
@@ -124,6 +127,8 @@ def audit_unlearning(
         **parted(arms, 1.0),
     }
     metrics["damage"]["interval_over"] = covers
+    if len(right_lost) >= FEWEST and runs > 1:
+        metrics["damage_over_samples"] = interval_fields(student_mean(right_lost))
     if losses:
         lost = {arm: np.asarray(values, np.float64) for arm, values in losses.items()}
         gained = paired_difference(lost["after"], lost["random"], seed)
@@ -268,6 +273,11 @@ def _remarks(result: AuditResult) -> list[str]:
     s = result.summary
     parts = [f"{result.attack}: {s['seeds']} seed{'s' if s['seeds'] != 1 else ''}"]
     parts.append(f"{formats.count(s['count'])} samples to forget, mechanism: {s['mechanism']}")
+    if found := s["metrics"].get("damage_over_samples"):
+        ends = formats.interval(found, 1, 100.0)
+        parts.append(
+            f"over the test samples instead, these seeds' damage is {formats.signed(100 * found['mean'])} {ends}"
+        )
     if s["metrics"]["damage"]["low"] is not None:
         parts.append(f"the damage's interval covers {s['metrics']['damage']['interval_over']}")
     return [*parts, f"time: {formats.seconds(s['seconds'])}"]

@@ -69,7 +69,9 @@ class UnlearningOutcome:
 
     Every seed is a whole training of its own, with its own initial weights and draws, and requests chosen against
     its model; the first is the run itself. Its arms are :data:`ARMS`: `accuracy` on the held-out pool in [0, 1] and
-    mean `losses`, arm -> one per seed; `success`, in [0, 1], of an attack whose goal is not the accuracy, else empty.
+    mean `losses`, arm -> one per seed; `right_lost`, of each held-out sample the share of seeds in which it is right
+    after random deletion less that after the request; `success`, in [0, 1], of an attack whose goal is not the
+    accuracy, else empty.
 
     `drops_out`: a client has no sample left and leaves; `floorless`: there are not as many other samples of these
     clients, so that the random arms are those of the request. Of the first seed are `requests`, the first of each
@@ -90,6 +92,7 @@ class UnlearningOutcome:
     goal: str
     accuracy: dict[str, tuple[float, ...]]
     losses: dict[str, tuple[float, ...]]
+    right_lost: tuple[float, ...]
     success: dict[str, tuple[float, ...]]
     curve: dict[str, tuple[tuple[dict[str, float], ...], ...]]
     clean: dict[str, tuple[float, ...]]
@@ -322,6 +325,7 @@ class UnlearningExperiment(Experiment):
             name,
             outcome.accuracy,
             losses=outcome.losses,
+            right_lost=outcome.right_lost,
             success=outcome.success,
             goal=outcome.goal,
             curve=outcome.curve,
@@ -447,7 +451,14 @@ class UnlearningExperiment(Experiment):
         samples = [training.place.samples(c, np.asarray(sorted(p), np.int64)) for c, p in named.items()]
         wanted = [torch.cat(parts) for parts in zip(*samples, strict=True)] if samples else []
         last = asked.answers[-1]
+        images, labels = self.plan.world.dataset.tensors(self.plan.world.pools.nonmembers)
+        right = {
+            arm: (judge.probabilities(weights[arm], images).argmax(1) == labels).int()
+            for arm in ("after", "random")
+            if figures[arm].get("accuracy") is not None
+        }
         return {
+            "right_lost": (right["random"] - right["after"]).tolist() if right else [],
             "accuracy": {arm: figures[arm].get("accuracy", 0.0) for arm in ARMS},
             "losses": {arm: figures[arm]["loss"] for arm in ARMS},
             "success": self._successes(name, attack, training, judge, weights),
@@ -596,6 +607,7 @@ class UnlearningExperiment(Experiment):
             goal=self.attacks[name].goal,
             accuracy={arm: tuple(row["accuracy"][arm] for row in rows) for arm in ARMS},
             losses={arm: tuple(row["losses"][arm] for row in rows) for arm in ARMS},
+            right_lost=tuple(np.mean([row["right_lost"] for row in rows], axis=0).tolist()),
             success={arm: tuple(row["success"][arm] for row in rows) for arm in ARMS} if told else {},
             curve={arm: tuple(tuple(row["curve"][arm]) for row in rows) for arm in ARMS[1:]},
             clean={arm: tuple(row["clean"][arm] for row in rows) for arm in first["clean"]},
