@@ -251,8 +251,12 @@ def test_a_reply_beyond_all_measure_is_rejected_whole(world: World) -> None:
 def test_good_requests_beside_hostile_ones_survive_the_journal(world: World, tmp_path: Path) -> None:
     def lay(content: RecordDict) -> None:
         record(positions=[b"\x80", b"\xff"])(content)
-        content["deletion.1"] = ConfigRecord({"client": HOSTILE, "kind": "all", "tag": TAG, "reason": "moving"})
-        content["deletion.2"] = ConfigRecord({"client": HOSTILE, "kind": "class", "label": 3, "tag": "unheard"})
+        content["deletion.1"] = ConfigRecord(
+            {"client": HOSTILE, "kind": "all", "tag": TAG, "reason": "moving"}
+        )
+        content["deletion.2"] = ConfigRecord(
+            {"client": HOSTILE, "kind": "class", "label": 3, "tag": "unheard"}
+        )
 
     found = [federation(world, lay, tmp_path)[1] for _ in range(2)]
     for requests in found:
