@@ -83,8 +83,9 @@ class UnlearningOutcome:
     seed the "accuracy" and "loss" after each answered request, before the federation goes on. `clean`: of an attack
     that plants, "before" and "random" accuracies of a training without any attack. `certificate` and `details` of
     the mechanism's last answer to the request in the first seed; besides `requested_loss`, the mean loss of the
-    requested samples "before" and "after" (None where none is named by position), and `random_positions`, one list
-    per seed.
+    requested samples "before" and "after" (None where none is known), `random_positions`, one list per seed,
+    `verdicts`, all of the server's decisions by seed and arm, `refused`, arm -> per seed the gates because of which
+    nothing was forgotten, and `gates`, gate -> arm -> how many requests it refused, and of how many.
     """
 
     requests: tuple[UnlearningRequest, ...]
@@ -760,6 +761,7 @@ class UnlearningExperiment(Experiment):
                 "requested_loss": first["requested_loss"],
                 "random_positions": [row["random_positions"] for row in rows],
                 "refused": {arm: [row["refused"][arm] for row in rows] for arm in ("after", "random")},
+                "gates": _counted([one for row in rows for one in row["verdicts"]]),
                 "verdicts": [{"seed": n} | one for n, row in enumerate(rows) for one in row["verdicts"]],
             },
         )
@@ -812,6 +814,16 @@ def _nothing(side: Side) -> list[str]:
     if any(part for part in side.deletions):
         return []
     return sorted({one.gate for one in side.verdicts if not one.accepted and one.gate != REQUEST})
+
+
+def _counted(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[int]]]:
+    """Gate -> arm -> how many requests it refused, and of how many."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for one in verdicts:
+        counts = found.setdefault(one["gate"], {}).setdefault(one["arm"], [0, 0])
+        counts[0] += not one["accepted"]
+        counts[1] += 1
+    return found
 
 
 def _refusals(outcome: UnlearningOutcome) -> Iterator[str]:
