@@ -335,8 +335,11 @@ class UnlearningExperiment(Experiment):
         """Carry out each attack's requests, seed after seed, and score the damage."""
         started, found = time.perf_counter(), self.measure(federation.weights)
         seconds = (time.perf_counter() - started) / max(1, len(found))
-        unknown = [one for one in self.asked.verdicts if one.tag not in self.asked.names]
-        rows: list[dict[str, Any]] = [dataclasses.asdict(one) | {"seed": 0} for one in unknown]
+        rows: list[dict[str, Any]] = []
+        for one in self.asked.verdicts:
+            name = self.asked.names.get(one.tag)
+            if name not in found:  # of no attack, or of one that failed
+                rows.append({"attack": name, "seed": 0, "arm": "after", **dataclasses.asdict(one)})
         for name, outcome in found.items():
             rows += [{"attack": name, **row} for row in outcome.details["verdicts"]]
         write_requests(self.plan.folder, rows)
