@@ -534,8 +534,10 @@ def _asked(
     excluded: Collection[int],
 ) -> dict[str, Any]:
     """The deletion requests of a client's attacks, as records."""
+    if not seats:
+        return {}
     left = remaining_positions(len(place.partitions[client]), excluded)
-    if seats and not len(left):
+    if not len(left):
         raise DataError(f"client {client} has no samples left to forget")
     requests: list[tuple[str, UnlearningRequest]] = []
     for name, (attack, view) in seats.items():
