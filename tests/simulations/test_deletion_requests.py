@@ -55,6 +55,20 @@ def test_a_client_asks_by_itself_in_any_round_and_is_served_in_order(world: Worl
     assert equal(weights, asked(world, attack="unlearn-max-loss")[1])
 
 
+def test_requests_lie_beside_a_sum_and_where_nobody_takes_them(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, summed = "asking_clients:Early", {"defense": "secure-aggregation", "unlearning.round": 3}
+    requests, weights = asked(world, attack=name, **summed)
+    assert [sender for sender, _ in requests[name]] == [1] * 5
+    assert equal(weights, asked(world, attack="unlearn-max-loss", **summed)[1])
+    caplog.clear()
+    result = run_federation(Config.from_mapping(SMALL | {"attack": name}), world)
+    assert [record.clients for record in result.rounds] == [(0, 1, 2)] * 4
+    assert not result.rejections
+    assert "round 3: deletion requests of client 1 come when none are taken" in caplog.text
+
+
 def test_what_comes_after_the_requests_were_served_is_too_late(world: World) -> None:
     name = "asking_clients:Late"
     requests, _ = asked(world, attack=name, **{"unlearning.round": 3})
