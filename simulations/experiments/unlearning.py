@@ -539,22 +539,14 @@ class UnlearningExperiment(Experiment):
         history, trainer = training.history, training.trainer
         earlier = side.answers[-1] if side.answers else None
         with tempfile.TemporaryDirectory(dir=training.history.folder) as scratch:
-            model = earlier.weights if earlier else history.weights
-            excluded = earlier.excluded if earlier else history.excluded
+            now = history.fork(
+                Path(scratch) / "now",
+                earlier.weights if earlier else history.weights,
+                earlier.excluded if earlier else history.excluded,
+            )
             before = trainer.cost.copy()
             with trainer.cost.clocked():
-                now, granted = history.fork(Path(scratch) / "now", model, excluded), list(deletions)
-                desk = self._desk(training, side, model, excluded, Path(scratch) / "control")
-                if gated:
-                    granted = self._granted(training, side, deletions, desk)
-                answer = stays = Forgotten(model, excluded, history.rounds)
-                if granted:
-                    answer = self.mechanism.forget(granted, now, trainer)
-                if granted and gated:
-                    said = judge_after(self.gates, granted, answer.weights, desk)
-                    side.verdicts += said
-                    if not all(verdict.accepted for verdict in said):
-                        granted, answer = [], stays
+                granted, answer = self._answer(training, side, deletions, now, gated)
                 side.requested.append(list(deletions))
                 side.deletions.append(granted)
                 side.answers.append(answer)
@@ -574,10 +566,28 @@ class UnlearningExperiment(Experiment):
                 side.exact.append(self.mechanism.prepare(excluded, again, trainer))
             side.exact_cost = side.exact_cost.plus(trainer.cost.since(before))
 
-    def _desk(
-        self, training: Training, side: Side, model: Weights, excluded: Excluded, scratch: Path
-    ) -> Desk:
-        """What the gates have before them."""
+    def _answer(
+        self, training: Training, side: Side, deletions: Sequence[Deletion], now: History, gated: bool
+    ) -> tuple[list[Deletion], Forgotten]:
+        """What is granted of some deletions, by gates too where `gated`, and what the mechanism makes of that."""
+        stays = Forgotten(now.weights, now.excluded, now.rounds)
+        if not gated:
+            return list(deletions), self.mechanism.forget(
+                deletions, now, training.trainer
+            ) if deletions else stays
+        desk = self._desk(training, side, now)
+        granted = self._granted(training, side, deletions, desk)
+        if not granted:
+            return [], stays
+        answer = self.mechanism.forget(granted, now, training.trainer)
+        said = judge_after(self.gates, granted, answer.weights, desk)
+        side.verdicts += said
+        return (granted, answer) if all(one.accepted for one in said) else ([], stays)
+
+    def _desk(self, training: Training, side: Side, now: History) -> Desk:
+        """What the gates have before them; made before the mechanism touches `now`."""
+        model, excluded = now.weights, now.excluded
+        spare = now.fork(now.folder / "control", model, excluded) if self.gates else now
         place, trainer, world = training.place, training.trainer, self.plan.world
         sizes = [len(ids) for ids in place.partitions]
 
@@ -595,8 +605,7 @@ class UnlearningExperiment(Experiment):
                 chosen = frozenset(rng.choice(free, min(one.samples, len(free)), replace=False).tolist())
                 mine |= chosen
                 drawn.append(Deletion(one.client, chosen, drops_out=len(mine) == sizes[one.client]))
-            now = training.history.fork(scratch, model, excluded)
-            return self.mechanism.forget(drawn, now, trainer).weights
+            return self.mechanism.forget(drawn, spare, trainer).weights
 
         granted: dict[int, int] = {}
         for part in side.deletions:
