@@ -572,9 +572,8 @@ class UnlearningExperiment(Experiment):
         """What is granted of some deletions, by gates too where `gated`, and what the mechanism makes of that."""
         stays = Forgotten(now.weights, now.excluded, now.rounds)
         if not gated:
-            return list(deletions), self.mechanism.forget(
-                deletions, now, training.trainer
-            ) if deletions else stays
+            done = self.mechanism.forget(deletions, now, training.trainer) if deletions else stays
+            return list(deletions), done
         desk = self._desk(training, side, now)
         granted = self._granted(training, side, deletions, desk)
         if not granted:
