@@ -177,6 +177,11 @@ class MaliciousClient(Attack):
         """
         return None
 
+    def asked(self, view: ClientView, images: Tensor, labels: Tensor) -> list[UnlearningRequest]:
+        """What it :meth:`ask`s for, as a list."""
+        said = self.ask(view, images, labels)
+        return [said] if isinstance(said, UnlearningRequest) else list(said or ())
+
     def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
         """What it says of the samples it is asked about after the last round, by name; a family says which."""
         return {}

@@ -541,9 +541,9 @@ def _asked(
         raise DataError(f"client {client} has no samples left to forget")
     requests: list[tuple[str, UnlearningRequest]] = []
     for name, (attack, view) in seats.items():
-        said = attack.ask(_asking(place, attack, view, weights), *place.samples(client, left))
         own, tag = range(len(left)), wire.tag_of(place.config.seed, name)
-        for request in [said] if isinstance(said, UnlearningRequest) else said or ():
+        view = _asking(place, attack, view, weights)
+        for request in attack.asked(view, *place.samples(client, left)):
             positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
             requests.append((tag, replace(request, positions=tuple(positions))))
     return deletion_records(requests)
