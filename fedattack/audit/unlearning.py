@@ -301,6 +301,10 @@ def _beside(result: AuditResult) -> list[str]:
     if s["certificate"]:
         facts = ", ".join(f"{name} {_plain(value)}" for name, value in s["certificate"].items())
         told.append(f"certificate: {facts}")
+    for gate, arms in (s["details"].get("gates") or {}).items():
+        refused = [f"{arms[arm][0]} of {arms[arm][1]} {what}" for arm, what in _ARMS.items() if arm in arms]
+        if gate != "request" or any(count for count, _ in arms.values()):
+            told.append(f"gate {gate} refused {' and '.join(refused)}")
     if warning := s["details"].get("warning"):
         told.append(f"warning: {warning}")
     return told
@@ -345,6 +349,8 @@ def _points(found: Figures) -> str:
 def _plain(value: Any) -> str:
     return formats.compact(value) if isinstance(value, float) else str(value)
 
+
+_ARMS = {"after": "requests", "random": "requests for random samples"}
 
 _PARTS = {
     "algorithm": "by the mechanism alone, forgetting random samples",
