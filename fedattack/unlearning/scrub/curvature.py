@@ -103,7 +103,7 @@ class Solved:
 
 
 def solve(
-    product: Callable[[Tensor], Tensor], right: Tensor, rows: Tensor, tolerance: float = 1e-8, most: int = 200
+    product: Callable[[Tensor], Tensor], right: Tensor, rows: Tensor, tolerance: float, most: int
 ) -> Solved:
     """Conjugate gradients on the parameters `rows` alone, of which the solution is.
 

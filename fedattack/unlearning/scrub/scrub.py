@@ -51,9 +51,12 @@ class Scrub(Mechanism):
         How rows are chosen (:func:`~fedattack.unlearning.scrub.selection.choose_rows`).
     damping : float, optional
         By default .01 in mode "published", as released, where it stands for the L2 term too, and .001 beside that
-        term in mode "corrected".
+        term in mode "corrected"; deep networks far from a minimum need more.
     removal : str
         "sekhari", as above; "cr", with H of the sample itself and without the division by n - 1; "bp", ``rate * g``.
+    tolerance, products
+        Where conjugate gradients stop: length of the residual, as a share, or products with the Hessian, each of which
+        costs two gradients of the retained data.
     noise : bool
         Gaussian noise on the chosen rows (:func:`noise_deviation`). The released code always adds it, which at most
         sizes leaves nothing of the model; ``details["warning"]`` says so.
@@ -71,6 +74,8 @@ class Scrub(Mechanism):
     damping: Positive | None = None
     removal: Literal["sekhari", "cr", "bp"] = "sekhari"
     rate: Positive = 1.0
+    tolerance: Positive = 1e-3
+    products: Annotated[int, Field(ge=1)] = 100
     noise: bool = False
     epsilon: Positive = 0.1
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.01
@@ -137,7 +142,7 @@ class Scrub(Mechanism):
             found = gauss_newton_product(central, work.flat, work.base, vector, data) / count
             return found + (decay + self.damped) * vector
 
-        found = solve(product, slope, rows)
+        found = solve(product, slope, rows, self.tolerance, self.products)
         work.details |= {"products": found.products, "residual": found.residual}
         return rows, found.solution
 
@@ -154,7 +159,7 @@ class _Work:
     samples: list[dict[str, Any]] = field(default_factory=list)
     reverted: list[int] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    lost: float = 0.0  # share of right answers on the retained that the noise alone cost
+    lost: float = 0.0  # share of right answers on the retained that noise alone costs, without the steps
 
     def __post_init__(self) -> None:
         self.flat = self.central.flat(self.base)
@@ -175,11 +180,11 @@ class _Work:
         settings, before = self.settings, self.flat
         after = before.index_add(0, rows, step)
         if settings.noise:
-            clean = self._right(after)
             draws = self.central.rng("scrub noise", *samples[:1].tolist())
             drawn = torch.randn(len(rows), generator=draws, dtype=torch.float64)
-            after = after.index_add(0, rows, self._sigma(len(samples)) * drawn.to(after))
-            self.lost += clean - self._right(after)
+            noise = self._sigma(len(samples)) * drawn.to(after)
+            self.lost += self._right(before) - self._right(before.index_add(0, rows, noise))
+            after = after.index_add(0, rows, noise)
         losses = [self.central.losses(flat, self.base, samples).tolist() for flat in (before, after)]
         for one, old, new in zip(self.samples[-len(samples) :], *losses, strict=True):
             one |= {"loss_before": old, "loss_after": new}
