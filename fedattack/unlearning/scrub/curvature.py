@@ -83,7 +83,7 @@ def gauss_newton_product(
         def logits(point: Tensor, images: Tensor = images) -> Tensor:
             return central.logits(point, base, images)
 
-        answer, along = torch.func.jvp(logits, (flat,), (vector,))
+        answer, along = torch.func.jvp(logits, (flat,), (vector,))[:2]
         chance = answer.softmax(1)
         curved = chance * (along - (chance * along).sum(1, keepdim=True))
         point = flat.detach().requires_grad_()

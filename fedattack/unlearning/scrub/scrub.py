@@ -55,8 +55,8 @@ class Scrub(Mechanism):
     removal : str
         "sekhari", as above; "cr", with H of the sample itself and without the division by n - 1; "bp", ``rate * g``.
     tolerance, products
-        Where conjugate gradients stop: length of the residual, as a share, or products with the Hessian, each of which
-        costs two gradients of the retained data.
+        Where conjugate gradients stop: length of the residual, as a share, or products with the Hessian, each of
+        which costs two gradients of the retained data.
     noise : bool
         Gaussian noise on the chosen rows (:func:`noise_deviation`). The released code always adds it, which at most
         sizes leaves nothing of the model; ``details["warning"]`` says so.
