@@ -79,15 +79,15 @@ def gauss_newton_product(
     total = torch.zeros_like(flat)
     for part in np.array_split(positions, -(-len(positions) // _CHUNK)) if len(positions) else []:
         images, _ = central.samples(part)
-
-        def logits(point: Tensor, images: Tensor = images) -> Tensor:
-            return central.logits(point, base, images)
-
-        answer, along = torch.func.jvp(logits, (flat,), (vector,))[:2]
-        chance = answer.softmax(1)
-        curved = chance * (along - (chance * along).sum(1, keepdim=True))
         point = flat.detach().requires_grad_()
-        (found,) = torch.autograd.grad(logits(point), point, curved)
+        logits = central.logits(point, base, images)
+        # J v as the derivative of u' J v by u, which needs no forward mode of the model's layers
+        u = torch.zeros_like(logits, requires_grad=True)
+        (back,) = torch.autograd.grad(logits, point, u, create_graph=True)
+        (along,) = torch.autograd.grad(back, u, vector, retain_graph=True)
+        chance = logits.detach().softmax(1)
+        curved = chance * (along - (chance * along).sum(1, keepdim=True))
+        (found,) = torch.autograd.grad(logits, point, curved)
         total += found
     central.count(2 * len(positions))
     return total
