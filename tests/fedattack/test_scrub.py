@@ -396,6 +396,15 @@ def test_noise_has_the_deviation_of_the_formula(tmp_path: Path) -> None:
     )
 
 
+def test_noise_that_leaves_no_number_is_told(tmp_path: Path) -> None:
+    holder = Holder.of(tmp_path, "mlp", 60)
+    answer = holder.forget([7, 9], mode="published", perturbations=20, noise=True, epsilon=1e-200)
+    assert [one["rows"] > 0 for one in answer.details["samples"]] == [True, False]
+    assert answer.details["samples"][1]["loss_before"] > 1e140
+    assert "e+20" in answer.details["warning"]
+    assert answer.details["lost_to_noise"] > 0.5
+
+
 def test_a_costly_removal_is_taken_back(tmp_path: Path) -> None:
     holder = Holder.of(tmp_path, "test_scrub:softmax", 100, rounds=3)
     central, base = holder.central_, holder.history.weights

@@ -11,8 +11,10 @@ from fedattack.errors import DataError
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]
 
+LARGEST = 1e140
+"""Of which squared distances are still finite."""
+
 _BLOCK = 60_000  # distances worked out at once: what fits a core's cache
-_LARGEST = 1e140  # whose squared distances are still finite
 
 
 def codec(y: ArrayLike, z: ArrayLike, given: ArrayLike | None = None) -> float:
@@ -88,8 +90,8 @@ def columns(values: ArrayLike, count: int | None = None) -> Floats:
         )
     if count is not None and len(array) != count:
         raise DataError(f"an array of {len(array)} rows beside a response of {count}; accepted: as many")
-    if not (np.abs(array) <= _LARGEST).all():  # NaN fails too
-        raise DataError(f"a variable is NaN, infinite or beyond {_LARGEST:g}; accepted: finite numbers")
+    if not (np.abs(array) <= LARGEST).all():  # NaN fails too
+        raise DataError(f"a variable is NaN, infinite or beyond {LARGEST:g}; accepted: finite numbers")
     return array
 
 

@@ -109,6 +109,8 @@ def solve(
 
     `product`, (P,) to (P,), is to be symmetric and positive on them.
     """
+    if not len(rows):
+        return Solved(right[rows], 0, 0.0)
     whole = torch.zeros_like(right)
     wanted = right[rows]
     count = 0

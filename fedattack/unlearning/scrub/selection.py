@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fedattack.rng import numpy_rng
 from fedattack.unlearning.central import Central
-from fedattack.unlearning.scrub.codec import codec
+from fedattack.unlearning.scrub.codec import LARGEST, codec
 from fedattack.unlearning.scrub.foci import foci, lfoci
 from fedattack.unlearning.scrub.hypercolumn import Hypercolumn
 
@@ -31,7 +31,9 @@ def choose_rows(
     perturbations: int,
     scale: float,
 ) -> list[int]:
-    """Places in the hypercolumn, ascending; at least one.
+    """Places in the hypercolumn, ascending; none where the model's answers are too large to be told apart.
+
+    That is what noise may leave of it (:data:`~fedattack.unlearning.scrub.codec.LARGEST`).
 
     Parameters
     ----------
@@ -46,6 +48,8 @@ def choose_rows(
     if order == "full":
         return list(range(len(column)))
     x, y = perturbed(central, column, flat, base, position, perturbations, scale)
+    if not (np.abs(x) <= LARGEST).all() or not (np.abs(y) <= LARGEST).all():  # NaN fails too
+        return []
     draws = numpy_rng(central.seed, "unlearning: scrub rows", position)
     if order == "codec":
         told = [codec(y, answers) for answers in x.T]
