@@ -47,19 +47,31 @@ class Scrub(Mechanism):
 
     Parameters
     ----------
-    order, perturbations, scale
-        How rows are chosen (:func:`~fedattack.unlearning.scrub.selection.choose_rows`).
+    mode : str
+        "published" or "corrected", as above.
+    order : str
+        How rows are chosen: "foci"; "lfoci", FOCI with noise of .01 on answers and losses; "codec", every row that
+        tells of the loss by itself; "full", every row; "random", as many as FOCI chooses.
+    perturbations : int
+        How often a sample is shown with noise to choose its rows.
+    scale : float
+        Deviation of that noise on the pixels, which are in [0, 1].
     damping : float, optional
         By default .01 in mode "published", as released, where it stands for the L2 term too, and .001 beside that
         term in mode "corrected"; deep networks far from a minimum need more.
     removal : str
         "sekhari", as above; "cr", with H of the sample itself and without the division by n - 1; "bp", ``rate * g``.
-    tolerance, products
-        Where conjugate gradients stop: length of the residual, as a share, or products with the Hessian, each of
-        which costs two gradients of the retained data.
+    rate : float
+        Step of removal "bp".
+    tolerance : float
+        Length of the residual, as a share, at which conjugate gradients stop.
+    products : int
+        Products with the Hessian after which they stop too; each costs two gradients of the retained data.
     noise : bool
         Gaussian noise on the chosen rows (:func:`noise_deviation`). The released code always adds it, which at most
         sizes leaves nothing of the model; ``details["warning"]`` says so.
+    epsilon, delta
+        What the noise is to promise.
     revert : float, optional
         Take a removal back, and forget nothing, where it costs more than this share of right answers on what is
         retained; the released code's is .05, on held-out data. ``details["reverted"]`` lists the samples.
