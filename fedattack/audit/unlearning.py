@@ -129,8 +129,9 @@ def audit_unlearning(
     metrics["damage"]["interval_over"] = covers
     if len(right_lost) >= FEWEST and runs > 1:
         metrics["damage_over_samples"] = interval_fields(student_mean(right_lost))
-    if losses:
-        lost = {arm: np.asarray(values, np.float64) for arm, values in losses.items()}
+    # a model that noise or a step destroyed may have no finite loss
+    lost = {arm: np.asarray(values, np.float64) for arm, values in (losses or {}).items()}
+    if lost and all(np.isfinite(lost[arm]).all() for arm in ("after", "random")):
         gained = paired_difference(lost["after"], lost["random"], seed)
         metrics["loss_gained"] = interval_fields(gained) | extremes((lost["after"] - lost["random"]).tolist())
     if wanted:
@@ -164,9 +165,7 @@ def audit_unlearning(
     }
     named = {"attack": attack_name, "family": "unlearning", "mechanism": mechanism}
     records = [
-        named | row
-        for run in range(runs)
-        for row in _rows(run, arms, losses or {}, wanted, curve or {}, requests)
+        named | row for run in range(runs) for row in _rows(run, arms, lost, wanted, curve or {}, requests)
     ]
     return AuditResult(attack_name, "unlearning", records, summary, verdict, level)
 
@@ -174,7 +173,7 @@ def audit_unlearning(
 def _rows(
     run: int,
     arms: Mapping[str, NDArray[np.float64]],
-    losses: Mapping[str, Sequence[float]],
+    losses: Mapping[str, NDArray[np.float64]],
     wanted: Mapping[str, NDArray[np.float64]],
     curve: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
     requests: int,

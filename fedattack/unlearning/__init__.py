@@ -16,6 +16,7 @@ MECHANISMS: Registry[type[Mechanism]] = Registry(
     {
         "retrain": "fedattack.unlearning.retrain:Retrain",
         "federaser": "fedattack.unlearning.federaser:FedEraser",
+        "scrub": "fedattack.unlearning.scrub.scrub:Scrub",
     },
     group="fedattack.mechanisms",
     base="fedattack.unlearning.mechanism:Mechanism",
