@@ -1,0 +1,120 @@
+"""Solvers that mechanisms share: a Hessian known by its products alone, or by the steps of a training."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from fedattack.errors import RunFailed
+
+Product = Callable[[Tensor], Tensor]
+"""A symmetric matrix times a vector, (P,) to (P,)."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What :func:`conjugate_gradients` found."""
+
+    solution: Tensor
+    products: int  # matrix-vector products it took
+    residual: float  # of the system, as a share of the right-hand side
+    indefinite: bool  # it met a direction along which the matrix does not curve upwards, and stopped there
+
+
+def conjugate_gradients(product: Product, right: Tensor, tolerance: float, most: int) -> Solved:
+    """Solve product(x) = right for a symmetric matrix, from x = 0, until the residual is `tolerance` times as long.
+
+    At a direction without positive curvature the solution so far is kept, which is what a truncated Newton method
+    does (Nocedal and Wright, Numerical Optimization, 2006, algorithm 7.1).
+    """
+    x, residual = torch.zeros_like(right), right.clone()
+    direction, size = residual.clone(), residual @ residual
+    whole = float(size) ** 0.5
+    count = 0
+    while count < most and float(size) ** 0.5 > tolerance * whole:
+        image = product(direction)
+        count += 1
+        curved = direction @ image
+        if not float(curved) > 0:
+            return Solved(x, count, float(size) ** 0.5 / whole, True)
+        length = size / curved
+        x += length * direction
+        residual -= length * image
+        new = residual @ residual
+        direction = residual + (new / size) * direction
+        size = new
+    return Solved(x, count, float(size) ** 0.5 / whole if whole else 0.0, False)
+
+
+def minimise(
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, tolerance: float, most: int
+) -> Tensor:
+    """The minimum of a smooth convex function by L-BFGS, float64 like `start`.
+
+    Parameters
+    ----------
+    evaluate : callable
+        Value and gradient.
+    tolerance : float
+        Largest entry of the gradient at the minimum; RunFailed where it is not reached in `most` iterations.
+    """
+
+    def both(point: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = evaluate(torch.from_numpy(point.copy()))
+        return float(value), gradient.double().numpy()
+
+    options = {"maxiter": most, "maxfun": 2 * most, "maxcor": 30, "gtol": tolerance, "ftol": 0.0}
+    found = minimize(both, start.double().numpy(), jac=True, method="L-BFGS-B", options=options)
+    worst = float(np.abs(found.jac).max())
+    if not worst <= tolerance:
+        raise RunFailed(
+            f"training to convergence stopped at a gradient of {worst:.2g} after {found.nit} iterations (tolerance "
+            f"{tolerance:.2g}): {found.message}"
+        )
+    return torch.from_numpy(found.x)
+
+
+@dataclass
+class CompactBFGS:
+    """The Hessian that a few steps and the changes of the gradient along them tell of.
+
+    The compact form of Byrd, Nocedal and Schnabel (1994), theorem 2.3, with the last pair's s'y / s's on the first
+    diagonal, as DeltaGrad has it (Wu et al., 2020, algorithm 2).
+
+    Parameters
+    ----------
+    memory : int
+        How many pairs are kept.
+    """
+
+    memory: int = 2
+    pairs: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
+
+    def add(self, step: Tensor, change: Tensor, least: float = 0.0) -> bool:
+        """Take a pair (P,), (P,) in; False where the function curves by no more than `least` along the step."""
+        if not float(step @ change) > least * float(step @ step):
+            return False
+        self.pairs.append((step, change))
+        if len(self.pairs) > self.memory:
+            self.pairs.popleft()
+        return True
+
+    def product(self, vector: Tensor) -> Tensor:
+        """The Hessian times a vector, (P,); zero without any pair."""
+        if not self.pairs:
+            return torch.zeros_like(vector)
+        s, y = (torch.stack(parts, 1) for parts in zip(*self.pairs, strict=True))  # (P, m)
+        inner = s.T @ y
+        sigma = inner[-1, -1] / (s[:, -1] @ s[:, -1])
+        lower, diagonal = torch.tril(inner, -1), torch.diag(torch.diag(inner))
+        middle = torch.cat(
+            [torch.cat([sigma * (s.T @ s), lower], 1), torch.cat([lower.T, -diagonal], 1)]
+        )  # (2m, 2m)
+        outer = torch.cat([sigma * s, y], 1)
+        return sigma * vector - outer @ torch.linalg.solve(middle, outer.T @ vector)
