@@ -16,6 +16,12 @@ MECHANISMS: Registry[type[Mechanism]] = Registry(
     {
         "retrain": "fedattack.unlearning.retrain:Retrain",
         "federaser": "fedattack.unlearning.federaser:FedEraser",
+        "certified": "fedattack.unlearning.certified:CertifiedRemoval",
+        "newton": "fedattack.unlearning.newton:Newton",
+        "influence": "fedattack.unlearning.influence:Influence",
+        "deltagrad": "fedattack.unlearning.deltagrad:DeltaGrad",
+        "amnesiac": "fedattack.unlearning.amnesiac:Amnesiac",
+        "unrolling": "fedattack.unlearning.unrolling:Unrolling",
     },
     group="fedattack.mechanisms",
     base="fedattack.unlearning.mechanism:Mechanism",

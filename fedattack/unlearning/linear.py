@@ -81,7 +81,7 @@ class LinearObjective:
             weights, gradient = weights - length * step, found
         if not float(gradient.norm()) <= 1e4 * _ENOUGH * self._scale(weights):
             raise RunFailed(
-                f"a linear model does not converge: gradient {float(gradient.norm()):.2g} after {steps} Newton steps; "
+                f"a linear model does not converge: gradient {float(gradient.norm()):.2g}, {steps} Newton steps; "
                 "raise the L2 term"
             )
         return weights, steps
@@ -108,10 +108,14 @@ class LinearHead:
     classes: int
     alone: bool
 
-    def inputs(self, model: nn.Module, state: Mapping[str, Tensor], images: Tensor, chunk: int = 256) -> Tensor:
+    def inputs(
+        self, model: nn.Module, state: Mapping[str, Tensor], images: Tensor, chunk: int = 256
+    ) -> Tensor:
         """What the head sees of images (N, C, H, W), float64 (N, d); a last column of ones is the bias."""
         seen: list[Tensor] = []
-        hook = model.get_submodule(self.name).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        hook = model.get_submodule(self.name).register_forward_pre_hook(
+            lambda _, given: seen.append(given[0])
+        )
         try:
             with torch.no_grad():
                 for part in images.split(chunk):

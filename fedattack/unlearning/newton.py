@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -13,7 +12,6 @@ from torch import Tensor
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Scenario
-from fedattack.unlearning.central import Central, Positions
 from fedattack.unlearning.curvature import conjugate_gradients, minimise
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.linear import linear_head

@@ -34,7 +34,9 @@ def state_file(folder: Path, kind: str, gone: Collection[int], round: int | None
 def kept_tensors(path: Path) -> dict[str, Tensor]:
     """A file of :func:`state_file`; RunFailed where it was not kept."""
     if not path.is_file():
-        raise RunFailed(f"cannot forget: {path} was not kept; the mechanism's own state is written after training")
+        raise RunFailed(
+            f"cannot forget: {path} was not kept; the mechanism's own state is written after training"
+        )
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
@@ -63,7 +65,9 @@ def walked(
             batches.append(step.batch)
             slopes.append(step.gradient - decay * step.before if len(step.batch) else step.gradient)
         if done is not None:
-            yield Round(done.number, done.batches, torch.cat([done.weights, befores[0][None]]), done.gradients)
+            yield Round(
+                done.number, done.batches, torch.cat([done.weights, befores[0][None]]), done.gradients
+            )
         done = Round(number, batches, torch.stack(befores), torch.stack(slopes))
 
 
@@ -82,12 +86,14 @@ def check_end(central: Central, start: Tensor, end: Tensor, released: Tensor) ->
     moved, apart = float((end - start).norm()), float((end - released).norm())
     if not apart <= 0.01 * moved:
         raise RunFailed(
-            f"cannot follow the training: walked again it ends {apart:.2g} from the trained model, of {moved:.2g} that "
-            "it moved; federation.strategy must be 'fedavg', and clients must train without random draws"
+            f"cannot follow the training: walked again it ends {apart:.2g} from the trained model, which moved by "
+            f"{moved:.2g}; federation.strategy must be 'fedavg', and clients must train without random draws"
         )
 
 
-def saved(folder: Path, kind: str, gone: Collection[int], number: int, batches: list[Positions], **rows: Tensor) -> int:
+def saved(
+    folder: Path, kind: str, gone: Collection[int], number: int, batches: list[Positions], **rows: Tensor
+) -> int:
     """Write tensors of a round's steps, and its batches; the file's size in bytes."""
     path = state_file(folder, kind, gone, number)
     flat = np.concatenate([*batches, np.zeros(0, np.int64)]).astype(np.int64)
@@ -96,7 +102,9 @@ def saved(folder: Path, kind: str, gone: Collection[int], number: int, batches: 
     return path.stat().st_size
 
 
-def rounds(folder: Path, kind: str, gone: Collection[int]) -> Iterator[tuple[int, list[Positions], dict[str, Tensor]]]:
+def rounds(
+    folder: Path, kind: str, gone: Collection[int]
+) -> Iterator[tuple[int, list[Positions], dict[str, Tensor]]]:
     """What :func:`saved` wrote: number, batches and tensors, one round at a time."""
     pattern = state_file(folder, kind, gone).stem
     paths = sorted(folder.glob(f"{pattern}-*.safetensors"))
