@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,11 +97,17 @@ class CompactBFGS:
     memory: int = 2
     pairs: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
 
-    def add(self, step: Tensor, change: Tensor, least: float = 0.0) -> bool:
-        """Take a pair (P,), (P,) in; False where the function curves by no more than `least` along the step."""
-        if not float(step @ change) > least * float(step @ step):
+    def add(self, step: Tensor, change: Tensor, most: float = math.inf) -> bool:
+        """Take a pair (P,), (P,) in; False, and nothing is kept, where the function curves downwards or too much.
+
+        `most`: the largest curvature that a pair may bring, ``y'y / s'y``.
+        """
+        curved = float(step @ change)
+        if not 0 < float(change @ change) <= most * curved:
+            self.pairs.clear()
             return False
-        self.pairs.append((step, change))
+        length = step.norm()  # the matrix does not depend on it, its equations' condition does
+        self.pairs.append((step / length, change / length))
         if len(self.pairs) > self.memory:
             self.pairs.popleft()
         return True

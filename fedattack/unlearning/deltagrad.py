@@ -29,8 +29,8 @@ class DeltaGrad(Mechanism):
     Every step's weights w_t and batch gradient g_t are kept. On the way without the forgotten samples a step costs
     the gradients of those in its batch alone: the rest is ``B (H (w - w_t) + g_t)``, H the compact L-BFGS matrix of
     the last exact steps (algorithms 1 and 2; the new way is kept in its turn for the next deletion, algorithm 3).
-    Exact are the first steps, every `period`-th, and those for which no pair curves upwards, as it may be in a deep
-    model. Until a forgotten sample is met the kept steps are taken as they are. A batch of which nothing is left
+    Exact are the first steps, every `period`-th, and all for which there is no pair: one that curves downwards, or
+    more than SGD at its rate can follow (2 / rate), empties the memory, as it may happen in a deep model. Until a forgotten sample is met the kept steps are taken as they are. A batch of which nothing is left
     moves nothing. The batches are those of the training, whatever ``unlearning.draws`` says.
 
     Parameters
@@ -44,9 +44,9 @@ class DeltaGrad(Mechanism):
     """
 
     runs: ClassVar[Literal["server", "central"]] = "central"
-    period: Annotated[int, Field(ge=1)] = 10
+    period: Annotated[int, Field(ge=1)] = 8
     first: Annotated[int, Field(ge=1)] = 10
-    memory: Annotated[int, Field(ge=1)] = 2
+    memory: Annotated[int, Field(ge=1)] = 8
 
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable) steps that are not SGD's, and BatchNorm, whose batch has no sum of gradients."""
@@ -104,7 +104,7 @@ class DeltaGrad(Mechanism):
                     whole = len(batch) * g_t
                 elif since <= self.first or (since - self.first) % self.period == 0 or not pairs.pairs:
                     whole, exact = summed(batch), exact + 1
-                    pairs.add(away, whole / len(batch) - g_t)
+                    pairs.add(away, whole / len(batch) - g_t, 2 / rate)
                 else:
                     whole = len(batch) * (pairs.product(away) + g_t)
                 mean = (whole - summed(batch[lost])) / int((~lost).sum())
