@@ -42,6 +42,9 @@ class CertifiedRemoval(Mechanism):
     ----------
     l2 : float, optional
         Of the mean loss plus l2 / 2 |w|^2; None: ``training.weight_decay``.
+    scale : float, optional
+        What the inputs are multiplied by, the bias's 1 too; None: one over the root of their number, so that no image
+        is longer than 1.
     sigma : float
         Deviation of b; 0 certifies nothing, so that every removal trains anew.
     batch : int
@@ -53,6 +56,7 @@ class CertifiedRemoval(Mechanism):
     runs: ClassVar[Literal["server", "central"]] = "central"
     loss: LinearLoss = "logistic"
     l2: Annotated[float, Field(gt=0)] | None = None
+    scale: Annotated[float, Field(gt=0)] | None = None
     sigma: Annotated[float, Field(ge=0)] = 1.0
     epsilon: Annotated[float, Field(gt=0)] = 1.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
@@ -132,7 +136,8 @@ class _Served:
         central.count(len(central))
         classes = torch.tensor([1]) if self.head.classes == 2 else torch.arange(self.head.classes)
         targets = 2.0 * (central.labels == classes[:, None]).double() - 1
-        self.whole = OneVsRest(inputs, targets, settings._l2(scenario), settings.loss)
+        self.scale = settings.scale or inputs.shape[1] ** -0.5
+        self.whole = OneVsRest(self.scale * inputs, targets, settings._l2(scenario), settings.loss)
 
     def problem(self, positions: Collection[int]) -> OneVsRest:
         return self.whole.rows(torch.tensor(list(positions), dtype=torch.int64))
@@ -167,7 +172,7 @@ class _Served:
         tensors = {"weights": model.weights, "noise": model.noise, "bounds": model.bounds, "tally": tally}
         write_tensors(state_file(self.history.folder, "certified", gone), tensors)
         rows = torch.cat([-model.weights, model.weights]) / 2 if self.head.classes == 2 else model.weights
-        return {**self.history.weights, **self.head.state(rows, self.history.weights)}
+        return {**self.history.weights, **self.head.state(self.scale * rows, self.history.weights)}
 
     def kept(self, gone: Collection[int]) -> Certified:
         tensors = kept_tensors(state_file(self.history.folder, "certified", gone))
