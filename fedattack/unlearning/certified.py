@@ -152,7 +152,7 @@ class _Served:
         found, steps = problem.trained(noise, nothing if model is None else model.weights)
         self.central.count(int(3 * steps * len(left)))
         lost = 0.0 if model is None else model.accuracy_lost
-        if model is None and self.settings.sigma:
+        if model is None and self.settings.sigma and not gone:
             silent, steps = problem.trained(nothing, found.weights)
             self.central.count(int(3 * steps * len(left)))
             lost = problem.accuracy(silent.weights) - problem.accuracy(found.weights)

@@ -29,9 +29,11 @@ class DeltaGrad(Mechanism):
     Every step's weights w_t and batch gradient g_t are kept. On the way without the forgotten samples a step costs
     the gradients of those in its batch alone: the rest is ``B (H (w - w_t) + g_t)``, H the compact L-BFGS matrix of
     the last exact steps (algorithms 1 and 2; the new way is kept in its turn for the next deletion, algorithm 3).
-    Exact are the first steps, every `period`-th, and all for which there is no pair: one that curves downwards, or
-    more than SGD at its rate can follow (2 / rate), empties the memory, as it may happen in a deep model. Until a forgotten sample is met the kept steps are taken as they are. A batch of which nothing is left
-    moves nothing. The batches are those of the training, whatever ``unlearning.draws`` says.
+    Until a forgotten sample is met the kept steps are taken as they are. Exact are the first steps after it, every
+    `period`-th, and all for which there is no pair: one that curves downwards, or more than SGD at its rate can
+    follow (2 / rate), empties the memory, as may happen in a deep model. A batch of which nothing is left moves
+    nothing. The batches are those of the training, whatever ``unlearning.draws`` says. The smaller they are, the
+    less the last steps tell of the next one's curvature.
 
     Parameters
     ----------

@@ -34,11 +34,11 @@ class Unrolling(Mechanism):
     Parameters
     ----------
     predict : int
-        Samples, drawn, on which s is found; 0: no prediction.
+        Samples, drawn, on which s is found, at some dozens of gradients over them; 0: no prediction.
     """
 
     runs: ClassVar[Literal["server", "central"]] = "central"
-    predict: Annotated[int, Field(ge=0)] = 128
+    predict: Annotated[int, Field(ge=0)] = 0
 
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable) steps that are not SGD's."""
