@@ -32,7 +32,7 @@ class Amnesiac(Mechanism):
     """
 
     runs: ClassVar[Literal["server", "central"]] = "central"
-    fine_tune: Annotated[int, Field(ge=0)] = 1
+    fine_tune: Annotated[int, Field(ge=0)] = 2
 
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable) steps that are not SGD's."""
