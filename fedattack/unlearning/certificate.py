@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +11,12 @@ import torch
 from scipy.linalg import eigvalsh
 from torch import Tensor
 
-from fedattack.unlearning.linear import LinearLoss, LinearObjective
+from fedattack.files import write_tensors
+from fedattack.models import build_model
+from fedattack.unlearning.central import Central
+from fedattack.unlearning.history import History, Weights
+from fedattack.unlearning.linear import LinearLoss, LinearObjective, linear_head
+from fedattack.unlearning.trajectory import kept_tensors, state_file
 
 
 def budget(sigma: float, epsilon: float, delta: float) -> float:
@@ -87,3 +93,59 @@ class OneVsRest:
         logits, truth = self.inputs @ weights.T, self.targets
         right = logits.sign() == truth.T if len(truth) == 1 else logits.argmax(1) == truth.argmax(0)
         return float(right.double().mean())
+
+
+class LastLayer:
+    """A holder's samples as the last layer of its model sees them, and the models kept for each set of removals.
+
+    Raises NotApplicable for a model whose last layer is not linear. `scale` None: one over the root of the inputs'
+    number. Every pass over the samples is counted, a Newton step of K models as three.
+    """
+
+    def __init__(
+        self, history: History, central: Central, loss: LinearLoss, l2: float, scale: float | None
+    ) -> None:
+        self.history, self.central = history, central
+        scenario, like = history.scenario, central.dtype
+        self.head = linear_head(build_model(scenario.model), scenario.image_shape, "'certified'")
+        state = {name: t.to(like) if t.is_floating_point() else t for name, t in history.weights.items()}
+        inputs = self.head.inputs(central.model, state, central.images.to(like))
+        central.count(len(central))
+        classes = torch.tensor([1]) if self.head.classes == 2 else torch.arange(self.head.classes)
+        targets = 2.0 * (central.labels == classes[:, None]).double() - 1
+        self.scale = scale or inputs.shape[1] ** -0.5
+        self._all = OneVsRest(self.scale * inputs, targets, l2, loss)
+
+    def problem(self, positions: Collection[int]) -> OneVsRest:
+        """The objectives of the samples at `positions`."""
+        return self._all.rows(torch.tensor(list(positions), dtype=torch.int64))
+
+    def draws(self, key: int) -> Tensor:
+        """Standard normal numbers, float64 (K, d)."""
+        shape = len(self._all.targets), self._all.inputs.shape[1]
+        return torch.randn(shape, generator=self.central.rng("certified removal", key)).double()
+
+    def trained(self, positions: Collection[int], noise: Tensor, start: Tensor | None) -> Certified:
+        """The minima on the samples at `positions`."""
+        found, steps = self.problem(positions).trained(
+            noise, torch.zeros_like(noise) if start is None else start
+        )
+        self.central.count(int(3 * steps * len(positions)))
+        return found
+
+    def released(self, model: Certified) -> Weights:
+        """The history's model with its last layer replaced."""
+        rows = torch.cat([-model.weights, model.weights]) / 2 if self.head.classes == 2 else model.weights
+        return {**self.history.weights, **self.head.state(self.scale * rows, self.history.weights)}
+
+    def keep(self, model: Certified, gone: Collection[int]) -> None:
+        """Write what the next removal starts from, once the positions `gone` are forgotten."""
+        tally = torch.tensor([model.removals, model.retrained, model.accuracy_lost], dtype=torch.float64)
+        tensors = {"weights": model.weights, "noise": model.noise, "bounds": model.bounds, "tally": tally}
+        write_tensors(state_file(self.history.folder, "certified", gone), tensors)
+
+    def kept(self, gone: Collection[int]) -> Certified:
+        """What :meth:`keep` wrote; RunFailed where it did not."""
+        tensors = kept_tensors(state_file(self.history.folder, "certified", gone))
+        removals, retrained, lost = tensors.pop("tally").tolist()
+        return Certified(**tensors, removals=int(removals), retrained=int(retrained), accuracy_lost=lost)

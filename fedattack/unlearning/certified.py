@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from fedattack.errors import ConfigError, DataError
-from fedattack.files import write_tensors
 from fedattack.models import build_model
 from fedattack.observation import Scenario
-from fedattack.unlearning.certificate import Certified, OneVsRest, budget
+from fedattack.unlearning.certificate import Certified, LastLayer, budget
 from fedattack.unlearning.history import History, Weights
-from fedattack.unlearning.linear import LinearHead, LinearLoss, linear_head
+from fedattack.unlearning.linear import LinearLoss, linear_head
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.trajectory import kept_tensors, state_file
-
-log = logging.getLogger("fedattack.unlearning")
 
 _DESTROYED = 0.05
 """Share of right answers on what it learnt from that noise may cost before people are warned."""
@@ -75,32 +69,32 @@ class CertifiedRemoval(Mechanism):
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Train the last layer to its minimum on what is not excluded."""
-        gone = excluded.get(0, frozenset())
-        served = _Served(self, history, trainer)
-        model = served.trained(gone, served.central.retained(gone), None)
-        return served.released(model, gone)
+        gone, layer = excluded.get(0, frozenset()), self._layer(history, trainer)
+        model = self._trained(layer, layer.central.retained(gone))
+        layer.keep(model, gone)
+        return layer.released(model)
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget `deletions`, position after position; DataError where nothing is left."""
         excluded, before = merged(history.excluded, deletions), history.excluded.get(0, frozenset())
-        after = excluded.get(0, frozenset())
-        served = _Served(self, history, trainer)
-        model, allowed = served.kept(before), budget(self.sigma, self.epsilon, self.delta)
+        after, layer = excluded.get(0, frozenset()), self._layer(history, trainer)
+        model, allowed = layer.kept(before), budget(self.sigma, self.epsilon, self.delta)
         bounds, intervals = list[float](), list[int]()
         new = sorted(after - before)
         for place in range(0, len(new), self.batch):
             group = new[place : place + self.batch]
-            left = served.central.retained(before | frozenset(new[: place + len(group)]))
+            left = layer.central.retained(before | frozenset(new[: place + len(group)]))
             if not len(left):
                 raise DataError(
                     "setting 'unlearning.mechanism' = 'certified': no sample is left to learn from"
                 )
-            model = served.problem(left).removed(model, served.problem(group))
-            served.central.count(3 * len(left) + len(group))
+            model = layer.problem(left).removed(model, layer.problem(group))
+            layer.central.count(3 * len(left) + len(group))
             bounds.append(model.beta)
             if model.beta > allowed:
                 intervals.append(model.removals - len(group))
-                model = served.trained(after, left, model)
+                model = self._trained(layer, left, model)
+        layer.keep(model, after)
         certificate = {
             "beta": model.beta,
             "budget": allowed,
@@ -110,71 +104,36 @@ class CertifiedRemoval(Mechanism):
             "epsilon": self.epsilon,
             "delta": self.delta,
             "covers": "the model"
-            if served.head.alone
+            if layer.head.alone
             else "the last layer alone: those below it were trained on the forgotten samples",
         }
         details = {"sigma": self.sigma, "bounds": bounds, "intervals": intervals}
-        if warning := served.warning(model):
-            details |= {"warning": warning}
-        return Forgotten(served.released(model, after), excluded, 0, certificate, details)
+        if model.accuracy_lost > _DESTROYED:
+            details["warning"] = (
+                f"noise of deviation {self.sigma:g} costs {100 * model.accuracy_lost:.1f} points of accuracy on what "
+                "was learnt; lower 'unlearning.sigma', or raise the L2 term"
+            )
+        return Forgotten(layer.released(model), excluded, 0, certificate, details)
 
     def _l2(self, scenario: Scenario) -> float:
         return self.l2 or scenario.training.weight_decay
 
+    def _layer(self, history: History, trainer: Trainer) -> LastLayer:
+        return LastLayer(history, trainer.central(), self.loss, self._l2(history.scenario), self.scale)
 
-class _Served:
-    """The samples as the last layer sees them, and the models that were kept for each set of removed positions."""
-
-    def __init__(self, settings: CertifiedRemoval, history: History, trainer: Trainer) -> None:
-        self.settings, self.history, self.central = settings, history, trainer.central()
-        central, scenario = self.central, history.scenario
-        self.head: LinearHead = linear_head(build_model(scenario.model), scenario.image_shape, "'certified'")
-        state = {
-            name: t.to(central.dtype) if t.is_floating_point() else t for name, t in history.weights.items()
-        }
-        inputs = self.head.inputs(central.model, state, central.images.to(central.dtype))
-        central.count(len(central))
-        classes = torch.tensor([1]) if self.head.classes == 2 else torch.arange(self.head.classes)
-        targets = 2.0 * (central.labels == classes[:, None]).double() - 1
-        self.scale = settings.scale or inputs.shape[1] ** -0.5
-        self.whole = OneVsRest(self.scale * inputs, targets, settings._l2(scenario), settings.loss)
-
-    def problem(self, positions: Collection[int]) -> OneVsRest:
-        return self.whole.rows(torch.tensor(list(positions), dtype=torch.int64))
-
-    def trained(self, gone: Collection[int], left: Collection[int], model: Certified | None) -> Certified:
-        """The minimum on the positions `left`; noise as in `model`, or drawn."""
-        key = len(gone) if self.settings.fresh else 0
-        problem = self.problem(left)
-        nothing = torch.zeros(len(problem.targets), problem.inputs.shape[1], dtype=torch.float64)
-        draws = torch.randn(nothing.shape, generator=self.central.rng("certified removal", key))
-        noise = self.settings.sigma * draws.double()
-        found, steps = problem.trained(noise, nothing if model is None else model.weights)
-        self.central.count(int(3 * steps * len(left)))
-        lost = 0.0 if model is None else model.accuracy_lost
-        if model is None and self.settings.sigma and not gone:
-            silent, steps = problem.trained(nothing, found.weights)
-            self.central.count(int(3 * steps * len(left)))
-            lost = problem.accuracy(silent.weights) - problem.accuracy(found.weights)
-        return replace(found, retrained=0 if model is None else model.retrained + 1, accuracy_lost=lost)
-
-    def warning(self, model: Certified) -> str:
-        if model.accuracy_lost <= _DESTROYED:
-            return ""
-        return (
-            f"noise of deviation {self.settings.sigma:g} costs {100 * model.accuracy_lost:.1f} points of accuracy on "
-            "what was learnt; lower 'unlearning.certified.sigma', or raise the L2 term"
+    def _trained(self, layer: LastLayer, left: Collection[int], old: Certified | None = None) -> Certified:
+        """The minimum on the positions `left`, in place of an `old` model or none."""
+        removed = len(layer.central) - len(left)
+        if old is None or self.fresh:
+            noise = self.sigma * layer.draws(removed if self.fresh else 0)
+        else:
+            noise = old.noise
+        found = layer.trained(left, noise, None if old is None else old.weights)
+        if old is not None:
+            return replace(found, retrained=old.retrained + 1, accuracy_lost=old.accuracy_lost)
+        if not self.sigma or removed:
+            return found
+        silent, problem = layer.trained(left, 0 * noise, found.weights), layer.problem(left)
+        return replace(
+            found, accuracy_lost=problem.accuracy(silent.weights) - problem.accuracy(found.weights)
         )
-
-    def released(self, model: Certified, gone: Collection[int]) -> Weights:
-        """The model with its last layer replaced; what the next removal needs is kept."""
-        tally = torch.tensor([model.removals, model.retrained, model.accuracy_lost], dtype=torch.float64)
-        tensors = {"weights": model.weights, "noise": model.noise, "bounds": model.bounds, "tally": tally}
-        write_tensors(state_file(self.history.folder, "certified", gone), tensors)
-        rows = torch.cat([-model.weights, model.weights]) / 2 if self.head.classes == 2 else model.weights
-        return {**self.history.weights, **self.head.state(self.scale * rows, self.history.weights)}
-
-    def kept(self, gone: Collection[int]) -> Certified:
-        tensors = kept_tensors(state_file(self.history.folder, "certified", gone))
-        removals, retrained, lost = tensors.pop("tally").tolist()
-        return Certified(**tensors, removals=int(removals), retrained=int(retrained), accuracy_lost=lost)

@@ -82,7 +82,7 @@ class DeltaGrad(Mechanism):
         rate = training.learning_rate if fedavg else -weight_step(training, "gradient")
         decay, momentum = (training.weight_decay, training.momentum) if fedavg else (0.0, 0.0)
         new, pairs = np.array(sorted(after - before), np.int64), CompactBFGS(self.memory)
-        w: Tensor | None = None
+        w = central.flat(history.checkpoint(0))
         since, exact, size = 0, 0, 0  # steps since a forgotten sample was met; exact gradients; bytes
 
         def summed(positions: Collection[int]) -> Tensor:
@@ -92,7 +92,6 @@ class DeltaGrad(Mechanism):
             velocity: Tensor | None = None
             weights, gradients, left = [], [], []
             for batch, w_t, g_t in zip(batches, kept["weights"], kept["gradients"], strict=False):
-                w = w_t.clone() if w is None else w
                 lost = np.isin(batch, new)
                 weights.append(w)
                 left.append(batch[~lost])
@@ -114,9 +113,7 @@ class DeltaGrad(Mechanism):
                 slope = mean + decay * w
                 velocity = slope if velocity is None else momentum * velocity + slope
                 w = w - rate * velocity
-            assert w is not None
             rows = {"weights": torch.stack([*weights, w]), "gradients": torch.stack(gradients)}
             size += saved(history.folder, "deltagrad", after, number, left, **rows)
-        assert w is not None
         details = {"exact_steps": exact, "bytes_kept": size}
         return Forgotten(central.weights(w, base), excluded, 0, details=details)

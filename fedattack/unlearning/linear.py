@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def linear_head(model: nn.Module, image_shape: tuple[int, ...], what: str) -> Li
         if name in answers and answers[name] is logits:
             trained = trained_parameters(model)
             alone = trained.keys() <= {f"{name}.weight", f"{name}.bias"}
-            return LinearHead(name, part.bias is not None, cast(int, part.out_features), alone)
+            return LinearHead(name, part.bias is not None, part.out_features, alone)
     raise NotApplicable(
         f"{what} needs a model whose last layer is linear and answers the logits, which {type(model).__name__} is "
         "not; use a model with a linear head, or mechanism 'retrain'"

@@ -66,13 +66,12 @@ class Newton(Mechanism):
             return history.weights
         central, base, decay = trainer.central(), history.weights, history.scenario.training.weight_decay
         left = central.retained(excluded.get(0, frozenset()))
-        rest = {"tolerance": _FLAT, "most": 100 * self.iterations}
 
         def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
             loss = central.loss(flat, base, left) / len(left) + decay / 2 * flat @ flat
             return loss, central.gradient(flat, base, left) / len(left) + decay * flat
 
-        return central.weights(minimise(evaluate, central.flat(base), **rest), base)
+        return central.weights(minimise(evaluate, central.flat(base), _FLAT, 100 * self.iterations), base)
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget `deletions`."""
