@@ -13,9 +13,33 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from fedattack.errors import RunFailed
+from fedattack.unlearning.central import Central, Positions
+from fedattack.unlearning.history import Weights
 
 Product = Callable[[Tensor], Tensor]
 """A symmetric matrix times a vector, (P,) to (P,)."""
+
+
+def gauss_newton(
+    central: Central, flat: Tensor, base: Weights, vector: Tensor, positions: Positions
+) -> Tensor:
+    """The Gauss-Newton matrix of the summed cross-entropies times a vector, (P,); counts as two gradients.
+
+    ``sum_i J_i' (diag(p_i) - p_i p_i') J_i v``, J the logits' derivative: never negative, and the Hessian itself
+    where the logits are linear in the weights (Schraudolph, 2002). BatchNorm by its running statistics.
+    """
+    total = torch.zeros_like(flat)
+    for part in np.array_split(positions, -(-len(positions) // central.chunk) or 1):
+        point = flat.detach().requires_grad_()
+        logits = central.logits(point, base, central.samples(part)[0])
+        probe = torch.zeros_like(logits, requires_grad=True)
+        (pulled,) = torch.autograd.grad(logits, point, probe, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, probe, vector, retain_graph=True)  # J v
+        shares = logits.detach().softmax(1)
+        weighted = shares * (pushed - (shares * pushed).sum(1, keepdim=True))
+        total += torch.autograd.grad(logits, point, weighted)[0]
+    central.count(2 * len(positions))
+    return total
 
 
 @dataclass(frozen=True)
@@ -25,14 +49,12 @@ class Solved:
     solution: Tensor
     products: int  # matrix-vector products it took
     residual: float  # of the system, as a share of the right-hand side
-    indefinite: bool  # it met a direction along which the matrix does not curve upwards, and stopped there
 
 
 def conjugate_gradients(product: Product, right: Tensor, tolerance: float, most: int) -> Solved:
     """Solve product(x) = right for a symmetric matrix, from x = 0, until the residual is `tolerance` times as long.
 
-    At a direction without positive curvature the solution so far is kept, which is what a truncated Newton method
-    does (Nocedal and Wright, Numerical Optimization, 2006, algorithm 7.1).
+    The solution so far is kept at a direction along which the matrix is not positive, or after `most` products.
     """
     x, residual = torch.zeros_like(right), right.clone()
     direction, size = residual.clone(), residual @ residual
@@ -43,14 +65,14 @@ def conjugate_gradients(product: Product, right: Tensor, tolerance: float, most:
         count += 1
         curved = direction @ image
         if not float(curved) > 0:
-            return Solved(x, count, float(size) ** 0.5 / whole, True)
+            return Solved(x, count, float(size) ** 0.5 / whole)
         length = size / curved
         x += length * direction
         residual -= length * image
         new = residual @ residual
         direction = residual + (new / size) * direction
         size = new
-    return Solved(x, count, float(size) ** 0.5 / whole if whole else 0.0, False)
+    return Solved(x, count, float(size) ** 0.5 / whole if whole else 0.0)
 
 
 def minimise(

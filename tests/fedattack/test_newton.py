@@ -39,7 +39,7 @@ def test_one_step_is_nearly_the_retrained_minimum(tmp_path: Path, count: int) ->
         newton = scene.rho(answer.weights, exact)
         assert newton <= most
         assert newton < other.rho(other.forget(gone)[0].weights, exact) < 0.5
-        assert not answer.details["negative_curvature"]
+        assert "warning" not in answer.details
     assert scene.accuracy(answer.weights) == pytest.approx(scene.accuracy(exact), abs=0.01)
 
 
@@ -55,21 +55,30 @@ def test_removals_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_a_deep_model_is_damped_and_left_as_it_was_trained(tmp_path: Path) -> None:
-    scene = Scene(Newton(), tmp_path, model="mlp", samples=300, rounds=2)
+    scene = Scene(Newton(), tmp_path, model="mlp", width=16, samples=80, rounds=2)
     trained = scene.central.train(scene.first)
     assert all(torch.equal(tensor, trained[name]) for name, tensor in scene.released.items())
     answer, _ = scene.forget([4, 5])
     before, after = scene.central.flat(scene.released), scene.central.flat(answer.weights)
-    # The step solves the damped equations of the samples that are left.
+    # The step solves the damped equations of the samples that are left, the matrix written down from its factors.
     left = scene.central.retained({4, 5})
+    images, _ = scene.central.samples(left)
+    slopes = torch.func.jacrev(lambda point: scene.central.logits(point, scene.released, images))(before)
+    shares = scene.central.logits(before, scene.released, images).softmax(1)
     step = after - before
-    image = scene.central.product(before, scene.released, step, left) + len(left) * (1e-3 + 0.01) * step
+    moved = slopes @ step
+    image = torch.einsum("ncp,nc->p", slopes, shares * (moved - (shares * moved).sum(1, keepdim=True)))
+    image += len(left) * (1e-3 + 0.01) * step
     right = scene.central.gradient(before, scene.released, np.array([4, 5])) + 2e-3 * before
-    if not answer.details["negative_curvature"]:
-        assert float((image - right).norm() / right.norm()) < 1e-4
-    assert float(step @ right) > 0
+    assert float((image - right).norm() / right.norm()) < 1e-3
     losses = [scene.central.losses(f, scene.released, np.array([4, 5])).sum() for f in (before, after)]
     assert losses[1] > losses[0]
+
+
+def test_a_step_that_is_not_solved_is_told(tmp_path: Path) -> None:
+    scene = Scene(Newton(iterations=2), tmp_path, samples=100, rounds=1)
+    answer, _ = scene.forget([1])
+    assert answer.details["warning"].startswith("the step's equations are solved to ")
 
 
 def test_refuses_a_minimum_at_infinity() -> None:
@@ -88,10 +97,10 @@ def test_conjugate_gradients_solve_or_say_that_they_cannot() -> None:
     matrix, right = root @ root.T + torch.eye(20), torch.randn(20, generator=generator, dtype=torch.float64)
     found = conjugate_gradients(lambda v: matrix @ v, right, 1e-12, 200)
     torch.testing.assert_close(found.solution, torch.linalg.solve(matrix, right), rtol=1e-9, atol=1e-9)
-    assert not found.indefinite
     assert conjugate_gradients(lambda v: matrix @ v, right, 1e-12, 3).products == 3
     saddle = torch.diag(torch.tensor([1.0, -1.0]).double())
-    assert conjugate_gradients(lambda v: saddle @ v, torch.tensor([1.0, 2.0]).double(), 1e-12, 9).indefinite
+    stopped = conjugate_gradients(lambda v: saddle @ v, torch.tensor([1.0, 2.0]).double(), 1e-12, 9)
+    assert (stopped.products, stopped.residual) == (1, 1.0)
 
 
 def test_the_compact_matrix_is_the_recursive_one() -> None:
