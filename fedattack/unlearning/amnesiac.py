@@ -8,12 +8,13 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from fedattack.observation import Scenario
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.trajectory import check_end, refuse_unlike_sgd, rounds, saved, walked
+from fedattack.unlearning.trajectory import Round, ended, recorded, refuse_unlike_sgd, rounds, saved, walked
 
 
 @dataclass
@@ -22,8 +23,8 @@ class Amnesiac(Mechanism):
 
     What each batch changed is kept, with the batch; forgetting leaves out the changes of those that held a forgotten
     sample. What later steps owe to them stays, and the more of an epoch is left out, the less is left of the model:
-    training on what may stay mends it, and these steps are kept in their turn. BatchNorm's statistics stay as they
-    are.
+    training on what may stay mends it, and these steps are kept in their turn. BatchNorm's statistics are taken back
+    by no step.
 
     Parameters
     ----------
@@ -41,12 +42,11 @@ class Amnesiac(Mechanism):
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Keep what each step of the training changed, walked again."""
-        central, gone = trainer.central(), excluded.get(0, frozenset())
-        start = history.checkpoint(0)
-        for one in walked(central, start, gone):
-            saved(history.folder, "amnesiac", gone, one.number, one.batches, changes=one.weights.diff(dim=0))
-        check_end(central, central.flat(start), one.weights[-1], central.flat(history.weights))
-        return history.weights
+
+        def rows(one: Round) -> dict[str, Tensor]:
+            return {"changes": one.weights.diff(dim=0)}
+
+        return recorded(trainer.central(), history, "amnesiac", excluded.get(0, frozenset()), rows)
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget `deletions`."""
@@ -64,8 +64,9 @@ class Amnesiac(Mechanism):
         weights = central.weights(flat, history.weights)
         if self.fine_tune and len(central.retained(after)):
             for one in walked(central, weights, after, max(1, central.rounds - self.fine_tune + 1)):
-                flat, last = one.weights[-1], last + 1
+                last += 1
                 changes = one.weights.diff(dim=0)
                 size += saved(history.folder, "amnesiac", after, last, one.batches, changes=changes)
+            weights = ended(central, one, weights)
         details = {"steps_taken_back": taken_back, "bytes_kept": size}
-        return Forgotten(central.weights(flat, weights), excluded, 0, details=details)
+        return Forgotten(weights, excluded, 0, details=details)

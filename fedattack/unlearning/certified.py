@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedattack.errors import ConfigError, DataError
+from fedattack.errors import ConfigError
 from fedattack.models import build_model
 from fedattack.observation import Scenario
 from fedattack.unlearning.certificate import Certified, LastLayer, budget
@@ -16,6 +16,7 @@ from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.linear import LinearLoss, linear_head
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
+from fedattack.unlearning.trajectory import remaining
 
 _DESTROYED = 0.05
 """Share of right answers on what it learnt from that noise may cost before people are warned."""
@@ -70,7 +71,7 @@ class CertifiedRemoval(Mechanism):
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Train the last layer to its minimum on what is not excluded."""
         gone, layer = excluded.get(0, frozenset()), self._layer(history, trainer)
-        model = self._trained(layer, layer.central.retained(gone))
+        model = self._trained(layer, remaining(layer.central, gone))
         layer.keep(model, gone)
         return layer.released(model)
 
@@ -83,11 +84,7 @@ class CertifiedRemoval(Mechanism):
         new = sorted(after - before)
         for place in range(0, len(new), self.batch):
             group = new[place : place + self.batch]
-            left = layer.central.retained(before | frozenset(new[: place + len(group)]))
-            if not len(left):
-                raise DataError(
-                    "setting 'unlearning.mechanism' = 'certified': no sample is left to learn from"
-                )
+            left = remaining(layer.central, before | frozenset(new[: place + len(group)]))
             model = layer.problem(left).removed(model, layer.problem(group))
             layer.central.count(3 * len(left) + len(group))
             bounds.append(model.beta)

@@ -19,7 +19,7 @@ from fedattack.unlearning.curvature import CompactBFGS
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.trajectory import check_end, refuse_unlike_sgd, rounds, saved, walked
+from fedattack.unlearning.trajectory import Round, recorded, refuse_unlike_sgd, rounds, saved
 
 
 @dataclass
@@ -65,13 +65,11 @@ class DeltaGrad(Mechanism):
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Keep the steps of the training, walked again."""
-        central, gone = trainer.central(), excluded.get(0, frozenset())
-        start = history.checkpoint(0)
-        for one in walked(central, start, gone):
-            pair = {"weights": one.weights, "gradients": one.gradients}
-            saved(history.folder, "deltagrad", gone, one.number, one.batches, **pair)
-        check_end(central, central.flat(start), one.weights[-1], central.flat(history.weights))
-        return history.weights
+
+        def rows(one: Round) -> dict[str, Tensor]:
+            return {"weights": one.weights, "gradients": one.gradients}
+
+        return recorded(trainer.central(), history, "deltagrad", excluded.get(0, frozenset()), rows)
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget `deletions`."""

@@ -18,6 +18,7 @@ from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.linear import linear_head
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
+from fedattack.unlearning.trajectory import remaining
 
 _FLAT = 1e-9
 """Largest entry of the mean gradient of a model that is trained to convergence."""
@@ -33,8 +34,8 @@ class Newton(Mechanism):
     `l` is ``training.weight_decay``. All samples are forgotten in one step, by conjugate gradients on products with
     the Gauss-Newton matrix of the summed cross-entropies, which is the Hessian of a linear model. The step goes to
     the minimum only where the model is at one: a linear model is trained to its own before it is released (and so is
-    a retrained one). In a deep model, which is not at one, a damped step is little
-    more than the forgotten samples' gradient, scaled.
+    a retrained one). In a deep model, which is not at one, a damped step is little more than the forgotten samples'
+    gradient, scaled.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ class Newton(Mechanism):
     converge: bool = True
     damping: Annotated[float, Field(ge=0)] | None = None
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    iterations: Annotated[int, Field(ge=1)] = 500
+    iterations: Annotated[int, Field(ge=1)] = 100
 
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (ConfigError) a linear model whose minimum may lie at infinity."""
@@ -69,7 +70,7 @@ class Newton(Mechanism):
         if not self._converges(history.scenario):
             return history.weights
         central, base, decay = trainer.central(), history.weights, history.scenario.training.weight_decay
-        left = central.retained(excluded.get(0, frozenset()))
+        left = remaining(central, excluded.get(0, frozenset()))
 
         def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
             point = flat.requires_grad_()
@@ -80,12 +81,13 @@ class Newton(Mechanism):
         return central.weights(minimise(evaluate, central.flat(base), _FLAT, _MOST), base)
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
-        """Forget `deletions`."""
+        """Forget `deletions`; DataError where nothing is left."""
         excluded, before = merged(history.excluded, deletions), history.excluded.get(0, frozenset())
         central, scenario = trainer.central(), history.scenario
         after = excluded.get(0, frozenset())
         lost = central.retained(frozenset(range(len(central))) - (after - before))
-        curving = central.retained(after if self.curves == "left" else before)
+        left = remaining(central, after)
+        curving = left if self.curves == "left" else central.retained(before)
         flat, decay = central.flat(history.weights), scenario.training.weight_decay
         damped = self.damping
         if damped is None:

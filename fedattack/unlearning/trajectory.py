@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -14,11 +15,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedattack.errors import NotApplicable, RunFailed
+from fedattack.errors import DataError, NotApplicable, RunFailed
 from fedattack.files import write_tensors
 from fedattack.observation import Scenario
 from fedattack.unlearning.central import Central, Positions
-from fedattack.unlearning.history import Weights
+from fedattack.unlearning.history import History, Weights
+
+log = logging.getLogger("fedattack.unlearning")
+
+_FAR = 0.1
+"""Share of the way from which on two trainings that should be one are told apart."""
 
 
 def state_file(folder: Path, kind: str, gone: Collection[int], round: int | None = None) -> Path:
@@ -40,6 +46,14 @@ def kept_tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
+def remaining(central: Central, gone: Collection[int]) -> Positions:
+    """Positions that are left, ascending; DataError where none is."""
+    left = central.retained(gone)
+    if not len(left):
+        raise DataError(f"all {len(central)} samples are to be forgotten: none is left to learn from")
+    return left
+
+
 @dataclass(frozen=True)
 class Round:
     """The steps of one round of a training."""
@@ -48,6 +62,7 @@ class Round:
     batches: list[Positions]  # some may be empty
     weights: Tensor  # (s + 1, P): before each step, and after the last
     gradients: Tensor  # (s, P): of the mean loss over the batch, without weight decay
+    state: Weights  # parameters and buffers, of the round that is walked now
 
 
 def walked(
@@ -65,10 +80,14 @@ def walked(
             batches.append(step.batch)
             slopes.append(step.gradient - decay * step.before if len(step.batch) else step.gradient)
         if done is not None:
-            yield Round(
-                done.number, done.batches, torch.cat([done.weights, befores[0][None]]), done.gradients
-            )
-        done = Round(number, batches, torch.stack(befores), torch.stack(slopes))
+            yield replace(done, weights=torch.cat([done.weights, befores[0][None]]))
+        done = Round(number, batches, torch.stack(befores), torch.stack(slopes), step.state)
+
+
+def ended(central: Central, last: Round, base: Weights) -> Weights:
+    """The model after the last round of :func:`walked`, in the types of `base`."""
+    buffers = {name: last.state[name].to(base[name].dtype) for name, _ in central.model.named_buffers()}
+    return central.weights(last.weights[-1], {**base, **buffers})
 
 
 def refuse_unlike_sgd(name: str, scenario: Scenario) -> None:
@@ -81,14 +100,33 @@ def refuse_unlike_sgd(name: str, scenario: Scenario) -> None:
         )
 
 
-def check_end(central: Central, start: Tensor, end: Tensor, released: Tensor) -> None:
-    """RunFailed where a training that was walked again does not end at the model that was trained."""
-    moved, apart = float((end - start).norm()), float((end - released).norm())
-    if not apart <= 0.01 * moved:
-        raise RunFailed(
-            f"cannot follow the training: walked again it ends {apart:.2g} from the trained model, which moved by "
-            f"{moved:.2g}; federation.strategy must be 'fedavg', and clients must train without random draws"
+def recorded(
+    central: Central,
+    history: History,
+    kind: str,
+    gone: Collection[int],
+    rows: Callable[[Round], dict[str, Tensor]],
+) -> Weights:
+    """Walk the training without the positions `gone`, keep `rows` of each round, and give where it ends.
+
+    That is what the holder releases: the model whose steps are kept. Rounding grows from step to step, so that it may
+    be another than the federation's, which is said.
+    """
+    start = history.checkpoint(0)
+    for one in walked(central, start, gone):
+        saved(history.folder, kind, gone, one.number, one.batches, **rows(one))
+    end, trained = one.weights[-1], central.flat(history.weights)
+    moved, apart = float((end - central.flat(start)).norm()), float((end - trained).norm())
+    if apart > _FAR * moved:
+        log.warning(
+            "%s follows the holder's own steps of SGD, which end %.2g from the model of the federation (it moved by "
+            "%.2g) and are released in its place: rounding grows at this learning rate, or federation.strategy is "
+            "not 'fedavg'",
+            kind,
+            apart,
+            moved,
         )
+    return ended(central, one, history.weights)
 
 
 def saved(

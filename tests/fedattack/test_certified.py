@@ -138,7 +138,7 @@ def test_what_is_released_keeps_its_promise_and_trains_anew_when_it_must(tmp_pat
     together = scene.forget(gone)[0]
     torch.testing.assert_close(together.weights["head.weight"], answers[1].weights["head.weight"])
     assert together.certificate == pytest.approx(dict(last))
-    with pytest.raises(DataError, match="no sample is left"):
+    with pytest.raises(DataError, match="none is left to learn from"):
         scene.forget(range(300))
 
 

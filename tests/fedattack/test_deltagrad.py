@@ -10,7 +10,7 @@ import pytest
 import torch
 from central_scenes import Scene, holder
 
-from fedattack.errors import DataError, NotApplicable, RunFailed
+from fedattack.errors import DataError, NotApplicable
 from fedattack.unlearning.amnesiac import Amnesiac
 from fedattack.unlearning.deltagrad import DeltaGrad
 from fedattack.unlearning.mechanism import Mechanism
@@ -143,10 +143,19 @@ def test_refuse_steps_that_are_not_sgds(mechanism: Mechanism) -> None:
     mechanism.check(name, scenario(), 1)
 
 
-def test_refuses_batch_statistics_and_another_servers_optimiser(tmp_path: Path) -> None:
+def test_refuses_batch_statistics() -> None:
     with pytest.raises(NotApplicable, match=r"'training.batch_norm' = 'train'"):
         DeltaGrad().check("deltagrad", holder(100, model="resnet20")[1].scenario, 1)
-    scene = Scene(DeltaGrad(), tmp_path, samples=100, rounds=1)
-    elsewhere = {name: 2 * tensor for name, tensor in scene.released.items()}
-    with pytest.raises(RunFailed, match=r"federation\.strategy must be 'fedavg'"):
-        scene.mechanism.prepare({}, scene.ended("elsewhere", elsewhere), scene.trainer)
+
+
+def test_releases_the_training_whose_steps_it_keeps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"model": "resnet20", "learning-rate": 0.01, "local-steps": 2, "batch-size": 8}
+    scene = Scene(Amnesiac(), tmp_path, 20, rounds=2, **settings)
+    trained = scene.central.train(scene.first)
+    for name, tensor in scene.released.items():  # BatchNorm's statistics too
+        torch.testing.assert_close(tensor, trained[name])
+    assert not caplog.records
+    elsewhere = {name: 2 * tensor for name, tensor in trained.items()}
+    again = scene.mechanism.prepare({}, scene.ended("elsewhere", elsewhere), scene.trainer)
+    assert all(torch.equal(tensor, scene.released[name]) for name, tensor in again.items())
+    assert "federation.strategy is not 'fedavg'" in caplog.text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from central_scenes import Scene, holder
 
-from fedattack.errors import ConfigError
+from fedattack.errors import ConfigError, DataError
 from fedattack.unlearning.curvature import CompactBFGS, conjugate_gradients
 from fedattack.unlearning.influence import Influence
 from fedattack.unlearning.newton import Newton
@@ -79,6 +79,8 @@ def test_a_step_that_is_not_solved_is_told(tmp_path: Path) -> None:
     scene = Scene(Newton(iterations=2), tmp_path, samples=100, rounds=1)
     answer, _ = scene.forget([1])
     assert answer.details["warning"].startswith("the step's equations are solved to ")
+    with pytest.raises(DataError, match="all 100 samples are to be forgotten"):
+        scene.forget(range(100))
 
 
 def test_refuses_a_minimum_at_infinity() -> None:
