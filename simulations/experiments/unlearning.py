@@ -117,6 +117,7 @@ class Training:
     history: History
     final: Weights
     asked: DeletionRequests
+    scratch: Path  # goes when the training has been measured
 
 
 @dataclass
@@ -131,6 +132,7 @@ class Side:
     verdicts: list[Verdict] = field(default_factory=list)
     deletions: list[list[Deletion]] = field(default_factory=list)
     answers: list[Forgotten] = field(default_factory=list)
+    kept: History | None = None  # with what the mechanism wrote for its next answer
     exact: list[Weights] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
     exact_cost: Cost = field(default_factory=Cost)
@@ -426,7 +428,7 @@ class UnlearningExperiment(Experiment):
                 (asked,) = told
             if index or self.changed:
                 final = trainer.go_on({}, history.weights)
-            yield Training(again, place, trainer, history, final, asked)
+            yield Training(again, place, trainer, history, final, asked, Path(scratch))
 
     def _arms(self, name: str, training: Training, index: int, count: int) -> dict[str, Any]:
         """What an attack asks for in one training, granted in every arm; JSON-able.
@@ -538,33 +540,33 @@ class UnlearningExperiment(Experiment):
         """
         history, trainer = training.history, training.trainer
         earlier = side.answers[-1] if side.answers else None
-        with tempfile.TemporaryDirectory(dir=training.history.folder) as scratch:
-            now = history.fork(
-                Path(scratch) / "now",
-                earlier.weights if earlier else history.weights,
-                earlier.excluded if earlier else history.excluded,
-            )
-            before = trainer.cost.copy()
-            with trainer.cost.clocked():
-                granted, answer = self._answer(training, side, deletions, now, gated)
-                side.requested.append(list(deletions))
-                side.deletions.append(granted)
-                side.answers.append(answer)
-            side.cost = side.cost.plus(trainer.cost.since(before))
-            if isinstance(self.mechanism, Retrain) or not exact:
-                side.exact_cost = side.cost
-                return
-            if not granted:
-                side.exact.append(side.exact[-1] if side.exact else history.weights)
-                return
-            before = trainer.cost.copy()
-            with trainer.cost.clocked():
-                excluded = self._exactly(training, side)
-                start = history.ignorant(excluded) or 0
-                weights = trainer.train(excluded, history.checkpoint(start), start + 1)
-                again = history.fork(Path(scratch) / "again", weights, excluded)
-                side.exact.append(self.mechanism.prepare(excluded, again, trainer))
-            side.exact_cost = side.exact_cost.plus(trainer.cost.since(before))
+        now = (side.kept or history).fork(
+            Path(tempfile.mkdtemp(dir=training.scratch)),
+            earlier.weights if earlier else history.weights,
+            earlier.excluded if earlier else history.excluded,
+        )
+        before = trainer.cost.copy()
+        with trainer.cost.clocked():
+            granted, answer = self._answer(training, side, deletions, now, gated)
+            side.requested.append(list(deletions))
+            side.deletions.append(granted)
+            side.answers.append(answer)
+            side.kept = now if granted else side.kept
+        side.cost = side.cost.plus(trainer.cost.since(before))
+        if isinstance(self.mechanism, Retrain) or not exact:
+            side.exact_cost = side.cost
+            return
+        if not granted:
+            side.exact.append(side.exact[-1] if side.exact else history.weights)
+            return
+        before = trainer.cost.copy()
+        with trainer.cost.clocked():
+            excluded = self._exactly(training, side)
+            start = history.ignorant(excluded) or 0
+            weights = trainer.train(excluded, history.checkpoint(start), start + 1)
+            again = history.fork(Path(tempfile.mkdtemp(dir=training.scratch)), weights, excluded)
+            side.exact.append(self.mechanism.prepare(excluded, again, trainer))
+        side.exact_cost = side.exact_cost.plus(trainer.cost.since(before))
 
     def _answer(
         self, training: Training, side: Side, deletions: Sequence[Deletion], now: History, gated: bool
