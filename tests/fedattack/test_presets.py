@@ -1,0 +1,69 @@
+"""Presets and scenarios fill what is left open, are written down as they were resolved, and repeat the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedattack.config import Config
+from fedattack.errors import ConfigError
+from fedattack.presets import PRESETS
+from simulations.cli.catalogue import catalogue, described, settings_tables
+from simulations.pipeline import simulate
+
+
+def again(config: Config, path: Path, **overrides: object) -> Config:
+    path.write_text(config.to_toml())
+    return Config.from_toml(path, overrides)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves_is_listed_and_comes_back(name: str, tmp_path: Path) -> None:
+    config = Config.from_mapping({"preset": name})
+    assert (config.scenario, config.federation.clients, config.training.protocol) == ("central", 1, "fedavg")
+    assert again(config, tmp_path / "config.toml") == config
+    shown = {row[0]: row[2] for row in settings_tables(name)[f"Preset {name}"]}
+    assert shown["training.learning_rate"] == str(config.training.learning_rate)
+    assert shown["compression.name"] == config.compression.name == "none"
+    assert dict(catalogue()["Presets"])[name] == described(name)[0][1]
+
+
+def test_what_a_person_says_wins_even_that_nothing_is_set(tmp_path: Path) -> None:
+    given = {"preset": "mnist-logistic-small", "limit": "", "learning-rate": 0.5, "compressor": "topk"}
+    config = Config.from_mapping(given)
+    assert (config.data.limit, config.training.learning_rate, config.compression.name) == (None, 0.5, "topk")
+    assert (config.model.name, config.data.nonmembers) == ("logistic", 1000)
+    assert again(config, tmp_path / "config.toml") == config
+    assert again(config, tmp_path / "config.toml", rounds=3).federation.rounds == 3
+    spread = Config.from_mapping({"preset": "mnist-logistic-small", "scenario": "federated", "clients": 4})
+    assert (spread.federation.clients, spread.training.local_steps) == (4, 63)
+    in_a_file = Config.from_mapping({}, {"preset": "mnist-cnn-small", "model": {"activation": "tanh"}})
+    assert (in_a_file.model.name, in_a_file.model.activation) == ("lcodec-cnn", "tanh")
+
+
+def test_central_is_one_holder() -> None:
+    config = Config.from_mapping({"scenario": "central", "local-steps": 3})
+    assert (config.federation.clients, config.victims, config.engine.name) == (1, 1, "inline")
+    for settings, text in [
+        ({"scenario": "central", "clients": 3}, "'federation.clients' = 3: scenario 'central' is one holder"),
+        ({"scenario": "centrall"}, "unknown scenario 'centrall'; did you mean 'central'"),
+        ({"preset": "mnist-logistics"}, "unknown preset 'mnist-logistics'; did you mean 'mnist-logistic'"),
+    ]:
+        with pytest.raises(ConfigError, match=text):
+            Config.from_mapping(settings)
+
+
+@pytest.mark.slow
+def test_the_small_logistic_set_up_is_far_above_chance(tmp_path: Path, shared_dir: Path) -> None:
+    given = {"preset": "mnist-logistic-small", "attack": "unlearn-max-loss", "run-dir": str(tmp_path / "run")}
+    given |= {"data-dir": str(shared_dir / "data" / "MNIST"), "unlearning.seeds": 2}
+    first = simulate(Config.from_mapping(given))
+    stored = Config.from_toml(tmp_path / "run" / "config.toml", {"run-dir": str(tmp_path / "again")})
+    assert (stored.preset, stored.federation.rounds) == ("mnist-logistic-small", 10)
+    again = simulate(stored)
+    ends = [one.federation.rounds[-1].accuracy for one in (first, again) if one.federation]
+    assert ends[0] == ends[1]
+    assert ends[0] is not None
+    assert ends[0] > 0.85
+    assert again.audits["unlearn-max-loss"].summary == first.audits["unlearn-max-loss"].summary
