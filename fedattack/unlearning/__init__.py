@@ -16,6 +16,10 @@ MECHANISMS: Registry[type[Mechanism]] = Registry(
     {
         "retrain": "fedattack.unlearning.retrain:Retrain",
         "federaser": "fedattack.unlearning.federaser:FedEraser",
+        "fedrecover": "fedattack.unlearning.fedrecover:FedRecover",
+        "halimi": "fedattack.unlearning.halimi:ProjectedAscent",
+        "liu": "fedattack.unlearning.liu:RapidRetraining",
+        "fedosd": "fedattack.unlearning.fedosd:FedOSD",
     },
     group="fedattack.mechanisms",
     base="fedattack.unlearning.mechanism:Mechanism",

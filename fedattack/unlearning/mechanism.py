@@ -104,6 +104,7 @@ class Mechanism(ABC):
     levels: ClassVar[frozenset[Level]] = frozenset({"sample", "class", "client"})
     runs: ClassVar[Literal["server", "central"]] = "server"
     by_positions: ClassVar[bool] = True
+    singles: ClassVar[bool] = False  # reads single clients' answers when it forgets
 
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable), before the first round, a federation that it cannot serve."""
@@ -111,6 +112,11 @@ class Mechanism(ABC):
             raise NotApplicable(
                 f"setting 'unlearning.mechanism' = {name!r} keeps each client's update, which 'secure-aggregation' "
                 "hides; use 'retrain'"
+            )
+        if self.singles and hides_clients(scenario.defense):
+            raise NotApplicable(
+                f"setting 'unlearning.mechanism' = {name!r} asks each client for its gradient, which "
+                "'secure-aggregation' hides; use 'retrain'"
             )
         if self.runs == "central" and clients != 1:
             raise NotApplicable(
