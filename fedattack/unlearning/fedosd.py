@@ -42,7 +42,7 @@ class FedOSD(Mechanism):
     keeps = frozenset({"checkpoints"})
     singles = True
     rate: Annotated[float, Field(gt=0)] = 0.2
-    steps: Annotated[int, Field(ge=1)] = 5
+    steps: Annotated[int, Field(ge=1)] = 10
     rounds: Annotated[int, Field(ge=0)] = 4
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:

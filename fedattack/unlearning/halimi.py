@@ -20,7 +20,7 @@ from fedattack.unlearning.requests import Deletion
 
 @dataclass
 class ProjectedAscent(Mechanism):
-    """Projected gradient ascent (Halimi et al., Federated unlearning: how to efficiently erase a client in FL?, 2022).
+    """Projected gradient ascent (Halimi et al., How to efficiently erase a client in FL, 2022).
 
     From w_ref, the mean of the other clients' models in the last kept round, the leaving client climbs its loss,
     ``w <- P(w + rate * gradient)`` with P the projection onto the ball of `radius` around w_ref, until its accuracy

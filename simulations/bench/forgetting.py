@@ -53,8 +53,8 @@ def run(data: Path | None = None, quick: bool = False) -> dict[str, Any]:
     """Client 0 of 10 leaves: accuracy, its own accuracy, client steps and bytes of each mechanism, over three seeds.
 
     4,000 MNIST images (``--data`` FOLDER/MNIST), 400 a client, IID and of two shards each; a perceptron, 20 rounds of
-    25 steps. Accuracies on 2,000 held-out images and on the images of the client that left; `fewer` is retraining's
-    client steps over the mechanism's, a pass one gradient over all images of all clients, MB what they sent. `quick`: digits, one seed, 4 rounds.
+    25 steps. Accuracies on 2,000 held-out images and on the images of the client that left. A pass is one gradient
+    over all images of all clients, MB what they sent. `quick`: digits, one seed, 4 rounds.
     """
     figures: dict[str, Any] = {"rows": []}
     for partition in PARTITIONS:
@@ -134,4 +134,5 @@ def _line(rows: list[dict[str, Any]], name: str) -> str:
     sent = statistics.fmean(row["bytes"] for row in chosen) / 1e6
     seconds = statistics.fmean(row["cpu_seconds"] for row in chosen)
     fewer = steps["retrain"] / max(1.0, steps[name])
-    return f"{text}, {steps[name]:6.0f} client steps ({fewer:4.1f}x fewer), {passes:4.1f} passes, {sent:5.1f} MB, {seconds:4.1f} s"
+    counted = f"{steps[name]:6.0f} client steps ({fewer:4.1f}x fewer), {passes:4.1f} passes"
+    return f"{text}, {counted}, {sent:5.1f} MB, {seconds:4.1f} s"

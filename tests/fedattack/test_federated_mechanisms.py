@@ -1,4 +1,4 @@
-"""FedRecover, projected ascent, rapid retraining and FedOSD against their formulas, on a really trained federation."""
+"""FedRecover, projected ascent, rapid retraining and FedOSD against their formulas, on a federation that trained."""
 
 from __future__ import annotations
 
