@@ -44,7 +44,7 @@ class FedEraser(Mechanism):
             return Forgotten(history.weights, excluded, resumed_after=history.rounds)
         weights = history.checkpoint(start)
         tied = tied_names(build_model(history.scenario.model))
-        for round in [kept for kept in history.update_rounds if kept > start]:
+        for round in history.update_rounds_after(start):
             if round == start + 1:
                 updates = (update for update in history.updates(round) if update.client not in excluded)
             else:

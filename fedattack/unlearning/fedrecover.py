@@ -65,7 +65,7 @@ class FedRecover(Mechanism):
             return Forgotten(history.weights, excluded, resumed_after=history.rounds)
         model = build_model(history.scenario.model)
         names, tied = tuple(trained_parameters(model)), tied_names(model)
-        weights, rounds = history.checkpoint(start), [kept for kept in history.update_rounds if kept > start]
+        weights, rounds = history.checkpoint(start), history.update_rounds_after(start)
         abnormal = self._largest(history, rounds, excluded, names)
         known: dict[int, Pairs] = defaultdict(list)
         asked = estimated = fixed = 0

@@ -60,7 +60,7 @@ class ProjectedAscent(Mechanism):
             return Forgotten(history.weights, excluded, resumed_after=history.rounds)
         model, leaving = build_model(history.scenario.model), sorted({one.client for one in deletions})
         names, tied = tuple(trained_parameters(model)), tied_names(model)
-        last = history.update_rounds[-1]
+        last = history.update_rounds_after(0)[-1]
         others = [update for update in history.updates(last) if update.client not in excluded]
         if not others:
             raise RunFailed(f"cannot forget: nobody else took part in round {last}, the last that was kept")

@@ -37,6 +37,7 @@ from fedattack.unlearning import (
     sample_digests,
     validate_request,
 )
+from fedattack.unlearning.history import check_space
 from fedattack.unlearning.mechanism import Excluded, merged
 from fedattack.unlearning.retrain import Retrain
 from simulations.client_app import Workplace
@@ -49,6 +50,8 @@ from simulations.engine.federation import (
     ask_unlearning,
     run_federation,
 )
+from simulations.engine.journal import Journal
+from simulations.engine.journaled_replies import JournaledReplies
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
@@ -266,6 +269,7 @@ class UnlearningExperiment(Experiment):
         super().__init__(plan, attacks)
         self.mechanism = build_mechanism(plan.config.unlearning)
         self.history = self._history(plan.folder.path / "history")
+        self.history.replies = JournaledReplies(Journal(plan.folder.path / "journal"), plan.world.scenario)
         self.history.keep_weights(0, initial_weights(plan.world.scenario.model, plan.config.seed))
         self.asked: DeletionRequests = {}
         self.changed = False
@@ -276,8 +280,13 @@ class UnlearningExperiment(Experiment):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        named = config.unlearning.mechanism
-        build_mechanism(config.unlearning).check(named, world.scenario, len(world.partitions))
+        named, mechanism = config.unlearning.mechanism, build_mechanism(config.unlearning)
+        mechanism.check(named, world.scenario, len(world.partitions))
+        every, rounds = config.unlearning.checkpoint_every, config.request_round
+        # The run's own updates lie in the journal; those of one more training at a time lie beside it.
+        again = len(world.partitions) if config.unlearning.seeds > 1 else 0
+        folder = Path(config.output.run_dir or "runs")
+        check_space(folder, world.scenario, mechanism.keeps, every, rounds, again)
 
     def wants(self, round: int, client: int) -> bool:
         """The updates that the mechanism needs."""
