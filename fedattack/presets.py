@@ -96,7 +96,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "cifar-resnet18-small": Preset(
-        "ResNet-18 on 400 CIFAR-10 images of 16 x 16 pixels, one holder, 6 epochs.",
+        "ResNet-18 on 400 CIFAR-10 images of 16 x 16 pixels, one holder, 4 epochs.",
         _central(
             {"name": "cifar10", "image_size": 16, "limit": 1_000, "nonmembers": 500, "auxiliary_size": 100},
             "resnet18",
@@ -107,7 +107,7 @@ PRESETS: dict[str, Preset] = {
                 "momentum": 0.9,
                 "weight_decay": 5e-4,
             },
-            6,
+            4,
             unlearning={"seeds": 2},
         ),
     ),

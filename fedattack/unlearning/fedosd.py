@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedattack.models import build_model
 from fedattack.task import tied_names, trained_parameters
-from fedattack.unlearning.averaging import flat, stepped, told
-from fedattack.unlearning.history import History, Weights
+from fedattack.unlearning.averaging import flat, moved, stepped, told
+from fedattack.unlearning.history import ClientUpdate, History, Weights
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 
@@ -57,12 +57,8 @@ class FedOSD(Mechanism):
         resumed = max(0, history.rounds - self.rounds)
         for round in range(resumed + 1, history.rounds + 1):
             walked = flat(weights, names) - start
-            updates = [
-                same_length(flat(one.change, names), without(flat(one.change, names), walked[None]))
-                for one in trainer.updates(excluded, weights, round)
-            ]
-            if updates:
-                weights = stepped(weights, torch.stack(updates).mean(0), names, tied)
+            updates = (turned(one, walked, names) for one in trainer.updates(excluded, weights, round))
+            weights = moved(weights, updates, tied)
         details = {"distance": float((flat(weights, names) - start).norm())}
         return Forgotten(weights, excluded, resumed, details=details | told(history.scenario, "a gradient"))
 
@@ -90,6 +86,13 @@ class FedOSD(Mechanism):
             free = without(slope, torch.stack(others)) if others else slope
             weights = stepped(weights, -self.rate * same_length(slope, free), names, tied)
         return weights
+
+
+def turned(update: ClientUpdate, walked: Tensor, names: Sequence[str]) -> ClientUpdate:
+    """The update without its part along a way (P,), as long as before, and of the weight that all have."""
+    move = flat(update.change, names)
+    other = same_length(move, without(move, walked[None]))
+    return replace(update, change=stepped(update.change, other - move, names, {}), examples=1)
 
 
 def without(vector: Tensor, rows: Tensor) -> Tensor:

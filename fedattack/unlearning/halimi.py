@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,8 +13,8 @@ from fedattack.errors import RunFailed
 from fedattack.models import build_model, initial_weights
 from fedattack.task import tied_names, trained_parameters
 from fedattack.unlearning.averaging import flat, moved, stepped, told, whole_clients
-from fedattack.unlearning.history import History
-from fedattack.unlearning.mechanism import Forgotten, Level, Mechanism, Trainer, merged
+from fedattack.unlearning.history import History, Weights
+from fedattack.unlearning.mechanism import Excluded, Forgotten, Level, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 
 
@@ -22,7 +22,8 @@ from fedattack.unlearning.requests import Deletion
 class ProjectedAscent(Mechanism):
     """Projected gradient ascent (Halimi et al., How to efficiently erase a client in FL, 2022).
 
-    From w_ref, the mean of the other clients' models in the last kept round, the leaving client climbs its loss,
+    From w_ref, the mean of the other clients' models in the last kept round (after an earlier request the model as it
+    is, which alone has forgotten that), the leaving client climbs its loss,
     ``w <- P(w + rate * gradient)`` with P the projection onto the ball of `radius` around w_ref, until its accuracy
     falls below `stop`; then the others train the last `rounds` rounds again, from there. It forgets whole clients,
     who must take part, and needs at least two. Each step goes to the client and back, and so costs a round.
@@ -60,11 +61,7 @@ class ProjectedAscent(Mechanism):
             return Forgotten(history.weights, excluded, resumed_after=history.rounds)
         model, leaving = build_model(history.scenario.model), sorted({one.client for one in deletions})
         names, tied = tuple(trained_parameters(model)), tied_names(model)
-        last = history.update_rounds_after(0)[-1]
-        others = [update for update in history.updates(last) if update.client not in excluded]
-        if not others:
-            raise RunFailed(f"cannot forget: nobody else took part in round {last}, the last that was kept")
-        reference = moved(history.checkpoint(last - 1), others, tied)
+        reference = history.weights if history.excluded else self._others(history, excluded, tied)
         centre, radius = flat(reference, names), self.radius
         if radius is None:
             untrained = (initial_weights(history.scenario.model, seed) for seed in range(10))
@@ -88,6 +85,14 @@ class ProjectedAscent(Mechanism):
             "distance": float((flat(weights, names) - centre).norm()),
         }
         return Forgotten(weights, excluded, resumed, details=details | told(history.scenario, "the ascent"))
+
+    def _others(self, history: History, excluded: Excluded, tied: Mapping[str, str]) -> Weights:
+        """The mean of the other clients' models in the last kept round."""
+        last = history.update_rounds_after(0)[-1]
+        others = [update for update in history.updates(last) if update.client not in excluded]
+        if not others:
+            raise RunFailed(f"cannot forget: nobody else took part in round {last}, the last that was kept")
+        return moved(history.checkpoint(last - 1), others, tied)
 
     def _remembers(self, figures: dict[int, dict[str, float]]) -> bool:
         """Whether a leaving client's accuracy is not below :attr:`stop`; a task without one never stops."""

@@ -25,7 +25,8 @@ class RapidRetraining(Mechanism):
     over the remaining samples, with momentum, and G the diagonal of the empirical Fisher information, estimated by
     the squares of the clients' gradients, raised to `power`, with momentum as in AdaHessian, and `damping` added.
     Published with steps that clients take on mini-batches; here the server takes them, on gradients over all that
-    clients have left, and each costs a round. BatchNorm's statistics stay as they were.
+    clients have left, and each costs a round: client steps are few, but each goes over all samples and is sent.
+    BatchNorm's statistics stay as they were.
 
     Parameters
     ----------

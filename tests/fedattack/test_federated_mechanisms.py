@@ -20,6 +20,7 @@ from fedattack.unlearning.fedosd import FedOSD, without
 from fedattack.unlearning.fedrecover import FedRecover, product
 from fedattack.unlearning.halimi import ProjectedAscent
 from fedattack.unlearning.liu import RapidRetraining
+from simulations.bench.forgetting import measured, scene
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.unlearning import FederationTrainer, UnlearningExperiment
 
@@ -194,6 +195,13 @@ def test_projected_ascent_is_its_formula(trained: Trained) -> None:
     resumed = trained.trainer.train({2: trained.whole(2).positions}, answer.weights, 4)
     assert after.resumed_after == 3
     assert torch.equal(flat(after.weights), flat(resumed))
+    # The next to leave starts from the model that has forgotten the first.
+    trained.history.weights, trained.history.excluded = after.weights, after.excluded
+    again = ProjectedAscent(stop=0.0, steps=1, rounds=0, radius=9.0, clip=9.0)
+    second = again.forget([trained.whole(0)], trained.history, trained.trainer)
+    climbed = flat(after.weights) + again.rate * trained.slope(0, after.weights)
+    torch.testing.assert_close(flat(second.weights), climbed, rtol=1e-3, atol=2e-5)
+    assert set(second.excluded) == {0, 2}
     with pytest.raises(NotApplicable, match="forgets whole clients, and client 2 asks for 4 of its samples"):
         ProjectedAscent().forget([Deletion(2, GONE)], trained.history, trained.trainer)
 
@@ -256,3 +264,17 @@ def test_hidden_updates_are_refused_and_compressed_ones_are_said(name: str, tmp_
     nobody = build_mechanism(one.config.unlearning).forget([], one.history, one.trainer)
     assert nobody.resumed_after == 2
     one.grid.__exit__(None, None, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", ["iid", "shards"])
+def test_a_client_leaves_cheaply_and_the_model_stays(partition: str, shared_dir: Path) -> None:
+    with scene(3, partition, shared_dir / "data") as one:  # a seed on which nothing was tuned
+        found = {name: measured(one, name) for name in ("retrain", "federaser", "fedrecover", "liu")}
+    exact = found["retrain"]
+    for name in ("federaser", "fedrecover"):
+        assert exact["client_steps"] >= 4 * found[name]["client_steps"]
+        assert found[name]["after"][0] > exact["after"][0] - 0.04
+    for name in ("federaser", "fedrecover") if partition == "iid" else ("fedrecover",):
+        assert abs(found[name]["after"][1] - exact["after"][1]) < 0.03
+    assert found["liu"]["after"][0] > exact["after"][0]
