@@ -500,8 +500,8 @@ class Config(Section):
         return tomli_w.dumps(_without_none(tree))
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that can change a result: all but the engine's and the output's."""
-        return self.model_dump(mode="json", exclude={"engine", "output"})
+        """The settings that can change a result: not the engine's, the output's nor what a preset was called."""
+        return self.model_dump(mode="json", exclude={"engine", "output", "preset"})
 
 
 TASK_SETTINGS: dict[str, dict[str, Any]] = {
@@ -665,9 +665,11 @@ def _fill(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
 def _fill_named(tree: dict[str, Any], setting: str, known: Mapping[str, Mapping[str, Any]]) -> None:
     """Put the settings that a name in `tree` stands for where it has none; ConfigError if it stands for nothing."""
     name = tree.get(setting)
-    if name is not None and name not in known:
+    if name is None:
+        return
+    if name not in known:
         raise unknown_name(setting, str(name), known)
-    _fill(tree, known.get(name, {}))
+    _fill(tree, known[name])
 
 
 def _blank(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
 
 from fedattack.errors import RunFailed
@@ -71,7 +72,7 @@ class ProjectedAscent(Mechanism):
             answers = list(trainer.gradients(history.excluded, weights, history.rounds, clients=leaving))
             if not answers:
                 break
-            slope = sum(flat(one.change, names) for one in answers) / len(answers)
+            slope = torch.stack([flat(one.change, names) for one in answers]).mean(0)
             slope = slope * min(1.0, self.clip / max(float(slope.norm()), 1e-12))
             offset = flat(weights, names) + self.rate * slope - centre
             offset = offset * min(1.0, radius / max(float(offset.norm()), 1e-12))

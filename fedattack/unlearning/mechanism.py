@@ -123,6 +123,11 @@ class Mechanism(ABC):
                 f"setting 'unlearning.mechanism' = {name!r} needs the data itself, and here {clients} clients hold "
                 "it; use one who is the server (--scenario central), or retrain, federaser, ..."
             )
+        if self.runs == "central" and scenario.compression.name != "none":
+            raise NotApplicable(
+                f"setting 'compression.name' = {scenario.compression.name!r}: mechanism {name!r} works on its "
+                "holder's own training, of which nothing is sent; use none (--scenario central)"
+            )
         if self.runs == "central" and task_of(scenario).kind != "classify":
             raise NotApplicable(
                 f"setting 'unlearning.mechanism' = {name!r} forgets what a classifier learnt, and task "

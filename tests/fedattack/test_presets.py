@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from fedattack.config import Config
-from fedattack.errors import ConfigError
+from fedattack.data import build_world
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.presets import PRESETS
+from fedattack.unlearning.retrain import Retrain
 from simulations.cli.catalogue import catalogue, described, settings_tables
 from simulations.pipeline import simulate
 
@@ -37,6 +40,13 @@ def test_what_a_person_says_wins_even_that_nothing_is_set(tmp_path: Path) -> Non
     assert (config.model.name, config.data.nonmembers) == ("logistic", 1000)
     assert again(config, tmp_path / "config.toml") == config
     assert again(config, tmp_path / "config.toml", rounds=3).federation.rounds == 3
+    by_hand = {"scenario": "central", "dataset": "mnist", "model": "logistic", "rounds": 10, "batch-size": 64}
+    by_hand |= {"local-steps": 63, "training.weight_decay": 0.001, "limit": 5500, "data.nonmembers": 1000}
+    same = (
+        Config.from_mapping(by_hand | {"auxiliary-size": 500}),
+        Config.from_mapping({"preset": given["preset"]}),
+    )
+    assert same[0].result_settings() == same[1].result_settings()
     spread = Config.from_mapping({"preset": "mnist-logistic-small", "scenario": "federated", "clients": 4})
     assert (spread.federation.clients, spread.training.local_steps) == (4, 63)
     in_a_file = Config.from_mapping({}, {"preset": "mnist-cnn-small", "model": {"activation": "tanh"}})
@@ -53,6 +63,33 @@ def test_central_is_one_holder() -> None:
     ]:
         with pytest.raises(ConfigError, match=text):
             Config.from_mapping(settings)
+
+
+@dataclass
+class Centrally(Retrain):
+    """Retraining that says it needs the data itself."""
+
+    runs = "central"
+
+
+def test_a_central_mechanism_is_refused_before_the_first_round_where_others_hold_or_something_is_sent() -> (
+    None
+):
+    for given, text in [
+        ({}, None),
+        (
+            {"compressor": "topk"},
+            "'compression.name' = 'topk': mechanism 'x' works on its holder's own training",
+        ),
+        ({"scenario": "federated", "clients": 3, "protocol": "fedavg"}, "3 clients hold it; use one"),
+    ]:
+        config = Config.from_mapping({"scenario": "central", "dataset": "digits", "limit": 100} | given)
+        world = build_world(config)
+        if text is None:
+            Centrally().check("x", world.scenario, len(world.partitions))
+        else:
+            with pytest.raises(NotApplicable, match=text):
+                Centrally().check("x", world.scenario, len(world.partitions))
 
 
 @pytest.mark.slow
