@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from fedattack.presets import PRESETS
 from fedattack.unlearning.retrain import Retrain
 from simulations.cli.catalogue import catalogue, described, settings_tables
 from simulations.pipeline import simulate
+from simulations.server_app import main as serve_under_flower
 
 
 def again(config: Config, path: Path, **overrides: object) -> Config:
@@ -63,6 +66,12 @@ def test_central_is_one_holder() -> None:
     ]:
         with pytest.raises(ConfigError, match=text):
             Config.from_mapping(settings)
+
+
+def test_flower_leaves_nothing_open_for_a_preset() -> None:
+    context: Any = SimpleNamespace(run_config={"preset": "mnist-cnn", "clients": 1})
+    with pytest.raises(ConfigError, match=r"'preset' = 'mnist-cnn': .* Flower's run-config leaves none open"):
+        serve_under_flower(None, context)  # type: ignore[arg-type]
 
 
 @dataclass
