@@ -10,8 +10,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from fedattack.errors import RunFailed
+from fedattack.errors import NotApplicable, RunFailed
 from fedattack.models import build_model, initial_weights
+from fedattack.observation import Scenario
 from fedattack.task import tied_names, trained_parameters
 from fedattack.unlearning.averaging import flat, moved, stepped, told, whole_clients
 from fedattack.unlearning.history import History, Weights
@@ -53,6 +54,14 @@ class ProjectedAscent(Mechanism):
     stop: Annotated[float, Field(ge=0, le=1)] = 0.12
     steps: Annotated[int, Field(ge=1)] = 60
     rounds: Annotated[int, Field(ge=0)] = 4
+
+    def check(self, name: str, scenario: Scenario, clients: int) -> None:
+        """Besides what every mechanism refuses, a single client: nobody would be left."""
+        super().check(name, scenario, clients)
+        if clients < 2:
+            raise NotApplicable(
+                f"setting 'unlearning.mechanism' = {name!r} forgets whole clients, and there is one; use several"
+            )
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget the clients of `deletions`; see :meth:`Mechanism.forget`."""

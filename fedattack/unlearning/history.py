@@ -145,6 +145,7 @@ class History:
         """The kept updates of a round, one at a time, in ascending order of the clients."""
         if self.replies is not None and round in self.taken:
             yield from map(ClientUpdate.of, self.replies.observed(round, self.taken[round]))
+            return
         for path in sorted(self.folder.glob(f"update-{round:05d}-*.safetensors")):
             tensors, told = _read(path)
             kind: UpdateKind = "delta" if told["kind"] == "delta" else "gradient"

@@ -257,6 +257,9 @@ def test_hidden_updates_are_refused_and_compressed_ones_are_said(name: str, tmp_
     config = Config.from_mapping(BASE | {"mechanism": name, "defense": "secure-aggregation"})
     with pytest.raises(NotApplicable, match=f"'{name}' .* which 'secure-aggregation' hides"):
         UnlearningExperiment.check(config, build_world(config))
+    if name == "halimi":
+        with pytest.raises(NotApplicable, match="forgets whole clients, and there is one; use several"):
+            ProjectedAscent().check(name, build_world(Config.from_mapping(BASE)).scenario, 1)
     one = Trained(tmp_path, compressor="topk", compression=0.3, mechanism=name, rounds=2)
     deletion = [one.whole(1)] if MECHANISMS.get(name).levels == {"client"} else [Deletion(1, GONE)]
     answer = build_mechanism(one.config.unlearning).forget(deletion, one.history, one.trainer)
