@@ -104,6 +104,7 @@ class Mechanism(ABC):
     levels: ClassVar[frozenset[Level]] = frozenset({"sample", "class", "client"})
     runs: ClassVar[Literal["server", "central"]] = "server"
     by_positions: ClassVar[bool] = True
+    singles: ClassVar[bool] = False  # reads single clients' answers when it forgets
 
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable), before the first round, a federation that it cannot serve."""
@@ -112,10 +113,20 @@ class Mechanism(ABC):
                 f"setting 'unlearning.mechanism' = {name!r} keeps each client's update, which 'secure-aggregation' "
                 "hides; use 'retrain'"
             )
+        if self.singles and hides_clients(scenario.defense):
+            raise NotApplicable(
+                f"setting 'unlearning.mechanism' = {name!r} asks each client for its gradient, which "
+                "'secure-aggregation' hides; use 'retrain'"
+            )
         if self.runs == "central" and clients != 1:
             raise NotApplicable(
                 f"setting 'unlearning.mechanism' = {name!r} needs the data itself, and here {clients} clients hold "
                 "it; use one who is the server (--scenario central), or retrain, federaser, ..."
+            )
+        if self.runs == "central" and scenario.compression.name != "none":
+            raise NotApplicable(
+                f"setting 'compression.name' = {scenario.compression.name!r}: mechanism {name!r} works on its "
+                "holder's own training, of which nothing is sent; use none (--scenario central)"
             )
         if self.runs == "central" and task_of(scenario).kind != "classify":
             raise NotApplicable(

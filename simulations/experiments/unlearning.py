@@ -40,6 +40,7 @@ from fedattack.unlearning import (
     validate_request,
 )
 from fedattack.unlearning.gates import Desk, build_gates, judge_after, judge_before
+from fedattack.unlearning.history import check_space
 from fedattack.unlearning.mechanism import Excluded, Level, merged
 from fedattack.unlearning.requests import REQUEST
 from fedattack.unlearning.retrain import Retrain
@@ -53,6 +54,8 @@ from simulations.engine.federation import (
     ask_unlearning,
     run_federation,
 )
+from simulations.engine.journal import Journal
+from simulations.engine.journaled_replies import JournaledReplies
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
@@ -293,6 +296,7 @@ class UnlearningExperiment(Experiment):
         self.mechanism = build_mechanism(plan.config.unlearning)
         self.gates = build_gates(plan.config.gates)
         self.history = self._history(plan.folder.path / "history")
+        self.history.replies = JournaledReplies(Journal(plan.folder.path / "journal"), plan.world.scenario)
         self.history.keep_weights(0, initial_weights(plan.world.scenario.model, plan.config.seed))
         self.asked = DeletionRequests()
         self.changed = False
@@ -303,11 +307,15 @@ class UnlearningExperiment(Experiment):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        named = config.unlearning.mechanism
-        mechanism = build_mechanism(config.unlearning)
+        named, mechanism = config.unlearning.mechanism, build_mechanism(config.unlearning)
         mechanism.check(named, world.scenario, len(world.partitions))
         for name, gate in build_gates(config.gates).items():
             gate.check(name, mechanism, world.auxiliary)
+        every, rounds = config.unlearning.checkpoint_every, config.request_round
+        # The run's own updates lie in the journal; those of one more training at a time lie beside it.
+        again = len(world.partitions) if config.unlearning.seeds > 1 else 0
+        folder = Path(config.output.run_dir or "runs")
+        check_space(folder, world.scenario, mechanism.keeps, every, rounds, again)
 
     def wants(self, round: int, client: int) -> bool:
         """The updates that the mechanism needs."""
