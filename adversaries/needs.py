@@ -80,6 +80,8 @@ class Needs:
     """Of a generator's federation: critics are sent."""
     people: bool = False
     """Of membership: people are asked about, by samples that nobody trained on."""
+    foreign: bool = False
+    """Of unlearning: the mechanism forgets samples that nobody registered."""
 
     @property
     def summed(self) -> str:
@@ -123,6 +125,8 @@ class Facts:
         Reference models, and known members, granted.
     people : bool
         Whether people are asked about.
+    foreign : bool
+        Whether the mechanism takes samples as they are sent, whoever's they are.
     """
 
     rounds: tuple[int, ...] = ()
@@ -136,6 +140,7 @@ class Facts:
     references: int | None = None
     members: int | None = None
     people: bool | None = None
+    foreign: bool | None = None
 
     @property
     def last(self) -> int:

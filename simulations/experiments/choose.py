@@ -94,4 +94,5 @@ def known_facts(config: Config, world: World) -> Facts:
         labelled=None if granted is None else granted.labels is not None,
         references=config.attack.references,
         people=config.attack.unit == "group",
+        foreign=not build_mechanism(config.unlearning).by_positions,
     )

@@ -321,7 +321,7 @@ class UnlearningExperiment(Experiment):
             goal=outcome.goal,
             curve=outcome.curve,
             costs=outcome.costs,
-            requests=sum(len(r.positions) or len(r.labels or ()) for r in outcome.requests),
+            requests=sum(len(r.positions if r.labels is None else r.labels) for r in outcome.requests),
             mechanism=outcome.mechanism,
             test_samples=outcome.test_samples,
             chance_accuracy=plan.commonest_share,

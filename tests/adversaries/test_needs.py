@@ -159,6 +159,7 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
     ],
     "about": [],
     "people": [(Needs(people=True), MLP, Facts(people=False), "unit 'group' with data.withheld")],
+    "foreign": [(Needs(foreign=True), MLP, Facts(foreign=False), "samples that nobody did")],
     "trains": [(Needs(trains="generate"), MLP, Facts(), "trains no generator")],
     "critic": [
         (

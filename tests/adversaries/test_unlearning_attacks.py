@@ -1,20 +1,25 @@
-"""Deletion requests ordered by loss."""
+"""What malicious clients ask to be forgotten, and by what they choose it."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from adversaries import ATTACKS
 from adversaries.seats import ClientView
-from adversaries.unlearning.max_loss import MaxLoss
+from adversaries.unlearning.orders import MaxLoss
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.models import build_model, initial_weights
 from fedattack.models.classifiers.resnet import ResNet
 from fedattack.observation import Scenario
 from fedattack.registry import build_plugin
+
+ORDERS = ("unlearn-max-loss", "unlearn-max-gradient", "unlearn-min-confidence", "unlearn-min-margin")
 
 
 def samples(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,25 +40,38 @@ def view(client: int, requests: int, model: nn.Module) -> ClientView:
     return ClientView(1, client, scenario, {}, 0, {}, requests, model=model.eval())
 
 
-def brute_force(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> list[int]:
-    """Positions by loss, computed in NumPy from the logits of each sample alone, and sorted in Python."""
-    model.eval()
-    losses = []
+def by_hand(order: str, model: nn.Module, image: torch.Tensor, label: int) -> float:
+    """What one sample is ordered by, descending, from its logits alone in NumPy, or from its own backward pass."""
+    if order == "unlearn-max-gradient":
+        model.zero_grad()
+        cross_entropy(model(image[None]), torch.tensor([label])).backward()
+        return math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
     with torch.no_grad():
-        for x, y in zip(images, labels, strict=True):
-            logits = model(x[None])[0].double().numpy()
-            losses.append(float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[int(y)]))
-    return sorted(range(len(losses)), key=lambda i: (-losses[i], i))
+        logits = model(image[None])[0].double().numpy()
+    total = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
+    if order == "unlearn-max-loss":
+        return float(total - logits[label])
+    second, first = np.sort(np.exp(logits - total))[-2:].tolist()
+    return -first if order == "unlearn-min-confidence" else second - first
 
 
+def brute_force(order: str, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> list[int]:
+    """Positions sorted in Python."""
+    model.eval()
+    scores = [by_hand(order, model, x, int(y)) for x, y in zip(images, labels, strict=True)]
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["mlp", "tiny-cnn"])
-@pytest.mark.parametrize("requests", [1, 7, 300])
-def test_order_equals_a_brute_force_sort(name: str, requests: int) -> None:
-    model, (images, labels) = network(name), samples(300)
-    request = MaxLoss().ask(view(4, requests, model), images, labels)
-    assert request.client == 4
-    assert list(request.positions) == brute_force(model, images, labels)[:requests]
-    assert all(type(position) is int for position in request.positions)
+def test_orders_equal_a_brute_force_sort(name: str, order: str) -> None:
+    model, (images, labels) = network(name), samples(150)
+    wanted = brute_force(order, model, images, labels)
+    for requests in (1, 7, 150):
+        request = ATTACKS.get(order)().ask(view(4, requests, model), images, labels)
+        assert request.client == 4
+        assert list(request.positions) == wanted[:requests]
+        assert all(type(position) is int for position in request.positions)
 
 
 def test_equal_losses_keep_the_order_of_position() -> None:
@@ -76,7 +94,7 @@ def test_batch_statistics_neither_count_nor_change() -> None:
     images, labels = samples(12)
     together = MaxLoss().ask(view(0, 12, model), images, labels).positions
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert list(together) == brute_force(model, images, labels)
+    assert list(together) == brute_force("unlearn-max-loss", model, images, labels)
 
 
 def test_asks_for_no_more_than_there_are() -> None:

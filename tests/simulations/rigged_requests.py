@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from adversaries.seats import ClientView
 from adversaries.unlearning.base import UnlearningAttack
@@ -13,6 +15,7 @@ from fedattack.models import build_model
 from fedattack.observation import UnlearningRequest
 from fedattack.training import batch_gradient
 from fedattack.unlearning import Forgotten, Mechanism
+from fedattack.unlearning.mechanism import merged
 
 
 @dataclass
@@ -71,3 +74,27 @@ class Ascent(Mechanism):
             for (name, parameter), slope in zip(model.named_parameters(), gradient, strict=True):
                 weights[name] = parameter.detach() + self.rate * slope
         return Forgotten(weights, {}, history.rounds)
+
+
+@dataclass
+class PublishedStep(Mechanism):
+    """The step that L-CODEC's released code takes, sample after sample: ``w + g / (damping (n - 1))``."""
+
+    runs = "central"
+    by_positions = False
+    damping: float = 0.01
+
+    def forget(self, deletions, history, trainer) -> Forgotten:
+        central = trainer.central()
+        flat = central.flat(history.weights)
+        for deletion in deletions:
+            images, labels = deletion.images, deletion.labels
+            if images is None:
+                images, labels = central.samples(np.asarray(sorted(deletion.positions)))
+            for image, label in zip(images, labels, strict=True):
+                point = flat.detach().requires_grad_()
+                loss = cross_entropy(central.logits(point, history.weights, image[None]), label[None])
+                flat = flat + torch.autograd.grad(loss, point)[0] / (self.damping * (len(central) - 1))
+        left = [deletion for deletion in deletions if deletion.images is None]
+        weights = central.weights(flat, history.weights)
+        return Forgotten(weights, merged(history.excluded, left), history.rounds)
