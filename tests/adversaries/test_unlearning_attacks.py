@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -106,3 +107,56 @@ def test_is_registered() -> None:
     attack = build_plugin(ATTACKS.get("unlearn-max-loss"), "unlearn-max-loss", {}, {})
     assert isinstance(attack, MaxLoss)
     assert (attack.family, attack.seat) == ("unlearning", "malicious client")
+
+
+def entropies(logits: torch.Tensor) -> np.ndarray:
+    p = np.exp(logits.double().numpy() - logits.double().numpy().max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    return -(p * np.log(p)).sum(1)
+
+
+def losses(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    return cross_entropy(logits, labels, reduction="none").numpy()
+
+
+def trained_digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A perceptron on scikit-learn's digits."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / 16
+    labels, model = torch.from_numpy(digits.target).long(), network("mlp")
+    optimiser = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(60):
+        optimiser.zero_grad()
+        cross_entropy(model(images[:800]), labels[:800]).backward()
+        optimiser.step()
+    return model.eval(), images[:300], labels[:300]
+
+
+@pytest.mark.parametrize("name", ["unlearn-fgsm", "unlearn-pgd", "unlearn-entropy"])
+def test_modified_samples_raise_what_they_are_to_raise_in_the_box_of_pixels(name: str) -> None:
+    """And with the published defects FGSM lowers the loss and the other lowers the entropy, on a shifted box."""
+    model, images, labels = trained_digits()
+    found = {}
+    for published in (False, True):
+        attack = ATTACKS.get(name)(radius=0.2, published=published)
+        request = attack.ask(view(0, 40, model), images, labels)
+        assert request.positions == ()
+        low, high = (0.1307, 0.1307 + 0.3081) if published else (0.0, 1.0)
+        assert float(request.images.min()) >= low - 1e-6
+        assert float(request.images.max()) <= high + 1e-6
+        origins = images.clamp(low, high)
+        near = [int((origins - one).flatten(1).norm(dim=1).argmin()) for one in request.images]
+        assert len(set(near)) == 40
+        assert torch.equal(labels[near], request.labels)
+        if not published:
+            assert float((images[near] - request.images).abs().max()) <= 0.2 + 1e-6
+        with torch.no_grad():
+            before, after = model(origins[near]), model(request.images)
+        if name == "unlearn-entropy":
+            found[published] = entropies(after) - entropies(before)
+        else:
+            found[published] = losses(after, request.labels) - losses(before, request.labels)
+    assert (found[False] > 0).mean() >= 0.95
+    assert found[False].mean() > 0.5
+    sign = 1 if name == "unlearn-pgd" else -1
+    assert sign * found[True].mean() > 0

@@ -1,0 +1,159 @@
+"""Poisoning clients in federations that really run (inline engine): what they can reach, and what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adversaries.refusals import applicable
+from fedattack.audit import AuditResult
+from fedattack.config import Config
+from fedattack.data import build_world
+from fedattack.errors import NotApplicable
+from fedattack.models import initial_weights
+from fedattack.observation import UnlearningRequest
+from simulations.client_app import Workplace, _asking, _seats
+from simulations.engine.federation import ask_unlearning
+from simulations.engine.open_grid import open_grid
+from simulations.experiments.choose import choose_attacks, known_facts
+from simulations.pipeline import simulate
+
+BLACK = ("unlearn-surrogate", "unlearn-wrong-label", "unlearn-and-burn")
+
+DIGITS = {
+    "dataset": "digits",
+    "clients": 1,
+    "protocol": "fedavg",
+    "compressor": "none",
+    "engine": "inline",
+    "batch-size": 32,
+    "learning-rate": 0.5,
+    "data.auxiliary_size": 0,
+    "data.nonmembers": 540,
+    "mechanism": "rigged_requests:PublishedStep",
+    "requests": 10,
+}
+
+
+def config(attack: str, **more: Any) -> Config:
+    return Config.from_mapping(DIGITS | {"attack": attack} | more)
+
+
+def audits(folder: Path, attack: str, **more: Any) -> dict[str, AuditResult]:
+    return simulate(config(attack, **{"run-dir": str(folder / "run")}, **more)).audits
+
+
+def figures(audit: AuditResult, kind: str = "accuracy") -> tuple[float, float, float]:
+    """Before, after, after random deletions."""
+    name = "success" if kind == "success" else "accuracy_after"
+    found, floor = audit.summary["metrics"], audit.summary["floors"]["random deletion"][kind]
+    return tuple(100 * one["mean"] for one in (found[f"{kind}_before"], found[name], floor))  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------- black boxes
+
+
+def tensors(thing: object, seen: set[int]) -> list[Tensor]:
+    """Every tensor that is to be had from an object by its public names."""
+    if id(thing) in seen:
+        return []
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        return [thing]
+    if isinstance(thing, dict):
+        inside: list[object] = list(thing.values())
+    elif isinstance(thing, list | tuple | set):
+        inside = list(thing)
+    else:
+        inside = [value for name, value in getattr(thing, "__dict__", {}).items() if name[0] != "_"]
+    return [found for one in inside for found in tensors(one, seen)]
+
+
+def test_a_black_box_shows_no_weights_and_equal_answers_are_equal_requests() -> None:
+    """Weights times a power of two, and over it in the next layer: another model, and the same answers to the bit."""
+    settings = {
+        "attack.unlearn-surrogate.queries": 40,
+        "attack.unlearn-and-burn.steps": 2,
+        "attack.epochs": 5,
+    }
+    named = config(",".join((*BLACK, "unlearn-max-loss")), limit=800, model="mlp", **settings)
+    world = build_world(named)
+    weights = initial_weights(world.scenario.model, 5)
+    first, last = ([n for n in weights if n.endswith(".weight")][place] for place in (0, -1))
+    scaled = {name: tensor.clone() for name, tensor in weights.items()}
+    for name, factor in ((first, 4.0), (first.replace("weight", "bias"), 4.0), (last, 0.25)):
+        scaled[name] *= factor
+    other = initial_weights(world.scenario.model, 6)
+
+    def said(shown: dict[str, Tensor]) -> dict[str, UnlearningRequest]:
+        with open_grid(named, world) as grid:
+            return {name: one[0][1] for name, one in ask_unlearning(grid, shown, world.scenario, 2).items()}
+
+    def same(a: UnlearningRequest, b: UnlearningRequest) -> bool:
+        pairs = [(getattr(a, part), getattr(b, part)) for part in ("images", "labels")]
+        return a == b and all(x is y if x is None else torch.equal(x, y) for x, y in pairs)
+
+    one, two, three = said(weights), said(scaled), said(other)
+    assert list(one) == [*BLACK, "unlearn-max-loss"]
+    assert all(same(one[name], two[name]) for name in BLACK)
+    assert {name for name in one if not same(one[name], three[name])} == {
+        "unlearn-surrogate",
+        "unlearn-max-loss",
+    }
+
+    place = Workplace.of(named, world)
+    context: Any = type("Context", (), {"state": {}})
+    for name, (attack, view) in _seats(place, context, 2, 0, weights).items():
+        view = _asking(place, attack, view, weights)
+        assert (view.model is None) == (name in BLACK)
+        reached = tensors(view, set())
+        if name in BLACK:
+            assert view.weights == {}
+            assert not [t for t in reached if any(t.shape == w.shape for w in weights.values())]
+        else:
+            assert any(t.shape == weights[first].shape for t in reached)
+
+
+def test_more_queries_than_granted_are_refused() -> None:
+    named = config("unlearn-surrogate", limit=800, **{"attack.queries": 3})
+    place = Workplace.of(named, build_world(named))
+    context: Any = type("Context", (), {"state": {}})
+    weights = initial_weights(place.scenario.model, 5)
+    attack, view = _seats(place, context, 1, 0, weights)["unlearn-surrogate"]
+    oracle = _asking(place, attack, view, weights).oracle
+    assert oracle is not None
+    images = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(oracle(images).sum(1), torch.ones(3))
+    with pytest.raises(Exception, match="asked 4 queries of the model, granted are 3"):
+        oracle(images[:1])
+
+
+@pytest.mark.parametrize("attack", ["unlearn-wrong-label", "unlearn-and-burn", "unlearn-pgd"])
+def test_who_sends_what_nobody_registered_is_refused_where_the_server_forgets_by_position(
+    attack: str,
+) -> None:
+    for mechanism, fits in (("retrain", False), ("rigged_requests:PublishedStep", True)):
+        named = config(attack, limit=800, mechanism=mechanism)
+        world = build_world(named)
+        chosen = choose_attacks(named)
+        if fits:
+            assert applicable(chosen, world.scenario, known_facts(named, world))[0] == chosen
+            continue
+        with pytest.raises(NotApplicable, match="sends samples that nobody did"):
+            applicable(chosen, world.scenario, known_facts(named, world))
+
+
+@pytest.mark.slow
+def test_black_boxes_cost_twenty_points_beyond_random(tmp_path: Path) -> None:
+    """Digits, central softmax, 10 requests, the published step without noise, 3 seeds."""
+    settings = {"model": "rigged_models:softmax", "local-steps": 40, "rounds": 8, "unlearning.seeds": 3}
+    for name, audit in audits(tmp_path, ",".join(BLACK), **settings).items():
+        before, after, random = figures(audit)
+        print(f"{name}: before {before:.1f}, after {after:.1f}, random {random:.1f}")
+        assert before > 90
+        assert random - after >= 20
+        assert abs(audit.summary["metrics"]["request"]["mean"]) < 0.02, "retraining hardly loses anything"
