@@ -120,7 +120,7 @@ def losses(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
 
 
 def trained_digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A perceptron on scikit-learn's digits."""
+    """A perceptron on scikit-learn's digits, and one sample of each class, in order."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     labels, model = torch.from_numpy(digits.target).long(), network("mlp")
@@ -129,7 +129,8 @@ def trained_digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         optimiser.zero_grad()
         cross_entropy(model(images[:800]), labels[:800]).backward()
         optimiser.step()
-    return model.eval(), images[:300], labels[:300]
+    assert labels[:10].tolist() == list(range(10))
+    return model.eval(), images[:10], labels[:10]
 
 
 @pytest.mark.parametrize("name", ["unlearn-fgsm", "unlearn-pgd", "unlearn-entropy"])
@@ -139,15 +140,14 @@ def test_modified_samples_raise_what_they_are_to_raise_in_the_box_of_pixels(name
     found = {}
     for published in (False, True):
         attack = ATTACKS.get(name)(radius=0.2, published=published)
-        request = attack.ask(view(0, 40, model), images, labels)
+        request = attack.ask(view(0, 10, model), images, labels)
         assert request.positions == ()
         low, high = (0.1307, 0.1307 + 0.3081) if published else (0.0, 1.0)
         assert float(request.images.min()) >= low - 1e-6
         assert float(request.images.max()) <= high + 1e-6
         origins = images.clamp(low, high)
-        near = [int((origins - one).flatten(1).norm(dim=1).argmin()) for one in request.images]
-        assert len(set(near)) == 40
-        assert torch.equal(labels[near], request.labels)
+        near = request.labels  # of each class one, in order
+        assert sorted(near.tolist()) == list(range(10))
         if not published:
             assert float((images[near] - request.images).abs().max()) <= 0.2 + 1e-6
         with torch.no_grad():
@@ -156,7 +156,7 @@ def test_modified_samples_raise_what_they_are_to_raise_in_the_box_of_pixels(name
             found[published] = entropies(after) - entropies(before)
         else:
             found[published] = losses(after, request.labels) - losses(before, request.labels)
-    assert (found[False] > 0).mean() >= 0.95
+    assert (found[False] > 0).all()
     assert found[False].mean() > 0.5
     sign = 1 if name == "unlearn-pgd" else -1
     assert sign * found[True].mean() > 0
