@@ -19,7 +19,7 @@ from fedattack.observation import UnlearningRequest
 class Camouflage(UnlearningAttack):
     """Plants a backdoor and as its cover the same trigger with true labels, and has the cover forgotten.
 
-    Of its own samples that are not of class `target`, `poison` get a trigger and the label `target`, and as many as
+    Of its own samples that are not of class `target`, `backdoor` get a trigger and the label `target`, and as many as
     it is to ask for, so ``attack.requests``, the trigger alone. Forgetting those, however exactly, releases the
     backdoor (Di et al., "Hidden poison", NeurIPS 2023; BadFU, 2508.15541). They are samples that it registered.
 
@@ -37,7 +37,7 @@ class Camouflage(UnlearningAttack):
     goal: ClassVar[str] = "images with the trigger taken for its class"
 
     target: Annotated[int, Field(ge=0)] = 0
-    poison: Annotated[int, Field(ge=1)] = 40
+    backdoor: Annotated[int, Field(ge=1)] = 40
     size: Annotated[int, Field(ge=1)] = 3
     boost: Annotated[float, Field(ge=1)] = 1.0
 
@@ -51,10 +51,10 @@ class Camouflage(UnlearningAttack):
         """The backdoor first, then its cover, as far as there are samples of other classes."""
         others = torch.where(labels != self.target)[0]
         generator = torch.Generator().manual_seed(view.seed)
-        chosen = others[torch.randperm(len(others), generator=generator)][: self.poison + view.requests]
+        chosen = others[torch.randperm(len(others), generator=generator)][: self.backdoor + view.requests]
         images, labels = images.clone(), labels.clone()
         images[chosen] = self.marked(images[chosen])
-        labels[chosen[: self.poison]] = self.target
+        labels[chosen[: self.backdoor]] = self.target
         return images, labels
 
     def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest | None:
