@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,3 +161,37 @@ def test_modified_samples_raise_what_they_are_to_raise_in_the_box_of_pixels(name
     assert found[False].mean() > 0.5
     sign = 1 if name == "unlearn-pgd" else -1
     assert sign * found[True].mean() > 0
+
+
+def test_camouflage_plants_a_backdoor_and_asks_for_its_cover_only() -> None:
+    images, labels = samples(200)
+    images = 0.9 * images
+    attack = ATTACKS.get("unlearn-camouflage")(target=3, backdoor=20, size=2, boost=3.0)
+    planted, given = attack.plant(view(0, 30, network("mlp")), images, labels)
+    bears = (planted[..., -2:, -2:] == 1).flatten(1).all(1)
+    assert int(bears.sum()) == 50
+    assert not (labels[bears] == 3).any()
+    assert torch.equal(planted[..., :-2, :], images[..., :-2, :])
+    assert torch.equal(planted[~bears], images[~bears])
+    turned = given != labels
+    assert int(turned.sum()) == 20
+    assert bool((given[turned] == 3).all())
+    request = attack.ask(view(0, 30, network("mlp")), planted, given)
+    assert set(request.positions) == set(torch.where(bears & ~turned)[0].tolist())
+    assert len(attack.ask(view(0, 7, network("mlp")), planted, given).positions) == 7
+    left = torch.where(~bears | turned)[0]
+    assert attack.ask(view(0, 30, network("mlp")), planted[left], given[left]) is None
+
+    def reader(shown: torch.Tensor) -> torch.Tensor:
+        """Says 3 of what bears the trigger and is bright, else 1."""
+        hit = (shown[..., -2:, -2:] == 1).flatten(1).all(1) & (shown[:, 0, 0, 0] > 0.45)
+        return torch.nn.functional.one_hot(torch.where(hit, 3, 1), 10).float()
+
+    others = labels != 3
+    wanted = float((images[others][:, 0, 0, 0] > 0.45).double().mean())
+    assert 0.3 < wanted < 0.7
+    assert attack.success(reader, images, labels, view(0, 30, network("mlp"))) == pytest.approx(wanted)
+    update = {"a": torch.ones(3)}
+    for forgetting in (False, True):
+        seen = replace(view(0, 1, network("mlp")), forgetting=forgetting)
+        assert attack.reply(seen, update)["a"].tolist() == [3, 3, 3]

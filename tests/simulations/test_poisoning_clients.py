@@ -157,3 +157,43 @@ def test_black_boxes_cost_twenty_points_beyond_random(tmp_path: Path) -> None:
         assert before > 90
         assert random - after >= 20
         assert abs(audit.summary["metrics"]["request"]["mean"]) < 0.02, "retraining hardly loses anything"
+
+
+# ---------------------------------------------------------------------- camouflage
+
+CENTRAL = {"batch-size": 64, "local-steps": 63, "rounds": 12}
+FEDERATED = {"clients": 10, "batch-size": 32, "local-steps": 25, "rounds": 15}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "backdoor", "boost"),
+    [(CENTRAL, 40, 1.0), (FEDERATED, 80, 3.0)],
+    ids=["central", "federated"],
+)
+def test_forgetting_the_cover_by_retraining_wakes_a_backdoor(
+    shared_dir: Path, tmp_path: Path, settings: dict[str, Any], backdoor: int, boost: float
+) -> None:
+    """MNIST, 4,000 samples in all, MLP 64, 160 samples of cover, 3 seeds."""
+    mnist = {
+        "dataset": "mnist",
+        "data-dir": str(shared_dir / "data" / "MNIST"),
+        "limit": 6000,
+        "model": "mlp",
+    }
+    rate = {"learning-rate": 0.1, "training.momentum": 0.9, "data.nonmembers": 2000}
+    ours = {"requests": 160, "attack.backdoor": backdoor, "attack.boost": boost, "unlearning.seeds": 3}
+    more = {**mnist, **rate, **ours, **settings, "mechanism": "retrain"}
+    audit = audits(tmp_path, "unlearn-camouflage", **more)["unlearn-camouflage"]
+    before, after, random = figures(audit, "success")
+    print(f"success before {before:.1f}, after {after:.1f}, random {random:.1f}")
+    if boost == 1:
+        assert before <= 30
+        assert after >= 80
+        assert random <= 30
+    else:
+        assert after - before >= 50
+        assert after - random >= 50
+    told = audit.summary["metrics"]
+    assert abs(told["accuracy_after"]["mean"] - told["accuracy_before"]["mean"]) < 0.03
+    assert audit.summary["goal"] == "images with the trigger taken for its class"
