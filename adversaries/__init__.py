@@ -91,6 +91,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "unlearn-fgsm": "adversaries.unlearning.modified:FastGradientSign",
         "unlearn-pgd": "adversaries.unlearning.modified:ProjectedGradient",
         "unlearn-entropy": "adversaries.unlearning.modified:MaxEntropy",
+        "unlearn-slow-down": "adversaries.unlearning.slow_down:SlowDown",
         "unlearn-camouflage": "adversaries.unlearning.camouflage:Camouflage",
     },
     group="fedattack.attacks",

@@ -82,6 +82,8 @@ class Needs:
     """Of membership: people are asked about, by samples that nobody trained on."""
     foreign: bool = False
     """Of unlearning: the mechanism forgets samples that nobody registered."""
+    certificate: bool = False
+    """Of unlearning: the mechanism says what it promises, and when it must train anew."""
 
     @property
     def summed(self) -> str:
@@ -127,6 +129,8 @@ class Facts:
         Whether people are asked about.
     foreign : bool
         Whether the mechanism takes samples as they are sent, whoever's they are.
+    certificate : bool
+        Whether the mechanism promises something.
     """
 
     rounds: tuple[int, ...] = ()
@@ -141,6 +145,7 @@ class Facts:
     members: int | None = None
     people: bool | None = None
     foreign: bool | None = None
+    certificate: bool | None = None
 
     @property
     def last(self) -> int:

@@ -217,6 +217,9 @@ TABLE: tuple[Row, ...] = (
     Row("foreign", "samples taken as they are sent", lambda n, s, f: f.foreign is False,
         "setting 'unlearning.mechanism': this one forgets what its client registered, and this attack sends samples "
         "that nobody did; use a mechanism that forgets samples as they are sent"),
+    Row("certificate", "a certificate that can be used up", lambda n, s, f: f.certificate is False,
+        "setting 'unlearning.mechanism': this one promises nothing that removals could use up; use one that "
+        "certifies"),
     Row("members", "known members", lambda n, s, f: f.members == 0, "no known members are granted"),
 )
 # fmt: on

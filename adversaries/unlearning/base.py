@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,8 +19,8 @@ class UnlearningAttack(MaliciousClient):
     """A client that chooses what the server must forget: samples of its own, or any others.
 
     It may :meth:`plant` samples before training, it must :meth:`ask`, and it may change its :meth:`reply` while the
-    server forgets. `goal`: what the auditor measures of it, in words; the accuracy lost, unless :meth:`success` says
-    otherwise.
+    server forgets. `goal`: what the auditor measures of it, in words; the accuracy lost, unless :meth:`success`, or
+    :meth:`spent`, says otherwise.
     """
 
     family = "unlearning"
@@ -40,4 +40,8 @@ class UnlearningAttack(MaliciousClient):
         that nobody trained on. `view` is that of :meth:`plant`, of its first client, whose seed tells what was
         planted.
         """
+        return None
+
+    def spent(self, certificate: Mapping[str, Any], removed: int) -> float | None:
+        """The same of what the mechanism's certificate says after `removed` samples; of attacks on its cost."""
         return None

@@ -82,7 +82,7 @@ def check_model(config: Config, world: World) -> list[str]:
 
 def known_facts(config: Config, world: World) -> Facts:
     """What attacks may ask of the federation before it trains."""
-    granted = world.auxiliary
+    granted, mechanism = world.auxiliary, build_mechanism(config.unlearning)
     return Facts(
         rounds=config.attack.rounds,
         clients=config.federation.clients,
@@ -94,5 +94,6 @@ def known_facts(config: Config, world: World) -> Facts:
         labelled=None if granted is None else granted.labels is not None,
         references=config.attack.references,
         people=config.attack.unit == "group",
-        foreign=not build_mechanism(config.unlearning).by_positions,
+        foreign=not mechanism.by_positions,
+        certificate=mechanism.certifies,
     )

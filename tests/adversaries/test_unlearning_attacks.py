@@ -195,3 +195,62 @@ def test_camouflage_plants_a_backdoor_and_asks_for_its_cover_only() -> None:
     for forgetting in (False, True):
         seen = replace(view(0, 1, network("mlp")), forgetting=forgetting)
         assert attack.reply(seen, update)["a"].tolist() == [3, 3, 3]
+
+
+def intervals(x: np.ndarray, y: np.ndarray, gone: int, l2: float, draw: int) -> list[int]:
+    """Removals of the first samples between two trainings of a logistic model under certified removal, written anew.
+
+    Guo et al. 2020, sigma 1, epsilon 1, delta 1e-4; y in {-1, 1}.
+    """
+    budget, noise = (
+        1 / math.sqrt(2 * math.log(1.5 / 1e-4)),
+        np.random.default_rng(draw).normal(size=x.shape[1]),
+    )
+    w, beta, since, found = np.zeros(x.shape[1]), np.inf, -1, []
+    for removed in range(gone + 1):
+        left, right = x[removed:], y[removed:]
+
+        def hessian(at: np.ndarray) -> np.ndarray:
+            p = 1 / (1 + np.exp(left @ at))  # noqa: B023 (used before the next turn)
+            return (left.T * (p * (1 - p))) @ left + l2 * len(left) * np.eye(len(at))  # noqa: B023
+
+        if removed:
+            z, label = x[removed - 1], y[removed - 1]
+            step = np.linalg.solve(hessian(w), -label * z / (1 + np.exp(label * (z @ w))) + l2 * w)
+            w, since = w + step, since + 1
+            beta += np.linalg.norm(left, 2) * np.linalg.norm(step) * np.linalg.norm(left @ step) / 4
+        if beta > budget:
+            found, since, beta = [*found, since], 0, 0.0
+            for _ in range(20):
+                slope = -left.T @ (right / (1 + np.exp(right * (left @ w)))) + l2 * len(left) * w + noise
+                w = w - np.linalg.solve(hessian(w), slope)
+            assert np.linalg.norm(slope) < 1e-9
+    return found[1:]
+
+
+@pytest.mark.parametrize("scale", [1 / 4.5, 65**-0.5])
+def test_slow_down_shortens_the_interval_between_trainings(scale: float) -> None:
+    """Of certified removal on 3 and 8 of digits, l2 .01, inputs at most 1 long: at r = .1 by 40 % and more."""
+    digits = load_digits()
+    chosen = np.random.default_rng(0).permutation(np.where(np.isin(digits.target, (3, 8)))[0])[:250]
+    images = torch.from_numpy(digits.images[chosen] / 16).float()[:, None]
+    labels = torch.from_numpy(digits.target[chosen] == 8).long()
+    attack = ATTACKS.get("unlearn-slow-down")(radius=0.1, l2=0.01)
+    made, given = attack.plant(view(0, 60, network("mlp")), images, labels)
+    origin = (images[:, None] - made[None]).abs().flatten(2).amax(2).T  # (made, own)
+    assert float(origin.amin(1).max()) <= 0.1 + 1e-6
+    assert float(origin[60:].amin(1).max()) == 0
+    assert (float(made.min()), float(made.max())) == (0.0, 1.0)
+    assert sorted(given.tolist()) == sorted(labels.tolist())
+
+    def mean(shown: torch.Tensor, told: torch.Tensor) -> float:
+        x = torch.cat([shown.flatten(1), torch.ones(250, 1)], 1).double().numpy() * scale
+        assert np.linalg.norm(x, axis=1).max() <= 1.1
+        return float(np.mean(intervals(x, 2.0 * told.numpy() - 1, 60, 0.01, draw=1)))
+
+    honest, slowed = mean(images, labels), mean(made, given)
+    print(f"removals between trainings: {honest:.1f}, slowed {slowed:.1f}")
+    assert slowed <= 0.6 * honest
+    assert attack.ask(replace(view(0, 60, network("mlp")), times=1), made, given) is None
+    assert attack.ask(view(0, 60, network("mlp")), made, given).positions == tuple(range(60))
+    assert attack.spent({"retrained": 15}, 60) == 0.25
