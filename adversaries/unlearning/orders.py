@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from adversaries.membership.per_sample import Gradients, norms
+from adversaries.membership.per_sample import Gradients, norms, products
 from adversaries.seats import ClientView
 from adversaries.unlearning.base import UnlearningAttack
-from fedattack.observation import Candidates, UnlearningRequest
-from fedattack.training import sample_logits, sample_losses
+from fedattack.observation import Candidates, UnlearningRequest, Update
+from fedattack.task import trained_parameters
+from fedattack.training import batch_gradient, sample_logits, sample_losses
 
 
 @dataclass
@@ -92,3 +96,36 @@ class MinMargin(Order):
             sample_logits(model, model.state_dict(), images).double().softmax(1).topk(2, 1).values.unbind(1)
         )
         return second - first
+
+
+@dataclass
+class TargetClass(Order):
+    """Asks to forget the samples that hold up what the model knows of one class.
+
+    Samples are ordered by the inner product of their gradient with the mean gradient of its own samples of class
+    `target`, descending: to first order what undoing them costs that class alone (the choice of FedMUA, 2501.11848,
+    which changes the samples' features besides).
+    """
+
+    reason = "most influence on a class"
+    goal = "held-out images of one class taken for another"
+    target: Annotated[int, Field(ge=0)] = 0
+
+    def scores(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Inner products; zeros where it has no sample of the class."""
+        mine = labels == self.target
+        if not mine.any():
+            return torch.zeros(len(labels)).double()
+        _, slopes = batch_gradient(model, images[mine], labels[mine])
+        shapes = tuple(tuple(slope.shape) for slope in slopes)
+        whole = torch.cat([slope.reshape(-1) for slope in slopes])
+        wanted = Update(tuple(trained_parameters(model)), shapes, None, whole)
+        gradients = Gradients(model, model.state_dict(), Candidates(images, labels))
+        return products(gradients, [wanted])[0][0]
+
+    def success(
+        self, predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, view: ClientView
+    ) -> float | None:
+        """The share of images of the class that are taken for another."""
+        mine = labels == self.target
+        return float((predict(images[mine]).argmax(1) != self.target).double().mean())

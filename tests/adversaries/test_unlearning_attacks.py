@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from adversaries import ATTACKS
 from adversaries.seats import ClientView
 from adversaries.unlearning.orders import MaxLoss
+from adversaries.unlearning.surrogate import trained
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.models import build_model, initial_weights
 from fedattack.models.classifiers.resnet import ResNet
@@ -42,12 +43,17 @@ def view(client: int, requests: int, model: nn.Module) -> ClientView:
     return ClientView(1, client, scenario, {}, 0, {}, requests, model=model.eval())
 
 
+def alone(model: nn.Module, image: torch.Tensor, label: int) -> torch.Tensor:
+    """One sample's gradient from its own backward pass, flat, float64."""
+    model.zero_grad()
+    cross_entropy(model(image[None]), torch.tensor([label])).backward()
+    return torch.cat([p.grad.double().reshape(-1) for p in model.parameters()])
+
+
 def by_hand(order: str, model: nn.Module, image: torch.Tensor, label: int) -> float:
     """What one sample is ordered by, descending, from its logits alone in NumPy, or from its own backward pass."""
     if order == "unlearn-max-gradient":
-        model.zero_grad()
-        cross_entropy(model(image[None]), torch.tensor([label])).backward()
-        return math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+        return float(alone(model, image, label).norm())
     with torch.no_grad():
         logits = model(image[None])[0].double().numpy()
     total = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
@@ -254,3 +260,47 @@ def test_slow_down_shortens_the_interval_between_trainings(scale: float) -> None
     assert attack.ask(replace(view(0, 60, network("mlp")), times=1), made, given) is None
     assert attack.ask(view(0, 60, network("mlp")), made, given).positions == tuple(range(60))
     assert attack.spent({"retrained": 15}, 60) == 0.25
+
+
+def test_the_order_by_influence_on_a_class_equals_brute_force_and_success_is_that_class_lost() -> None:
+    model, (images, labels) = network("mlp"), samples(90)
+    slopes = torch.stack([alone(model, x, int(y)) for x, y in zip(images, labels, strict=True)])
+    scores = (slopes @ slopes[labels == 4].mean(0)).tolist()
+    attack = ATTACKS.get("unlearn-target-class")(target=4)
+    assert (
+        list(attack.ask(view(0, 20, model), images, labels).positions)
+        == sorted(range(90), key=lambda i: -scores[i])[:20]
+    )
+
+    def says(shown: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.arange(len(shown)) % 2 * 4, 10).float()
+
+    mine = int((labels == 4).sum())
+    wanted = math.ceil(mine / 2) / mine
+    assert attack.success(says, images, labels, view(0, 1, model)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tiny-cnn"])
+def test_boundary_samples_lie_between_two_classes(name: str) -> None:
+    digits = load_digits()
+    images = torch.from_numpy(digits.images[:600] / 16).float()[:, None]
+    labels = torch.from_numpy(digits.target[:600]).long()
+    config = ModelConfig(name=name, classes=10, channels=1, image_size=8, activation="relu")
+    agreed = TrainingConfig(protocol="fedavg", batch_size=32, learning_rate=0.1, local_steps=1)
+    seen = replace(
+        view(0, 150, network(name)), scenario=Scenario(config, agreed, CompressionConfig()), model=None
+    )
+    attack = ATTACKS.get("unlearn-boundary")(epochs=15)
+    own = trained(seen, images, labels, 15)
+    with torch.no_grad():
+        assert float((own(images).argmax(1) == labels).double().mean()) > 0.85
+    made, given = attack.plant(seen, images, labels)
+    assert made.shape == images.shape
+    assert bool(((made >= 0) & (made <= 1)).all())
+    assert given.bincount(minlength=10).tolist() == labels.bincount(minlength=10).tolist()
+    with torch.no_grad():
+        first, second = own(made[:150]).softmax(1).topk(2, 1).values.unbind(1)
+        untouched = own(images[:150]).softmax(1).topk(2, 1).values.unbind(1)
+    assert float((first - second < 0.05).double().mean()) >= 0.95
+    assert float((untouched[0] - untouched[1] < 0.05).double().mean()) < 0.2
+    assert attack.ask(seen, made, given).positions == tuple(range(150))

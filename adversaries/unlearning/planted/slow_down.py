@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from adversaries.needs import Needs
 from adversaries.seats import ClientView
-from adversaries.unlearning.base import UnlearningAttack
-from fedattack.observation import UnlearningRequest
+from adversaries.unlearning.planted.base import Planted
 
 
 @dataclass
-class SlowDown(UnlearningAttack):
+class SlowDown(Planted):
     """Trains on samples that are costly to remove with a certificate, and has them removed.
 
     ``attack.requests`` of its samples are changed by at most `radius` a pixel, their labels kept, so that the Newton
@@ -36,7 +35,7 @@ class SlowDown(UnlearningAttack):
     """
 
     needs: ClassVar[Needs] = Needs(held_out=True, certificate=True)
-    access: ClassVar[Literal["weights", "queries", "none"]] = "none"
+    reason: ClassVar[str] = "costly to remove"
     goal: ClassVar[str] = "removals that made the server train anew"
 
     costliest: bool = True
@@ -44,8 +43,8 @@ class SlowDown(UnlearningAttack):
     steps: Annotated[int, Field(ge=1)] = 20
     l2: Annotated[float, Field(gt=0)] | None = None
 
-    def plant(self, view: ClientView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The changed samples first, then the others, in order."""
+    def make(self, view: ClientView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The changed samples."""
         inverse, weights, targets = self._models(view, images, labels)
 
         def cost(x: Tensor, signs: Tensor) -> Tensor:
@@ -65,16 +64,7 @@ class SlowDown(UnlearningAttack):
             (slope,) = torch.autograd.grad(cost(_inputs(point), signs).sum(), point)
             moved = made + 2.5 * self.radius / self.steps * slope.sign() - start
             made = (start + moved.clamp(-self.radius, self.radius)).clamp(0, 1)
-        others = torch.ones(len(labels), dtype=torch.bool)
-        others[costly] = False
-        return torch.cat([made.float(), images[others]]), torch.cat([labels[costly], labels[others]])
-
-    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest | None:
-        """The changed samples, once."""
-        if view.times:
-            return None
-        chosen = tuple(range(min(view.requests, len(labels))))
-        return UnlearningRequest(view.client, chosen, "costly to remove")
+        return made.float(), labels[costly], costly
 
     def spent(self, certificate: Mapping[str, Any], removed: int) -> float | None:
         """Trainings anew for each removal."""
