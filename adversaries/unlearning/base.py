@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adversaries.needs import Needs
 from adversaries.seats import ClientView, MaliciousClient
-from fedattack.observation import UnlearningRequest
+from fedattack.errors import ConfigError
+from fedattack.observation import Scenario, UnlearningRequest
 
 
 @dataclass
@@ -45,3 +46,10 @@ class UnlearningAttack(MaliciousClient):
     def spent(self, certificate: Mapping[str, Any], removed: int) -> float | None:
         """The same of what the mechanism's certificate says after `removed` samples; of attacks on its cost."""
         return None
+
+
+def check_class(name: str, target: int, scenario: Scenario) -> None:
+    """Refuse (ConfigError) a target that is no class of the model."""
+    classes = scenario.model.resolved[2]
+    if target >= classes:
+        raise ConfigError(f"setting '{name}.target' = {target}: accepted: a class, 0 to {classes - 1}")

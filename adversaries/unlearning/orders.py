@@ -12,9 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from adversaries.membership.per_sample import Gradients, norms, products
+from adversaries.needs import Facts
 from adversaries.seats import ClientView
-from adversaries.unlearning.base import UnlearningAttack
-from fedattack.observation import Candidates, UnlearningRequest, Update
+from adversaries.unlearning.base import UnlearningAttack, check_class
+from fedattack.observation import Candidates, Scenario, UnlearningRequest, Update
 from fedattack.task import trained_parameters
 from fedattack.training import batch_gradient, sample_logits, sample_losses
 
@@ -110,6 +111,10 @@ class TargetClass(Order):
     reason = "most influence on a class"
     goal = "held-out images of one class taken for another"
     target: Annotated[int, Field(ge=0)] = 0
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse a target that is no class."""
+        check_class("unlearn-target-class", self.target, scenario)
 
     def scores(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Inner products; zeros where it has no sample of the class."""

@@ -9,18 +9,21 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from adversaries import ATTACKS
-from adversaries.seats import ClientView
+from adversaries.refusals import threat_model
+from adversaries.seats import ClientView, Oracle
+from adversaries.unlearning.base import UnlearningAttack
 from adversaries.unlearning.orders import MaxLoss
 from adversaries.unlearning.surrogate import trained
 from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.models import build_model, initial_weights
 from fedattack.models.classifiers.resnet import ResNet
 from fedattack.observation import Scenario
-from fedattack.registry import build_plugin
+from fedattack.registry import build_plugin, plugin_options
 
 ORDERS = ("unlearn-max-loss", "unlearn-max-gradient", "unlearn-min-confidence", "unlearn-min-margin")
 
@@ -304,3 +307,73 @@ def test_boundary_samples_lie_between_two_classes(name: str) -> None:
     assert float((first - second < 0.05).double().mean()) >= 0.95
     assert float((untouched[0] - untouched[1] < 0.05).double().mean()) < 0.2
     assert attack.ask(seen, made, given).positions == tuple(range(150))
+
+
+def test_blends_hold_a_part_of_a_sample_of_another_class() -> None:
+    images = torch.eye(10)[torch.arange(40) % 10][:, None, None, :].repeat(
+        1, 1, 10, 1
+    )  # class c: column c is white
+    labels = torch.arange(40) % 10
+    request = ATTACKS.get("unlearn-blended")(share=0.3).ask(view(0, 25, network("mlp")), images, labels)
+    shown = request.images[:, 0, 0]
+    assert torch.equal(shown.argmax(1), request.labels)
+    rest = shown.scatter(1, request.labels[:, None], 0.0)
+    torch.testing.assert_close(shown.max(1).values, torch.full((25,), 0.7))
+    torch.testing.assert_close(rest.max(1).values, torch.full((25,), 0.3))
+    assert request.positions == ()
+    alone = ATTACKS.get("unlearn-blended")().ask(view(0, 3, network("mlp")), images[:1], labels[:1])
+    assert torch.equal(alone.images, images[:1])
+
+
+@pytest.mark.slow
+def test_a_generator_draws_what_it_is_asked_for() -> None:
+    """A logistic regression that never saw them calls at least 80 % of generated digits what was asked for."""
+    digits = load_digits()
+    images, labels = (
+        torch.from_numpy(digits.images).float()[:, None] / 16,
+        torch.from_numpy(digits.target).long(),
+    )
+    other = LogisticRegression(max_iter=2000).fit(digits.data[1200:] / 16, digits.target[1200:])
+    attack = ATTACKS.get("unlearn-generated")()
+    made, given = attack.plant(view(0, 300, network("mlp")), images[:1200], labels[:1200])
+    assert len(made) == 1200
+    right = float((other.predict(made[:300].flatten(1).numpy()) == given[:300].numpy()).mean())
+    print(f"requested class: {100 * right:.0f} %")
+    assert right >= 0.8
+    nearest = torch.cdist(made[:300].flatten(1), images[:1200].flatten(1)).min(1).values
+    assert float(nearest.median()) > 0.3, "they are no copies"
+
+
+SHORT = {"steps": 2, "epochs": 2, "directions": 1, "queries": 5}
+
+
+@pytest.mark.parametrize("name", [n for n in ATTACKS.names() if issubclass(ATTACKS.get(n), UnlearningAttack)])
+def test_what_it_plants_and_asks_hangs_on_its_view_alone(name: str) -> None:
+    """Not on global random states; its own samples stay as they were."""
+    short = {key: value for key, value in SHORT.items() if key in plugin_options(ATTACKS.get(name))}
+    attack = ATTACKS.get(name)(**(short | ({"steps": 1} if name == "unlearn-fgsm" else {})))
+    model, (images, labels) = network("mlp"), samples(60)
+    before, weights = images.clone(), {n: t.clone() for n, t in model.state_dict().items()}
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        seen = view(0, 6, model) if attack.access == "weights" else replace(view(0, 6, model), model=None)
+        if attack.access == "queries":
+            seen = replace(
+                seen, oracle=Oracle(lambda shown: model(shown).softmax(1).detach(), attack.query_limit())
+            )
+        planted = attack.plant(seen, images, labels)
+        request = attack.ask(seen, *planted)
+        assert request.client == 0
+        assert planted[0].shape == images.shape
+        assert planted[0].dtype == torch.float32
+        assert bool(((planted[0] >= 0) & (planted[0] <= 1)).all())
+        brought = [] if request.images is None else [request.images, request.labels]
+        assert 1 <= len(request.positions or request.labels) <= 6
+        found.append((request.positions, request.reason, [*planted, *brought]))
+    assert found[0][:2] == found[1][:2]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][2], found[1][2], strict=True))
+    assert torch.equal(images, before)
+    assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
+    told = threat_model(attack)["assumptions"][0]
+    assert ("nothing of the global model" in told) == (attack.access == "none")

@@ -13,7 +13,7 @@ from adversaries.refusals import applicable
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import build_world
-from fedattack.errors import NotApplicable
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import initial_weights
 from fedattack.observation import UnlearningRequest
 from simulations.client_app import Workplace, _asking, _seats
@@ -118,6 +118,13 @@ def test_a_black_box_shows_no_weights_and_equal_answers_are_equal_requests() -> 
             assert any(t.shape == weights[first].shape for t in reached)
 
 
+def test_who_is_after_a_certificate_is_refused_where_there_is_none() -> None:
+    named = config("unlearn-slow-down", limit=800, mechanism="retrain")
+    world = build_world(named)
+    with pytest.raises(NotApplicable, match="promises nothing that removals could use up"):
+        applicable(choose_attacks(named), world.scenario, known_facts(named, world))
+
+
 def test_more_queries_than_granted_are_refused() -> None:
     named = config("unlearn-surrogate", limit=800, **{"attack.queries": 3})
     place = Workplace.of(named, build_world(named))
@@ -145,6 +152,14 @@ def test_who_sends_what_nobody_registered_is_refused_where_the_server_forgets_by
             continue
         with pytest.raises(NotApplicable, match="sends samples that nobody did"):
             applicable(chosen, world.scenario, known_facts(named, world))
+
+
+@pytest.mark.parametrize("attack", ["unlearn-camouflage", "unlearn-target-class"])
+def test_a_target_that_is_no_class_is_refused(attack: str) -> None:
+    named = config(attack, limit=800, **{f"{attack}.target": 10})
+    world = build_world(named)
+    with pytest.raises(ConfigError, match=rf"'{attack}.target' = 10: accepted: a class, 0 to 9"):
+        applicable(choose_attacks(named), world.scenario, known_facts(named, world))
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ class Boundary(Planted):
         return self.walked(model, images[chosen]), labels[chosen], chosen
 
     def walked(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Images (n, C, H, W) moved to where the most probable class changes; as far as they came where it does not."""
+        """Images (n, C, H, W) moved to where the most probable class changes, or as far as they came."""
         with torch.no_grad():
             base, other = model(images).topk(2, 1).indices.unbind(1)
         inside, beyond = images.clone(), images.clone()

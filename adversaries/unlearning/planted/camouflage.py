@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from adversaries.needs import Facts
 from adversaries.seats import ClientView
-from adversaries.unlearning.base import UnlearningAttack
-from fedattack.observation import UnlearningRequest
+from adversaries.unlearning.base import UnlearningAttack, check_class
+from fedattack.observation import Scenario, UnlearningRequest
 
 
 @dataclass
@@ -40,6 +41,10 @@ class Camouflage(UnlearningAttack):
     backdoor: Annotated[int, Field(ge=1)] = 40
     size: Annotated[int, Field(ge=1)] = 3
     boost: Annotated[float, Field(ge=1)] = 1.0
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """Refuse a target that is no class."""
+        check_class("unlearn-camouflage", self.target, scenario)
 
     def marked(self, images: Tensor) -> Tensor:
         """Images with the trigger."""
