@@ -156,7 +156,7 @@ def test_who_sends_what_nobody_registered_is_refused_where_the_server_forgets_by
 
 @pytest.mark.parametrize("attack", ["unlearn-camouflage", "unlearn-target-class"])
 def test_a_target_that_is_no_class_is_refused(attack: str) -> None:
-    named = config(attack, limit=800, **{f"{attack}.target": 10})
+    named = config(attack, limit=800, model="mlp", **{f"{attack}.target": 10})
     world = build_world(named)
     with pytest.raises(ConfigError, match=rf"'{attack}.target' = 10: accepted: a class, 0 to 9"):
         applicable(choose_attacks(named), world.scenario, known_facts(named, world))
