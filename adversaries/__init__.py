@@ -94,6 +94,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "unlearn-entropy": "adversaries.unlearning.modified:MaxEntropy",
         "unlearn-slow-down": "adversaries.unlearning.planted.slow_down:SlowDown",
         "unlearn-blended": "adversaries.unlearning.blended:Blended",
+        "unlearn-calibration": "adversaries.unlearning.calibration:Calibration",
         "unlearn-boundary": "adversaries.unlearning.planted.boundary:Boundary",
         "unlearn-generated": "adversaries.unlearning.planted.generated:Generated",
         "unlearn-camouflage": "adversaries.unlearning.planted.camouflage:Camouflage",

@@ -84,6 +84,8 @@ class Needs:
     """Of unlearning: the mechanism forgets samples that nobody registered."""
     certificate: bool = False
     """Of unlearning: the mechanism says what it promises, and when it must train anew."""
+    calibrates: bool = False
+    """Of unlearning: the mechanism has clients work while it forgets."""
 
     @property
     def summed(self) -> str:
@@ -131,6 +133,8 @@ class Facts:
         Whether the mechanism takes samples as they are sent, whoever's they are.
     certificate : bool
         Whether the mechanism promises something.
+    calibrates : bool
+        Whether the mechanism has clients work.
     """
 
     rounds: tuple[int, ...] = ()
@@ -146,6 +150,7 @@ class Facts:
     people: bool | None = None
     foreign: bool | None = None
     certificate: bool | None = None
+    calibrates: bool | None = None
 
     @property
     def last(self) -> int:

@@ -220,6 +220,9 @@ TABLE: tuple[Row, ...] = (
     Row("certificate", "a certificate that can be used up", lambda n, s, f: f.certificate is False,
         "setting 'unlearning.mechanism': this one promises nothing that removals could use up; use one that "
         "certifies"),
+    Row("calibrates", "clients that work while the server forgets", lambda n, s, f: f.calibrates is False,
+        "setting 'unlearning.mechanism': this one asks no client to work, and this attack changes what clients "
+        "answer; use retrain, federaser or another that reaches clients"),
     Row("members", "known members", lambda n, s, f: f.members == 0, "no known members are granted"),
 )
 # fmt: on

@@ -105,6 +105,8 @@ class ClientView:
         How many of its requests have been answered before.
     forgetting : bool
         Whether the round is one in which the server forgets, and not one of the training.
+    excluded : tuple of int
+        Positions of its partition that it is told to leave out of the round.
     """
 
     round: int
@@ -119,6 +121,7 @@ class ClientView:
     oracle: Oracle | None = None
     times: int = 0
     forgetting: bool = False
+    excluded: tuple[int, ...] = ()
 
 
 @dataclass

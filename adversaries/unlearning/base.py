@@ -48,8 +48,8 @@ class UnlearningAttack(MaliciousClient):
         return None
 
 
-def check_class(name: str, target: int, scenario: Scenario) -> None:
+def check_class(target: int, scenario: Scenario) -> None:
     """Refuse (ConfigError) a target that is no class of the model."""
     classes = scenario.model.resolved[2]
     if target >= classes:
-        raise ConfigError(f"setting '{name}.target' = {target}: accepted: a class, 0 to {classes - 1}")
+        raise ConfigError(f"setting 'attack.target' = {target}: accepted: a class, 0 to {classes - 1}")

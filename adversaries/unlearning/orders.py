@@ -114,7 +114,7 @@ class TargetClass(Order):
 
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Refuse a target that is no class."""
-        check_class("unlearn-target-class", self.target, scenario)
+        check_class(self.target, scenario)
 
     def scores(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Inner products; zeros where it has no sample of the class."""

@@ -96,4 +96,5 @@ def known_facts(config: Config, world: World) -> Facts:
         people=config.attack.unit == "group",
         foreign=not mechanism.by_positions,
         certificate=mechanism.certifies,
+        calibrates=mechanism.runs == "server",
     )

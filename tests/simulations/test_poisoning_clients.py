@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from adversaries.refusals import applicable
+from adversaries.seats import ClientView, MaliciousClient
 from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import build_world
@@ -17,8 +20,6 @@ from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import initial_weights
 from fedattack.observation import UnlearningRequest
 from simulations.client_app import Workplace, _asking, _seats
-from simulations.engine.federation import ask_unlearning
-from simulations.engine.open_grid import open_grid
 from simulations.experiments.choose import choose_attacks, known_facts
 from simulations.pipeline import simulate
 
@@ -89,9 +90,16 @@ def test_a_black_box_shows_no_weights_and_equal_answers_are_equal_requests() -> 
         scaled[name] *= factor
     other = initial_weights(world.scenario.model, 6)
 
+    place = Workplace.of(named, world)
+    context: Any = type("Context", (), {"state": {}})
+    images, labels = place.samples(0, np.arange(len(place.partitions[0])))
+
+    def seats(shown: dict[str, Tensor]) -> Iterator[tuple[str, MaliciousClient, ClientView]]:
+        for name, (attack, view) in _seats(place, context, 2, 0, shown).items():
+            yield name, attack, _asking(place, attack, view, shown)
+
     def said(shown: dict[str, Tensor]) -> dict[str, UnlearningRequest]:
-        with open_grid(named, world) as grid:
-            return {name: one[0][1] for name, one in ask_unlearning(grid, shown, world.scenario, 2).items()}
+        return {name: attack.ask(view, images, labels) for name, attack, view in seats(shown)}
 
     def same(a: UnlearningRequest, b: UnlearningRequest) -> bool:
         pairs = [(getattr(a, part), getattr(b, part)) for part in ("images", "labels")]
@@ -105,10 +113,7 @@ def test_a_black_box_shows_no_weights_and_equal_answers_are_equal_requests() -> 
         "unlearn-max-loss",
     }
 
-    place = Workplace.of(named, world)
-    context: Any = type("Context", (), {"state": {}})
-    for name, (attack, view) in _seats(place, context, 2, 0, weights).items():
-        view = _asking(place, attack, view, weights)
+    for name, _, view in seats(weights):
         assert (view.model is None) == (name in BLACK)
         reached = tensors(view, set())
         if name in BLACK:
@@ -158,7 +163,7 @@ def test_who_sends_what_nobody_registered_is_refused_where_the_server_forgets_by
 def test_a_target_that_is_no_class_is_refused(attack: str) -> None:
     named = config(attack, limit=800, model="mlp", **{f"{attack}.target": 10})
     world = build_world(named)
-    with pytest.raises(ConfigError, match=rf"'{attack}.target' = 10: accepted: a class, 0 to 9"):
+    with pytest.raises(ConfigError, match=r"'attack.target' = 10: accepted: a class, 0 to 9"):
         applicable(choose_attacks(named), world.scenario, known_facts(named, world))
 
 
