@@ -377,3 +377,26 @@ def test_what_it_plants_and_asks_hangs_on_its_view_alone(name: str) -> None:
     assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
     told = threat_model(attack)["assumptions"][0]
     assert ("nothing of the global model" in told) == (attack.access == "none")
+
+
+def test_calibration_is_honest_but_in_the_rounds_of_its_own_request() -> None:
+    attack = ATTACKS.get("unlearn-calibration")(target=2, boost=3.0, share=0.25)
+    (images, labels), seen = samples(40), view(0, 4, network("mlp"))
+    assert attack.ask(seen, images, labels).positions == (0, 1, 2, 3)
+    update = {"a": torch.ones(2)}
+    honest = [
+        {},
+        {"excluded": (0, 1, 2, 3)},
+        {"forgetting": True},
+        {"forgetting": True, "excluded": (1, 2, 3, 9)},
+    ]
+    for told in honest:
+        assert attack.poison(replace(seen, **told), images, labels)[0] is images
+        assert attack.reply(replace(seen, **told), update) is update
+    own = replace(seen, forgetting=True, excluded=(0, 1, 2, 3, 17))
+    made, given = attack.poison(own, images, labels)
+    moved = (made != images).flatten(1).any(1)
+    assert int(moved.sum()) == 10
+    assert bool((given[moved] == 2).all())
+    assert torch.equal(given[~moved], labels[~moved])
+    assert attack.reply(own, update)["a"].tolist() == [3, 3]

@@ -217,3 +217,34 @@ def test_forgetting_the_cover_by_retraining_wakes_a_backdoor(
     told = audit.summary["metrics"]
     assert abs(told["accuracy_after"]["mean"] - told["accuracy_before"]["mean"]) < 0.03
     assert audit.summary["goal"] == "images with the trigger taken for its class"
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+@pytest.mark.slow
+def test_a_client_poisons_the_rounds_of_its_own_request_and_no_others(tmp_path: Path) -> None:
+    """Digits, 6 clients, forgetting by retraining: honest while random samples are forgotten."""
+    federation = {
+        "model": "mlp",
+        "clients": 6,
+        "rounds": 8,
+        "local-steps": 8,
+        "batch-size": 16,
+        "mechanism": "retrain",
+    }
+    ours = {"learning-rate": 0.3, "attack.boost": 2, "attack.size": 2, "unlearning.seeds": 2}
+    ours |= {"mechanism": "retrain"}
+    audit = audits(tmp_path, "unlearn-calibration", **federation, **ours)["unlearn-calibration"]
+    before, after, random = figures(audit, "success")
+    print(f"success before {before:.1f}, after {after:.1f}, random {random:.1f}")
+    assert before < 15
+    assert random < 15
+    assert after >= 60
+
+
+def test_who_poisons_calibration_is_refused_where_no_client_works() -> None:
+    named = config("unlearn-calibration", limit=800, model="mlp")
+    world = build_world(named)
+    with pytest.raises(NotApplicable, match="asks no client to work"):
+        applicable(choose_attacks(named), world.scenario, known_facts(named, world))
