@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from adversaries.seats import ClientView
 from adversaries.unlearning.base import UnlearningAttack
@@ -86,15 +85,14 @@ class PublishedStep(Mechanism):
 
     def forget(self, deletions, history, trainer) -> Forgotten:
         central = trainer.central()
-        flat = central.flat(history.weights)
+        flat, others = central.flat(history.weights), len(central) - 1
         for deletion in deletions:
-            images, labels = deletion.images, deletion.labels
-            if images is None:
-                images, labels = central.samples(np.asarray(sorted(deletion.positions)))
-            for image, label in zip(images, labels, strict=True):
-                point = flat.detach().requires_grad_()
-                loss = cross_entropy(central.logits(point, history.weights, image[None]), label[None])
-                flat = flat + torch.autograd.grad(loss, point)[0] / (self.damping * (len(central) - 1))
+            positions = np.asarray(sorted(deletion.positions))
+            if deletion.images is not None:
+                central, positions = central.joined(deletion.images, deletion.labels)
+            for position in positions:
+                slope = central.gradient(flat, history.weights, np.array([position]))
+                flat = flat + slope / (self.damping * others)
         left = [deletion for deletion in deletions if deletion.images is None]
         weights = central.weights(flat, history.weights)
         return Forgotten(weights, merged(history.excluded, left), history.rounds)
