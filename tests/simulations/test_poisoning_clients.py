@@ -234,7 +234,6 @@ def test_a_client_poisons_the_rounds_of_its_own_request_and_no_others(tmp_path: 
         "mechanism": "retrain",
     }
     ours = {"learning-rate": 0.3, "attack.boost": 2, "attack.size": 2, "unlearning.seeds": 2}
-    ours |= {"mechanism": "retrain"}
     audit = audits(tmp_path, "unlearn-calibration", **federation, **ours)["unlearn-calibration"]
     before, after, random = figures(audit, "success")
     print(f"success before {before:.1f}, after {after:.1f}, random {random:.1f}")
