@@ -214,6 +214,15 @@ TABLE: tuple[Row, ...] = (
     Row("people", "asked about people", lambda n, s, f: f.people is False,
         "setting 'attack.unit' = 'sample': this attack asks about people, by samples that nobody trained on; use "
         "attack.unit 'group' with data.withheld and data.nonmember_unit 'group'"),
+    Row("foreign", "samples taken as they are sent", lambda n, s, f: f.foreign is False,
+        "setting 'unlearning.mechanism': this one forgets what its client registered, and this attack sends samples "
+        "that nobody did; use a mechanism that forgets samples as they are sent"),
+    Row("certificate", "a certificate that can be used up", lambda n, s, f: f.certificate is False,
+        "setting 'unlearning.mechanism': this one promises nothing that removals could use up; use one that "
+        "certifies"),
+    Row("calibrates", "clients that work while the server forgets", lambda n, s, f: f.calibrates is False,
+        "setting 'unlearning.mechanism': this one asks no client to work, and this attack changes what clients "
+        "answer; use retrain, federaser or another that reaches clients"),
     Row("members", "known members", lambda n, s, f: f.members == 0, "no known members are granted"),
 )
 # fmt: on
@@ -264,6 +273,14 @@ def words(needs: Needs, *, plain: bool = False) -> list[str]:
     return ["one update"] * bare + [one for one in said if one]
 
 
+_SEEN = {
+    "weights": "sees its own samples and every global model that it is sent",
+    "queries": "sees its own samples and the global model's answers to counted queries, and not the model",
+    "none": "sees its own samples and nothing of the global model",
+}
+"""What an attack in a client's seat knows, by its access."""
+
+
 def threat_model(
     attack: Attack | type[Attack], needs: Needs | None = None, public: bool | None = None
 ) -> dict[str, Any]:
@@ -287,7 +304,7 @@ def threat_model(
     letters = [granted] if needs.auxiliary else helped if needs.helped else [bare]
     assumptions = ["knows the model, the agreed training, the compression and the defences"]
     if seat == "malicious client":
-        assumptions = ["sees its own samples and every global model that it is sent"]
+        assumptions = [_SEEN[getattr(attack, "access", "weights")]]
     if seat == "malicious server":
         assumptions.append("changes the weights that it sends in the attacked rounds")
     if needs.auxiliary or needs.helped:

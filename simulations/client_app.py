@@ -424,6 +424,7 @@ def _seats(
     if client not in place.config.attack.malicious_clients:
         return {}
     seats, requests = {}, place.config.attack.requests
+    gone = tuple(_excluded(told.config_records[wire.CONFIG])) if told else ()
     for name, attack in place.attackers.items():
         seed = adversary_seed(place.config.seed, f"client seat of {name}", round, client)
         memory = _recalled(context, _ATTACK_MEMORY.format(attack=name))
@@ -432,7 +433,7 @@ def _seats(
         question = _question(asked) if asked is not None else None
         shown = dict(weights) if attack.access == "weights" else {}
         view = ClientView(round, client, place.scenario, shown, seed, memory, requests, question)
-        seats[name] = attack, replace(view, forgetting=forgetting)
+        seats[name] = attack, replace(view, forgetting=forgetting, excluded=gone)
     return seats
 
 

@@ -97,12 +97,13 @@ class Mechanism(ABC):
     A dataclass; its fields are its settings, ``unlearning.NAME.FIELD``. `by_positions`: a deletion must name
     positions; else it may hold samples, which may be anybody's. `levels`: what it can forget; a "class" or a "client"
     comes as the positions of all its samples. `runs`: where; "central" needs the data itself, of one client who is
-    the server.
+    the server. `certifies`: whether answers have a certificate, of which "retrained" counts trainings anew.
     """
 
     keeps: ClassVar[frozenset[Kept]] = frozenset()  # what of the training it needs; nothing else is kept
     levels: ClassVar[frozenset[Level]] = frozenset({"sample", "class", "client"})
     runs: ClassVar[Literal["server", "central"]] = "server"
+    certifies: ClassVar[bool] = False
     by_positions: ClassVar[bool] = True
     singles: ClassVar[bool] = False  # reads single clients' answers when it forgets
 

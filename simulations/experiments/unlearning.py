@@ -506,7 +506,9 @@ class UnlearningExperiment(Experiment):
             "right_lost": (right["random"] - right["after"]).tolist() if right else [],
             "accuracy": {arm: figures[arm].get("accuracy", 0.0) for arm in ARMS},
             "losses": {arm: figures[arm]["loss"] for arm in ARMS},
-            "success": self._successes(name, attack, training, judge, weights),
+            "success": self._successes(
+                name, attack, training, judge, weights, {"after": asked, "random": floor}
+            ),
             "curve": curve,
             "clean": self._clean(attack, training, floor.deletions, judge),
             "samples": sum(one.samples for part in asked.requested for one in part),
@@ -744,8 +746,12 @@ class UnlearningExperiment(Experiment):
         training: Training,
         judge: Judge,
         weights: Mapping[str, Weights],
+        sides: Mapping[str, Side],
     ) -> dict[str, float]:
-        """Arm -> the share of what the attack wanted; none where that is the accuracy lost."""
+        """Arm -> the share of what the attack wanted; none where that is the accuracy lost.
+
+        What it wanted of a certificate happens in no other arms than those of the mechanism.
+        """
         client = min(training.config.attack.malicious_clients)
         view = training.place.planting(name, client)
         images, labels = self.plan.world.dataset.tensors(self.plan.world.pools.nonmembers)
@@ -753,7 +759,12 @@ class UnlearningExperiment(Experiment):
             arm: attack.success(partial(judge.probabilities, weights[arm]), images, labels, view)
             for arm in ARMS
         }
-        return {arm: float(share) for arm, share in found.items() if share is not None}
+        for arm, side in sides.items():
+            removed = sum(len(d.positions) for part in side.deletions for d in part)
+            if (certificate := side.answers[-1].certificate) is not None and removed:
+                found |= {arm: attack.spent(certificate, removed)} if found[arm] is None else {}
+        told = {arm: float(share) for arm, share in found.items() if share is not None}
+        return told if not told else dict.fromkeys(ARMS, 0.0) | told
 
     def _outcome(self, name: str, rows: Sequence[Mapping[str, Any]]) -> UnlearningOutcome:
         """The seeds together."""
