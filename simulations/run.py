@@ -63,6 +63,8 @@ gan = typer.Typer(
     help="Train a generator of images, sample it, attack what it releases.", no_args_is_help=True
 )
 app.add_typer(gan, name="gan")
+forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_args_is_help=True)
+app.add_typer(forgetting, name="unlearning")
 console = Console()
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 
@@ -413,6 +415,41 @@ def gan_evaluate(
 
     given = Given(run, synthetic, candidates, reference, public, people)
     run_evaluate(given, count, config, console, typed())
+
+
+# A perceptron on digits, trained until it knows its mislabelled samples by heart.
+SHADOWS = INLINE | {
+    "data": {"name": "digits", "auxiliary_size": 0, "nonmembers": 500},
+    "model": {"name": "mlp"},
+    "training": {"protocol": "fedavg", "batch_size": 32, "local_steps": 15},
+    "compression": {"name": "none"},
+    "federation": {"clients": 1, "rounds": 40},
+}
+
+
+@forgetting.command("audit")
+@partial(
+    with_settings,
+    left_open=SHADOWS,
+    sections=("seed", "data", "model", "training", "federation", "unlearning", "engine", "output"),
+)
+def forgetting_audit(
+    mechanism: Annotated[
+        str, typer.Option(help="mechanisms, several with commas; none: nothing is forgotten")
+    ] = "none,retrain,fine-tuning,ascent,neg-grad,random-labels",
+    shadows: Annotated[int, typer.Option(help="models to train")] = 128,
+    targets: Annotated[int, typer.Option(help="samples to forget, by a coin each")] = 40,
+    mislabelled: Annotated[float, typer.Option(min=0, max=1, help="share of them with a wrong label")] = 0.5,
+    retained: Annotated[int, typer.Option(help="samples that every model keeps")] = 400,
+    probes: Annotated[int, typer.Option(help="retained samples that a model has by a coin")] = 40,
+    *,
+    config: Config,
+) -> None:
+    """Can it be told what a model forgot? U-LiRA over shadow trainings, beside what merely looks forgotten."""
+    from simulations.cli.unlearning import Counts, run_audit
+
+    counts = Counts(shadows, targets, mislabelled, retained, probes)
+    run_audit(config, mechanism, counts, console, typed())
 
 
 def main() -> None:
