@@ -235,6 +235,8 @@ def _beside(result: AuditResult) -> list[str]:
         f"{digits(m['klom_histogram']['mean'], 2)} of the forgotten",
         f"the challenge's {finite}; {epsilon['told_apart']} of {s['count']} infinite, no finite one above "
         f"{digits(epsilon['cap'])} with so many models",
+        f"tug-of-war against retraining {digits(m['tug_of_war']['mean'], 3)}, test accuracy "
+        f"{formats.percent(m['accuracy']['mean'])} (retrained {formats.percent(m['accuracy_retrained']['mean'])})",
     ]
 
 
@@ -248,11 +250,20 @@ def _remarks(result: AuditResult) -> Sequence[str]:
     ]
 
 
-def _clean_and_mislabelled(s: Any) -> str:
-    found = [s["metrics"].get(f"auc_{kind}") for kind in s["kinds"]]
-    return "\n".join(
-        f"{formats.decimal(one['mean'], 2)} {kind[:6]}." for one, kind in zip(found, s["kinds"], strict=True)
-    )
+def _kinds(s: Any) -> str:
+    """AUC of each kind of targets, in the order in which the verdict names them."""
+    return "\n".join(formats.decimal(s["metrics"][f"auc_{kind}"]["mean"], 2) for kind in s["kinds"])
+
+
+def _epsilon_cell(s: Any) -> str:
+    """Median, and the most that could have been."""
+    most = formats.decimal(s["epsilon"]["cap"])
+    return f"{formats.decimal(s['metrics']['epsilon']['mean'])}\nof {most}"
+
+
+def _short(key: str, digits: int, scale: float = 1.0) -> Any:
+    """A cell of mean above interval, for narrow columns."""
+    return lambda s: Metric(key, digits=digits, scale=scale).two_lines(s["metrics"])
 
 
 def _area(key: str, title: str) -> Metric:
@@ -289,18 +300,12 @@ FORGETTING: Family = Family(
         digits=3,
     ),
     columns=(
-        ("U-LiRA\nAUC", lambda s: FORGETTING.metrics[0].two_lines(s["metrics"])),
-        ("by\nkind", _clean_and_mislabelled),
-        ("popu-\nlation", lambda s: FORGETTING.metrics[2].two_lines(s["metrics"])),
-        ("found at\n1 % FPR", lambda s: FORGETTING.metrics[4].two_lines(s["metrics"])),
-        ("KLoM,\nmedian", lambda s: FORGETTING.metrics[7].two_lines(s["metrics"])),
-        (
-            "eps.,\nmedian",
-            lambda s: (
-                f"{formats.decimal(s['metrics']['epsilon']['mean'])}\n(cap {formats.decimal(s['epsilon']['cap'])})"
-            ),
-        ),
-        ("tug-of-\nwar", lambda s: formats.decimal(s["metrics"]["tug_of_war"]["mean"], 3)),
+        ("U-LiRA\nAUC", _short("auc", 2)),
+        ("of each\nkind", _kinds),
+        ("popu-\nlation", _short("population_auc", 2)),
+        ("% found\nat 1 %", _short("tpr_at_1_percent_fpr", 0, 100.0)),
+        ("KLoM,\nmedian", lambda s: formats.decimal(s["metrics"]["klom"]["mean"], 2)),
+        ("epsilon,\nmedian", _epsilon_cell),
         ("test\naccuracy", lambda s: formats.percent(s["metrics"]["accuracy"]["mean"])),
     ),
     remarks=_remarks,

@@ -20,6 +20,8 @@ MECHANISMS: Registry[type[Mechanism]] = Registry(
         "ascent": "fedattack.unlearning.ascent:Ascent",
         "neg-grad": "fedattack.unlearning.neg_grad:NegGradPlus",
         "random-labels": "fedattack.unlearning.random_labels:RandomLabels",
+        "scrub-distil": "fedattack.unlearning.scrub_distil:ScrubDistil",
+        "salun": "fedattack.unlearning.salun:SalUn",
     },
     group="fedattack.mechanisms",
     base="fedattack.unlearning.mechanism:Mechanism",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedattack.unlearning.steps import Models, Rate, StepMechanism, Steps, Term
+from fedattack.unlearning.steps import Models, Rate, Steps, Term, TermMechanism
 
 
 @dataclass
-class Ascent(StepMechanism):
+class Ascent(TermMechanism):
     """A few steps of gradient ascent on the forgotten samples; unbounded, so that many steps destroy the model.
 
     (Golatkar et al., CVPR 2020, baseline "negative gradient"; Graves et al., Amnesiac machine learning, AAAI 2021.)

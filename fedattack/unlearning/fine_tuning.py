@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedattack.unlearning.steps import Models, StepMechanism, Term
+from fedattack.unlearning.steps import Models, Term, TermMechanism
 
 
 @dataclass
-class FineTuning(StepMechanism):
+class FineTuning(TermMechanism):
     """Train on with the retained samples alone; relies on catastrophic forgetting, and guarantees nothing.
 
     (Golatkar et al., Eternal sunshine of the spotless net, CVPR 2020, baseline "fine-tune".)

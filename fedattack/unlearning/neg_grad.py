@@ -8,11 +8,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedattack.unlearning.steps import Models, StepMechanism, Term
+from fedattack.unlearning.steps import Models, Term, TermMechanism
 
 
 @dataclass
-class NegGradPlus(StepMechanism):
+class NegGradPlus(TermMechanism):
     """NegGrad+: ``alpha * loss(retained) - (1 - alpha) * loss(forgotten)`` (Kurmanji et al., Towards unbounded machine
     unlearning, NeurIPS 2023, section 4).
 

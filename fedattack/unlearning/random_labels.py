@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedattack.unlearning.steps import Models, StepMechanism, Term
+from fedattack.unlearning.steps import Models, Term, TermMechanism
 
 
 @dataclass
-class RandomLabels(StepMechanism):
+class RandomLabels(TermMechanism):
     """Train on with the retained samples, and the forgotten under random labels that are not theirs.
 
     (Graves et al., Amnesiac machine learning, AAAI 2021, "unlearning".) The labels are drawn once.
@@ -26,6 +25,7 @@ class RandomLabels(StepMechanism):
 
 def relabelled(models: Models) -> Tensor:
     """Each model's labels, int64 (M, N): other classes, drawn evenly, in place of what it forgets."""
-    classes, labels = models.stack.classes, models.stack.labels.numpy()
-    shifts = np.stack([draw.integers(1, max(2, classes), len(labels)) for draw in models.draws])
-    return torch.from_numpy(np.where(models.forgotten, (labels + shifts) % classes, labels))
+    classes, labels = models.stack.classes, models.stack.labels
+    shifts = [torch.randint(1, max(2, classes), labels.shape, generator=draw) for draw in models.draws]
+    others = (labels + torch.stack(shifts)) % classes
+    return torch.where(torch.from_numpy(models.forgotten), others, labels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
@@ -17,7 +17,7 @@ from fedattack.errors import RunFailed
 from fedattack.models import build_model, initial_weights
 from fedattack.rng import numpy_rng
 from fedattack.task import tied_names, trained_parameters
-from fedattack.training import batch_positions
+from fedattack.training import batches_without
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 """Logits (B, classes) and what they are held against, (B, ...), to each sample's loss, (B,)."""
@@ -122,9 +122,7 @@ class Stack:
         return {n: p.view(s) for n, p, s in zip(self._names, parts, self._shapes, strict=True)}
 
 
-def drawn(
-    members: NDArray[np.bool_], size: int, steps: int, draws: Sequence[np.random.Generator]
-) -> Iterator[Batch]:
+def drawn(members: NDArray[np.bool_], size: int, steps: int, draws: Sequence[Generator]) -> Iterator[Batch]:
     """Batches of each model's members, (M, N), one for each step: a random order of them, drawn anew when used up.
 
     `size` 0, or no less than a model has: all of them in every step.
@@ -135,13 +133,13 @@ def drawn(
         yield Batch.of(rows, max(len(row) for row in rows))
 
 
-def _walk(positions: NDArray[np.int64], size: int, draw: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+def _walk(positions: NDArray[np.int64], size: int, draw: Generator) -> Iterator[NDArray[np.int64]]:
     """One model's batches, without end."""
     while True:
         if size == 0 or size >= len(positions):
             yield positions
             continue
-        order = draw.permutation(positions)
+        order = positions[torch.randperm(len(positions), generator=draw).numpy()]
         yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
@@ -157,12 +155,12 @@ def trained(
     if training.protocol == "fedsgd":
         rate = training.server_learning_rate or rate
     count = len(stack.labels)
+    others = [frozenset(np.flatnonzero(~row).tolist()) for row in members]
     for number in range(1, rounds + 1):
-        walks = [batch_positions(count, training, seed, number, model) for model in range(len(rows))]
+        walks = [batches_without(count, training, seed, number, m, others[m]) for m in range(len(rows))]
         velocity = torch.zeros_like(rows)
         for step in zip(*walks, strict=True):
-            own = [positions[members[model, positions]] for model, positions in enumerate(step)]
-            batch = Batch.of(own, max(len(positions) for positions in step))
+            batch = Batch.of(step, max(len(positions) for positions in step))
             slope = stack.gradient(rows, batch)
             if training.protocol == "fedavg":
                 slope = slope + training.weight_decay * rows

@@ -1,4 +1,4 @@
-"""Mechanisms that take a few steps of gradient descent from the trained model: one loop, for one model or for many."""
+"""Mechanisms that take a few steps of gradient descent from the trained model: one loop, for one model or many."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fedattack.config import TrainingConfig
 from fedattack.errors import RunFailed
+from fedattack.unlearning.central import Central
 from fedattack.unlearning.history import History
-from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer
+from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.shadows import SampleLoss, Stack, drawn, label_loss
 
@@ -37,7 +38,24 @@ class Models:
     forgotten: NDArray[np.bool_]
     retained: NDArray[np.bool_]
     training: TrainingConfig
-    draws: Sequence[np.random.Generator]
+    draws: Sequence[Generator]
+
+    @classmethod
+    def of(cls, central: Central, history: History, deletions: Sequence[Deletion]) -> Models:
+        """The one model of a history, whose single holder of data is asked to forget."""
+        stack = Stack(central.scenario.model, central.images, central.labels, history.weights)
+        forgotten, retained = (np.zeros((1, len(central)), dtype=bool) for _ in range(2))
+        forgotten[0, sorted(frozenset().union(*(deletion.positions for deletion in deletions)))] = True
+        earlier = frozenset().union(*history.excluded.values())
+        retained[0, central.retained(earlier)] = True
+        draws = [central.rng("steps", len(earlier))]
+        rows, training = stack.rows([history.weights]), central.scenario.training
+        return cls(stack, rows, forgotten, retained & ~forgotten, training, draws)
+
+    def epoch(self, members: NDArray[np.bool_], batch: int) -> int:
+        """Batches in which every model sees all of its members, (M, N)."""
+        most = int(members.sum(1).max())
+        return max(1, -(-most // (batch or max(1, most))))
 
 
 @dataclass(frozen=True)
@@ -55,40 +73,45 @@ class Term:
 
 @dataclass
 class StepMechanism(Mechanism):
-    """Base of mechanisms that minimise a sum of terms by plain SGD from the trained models.
+    """Base of mechanisms that take plain SGD steps from the trained models, without momentum or weight decay.
 
-    BatchNorm uses the statistics as they were; neither momentum nor weight decay.
+    BatchNorm uses the statistics as they were.
 
     Parameters
     ----------
-    steps : int
-        Steps, 1 or more.
     rate : float
         Learning rate, above 0; None: the training's.
     batch : int
         Samples of each term in a step; 0: all.
     """
 
-    steps: Steps = 30
+    runs = "central"
     rate: Rate | None = None
     batch: Annotated[int, Field(ge=0)] = 32
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
-        """Forget `deletions`, by :meth:`moved`; see :meth:`Mechanism.forget`."""
-        raise NotImplementedError
+        """Forget `deletions`, by :meth:`moved`; see :meth:`Mechanism.forget`.
+
+        A client that never took part costs nothing: the model cannot know its samples.
+        """
+        excluded = merged(history.excluded, deletions)
+        start = history.ignorant([deletion.client for deletion in deletions])
+        if start is None:
+            return Forgotten(history.weights, excluded, resumed_after=history.rounds)
+        models = Models.of(trainer.central(), history, deletions)
+        with trainer.cost.clocked():
+            rows = self.moved(models)
+        trainer.central().count(models.stack.passes)
+        return Forgotten(models.stack.state(rows[0]), excluded, resumed_after=start)
 
     @abstractmethod
-    def terms(self, models: Models) -> Sequence[Term]:
-        """What the models minimise while they forget."""
-
     def moved(self, models: Models) -> Tensor:
         """The models after they forgot, (M, P); RunFailed where one diverges."""
-        return self.descended(models, self.terms(models), self.steps)
 
     def descended(
         self, models: Models, terms: Sequence[Term], steps: int, only: Tensor | None = None
     ) -> Tensor:
-        """The rows after so many steps on the terms; `only`, (M, P): what may move, 1 or 0."""
+        """The rows after so many steps on the sum of the terms; `only`, (M, P): what may move, 1 or 0."""
         rows, rate = models.rows, self.rate or models.training.learning_rate
         walks = [drawn(term.members, self.batch, steps, models.draws) for term in terms]
         for batches in zip(*walks, strict=True):
@@ -99,3 +122,24 @@ class StepMechanism(Mechanism):
         if not bool(rows.isfinite().all()):
             raise RunFailed(f"{type(self).__name__}: forgetting diverged; lower its 'rate' or its 'steps'")
         return rows
+
+
+@dataclass
+class TermMechanism(StepMechanism):
+    """Base of mechanisms that minimise the same terms in every step.
+
+    Parameters
+    ----------
+    steps : int
+        Steps, 1 or more.
+    """
+
+    steps: Steps = 30
+
+    @abstractmethod
+    def terms(self, models: Models) -> Sequence[Term]:
+        """What the models minimise while they forget."""
+
+    def moved(self, models: Models) -> Tensor:
+        """See :meth:`StepMechanism.moved`."""
+        return self.descended(models, self.terms(models), self.steps)

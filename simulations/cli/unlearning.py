@@ -81,6 +81,6 @@ def _check(config: Config, counts: Counts) -> None:
         )
     if counts.shadows < 16 or min(counts.targets, counts.retained, counts.probes) < 2:
         raise ConfigError(
-            f"{counts.shadows} shadows, {counts.targets} targets, {counts.retained} retained, {counts.probes} probes: "
-            "at least 16 shadows and 2 of each other are needed"
+            f"{counts.shadows} shadows, {counts.targets} targets, {counts.retained} retained, {counts.probes} "
+            "probes: at least 16 shadows and 2 of each other are needed"
         )

@@ -19,7 +19,7 @@ from fedattack.config import Config
 from fedattack.data import World
 from fedattack.errors import DataError, NotApplicable
 from fedattack.models import build_model, initial_weights
-from fedattack.rng import numpy_rng
+from fedattack.rng import numpy_rng, torch_rng
 from fedattack.unlearning.mechanism import Mechanism
 from fedattack.unlearning.retrain import Retrain
 from fedattack.unlearning.shadows import Stack, first_rows, trained
@@ -201,7 +201,7 @@ class ShadowAudit:
         if isinstance(mechanism, Retrain):
             return self._trained(design.kept, 2)
         if isinstance(mechanism, StepMechanism):
-            draws = [numpy_rng(seed, f"shadow {name}", row) for row in range(len(original))]
+            draws = [torch_rng(seed, f"shadow {name}", row) for row in range(len(original))]
             training = self.world.scenario.training
             return mechanism.moved(
                 Models(self.stack, original, design.forgotten, design.kept, training, draws)
