@@ -32,31 +32,25 @@ def roc(results: Sequence[AuditResult]) -> Figure:
 
 
 def densities(results: Sequence[AuditResult]) -> Figure:
-    """Log-odds of forgotten and of never seen samples, a panel for each mechanism, a row for each kind."""
+    """Log-odds of forgotten and of never seen samples, a row for each mechanism, a column for each kind."""
     kinds = list(dict.fromkeys(results[0].curves["scores"]["kind"]))
-    figure = Figure(figsize=(2.6 * len(results) + 0.6, 2.0 * len(kinds) + 0.6), layout="constrained")
-    grid = figure.subplots(len(kinds), len(results), squeeze=False, sharex=True)
-    every = [
-        np.asarray(result.curves["scores"][side])
-        for result in results
-        for side in ("unlearned", "never seen")
-    ]
+    figure = Figure(figsize=(3.8 * len(kinds), 1.15 * len(results) + 0.7), layout="constrained")
+    grid = figure.subplots(len(results), len(kinds), squeeze=False, sharex=True)
+    sides = (("unlearned", "kind", VERMILLION), ("never seen", "kind, never seen", BLUE))
+    every = [np.asarray(result.curves["scores"][side]) for result in results for side, _, _ in sides]
     low, high = np.quantile(np.concatenate(every), [0.005, 0.995])
     bins = np.linspace(low, high, 41)
-    for column, result in enumerate(results):
+    for row, result in enumerate(results):
         scores = result.curves["scores"]
-        sides = (("unlearned", "kind", VERMILLION), ("never seen", "kind, never seen", BLUE))
-        for row, kind in enumerate(kinds):
+        grid[row, 0].set_ylabel(result.attack, fontsize=8, rotation=0, ha="right", va="center")
+        for column, kind in enumerate(kinds):
             axes = grid[row, column]
             for side, which, colour in sides:
-                values = np.asarray(scores[side])[np.asarray(scores[which]) == kind]
-                values = values.clip(low, high)
+                values = np.asarray(scores[side])[np.asarray(scores[which]) == kind].clip(low, high)
                 axes.hist(values, bins, density=True, color=colour, alpha=0.55, label=side)
             axes.set_yticks([])
-            if column == 0:
-                axes.set_ylabel(kind, fontsize=9)
-            if row == 0:
-                axes.set_title(result.attack, fontsize=10, loc="left")
+    for axes, kind in zip(grid[0], kinds, strict=True):
+        axes.set_title(f"targets: {kind}", fontsize=9, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel("log-odds of the label", fontsize=8)
     grid[0, 0].legend(fontsize=7)

@@ -13,8 +13,9 @@ from fedattack.unlearning.steps import Models, Term, TermMechanism
 
 @dataclass
 class NegGradPlus(TermMechanism):
-    """NegGrad+: ``alpha * loss(retained) - (1 - alpha) * loss(forgotten)`` (Kurmanji et al., Towards unbounded machine
-    unlearning, NeurIPS 2023, section 4).
+    """NegGrad+: ``alpha * loss(retained) - (1 - alpha) * loss(forgotten)``.
+
+    (Kurmanji et al., Towards unbounded machine unlearning, NeurIPS 2023, section 4.)
 
     Parameters
     ----------

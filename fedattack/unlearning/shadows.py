@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.errors import RunFailed
 from fedattack.models import build_model, initial_weights
-from fedattack.rng import numpy_rng
 from fedattack.task import tied_names, trained_parameters
 from fedattack.training import batches_without
 
@@ -144,12 +143,17 @@ def _walk(positions: NDArray[np.int64], size: int, draw: Generator) -> Iterator[
 
 
 def trained(
-    stack: Stack, rows: Tensor, members: NDArray[np.bool_], training: TrainingConfig, rounds: int, seed: int
+    stack: Stack,
+    rows: Tensor,
+    members: NDArray[np.bool_],
+    training: TrainingConfig,
+    rounds: int,
+    seeds: Sequence[int],
 ) -> Tensor:
     """Train each model on its members, (M, N), as a federation of one client does, from `rows`; (M, P).
 
-    Model m draws its batches as client m of all N samples, and leaves out of them what is not its own. An empty batch
-    is a step without movement. RunFailed if a training diverges.
+    Model m draws its batches as client 0 of seed m does of all N samples, and leaves out of them what is not its own.
+    An empty batch is a step without movement. RunFailed if a training diverges.
     """
     rate = training.learning_rate
     if training.protocol == "fedsgd":
@@ -157,7 +161,10 @@ def trained(
     count = len(stack.labels)
     others = [frozenset(np.flatnonzero(~row).tolist()) for row in members]
     for number in range(1, rounds + 1):
-        walks = [batches_without(count, training, seed, number, m, others[m]) for m in range(len(rows))]
+        walks = [
+            batches_without(count, training, seed, number, 0, gone)
+            for seed, gone in zip(seeds, others, strict=True)
+        ]
         velocity = torch.zeros_like(rows)
         for step in zip(*walks, strict=True):
             batch = Batch.of(step, max(len(positions) for positions in step))
@@ -171,8 +178,6 @@ def trained(
     return rows
 
 
-def first_rows(stack: Stack, count: int, *keys: int) -> Tensor:
-    """Initial weights of so many models, each drawn for itself from the seeds that `keys` lead to, (count, P)."""
-    rng = numpy_rng(keys[0], "shadow weights", *keys[1:])
-    seeds = rng.integers(2**31, size=count).tolist()
+def first_rows(stack: Stack, seeds: Sequence[int]) -> Tensor:
+    """Initial weights of each seed, as a federation draws them, (M, P)."""
     return stack.rows([initial_weights(stack.model, seed) for seed in seeds])

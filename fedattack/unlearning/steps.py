@@ -95,7 +95,7 @@ class StepMechanism(Mechanism):
         A client that never took part costs nothing: the model cannot know its samples.
         """
         excluded = merged(history.excluded, deletions)
-        start = history.ignorant([deletion.client for deletion in deletions])
+        start = history.ignorant(excluded)
         if start is None:
             return Forgotten(history.weights, excluded, resumed_after=history.rounds)
         models = Models.of(trainer.central(), history, deletions)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +23,19 @@ from fedattack.data import World
 from fedattack.errors import DataError, NotApplicable
 from fedattack.models import build_model, initial_weights
 from fedattack.rng import numpy_rng, torch_rng
-from fedattack.unlearning.mechanism import Mechanism
+from fedattack.unlearning.central import Central
+from fedattack.unlearning.history import ClientUpdate, History, Weights
+from fedattack.unlearning.mechanism import Excluded, Mechanism
+from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.retrain import Retrain
 from fedattack.unlearning.shadows import Stack, first_rows, trained
 from fedattack.unlearning.steps import Models, StepMechanism
 
-log = logging.getLogger("fedattack.shadows")
-
 NONE = "none"
 """The name of doing nothing: how much there is to forget."""
+
+ORIGINAL, CONTROL, RETRAINED = range(3)
+"""Whose draws: of models that had the targets, of those they are compared with, of those that are audited."""
 
 Shown = Callable[[str, float, str], None]
 
@@ -141,6 +148,27 @@ def balanced(rng: np.random.Generator, trainings: int, samples: int) -> NDArray[
     return np.concatenate([rng.permuted(side, axis=0) for side in sides])
 
 
+class Holder:
+    """One holder of data who is the server (:class:`fedattack.unlearning.Trainer`); there are no clients to ask."""
+
+    def __init__(self, central: Central) -> None:
+        self._central, self.cost = central, central.cost
+
+    def central(self) -> Central:
+        """The data."""
+        return self._central
+
+    def train(self, excluded: Excluded, weights: Weights, first_round: int) -> Weights:
+        """Train the rounds from `first_round` again."""
+        return self._central.train(weights, excluded.get(0, ()), first_round)
+
+    def updates(self, *_: Any, **__: Any) -> Iterator[ClientUpdate]:
+        """Refused (NotApplicable), as :meth:`gradients` and :meth:`evaluate`."""
+        raise NotApplicable("a shadow model has no clients")
+
+    gradients = evaluate = updates
+
+
 class ShadowAudit:
     """Shadow trainings of a configuration, and the audits of mechanisms on them.
 
@@ -164,49 +192,107 @@ class ShadowAudit:
         self.stack = Stack(scenario.model, design.images, design.labels, base)
 
     def audit(self, mechanisms: Mapping[str, Mechanism | None]) -> list[AuditResult]:
-        """Audit each; None does nothing."""
+        """Audit each; None does nothing. NotApplicable, before anything is trained, where one cannot be asked."""
+        for name, mechanism in mechanisms.items():
+            self._check(name, mechanism)
         self.shown("shadows", 0.0, "original models")
         kept, forgotten = self.design.kept, self.design.forgotten
-        original = self._trained(kept | forgotten, 0)
+        original = self._trained(kept | forgotten, ORIGINAL)
         self.shown("shadows", 0.5, "retrained models to compare with")
-        control = self._trained(kept, 1)
+        control = self._trained(kept, CONTROL)
         self.shown("shadows", 1.0, "trained")
-        before, against = self._answers(original), self._answers(control)
         found = []
         for number, (name, mechanism) in enumerate(mechanisms.items()):
             self.shown("mechanisms", number / len(mechanisms), name)
-            begun, passes = time.perf_counter(), self.stack.passes
-            after = self._answers(self._forgotten(name, mechanism, original))
-            cost = (self.stack.passes - passes) / len(original)
-            shadows = self._shadows(before, after, against)
-            seconds = time.perf_counter() - begun
-            seed = self.config.seed
+            begun = time.perf_counter()
+            released, after, cost = self._forgotten(name, mechanism, original)
+            against = self._prepared(mechanism, control)
+            shadows = self._shadows(*map(self._answers, (released, after, against)))
+            seconds, seed = time.perf_counter() - begun, self.config.seed
             found.append(audit_forgetting(name, shadows, samples_passed=cost, seconds=seconds, seed=seed))
         self.shown("mechanisms", 1.0, "done")
         return found
 
-    def _trained(self, members: NDArray[np.bool_], which: int) -> Tensor:
-        """Models with their own initial weights and batches, of the draws of number `which`."""
-        seed = int(numpy_rng(self.config.seed, "shadow training", which).integers(2**31))
-        rows = first_rows(self.stack, len(members), seed)
-        return trained(
-            self.stack, rows, members, self.world.scenario.training, self.config.federation.rounds, seed
-        )
-
-    def _forgotten(self, name: str, mechanism: Mechanism | None, original: Tensor) -> Tensor:
-        """The models after they forgot their targets."""
-        design, seed = self.design, self.config.seed
-        if mechanism is None:
-            return original
-        if isinstance(mechanism, Retrain):
-            return self._trained(design.kept, 2)
-        if isinstance(mechanism, StepMechanism):
-            draws = [torch_rng(seed, f"shadow {name}", row) for row in range(len(original))]
-            training = self.world.scenario.training
-            return mechanism.moved(
-                Models(self.stack, original, design.forgotten, design.kept, training, draws)
+    def _check(self, name: str, mechanism: Mechanism | None) -> None:
+        """Refuse (NotApplicable) what shadow models cannot be asked."""
+        if mechanism is None or isinstance(mechanism, Retrain):
+            return
+        mechanism.check(name, self.world.scenario, 1)
+        if mechanism.runs != "central" or mechanism.keeps:
+            raise NotApplicable(
+                f"setting '--mechanism' = {name!r}: it forgets by what a federation's server keeps, and shadow "
+                "models have one holder of data who keeps the initial model; accepted: retrain, and what runs "
+                "centrally"
             )
-        raise NotApplicable(f"setting '--mechanisms' = {name!r}: cannot be audited by shadow trainings")
+
+    def _seeds(self, which: int) -> list[int]:
+        """Each model's own seed, of its initial weights and its batches."""
+        rng = numpy_rng(self.config.seed, "shadow training", which)
+        return rng.integers(2**31, size=len(self.design.asked)).tolist()
+
+    def _trained(self, members: NDArray[np.bool_], which: int) -> Tensor:
+        """Models of the draws `which`, (T, P)."""
+        seeds, rounds = self._seeds(which), self.config.federation.rounds
+        rows = first_rows(self.stack, seeds)
+        return trained(self.stack, rows, members, self.world.scenario.training, rounds, seeds)
+
+    def _forgotten(
+        self, name: str, mechanism: Mechanism | None, original: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """What is released of the models, before and after they forget, and samples passed through each meanwhile."""
+        design, count = self.design, len(original)
+        before, training = self.stack.passes, self.world.scenario.training
+        if mechanism is None:
+            return original, original, 0.0
+        if isinstance(mechanism, Retrain):
+            after = self._trained(design.kept, RETRAINED)
+        elif isinstance(mechanism, StepMechanism):
+            draws = [torch_rng(seed, f"shadow {name}") for seed in self._seeds(ORIGINAL)]
+            models = Models(self.stack, original, design.forgotten, design.kept, training, draws)
+            after = mechanism.moved(models)
+        else:
+            return self._one_by_one(name, mechanism, original)
+        return original, after, (self.stack.passes - before) / count
+
+    def _one_by_one(self, name: str, mechanism: Mechanism, original: Tensor) -> tuple[Tensor, Tensor, float]:
+        """The same by any mechanism that runs centrally, one model after the other."""
+        kept, forgotten = self.design.kept, self.design.forgotten
+        released, after, passed = [], [], 0.0
+        for t, row in enumerate(original):
+            self.shown(name, t / len(original), f"model {t + 1} of {len(original)}")
+            with self._holder(mechanism, ORIGINAL, t, row, kept[t] | forgotten[t]) as (history, trainer):
+                history.weights = mechanism.prepare(history.excluded, history, trainer)
+                released.append(history.weights)
+                before = trainer.cost.copy()
+                deletion = Deletion(0, frozenset(np.flatnonzero(forgotten[t]).tolist()))
+                after.append(mechanism.forget([deletion], history, trainer).weights)
+                passed += trainer.cost.since(before).gradients * len(self.design.labels)
+        self.shown(name, 1.0, "")
+        return self.stack.rows(released), self.stack.rows(after), passed / len(original)
+
+    def _prepared(self, mechanism: Mechanism | None, control: Tensor) -> Tensor:
+        """What is released of the retrained models."""
+        if mechanism is None or type(mechanism).prepare is Mechanism.prepare:
+            return control
+        states = []
+        for t, (row, members) in enumerate(zip(control, self.design.kept, strict=True)):
+            with self._holder(mechanism, CONTROL, t, row, members) as (history, trainer):
+                states.append(mechanism.prepare(history.excluded, history, trainer))
+        return self.stack.rows(states)
+
+    @contextmanager
+    def _holder(
+        self, mechanism: Mechanism, which: int, number: int, row: Tensor, members: NDArray[np.bool_]
+    ) -> Iterator[tuple[History, Holder]]:
+        """One shadow model's history and data, as its only holder has them; what it never had is excluded."""
+        scenario, rounds = self.world.scenario, self.config.federation.rounds
+        seed, design = self._seeds(which)[number], self.design
+        with tempfile.TemporaryDirectory(prefix="shadow-") as folder:
+            history = History(Path(folder), scenario, mechanism.keeps)
+            history.keep_weights(0, initial_weights(scenario.model, seed))
+            history.weights, history.rounds, history.first_rounds = self.stack.state(row), rounds, {0: 1}
+            history.excluded = {0: frozenset(np.flatnonzero(~members).tolist())}
+            yield history, Holder(Central(scenario, design.images, design.labels, seed, rounds))
 
     def _answers(self, rows: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Log-odds of the labels of all samples (T, N) and of the held-out (T, h), and accuracies (T, 3)."""
@@ -214,8 +300,9 @@ class ShadowAudit:
         logits, outside = (self.stack.logits(rows, images) for images in (design.images, design.held_out[0]))
         right = (logits.argmax(-1) == design.labels).double().numpy()
         held_out = (outside.argmax(-1) == design.held_out[1]).double().mean(1).numpy()
-        asked = np.where(design.asked, right[:, design.targets], np.nan)
-        accuracies = np.stack([np.nanmean(asked, 1), right[:, design.retained].mean(1), held_out], 1)
+        asked, targets = design.asked, right[:, design.targets]
+        of_asked = (targets * asked).sum(1) / np.maximum(1, asked.sum(1))
+        accuracies = np.stack([of_asked, right[:, design.retained].mean(1), held_out], 1)
         return (
             scaled_confidence(logits, design.labels).numpy(),
             scaled_confidence(outside, design.held_out[1]).numpy(),
