@@ -25,7 +25,7 @@ class Mcmc(Mechanism):
     """MCMC unlearning (Fu et al., Knowledge removal in sampling-based Bayesian inference, ICLR 2022, algorithm 2).
 
     What is released is a draw of ``exp(-sum of losses - n weight_decay |w|^2 / 2)`` by Langevin dynamics from the
-    trained weights. It forgets by moving by ``H^-1 E[sum of the forgotten's gradients]``, H the mean Hessian of the
+    trained weights. It forgets by moving by ``H^-1 E[gradient of the forgotten's energy]``, H the mean Hessian of the
     energy of what is left, both averaged over `samples` further states of the chain; the inverse by a Neumann series.
 
     Parameters
@@ -76,7 +76,9 @@ class Mcmc(Mechanism):
             flat = central.flat(base)
             chain = self._chain(central, flat, base, earlier, central.rng("mcmc", len(earlier), 1))
             states = [state for _, state in zip(range(self.samples), chain, strict=False)]
-            pull = torch.stack([central.gradient(state, base, forgotten) for state in states]).mean(0)
+            decay = len(forgotten) * central.scenario.training.weight_decay
+            pulls = [central.gradient(state, base, forgotten) + decay * state for state in states]
+            pull = torch.stack(pulls).mean(0)
 
             def curved(vector: Tensor) -> Tensor:
                 products = [central.product(state, base, vector, kept) for state in states]
