@@ -421,14 +421,17 @@ def _seats(
     return seats
 
 
-def _asking(
-    place: Workplace, attack: MaliciousClient, view: ClientView, weights: dict[str, Tensor]
+def asking(
+    model: nn.Module, attack: MaliciousClient, view: ClientView, weights: dict[str, Tensor]
 ) -> ClientView:
-    """The view of a client that asks for deletions, with the access to the global model that its attack has."""
+    """The view of a client that asks for deletions, with the access to the global model that its attack has.
+
+    `model` is scratch space: it takes the weights.
+    """
     if attack.access == "none":
         return view
-    load_weights(place.model, weights)
-    model = place.model.eval()
+    load_weights(model, weights)
+    model.eval()
     if attack.access == "weights":
         return replace(view, model=model)
 
@@ -508,7 +511,7 @@ def unlearn(message: Message, context: Context) -> Message:
         left = remaining_positions(len(place.partitions[client]), _excluded(settings))
         if not len(left):
             raise DataError(f"client {client} has no samples left to forget")
-        view = replace(_asking(place, attack, view, weights), times=times)
+        view = replace(asking(place.model, attack, view, weights), times=times)
         request = attack.ask(view, *place.samples(client, left))
         if request is None:
             continue

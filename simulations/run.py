@@ -431,7 +431,7 @@ SHADOWS = INLINE | {
 @partial(
     with_settings,
     left_open=SHADOWS,
-    sections=("seed", "data", "model", "training", "federation", "unlearning", "engine", "output"),
+    sections=("seed", "data", "model", "training", "federation", "unlearning", "attack", "engine", "output"),
 )
 def forgetting_audit(
     mechanism: Annotated[

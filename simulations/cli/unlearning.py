@@ -12,7 +12,7 @@ from fedattack.errors import ConfigError
 from fedattack.registry import plugin_options
 from fedattack.unlearning import MECHANISMS, build_mechanism
 from fedattack.unlearning.mechanism import Mechanism
-from simulations.experiments.shadows import NONE, Counts, ShadowAudit, make_design
+from simulations.experiments.shadows import NONE, Counts, ShadowAudit, chosen_targets, make_design
 from simulations.pipeline import open_run_folder, report, run_directory
 
 
@@ -21,7 +21,7 @@ def run_audit(config: Config, mechanisms: str, counts: Counts, console: Console,
     _check(config, counts)
     chosen = named(config.unlearning, [name.strip() for name in mechanisms.split(",") if name.strip()])
     world = build_world(config)
-    design = make_design(config, world, counts)
+    design = make_design(config, world, counts, chosen_targets(config, world, counts))
     called = config.model_copy(update={"attack": AttackConfig(names=("forgetting-audit",))})
     output = config.output.model_copy(update={"run_dir": str(run_directory(called))})
     config = config.model_copy(update={"output": output})

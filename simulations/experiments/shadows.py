@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adversaries.membership.logits.base import scaled_confidence
+from adversaries.refusals import applicable
+from adversaries.seats import ClientView, MaliciousClient
 from fedattack.audit import AuditResult
 from fedattack.audit.forgetting import MISLABELLED, RANDOM, Shadows, audit_forgetting
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.errors import DataError, NotApplicable
+from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.models import build_model, initial_weights
-from fedattack.rng import numpy_rng, torch_rng
+from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.unlearning.central import Central
 from fedattack.unlearning.history import ClientUpdate, History, Weights
 from fedattack.unlearning.mechanism import Excluded, Mechanism
@@ -30,12 +32,16 @@ from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.retrain import Retrain
 from fedattack.unlearning.shadows import Stack, first_rows, trained
 from fedattack.unlearning.steps import Models, StepMechanism
+from simulations.client_app import asking
+from simulations.experiments.choose import choose_attacks, known_facts
 
 NONE = "none"
 """The name of doing nothing: how much there is to forget."""
 
-ORIGINAL, CONTROL, RETRAINED = range(3)
-"""Whose draws: of models that had the targets, of those they are compared with, of those that are audited."""
+ORIGINAL, CONTROL, RETRAINED, CHOICE = range(4)
+"""Whose draws: of models that had the targets, of those they are compared with, of those that are audited, and of the
+one by which an attack chooses.
+"""
 
 Shown = Callable[[str, float, str], None]
 
@@ -89,6 +95,51 @@ class Counts:
     retained: int = 400
     probes: int = 40
 
+    @property
+    def wrong(self) -> int:
+        """Mislabelled targets."""
+        return round(self.targets * self.mislabelled)
+
+    @property
+    def needed(self) -> int:
+        """Samples in all."""
+        return self.targets + self.retained + self.probes
+
+
+def chosen_targets(config: Config, world: World, counts: Counts) -> tuple[str, NDArray[np.int64]] | None:
+    """The configured attack, and the samples that it wants a model forgotten that was trained on all; None without.
+
+    That model is none of the shadows. ConfigError or NotApplicable for what chooses none of the samples.
+    """
+    if not config.attack.names:
+        return None
+    named = choose_attacks(config)
+    told = f"setting 'attack.names' = {', '.join(named)!r}:"
+    (name, attack), *more = named.items()
+    if more or not isinstance(attack, MaliciousClient):
+        raise ConfigError(f"{told} one malicious client chooses the targets, such as unlearn-max-loss")
+    applicable(named, world.scenario, known_facts(config, world))
+    if type(attack).plant is not MaliciousClient.plant:
+        raise NotApplicable(f"{told} it plants samples before training, and targets are samples as they are")
+    clean, seed = counts.targets - counts.wrong, config.seed
+    pool = numpy_rng(seed, "shadow choice").permutation(world.pools.clients)[: counts.needed]
+    images, labels = world.dataset.tensors(pool)
+    own = int(numpy_rng(seed, "shadow training", CHOICE).integers(2**31))
+    stack = Stack(world.scenario.model, images, labels, initial_weights(world.scenario.model, own))
+    everything, rounds = np.ones((1, len(labels)), dtype=bool), config.federation.rounds
+    rows = trained(stack, first_rows(stack, [own]), everything, world.scenario.training, rounds, [own])
+    weights = stack.state(rows[0])
+    shown = weights if attack.access == "weights" else {}
+    drawn = adversary_seed(seed, f"client seat of {name}", rounds, 0)
+    view = ClientView(rounds, 0, world.scenario, shown, drawn, {}, clean)
+    view = asking(build_model(world.scenario.model), attack, view, weights)
+    request = attack.ask(view, images, labels)
+    if request is None or not request.positions:
+        raise NotApplicable(
+            f"{told} it names none of its samples to forget, and targets are samples as they are"
+        )
+    return name, pool[list(request.positions)[:clean]]
+
 
 def make_design(
     config: Config,
@@ -103,14 +154,13 @@ def make_design(
     """
     rng = numpy_rng(config.seed, "shadow design")
     pool = world.pools.clients
-    needed = counts.targets + counts.probes + counts.retained
+    needed, wrong = counts.needed, counts.wrong
     if len(pool) < needed or not len(world.pools.nonmembers):
         raise DataError(
             f"an audit of {counts.targets} targets, {counts.probes} probes and {counts.retained} retained samples "
             f"needs {needed} samples and some held out; the clients' pool of {config.data.name!r} has {len(pool)}, "
             f"the held-out one {len(world.pools.nonmembers)}"
         )
-    wrong = round(counts.targets * counts.mislabelled)
     name, wanted = chosen or (RANDOM, np.empty(0, np.int64))
     wanted = wanted[: counts.targets - wrong]
     others = rng.permutation(np.setdiff1d(pool, wanted))

@@ -29,6 +29,7 @@ OWN_FILES = {
     "fedattack/audit/membership.py",
     "fedattack/audit/unlearning.py",
     "simulations/experiments/base.py",  # the registry
+    "simulations/run.py",  # a sub-command of that name
 }
 BASES = {"ReconstructionAttack", "MembershipAttack", "UnlearningAttack"}
 
