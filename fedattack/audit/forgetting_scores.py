@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from fedattack.metrics import Interval, bootstrap_mean, pooled_auc
 from fedattack.metrics.membership import auc, bar_at_fpr
 
 Scores = NDArray[np.float64]
+Pairs = tuple[NDArray[Any], ...]
 
 MARGIN_AUC = 0.55
 """An AUC surely below this is no trace."""
@@ -83,7 +84,7 @@ def u_lira(unlearned: Scores, others: Scores) -> Ranking:
     """
     if unlearned.shape[1:] != others.shape[1:] or unlearned.ndim != 2:
         raise DataError(f"scores of shapes {unlearned.shape} and {others.shape} are not of the same samples")
-    sides: tuple[list[tuple[Scores, ...]], list[tuple[Scores, ...]]] = ([], [])
+    sides: tuple[list[Pairs], list[Pairs]] = ([], [])
     for fold in (0, 1):
         fitted = [_half(scores, 1 - fold) for scores in (unlearned, others)]
         fewest = min(int((~np.isnan(one)).sum(0).min()) for one in fitted)
@@ -107,13 +108,13 @@ def _half(scores: Scores, fold: int) -> Scores:
     return scores[middle:] if fold else scores[:middle]
 
 
-def _pairs(scores: Scores, found: bool, first: int) -> tuple[Scores, ...]:
+def _pairs(scores: Scores, found: bool, first: int) -> Pairs:
     """Score, side, sample and training of all that is no NaN."""
     training, target = np.nonzero(~np.isnan(scores))
     return scores[training, target], np.full(len(target), found), target, training + first
 
 
-def _joined(inside: list[tuple[Scores, ...]], outside: list[tuple[Scores, ...]]) -> Ranking:
+def _joined(inside: list[Pairs], outside: list[Pairs]) -> Ranking:
     scores, unlearned, target, training = (
         np.concatenate(part) for part in zip(*inside, *outside, strict=True)
     )

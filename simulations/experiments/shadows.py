@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +216,11 @@ class Holder:
         """Refused (NotApplicable), as :meth:`gradients` and :meth:`evaluate`."""
         raise NotApplicable("a shadow model has no clients")
 
-    gradients = evaluate = updates
+    gradients = updates
+
+    def evaluate(self, weights: Weights, clients: Collection[int]) -> dict[int, dict[str, float]]:
+        """Refused."""
+        raise NotApplicable("a shadow model has no clients")
 
 
 class ShadowAudit:

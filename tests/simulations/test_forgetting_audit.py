@@ -30,7 +30,8 @@ def audit(*arguments: str) -> None:
 
 def test_a_page_with_a_row_for_each_mechanism(tmp_path: Path) -> None:
     mechanisms = ["none", "retrain", "ascent", "mcmc"]
-    more = ["--set", "unlearning.mcmc.burn_in=3", "--set", "unlearning.ascent.steps=2"]
+    more = [f"--set=unlearning.mcmc.{short}" for short in ("burn_in=3", "terms=4", "samples=1")]
+    more += ["--set", "unlearning.ascent.steps=2"]
     audit(*SMALL, "--mechanism", ",".join(mechanisms), "--run-dir", str(tmp_path), *more)
     summary = json.loads((tmp_path / "summary.json").read_text())["attacks"]
     assert list(summary) == mechanisms
