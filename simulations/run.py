@@ -210,7 +210,7 @@ def list_plugins(
 
 @app.command("show")
 def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `fedattack list` names")]) -> None:
-    """What one attack, defence, model, ... does, who runs it and what it needs."""
+    """What an attack, defence, ... does, who runs it and what it needs."""
     from simulations.cli.catalogue import described, settings_tables
 
     table = Table(title=name, show_header=False, **PLAIN)
@@ -225,7 +225,7 @@ def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `feda
 
 @app.command("settings")
 def list_settings(name: Name = None) -> None:
-    """Every setting, or one attack's: its default, its own option and its meaning; an empty value (NAME=) is None."""
+    """Every setting, or one attack's: default, option and meaning; an empty value (NAME=) is None."""
     from simulations.cli.catalogue import settings_tables
 
     texts = {f"--{option}": text for group in PROMINENT.values() for option, text in group.items()}
@@ -264,7 +264,7 @@ def sweep(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="ray or inline; default: the file's")] = None,
 ) -> None:
-    """Run every combination of attacks, defences, ... that FILE names; started again, it resumes."""
+    """Run every combination of attacks, ... that FILE names; started again, it resumes."""
     from simulations.studies.sweep import Sweep, run_sweep
 
     folder = out or Path("runs") / file.stem
@@ -436,7 +436,7 @@ SHADOWS = INLINE | {
 def forgetting_audit(
     mechanism: Annotated[
         str, typer.Option(help="mechanisms, several with commas; none: nothing is forgotten")
-    ] = "none,retrain,fine-tuning,ascent,neg-grad,random-labels,scrub-distil,salun",
+    ] = "none,retrain,fine-tuning,gradient-ascent,neg-grad,random-labels,scrub-distil,salun",
     shadows: Annotated[int, typer.Option(help="models to train")] = 128,
     targets: Annotated[int, typer.Option(help="samples to forget, by a coin each")] = 40,
     mislabelled: Annotated[float, typer.Option(min=0, max=1, help="share of them with a wrong label")] = 0.5,

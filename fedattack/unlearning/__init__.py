@@ -17,7 +17,7 @@ MECHANISMS: Registry[type[Mechanism]] = Registry(
         "retrain": "fedattack.unlearning.retrain:Retrain",
         "federaser": "fedattack.unlearning.federaser:FedEraser",
         "fine-tuning": "fedattack.unlearning.fine_tuning:FineTuning",
-        "ascent": "fedattack.unlearning.ascent:Ascent",
+        "gradient-ascent": "fedattack.unlearning.ascent:Ascent",
         "neg-grad": "fedattack.unlearning.neg_grad:NegGradPlus",
         "random-labels": "fedattack.unlearning.random_labels:RandomLabels",
         "fisher": "fedattack.unlearning.fisher:Fisher",

@@ -29,18 +29,21 @@ def audit(*arguments: str) -> None:
 
 
 def test_a_page_with_a_row_for_each_mechanism(tmp_path: Path) -> None:
-    mechanisms = ["none", "retrain", "ascent", "mcmc"]
+    mechanisms = ["none", "retrain", "gradient-ascent", "mcmc"]
     more = [f"--set=unlearning.mcmc.{short}" for short in ("burn_in=3", "terms=4", "samples=1")]
-    more += ["--set", "unlearning.ascent.steps=2"]
+    more += ["--set", "unlearning.gradient-ascent.steps=2"]
     audit(*SMALL, "--mechanism", ",".join(mechanisms), "--run-dir", str(tmp_path), *more)
     summary = json.loads((tmp_path / "summary.json").read_text())["attacks"]
     assert list(summary) == mechanisms
     # passes of 2 steps over what each model forgets, of all its terms' batches
     assert summary["none"]["samples_passed"] == 0
-    assert 2 <= summary["ascent"]["samples_passed"] <= 12
+    assert 2 <= summary["gradient-ascent"]["samples_passed"] <= 12
     assert summary["retrain"]["samples_passed"] > 60
     assert summary["mcmc"]["samples_passed"] > 60
-    same = [summary[name]["metrics"]["retained_auc_before"]["mean"] for name in ("none", "retrain", "ascent")]
+    same = [
+        summary[name]["metrics"]["retained_auc_before"]["mean"]
+        for name in ("none", "retrain", "gradient-ascent")
+    ]
     assert len(set(same)) == 1
     assert all(row["trainings"] == 16 for row in summary.values())
     records = pd.read_csv(tmp_path / "records.csv")
@@ -55,10 +58,10 @@ def test_a_page_with_a_row_for_each_mechanism(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["--mechanism", "amnesia"], "unknown mechanism 'amnesia'"),
-        (["--mechanism", "ascent,ascent"], "name each mechanism once"),
+        (["--mechanism", "gradient-ascent,gradient-ascent"], "name each mechanism once"),
         (["--mechanism", "federaser"], "shadow models have one holder"),
-        (["--set", "unlearning.mcmc.terms=3", "--mechanism", "ascent"], "is not audited"),
-        (["--set", "unlearning.burn=3", "--mechanism", "ascent"], "none of ascent has it"),
+        (["--set", "unlearning.mcmc.terms=3", "--mechanism", "gradient-ascent"], "is not audited"),
+        (["--set", "unlearning.burn=3", "--mechanism", "gradient-ascent"], "none of gradient-ascent has it"),
         (["--clients", "2"], "one holder of data"),
         (["--model", "resnet20"], "running statistics"),
         (["--shadows", "8"], "at least 16 shadows"),
