@@ -16,7 +16,7 @@ from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.errors import RunFailed
 from fedattack.models import build_model, initial_weights
 from fedattack.task import tied_names, trained_parameters
-from fedattack.training import batches_without
+from fedattack.training import batch_positions
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 """Logits (B, classes) and what they are held against, (B, ...), to each sample's loss, (B,)."""
@@ -159,11 +159,11 @@ def trained(
     if training.protocol == "fedsgd":
         rate = training.server_learning_rate or rate
     count = len(stack.labels)
-    others = [frozenset(np.flatnonzero(~row).tolist()) for row in members]
     for number in range(1, rounds + 1):
+        # as batches_without leaves them, quicker
         walks = [
-            batches_without(count, training, seed, number, 0, gone)
-            for seed, gone in zip(seeds, others, strict=True)
+            [batch[own[batch]] for batch in batch_positions(count, training, seed, number, 0)]
+            for seed, own in zip(seeds, members, strict=True)
         ]
         velocity = torch.zeros_like(rows)
         for step in zip(*walks, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 
@@ -25,7 +26,13 @@ def run_audit(config: Config, mechanisms: str, counts: Counts, console: Console,
     called = config.model_copy(update={"attack": AttackConfig(names=("forgetting-audit",))})
     output = config.output.model_copy(update={"run_dir": str(run_directory(called))})
     config = config.model_copy(update={"output": output})
+    asked = {"mechanism": mechanisms} | {name: str(value) for name, value in asdict(counts).items()}
     with open_run_folder(config, console) as (folder, shown):
+        if (earlier := folder.load_part("asked")) not in (None, asked):
+            raise ConfigError(
+                f"setting 'output.run_dir' = {config.output.run_dir!r}: holds an audit of {earlier}; give another one"
+            )
+        folder.save_part("asked", asked)
         results = ShadowAudit(config, world, design, shown).audit(chosen)
     about = (
         f"{counts.shadows} shadow trainings of {world.scenario.model.name} on {world.dataset.name}: "
