@@ -272,11 +272,10 @@ class ShadowAudit:
         if mechanism is None or isinstance(mechanism, Retrain):
             return
         mechanism.check(name, self.world.scenario, 1)
-        if mechanism.runs != "central" or mechanism.keeps:
+        if mechanism.runs != "central" or "updates" in mechanism.keeps:
             raise NotApplicable(
-                f"setting '--mechanism' = {name!r}: it forgets by what a federation's server keeps, and shadow "
-                "models have one holder of data who keeps the initial model; accepted: retrain, and what runs "
-                "centrally"
+                f"setting '--mechanism' = {name!r}: it forgets by what a federation's clients send, and shadow "
+                "models have one holder of data; accepted: retrain, and what runs centrally"
             )
 
     def _seeds(self, which: int) -> list[int]:
@@ -343,9 +342,16 @@ class ShadowAudit:
         seed, design = self._seeds(which)[number], self.design
         with tempfile.TemporaryDirectory(prefix="shadow-") as folder:
             history = History(Path(folder), scenario, mechanism.keeps)
-            history.keep_weights(0, initial_weights(scenario.model, seed))
+            first = initial_weights(scenario.model, seed)
+            history.keep_weights(0, first)
+            gone = frozenset(np.flatnonzero(~members).tolist())
+            if "checkpoints" in mechanism.keeps:  # the training once more, for all that it passes through
+                past = Central(scenario, design.images, design.labels, seed, rounds)
+                for step in past.walk(first, gone):
+                    if step.index == 0 and step.round > 1:
+                        history.keep_weights(step.round - 1, past.weights(step.before, first))
             history.weights, history.rounds, history.first_rounds = self.stack.state(row), rounds, {0: 1}
-            history.excluded = {0: frozenset(np.flatnonzero(~members).tolist())}
+            history.excluded = {0: gone}
             yield history, Holder(Central(scenario, design.images, design.labels, seed, rounds))
 
     def _answers(self, rows: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

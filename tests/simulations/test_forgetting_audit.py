@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -14,8 +16,10 @@ from typer.testing import CliRunner
 from fedattack.config import Config
 from fedattack.data import build_world
 from fedattack.errors import BadRequest
+from fedattack.unlearning import Deletion, Forgotten, History, Mechanism, Trainer
+from fedattack.unlearning.mechanism import merged
 from simulations import run
-from simulations.experiments.shadows import Counts, balanced, chosen_targets, make_design
+from simulations.experiments.shadows import Counts, ShadowAudit, balanced, chosen_targets, make_design
 
 SMALL = ["--shadows", "16", "--targets", "6", "--retained", "60", "--probes", "6", "--rounds", "1"]
 SMALL += ["--width", "8", "--set", "training.local_steps=6", "--set", "data.nonmembers=60", "--limit", "300"]
@@ -61,7 +65,7 @@ def test_a_page_with_a_row_for_each_mechanism(tmp_path: Path) -> None:
     [
         (["--mechanism", "amnesia"], "unknown mechanism 'amnesia'"),
         (["--mechanism", "gradient-ascent,gradient-ascent"], "name each mechanism once"),
-        (["--mechanism", "federaser"], "shadow models have one holder"),
+        (["--mechanism", "federaser"], "shadow models have one holder of data"),
         (["--set", "unlearning.mcmc.terms=3", "--mechanism", "gradient-ascent"], "is not audited"),
         (["--set", "unlearning.burn=3", "--mechanism", "gradient-ascent"], "none of gradient-ascent has it"),
         (["--clients", "2"], "one holder of data"),
@@ -112,3 +116,35 @@ def test_u_lira_sees_what_the_population_test_misses(tmp_path: Path) -> None:
     assert tuned["population_auc"]["mean"] <= 0.7
     assert summary["fine-tuning"]["level"] == "leak"
     assert summary["retrain"]["level"] == "none"
+
+
+class Rewind(Mechanism):
+    """Forgets by going back a round; the tests' own."""
+
+    runs = "central"
+    keeps = frozenset({"checkpoints"})
+    seen: ClassVar[list[tuple[float, int]]] = []
+
+    def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
+        excluded = merged(history.excluded, deletions)
+        central = trainer.central()
+        again = central.train(history.checkpoint(0), history.excluded[0])
+        off = max(float((again[name] - tensor).abs().max()) for name, tensor in history.weights.items())
+        self.seen.append((off, max(history.checkpoints)))
+        return Forgotten(history.checkpoint(history.rounds), excluded, 0)
+
+
+def test_a_shadow_models_holder_can_train_it_again(tmp_path: Path) -> None:
+    """Seeds, batches, exclusions and kept checkpoints are those by which all were trained at once."""
+    settings = {"dataset": "digits", "model": "mlp", "width": 8, "clients": 1, "rounds": 3, "limit": 260}
+    settings |= {"protocol": "fedavg", "local-steps": 4, "batch-size": 16, "compressor": "none"}
+    settings |= {"data.auxiliary_size": 0, "data.nonmembers": 60, "training.momentum": 0.5}
+    config = Config.from_mapping(settings)
+    world = build_world(config)
+    design = make_design(config, world, Counts(16, 6, 0.5, 60, 6))
+    (result,) = ShadowAudit(config, world, design, lambda *_: None).audit({"rewind": Rewind()})
+    assert len(Rewind.seen) == 16
+    assert max(off for off, _ in Rewind.seen) < 1e-5
+    assert {newest for _, newest in Rewind.seen} == {3}
+    m = result.summary["metrics"]
+    assert m["retained_auc"]["mean"] == pytest.approx(m["retained_auc_before"]["mean"], abs=1e-3)
