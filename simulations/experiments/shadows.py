@@ -124,21 +124,23 @@ def chosen_targets(config: Config, world: World, counts: Counts) -> tuple[str, N
     clean, seed = counts.targets - counts.wrong, config.seed
     pool = numpy_rng(seed, "shadow choice").permutation(world.pools.clients)[: counts.needed]
     images, labels = world.dataset.tensors(pool)
-    own = int(numpy_rng(seed, "shadow training", CHOICE).integers(2**31))
-    stack = Stack(world.scenario.model, images, labels, initial_weights(world.scenario.model, own))
+    start = int(numpy_rng(seed, "shadow training", CHOICE).integers(2**31))
+    stack = Stack(world.scenario.model, images, labels, initial_weights(world.scenario.model, start))
     everything, rounds = np.ones((1, len(labels)), dtype=bool), config.federation.rounds
-    rows = trained(stack, first_rows(stack, [own]), everything, world.scenario.training, rounds, [own])
+    rows = trained(stack, first_rows(stack, [start]), everything, world.scenario.training, rounds, [start])
     weights = stack.state(rows[0])
     shown = weights if attack.access == "weights" else {}
     drawn = adversary_seed(seed, f"client seat of {name}", rounds, 0)
-    view = ClientView(rounds, 0, world.scenario, shown, drawn, {}, clean)
+    view = ClientView(rounds, 0, world.scenario, shown, drawn, {}, clean, invited=True)
     view = asking(build_model(world.scenario.model), attack, view, weights)
-    request = attack.ask(view, images, labels)
-    if request is None or not request.positions:
+    own = range(len(pool))
+    asked = [place for request in attack.asked(view, images, labels) for place in request.positions]
+    places = [place for place in dict.fromkeys(asked) if isinstance(place, int) and place in own]
+    if not places:
         raise NotApplicable(
             f"{told} it names none of its samples to forget, and targets are samples as they are"
         )
-    return name, pool[list(request.positions)[:clean]]
+    return name, pool[places[:clean]]
 
 
 def make_design(
