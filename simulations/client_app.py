@@ -437,14 +437,17 @@ def _seats(
     return seats
 
 
-def _asking(
-    place: Workplace, attack: MaliciousClient, view: ClientView, weights: dict[str, Tensor]
+def asking(
+    model: nn.Module, attack: MaliciousClient, view: ClientView, weights: dict[str, Tensor]
 ) -> ClientView:
-    """The view of a client that asks for deletions, with the access to the global model that its attack has."""
+    """The view of a client that asks for deletions, with the access to the global model that its attack has.
+
+    `model` is scratch space: it takes the weights.
+    """
     if attack.access == "none":
         return view
-    load_weights(place.model, weights)
-    model = place.model.eval()
+    load_weights(model, weights)
+    model.eval()
     if attack.access == "weights":
         return replace(view, model=model)
 
@@ -543,7 +546,7 @@ def _asked(
     requests: list[tuple[str, UnlearningRequest]] = []
     for name, (attack, view) in seats.items():
         own, tag = range(len(left)), wire.tag_of(place.config.seed, name)
-        view = _asking(place, attack, view, weights)
+        view = asking(place.model, attack, view, weights)
         for request in attack.asked(view, *place.samples(client, left)):
             positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
             requests.append((tag, replace(request, positions=tuple(positions))))
