@@ -47,6 +47,11 @@ def _model(model: ModelConfig) -> tuple[str, bool, type[nn.Module]]:
     return "biased" if f"{name}.bias" in shapes else "linear", normalised, type(module)
 
 
+def normalises(model: ModelConfig) -> bool:
+    """Whether BatchNorm is in a model."""
+    return _model(model)[1]
+
+
 def _said(check: Callable[..., object], *arguments: Any, **options: Any) -> str:
     """What a function that refuses by an error says."""
     try:

@@ -1,0 +1,309 @@
+"""What forgetting leaks: from what was seen before and after a deletion to an ordinary observation of the forgotten.
+
+Each function answers an :class:`~fedattack.observation.Observation` of k images, on which every reconstruction attack
+runs as on any other: from a client's two updates at the same weights, from two global models, from two released
+models. :func:`departures` says beforehand what makes the answer an approximation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.func import functional_call, jvp, vjp
+from torch.nn.functional import softmax
+
+from adversaries.inversion.evidence.first_layer import first_layer, is_complete
+from adversaries.inversion.evidence.one_gradient import mean_gradient
+from adversaries.refusals import normalises
+from fedattack.errors import DataError, NotApplicable
+from fedattack.models import build_model
+from fedattack.observation import Observation, Scenario, Update
+from fedattack.rng import torch_rng
+from fedattack.task import trained_parameters
+from fedattack.training import weight_step
+
+Weights = Mapping[str, Tensor]
+Link = Literal["softmax", "logistic", "ridge"]
+
+_SPARE = 12
+_GRID = 0.25
+_MOST = 1e7
+_CLEAR = -4.0
+"""Logarithm of the share of the first layer's energy beyond k directions below which N counts as found."""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What keeps a difference of updates from being the gradient of the forgotten; a sentence over t, c, m, n, d."""
+
+    broken: Callable[[Scenario, int], bool]
+    sentence: str
+
+
+# fmt: off
+DEPARTURES: tuple[Departure, ...] = (
+    Departure(lambda s, n: 0 < s.training.batch_size < n,
+        "training.batch_size = {t.batch_size} of {n} samples: the two updates are of two mini-batches, and what they "
+        "differ by is mostly no gradient of the forgotten; exact with --batch-size 0"),
+    Departure(lambda s, n: s.training.local_steps > 1,
+        "training.local_steps = {t.local_steps}: from the second step on the two updates are taken at different "
+        "weights; exact with --local-steps 1"),
+    Departure(lambda s, n: normalises(s.model) and s.training.batch_norm == "train",
+        "model.name = {m.name!r} normalises by its batch, so that the gradients of those that stay change too; exact "
+        "with training.batch_norm 'eval'"),
+    Departure(lambda s, n: not is_complete(s),
+        "compression.name = {c.name!r} at rate {c.rate:g}: only what was sent both times can be compared; exact with "
+        "--compressor none"),
+    Departure(lambda s, n: s.compression.name in ("sign", "qsgd", "topk-qsgd"),
+        "compression.name = {c.name!r}: updates are sent rounded, and the rounding is n/k times as large beside the "
+        "forgotten; exact with --compressor none"),
+    Departure(lambda s, n: bool(set(s.defense.names) - {"secure-aggregation"}),
+        "defense.names = {d}: a defended update is no mean of its samples' gradients, or holds noise drawn anew; "
+        "exact without"),
+)
+# fmt: on
+"""Every departure, in the order in which they are told."""
+
+
+def departures(scenario: Scenario, samples: int) -> list[str]:
+    """Why the difference of two updates of a client with so many samples is only about the forgotten's gradient.
+
+    A sentence each; empty: it is exactly that, up to the rounding of float32.
+    """
+    defended = ", ".join(scenario.defense.names)
+    told = {
+        "t": scenario.training,
+        "c": scenario.compression,
+        "m": scenario.model,
+        "n": samples,
+        "d": defended,
+    }
+    return [one.sentence.format(**told) for one in DEPARTURES if one.broken(scenario, samples)]
+
+
+def of_updates(before: Observation, after: Observation | None, samples: int, forgotten: int) -> Observation:
+    """A client's two updates at the same weights, as an update of the forgotten alone: ``(n g - (n-k) g') / k``.
+
+    g and g' are mean gradients over the client's n = `samples`, and over those that are left when k = `forgotten` are
+    taken out. Exact where :func:`departures` finds nothing, and handed on as one gradient in any case; of compressed
+    updates, the entries that were sent both times. `after` None: the client has left, and g is of the forgotten.
+
+    Raises
+    ------
+    NotApplicable
+        If the two were taken at different weights or of different clients, nothing was sent both times, or updates
+        after the first hold what earlier rounds held back.
+    """
+    if not 0 < forgotten <= samples:
+        raise DataError(f"{forgotten} of {samples} samples forgotten; accepted: 1 to {samples}")
+    first = mean_gradient(before)
+    if after is None or forgotten == samples:
+        return _observed(before, first, samples)
+    if before.client != after.client:
+        raise NotApplicable(
+            f"updates of clients {before.client} and {after.client}; two of one client differ"
+        )
+    if not same_weights(before.weights, after.weights):
+        raise NotApplicable(
+            f"client {before.client} was sent other weights after the deletion than in round {before.round}: two "
+            "updates at the same weights are compared; they are where the server resumes from a checkpoint, as "
+            "mechanism 'retrain' does"
+        )
+    return _observed(before, _mixed(first, mean_gradient(after), samples, forgotten), forgotten)
+
+
+def same_weights(first: Weights, second: Weights) -> bool:
+    """Whether two state dicts agree in every parameter and buffer."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def of_models(
+    seat: Observation, before: Weights, after: Weights, forgotten: int, samples: int | None = None
+) -> Observation:
+    """Two global models after one round from the same weights, as an update of the forgotten: another client's seat.
+
+    FedAvg's steps from w_0 are ``-lr`` times the mean gradient over all N samples, and over the N - k left; so
+    :func:`of_updates` holds with N in the place of n. `seat`: what the client knows: the `weights` w_0 that it was
+    sent, the scenario, its public images, and as `client` whose deletion this is thought to be; its update is not
+    read. `samples`: N; None, where the clients do not know: the N for which the first linear layer's gradient comes
+    nearest to rank k (NotApplicable where there is none).
+    """
+    gradients = [_step(seat, seat.weights, weights) for weights in (before, after)]
+    total = samples if samples is not None else _total(seat.scenario, *gradients, forgotten)
+    return _observed(seat, _mixed(*gradients, total, forgotten), forgotten)
+
+
+def of_releases(
+    seat: Observation,
+    after: Weights,
+    samples: int,
+    forgotten: int,
+    *,
+    decay: float | None = None,
+    link: Link = "softmax",
+) -> Observation:
+    """Two released models trained to convergence, as an update of the forgotten at the first of them.
+
+    Removing k of n samples from ``sum of losses + lambda n/2 |w|^2`` moves the minimiser by w' - w with ``H' (w' - w)
+    = sum of the forgotten's gradients + k lambda w`` up to second order, H' the Hessian of what is left (Bertran et
+    al., "Reconstruction Attacks on Machine Unlearning", NeurIPS 2024). A linear term of the objective, certified
+    removal's noise, drops out where both share it. H' is taken from the public images: their Gauss-Newton matrix,
+    which needs no labels and is the Hessian of a linear model, times (n-k)/m, plus lambda (n-k). Of a model that is
+    one linear layer the gradient has rank k at most, and is cut to that.
+
+    Parameters
+    ----------
+    seat : Observation
+        `weights`: the first release w; the scenario, the public images, whose deletion it is; its update is not read.
+    samples, forgotten : int
+        n and k.
+    decay : float, optional
+        lambda; None: the scenario's weight decay.
+    link : {"softmax", "logistic", "ridge"}
+        Whether classes are told by one softmax, each from the rest, or by squares.
+    """
+    public, scenario = seat.auxiliary, seat.scenario
+    if public is None or not len(public):
+        raise NotApplicable(
+            "setting 'data.auxiliary_size': 0 public images, from which the Hessian is estimated"
+        )
+    model = build_model(scenario.model).double().eval()
+    names = list(trained_parameters(model))
+    held = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in seat.weights.items()
+    }
+    moved = {name: after[name].double() - held[name] for name in names}
+    left, penalty = samples - forgotten, scenario.training.weight_decay if decay is None else decay
+    curved = curvature(model, held, moved, public.images.double(), link)
+    gradient = {
+        name: (left / len(public) * curved[name] + penalty * (left * moved[name] - forgotten * held[name]))
+        / forgotten
+        for name in names
+    }
+    return _observed(seat, _flat(_cut(scenario, gradient, forgotten)), forgotten)
+
+
+def curvature(
+    model: torch.nn.Module, weights: Weights, vector: Weights, images: Tensor, link: Link = "softmax"
+) -> dict[str, Tensor]:
+    """Gauss-Newton matrix of the summed loss over `images` (N, C, H, W), times a vector by name.
+
+    ``J' A J v``, J of the answers, A the loss's second derivative by them (Schraudolph, "Fast Curvature Matrix-Vector
+    Products for Second-Order Gradient Descent", Neural Computation 2002).
+    """
+    free = {name: weights[name] for name in vector}
+    fixed = {name: tensor for name, tensor in weights.items() if name not in vector}
+
+    def logits(parameters: dict[str, Tensor]) -> Tensor:
+        found: Tensor = functional_call(model, {**fixed, **parameters}, (images,))
+        return found
+
+    answers, turned = jvp(logits, (free,), (dict(vector),))
+    if link == "softmax":
+        shares = softmax(answers, 1)
+        turned = shares * (turned - (shares * turned).sum(1, keepdim=True))
+    elif link == "logistic":
+        turned = answers.sigmoid() * (-answers).sigmoid() * turned
+    product: dict[str, Tensor] = vjp(logits, free)[1](turned)[0]
+    return product
+
+
+def _mixed(first: Update, second: Update, samples: int, forgotten: int) -> Update:
+    """``(n g - (n-k) g') / k`` on the entries that both hold, worked out in float64."""
+    indices, mine, others = first.indices, first.values.double(), second.values.double()
+    if indices is not None and second.indices is not None:
+        both = torch.isin(indices, second.indices), torch.isin(second.indices, indices)
+        indices, mine, others = indices[both[0]], mine[both[0]], others[both[1]]
+    elif indices is not None:
+        others = others[indices]
+    elif second.indices is not None:
+        indices, mine = second.indices, mine[second.indices]
+    if not len(mine):
+        raise NotApplicable("the two updates were compressed, and no entry was sent both times")
+    values = (samples * mine - (samples - forgotten) * others) / forgotten
+    return dataclasses.replace(first, indices=indices, values=values.float(), kind="gradient")
+
+
+def _observed(seen: Observation, gradient: Update, count: int) -> Observation:
+    """One gradient of `count` images, as a client that takes no other step would have sent it."""
+    training = seen.scenario.training.model_copy(
+        update={
+            "protocol": "fedsgd",
+            "batch_size": count,
+            "local_steps": 1,
+            "momentum": 0.0,
+            "weight_decay": 0.0,
+        }
+    )
+    scenario = dataclasses.replace(seen.scenario, training=training)
+    return dataclasses.replace(
+        seen, scenario=scenario, update=gradient, num_examples=count, wire_bytes=0, buffers={}
+    )
+
+
+def _step(seat: Observation, before: Weights, after: Weights) -> Update:
+    """The mean gradient that takes one global model to the next, without weight decay."""
+    training = seat.scenario.training
+    names = list(trained_parameters(build_model(seat.scenario.model)))
+    step = -training.learning_rate if training.protocol == "fedavg" else weight_step(training, "gradient")
+    change = {name: (after[name].double() - before[name].double()) / step for name in names}
+    if training.protocol == "fedavg" and training.weight_decay:
+        change = {name: one - training.weight_decay * before[name].double() for name, one in change.items()}
+    return _flat(change)
+
+
+def _flat(gradient: Weights) -> Update:
+    """Tensors by name as a complete update, float64."""
+    shapes = tuple(tuple(tensor.shape) for tensor in gradient.values())
+    values = torch.cat([tensor.flatten() for tensor in gradient.values()])
+    return Update(tuple(gradient), shapes, None, values, "gradient")
+
+
+def _cut(scenario: Scenario, gradient: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The gradient of a model that is one linear layer with bias, to its leading singular pairs; others' as it is."""
+    try:
+        layer = first_layer(scenario.model)
+    except NotApplicable:
+        return gradient
+    if gradient.keys() != {layer.weight, layer.bias}:
+        return gradient
+    left, values, right = torch.linalg.svd(
+        torch.cat([gradient[layer.weight], gradient[layer.bias][:, None]], 1), full_matrices=False
+    )
+    both = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return {layer.weight: both[:, :-1], layer.bias: both[:, -1]}
+
+
+def _total(scenario: Scenario, before: Update, after: Update, forgotten: int) -> int:
+    """The number of samples behind two mean gradients that differ by k: the one that leaves k directions."""
+    name = first_layer(scenario.model).weight
+    one, other = (update.dense()[name].double() for update in (before, after))
+    sketch = torch.randn(
+        one.shape[1], forgotten + _SPARE, dtype=torch.float64, generator=torch_rng(0, "sketch")
+    )
+    kept, gained = other @ sketch, (one - other) @ sketch
+
+    def beyond(log_share: float) -> float:
+        values = torch.linalg.svdvals(kept + math.exp(log_share) * gained).square()
+        return float((values[forgotten:].sum() / values.sum().clamp_min(1e-300)).log10())
+
+    # The share falls as the square of the distance to N / k, over a width of about N / k itself.
+    grid = [step * _GRID for step in range(int(math.log(_MOST) / _GRID))]
+    start = min(grid, key=beyond)
+    found = minimize_scalar(beyond, bounds=(max(0.0, start - _GRID), start + _GRID), method="bounded")
+    total = max(forgotten + 1, round(forgotten * math.exp(float(found.x))))
+    if (share := beyond(math.log(total / forgotten))) > _CLEAR:
+        raise NotApplicable(
+            f"no number of samples makes the two global models differ by the gradients of {forgotten}: "
+            f"{10**share:.0%} of the first layer's lies beyond them; clients take more than one step, or not on all "
+            "their samples, or forgot more"
+        )
+    return total
