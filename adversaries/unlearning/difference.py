@@ -135,9 +135,9 @@ def of_models(
     read. `samples`: N; None, where the clients do not know: the N for which the first linear layer's gradient comes
     nearest to rank k (NotApplicable where there is none).
     """
-    gradients = [_step(seat, seat.weights, weights) for weights in (before, after)]
-    total = samples if samples is not None else _total(seat.scenario, *gradients, forgotten)
-    return _observed(seat, _mixed(*gradients, total, forgotten), forgotten)
+    first, second = _step(seat, seat.weights, before), _step(seat, seat.weights, after)
+    total = samples if samples is not None else _total(seat.scenario, first, second, forgotten)
+    return _observed(seat, _mixed(first, second, total, forgotten), forgotten)
 
 
 def of_releases(
@@ -206,7 +206,9 @@ def curvature(
         found: Tensor = functional_call(model, {**fixed, **parameters}, (images,))
         return found
 
-    answers, turned = jvp(logits, (free,), (dict(vector),))
+    answers: Tensor
+    turned: Tensor
+    answers, turned = jvp(logits, (free,), (dict(vector),))  # type: ignore[misc]
     if link == "softmax":
         shares = softmax(answers, 1)
         turned = shares * (turned - (shares * turned).sum(1, keepdim=True))
