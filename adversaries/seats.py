@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from adversaries.base import Attack
+from fedattack.errors import RunFailed
 from fedattack.observation import Auxiliary, Candidates, Observation, Scenario, UnlearningRequest
 
 
@@ -62,6 +63,20 @@ class MaliciousServer(Attack):
         return {}
 
 
+class Oracle:
+    """The global model as a service that answers at most `limit` images, and is no way to its weights."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor], limit: int) -> None:
+        self._answer, self.limit, self.used = answer, limit, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Probabilities float32 (n, classes) of images (n, C, H, W); RunFailed where that is beyond the limit."""
+        if self.used + len(images) > self.limit:
+            raise RunFailed(f"asked {self.used + len(images)} queries of the model, granted are {self.limit}")
+        self.used += len(images)
+        return self._answer(images)
+
+
 @dataclass(frozen=True)
 class ClientView:
     """What a malicious client has before it.
@@ -71,7 +86,8 @@ class ClientView:
     round, client : int
         The round (the last one when it is asked at the end), and the client's own number.
     weights : dict of str to Tensor
-        The global model that it was sent; not to be modified.
+        The global model that it was sent; not to be modified. Empty where :attr:`MaliciousClient.access` is not
+        "weights".
     seed : int
         Seeds every draw; differs from round to round and client to client.
     memory : dict of str to Tensor
@@ -80,6 +96,15 @@ class ClientView:
         How many deletions it is to ask for (setting ``attack.requests``).
     question : Candidates, optional
         The samples it will be asked about, in the rounds of an attack that :attr:`MaliciousClient.asks_early`.
+    model : nn.Module, optional
+        The global model in evaluation mode, to be used and not kept, where it asks for deletions with access to
+        the weights.
+    oracle : Oracle, optional
+        Counted answers of the global model, where it asks for deletions with access "queries".
+    times : int
+        How many of its requests have been answered before.
+    forgetting : bool
+        Whether the round is one in which the server forgets, and not one of the training.
     """
 
     round: int
@@ -90,6 +115,10 @@ class ClientView:
     memory: dict[str, Tensor]
     requests: int = 1
     question: Candidates | None = None
+    model: nn.Module | None = None
+    oracle: Oracle | None = None
+    times: int = 0
+    forgetting: bool = False
 
 
 @dataclass
@@ -98,12 +127,26 @@ class MaliciousClient(Attack):
 
     `keeps_memory`: whether :attr:`ClientView.memory` is kept from round to round. `asks_early`: whether the
     adversary behind it knows from the start which samples it wants to know about, and has them before it in every
-    round (:attr:`ClientView.question`).
+    round (:attr:`ClientView.question`). `access`: what it uses of the global model: its "weights", counted
+    "queries" (:attr:`ClientView.oracle`, at most :meth:`query_limit`), or "none"; it is given no more.
     """
 
     seat = "malicious client"
     keeps_memory: ClassVar[bool] = False
     asks_early: ClassVar[bool] = False
+    access: ClassVar[Literal["weights", "queries", "none"]] = "weights"
+
+    def query_limit(self) -> int:
+        """How many images it may have answered each time it asks, with access "queries"."""
+        return 0
+
+    def plant(self, view: ClientView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """All samples that it trains on, and registers, instead of its own, before the first round: as many.
+
+        `images`, float32 (N, C, H, W) in [0, 1], and `labels`, int64 (N,), by position in its partition, not to be
+        modified. The view holds no weights, and its round is 0.
+        """
+        return images, labels
 
     def see(self, view: ClientView) -> None:
         """Look at the global model of a round, before anything else."""
@@ -113,16 +156,14 @@ class MaliciousClient(Attack):
         return images, labels
 
     def reply(self, view: ClientView, update: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The update that is handed to the compressor: the same names and shapes."""
+        """The update for the compressor: the same names and shapes. :attr:`ClientView.forgetting` tells what for."""
         return update
 
-    def request(
-        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> UnlearningRequest | None:
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest | None:
         """The deletions that it asks for; None: none.
 
-        `model` is the global one, as `view.weights`. `images`, float32 (N, C, H, W) in [0, 1], and `labels`,
-        int64 (N,), are its samples that are not forgotten yet; positions of the request count in them.
+        `images`, float32 (N, C, H, W) in [0, 1], and `labels`, int64 (N,), are its samples that are not forgotten
+        yet; positions of the request count in them.
         """
         return None
 

@@ -7,7 +7,7 @@ Three spellings reach the same setting:
   (the table :data:`SHORT_NAMES`);
 * an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``;
 * a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``;
-* a mechanism's: ``unlearning.federaser.calibration`` or ``unlearning.calibration``.
+* a mechanism's: ``unlearning.federaser.calibration`` or ``mechanism.calibration``.
 """
 
 from __future__ import annotations
@@ -337,6 +337,9 @@ class UnlearningConfig(PluginSection):
         None, description="round after which clients ask for deletions; None: the last"
     )
     checkpoint_every: Positive = Field(1, description="rounds between what the server keeps to forget later")
+    times: Positive = Field(
+        1, description="deletion requests of each attack, each made when the one before has been answered"
+    )
     seeds: Positive = Field(
         5, description="whole trainings over which damage is measured; the first is the run itself"
     )
@@ -567,6 +570,8 @@ def _resolve(key: str) -> list[str]:
     if key in SHORT_NAMES:
         return SHORT_NAMES[key].split(".")
     parts = key.replace("-", "_").split(".")
+    if parts[0] == "mechanism" and len(parts) == 2:
+        return ["unlearning", "shared_options", parts[1]]
     section, rest = ("attack", key)
     fields: Mapping[str, FieldInfo] = {}
     if parts[0] in Config.model_fields:

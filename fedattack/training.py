@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -51,6 +51,35 @@ def batch_positions(
         order = rng.permutation(count)
         batches += [order[start : start + size] for start in range(0, count, size)]
     return batches[: training.local_steps]
+
+
+def remaining_positions(size: int, excluded: Collection[int] = ()) -> NDArray[np.int64]:
+    """Positions of a partition of `size` samples that are left after `excluded` are taken out, ascending."""
+    positions = np.arange(size)
+    return np.setdiff1d(positions, np.asarray(sorted(excluded), np.int64)) if excluded else positions
+
+
+def batches_without(
+    count: int,
+    training: TrainingConfig,
+    seed: int,
+    round: int,
+    client: int,
+    excluded: Collection[int] = (),
+    draws: Literal["kept", "anew"] = "kept",
+) -> list[NDArray[np.int64]]:
+    """:func:`batch_positions` without the `excluded` positions.
+
+    `draws` "kept": left out of the batches as they were, some of which may then be empty; "anew": out of what batches
+    are drawn from. Raises DataError where nothing is left of the partition.
+    """
+    if not excluded:
+        return batch_positions(count, training, seed, round, client)
+    left = remaining_positions(count, excluded)
+    if draws == "kept" and len(left):
+        batches = batch_positions(count, training, seed, round, client)
+        return [batch[np.isin(batch, left)] for batch in batches]
+    return [left[batch] for batch in batch_positions(len(left), training, seed, round, client)]
 
 
 def weight_step(training: TrainingConfig, kind: UpdateKind) -> float:
@@ -128,6 +157,24 @@ CLASSIFY = Classify()
 
 batch_gradient: GradientStep = CLASSIFY.gradient
 """Loss and gradient of the mean cross-entropy of one batch: what an undefended client of a classifier computes."""
+
+
+def objective_step(name: str) -> GradientStep:
+    """How the gradient of a named objective of one batch is computed: "forget", the mean of ``-log(1 - p_y / 2)``.
+
+    Its gradient vanishes where the label's probability does, so that ascent has an end (Pan et al., Federated
+    unlearning with gradient descent and conflict mitigation, 2024).
+    """
+    if name != "forget":
+        raise ConfigError(f"objective {name!r}: accepted: loss, forget")
+
+    def step(model: nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        right = model(images).softmax(1).gather(1, labels[:, None]).squeeze(1)
+        loss = -torch.log1p(-right / 2).mean()
+        parameters = list(trained_parameters(model).values())
+        return loss, torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+    return step
 
 
 def local_update(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adversaries import ATTACKS
-from adversaries.seats import ClientView, MaliciousClient
+from adversaries.seats import ClientView, MaliciousClient, Oracle
 from fedattack.canaries import Canaries, choose_canaries
 from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
@@ -27,7 +27,15 @@ from fedattack.observation import Candidates, Scenario
 from fedattack.registry import build_plugin
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.task import GradientStep, LocalResult, LocalRound, Task, task_of, trained_parameters
-from fedattack.training import batch_positions, evaluate, load_weights, local_update
+from fedattack.training import (
+    batches_without,
+    evaluate,
+    load_weights,
+    local_update,
+    objective_step,
+    remaining_positions,
+    sample_logits,
+)
 from simulations.experiments.executor import choose_device
 from strategies import messages as wire
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
@@ -90,6 +98,12 @@ class Workplace:
         return task_of(self.scenario)
 
     @cached_property
+    def one_gradient(self) -> Scenario:
+        """The agreed training cut down to one gradient, sent as the update."""
+        training = self.scenario.training.model_copy(update={"protocol": "fedsgd", "local_steps": 1})
+        return replace(self.scenario, training=training)
+
+    @cached_property
     def defenses(self) -> tuple[Defense, ...]:
         """The agreed defences, in their order."""
         return tuple(build_defenses(self.scenario.defense).values())
@@ -123,10 +137,39 @@ class Workplace:
         return self._latest[1]
 
     def samples(self, client: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Images float32 (n, C, S, S) in [0, 1] and labels int64 (n,) at `positions` of a client's partition."""
+        """Images float32 (n, C, S, S) in [0, 1] and labels int64 (n,) at `positions` of a client's partition.
+
+        What a malicious client planted stands in the place of its own.
+        """
+        if client in self.planted:
+            images, labels = self.planted[client]
+            return images[positions], labels[positions]
+        return self._own(client, positions)
+
+    def _own(self, client: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         ids = self.partitions[client][positions]
         images = torch.from_numpy(self.images[ids]).float().div_(255.0)
         return images, torch.from_numpy(self.labels[ids])
+
+    @cached_property
+    def planted(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Malicious client -> all samples that it trains on, where it planted any."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for client in sorted(set(self.config.attack.malicious_clients)):
+            for name, attack in self.attackers.items():
+                if type(attack).plant is MaliciousClient.plant:
+                    continue
+                before = found.get(client) or self._own(client, np.arange(len(self.partitions[client])))
+                named = dict(zip(("images", "labels"), before, strict=True))
+                after = attack.plant(self.planting(name, client), *before)
+                changed = _alike(attack, named, dict(zip(named, after, strict=True)))
+                found[client] = changed["images"], changed["labels"]
+        return found
+
+    def planting(self, name: str, client: int) -> ClientView:
+        """What attack `name` has before it when it plants."""
+        seed = adversary_seed(self.config.seed, f"plant of {name}", client)
+        return ClientView(0, client, self.scenario, {}, seed, {}, self.config.attack.requests)
 
 
 def client_device(engine: EngineConfig) -> torch.device:
@@ -179,27 +222,15 @@ def _identity(message: Message, context: Context) -> tuple[int, ConfigRecord]:
     return client, config
 
 
-def remaining_positions(size: int, excluded: Collection[int] = ()) -> NDArray[np.int64]:
-    """Positions of a partition of `size` samples that are left after `excluded` are taken out, ascending."""
-    positions = np.arange(size)
-    return np.setdiff1d(positions, np.asarray(sorted(excluded), np.int64)) if excluded else positions
-
-
 def round_batches(
     config: Config, size: int, round: int, client: int, excluded: Collection[int] = ()
 ) -> list[NDArray[np.int64]]:
     """Positions in the client's partition of each local step's batch; a pure function, also for the auditor.
 
-    Without the `excluded` positions: left out of the batches as they were, some of which may then be empty, or out of
-    what batches are drawn from (``unlearning.draws``). Raises DataError where nothing is left of the partition.
+    Without the `excluded` positions, as ``unlearning.draws`` says (:func:`fedattack.training.batches_without`).
     """
-    if not excluded:
-        return batch_positions(size, config.training, config.seed, round, client)
-    left = remaining_positions(size, excluded)
-    if config.unlearning.draws == "kept" and len(left):
-        batches = batch_positions(size, config.training, config.seed, round, client)
-        return [batch[np.isin(batch, left)] for batch in batches]
-    return [left[batch] for batch in batch_positions(len(left), config.training, config.seed, round, client)]
+    draws = config.unlearning.draws
+    return batches_without(size, config.training, config.seed, round, client, excluded, draws)
 
 
 def used_positions(batches: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -213,16 +244,16 @@ def drops_out(config: Config, round: int, client: int) -> bool:
     return chance > 0 and float(numpy_rng(config.seed, "dropout", round, client).random()) < chance
 
 
-def _excluded(config: ConfigRecord, client: int) -> list[int]:
-    positions = config.get(wire.EXCLUDED.format(client=client), [])
+def _excluded(config: ConfigRecord) -> list[int]:
+    positions = config.get(wire.EXCLUDED, [])
     assert isinstance(positions, list)
     return [int(position) for position in positions]
 
 
-def exclusion_settings(excluded: Mapping[int, Collection[int]]) -> dict[str, Any]:
-    """The entries of the train configuration that tell clients what they no longer train on."""
+def exclusion_settings(excluded: Mapping[int, Collection[int]]) -> dict[int, dict[str, Any]]:
+    """Client -> the entry of its own instructions that tells it what it no longer trains on."""
     return {
-        wire.EXCLUDED.format(client=client): sorted(int(p) for p in positions)
+        client: {wire.EXCLUDED: sorted(int(p) for p in positions)}
         for client, positions in sorted(excluded.items())
         if positions
     }
@@ -242,8 +273,11 @@ def train(message: Message, context: Context) -> Message:
         return Message(Error(wire.DROPPED_OUT, "dropped out"), reply_to=message)
     arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
-    excluded, size = _excluded(settings, client), len(place.partitions[client])
-    batches = round_batches(place.config, size, round, client, excluded)
+    excluded, size = _excluded(settings), len(place.partitions[client])
+    asked_for = settings.get(wire.OBJECTIVE)
+    assert asked_for is None or isinstance(asked_for, str)
+    whole = [remaining_positions(size, excluded)]
+    batches = whole if asked_for else round_batches(place.config, size, round, client, excluded)
     steps_asked = settings.get(wire.LOCAL_STEPS)
     assert steps_asked is None or isinstance(steps_asked, int)
     # A step whose whole batch was deleted moves nothing, by weight decay neither.
@@ -253,7 +287,8 @@ def train(message: Message, context: Context) -> Message:
     used = used_positions(batches)
     images, labels = place.samples(client, used)
     weights = place.weights(arrays)
-    seats = _seats(place, context, round, client, weights, message.content)
+    forgetting = bool(settings.get(wire.FORGETTING, False))
+    seats = _seats(place, context, round, client, weights, message.content, forgetting)
     for attack, view in seats.values():
         attack.see(view)
         poisoned = attack.poison(view, images, labels)
@@ -262,7 +297,11 @@ def train(message: Message, context: Context) -> Message:
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
     draws = torch_rng(place.config.seed, "training", round, client)
-    plain = place.task.step(place.scenario, draws)
+    plain = (
+        objective_step(asked_for)
+        if asked_for not in (None, "loss")
+        else place.task.step(place.scenario, draws)
+    )
     planted = place.canaries.step if place.canaries else None
     if place.canaries:
         labels = place.canaries.coded(client, used, labels)
@@ -270,7 +309,8 @@ def train(message: Message, context: Context) -> Message:
     shown = defended.images(images)
     if mu == 0.0 or len(steps) == 1:  # the proximal term has no gradient at the received weights
         known, step = _recalled(context, _TASK_MEMORY), defended.gradient
-        given = LocalRound(weights, shown, labels, steps, place.scenario, step, draws, known)
+        scenario = place.one_gradient if asked_for else place.scenario
+        given = LocalRound(weights, shown, labels, steps, scenario, step, draws, known)
         result = place.task.train(place.model, given)
     elif not place.task.proximal:
         raise ConfigError(no_proximal_term(place.config))
@@ -361,6 +401,7 @@ def _seats(
     client: int,
     weights: dict[str, Tensor],
     told: RecordDict | None = None,
+    forgetting: bool = False,
 ) -> dict[str, tuple[MaliciousClient, ClientView]]:
     """What a malicious client carries out, by name, each with its view; nothing for an honest one.
 
@@ -374,9 +415,27 @@ def _seats(
         memory = _recalled(context, _ATTACK_MEMORY.format(attack=name))
         asked = told.array_records.get(wire.QUESTION_OF.format(attack=name)) if told else None
         question = _question(asked) if asked is not None else None
-        view = ClientView(round, client, place.scenario, dict(weights), seed, memory, requests, question)
-        seats[name] = attack, view
+        shown = dict(weights) if attack.access == "weights" else {}
+        view = ClientView(round, client, place.scenario, shown, seed, memory, requests, question)
+        seats[name] = attack, replace(view, forgetting=forgetting)
     return seats
+
+
+def _asking(
+    place: Workplace, attack: MaliciousClient, view: ClientView, weights: dict[str, Tensor]
+) -> ClientView:
+    """The view of a client that asks for deletions, with the access to the global model that its attack has."""
+    if attack.access == "none":
+        return view
+    load_weights(place.model, weights)
+    model = place.model.eval()
+    if attack.access == "weights":
+        return replace(view, model=model)
+
+    def answered(images: Tensor) -> Tensor:
+        return sample_logits(model, model.state_dict(), images).softmax(1)
+
+    return replace(view, oracle=Oracle(answered, attack.query_limit()))
 
 
 def _question(record: ArrayRecord) -> Candidates:
@@ -443,13 +502,14 @@ def unlearn(message: Message, context: Context) -> Message:
     round, arrays, content = settings[wire.ROUND], message.content[wire.ARRAYS], RecordDict()
     assert isinstance(round, int)
     assert isinstance(arrays, ArrayRecord)
-    weights = place.weights(arrays)
+    weights, times = place.weights(arrays), settings.get(wire.TIMES, 0)
+    assert isinstance(times, int)
     for name, (attack, view) in _seats(place, context, round, client, weights).items():
-        left = remaining_positions(len(place.partitions[client]), _excluded(settings, client))
+        left = remaining_positions(len(place.partitions[client]), _excluded(settings))
         if not len(left):
             raise DataError(f"client {client} has no samples left to forget")
-        load_weights(place.model, weights)
-        request = attack.request(view, place.model, *place.samples(client, left))
+        view = replace(_asking(place, attack, view, weights), times=times)
+        request = attack.ask(view, *place.samples(client, left))
         if request is None:
             continue
         count = 0 if request.labels is None else len(request.labels)

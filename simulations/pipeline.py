@@ -389,6 +389,11 @@ def _train(
         for experiment in experiments:
             experiment.requests(requests)
 
+    def released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        for experiment in experiments:
+            weights = experiment.release(weights)
+        return weights
+
     clients = any(isinstance(attack, MaliciousClient) for attack in attacks.values())
     questions = {name: asked for one in experiments for name, asked in one.questions().items()}
     arming = arming_attack(attacks)
@@ -404,6 +409,7 @@ def _train(
         on_round=after_round,
         on_weights=global_model,
         on_requests=requested if clients else None,
+        release=released,
         arming=arming,
         candidates=next((questions.get(name) for name, attack in attacks.items() if attack is arming), None),
         questions={n: asked for n, asked in questions.items() if isinstance(attacks[n], MaliciousClient)},

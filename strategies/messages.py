@@ -30,11 +30,20 @@ QUESTION_OF = "question of {attack}"
 PACKED = "update"
 
 ROUND = "server-round"
-EXCLUDED = "excluded-{client}"
-"""Positions of its partition that client `client` no longer trains on; absent for none."""
+EXCLUDED = "excluded"
+"""Positions of its partition that the client that is told so no longer trains on; absent for none."""
 
 LOCAL_STEPS = "local-steps"
 """How many of the agreed local steps are taken; absent for all."""
+
+OBJECTIVE = "objective"
+"""Where one gradient over all of the client's samples is asked for instead of a round: of "loss" or "forget"."""
+
+FORGETTING = "forgetting"
+"""Whether the round is one in which the server forgets; absent in training."""
+
+TIMES = "times"
+"""How many deletion requests have been answered before this invitation."""
 
 NUM_EXAMPLES = "num-examples"
 TRAIN_LOSS = "train_loss"

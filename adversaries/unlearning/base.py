@@ -1,12 +1,13 @@
-"""What an attack on unlearning is: a client that chooses what the server must forget."""
+"""What an attack on unlearning is: a client that does harm by what the server must forget."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from adversaries.needs import Needs
 from adversaries.seats import ClientView, MaliciousClient
@@ -15,13 +16,28 @@ from fedattack.observation import UnlearningRequest
 
 @dataclass
 class UnlearningAttack(MaliciousClient):
-    """A client that chooses what the server must forget: samples of its own, or any others."""
+    """A client that chooses what the server must forget: samples of its own, or any others.
+
+    It may :meth:`plant` samples before training, it must :meth:`ask`, and it may change its :meth:`reply` while the
+    server forgets. `goal`: what the auditor measures of it, in words; the accuracy lost, unless :meth:`success` says
+    otherwise.
+    """
 
     family = "unlearning"
     needs: ClassVar[Needs] = Needs(held_out=True)
+    goal: ClassVar[str] = "accuracy lost"
 
     @abstractmethod
-    def request(
-        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> UnlearningRequest | None:
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest | None:
         """As in :class:`~adversaries.seats.MaliciousClient`."""
+
+    def success(
+        self, predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, view: ClientView
+    ) -> float | None:
+        """The share in [0, 1] of what it wanted that a model does; None where that is the accuracy lost.
+
+        `predict`: images (n, C, H, W) -> probabilities (n, classes). `images` and `labels` are held out, of samples
+        that nobody trained on. `view` is that of :meth:`plant`, of its first client, whose seed tells what was
+        planted.
+        """
+        return None

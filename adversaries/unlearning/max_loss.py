@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adversaries.seats import ClientView
 from adversaries.unlearning.base import UnlearningAttack
@@ -21,15 +21,9 @@ class MaxLoss(UnlearningAttack):
     the largest gradients, so a mechanism that undoes their influence moves the model furthest.
     """
 
-    def request(
-        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> UnlearningRequest:
-        """The samples of largest loss, at most `view.requests`; equal losses in order of position.
-
-        The model is evaluated in eval mode, whatever mode it comes in, and given back in the mode it came in.
-        """
-        was_training = model.training
-        losses = sample_losses(model.eval(), model.state_dict(), images, labels)
-        model.train(was_training)
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest:
+        """The samples of largest loss, at most `view.requests`; equal losses in order of position."""
+        assert view.model is not None, "its access is to the weights"
+        losses = sample_losses(view.model, view.model.state_dict(), images, labels)
         order = torch.argsort(losses, descending=True, stable=True)[: view.requests]
         return UnlearningRequest(view.client, tuple(order.tolist()), "largest loss")

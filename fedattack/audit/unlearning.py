@@ -6,10 +6,11 @@ upper end below 2 points. A model at chance has no accuracy to lose, so that its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedattack.audit.family import (
     AuditResult,
@@ -39,11 +40,15 @@ MARGIN = 0.02
 
 def audit_unlearning(
     attack_name: str,
-    before: Sequence[float] | float,
-    after: Sequence[float] | float,
-    random: Sequence[float] | float,
+    accuracy: Mapping[str, Sequence[float]],
     *,
-    retrained: tuple[Sequence[float], Sequence[float]] | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
+    success: Mapping[str, Sequence[float]] | None = None,
+    goal: str = "accuracy lost",
+    curve: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    costs: Mapping[str, Any] | None = None,
+    certificate: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
     requests: int,
     mechanism: str,
     idle: str = "",
@@ -56,11 +61,18 @@ def audit_unlearning(
 
     Parameters
     ----------
-    before, after, random
-        Test accuracies in [0, 1], one per seed: before the request, after it was carried out, and after the
-        deletion of as many random samples instead (the floor).
-    retrained
-        The latter two where samples are forgotten by training again; None: as `mechanism` does.
+    accuracy
+        Arm -> test accuracies in [0, 1], one per seed: "before" the request, "after" it was carried out, and after
+        the deletion of as many "random" samples instead (the floor); "retrained_after" and "retrained_random" where
+        samples are forgotten by training again (absent: as `mechanism` does).
+    losses
+        Arm -> mean test losses.
+    success
+        Arm -> the share in [0, 1] of what the attack wanted, called `goal`; empty where that is the accuracy.
+    curve
+        Arm -> per seed the accuracies after each answered request.
+    costs, certificate, details
+        What forgetting took, beside retraining; what the mechanism promises, and says besides.
     idle
         Why the run says nothing, where it does not.
     test_samples
@@ -73,68 +85,109 @@ def audit_unlearning(
     DataError
         If the lengths differ or a figure is no share.
     """
-    again = retrained or (after, random)
-    columns = [np.atleast_1d(np.asarray(c, dtype=np.float64)) for c in (before, after, random, *again)]
-    sizes = {len(c) for c in columns}
-    if len(sizes) != 1 or 0 in sizes or not all(((c >= 0) & (c <= 1)).all() for c in columns):
-        raise DataError(
-            f"attack {attack_name!r}: accuracies before, after and after random deletion must be equally many "
-            "shares in [0, 1]"
-        )
-    first, changed, floor, exact, exact_floor = columns
+    arms = _columns(attack_name, accuracy)
+    wanted = _columns(attack_name, success) if success else {}
+    first, changed, floor = arms["before"], arms["after"], arms["random"]
     runs = len(first)
-    if runs == 1 and test_samples:
-        damage = share_difference(float(floor[0]), float(changed[0]), test_samples)
-        covers = "test samples"
-    else:
-        damage = paired_difference(floor, changed, seed)
-        covers = "seeds"
+    damage, covers = _harm(floor, changed, test_samples, seed)
     idle = idle or at_chance(float(first.mean()), chance_accuracy, test_samples)
-    parts = {
-        "algorithm": (first, floor),
-        "request": (exact_floor, exact),
-        "together": (floor - changed, exact_floor - exact),
+    if wanted:
+        reached, covers = _harm(wanted["after"], wanted["random"], test_samples, seed)
+        was, now, guess = (float(wanted[arm].mean()) for arm in ("before", "after", "random"))
+        level, verdict = success_verdict(goal, was, now, guess, reached, runs, idle)
+    else:
+        was, now, guess = (float(c.mean()) for c in (first, changed, floor))
+        level, verdict = verdict_of(was, now, guess, damage, runs, idle)
+
+    def share(values: NDArray[np.float64], worst: Literal["max", "min"] = "max") -> dict[str, Any]:
+        return describe(values.tolist(), seed, worst=worst)
+
+    def parted(columns: Mapping[str, NDArray[np.float64]], sign: float) -> dict[str, dict[str, Any]]:
+        exact, exact_floor = columns["retrained_after"], columns["retrained_random"]
+        ends = {
+            "algorithm": (columns["before"], columns["random"]),
+            "request": (exact_floor, exact),
+            "together": (columns["random"] - columns["after"], exact_floor - exact),
+        }
+        found = {name: paired_difference(sign * a, sign * b, seed) for name, (a, b) in ends.items()}
+        return {name: interval_fields(one) for name, one in found.items()}
+
+    metrics: dict[str, Any] = {
+        "accuracy_before": share(first),
+        "accuracy_after": share(changed),
+        "damage": interval_fields(damage) | extremes((floor - changed).tolist()),
+        **parted(arms, 1.0),
     }
-    was, now, guess = (float(c.mean()) for c in columns[:3])
-    level, verdict = verdict_of(was, now, guess, damage, runs, idle)
-
-    def accuracy(values: np.ndarray) -> dict[str, Any]:
-        return describe(values.tolist(), seed, worst="max")
-
+    metrics["damage"]["interval_over"] = covers
+    if losses:
+        lost = {arm: np.asarray(values, np.float64) for arm, values in losses.items()}
+        gained = paired_difference(lost["after"], lost["random"], seed)
+        metrics["loss_gained"] = interval_fields(gained) | extremes((lost["after"] - lost["random"]).tolist())
+    if wanted:
+        metrics["success"] = share(wanted["after"])
+        metrics["success_before"] = share(wanted["before"])
+        metrics["reached"] = interval_fields(reached)
+        metrics |= {f"success_{name}": one for name, one in parted(wanted, -1.0).items()}
     summary = {
         "family": "unlearning",
         "count": requests,
         "seeds": runs,
         "mechanism": mechanism,
+        "goal": goal,
         "test_samples": test_samples,
-        "metrics": {
-            "accuracy_before": accuracy(first),
-            "accuracy_after": accuracy(changed),
-            "damage": interval_fields(damage)
-            | extremes((floor - changed).tolist())
-            | {"interval_over": covers},
-            **{name: interval_fields(paired_difference(*both, seed)) for name, both in parts.items()},
+        "metrics": metrics,
+        "floors": {
+            "random deletion": {"accuracy": share(floor)}
+            | ({"success": share(wanted["random"])} if wanted else {})
         },
-        "floors": {"random deletion": {"accuracy": accuracy(floor)}},
         "best_floor": "random deletion",
+        "curve": {arm: [list(one) for one in values] for arm, values in (curve or {}).items()},
+        "costs": dict(costs or {}),
+        "certificate": None if certificate is None else dict(certificate),
+        "details": dict(details or {}),
         "seconds": float(seconds),
         "level": level,
         "verdict": verdict,
     }
+    named = {"attack": attack_name, "family": "unlearning", "mechanism": mechanism, "requests": requests}
     records = [
-        {
-            "attack": attack_name,
-            "family": "unlearning",
-            "run": index,
-            "mechanism": mechanism,
-            "requests": requests,
+        named
+        | {"run": index, "accuracy_before": float(first[index]), "accuracy_after": float(changed[index])}
+        | {
+            "floor.random deletion.accuracy": float(floor[index]),
+            "damage": float(floor[index] - changed[index]),
         }
-        | {"accuracy_before": float(b), "accuracy_after": float(a)}
-        | {"floor.random deletion.accuracy": float(r), "damage": float(r - a)}
-        | {"retrained.accuracy_after": float(e), "retrained.random deletion.accuracy": float(f)}
-        for index, (b, a, r, e, f) in enumerate(zip(*columns, strict=True))
+        | {
+            "retrained.accuracy_after": float(arms["retrained_after"][index]),
+            "retrained.random deletion.accuracy": float(arms["retrained_random"][index]),
+        }
+        | {f"success.{arm}": float(values[index]) for arm, values in wanted.items()}
+        for index in range(runs)
     ]
     return AuditResult(attack_name, "unlearning", records, summary, verdict, level)
+
+
+def _columns(attack_name: str, told: Mapping[str, Sequence[float]]) -> dict[str, NDArray[np.float64]]:
+    """Shares by arm, equally many of each; a mechanism without retraining beside it is its own."""
+    arms = {arm: np.atleast_1d(np.asarray(values, np.float64)) for arm, values in told.items()}
+    sizes = {len(values) for values in arms.values()}
+    if len(sizes) != 1 or 0 in sizes or not all(((c >= 0) & (c <= 1)).all() for c in arms.values()):
+        raise DataError(
+            f"attack {attack_name!r}: accuracies before, after and after random deletion must be equally many "
+            "shares in [0, 1]"
+        )
+    for arm in ("after", "random"):
+        arms.setdefault(f"retrained_{arm}", arms[arm])
+    return arms
+
+
+def _harm(
+    high: NDArray[np.float64], low: NDArray[np.float64], test_samples: int | None, seed: int
+) -> tuple[Interval, str]:
+    """The mean of ``high - low`` over seeds, or over the test samples of a single one; and which."""
+    if len(high) == 1 and test_samples:
+        return share_difference(float(high[0]), float(low[0]), test_samples), "test samples"
+    return paired_difference(high, low, seed), "seeds"
 
 
 def verdict_of(
@@ -159,6 +212,25 @@ def verdict_of(
         more = further_units(damage, MARGIN) if runs > 1 else FEWEST - 1
         least = "about" if runs >= FEWEST else "at least"
         text += f"; {least} {more:,} more seed{'s' if more != 1 else ''} would tell"
+    return level, f"{UNLEARNING.words(level)}: {text}"
+
+
+def success_verdict(
+    goal: str, before: float, after: float, random: float, reached: Interval, runs: int, idle: str = ""
+) -> tuple[Level, str]:
+    """The same of what an attack wanted; `reached` is ``after - random``."""
+    level = gain_level(reached, MARGIN)
+    if level == "partial" and reached.mean >= SLIGHT_DAMAGE:
+        level = "leak"
+    text = f"{goal} {formats.percent(before)} before, {formats.percent(after)} after the request, "
+    text += f"{formats.percent(random)} after the deletion of as many random samples"
+    if reached.known:
+        ends = f"{formats.signed(reached.low * 100)} to {formats.signed(reached.high * 100)}"
+        text += f"; 95 % interval of the difference {ends} points"
+    else:
+        text += f"; {runs} seed{'s' if runs != 1 else ''} and no interval"
+    if idle:
+        return "undecided", f"undecided: {text}; {idle}"
     return level, f"{UNLEARNING.words(level)}: {text}"
 
 

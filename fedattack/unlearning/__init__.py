@@ -5,6 +5,8 @@ from __future__ import annotations
 from fedattack.config import UnlearningConfig
 from fedattack.errors import unknown_name
 from fedattack.registry import Registry, build_plugin, plugin_options
+from fedattack.unlearning.central import Central, Step
+from fedattack.unlearning.cost import Cost
 from fedattack.unlearning.history import ClientUpdate, History, Weights
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer
 from fedattack.unlearning.requests import Deletion, as_positions, sample_digests, validate_request
@@ -33,11 +35,14 @@ def build_mechanism(config: UnlearningConfig) -> Mechanism:
 
 __all__ = [
     "MECHANISMS",
+    "Central",
     "ClientUpdate",
+    "Cost",
     "Deletion",
     "Forgotten",
     "History",
     "Mechanism",
+    "Step",
     "Trainer",
     "Weights",
     "as_positions",

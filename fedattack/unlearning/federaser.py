@@ -39,10 +39,10 @@ class FedEraser(Mechanism):
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget the samples of `deletions`; see :meth:`Mechanism.forget`."""
         excluded = merged(history.excluded, deletions)
-        start = history.ignorant([deletion.client for deletion in deletions])
+        start = history.ignorant(excluded)
         if start is None:
-            return Forgotten(history.weights, excluded, resumed_after=history.rounds, rounds_trained=0)
-        weights, calibrated = history.checkpoint(start), 0
+            return Forgotten(history.weights, excluded, resumed_after=history.rounds)
+        weights = history.checkpoint(start)
         tied = tied_names(build_model(history.scenario.model))
         for round in [kept for kept in history.update_rounds if kept > start]:
             if round == start + 1:
@@ -51,9 +51,8 @@ class FedEraser(Mechanism):
                 lengths = {update.client: length(update.change) for update in history.updates(round)}
                 fresh = trainer.updates(excluded, weights, round, self.calibration)
                 updates = (turned(one, lengths[one.client]) for one in fresh if one.client in lengths)
-                calibrated += 1
             weights = moved(weights, updates, tied)
-        return Forgotten(weights, excluded, start, calibrated)
+        return Forgotten(weights, excluded, start)
 
 
 def length(change: Weights) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -126,6 +127,19 @@ class History:
     def _layout(self) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
         trained = trained_parameters(build_model(self.scenario.model))
         return tuple(trained), tuple(tuple(parameter.shape) for parameter in trained.values())
+
+    @property
+    def bytes(self) -> int:
+        """What it takes on disk, a mechanism's own state included."""
+        return sum(path.stat().st_size for path in self.folder.glob("*") if path.is_file())
+
+    def fork(self, folder: Path, weights: Weights, excluded: Mapping[int, frozenset[int]]) -> History:
+        """The same history in `folder`, sharing its files, as it is after a deletion."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("*.safetensors"):
+            if not (folder / path.name).exists():
+                os.link(path, folder / path.name)
+        return replace(self, folder=folder, weights=weights, excluded=excluded)
 
     def ignorant(self, clients: Collection[int]) -> int | None:
         """The newest checkpoint that cannot know any sample of these clients; None where the model never met them.

@@ -4,32 +4,64 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable
 from fedattack.observation import Scenario
+from fedattack.task import task_of
+from fedattack.unlearning.central import Central
+from fedattack.unlearning.cost import Cost
 from fedattack.unlearning.history import ClientUpdate, History, Kept, Weights
 from fedattack.unlearning.requests import Deletion
 
 Excluded = Mapping[int, frozenset[int]]
 """Client -> positions of its partition that no round may touch any more."""
 
+Level = Literal["sample", "class", "client"]
+
 
 class Trainer(Protocol):
-    """How a mechanism reaches the clients. They begin with empty memories (error feedback) in every call."""
+    """The only way to the clients, and to the data where one holds it all; counts what it costs.
+
+    Clients begin with empty memories (error feedback) in every call.
+    """
+
+    cost: Cost
 
     def train(self, excluded: Excluded, weights: Weights, first_round: int) -> Weights:
         """Train the rounds from `first_round` (1-based) to the last again, from `weights`; the final global model."""
         ...
 
     def updates(
-        self, excluded: Excluded, weights: Weights, round: int, share: float
+        self,
+        excluded: Excluded,
+        weights: Weights,
+        round: int,
+        share: float = 1.0,
+        clients: Collection[int] | None = None,
     ) -> Iterator[ClientUpdate]:
-        """What the clients of a round answer to `weights`, not aggregated; ascending.
+        """What clients answer to `weights`, not aggregated; ascending.
 
-        Each takes `share` of the agreed local steps, at least one; the same clients are drawn as before.
+        Each takes `share` of the agreed local steps, at least one. `clients` None: those that were drawn in the
+        round; those that drop out of it do so again.
+        """
+        ...
+
+    def gradients(
+        self,
+        excluded: Excluded,
+        weights: Weights,
+        round: int,
+        clients: Collection[int] | None = None,
+        objective: str = "loss",
+    ) -> Iterator[ClientUpdate]:
+        """Each client's gradient of the mean of its samples' `objective`, as its `change`; ascending.
+
+        As it comes over the wire, behind the client's defences and compression, without weight decay.
+        `objective`: "loss", the task's own, or "forget", ``-log(1 - p_y / 2)`` (FedOSD, 2024). A client whose
+        samples are all excluded is absent.
         """
         ...
 
@@ -37,19 +69,25 @@ class Trainer(Protocol):
         """Client -> the task's figures of `weights` on all of its samples, as it says."""
         ...
 
+    def central(self) -> Central:
+        """The data of the only client, who is the server; NotApplicable where there are several."""
+        ...
+
 
 @dataclass(frozen=True)
 class Forgotten:
     """What a mechanism answers.
 
-    `resumed_after`: the last round that was kept as it was. What is kept of later rounds still knows the samples:
-    drop it.
+    `resumed_after`: the last round that was kept as it was. `certificate`: what is promised, where the mechanism
+    promises something; `details`: what else the record should hold, a "warning" to be shown among them; both
+    JSON-able.
     """
 
     weights: Weights  # the global model after forgetting
     excluded: Excluded  # all positions removed so far, this time's included
     resumed_after: int
-    rounds_trained: int  # federation rounds that the answer cost
+    certificate: Mapping[str, Any] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,25 +95,48 @@ class Mechanism(ABC):
     """Base of every mechanism: turns accepted deletions into a model that no longer knows the samples.
 
     A dataclass; its fields are its settings, ``unlearning.NAME.FIELD``. `by_positions`: a deletion must name
-    positions; else it may hold samples, which may be anybody's.
+    positions; else it may hold samples, which may be anybody's. `levels`: what it can forget; a "class" or a "client"
+    comes as the positions of all its samples. `runs`: where; "central" needs the data itself, of one client who is
+    the server.
     """
 
     keeps: ClassVar[frozenset[Kept]] = frozenset()  # what of the training it needs; nothing else is kept
+    levels: ClassVar[frozenset[Level]] = frozenset({"sample", "class", "client"})
+    runs: ClassVar[Literal["server", "central"]] = "server"
     by_positions: ClassVar[bool] = True
 
-    def check(self, name: str, scenario: Scenario) -> None:
-        """Refuse (NotApplicable) a federation in which the server cannot keep what is needed."""
+    def check(self, name: str, scenario: Scenario, clients: int) -> None:
+        """Refuse (NotApplicable), before the first round, a federation that it cannot serve."""
         if "updates" in self.keeps and hides_clients(scenario.defense):
             raise NotApplicable(
                 f"setting 'unlearning.mechanism' = {name!r} keeps each client's update, which 'secure-aggregation' "
                 "hides; use 'retrain'"
             )
+        if self.runs == "central" and clients != 1:
+            raise NotApplicable(
+                f"setting 'unlearning.mechanism' = {name!r} needs the data itself, and here {clients} clients hold "
+                "it; use one who is the server (--scenario central), or retrain, federaser, ..."
+            )
+        if self.runs == "central" and task_of(scenario).kind != "classify":
+            raise NotApplicable(
+                f"setting 'unlearning.mechanism' = {name!r} forgets what a classifier learnt, and task "
+                f"{scenario.training.task!r} trains none; use 'retrain'"
+            )
+
+    def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
+        """What the server releases of the trained model, before anybody asks, and of a retrained one.
+
+        `excluded`: what it was trained without. State for :meth:`forget` goes into ``history.folder``. By default the
+        model as it is.
+        """
+        return history.weights
 
     @abstractmethod
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget what `deletions`, accepted by :func:`fedattack.unlearning.validate_request`, name.
 
-        Raises RunFailed if no checkpoint is old enough.
+        `history` is of the training, its `weights` and `excluded` as earlier deletions left them. Raises RunFailed
+        if no checkpoint is old enough.
         """
 
 

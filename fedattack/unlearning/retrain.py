@@ -24,8 +24,8 @@ class Retrain(Mechanism):
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget `deletions`; clients that never took part cost no round: the model cannot know their samples."""
         excluded = merged(history.excluded, deletions)
-        start = history.ignorant([deletion.client for deletion in deletions])
+        start = history.ignorant(excluded)
         if start is None:
-            return Forgotten(history.weights, excluded, resumed_after=history.rounds, rounds_trained=0)
+            return Forgotten(history.weights, excluded, resumed_after=history.rounds)
         weights = trainer.train(excluded, history.checkpoint(start), start + 1)
-        return Forgotten(weights, excluded, start, history.rounds - start)
+        return Forgotten(weights, excluded, start)

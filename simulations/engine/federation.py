@@ -27,7 +27,7 @@ from fedattack.errors import ConfigError, PayloadError, RunFailed
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, Observation, Scenario, UnlearningRequest
 from fedattack.task import task_of
-from fedattack.training import evaluate
+from fedattack.training import evaluate, sample_logits
 from simulations.client_app import Workplace, exclusion_settings
 from simulations.engine.flower_grid import PartitionedGrid
 from simulations.engine.flower_internals import server_identity
@@ -35,6 +35,7 @@ from simulations.engine.journal import Journal, JournaledGrid
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.engine.question_grid import QuestionGrid
+from simulations.engine.told_grid import ToldGrid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
 from strategies import messages as wire
@@ -112,10 +113,12 @@ def serve(
     initial: dict[str, Tensor] | None = None,
     first_round: int = 1,
     excluded: Mapping[int, Collection[int]] | None = None,
-    local_steps: int | None = None,
+    clients: Collection[int] | None = None,
+    told: Mapping[str, Any] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_weights: Callable[[int, dict[str, Tensor]], None] | None = None,
     on_requests: Callable[[DeletionRequests], None] | None = None,
+    release: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     arming: seats.MaliciousServer | None = None,
     candidates: Candidates | None = None,
     questions: Mapping[str, Candidates] | None = None,
@@ -138,12 +141,16 @@ def serve(
         The rounds from here to ``config.federation.rounds`` are run.
     excluded
         Client -> positions of its partition that it no longer trains on.
-    local_steps
-        How many of the agreed local steps clients take; None: all.
+    clients
+        The clients that there are for this; None: all of the grid.
+    told
+        Further settings of the instructions to train: ``messages.LOCAL_STEPS``, ``OBJECTIVE``, ``FORGETTING``.
     on_round, on_weights
         Called with each round's record; with the round and its weights.
     on_requests
         Called with what the clients want forgotten, as they say after round ``config.request_round``.
+    release
+        What the server shows of its model to those who may ask for deletions; None: the model.
     arming, candidates
         The attack whose weights a malicious server sends in ``config.attack.rounds``, and what it will be asked
         about.
@@ -175,12 +182,17 @@ def serve(
         replayed = served.replayed
         if replayed >= first_round:
             log.info("rounds %d to %d come from the journal", first_round, replayed)
-    told = _told_early(config, world, questions or {})
-    if told:
-        served = QuestionGrid(served, grid.client_of, told, config.attack.malicious_clients)
+    early = _told_early(config, world, questions or {})
+    if early:
+        served = QuestionGrid(served, grid.client_of, early, config.attack.malicious_clients)
+    if excluded or clients is not None:
+        served = ToldGrid(served, grid.client_of, exclusion_settings(excluded or {}), clients)
+    federation = config.federation
+    if clients is not None:
+        federation = federation.model_copy(update={"clients": len(clients), "participation": 1.0})
     reports: list[RoundReport] = []
     with _hushed(logging.ERROR):  # FedAvg warns of what was asked of it: no evaluation on clients
-        aggregator = build_strategy(config.federation, config.training.learning_rate)
+        aggregator = build_strategy(federation, config.training.learning_rate)
     seat: Callable[..., Eavesdropper] = Eavesdropper
     if arming is not None:
         seat = partial(MaliciousServer, attack=arming, rounds=config.attack.rounds, candidates=candidates)
@@ -224,21 +236,21 @@ def serve(
         if on_weights is not None:
             on_weights(record.round, weights)
         if on_requests is not None and record.round == config.request_round:
-            on_requests(ask_unlearning(grid, weights, world.scenario, record.round, excluded, through=served))
+            shown = weights if release is None else release(weights)
+            on_requests(ask_unlearning(grid, shown, world.scenario, record.round, excluded, through=served))
         if on_round is not None:
             on_round(record)
         if record.loss is None or record.accuracy is None:
             return None
         return MetricRecord({"loss": record.loss, "accuracy": record.accuracy})
 
-    shortened = {wire.LOCAL_STEPS: local_steps} if local_steps else {}
     with _settled_heap():
         strategy.start(
             grid=served,
             initial_arrays=wire.to_record(weights),
             num_rounds=total,
             timeout=_PATIENCE_SECONDS,
-            train_config=ConfigRecord(exclusion_settings(excluded or {}) | shortened),
+            train_config=ConfigRecord(dict(told or {})),
             evaluate_fn=after_round,
         )
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
@@ -320,11 +332,18 @@ class Judge:
         if not len(chosen):
             return {}
         for some in np.array_split(chosen, -(-len(chosen) // _EVALUATED_AT_ONCE)):
-            images, labels = self._world.dataset.tensors(some)
-            figures = evaluate(self._model, weights, images, labels, task=self._task)
+            figures = self.of(weights, *self._world.dataset.tensors(some))
             for name in total:
-                total[name] += figures[name] * (len(labels) / len(chosen))
+                total[name] += figures[name] * (len(some) / len(chosen))
         return total
+
+    def of(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, float]:
+        """The same over any samples; ``{}`` where there are none."""
+        return evaluate(self._model, weights, images, labels, task=self._task) if len(labels) else {}
+
+    def probabilities(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """A classifier's answers, float32 (n, classes)."""
+        return sample_logits(self._model.eval(), weights, images).softmax(1)
 
 
 def ask(
@@ -335,11 +354,13 @@ def ask(
     settings: Mapping[str, Any] | None = None,
     records: Mapping[str, ArrayRecord] | None = None,
     through: Grid | None = None,
+    own: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> list[tuple[int, Message]]:
     """Show clients a model and have them answer: who did, and what; the log says why others could not.
 
     `what` is the message's type ("evaluate", "query.unlearn", ...), `settings` and `records` are what it carries
-    besides; `through` is a grid around `grid` that it goes through. `clients` None: all.
+    besides, `own` what it tells one client alone; `through` is a grid around `grid` that it goes through. `clients`
+    None: all.
     """
     content = RecordDict(
         {wire.ARRAYS: wire.to_record(dict(weights)), wire.CONFIG: ConfigRecord(dict(settings or {}))}
@@ -352,7 +373,8 @@ def ask(
             stack.enter_context(server_identity(grid.run_id))
         asked = [n for n in grid.get_node_ids() if clients is None or grid.client_of(n) in clients]
         messages = [Message(content, node, what) for node in asked]
-        for reply in (through or grid).send_and_receive(messages, timeout=_PATIENCE_SECONDS):
+        served = ToldGrid(through or grid, grid.client_of, own or {})
+        for reply in served.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
             sender = grid.client_of(reply.metadata.src_node_id)
             if reply.has_error():
                 asked_by = f" of attack {settings['attack']!r}" if settings and "attack" in settings else ""
@@ -369,16 +391,17 @@ def ask_unlearning(
     round: int,
     excluded: Mapping[int, Collection[int]] | None = None,
     through: Grid | None = None,
+    times: int = 0,
 ) -> DeletionRequests:
     """Ask all clients whether they want samples forgotten, given the global model after a round.
 
     Samples must have the shape of `scenario`'s, else the request is refused with a line in the log; not validated
     otherwise (:func:`fedattack.unlearning.validate_request`). `excluded`: client -> positions that are forgotten
-    already.
+    already; `times`: how many requests have been answered before.
     """
     requests: DeletionRequests = {}
-    settings = {wire.ROUND: round, **exclusion_settings(excluded or {})}
-    for sender, reply in ask(grid, "query.unlearn", weights, settings=settings, through=through):
+    settings, own = {wire.ROUND: round, wire.TIMES: times}, exclusion_settings(excluded or {})
+    for sender, reply in ask(grid, "query.unlearn", weights, settings=settings, through=through, own=own):
         for name, answer in reply.content.config_records.items():
             try:
                 request = _request(

@@ -118,6 +118,10 @@ class Experiment(ABC):
         """Look at the global model after a round, just before :meth:`after_round`."""
         return None
 
+    def release(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the server shows of its model to clients that may ask for deletions, just before they do."""
+        return weights
+
     def requests(self, requests: DeletionRequests) -> None:
         """Take what the clients want forgotten, as they say after round ``config.request_round``."""
         return None

@@ -6,25 +6,30 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from adversaries.unlearning.base import UnlearningAttack
 from fedattack.audit import AuditResult, audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.errors import NotApplicable, PayloadError
+from fedattack.errors import NotApplicable, PayloadError, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import Observation, UnlearningRequest
 from fedattack.rng import numpy_rng
 from fedattack.unlearning import (
+    Central,
     ClientUpdate,
+    Cost,
     Deletion,
+    Forgotten,
     History,
     Weights,
     as_positions,
@@ -32,25 +37,25 @@ from fedattack.unlearning import (
     sample_digests,
     validate_request,
 )
+from fedattack.unlearning.mechanism import Excluded, merged
 from fedattack.unlearning.retrain import Retrain
+from simulations.client_app import Workplace
 from simulations.engine.federation import (
     DeletionRequests,
     FederationResult,
     Judge,
     RoundRecord,
     ask,
+    ask_unlearning,
     run_federation,
 )
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.executor import reason
-from strategies.messages import METRICS
+from strategies.messages import FORGETTING, LOCAL_STEPS, METRICS, OBJECTIVE
 
 log = logging.getLogger("fedattack.unlearning")
-
-Excluded = Mapping[int, Collection[int]]
-
 
 ARMS = ("before", "after", "random", "retrained_after", "retrained_random")
 """Trainings of one seed: without any deletion, without what was requested and without as many random samples, as the
@@ -61,31 +66,32 @@ mechanism forgets and as a retraining does."""
 class UnlearningOutcome:
     """What deletion requests did to the global model, beside what it would have done anyway.
 
-    Every seed is a whole training of its own, with its own initial weights and draws, and a request chosen against
-    its model; the first is the run itself. Its arms are :data:`ARMS`, accuracies on the held-out pool in [0, 1], one
-    per seed; `losses`: mean losses under the same names.
+    Every seed is a whole training of its own, with its own initial weights and draws, and requests chosen against
+    its model; the first is the run itself. Its arms are :data:`ARMS`: `accuracy` on the held-out pool in [0, 1] and
+    mean `losses`, arm -> one per seed; `success`, in [0, 1], of an attack whose goal is not the accuracy, else empty.
 
     `drops_out`: a client has no sample left and leaves; `floorless`: there are not as many other samples of these
-    clients, so that the random arms are those of the request. `requests`, `resumed_after`, `rounds_trained` and
-    `client_steps` are of the first seed: the last round that the server kept, the rounds that forgetting cost, and
-    the clients' local steps in them. `details`: `requested_loss`, the mean loss of the requested samples "before" and
-    "after" (first seed; None where none is named by position), and `random_positions`, one list per seed.
+    clients, so that the random arms are those of the request. `requests` and `resumed_after`, the last round that
+    the server kept, are of the first seed. `costs`: "mechanism", "retraining" -> what answering all requests of the
+    first seed took, and "history_bytes". `curve`: arm -> per seed the accuracies after each answered request.
+    `certificate` and `details` of the mechanism's last answer to the request in the first seed; besides
+    `requested_loss`, the mean loss of the requested samples "before" and "after" (None where none is named by
+    position), and `random_positions`, one list per seed.
     """
 
     requests: tuple[UnlearningRequest, ...]
     drops_out: bool
     floorless: bool
     mechanism: str
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    random: tuple[float, ...]
-    retrained_after: tuple[float, ...]
-    retrained_random: tuple[float, ...]
+    goal: str
+    accuracy: dict[str, tuple[float, ...]]
     losses: dict[str, tuple[float, ...]]
+    success: dict[str, tuple[float, ...]]
+    curve: dict[str, tuple[tuple[float, ...], ...]]
     test_samples: int
     resumed_after: int
-    rounds_trained: int
-    client_steps: int
+    costs: dict[str, Any]
+    certificate: dict[str, Any] | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,18 +100,33 @@ class Training:
     """One seed's whole training: its settings, what its server kept, its end, and what its clients ask for."""
 
     config: Config
+    place: Workplace
     trainer: FederationTrainer
     history: History
     final: Weights
     asked: DeletionRequests
 
 
-class FederationTrainer:
-    """How a mechanism reaches the clients of an open grid (:class:`fedattack.unlearning.Trainer`); counts steps."""
+@dataclass
+class Side:
+    """One way to go on from a training: what is forgotten, answer by answer, by the mechanism and by retraining."""
 
-    def __init__(self, config: Config, world: World, grid: LocalGrid) -> None:
+    deletions: list[list[Deletion]] = field(default_factory=list)
+    answers: list[Forgotten] = field(default_factory=list)
+    exact: list[Weights] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+    exact_cost: Cost = field(default_factory=Cost)
+
+
+class FederationTrainer:
+    """How a mechanism reaches the clients of an open grid (:class:`fedattack.unlearning.Trainer`)."""
+
+    def __init__(
+        self, config: Config, world: World, grid: LocalGrid | None, place: Workplace | None = None
+    ) -> None:
         self.config, self.world, self.grid = config, world, grid
-        self.client_steps = 0
+        self.place = place or Workplace.of(config, world)
+        self.cost = Cost()
 
     def train(
         self,
@@ -113,11 +134,15 @@ class FederationTrainer:
         weights: Weights,
         first_round: int,
         history: History | None = None,
-        on_requests: Callable[[DeletionRequests], None] | None = None,
+        **kept: Any,
     ) -> Weights:
-        """Train the rounds from `first_round` up to the request; `history` keeps of them what it is for."""
-        kept: dict[str, Any] = {"on_requests": on_requests}
-        if history is not None:
+        """Train the rounds from `first_round` up to the request; `history` keeps of them what it is for.
+
+        Without a `history` the server forgets, and says so.
+        """
+        if history is None:
+            kept["told"] = {FORGETTING: True}
+        else:
             kept |= {"on_weights": history.keep_weights, "on_observation": history.keep_update}
             kept["observe"] = lambda round, _: history.wants_updates(round)
             kept["on_round"] = lambda r: history.note_round(r.round, r.clients, r.aggregated)
@@ -129,18 +154,69 @@ class FederationTrainer:
         return self._run(excluded, weights, self.config.request_round + 1, last)
 
     def updates(
-        self, excluded: Excluded, weights: Weights, round: int, share: float
+        self,
+        excluded: Excluded,
+        weights: Weights,
+        round: int,
+        share: float = 1.0,
+        clients: Collection[int] | None = None,
     ) -> Iterator[ClientUpdate]:
-        """What the clients of a round answer to `weights`, each after a share of its steps."""
-        seen: list[Observation] = []
+        """See :class:`fedattack.unlearning.Trainer`."""
         steps = max(1, int(share * self.config.training.local_steps + 0.5))
-        self._run(excluded, weights, round, round, steps, on_observation=seen.append)
+        seen = self._seen(excluded, weights, round, clients, steps, {LOCAL_STEPS: steps})
         return map(ClientUpdate.of, seen)
+
+    def gradients(
+        self,
+        excluded: Excluded,
+        weights: Weights,
+        round: int,
+        clients: Collection[int] | None = None,
+        objective: str = "loss",
+    ) -> Iterator[ClientUpdate]:
+        """See :class:`fedattack.unlearning.Trainer`."""
+        seen = self._seen(excluded, weights, round, clients, 1, {OBJECTIVE: objective})
+        return (ClientUpdate(o.client, o.update.dense(), o.buffers, o.num_examples) for o in seen)
+
+    def _seen(
+        self,
+        excluded: Excluded,
+        weights: Weights,
+        round: int,
+        clients: Collection[int] | None,
+        steps: int,
+        told: dict[str, Any],
+    ) -> list[Observation]:
+        seen: list[Observation] = []
+        everything = {
+            client: len(self.place.partitions[client]) == len(excluded.get(client, ()))
+            for client in (range(len(self.place.partitions)) if clients is None else clients)
+        }
+        left = [client for client, gone in everything.items() if not gone]
+        if not left:
+            return []
+        if clients is not None or len(left) < len(everything):
+            self._run(excluded, weights, round, round, steps, seen, clients=left, told=told)
+        else:
+            self._run(excluded, weights, round, round, steps, seen, told=told)
+        return seen
 
     def evaluate(self, weights: Weights, clients: Collection[int]) -> dict[int, dict[str, float]]:
         """The clients' figures of `weights` on their samples."""
+        assert self.grid is not None
         answers = ask(self.grid, "evaluate", weights, clients)
         return {client: dict(reply.content[METRICS]) for client, reply in answers}
+
+    def central(self) -> Central:
+        """The only client's data, with what it planted."""
+        if len(self.place.partitions) != 1:
+            raise NotApplicable(
+                f"mechanism {self.config.unlearning.mechanism!r} needs the data itself, and "
+                f"{len(self.place.partitions)} clients hold it; use one (--scenario central)"
+            )
+        samples = self.place.samples(0, np.arange(len(self.place.partitions[0])))
+        scenario, seed, rounds = self.place.scenario, self.config.seed, self.config.request_round
+        return Central(scenario, *samples, seed, rounds, self.config.unlearning.draws, self.cost)
 
     def _run(
         self,
@@ -149,21 +225,34 @@ class FederationTrainer:
         first: int,
         last: int,
         steps: int | None = None,
+        seen: list[Observation] | None = None,
+        told: Mapping[str, Any] | None = None,
         **how: Any,
     ) -> Weights:
+        if self.grid is None:
+            raise RunFailed("a mechanism asked clients to work before anybody asked to be forgotten")
         federation = self.config.federation.model_copy(update={"evaluate": False, "rounds": last})
+        if seen is not None:
+            how["on_observation"], told = seen.append, {**(told or {}), FORGETTING: True}
         result = run_federation(
             self.config.model_copy(update={"federation": federation}),
             self.world,
             initial=weights,
             first_round=first,
             excluded=excluded,
-            local_steps=steps,
             grid=self.grid,
+            told=told,
             **how,
         )
-        taken = steps or self.config.training.local_steps
-        self.client_steps += taken * sum(len(record.clients) for record in result.rounds)
+        taken, batch = steps or self.config.training.local_steps, self.config.training.batch_size
+        whole = OBJECTIVE in (told or {})
+        sizes = [len(ids) for ids in self.place.partitions]
+        used = [n if whole or not batch else min(batch, n) for n in sizes]
+        passed = sum(taken * used[client] for record in result.rounds for client in record.clients)
+        self.cost.gradients += passed / max(1, sum(sizes))
+        self.cost.rounds += len(result.rounds)
+        self.cost.client_steps += taken * sum(len(record.clients) for record in result.rounds)
+        self.cost.bytes += sum(record.wire_bytes + record.buffer_bytes for record in result.rounds)
         return result.weights
 
 
@@ -179,6 +268,7 @@ class UnlearningExperiment(Experiment):
         self.history = self._history(plan.folder.path / "history")
         self.history.keep_weights(0, initial_weights(plan.world.scenario.model, plan.config.seed))
         self.asked: DeletionRequests = {}
+        self.changed = False
 
     def _history(self, folder: Path) -> History:
         every = self.plan.config.unlearning.checkpoint_every
@@ -186,7 +276,8 @@ class UnlearningExperiment(Experiment):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        build_mechanism(config.unlearning).check(config.unlearning.mechanism, world.scenario)
+        named = config.unlearning.mechanism
+        build_mechanism(config.unlearning).check(named, world.scenario, len(world.partitions))
 
     def wants(self, round: int, client: int) -> bool:
         """The updates that the mechanism needs."""
@@ -203,6 +294,12 @@ class UnlearningExperiment(Experiment):
         if record.round <= self.plan.config.request_round:
             self.history.note_round(record.round, record.clients, record.aggregated)
 
+    def release(self, weights: Weights) -> Weights:
+        trainer = FederationTrainer(self.plan.config, self.plan.world, None)
+        self.history.weights = self.mechanism.prepare({}, self.history, trainer)
+        self.changed = self.history.weights is not weights
+        return self.history.weights
+
     def requests(self, requests: DeletionRequests) -> None:
         self.asked = requests
 
@@ -218,15 +315,19 @@ class UnlearningExperiment(Experiment):
         none_left = "all that its client has is asked for, and no other samples can be deleted instead"
         return audit_unlearning(
             name,
-            outcome.before,
-            outcome.after,
-            outcome.random,
-            retrained=(outcome.retrained_after, outcome.retrained_random),
+            outcome.accuracy,
+            losses=outcome.losses,
+            success=outcome.success,
+            goal=outcome.goal,
+            curve=outcome.curve,
+            costs=outcome.costs,
             requests=sum(len(r.positions) or len(r.labels or ()) for r in outcome.requests),
             mechanism=outcome.mechanism,
             test_samples=outcome.test_samples,
             chance_accuracy=plan.commonest_share,
             idle=none_left if outcome.floorless else "",
+            certificate=outcome.certificate,
+            details=outcome.details,
             seconds=seconds,
             seed=plan.config.seed,
         )
@@ -267,24 +368,32 @@ class UnlearningExperiment(Experiment):
         """The run itself, or a training with a seed drawn from its own; its clients can be reached in the block."""
         config, world, history = self.plan.config, self.plan.world, self.history
         again = config.model_copy(update={"seed": _seed(config.seed, index)})
+        place = Workplace.of(again, world)
         with open_grid(again, world) as grid, tempfile.TemporaryDirectory(dir=history.folder) as scratch:
-            trainer = FederationTrainer(again, world, grid)
-            if index == 0:
-                yield Training(again, trainer, history, final, self.asked)
-                return
-            kept, asked = self._history(Path(scratch)), DeletionRequests()
-            kept.keep_weights(0, initial_weights(world.scenario.model, again.seed))
-            trainer.train({}, kept.checkpoint(0), 1, kept, asked.update)
-            yield Training(again, trainer, kept, trainer.go_on({}, kept.weights), asked)
+            trainer = FederationTrainer(again, world, grid, place)
+            asked = self.asked
+            if index:
+                history, asked = self._history(Path(scratch)), DeletionRequests()
+                history.keep_weights(0, initial_weights(world.scenario.model, again.seed))
+
+                def released(_: Weights) -> Weights:
+                    history.weights = self.mechanism.prepare({}, history, trainer)
+                    return history.weights
+
+                trainer.train(
+                    {}, history.checkpoint(0), 1, history, on_requests=asked.update, release=released
+                )
+            if index or self.changed:
+                final = trainer.go_on({}, history.weights)
+            yield Training(again, place, trainer, history, final, asked)
 
     def _arms(self, name: str, training: Training, index: int, count: int) -> dict[str, Any]:
         """What an attack asks for in one training, granted in every arm; JSON-able.
 
         NotApplicable if nobody asks, or who asks never took part; PayloadError if the server rejects a request.
         """
-        world, history, trainer = self.plan.world, training.history, training.trainer
-        asked = training.asked.get(name, [])
-        deletions = [self._accepted(sender, request) for sender, request in asked]
+        history, trainer, attack = training.history, training.trainer, self.attacks[name]
+        deletions = self._deletions(training, training.asked.get(name, []), {})
         if history.ignorant([deletion.client for deletion in deletions]) is None:
             who = " and ".join(f"client {deletion.client}" for deletion in deletions)
             raise NotApplicable(
@@ -293,105 +402,218 @@ class UnlearningExperiment(Experiment):
                 if deletions
                 else f"{name}: no client asks for a deletion"
             )
+
+        def shown(part: float, text: str) -> None:
+            self.plan.shown(name, (index + part) / count, f"seed {index + 1} of {count}, {text}")
+
+        asked = Side()
+        shown(0.3, "the request")
+        self._forget(training, asked, deletions)
+        for time_ in range(1, training.config.unlearning.times):
+            more = self._asked_again(name, training, asked, time_)
+            if not more:
+                break
+            self._forget(training, asked, more)
         rng = numpy_rng(self.plan.config.seed, "unlearning floor", index)
-        others, positions = self._random(deletions, rng)
+        others, positions = self._random(training, asked.deletions, rng)
+        shown(0.6, "random deletions")
+        floor = Side() if others is not None else asked
+        for some in others or []:
+            self._forget(training, floor, some)
         weights = {"before": training.final}
-        sides = {"after": deletions} | ({"random": others} if others is not None else {})
-        cost: dict[str, int] = {}
-        for number, (side, forgotten) in enumerate(sides.items()):
-            self.plan.shown(name, (index + (1 + number) / 3) / count, f"seed {index + 1} of {count}, {side}")
-            before = trainer.client_steps
-            answer = self.mechanism.forget(forgotten, history, trainer)
-            cost = cost or {
-                "resumed_after": answer.resumed_after,
-                "rounds_trained": answer.rounds_trained,
-                "client_steps": trainer.client_steps - before,
-            }
-            weights[side] = trainer.go_on(answer.excluded, answer.weights)
-            exact = weights[side]
-            if not isinstance(self.mechanism, Retrain):
-                control = Retrain().forget([self._known(one) for one in forgotten], history, trainer)
-                exact = trainer.go_on(control.excluded, control.weights)
-            weights[f"retrained_{side}"] = exact
-        judge = Judge(training.config, world)
+        curve: dict[str, list[float]] = {}
+        judge = Judge(training.config, self.plan.world)
+        for arm, side in (("after", asked), ("random", floor)):
+            if arm == "random" and side is asked:
+                weights |= {"random": weights["after"], "retrained_random": weights["retrained_after"]}
+                curve |= {"random": curve["after"], "retrained_random": curve["retrained_after"]}
+                continue
+            excluded = side.answers[-1].excluded
+            weights[arm] = trainer.go_on(excluded, side.answers[-1].weights)
+            same = isinstance(self.mechanism, Retrain)
+            weights[f"retrained_{arm}"] = (
+                weights[arm] if same else trainer.go_on(self._exactly(training, side), side.exact[-1])
+            )
+            curve[arm] = [judge(answer.weights).get("accuracy", 0.0) for answer in side.answers]
+            curve[f"retrained_{arm}"] = (
+                curve[arm] if same else [judge(one).get("accuracy", 0.0) for one in side.exact]
+            )
         figures = {arm: judge(found) for arm, found in weights.items()}
-        for arm in ("random", "retrained_random"):
-            figures.setdefault(arm, figures[arm.replace("random", "after")])
-        named = [world.partitions[d.client][sorted(d.positions)] for d in deletions if d.positions]
-        ids = np.concatenate([*named, np.empty(0, np.int64)]).astype(np.int64)
+        named = {d.client: d.positions for part in asked.deletions for d in part if d.positions}
+        samples = [training.place.samples(c, np.asarray(sorted(p), np.int64)) for c, p in named.items()]
+        wanted = [torch.cat(parts) for parts in zip(*samples, strict=True)] if samples else []
+        last = asked.answers[-1]
         return {
-            "accuracy": {arm: figures[arm]["accuracy"] for arm in ARMS},
+            "accuracy": {arm: figures[arm].get("accuracy", 0.0) for arm in ARMS},
             "losses": {arm: figures[arm]["loss"] for arm in ARMS},
-            **cost,
-            "drops_out": any(deletion.drops_out for deletion in deletions),
+            "success": self._successes(name, attack, training, judge, weights),
+            "curve": curve,
+            "resumed_after": last.resumed_after,
+            "costs": {
+                "mechanism": dataclasses.asdict(asked.cost),
+                "retraining": dataclasses.asdict(asked.exact_cost),
+                "history_bytes": history.bytes,
+            },
+            "certificate": None if last.certificate is None else dict(last.certificate),
+            "details": dict(last.details),
+            "drops_out": any(deletion.drops_out for part in asked.deletions for deletion in part),
             "floorless": others is None,
-            "requested_loss": {arm: judge(weights[arm], ids).get("loss") for arm in ("before", "after")},
+            "requested_loss": {
+                arm: judge.of(weights[arm], *wanted).get("loss") if wanted else None
+                for arm in ("before", "after")
+            },
             "random_positions": positions,
         }
+
+    def _forget(self, training: Training, side: Side, deletions: Sequence[Deletion]) -> None:
+        """Have the mechanism answer, and a retraining beside it."""
+        history, trainer = training.history, training.trainer
+        earlier = side.answers[-1] if side.answers else None
+        with tempfile.TemporaryDirectory(dir=training.history.folder) as scratch:
+            now = history.fork(
+                Path(scratch) / "now",
+                earlier.weights if earlier else history.weights,
+                earlier.excluded if earlier else history.excluded,
+            )
+            before = trainer.cost.copy()
+            with trainer.cost.clocked():
+                answer = self.mechanism.forget(deletions, now, trainer)
+                side.deletions.append(list(deletions))
+                side.answers.append(answer)
+            side.cost = side.cost.plus(trainer.cost.since(before))
+            if isinstance(self.mechanism, Retrain):
+                side.exact_cost = side.cost
+                return
+            before = trainer.cost.copy()
+            with trainer.cost.clocked():
+                excluded = self._exactly(training, side)
+                start = history.ignorant(excluded) or 0
+                weights = trainer.train(excluded, history.checkpoint(start), start + 1)
+                again = history.fork(Path(scratch) / "again", weights, excluded)
+                side.exact.append(self.mechanism.prepare(excluded, again, trainer))
+            side.exact_cost = side.exact_cost.plus(trainer.cost.since(before))
+
+    def _exactly(self, training: Training, side: Side) -> dict[int, frozenset[int]]:
+        """All positions of a side's deletions; samples that their client does not have are none of them."""
+        return merged({}, [self._known(training, one) for part in side.deletions for one in part])
+
+    def _deletions(
+        self, training: Training, asked: Sequence[tuple[int, UnlearningRequest]], excluded: Excluded
+    ) -> list[Deletion]:
+        """The requests as the server accepts them, in the terms that the mechanism forgets by."""
+        found = []
+        for sender, request in asked:
+            samples, forgotten = len(training.place.partitions[sender]), excluded.get(sender, ())
+            deletion = validate_request(request, sender, samples, self.plan.world.scenario, forgotten)
+            if deletion.labels is not None and self.mechanism.by_positions:
+                deletion = as_positions(deletion, _registered(training, sender), forgotten)
+            found.append(deletion)
+        return found
+
+    def _asked_again(self, name: str, training: Training, side: Side, times: int) -> list[Deletion]:
+        """What the clients ask for when they see the last answer; nothing where the server rejects it."""
+        excluded, last = side.answers[-1].excluded, side.answers[-1].weights
+        world, config = self.plan.world, training.config
+        assert training.trainer.grid is not None
+        asked = ask_unlearning(
+            training.trainer.grid, last, world.scenario, config.request_round, excluded, times=times
+        )
+        try:
+            return self._deletions(training, asked.get(name, []), excluded)
+        except PayloadError as error:
+            log.warning("%s: request %d is rejected: %s", name, times + 1, error)
+            return []
+
+    def _successes(
+        self,
+        name: str,
+        attack: UnlearningAttack,
+        training: Training,
+        judge: Judge,
+        weights: Mapping[str, Weights],
+    ) -> dict[str, float]:
+        """Arm -> the share of what the attack wanted; none where that is the accuracy lost."""
+        client = min(training.config.attack.malicious_clients)
+        view = training.place.planting(name, client)
+        images, labels = self.plan.world.dataset.tensors(self.plan.world.pools.nonmembers)
+        found = {
+            arm: attack.success(partial(judge.probabilities, weights[arm]), images, labels, view)
+            for arm in ARMS
+        }
+        return {arm: float(share) for arm, share in found.items() if share is not None}
 
     def _outcome(self, name: str, rows: Sequence[Mapping[str, Any]]) -> UnlearningOutcome:
         """The seeds together."""
         self.plan.shown(name, 1.0, "done")
         first = rows[0]
-        accuracy: dict[str, Any] = {arm: tuple(row["accuracy"][arm] for row in rows) for arm in ARMS}
+        told = all(row["success"] for row in rows)
         return UnlearningOutcome(
             requests=tuple(request for _, request in self.asked.get(name, [])),
             drops_out=any(row["drops_out"] for row in rows),
             floorless=any(row["floorless"] for row in rows),
             mechanism=self.plan.config.unlearning.mechanism,
-            **accuracy,
+            goal=self.attacks[name].goal,
+            accuracy={arm: tuple(row["accuracy"][arm] for row in rows) for arm in ARMS},
             losses={arm: tuple(row["losses"][arm] for row in rows) for arm in ARMS},
+            success={arm: tuple(row["success"][arm] for row in rows) for arm in ARMS} if told else {},
+            curve={arm: tuple(tuple(row["curve"][arm]) for row in rows) for arm in ARMS[1:]},
             test_samples=len(self.plan.world.pools.nonmembers),
             resumed_after=first["resumed_after"],
-            rounds_trained=first["rounds_trained"],
-            client_steps=first["client_steps"],
+            costs=first["costs"],
+            certificate=first["certificate"],
             details={
+                **first["details"],
                 "requested_loss": first["requested_loss"],
                 "random_positions": [row["random_positions"] for row in rows],
             },
         )
 
-    def _accepted(self, sender: int, request: UnlearningRequest) -> Deletion:
-        """The request as the server accepts it, in the terms that the mechanism forgets by."""
-        world, partition = self.plan.world, self.plan.world.partitions[sender]
-        deletion = validate_request(request, sender, len(partition), world.scenario)
-        if deletion.labels is None or not self.mechanism.by_positions:
-            return deletion
-        return as_positions(deletion, sample_digests(*world.dataset.tensors(partition)))
-
-    def _known(self, deletion: Deletion) -> Deletion:
+    def _known(self, training: Training, deletion: Deletion) -> Deletion:
         """The deletion by positions, for a retraining; of samples that its client does not have, of nothing."""
         if deletion.labels is None:
             return deletion
-        partition = self.plan.world.partitions[deletion.client]
         try:
-            return as_positions(deletion, sample_digests(*self.plan.world.dataset.tensors(partition)))
+            return as_positions(deletion, _registered(training, deletion.client))
         except PayloadError:
             return Deletion(deletion.client)
 
     def _random(
-        self, deletions: Sequence[Deletion], rng: np.random.Generator
-    ) -> tuple[list[Deletion] | None, list[int]]:
+        self, training: Training, asked: Sequence[Sequence[Deletion]], rng: np.random.Generator
+    ) -> tuple[list[list[Deletion]] | None, list[int]]:
         """As many random samples of the same clients that nobody asked to forget, asked for in the same way.
 
         And the positions of all. None where a client has fewer than that.
         """
-        others: list[Deletion] = []
+        taken: dict[int, set[int]] = {}
+        for part in asked:
+            for deletion in part:
+                taken.setdefault(deletion.client, set()).update(self._known(training, deletion).positions)
+        others: list[list[Deletion]] = []
         drawn: list[int] = []
-        for deletion in deletions:
-            partition = self.plan.world.partitions[deletion.client]
-            count = len(deletion.positions) if deletion.labels is None else len(deletion.labels)
-            free = np.setdiff1d(np.arange(len(partition)), sorted(deletion.positions))
-            if len(free) < count:
-                return None, []
-            positions = sorted(rng.choice(free, count, replace=False).tolist())
-            if deletion.positions:
-                others.append(Deletion(deletion.client, frozenset(positions)))
-            else:
-                images, labels = self.plan.world.dataset.tensors(partition[positions])
-                others.append(Deletion(deletion.client, images=images, labels=labels))
-            drawn += positions
+        for part in asked:
+            some: list[Deletion] = []
+            for deletion in part:
+                client = deletion.client
+                count = len(deletion.positions) if deletion.labels is None else len(deletion.labels)
+                size = len(training.place.partitions[client])
+                free = np.setdiff1d(np.arange(size), sorted(taken[client]))
+                if len(free) < count:
+                    return None, []
+                positions = sorted(rng.choice(free, count, replace=False).tolist())
+                taken[client].update(positions)
+                if deletion.positions:
+                    some.append(Deletion(client, frozenset(positions)))
+                else:
+                    images, labels = training.place.samples(client, np.asarray(positions, np.int64))
+                    some.append(Deletion(client, images=images, labels=labels))
+                drawn += positions
+            others.append(some)
         return others, drawn
+
+
+def _registered(training: Training, client: int) -> list[bytes]:
+    """What a client registered of its samples."""
+    return sample_digests(*training.place.samples(client, np.arange(len(training.place.partitions[client]))))
 
 
 def _seed(seed: int, repeat: int) -> int:

@@ -29,10 +29,10 @@ def network(name: str) -> nn.Module:
     return model
 
 
-def view(client: int, requests: int) -> ClientView:
+def view(client: int, requests: int, model: nn.Module) -> ClientView:
     config = ModelConfig(name="mlp", classes=10, channels=1, image_size=8, activation="relu")
     scenario = Scenario(config, TrainingConfig(), CompressionConfig())
-    return ClientView(1, client, scenario, {}, 0, {}, requests)
+    return ClientView(1, client, scenario, {}, 0, {}, requests, model=model.eval())
 
 
 def brute_force(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> list[int]:
@@ -50,7 +50,7 @@ def brute_force(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) ->
 @pytest.mark.parametrize("requests", [1, 7, 300])
 def test_order_equals_a_brute_force_sort(name: str, requests: int) -> None:
     model, (images, labels) = network(name), samples(300)
-    request = MaxLoss().request(view(4, requests), model, images, labels)
+    request = MaxLoss().ask(view(4, requests, model), images, labels)
     assert request.client == 4
     assert list(request.positions) == brute_force(model, images, labels)[:requests]
     assert all(type(position) is int for position in request.positions)
@@ -62,29 +62,26 @@ def test_equal_losses_keep_the_order_of_position() -> None:
         for parameter in model.parameters():
             parameter.zero_()  # every loss is log 10
     images, labels = samples(20)
-    assert MaxLoss().request(view(0, 20), model, images, labels).positions == tuple(range(20))
+    assert MaxLoss().ask(view(0, 20, model), images, labels).positions == tuple(range(20))
     with torch.no_grad():
         list(model.parameters())[-1][3] = 2.0  # class 3 becomes the easy one
     easy, hard = torch.where(labels == 3)[0].tolist(), torch.where(labels != 3)[0].tolist()
-    assert MaxLoss().request(view(0, 20), model, images, labels).positions == (*hard, *easy)
+    assert MaxLoss().ask(view(0, 20, model), images, labels).positions == (*hard, *easy)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_batch_statistics_neither_count_nor_change(training: bool) -> None:
+def test_batch_statistics_neither_count_nor_change() -> None:
     torch.manual_seed(0)
     model = ResNet(ModelConfig(classes=10, channels=1, image_size=8, activation="relu"), (1, 0, 0, 1))
-    model.train(training)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, labels = samples(12)
-    together = MaxLoss().request(view(0, 12), model, images, labels).positions
-    assert model.training is training
+    together = MaxLoss().ask(view(0, 12, model), images, labels).positions
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert list(together) == brute_force(model, images, labels)
 
 
 def test_asks_for_no_more_than_there_are() -> None:
     images, labels = samples(5)
-    assert len(MaxLoss().request(view(2, 6), network("mlp"), images, labels).positions) == 5
+    assert len(MaxLoss().ask(view(2, 6, network("mlp")), images, labels).positions) == 5
 
 
 def test_is_registered() -> None:

@@ -237,7 +237,12 @@ def test_floors_stand_below_the_score_the_highest_first() -> None:
         "floor: b",
     ]
     one, two = (
-        audit_unlearning("u", [0.8] * n, [0.7] * n, [0.8] * n, requests=1, mechanism="retrain")
+        audit_unlearning(
+            "u",
+            {"before": [0.8] * n, "after": [0.7] * n, "random": [0.8] * n},
+            requests=1,
+            mechanism="retrain",
+        )
         for n in (1, 2)
     )
     assert unlearning._remarks(one)[0] == "u: 1 seed"

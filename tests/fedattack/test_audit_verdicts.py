@@ -77,7 +77,7 @@ def test_four_candidates_told_apart_at_chance_are_undecided() -> None:
 def test_a_model_at_chance_has_nothing_to_lose(accuracy: float) -> None:
     def audit(share: float):
         return audit_unlearning(
-            "u", [share] * 3, [share] * 3, [share] * 3, requests=4, mechanism="retrain",
+            "u", dict.fromkeys(("before", "after", "random"), [share] * 3), requests=4, mechanism="retrain",
             test_samples=180, chance_accuracy=0.1,
         )  # fmt: skip
 
@@ -292,7 +292,13 @@ def test_damage_null_and_effect(seeds: int) -> None:
         for run in range(200):
             random = rng.normal(0.8, 0.015, seeds)
             after = rng.normal(0.8 - effect, 0.015, seeds)
-            audit = audit_unlearning("u", random, after, random, requests=5, mechanism="retrain", seed=run)
+            audit = audit_unlearning(
+                "u",
+                {"before": random, "after": after, "random": random},
+                requests=5,
+                mechanism="retrain",
+                seed=run,
+            )
             found.append(audit.level)
     assert sum(one in ("leak", "partial") for one in levels[0.0]) <= 10
     assert levels[0.04].count("none") <= 10

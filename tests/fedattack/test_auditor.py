@@ -221,7 +221,11 @@ def test_bad_requests_are_refused() -> None:
 )
 def test_unlearning_is_measured_against_random_deletion(after: list[float], level: str) -> None:
     found = audit_unlearning(
-        "u", [0.92, 0.93, 0.92], after, [0.905, 0.91, 0.90], requests=20, mechanism="retrain", seconds=3.0
+        "u",
+        {"before": [0.92, 0.93, 0.92], "after": after, "random": [0.905, 0.91, 0.90]},
+        requests=20,
+        mechanism="retrain",
+        seconds=3.0,
     )
     assert found.level == level
     assert found.summary["metrics"]["damage"]["mean"] == pytest.approx(
@@ -234,7 +238,9 @@ def test_damage_is_parted_between_mechanism_and_request() -> None:
     """Points lost by the mechanism on random samples, by the request under retraining, and by both together."""
     before, after, random = [0.98, 0.975, 0.99], [0.10, 0.12, 0.09], [0.85, 0.84, 0.86]
     retrained = [0.969, 0.96, 0.975], [0.98, 0.972, 0.985]
-    found = audit_unlearning("u", before, after, random, retrained=retrained, requests=10, mechanism="scrub")
+    arms = {"before": before, "after": after, "random": random}
+    exact = {"retrained_after": retrained[0], "retrained_random": retrained[1]}
+    found = audit_unlearning("u", arms | exact, requests=10, mechanism="scrub")
     metrics = found.summary["metrics"]
     b, m1, m2, r1, r2 = map(np.array, (before, after, random, *retrained))
     wanted = {"algorithm": b - m2, "request": r2 - r1, "together": (m2 - m1) - (r2 - r1)}
@@ -248,21 +254,20 @@ def test_damage_is_parted_between_mechanism_and_request() -> None:
     assert total == pytest.approx(metrics["damage"]["mean"])
     told = get_family("unlearning").beside(found)
     assert told[0].startswith("lost by the mechanism alone, forgetting random samples: +13.2 points")
-    idle = audit_unlearning(
-        "u", before, after, random, requests=10, mechanism="scrub", idle="nothing else is left"
-    )
+    idle = audit_unlearning("u", arms, requests=10, mechanism="scrub", idle="nothing else is left")
     assert idle.level == "undecided"
     assert "nothing else is left" in idle.verdict
 
 
 def test_one_unlearning_run_needs_the_number_of_test_samples() -> None:
-    few = audit_unlearning("u", 0.92, 0.80, 0.90, requests=5, mechanism="retrain", test_samples=50)
-    many = audit_unlearning("u", 0.92, 0.80, 0.90, requests=5, mechanism="retrain", test_samples=2000)
-    unknown = audit_unlearning("u", 0.92, 0.80, 0.90, requests=5, mechanism="retrain")
+    arms = {"before": [0.92], "after": [0.80], "random": [0.90]}
+    few = audit_unlearning("u", arms, requests=5, mechanism="retrain", test_samples=50)
+    many = audit_unlearning("u", arms, requests=5, mechanism="retrain", test_samples=2000)
+    unknown = audit_unlearning("u", arms, requests=5, mechanism="retrain")
     assert (few.level, many.level, unknown.level) == ("undecided", "leak", "undecided")
     assert many.summary["metrics"]["damage"]["interval_over"] == "test samples"
     with pytest.raises(DataError, match="shares"):
-        audit_unlearning("u", 92.0, 80.0, 90.0, requests=5, mechanism="retrain")
+        audit_unlearning("u", {arm: [92.0] for arm in arms}, requests=5, mechanism="retrain")
 
 
 def test_thresholds_of_a_recovered_image() -> None:

@@ -84,7 +84,10 @@ def results() -> list[AuditResult]:
         reconstruction_result(),
         audit_membership("fedmia", asked, statistic="loss", seconds=1.0),
         audit_unlearning(
-            "unlearn-max-loss", [0.9, 0.91], [0.7, 0.72], [0.89, 0.9], requests=5, mechanism="retrain"
+            "unlearn-max-loss",
+            {"before": [0.9, 0.91], "after": [0.7, 0.72], "random": [0.89, 0.9]},
+            requests=5,
+            mechanism="retrain",
         ),
     ]
 

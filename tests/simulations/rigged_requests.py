@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adversaries.seats import ClientView
 from adversaries.unlearning.base import UnlearningAttack
@@ -21,9 +21,7 @@ class SendsSamples(UnlearningAttack):
 
     shift: int = 0
 
-    def request(
-        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> UnlearningRequest:
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest:
         first = slice(0, view.requests)
         return UnlearningRequest(view.client, images=images[first], labels=(labels[first] + self.shift) % 10)
 
@@ -32,9 +30,7 @@ class SendsSamples(UnlearningAttack):
 class NamesPositions(UnlearningAttack):
     """Asks for the same by position."""
 
-    def request(
-        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> UnlearningRequest:
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest:
         return UnlearningRequest(view.client, tuple(range(view.requests)))
 
 
@@ -42,9 +38,7 @@ class NamesPositions(UnlearningAttack):
 class SendsNoise(UnlearningAttack):
     """Brings pixels that are no numbers."""
 
-    def request(
-        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> UnlearningRequest:
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest:
         return UnlearningRequest(view.client, images=images * float("nan"), labels=labels)
 
 
@@ -57,9 +51,7 @@ class Remembers(UnlearningAttack):
     def see(self, view: ClientView) -> None:
         view.memory["rounds"] = view.memory.get("rounds", torch.zeros(1)) + 1
 
-    def request(
-        self, view: ClientView, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> UnlearningRequest:
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest:
         return UnlearningRequest(view.client, tuple(range(int(view.memory["rounds"]))))
 
 
@@ -78,4 +70,4 @@ class Ascent(Mechanism):
             _, gradient = batch_gradient(model, deletion.images, deletion.labels)
             for (name, parameter), slope in zip(model.named_parameters(), gradient, strict=True):
                 weights[name] = parameter.detach() + self.rate * slope
-        return Forgotten(weights, {}, history.rounds, 0)
+        return Forgotten(weights, {}, history.rounds)

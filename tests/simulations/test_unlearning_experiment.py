@@ -112,17 +112,22 @@ def test_a_request_is_asked_granted_and_measured(tmp_path: Path) -> None:
     assert list(request.positions) == sorted(range(len(labels)), key=lambda i: -float(losses[i]))[:12]
 
     # What the server does: trains again without them, from the start since client 0 was in round 1.
-    assert (outcome.mechanism, outcome.resumed_after, outcome.rounds_trained) == ("retrain", 0, 6)
-    assert outcome.client_steps == 6 * 6 * 8
+    assert (outcome.mechanism, outcome.resumed_after) == ("retrain", 0)
+    assert outcome.costs["mechanism"]["rounds"] == 6
+    assert outcome.costs["mechanism"]["client_steps"] == 6 * 6 * 8
     assert run.history.checkpoints == list(range(7))
     assert not run.history.update_rounds
     judge = Judge(config, world)
     retrained = run_federation(config, world, excluded={0: request.positions}).weights
     floor = run_federation(config, world, excluded={0: outcome.details["random_positions"][0]}).weights
-    assert outcome.before[0] == judge(result.weights)["accuracy"] == pytest.approx(result.rounds[-1].accuracy)
-    assert outcome.after[0] == judge(retrained)["accuracy"]
+    assert (
+        outcome.accuracy["before"][0]
+        == judge(result.weights)["accuracy"]
+        == pytest.approx(result.rounds[-1].accuracy)
+    )
+    assert outcome.accuracy["after"][0] == judge(retrained)["accuracy"]
     assert outcome.losses["after"][0] == judge(retrained)["loss"]
-    assert outcome.random[0] == judge(floor)["accuracy"]
+    assert outcome.accuracy["random"][0] == judge(floor)["accuracy"]
     assert not equal(retrained, result.weights)
     requested = world.partitions[0][sorted(request.positions)]
     assert outcome.details["requested_loss"]["after"] == judge(retrained, requested)["loss"]
@@ -132,7 +137,9 @@ def test_a_request_is_asked_granted_and_measured(tmp_path: Path) -> None:
     assert len(set(first)) == len(set(second)) == 12
     assert first != second
     assert not set(first) & set(request.positions)
-    assert (outcome.retrained_after, outcome.retrained_random) == (outcome.after, outcome.random)
+    assert [outcome.accuracy[f"retrained_{arm}"] for arm in ("after", "random")] == [
+        outcome.accuracy[arm] for arm in ("after", "random")
+    ]
     assert outcome.test_samples == len(world.pools.nonmembers)
 
     # The second seed is a whole training of its own, from other weights, with a request chosen against its model.
@@ -155,7 +162,7 @@ def test_resumes_from_the_checkpoint_before_a_late_client(tmp_path: Path) -> Non
     assert entry > 3, "choose a seed under which client 0 comes late"
     outcome = run.outcome()
     start = (entry - 1) // 2 * 2
-    assert (outcome.resumed_after, outcome.rounds_trained) == (start, 9 - start)
+    assert (outcome.resumed_after, outcome.costs["mechanism"]["rounds"]) == (start, 9 - start)
     # Plain FedAvg without error feedback carries nothing but the weights, so this is a training from the start.
     gone = {0: outcome.requests[0].positions}
     whole = run_federation(run.plan.config, run.plan.world, excluded=gone).weights
@@ -178,7 +185,8 @@ def test_requests_in_the_midst_of_the_training(tmp_path: Path) -> None:
             losses.argsort(descending=True)[:5].tolist(),
         )
     # Three rounds are trained again, and the three that follow are trained without the samples too.
-    assert (outcome.resumed_after, outcome.rounds_trained, outcome.client_steps) == (0, 3, 3 * 6 * 8)
+    assert outcome.resumed_after == 0
+    assert [outcome.costs["mechanism"][name] for name in ("rounds", "client_steps")] == [3, 3 * 6 * 8]
     gone = {request.client: request.positions for request in outcome.requests}
     whole = run_federation(config, world, excluded=gone).weights
     assert outcome.losses["after"][0] == Judge(config, world)(whole)["loss"]
@@ -217,7 +225,7 @@ def test_a_mechanism_that_forgets_by_samples_is_sent_anybodys(tmp_path: Path) ->
         wanted = Judge(run.plan.config, world)(climbed)["loss"]
         assert outcome.losses[name][0] == pytest.approx(wanted, rel=1e-5)
     assert outcome.losses["after"] != outcome.losses["random"]
-    assert (outcome.rounds_trained, outcome.client_steps) == (0, 0)
+    assert outcome.costs["mechanism"]["client_steps"] == 0
 
 
 @pytest.mark.parametrize(
@@ -258,7 +266,7 @@ def test_all_samples_of_a_client_may_go(tmp_path: Path) -> None:
     assert outcome.floorless
     assert run.experiment.audit(run.result)["unlearn-max-loss"].level == "undecided"
     assert len(outcome.requests[0].positions) == len(run.plan.world.partitions[0])
-    assert outcome.after == outcome.random
+    assert outcome.accuracy["after"] == outcome.accuracy["random"]
 
 
 def test_nothing_to_forget_of_a_client_that_never_took_part(tmp_path: Path) -> None:
@@ -284,7 +292,7 @@ def test_the_trainer_reaches_the_clients(tmp_path: Path) -> None:
     batches = round_batches(config, len(world.partitions[1]), 1, 1)[:2]  # two of eight steps
     left = sum(position not in range(5) for batch in batches for position in batch)
     assert {update.client: update.examples for update in short} == dict.fromkeys(range(6), 32) | {1: left}
-    assert trainer.client_steps == 2 * 6
+    assert trainer.cost.client_steps == 2 * 6
 
 
 class Rebuilder(ReconstructionAttack):
