@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.func import functional_call, jvp, vjp
 from torch.nn.functional import softmax
 
+from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
+from adversaries.inversion.evidence.floors import floors
 from adversaries.inversion.evidence.one_gradient import mean_gradient
+from adversaries.needs import Facts, Needs
+from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.refusals import normalises
 from fedattack.errors import DataError, NotApplicable
 from fedattack.models import build_model
-from fedattack.observation import Observation, Scenario, Update
+from fedattack.observation import Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
 from fedattack.task import trained_parameters
-from fedattack.training import weight_step
+from fedattack.training import local_update, weight_step
 
 Weights = Mapping[str, Tensor]
 Link = Literal["softmax", "logistic", "ridge"]
@@ -35,8 +40,9 @@ Link = Literal["softmax", "logistic", "ridge"]
 _SPARE = 12
 _GRID = 0.25
 _MOST = 1e7
-_CLEAR = -4.0
-"""Logarithm of the share of the first layer's energy beyond k directions below which N counts as found."""
+_GUESSED = 16
+_CLEAR = -5.0
+"""Logarithm of the share of the first layer's energy beyond k directions below which k and N count as found."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,19 @@ DEPARTURES: tuple[Departure, ...] = (
         "exact without"),
 )
 # fmt: on
-"""Every departure, in the order in which they are told."""
+"""Every departure that the settings tell of, in order."""
+
+_MOVED = (
+    "the client's next update is taken at other weights than its first: all gradients have changed with them, and "
+    "the difference holds that too; exact where the server resumes from a checkpoint, as mechanism 'retrain' does"
+)
 
 
-def departures(scenario: Scenario, samples: int) -> list[str]:
+def departures(scenario: Scenario, samples: int, *, moved: bool = False) -> list[str]:
     """Why the difference of two updates of a client with so many samples is only about the forgotten's gradient.
 
-    A sentence each; empty: it is exactly that, up to the rounding of float32.
+    A sentence each; empty: it is exactly that, up to the rounding of float32. `moved`: the second update was taken at
+    other weights (:func:`same_weights`).
     """
     defended = ", ".join(scenario.defense.names)
     told = {
@@ -85,11 +97,12 @@ def departures(scenario: Scenario, samples: int) -> list[str]:
         "n": samples,
         "d": defended,
     }
-    return [one.sentence.format(**told) for one in DEPARTURES if one.broken(scenario, samples)]
+    found = [one.sentence.format(**told) for one in DEPARTURES if one.broken(scenario, samples)]
+    return [_MOVED] * moved + found
 
 
 def of_updates(before: Observation, after: Observation | None, samples: int, forgotten: int) -> Observation:
-    """A client's two updates at the same weights, as an update of the forgotten alone: ``(n g - (n-k) g') / k``.
+    """A client's updates before and after, as an update of the forgotten alone: ``(n g - (n-k) g') / k``.
 
     g and g' are mean gradients over the client's n = `samples`, and over those that are left when k = `forgotten` are
     taken out. Exact where :func:`departures` finds nothing, and handed on as one gradient in any case; of compressed
@@ -98,23 +111,17 @@ def of_updates(before: Observation, after: Observation | None, samples: int, for
     Raises
     ------
     NotApplicable
-        If the two were taken at different weights or of different clients, nothing was sent both times, or updates
-        after the first hold what earlier rounds held back.
+        If the two are of different clients, nothing was sent both times, or updates after the first hold what earlier
+        rounds held back.
     """
     if not 0 < forgotten <= samples:
         raise DataError(f"{forgotten} of {samples} samples forgotten; accepted: 1 to {samples}")
     first = mean_gradient(before)
     if after is None or forgotten == samples:
-        return _observed(before, first, samples)
+        return _observed(before, first, before.num_examples)
     if before.client != after.client:
         raise NotApplicable(
             f"updates of clients {before.client} and {after.client}; two of one client differ"
-        )
-    if not same_weights(before.weights, after.weights):
-        raise NotApplicable(
-            f"client {before.client} was sent other weights after the deletion than in round {before.round}: two "
-            "updates at the same weights are compared; they are where the server resumes from a checkpoint, as "
-            "mechanism 'retrain' does"
         )
     return _observed(before, _mixed(first, mean_gradient(after), samples, forgotten), forgotten)
 
@@ -125,19 +132,25 @@ def same_weights(first: Weights, second: Weights) -> bool:
 
 
 def of_models(
-    seat: Observation, before: Weights, after: Weights, forgotten: int, samples: int | None = None
+    seat: Observation,
+    before: Weights,
+    after: Weights,
+    forgotten: int | None = None,
+    samples: int | None = None,
 ) -> Observation:
     """Two global models after one round from the same weights, as an update of the forgotten: another client's seat.
 
     FedAvg's steps from w_0 are ``-lr`` times the mean gradient over all N samples, and over the N - k left; so
     :func:`of_updates` holds with N in the place of n. `seat`: what the client knows: the `weights` w_0 that it was
     sent, the scenario, its public images, and as `client` whose deletion this is thought to be; its update is not
-    read. `samples`: N; None, where the clients do not know: the N for which the first linear layer's gradient comes
-    nearest to rank k (NotApplicable where there is none).
+    read. `forgotten`, `samples`: k and N. None, where the clients are not told: the fewest k, and for it the N, that
+    leave the first linear layer a gradient of rank k (NotApplicable where there are none up to k = 16).
     """
     first, second = _step(seat, seat.weights, before), _step(seat, seat.weights, after)
-    total = samples if samples is not None else _total(seat.scenario, first, second, forgotten)
-    return _observed(seat, _mixed(first, second, total, forgotten), forgotten)
+    if forgotten is None or samples is None:
+        counts = range(1, _GUESSED + 1) if forgotten is None else (forgotten,)
+        forgotten, samples = _counts(seat.scenario, first, second, counts)
+    return _observed(seat, _mixed(first, second, samples, forgotten), forgotten)
 
 
 def of_releases(
@@ -284,28 +297,85 @@ def _cut(scenario: Scenario, gradient: dict[str, Tensor], rank: int) -> dict[str
     return {layer.weight: both[:, :-1], layer.bias: both[:, -1]}
 
 
-def _total(scenario: Scenario, before: Update, after: Update, forgotten: int) -> int:
-    """The number of samples behind two mean gradients that differ by k: the one that leaves k directions."""
+def _counts(scenario: Scenario, before: Update, after: Update, counts: Iterable[int]) -> tuple[int, int]:
+    """k and N of two mean gradients: the first of `counts` for which an N leaves only k directions."""
     name = first_layer(scenario.model).weight
     one, other = (update.dense()[name].double() for update in (before, after))
     sketch = torch.randn(
-        one.shape[1], forgotten + _SPARE, dtype=torch.float64, generator=torch_rng(0, "sketch")
+        one.shape[1], max(counts) + _SPARE, dtype=torch.float64, generator=torch_rng(0, "sketch")
     )
     kept, gained = other @ sketch, (one - other) @ sketch
-
-    def beyond(log_share: float) -> float:
-        values = torch.linalg.svdvals(kept + math.exp(log_share) * gained).square()
-        return float((values[forgotten:].sum() / values.sum().clamp_min(1e-300)).log10())
-
-    # The share falls as the square of the distance to N / k, over a width of about N / k itself.
     grid = [step * _GRID for step in range(int(math.log(_MOST) / _GRID))]
-    start = min(grid, key=beyond)
-    found = minimize_scalar(beyond, bounds=(max(0.0, start - _GRID), start + _GRID), method="bounded")
-    total = max(forgotten + 1, round(forgotten * math.exp(float(found.x))))
-    if (share := beyond(math.log(total / forgotten))) > _CLEAR:
-        raise NotApplicable(
-            f"no number of samples makes the two global models differ by the gradients of {forgotten}: "
-            f"{10**share:.0%} of the first layer's lies beyond them; clients take more than one step, or not on all "
-            "their samples, or forgot more"
-        )
-    return total
+    left = 0.0
+    for count in counts:
+
+        def beyond(log_ratio: float, count: int = count) -> float:
+            values = torch.linalg.svdvals(kept + math.exp(log_ratio) * gained).square()
+            return float((values[count:].sum() / values.sum()).clamp_min(1e-30).log10())
+
+        # It falls as the square of the distance to N / k, over a width of about N / k itself.
+        start = min(grid, key=beyond)
+        found = minimize_scalar(beyond, bounds=(max(0.0, start - _GRID), start + _GRID), method="bounded")
+        total = max(count + 1, round(count * math.exp(float(found.x))))
+        left = beyond(math.log(total / count))
+        if left <= _CLEAR:
+            return count, total
+    raise NotApplicable(
+        f"no number of samples makes the two global models differ by the gradients of {max(counts)} or fewer: "
+        f"{10**left:.1%} of the first layer's lies beyond them; clients take more than one step, or not on all their "
+        "samples, or forgot more"
+    )
+
+
+UNEXPLAINED = 0.9
+"""Relative residual from which the answer to a difference is no answer; two mini-batches leave .97 and more."""
+
+
+def believed(observation: Observation, answer: Reconstruction) -> Reconstruction:
+    """An attack's answer to a difference, or its prior where the answer's own gradient leaves 90 % of it unexplained.
+
+    The difference of two updates that are no gradients of the same samples is many times as long as a gradient of
+    the forgotten, and no images explain it.
+    """
+    training, count = observation.scenario.training, len(answer.labels)
+    if not count:
+        return answer
+    batches = [np.arange(count)]
+    model = build_model(observation.scenario.model)
+    own = local_update(model, observation.weights, answer.images, answer.labels, batches, training).update
+    found, sent = torch.cat([t.flatten() for t in own.values()]).double(), observation.update.values.double()
+    if observation.update.indices is not None:
+        found = found[observation.update.indices]
+    residual = float((found - sent).norm() / sent.norm().clamp_min(1e-300))
+    details = {**answer.details, "share of the difference unexplained": residual}
+    if residual < UNEXPLAINED:
+        return dataclasses.replace(answer, details=details)
+    why = f"its images leave {residual:.0%} of the difference unexplained, and the prior is answered instead"
+    prior = floors(observation, answer.labels)["prior"]
+    return dataclasses.replace(answer, images=prior, method="prior", details={**details, "notes": why})
+
+
+class OnDifference(ReconstructionAttack):
+    """An attack as it is run on differences: :func:`believed`."""
+
+    def __init__(self, attack: ReconstructionAttack) -> None:
+        self.attack = attack
+
+    def needs_now(self, scenario: Scenario) -> Needs:
+        """Those of the attack."""
+        return self.attack.needs_now(scenario)
+
+    def probe(self, scenario: Scenario, facts: Facts) -> None:
+        """That of the attack."""
+        self.attack.probe(scenario, facts)
+
+    def run(
+        self,
+        observations: Sequence[Observation],
+        seed: int,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> list[Reconstruction]:
+        """Answer as the attack does, where its answers explain what was seen."""
+        answers = self.attack.run(observations, seed, device, progress)
+        return [believed(seen, answer) for seen, answer in zip(observations, answers, strict=True)]
