@@ -201,6 +201,7 @@ FAMILIES: Registry[Family] = Registry(
         "reconstruction": "fedattack.audit.reconstruction:RECONSTRUCTION",
         "membership": "fedattack.audit.membership:MEMBERSHIP",
         "unlearning": "fedattack.audit.unlearning:UNLEARNING",
+        "forgotten": "fedattack.audit.forgotten:FORGOTTEN",
     },
     "fedattack.families",
 )
