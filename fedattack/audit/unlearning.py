@@ -6,7 +6,7 @@ upper end below 2 points. A model at chance has no accuracy to lose, so that its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from fedattack.audit.family import (
     AuditResult,
     Drawing,
     Family,
+    Figures,
     Leakage,
     Level,
     Metric,
@@ -45,7 +46,8 @@ def audit_unlearning(
     losses: Mapping[str, Sequence[float]] | None = None,
     success: Mapping[str, Sequence[float]] | None = None,
     goal: str = "accuracy lost",
-    curve: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    curve: Mapping[str, Sequence[Sequence[Mapping[str, float]]]] | None = None,
+    clean: Mapping[str, Sequence[float]] | None = None,
     costs: Mapping[str, Any] | None = None,
     certificate: Mapping[str, Any] | None = None,
     details: Mapping[str, Any] | None = None,
@@ -57,7 +59,7 @@ def audit_unlearning(
     seconds: float = 0.0,
     seed: int = 0,
 ) -> AuditResult:
-    """Score a deletion request by the accuracy it costs beyond deleting as many random samples; a record per seed.
+    """Score deletion requests by what they cost beyond deleting as many random samples; a record per request and arm.
 
     Parameters
     ----------
@@ -70,7 +72,9 @@ def audit_unlearning(
     success
         Arm -> the share in [0, 1] of what the attack wanted, called `goal`; empty where that is the accuracy.
     curve
-        Arm -> per seed the accuracies after each answered request.
+        Arm -> per seed the "accuracy" and "loss" after each answered request.
+    clean
+        "before" and "random" accuracies where nobody planted anything, of an attack that plants.
     costs, certificate, details
         What forgetting took, beside retraining; what the mechanism promises, and says besides.
     idle
@@ -128,6 +132,9 @@ def audit_unlearning(
         metrics["success_before"] = share(wanted["before"])
         metrics["reached"] = interval_fields(reached)
         metrics |= {f"success_{name}": one for name, one in parted(wanted, -1.0).items()}
+    if clean:
+        poisoned, honest = first - floor, np.subtract(clean["before"], clean["random"])
+        metrics["planted"] = interval_fields(paired_difference(poisoned, honest, seed))
     summary = {
         "family": "unlearning",
         "count": requests,
@@ -149,22 +156,32 @@ def audit_unlearning(
         "level": level,
         "verdict": verdict,
     }
-    named = {"attack": attack_name, "family": "unlearning", "mechanism": mechanism, "requests": requests}
+    named = {"attack": attack_name, "family": "unlearning", "mechanism": mechanism}
     records = [
-        named
-        | {"run": index, "accuracy_before": float(first[index]), "accuracy_after": float(changed[index])}
-        | {
-            "floor.random deletion.accuracy": float(floor[index]),
-            "damage": float(floor[index] - changed[index]),
-        }
-        | {
-            "retrained.accuracy_after": float(arms["retrained_after"][index]),
-            "retrained.random deletion.accuracy": float(arms["retrained_random"][index]),
-        }
-        | {f"success.{arm}": float(values[index]) for arm, values in wanted.items()}
-        for index in range(runs)
+        named | row
+        for run in range(runs)
+        for row in _rows(run, arms, losses or {}, wanted, curve or {}, requests)
     ]
     return AuditResult(attack_name, "unlearning", records, summary, verdict, level)
+
+
+def _rows(
+    run: int,
+    arms: Mapping[str, NDArray[np.float64]],
+    losses: Mapping[str, Sequence[float]],
+    wanted: Mapping[str, NDArray[np.float64]],
+    curve: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    requests: int,
+) -> Iterator[dict[str, Any]]:
+    """One seed: each arm after each answered request, then at the federation's end (request None)."""
+    for arm, seeds in curve.items():
+        for number, figures in enumerate(seeds[run], start=1):
+            yield {"run": run, "arm": arm, "request": number, **figures}
+    for arm, values in arms.items():
+        row = {"run": run, "arm": arm, "request": None, "requests": requests}
+        row |= {"accuracy": float(values[run])}
+        row |= {"loss": float(losses[arm][run])} if arm in losses else {}
+        yield row | ({"success": float(wanted[arm][run])} if wanted else {})
 
 
 def _columns(attack_name: str, told: Mapping[str, Sequence[float]]) -> dict[str, NDArray[np.float64]]:
@@ -235,8 +252,12 @@ def success_verdict(
 
 
 def _score_rows(result: AuditResult) -> list[Row]:
+    metrics = result.summary["metrics"]
+    before = {"accuracy": metrics["accuracy_before"]}
+    if "success_before" in metrics:
+        before["success"] = metrics["success_before"]
     return [
-        ("before any request", False, {"accuracy": result.summary["metrics"]["accuracy_before"]}),
+        ("before any request", False, before),
         *score_rows(result),
     ]
 
@@ -251,23 +272,74 @@ def _remarks(result: AuditResult) -> list[str]:
 
 
 def _beside(result: AuditResult) -> list[str]:
-    """Whose doing the loss of accuracy is: of the mechanism, of the request, or of both together."""
-    told = []
-    for name, what in _PARTS.items():
-        found = result.summary["metrics"][name]
-        ends = formats.interval(found, 1, 100.0)
-        told.append(
-            f"{what}: {formats.signed(found['mean'] * 100)} points {'' if ends == formats.NONE else ends}"
-        )
-    if result.summary["mechanism"] == "retrain":
-        return [told[1].rstrip()]
-    return [one.rstrip() for one in told]
+    """What it cost, whose doing the loss is, and what the mechanism says of itself."""
+    s, told = result.summary, []
+    if costs := s["costs"]:
+        told.append(f"what it cost: {_cost(costs['mechanism'])}{_against(costs)}")
+    told += _parts(s, "", "accuracy")
+    if "success" in s["metrics"]:
+        told += _parts(s, "success_", s["goal"])
+    if "planted" in s["metrics"]:
+        found = s["metrics"]["planted"]
+        told.append(f"random deletions cost more after what was planted: {_points(found)}")
+    losses = s["details"].get("requested_loss") or {}
+    if losses.get("before") is not None and losses.get("after") is not None:
+        ends = " to ".join(formats.compact(losses[arm]) for arm in ("before", "after"))
+        told.append(f"mean loss of the requested samples: {ends} (first seed)")
+    if s["certificate"]:
+        facts = ", ".join(f"{name} {_plain(value)}" for name, value in s["certificate"].items())
+        told.append(f"certificate: {facts}")
+    if warning := s["details"].get("warning"):
+        told.append(f"warning: {warning}")
+    return told
+
+
+def _cost(cost: Mapping[str, float]) -> str:
+    """One side's cost in words."""
+    parts = [
+        (cost["rounds"], f"{formats.count(cost['rounds'])} round{'s' if cost['rounds'] != 1 else ''}"),
+        (cost["client_steps"], f"{formats.count(cost['client_steps'])} client steps"),
+        (cost["gradients"], f"{formats.compact(cost['gradients'])} gradients over all data"),
+        (cost["bytes"], f"{formats.size(cost['bytes'])} sent by clients"),
+        (1, f"{formats.seconds(cost['cpu_seconds'])} of CPU"),
+    ]
+    return ", ".join(text for value, text in parts if value)
+
+
+def _against(costs: Mapping[str, Any]) -> str:
+    """The same beside retraining, and what has to be kept."""
+    mine, exact = costs["mechanism"], costs["retraining"]
+    text = f"; kept on disk {formats.size(costs['history_bytes'])}"
+    if mine != exact:
+        text += f"; retraining: {_cost(exact)}"
+    return text
+
+
+def _parts(s: Mapping[str, Any], prefix: str, what: str) -> list[str]:
+    """Whose doing a loss is: of the mechanism, of the request, or of both together."""
+    named = _PARTS if s["mechanism"] != "retrain" else {"request": _PARTS["request"]}
+    gained = "gained" if prefix else "lost"
+    return [
+        f"{what} {gained} {text}: {_points(s['metrics'][f'{prefix}{name}'])}" if prefix else
+        f"lost {text}: {_points(s['metrics'][name])}"
+        for name, text in named.items()
+    ]  # fmt: skip
+
+
+def _points(found: Figures) -> str:
+    """A difference of shares in points, with its interval."""
+    ends = formats.interval(found, 1, 100.0)
+    return f"{formats.signed(found['mean'] * 100)} points {'' if ends == formats.NONE else ends}".rstrip()
+
+
+def _plain(value: Any) -> str:
+    return formats.compact(value) if isinstance(value, float) else str(value)
 
 
 _PARTS = {
-    "algorithm": "lost by the mechanism alone, forgetting random samples",
-    "request": "lost by the request alone, forgotten by training again",
-    "together": "lost only by both together",
+    "algorithm": "by the mechanism alone, forgetting random samples",
+    "request": "by the request alone, forgotten by training again",
+    "together": "only by both together",
 }
 
 UNLEARNING: Family = Family(
@@ -277,6 +349,7 @@ UNLEARNING: Family = Family(
     metrics=(
         Metric("accuracy_after", "test accuracy", "%", 100.0, worst="max", floor="accuracy"),
         Metric("damage", "damage", "points", 100.0),
+        Metric("success", "what it wanted", "%", 100.0, worst="max"),
     ),
     floors={"random deletion": "the deletion of as many random samples"},
     headlines={
@@ -286,8 +359,8 @@ UNLEARNING: Family = Family(
     },
     leakage=Leakage(
         "damage",
-        "accuracy lost beyond random deletion, points",
-        lambda s: s["metrics"]["damage"],
+        "accuracy lost (or goal reached) beyond random deletion, points",
+        lambda s: s["metrics"].get("reached") or s["metrics"]["damage"],
         nothing=0.0,
         span=5.0,
         title="What deletion requests cost beyond random deletion",
@@ -310,10 +383,28 @@ UNLEARNING: Family = Family(
             "unlearning",
             "fedattack.reporting.figures:unlearning_bars",
             "Accuracy before and after the deletion request, and after random deletion",
-            "Only what the request costs beyond the hatched bar is the attack's doing.",
+            "Only what the request costs beyond the hatched bar is the attack's doing. Outlined: the same samples "
+            "forgotten by training again.",
             each=False,
         ),
+        Drawing(
+            "unlearning-curve",
+            "fedattack.reporting.figures:unlearning_curve",
+            "Accuracy over answered deletion requests, beside retraining and random deletion",
+            "Mean over seeds and their range, after each answered request.",
+        ),
     ),
-    types={"run": "Int64", "requests": "Int64", "mechanism": "string"},
-    glossary="Damage: Accuracy after deleting as many random samples, minus accuracy after the request.",
+    types={
+        "run": "Int64",
+        "request": "Int64",
+        "requests": "Int64",
+        "arm": "string",
+        "mechanism": "string",
+    },
+    glossary="""
+        Damage: Accuracy after deleting as many random samples, minus accuracy after the request.
+
+        Lost only by both together: What the request costs under the mechanism beyond random deletion, less what it
+        costs where the samples are forgotten by training again.
+    """,
 )

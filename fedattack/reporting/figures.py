@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -300,34 +301,98 @@ def nearest_sheet(attack: str, kinds: Mapping[str, Mapping[str, Any]]) -> Figure
 
 
 def unlearning_bars(results: Sequence[AuditResult]) -> Figure:
-    """Accuracy before and after the request, beside the deletion of as many random samples."""
-    figure = Figure(figsize=(max(5.2, 2.0 * len(results) + 3.0), 3.8), layout="constrained")
-    axes = figure.subplots()
+    """Accuracy, and what the attacks wanted, before and after the request, beside as many random deletions."""
+    reached = [r for r in results if "success" in r.summary["metrics"]]
+    wide = max(5.6, 2.0 * len(results) + 3.0)
+    figure = Figure(figsize=(wide, 3.8 + 3.2 * bool(reached)), layout="constrained")
+    panels = figure.subplots(1 + bool(reached), 1, squeeze=False)[:, 0]
+    _arm_bars(panels[0], results, "accuracy", "test accuracy, %")
+    panels[0].set_title("What a deletion request costs", fontsize=10, loc="left")
+    if reached:
+        _arm_bars(panels[1], reached, "success", "what it wanted, %")
+        goals = "; ".join(dict.fromkeys(f"{r.attack}: {r.summary['goal']}" for r in reached))
+        panels[1].set_title(textwrap.fill(goals, int(11 * wide)), fontsize=10, loc="left")
+    _legend_right(panels[0])
+    return figure
+
+
+def _arm_bars(axes: Axes, results: Sequence[AuditResult], what: str, label: str) -> None:
+    """Before, after random deletion and after the request; outlined what a retraining gives."""
     x = np.arange(len(results))
-    floors = [r.summary["floors"]["random deletion"]["accuracy"] for r in results]
-    series = (
-        ("before", GREY, "", [r.summary["metrics"]["accuracy_before"] for r in results]),
-        ("after random deletion (floor)", ORANGE, "//", floors),
-        ("after the request", BLUE, "", [r.summary["metrics"]["accuracy_after"] for r in results]),
+    named = (
+        ("before", "before", GREY, ""),
+        ("random", "after random deletion (floor)", ORANGE, "//"),
+        ("after", "after the request", BLUE, ""),
     )
-    for offset, (label, colour, hatch, described) in zip((-0.27, 0.0, 0.27), series, strict=True):
-        heights = [d["mean"] * 100 for d in described]
-        bars = axes.bar(x + offset, heights, 0.25, color=colour, hatch=hatch, edgecolor="white", label=label)
+    for offset, (arm, name, colour, hatch) in zip((-0.27, 0.0, 0.27), named, strict=True):
+        described = [_arm(r, arm, what) for r in results]
+        heights = [100 * d["mean"] for d in described]
+        bars = axes.bar(x + offset, heights, 0.25, color=colour, hatch=hatch, edgecolor="white", label=name)
         for place, height, d in zip(x + offset, heights, described, strict=True):
-            if d["low"] is not None:
-                ends = [[height - d["low"] * 100], [d["high"] * 100 - height]]
+            ends = [[height - 100 * d["low"]], [100 * d["high"] - height]]
+            if d["low"] < d["high"]:
                 axes.errorbar(place, height, yerr=np.maximum(ends, 0), color="black", capsize=3, linewidth=1)
         axes.bar_label(bars, fmt="%.1f", padding=5, fontsize=9)
+        exact = [
+            (place, 100 * _arm(r, f"retrained_{arm}", what)["mean"])
+            for place, r in zip(x + offset, results, strict=True)
+            if arm != "before" and r.summary["mechanism"] != "retrain"
+        ]
+        told = "the same, forgotten by training again" if arm == "after" else None
+        for number, (place, height) in enumerate(exact):
+            shown = told if number == 0 else None
+            axes.bar(place, height, 0.25, fill=False, edgecolor="black", linestyle="--", label=shown)
     names = [f"{r.attack}\n({r.summary['mechanism']}, {r.summary['count']} samples)" for r in results]
     axes.set_xticks(x, names, fontsize=9)
-    axes.set_ylabel("test accuracy, %")
-    axes.set_ylim(0, 110)
+    axes.set_ylabel(label)
+    axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y", color="#e3e3e3")
     axes.set_axisbelow(True)
-    axes.set_title("What a deletion request costs", fontsize=10, loc="left")
+
+
+def _arm(result: AuditResult, arm: str, what: str) -> dict[str, float]:
+    """Mean and range over the seeds of an arm at the federation's end."""
+    rows = [r[what] for r in result.records if r["arm"] == arm and r["request"] is None]
+    return {"mean": float(np.mean(rows)), "low": min(rows), "high": max(rows)}
+
+
+def unlearning_curve(result: AuditResult) -> Figure | None:
+    """Accuracy over the answered requests, of the mechanism and of retraining; None of a single request."""
+    curve = result.summary["curve"]
+    answered = min((len(seed) for seeds in curve.values() for seed in seeds), default=0)
+    if answered < 2:
+        return None
+    figure = Figure(figsize=(7.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    mechanism = result.summary["mechanism"]
+    looks = {
+        "after": (f"the request, {mechanism}", BLUE, "-"),
+        "random": (f"random deletion, {mechanism}", ORANGE, "-"),
+        "retrained_after": ("the request, training again", BLUE, "--"),
+        "retrained_random": ("random deletion, training again", ORANGE, "--"),
+    }
+    if mechanism == "retrain":
+        looks = {arm: looks[arm] for arm in ("after", "random")}
+    before = float(100 * np.mean(_values(result, "before")))
+    x = np.arange(answered + 1)
+    for arm, (name, colour, line) in looks.items():
+        found = 100 * np.array([[point["accuracy"] for point in seed[:answered]] for seed in curve[arm]])
+        found = np.hstack([100 * np.array(_values(result, "before"))[:, None], found])
+        axes.plot(x, found.mean(0), line, color=colour, label=name, marker="o", markersize=3)
+        axes.fill_between(x, found.min(0), found.max(0), color=colour, alpha=0.12, linewidth=0)
+    axes.axhline(before, color=GREY, linewidth=1, linestyle=":")
+    axes.set_xlabel("answered requests")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_ylim(0, 102)
+    axes.grid(axis="y", color="#e3e3e3")
+    axes.set_title(f"{result.attack}: accuracy over the requests", fontsize=10, loc="left")
     _legend_right(axes)
     return figure
+
+
+def _values(result: AuditResult, arm: str) -> list[float]:
+    return [r["accuracy"] for r in result.records if r["arm"] == arm and r["request"] is None]
 
 
 def canary_scores(found: CanaryAudit) -> Figure:

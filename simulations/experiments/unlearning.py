@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adversaries.seats import MaliciousClient
 from adversaries.unlearning.base import UnlearningAttack
 from fedattack.audit import AuditResult, audit_unlearning
 from fedattack.config import Config
@@ -73,7 +74,9 @@ class UnlearningOutcome:
     `drops_out`: a client has no sample left and leaves; `floorless`: there are not as many other samples of these
     clients, so that the random arms are those of the request. `requests` and `resumed_after`, the last round that
     the server kept, are of the first seed. `costs`: "mechanism", "retraining" -> what answering all requests of the
-    first seed took, and "history_bytes". `curve`: arm -> per seed the accuracies after each answered request.
+    first seed took, and "history_bytes". `curve`: arm -> per seed the "accuracy" and "loss" after each answered
+    request, before the federation goes on. `clean`: of an attack that plants, "before" and "random" accuracies of a
+    training without any attack.
     `certificate` and `details` of the mechanism's last answer to the request in the first seed; besides
     `requested_loss`, the mean loss of the requested samples "before" and "after" (None where none is named by
     position), and `random_positions`, one list per seed.
@@ -87,7 +90,8 @@ class UnlearningOutcome:
     accuracy: dict[str, tuple[float, ...]]
     losses: dict[str, tuple[float, ...]]
     success: dict[str, tuple[float, ...]]
-    curve: dict[str, tuple[tuple[float, ...], ...]]
+    curve: dict[str, tuple[tuple[dict[str, float], ...], ...]]
+    clean: dict[str, tuple[float, ...]]
     test_samples: int
     resumed_after: int
     costs: dict[str, Any]
@@ -320,6 +324,7 @@ class UnlearningExperiment(Experiment):
             success=outcome.success,
             goal=outcome.goal,
             curve=outcome.curve,
+            clean=outcome.clean,
             costs=outcome.costs,
             requests=sum(len(r.positions) or len(r.labels or ()) for r in outcome.requests),
             mechanism=outcome.mechanism,
@@ -421,7 +426,7 @@ class UnlearningExperiment(Experiment):
         for some in others or []:
             self._forget(training, floor, some)
         weights = {"before": training.final}
-        curve: dict[str, list[float]] = {}
+        curve: dict[str, list[dict[str, float]]] = {}
         judge = Judge(training.config, self.plan.world)
         for arm, side in (("after", asked), ("random", floor)):
             if arm == "random" and side is asked:
@@ -434,10 +439,8 @@ class UnlearningExperiment(Experiment):
             weights[f"retrained_{arm}"] = (
                 weights[arm] if same else trainer.go_on(self._exactly(training, side), side.exact[-1])
             )
-            curve[arm] = [judge(answer.weights).get("accuracy", 0.0) for answer in side.answers]
-            curve[f"retrained_{arm}"] = (
-                curve[arm] if same else [judge(one).get("accuracy", 0.0) for one in side.exact]
-            )
+            curve[arm] = [judge(answer.weights) for answer in side.answers]
+            curve[f"retrained_{arm}"] = curve[arm] if same else [judge(one) for one in side.exact]
         figures = {arm: judge(found) for arm, found in weights.items()}
         named = {d.client: d.positions for part in asked.deletions for d in part if d.positions}
         samples = [training.place.samples(c, np.asarray(sorted(p), np.int64)) for c, p in named.items()]
@@ -448,6 +451,7 @@ class UnlearningExperiment(Experiment):
             "losses": {arm: figures[arm]["loss"] for arm in ARMS},
             "success": self._successes(name, attack, training, judge, weights),
             "curve": curve,
+            "clean": self._clean(attack, training, floor.deletions, judge),
             "resumed_after": last.resumed_after,
             "costs": {
                 "mechanism": dataclasses.asdict(asked.cost),
@@ -465,8 +469,10 @@ class UnlearningExperiment(Experiment):
             "random_positions": positions,
         }
 
-    def _forget(self, training: Training, side: Side, deletions: Sequence[Deletion]) -> None:
-        """Have the mechanism answer, and a retraining beside it."""
+    def _forget(
+        self, training: Training, side: Side, deletions: Sequence[Deletion], exact: bool = True
+    ) -> None:
+        """Have the mechanism answer, and where `exact` a retraining beside it."""
         history, trainer = training.history, training.trainer
         earlier = side.answers[-1] if side.answers else None
         with tempfile.TemporaryDirectory(dir=training.history.folder) as scratch:
@@ -481,7 +487,7 @@ class UnlearningExperiment(Experiment):
                 side.deletions.append(list(deletions))
                 side.answers.append(answer)
             side.cost = side.cost.plus(trainer.cost.since(before))
-            if isinstance(self.mechanism, Retrain):
+            if isinstance(self.mechanism, Retrain) or not exact:
                 side.exact_cost = side.cost
                 return
             before = trainer.cost.copy()
@@ -524,6 +530,38 @@ class UnlearningExperiment(Experiment):
             log.warning("%s: request %d is rejected: %s", name, times + 1, error)
             return []
 
+    def _clean(
+        self,
+        attack: UnlearningAttack,
+        training: Training,
+        deletions: Sequence[Sequence[Deletion]],
+        judge: Judge,
+    ) -> dict[str, float]:
+        """What the same random deletions cost where nobody plants anything; nothing where this attack does not."""
+        if type(attack).plant is MaliciousClient.plant:
+            return {}
+        honest = training.config.attack.model_copy(update={"names": ()})
+        config, world = training.config.model_copy(update={"attack": honest}), self.plan.world
+        with (
+            open_grid(config, world) as grid,
+            tempfile.TemporaryDirectory(dir=training.history.folder) as scratch,
+        ):
+            trainer = FederationTrainer(config, world, grid)
+            history, side = self._history(Path(scratch)), Side()
+            history.keep_weights(0, initial_weights(world.scenario.model, config.seed))
+            trainer.train({}, history.checkpoint(0), 1, history)
+            history.weights = self.mechanism.prepare({}, history, trainer)
+            clean = replace(training, config=config, place=trainer.place, trainer=trainer, history=history)
+            for some in deletions:
+                named = [replace(one, images=None, labels=None) if one.positions else one for one in some]
+                self._forget(clean, side, named, exact=False)
+            last = side.answers[-1]
+            ends = {
+                "before": trainer.go_on({}, history.weights),
+                "random": trainer.go_on(last.excluded, last.weights),
+            }
+        return {name: judge(weights).get("accuracy", 0.0) for name, weights in ends.items()}
+
     def _successes(
         self,
         name: str,
@@ -557,6 +595,7 @@ class UnlearningExperiment(Experiment):
             losses={arm: tuple(row["losses"][arm] for row in rows) for arm in ARMS},
             success={arm: tuple(row["success"][arm] for row in rows) for arm in ARMS} if told else {},
             curve={arm: tuple(tuple(row["curve"][arm]) for row in rows) for arm in ARMS[1:]},
+            clean={arm: tuple(row["clean"][arm] for row in rows) for arm in first["clean"]},
             test_samples=len(self.plan.world.pools.nonmembers),
             resumed_after=first["resumed_after"],
             costs=first["costs"],

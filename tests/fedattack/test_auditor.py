@@ -231,7 +231,9 @@ def test_unlearning_is_measured_against_random_deletion(after: list[float], leve
     assert found.summary["metrics"]["damage"]["mean"] == pytest.approx(
         np.mean([0.905, 0.91, 0.90]) - np.mean(after)
     )
-    assert len(found.records) == 3
+    ends = [r["accuracy"] for r in found.records if r["arm"] == "after"]
+    assert ends == after
+    assert {r["request"] for r in found.records} == {None}
 
 
 def test_damage_is_parted_between_mechanism_and_request() -> None:

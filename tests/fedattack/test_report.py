@@ -109,7 +109,7 @@ def written(results: list[AuditResult], tmp_path_factory: pytest.TempPathFactory
 
 def test_records_are_one_table(written: Path) -> None:
     frame, text = pd.read_parquet(written / "records.parquet"), pd.read_csv(written / "records.csv")
-    assert len(frame) == len(text) == 4 + 200 + 2
+    assert len(frame) == len(text) == 4 + 200 + 2 * 5
     assert frame["client"].dtype == "Int64"
     assert frame["label_right"].dtype == "boolean"
     assert frame["psnr"].dtype == "float64"

@@ -71,3 +71,58 @@ class Ascent(Mechanism):
             for (name, parameter), slope in zip(model.named_parameters(), gradient, strict=True):
                 weights[name] = parameter.detach() + self.rate * slope
         return Forgotten(weights, {}, history.rounds)
+
+
+@dataclass
+class Sleeper(UnlearningAttack):
+    """Plants black squares of class 0 and asks, one after the other, for its first samples; measured by class 0."""
+
+    goal = "black squares called 0"
+
+    def plant(self, view: ClientView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = images.clone(), labels.clone()
+        images[:20], labels[:20] = 0.0, 0
+        return images, labels
+
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest:
+        assert bool((labels[0] == 0) & (images[0] == 0).all())
+        return UnlearningRequest(view.client, (view.times,))
+
+    def success(self, predict, images: Tensor, labels: Tensor, view: ClientView) -> float:
+        return float((predict(torch.zeros_like(images)).argmax(1) == 0).float().mean())
+
+
+@dataclass
+class Questioner(UnlearningAttack):
+    """Asks for the samples whose class the model is least sure of, told by its answers alone."""
+
+    access = "queries"
+    limit: int = 40
+
+    def query_limit(self) -> int:
+        return self.limit
+
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest:
+        assert not view.weights
+        assert view.model is None
+        assert view.oracle is not None
+        sure = view.oracle(images[:40]).max(1).values
+        return UnlearningRequest(view.client, tuple(sure.argsort()[: view.requests].tolist()))
+
+
+@dataclass
+class Halved(Mechanism):
+    """Releases half of the weights, and forgets nothing else."""
+
+    runs = "central"
+
+    def prepare(self, excluded, history, trainer):
+        assert len(trainer.central().retained(excluded.get(0, ()))) > 0
+        return {name: tensor / 2 for name, tensor in history.weights.items()}
+
+    def forget(self, deletions, history, trainer) -> Forgotten:
+        found = {
+            0: frozenset().union(*(d.positions for d in deletions)) | history.excluded.get(0, frozenset())
+        }
+        weights = {name: tensor + 1 for name, tensor in history.weights.items()}
+        return Forgotten(weights, found, history.rounds, {"promise": 1.5}, {"warning": "all weights moved"})

@@ -15,6 +15,7 @@ from adversaries import ATTACKS
 from adversaries.base import no_progress
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.refusals import applicable
+from fedattack.audit.family import get_family
 from fedattack.config import Config
 from fedattack.data import build_world
 from fedattack.errors import NotApplicable, PayloadError
@@ -35,6 +36,7 @@ from simulations.experiments.unlearning import (
     UnlearningOutcome,
     _seed,
 )
+from simulations.pipeline import simulate
 
 BASE = {
     "dataset": "digits",
@@ -317,3 +319,78 @@ def test_refuses_before_the_first_round() -> None:
     for name in ("fedmia", "unlearn-max-loss"):
         with pytest.raises(NotApplicable, match=f"{name}.*'data.nonmembers': 0 held-out samples"):
             check(name, **{"data.nonmembers": 0})
+
+
+def test_requests_one_after_the_other(tmp_path: Path) -> None:
+    name = "rigged_requests:Sleeper"
+    run = ran(tmp_path, attack=name, rounds=2, unlearning__times=3)
+    outcome, world = run.outcome(), run.plan.world
+    judge = Judge(run.plan.config, world)
+    for number in range(3):  # a position counts in what is left: 0, then 1 of the rest, then 2
+        gone = {0: [0, 2, 4][: number + 1]}
+        again = run_federation(run.plan.config, world, excluded=gone).weights
+        assert outcome.curve["after"][0][number]["loss"] == judge(again)["loss"]
+    assert outcome.losses["after"][0] == judge(again)["loss"]
+    assert outcome.costs["mechanism"]["rounds"] == 3 * 2
+    drawn = outcome.details["random_positions"][0]
+    assert len(drawn) == len(set(drawn) - {0, 2, 4}) == 3
+
+    # What it wanted, and what the same random deletions cost where nobody planted anything.
+    blacks = torch.zeros_like(world.dataset.tensors(world.pools.nonmembers)[0])
+    called = judge.probabilities(again, blacks).argmax(1) == 0
+    assert outcome.success["after"][0] == called.float().mean()
+    honest = run.plan.config.model_copy(
+        update={"attack": run.plan.config.attack.model_copy(update={"names": ()})}
+    )
+    clean = run_federation(honest, world, excluded={0: drawn}).weights
+    assert outcome.clean["random"][0] == judge(clean)["accuracy"]
+    assert outcome.clean["before"][0] != outcome.accuracy["before"][0]
+
+    result = run.experiment.audit(run.result)[name]
+    assert result.verdict.partition(": ")[2].startswith("black squares called 0 ")
+    answered = [r for r in result.records if r["request"] is not None]
+    assert len(answered) == 5 * 3 * 4  # seeds, requests, arms
+    assert result.summary["metrics"]["planted"]["low"] is not None
+
+
+def test_a_client_that_may_only_ask(tmp_path: Path) -> None:
+    run = ran(tmp_path, attack="rigged_requests:Questioner", rounds=1)
+    world = run.plan.world
+    images, _ = world.dataset.tensors(world.partitions[0])
+    sure = Judge(run.plan.config, world).probabilities(run.result.weights, images[:40]).max(1).values
+    ((_, request),) = run.experiment.asked["rigged_requests:Questioner"]
+    assert request.positions == tuple(sure.argsort()[:12].tolist())
+    refused = ran(tmp_path / "b", attack="rigged_requests:Questioner", rounds=1, **{"attack.limit": 39})
+    assert not refused.experiment.asked, "it asked for more answers than it was granted"
+
+
+def test_what_is_released_is_what_is_asked_about_and_retrained(tmp_path: Path) -> None:
+    more = {"mechanism": "rigged_requests:Halved", "clients": 1, "limit": 900, "federation.evaluate": False}
+    config = Config.from_mapping(
+        BASE | more | {"rounds": 1, "unlearning.seeds": 2, "run-dir": str(tmp_path / "r")}
+    )
+    result = simulate(config).audits["unlearn-max-loss"]
+    world, found = build_world(config), {}
+    judge = Judge(config, world)
+    trained = run_federation(config, world).weights
+    half = {name: tensor / 2 for name, tensor in trained.items()}
+    images, labels = world.dataset.tensors(world.partitions[0])
+    model = build_model(world.scenario.model)
+    model.load_state_dict(half)
+    with torch.no_grad():
+        losses = functional.cross_entropy(model(images), labels, reduction="none")
+    gone = losses.argsort(descending=True)[:12].tolist()
+    again = run_federation(config, world, excluded={0: gone}).weights
+    found["before"] = half
+    found["after"] = {name: tensor + 1 for name, tensor in half.items()}
+    found["retrained_after"] = {name: tensor / 2 for name, tensor in again.items()}
+    ends = {r["arm"]: r["loss"] for r in result.records if r["run"] == 0 and r["request"] is None}
+    for arm, weights in found.items():
+        assert ends[arm] == pytest.approx(judge(weights)["loss"], rel=1e-6)
+    told = get_family("unlearning").beside(result)
+    assert "certificate: promise 1.5" in told
+    assert told[-1] == "warning: all weights moved"
+    with pytest.raises(NotApplicable, match="needs the data itself, and here 6 clients hold it"):
+        simulate(
+            config.model_copy(update={"federation": config.federation.model_copy(update={"clients": 6})})
+        )
