@@ -350,8 +350,8 @@ class UnlearningConfig(PluginSection):
     )
     forgotten: bool = Field(
         False,
-        description="show what forgetting leaks: rebuild the forgotten samples from what is seen before and after, and "
-        "tell who was in the data; clients draw their batches anew",
+        description="show what forgetting leaks: rebuild the forgotten from what is seen before and after, and tell "
+        "who was in the data; clients draw anew",
     )
     options: PluginOptions = Field(default_factory=dict, description="mechanism name -> parameters")
     shared_options: dict[str, Any] = Field(default_factory=dict, description="parameters of the mechanism")

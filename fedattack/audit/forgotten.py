@@ -91,7 +91,7 @@ def audit_forgotten(
     levels = {key: _level(metrics[key], chance) for key in ("auc", "both")}
     level: Level = "undecided" if idle else min(levels.values(), key=SEVERITY.index)
     figures = [f"{words} {_said(metrics[key])}" for key, words in _SHORT.items() if key in metrics]
-    verdict = f"{FORGOTTEN.words(level)}: AUC of {'; of '.join(figures)}"
+    verdict = f"{FORGOTTEN.words(level)}: AUC of {', '.join(figures)}"
     verdict += f"; chance 0.500 [{chance.low:.3f}, {chance.high:.3f}]{f'; {idle}' if idle else ''}"
     groups = {"forgotten": forgotten, "retained": retained, "unseen": unseen}
     records = [
@@ -142,7 +142,7 @@ def _said(found: Figures) -> str:
 _SHORT = {
     "forgotten_before": "the forgotten before",
     "auc": "after",
-    "both": "the forgotten by both models",
+    "both": "by both models",
     "retained_before": "the retained before",
     "retained_after": "after",
 }
