@@ -100,7 +100,7 @@ class Watching(FederationTrainer):
         round, seen = observation.round, list[Observation]()
         if round - 1 not in history.checkpoints:
             raise NotApplicable(
-                f"the global model before round {round} was not kept, to which {called(observation.client)} answered; "
+                f"the global model before round {round} was not kept, which {called(observation.client)} answered; "
                 "lower unlearning.checkpoint_every"
             )
         federation = self.config.federation.model_copy(update={"evaluate": False, "rounds": round})
