@@ -127,11 +127,12 @@ def simulate(
         EXPERIMENTS.get(attack.family).check(config, world)
 
     canaries = CanaryWatch(config, world)
-    attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
+    facts, forgotten = known_facts(config, world), config.unlearning.forgotten
+    attacks, left_out = applicable(named, world.scenario, facts, check, empty=forgotten)
     notes = [world.shift] if world.shift else []
     notes += [
         *check_model(config, world),
-        *(ForgottenExperiment.notes(config, world) if config.unlearning.forgotten else ()),
+        *(ForgottenExperiment.notes(config, world) if forgotten else ()),
         *(f"{name} is left out: {text}" for name, text in left_out.items()),
     ]
     sitting = config.attack.model_copy(update={"names": tuple(attacks)})
@@ -146,8 +147,8 @@ def simulate(
             shown.say(note, folder)
         plan = Plan(config.model_copy(update={"attack": sitting}), world, folder, shown)
         experiments = list(open_experiments(plan, attacks))
-        if config.unlearning.forgotten:
-            experiments.append(ForgottenExperiment.beside(experiments, plan, attacks))
+        if forgotten:
+            experiments.append(ForgottenExperiment.beside(experiments, plan, named))
         for experiment in experiments:
             stack.callback(experiment.close)
         try:

@@ -226,12 +226,9 @@ class ForgottenExperiment(Experiment):
         return found
 
     def _honest(self) -> int:
-        """The first client that carries out no attack, or the first."""
-        sizes = enumerate(map(len, self.plan.world.partitions))
-        malicious = self.plan.config.attack.malicious_clients
-        return min(
-            (client for client, size in sizes if size), key=lambda client: (client in malicious, client)
-        )
+        """The first client that has samples and carries out no attack, or the first that has samples."""
+        some = [client for client, ids in enumerate(self.plan.world.partitions) if len(ids)]
+        return min(some, key=lambda client: (client in self.malicious, client))
 
     def _audit(
         self, source: str, suffix: str, place: Workplace, deletions: list[Deletion]
