@@ -31,7 +31,7 @@ from fedattack.audit.family import (
 )
 from fedattack.errors import DataError
 from fedattack.metrics import Interval, paired_difference, share_difference
-from fedattack.metrics.statistics import FEWEST
+from fedattack.metrics.statistics import FEWEST, student_mean
 from fedattack.reporting import formats
 
 SLIGHT_DAMAGE = 0.05
@@ -44,6 +44,7 @@ def audit_unlearning(
     accuracy: Mapping[str, Sequence[float]],
     *,
     losses: Mapping[str, Sequence[float]] | None = None,
+    right_lost: Sequence[float] = (),
     success: Mapping[str, Sequence[float]] | None = None,
     goal: str = "accuracy lost",
     curve: Mapping[str, Sequence[Sequence[Mapping[str, float]]]] | None = None,
@@ -69,6 +70,8 @@ def audit_unlearning(
         samples are forgotten by training again (absent: as `mechanism` does).
     losses
         Arm -> mean test losses.
+    right_lost
+        Of each test sample the share of seeds in which it is right after random deletion less that after the request.
     success
         Arm -> the share in [0, 1] of what the attack wanted, called `goal`; empty where that is the accuracy.
     curve
@@ -119,10 +122,13 @@ def audit_unlearning(
     metrics: dict[str, Any] = {
         "accuracy_before": share(first),
         "accuracy_after": share(changed),
+        "retrained_after": share(arms["retrained_after"]),
         "damage": interval_fields(damage) | extremes((floor - changed).tolist()),
         **parted(arms, 1.0),
     }
     metrics["damage"]["interval_over"] = covers
+    if len(right_lost) >= FEWEST and runs > 1:
+        metrics["damage_over_samples"] = interval_fields(student_mean(right_lost))
     if losses:
         lost = {arm: np.asarray(values, np.float64) for arm, values in losses.items()}
         gained = paired_difference(lost["after"], lost["random"], seed)
@@ -256,16 +262,22 @@ def _score_rows(result: AuditResult) -> list[Row]:
     before = {"accuracy": metrics["accuracy_before"]}
     if "success_before" in metrics:
         before["success"] = metrics["success_before"]
-    return [
-        ("before any request", False, before),
-        *score_rows(result),
-    ]
+    rows = [("before any request", False, before), *score_rows(result)]
+    if result.summary["mechanism"] != "retrain":
+        exact = {"accuracy": metrics["retrained_after"], "damage": metrics["request"]}
+        rows.append((f"{result.attack}, by training again", False, exact))
+    return rows
 
 
 def _remarks(result: AuditResult) -> list[str]:
     s = result.summary
     parts = [f"{result.attack}: {s['seeds']} seed{'s' if s['seeds'] != 1 else ''}"]
     parts.append(f"{formats.count(s['count'])} samples to forget, mechanism: {s['mechanism']}")
+    if found := s["metrics"].get("damage_over_samples"):
+        ends = formats.interval(found, 1, 100.0)
+        parts.append(
+            f"over the test samples instead, these seeds' damage is {formats.signed(100 * found['mean'])} {ends}"
+        )
     if s["metrics"]["damage"]["low"] is not None:
         parts.append(f"the damage's interval covers {s['metrics']['damage']['interval_over']}")
     return [*parts, f"time: {formats.seconds(s['seconds'])}"]
@@ -285,7 +297,7 @@ def _beside(result: AuditResult) -> list[str]:
     losses = s["details"].get("requested_loss") or {}
     if losses.get("before") is not None and losses.get("after") is not None:
         ends = " to ".join(formats.compact(losses[arm]) for arm in ("before", "after"))
-        told.append(f"mean loss of the requested samples: {ends} (first seed)")
+        told.append(f"what it leaves: mean loss of the requested samples {ends} (first seed)")
     if s["certificate"]:
         facts = ", ".join(f"{name} {_plain(value)}" for name, value in s["certificate"].items())
         told.append(f"certificate: {facts}")
@@ -320,10 +332,8 @@ def _parts(s: Mapping[str, Any], prefix: str, what: str) -> list[str]:
     named = _PARTS if s["mechanism"] != "retrain" else {"request": _PARTS["request"]}
     gained = "gained" if prefix else "lost"
     return [
-        f"{what} {gained} {text}: {_points(s['metrics'][f'{prefix}{name}'])}" if prefix else
-        f"lost {text}: {_points(s['metrics'][name])}"
-        for name, text in named.items()
-    ]  # fmt: skip
+        f"{what} {gained} {text}: {_points(s['metrics'][f'{prefix}{name}'])}" for name, text in named.items()
+    ]
 
 
 def _points(found: Figures) -> str:

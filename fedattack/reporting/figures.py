@@ -332,7 +332,8 @@ def _arm_bars(axes: Axes, results: Sequence[AuditResult], what: str, label: str)
             ends = [[height - 100 * d["low"]], [100 * d["high"] - height]]
             if d["low"] < d["high"]:
                 axes.errorbar(place, height, yerr=np.maximum(ends, 0), color="black", capsize=3, linewidth=1)
-        axes.bar_label(bars, fmt="%.1f", padding=5, fontsize=9)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
+        axes.bar_label(bars, fmt="%.1f", label_type="center", fontsize=9, bbox=box)
         exact = [
             (place, 100 * _arm(r, f"retrained_{arm}", what)["mean"])
             for place, r in zip(x + offset, results, strict=True)
@@ -383,6 +384,7 @@ def unlearning_curve(result: AuditResult) -> Figure | None:
         axes.fill_between(x, found.min(0), found.max(0), color=colour, alpha=0.12, linewidth=0)
     axes.axhline(before, color=GREY, linewidth=1, linestyle=":")
     axes.set_xlabel("answered requests")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("test accuracy, %")
     axes.set_ylim(0, 102)
     axes.grid(axis="y", color="#e3e3e3")

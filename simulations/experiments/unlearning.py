@@ -69,26 +69,30 @@ class UnlearningOutcome:
 
     Every seed is a whole training of its own, with its own initial weights and draws, and requests chosen against
     its model; the first is the run itself. Its arms are :data:`ARMS`: `accuracy` on the held-out pool in [0, 1] and
-    mean `losses`, arm -> one per seed; `success`, in [0, 1], of an attack whose goal is not the accuracy, else empty.
+    mean `losses`, arm -> one per seed; `right_lost`, of each held-out sample the share of seeds in which it is right
+    after random deletion less that after the request; `success`, in [0, 1], of an attack whose goal is not the
+    accuracy, else empty.
 
     `drops_out`: a client has no sample left and leaves; `floorless`: there are not as many other samples of these
-    clients, so that the random arms are those of the request. `requests` and `resumed_after`, the last round that
-    the server kept, are of the first seed. `costs`: "mechanism", "retraining" -> what answering all requests of the
-    first seed took, and "history_bytes". `curve`: arm -> per seed the "accuracy" and "loss" after each answered
-    request, before the federation goes on. `clean`: of an attack that plants, "before" and "random" accuracies of a
-    training without any attack.
-    `certificate` and `details` of the mechanism's last answer to the request in the first seed; besides
-    `requested_loss`, the mean loss of the requested samples "before" and "after" (None where none is named by
-    position), and `random_positions`, one list per seed.
+    clients, so that the random arms are those of the request. Of the first seed are `requests`, the first of each
+    client, `samples`, how many are asked for in all, `resumed_after`, the last round that the server kept, and
+    `costs`: "mechanism", "retraining" -> what answering all requests took, and "history_bytes". `curve`: arm -> per
+    seed the "accuracy" and "loss" after each answered request, before the federation goes on. `clean`: of an attack
+    that plants, "before" and "random" accuracies of a training without any attack. `certificate` and `details` of
+    the mechanism's last answer to the request in the first seed; besides `requested_loss`, the mean loss of the
+    requested samples "before" and "after" (None where none is named by position), and `random_positions`, one list
+    per seed.
     """
 
     requests: tuple[UnlearningRequest, ...]
+    samples: int
     drops_out: bool
     floorless: bool
     mechanism: str
     goal: str
     accuracy: dict[str, tuple[float, ...]]
     losses: dict[str, tuple[float, ...]]
+    right_lost: tuple[float, ...]
     success: dict[str, tuple[float, ...]]
     curve: dict[str, tuple[tuple[dict[str, float], ...], ...]]
     clean: dict[str, tuple[float, ...]]
@@ -321,12 +325,13 @@ class UnlearningExperiment(Experiment):
             name,
             outcome.accuracy,
             losses=outcome.losses,
+            right_lost=outcome.right_lost,
             success=outcome.success,
             goal=outcome.goal,
             curve=outcome.curve,
             clean=outcome.clean,
             costs=outcome.costs,
-            requests=sum(len(r.positions) or len(r.labels or ()) for r in outcome.requests),
+            requests=outcome.samples,
             mechanism=outcome.mechanism,
             test_samples=outcome.test_samples,
             chance_accuracy=plan.commonest_share,
@@ -446,12 +451,20 @@ class UnlearningExperiment(Experiment):
         samples = [training.place.samples(c, np.asarray(sorted(p), np.int64)) for c, p in named.items()]
         wanted = [torch.cat(parts) for parts in zip(*samples, strict=True)] if samples else []
         last = asked.answers[-1]
+        images, labels = self.plan.world.dataset.tensors(self.plan.world.pools.nonmembers)
+        right = {
+            arm: (judge.probabilities(weights[arm], images).argmax(1) == labels).int()
+            for arm in ("after", "random")
+            if figures[arm].get("accuracy") is not None
+        }
         return {
+            "right_lost": (right["random"] - right["after"]).tolist() if right else [],
             "accuracy": {arm: figures[arm].get("accuracy", 0.0) for arm in ARMS},
             "losses": {arm: figures[arm]["loss"] for arm in ARMS},
             "success": self._successes(name, attack, training, judge, weights),
             "curve": curve,
             "clean": self._clean(attack, training, floor.deletions, judge),
+            "samples": sum(_size(deletion) for part in asked.deletions for deletion in part),
             "resumed_after": last.resumed_after,
             "costs": {
                 "mechanism": dataclasses.asdict(asked.cost),
@@ -587,12 +600,14 @@ class UnlearningExperiment(Experiment):
         told = all(row["success"] for row in rows)
         return UnlearningOutcome(
             requests=tuple(request for _, request in self.asked.get(name, [])),
+            samples=first["samples"],
             drops_out=any(row["drops_out"] for row in rows),
             floorless=any(row["floorless"] for row in rows),
             mechanism=self.plan.config.unlearning.mechanism,
             goal=self.attacks[name].goal,
             accuracy={arm: tuple(row["accuracy"][arm] for row in rows) for arm in ARMS},
             losses={arm: tuple(row["losses"][arm] for row in rows) for arm in ARMS},
+            right_lost=tuple(np.mean([row["right_lost"] for row in rows], axis=0).tolist()),
             success={arm: tuple(row["success"][arm] for row in rows) for arm in ARMS} if told else {},
             curve={arm: tuple(tuple(row["curve"][arm]) for row in rows) for arm in ARMS[1:]},
             clean={arm: tuple(row["clean"][arm] for row in rows) for arm in first["clean"]},
@@ -633,7 +648,7 @@ class UnlearningExperiment(Experiment):
             some: list[Deletion] = []
             for deletion in part:
                 client = deletion.client
-                count = len(deletion.positions) if deletion.labels is None else len(deletion.labels)
+                count = _size(deletion)
                 size = len(training.place.partitions[client])
                 free = np.setdiff1d(np.arange(size), sorted(taken[client]))
                 if len(free) < count:
@@ -648,6 +663,11 @@ class UnlearningExperiment(Experiment):
                 drawn += positions
             others.append(some)
         return others, drawn
+
+
+def _size(deletion: Deletion) -> int:
+    """How many samples it names or brings."""
+    return len(deletion.positions) if deletion.labels is None else len(deletion.labels)
 
 
 def _registered(training: Training, client: int) -> list[bytes]:

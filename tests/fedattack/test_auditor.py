@@ -255,7 +255,7 @@ def test_damage_is_parted_between_mechanism_and_request() -> None:
     total = metrics["request"]["mean"] + metrics["together"]["mean"]
     assert total == pytest.approx(metrics["damage"]["mean"])
     told = get_family("unlearning").beside(found)
-    assert told[0].startswith("lost by the mechanism alone, forgetting random samples: +13.2 points")
+    assert told[0].startswith("accuracy lost by the mechanism alone, forgetting random samples: +13.2 points")
     idle = audit_unlearning("u", arms, requests=10, mechanism="scrub", idle="nothing else is left")
     assert idle.level == "undecided"
     assert "nothing else is left" in idle.verdict

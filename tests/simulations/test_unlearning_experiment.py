@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -133,6 +134,10 @@ def test_a_request_is_asked_granted_and_measured(tmp_path: Path) -> None:
     assert not equal(retrained, result.weights)
     requested = world.partitions[0][sorted(request.positions)]
     assert outcome.details["requested_loss"]["after"] == judge(retrained, requested)["loss"]
+
+    damage = np.subtract(outcome.accuracy["random"], outcome.accuracy["after"]).mean()
+    assert np.mean(outcome.right_lost) == pytest.approx(damage)
+    assert len(outcome.right_lost) == 600
 
     # Random floors are of the same size and hold nothing that was asked for; a retraining is its own control.
     first, second = outcome.details["random_positions"]
