@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -33,9 +32,9 @@ from fedattack.observation import Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
 from fedattack.task import trained_parameters
 from fedattack.training import local_update, weight_step
+from fedattack.unlearning.mechanism import Link
 
 Weights = Mapping[str, Tensor]
-Link = Literal["softmax", "logistic", "ridge"]
 
 _SPARE = 12
 _GRID = 0.25

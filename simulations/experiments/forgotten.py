@@ -47,7 +47,7 @@ HONEST = "honest"
 class Look:
     """One view of a deletion: an observation of the forgotten, the truth about it, from which seat, and in words."""
 
-    view: str  # "", "models"
+    view: str  # "", "models", "releases"
     observation: Observation
     truth: GroundTruth
     seat: str
@@ -249,6 +249,10 @@ class ForgottenExperiment(Experiment):
             kept = history.fork(Path(scratch) / "now", history.weights, history.excluded)
             answer = self.deleting.mechanism.forget(deletions, kept, trainer)
             looks, lacking = self._looks(place, trainer, history, deletions)
+        try:
+            looks.append(self._releases(place, history.weights, answer.weights, deletions))
+        except NotApplicable as refused:
+            lacking.append(f"no two releases to compare: {refused}")
         scored = self._pictures(suffix, looks)
         told = [
             f"asked for by {source}; {plan.config.unlearning.mechanism} forgets, and clients draw anew",
@@ -333,6 +337,28 @@ class ForgottenExperiment(Experiment):
             f"{observation.num_examples} forgotten by the rank of what they differ by",
         )
         return Look("models", observation, _truth(place, observation, deletions), "another client", told)
+
+    def _releases(
+        self, place: Workplace, before: Weights, after: Weights, deletions: Sequence[Deletion]
+    ) -> Look:
+        """From the seat of whoever has both released models: of a linear model trained to convergence."""
+        scenario, mechanism = place.scenario, self.config.unlearning.mechanism
+        goal = self.deleting.mechanism.minimises(scenario)
+        if goal is None:
+            raise NotApplicable(f"what {mechanism} releases is at the minimum of nothing that is known")
+        count = sum(len(deletion.positions) for deletion in deletions)
+        samples, clients = sum(map(len, place.partitions)), {deletion.client for deletion in deletions}
+        client = min(clients) if len(clients) == 1 else EVERYONE
+        seat = replace(_placeholder(client, 0, self.plan.world), weights=before)
+        observation = difference.of_releases(seat, after, samples, count, decay=goal.decay, link=goal.link)
+        granted = 0 if seat.auxiliary is None else len(seat.auxiliary)
+        told = (
+            f"whoever has the models released before and after, and knows that {count} of {samples:,} samples were "
+            f"forgotten, reads their gradient to first order, with the curvature of {granted:,} public images",
+        )
+        return Look(
+            "releases", observation, _truth(place, observation, deletions), "anybody with both models", told
+        )
 
     # ------------------------------------------------------------------ what is made of it
 

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
+from torch import nn
 
-from fedattack.audit import audit_forgotten
-from fedattack.config import Config
-from fedattack.data import build_world
-from fedattack.errors import ConfigError, DataError
-from fedattack.observation import Update
-from fedattack.storage import load_observations
+from fedattack.audit import AuditResult, audit_forgotten
+from fedattack.config import Config, ModelConfig
+from fedattack.data import World, build_world
+from fedattack.errors import ConfigError, DataError, NotApplicable
+from fedattack.observation import Observation, Scenario
+from fedattack.storage import RunFolder
+from fedattack.unlearning import Deletion, Forgotten, History, Mechanism, Trainer, Weights
+from fedattack.unlearning.mechanism import Excluded, Objective, merged
 from simulations.client_app import Workplace, round_batches
+from simulations.engine.federation import DeletionRequests, run_federation
+from simulations.experiments.base import EXPERIMENTS, Plan
+from simulations.experiments.choose import choose_attacks
 from simulations.experiments.forgotten import ForgottenExperiment, Watching
 from simulations.pipeline import RunResult, simulate
+from simulations.progress import stages
 
 BASE = {
     "dataset": "digits",
@@ -44,18 +54,90 @@ BASE = {
 }
 
 
-def run(folder: Path, **settings: Any) -> RunResult:
+def linear(config: ModelConfig) -> nn.Module:
+    """A softmax regression on the pixels."""
+    channels, side, classes = config.resolved
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, classes))
+
+
+@dataclass
+class Minimum(Mechanism):
+    """Releases the minimum of mean cross-entropy and weight decay; forgets by going to that without the samples."""
+
+    runs = "central"
+
+    def minimises(self, scenario: Scenario) -> Objective:
+        return Objective("softmax", scenario.training.weight_decay)
+
+    def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
+        central, base, decay = trainer.central(), history.weights, history.scenario.training.weight_decay
+        left = central.retained(excluded.get(0, ()))
+
+        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            point = torch.from_numpy(flat)
+            loss = float(central.loss(point, base, left)) / len(left) + decay / 2 * float(point @ point)
+            return loss, (central.gradient(point, base, left) / len(left) + decay * point).numpy()
+
+        options = {"maxiter": 1000, "ftol": 1e-18, "gtol": 1e-10}
+        found = minimize(objective, central.flat(base).numpy(), jac=True, method="L-BFGS-B", options=options)
+        return central.weights(torch.from_numpy(found.x), base)
+
+    def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
+        excluded = merged(history.excluded, deletions)
+        return Forgotten(self.prepare(excluded, history, trainer), excluded, 0)
+
+
+@dataclass
+class Looked:
+    """What an experiment found, what the server saw in the run, and what was said."""
+
+    audits: dict[str, AuditResult]
+    seen: list[Observation]
+    world: World
+    requests: DeletionRequests
+    log: str
+
+    def told(self, name: str) -> str:
+        """The sentences beside a verdict."""
+        return " ".join(self.audits[name].summary["told"])
+
+
+def looked(folder: Path, **settings: Any) -> Looked:
+    """Train, forget and attack as the pipeline does, without its report."""
     changed = {name.replace("__", ".").replace("_", "-"): value for name, value in settings.items()}
-    return simulate(Config.from_mapping(BASE | {"run-dir": str(folder / "run")} | changed))
+    config = Config.from_mapping(BASE | changed)
+    attacks, world, seen = choose_attacks(config), build_world(config), list[Observation]()
+    run_folder = RunFolder.create(folder / "run", config)
+    with stages(Console(quiet=True)) as shown:
+        plan = Plan(config, world, run_folder, shown)
+        asking = [EXPERIMENTS.get("unlearning")(plan, {n: a}) for n, a in attacks.items() if not a.inverts]
+        forgotten = ForgottenExperiment.beside(asking, plan, attacks)
+        works = [*asking, forgotten]
 
+        def observed(observation: Observation) -> None:
+            seen.append(observation)
+            for one in works:
+                if one.wants(observation.round, observation.client):
+                    one.observe(observation)
 
-def log(result: RunResult) -> str:
-    return (result.folder / "log.txt").read_text()
+        result = run_federation(
+            config,
+            world,
+            on_observation=observed,
+            on_weights=lambda r, w: [one.global_model(r, w) for one in works],
+            on_round=lambda record: [one.after_round(record) for one in works],
+            on_requests=lambda asked: [one.requests(asked) for one in works],
+        )
+        audits = forgotten.audit(result)
+        assert not forgotten.failed, forgotten.failed
+        forgotten.close()
+    return Looked(audits, seen, world, forgotten.deleting.asked, (run_folder.path / "log.txt").read_text())
 
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    return run(tmp_path_factory.mktemp("honest"))
+    settings = BASE | {"run-dir": str(tmp_path_factory.mktemp("honest") / "run")}
+    return simulate(Config.from_mapping(settings))
 
 
 def test_an_honest_deletion_gives_the_forgotten_away(honest: RunResult) -> None:
@@ -74,7 +156,8 @@ def test_an_honest_deletion_gives_the_forgotten_away(honest: RunResult) -> None:
         assert record["label_right"]
         assert audit.level == "leak"
         assert audit.threat["seat"] == seat
-    assert "honest client 0 asks to forget 1 random samples" in log(honest)
+    said = (honest.folder / "log.txt").read_text()
+    assert "honest client 0 asks to forget 1 random samples" in said
     exact = "(175 g - 174 g') / 1, of client 0's updates of round 1 before and after: exactly the gradient"
     assert honest.audits["analytic:forgotten"].summary["told"][0].startswith(exact)
     page = (honest.folder / "report.html").read_text()
@@ -111,63 +194,101 @@ def test_the_deletions_of_an_attack_are_looked_at_and_several_at_once(tmp_path: 
         "requests": 4,
         "limit": 600,
     }
-    result = run(tmp_path, **settings)
-    audit = result.audits["spear:forgotten"]
-    assert [record["client"] for record in audit.records] == [1] * 4
-    assert min(record["psnr"] for record in audit.records) >= 100
-    config = Config.from_mapping(BASE | settings)
-    asked = json.loads((result.folder / "parts" / "unlearn-max-loss.json").read_text())["requests"][0]
-    partition = build_world(config).partitions[1]
-    assert sorted(r["sample"] for r in audit.records) == sorted(partition[asked["positions"]].tolist())
-    assert "no attack asks" not in log(result)
-    assert (
-        result.audits["losses:forgotten"]
-        .summary["told"][0]
-        .startswith("asked for by unlearn-max-loss; retrain")
-    )
+    found = looked(tmp_path, **settings)
+    records = found.audits["spear:forgotten"].records
+    assert [record["client"] for record in records] == [1] * 4
+    assert min(record["psnr"] for record in records) >= 100
+    ((sender, request),) = found.requests["unlearn-max-loss"]
+    asked = found.world.partitions[sender][list(request.positions)]
+    assert sorted(record["sample"] for record in records) == sorted(asked.tolist())
+    assert "no attack asks" not in found.log
+    assert found.told("losses:forgotten").startswith("asked for by unlearn-max-loss; retrain forgets")
 
 
 def test_two_minibatches_are_told_of_beforehand_and_answered_by_the_prior(tmp_path: Path) -> None:
-    result = run(tmp_path, batch_size=16)
-    said = log(result)
-    assert "seen only roughly: training.batch_size = 16 of 175 samples" in said
-    assert said.index("seen only roughly") < said.index("round 1: 4 clients")
-    audit = result.audits["analytic:forgotten"]
+    """The attack does not apply to the ordinary updates, and is tried on the difference."""
+    found = looked(tmp_path, batch_size=16)
+    config = Config.from_mapping(BASE | {"batch-size": 16})
+    (note,) = ForgottenExperiment.notes(config, found.world)
+    assert note.startswith(
+        "what forgetting leaks is seen only roughly: training.batch_size = 16 of 175 samples"
+    )
+    audit = found.audits["analytic:forgotten"]
     assert audit.summary["methods"] == ["prior"]
     assert audit.summary["recovered"] == 0
-    assert "only roughly the gradient" in audit.summary["told"][0]
-    assert "no number of samples makes" in " ".join(result.audits["losses:forgotten"].summary["told"])
+    assert "only roughly the gradient" in found.told("analytic:forgotten")
+    assert "no number of samples makes" in found.told("losses:forgotten")
+
+
+def test_an_attack_that_applies_to_differences_alone_is_no_refusal(tmp_path: Path) -> None:
+    settings = BASE | {"batch-size": 16, "limit": 600, "run-dir": str(tmp_path / "run")}
+    with pytest.raises(NotApplicable, match="tells one image"):
+        simulate(Config.from_mapping(settings | {"forgotten": False}))
+    result = simulate(Config.from_mapping(settings))
+    assert list(result.audits) == ["analytic:forgotten", "losses:forgotten"]
 
 
 def test_a_mechanism_that_goes_on_elsewhere_is_told_of(tmp_path: Path) -> None:
     """FedEraser asks clients at weights that have moved, and takes no round again."""
-    result = run(tmp_path, mechanism="federaser")
-    told = result.audits["analytic:forgotten"].summary["told"]
-    assert "updates of round 2 before and after: only roughly" in told[0]
-    assert "at other weights" in told[1]
-    assert "analytic:forgotten-models" not in result.audits
-    assert "takes no round of the federation again" in " ".join(
-        result.audits["losses:forgotten"].summary["told"]
-    )
+    found = looked(tmp_path, mechanism="federaser")
+    told = found.told("analytic:forgotten")
+    assert "updates of round 2 before and after: only roughly" in told
+    assert "at other weights" in told
+    assert "analytic:forgotten-models" not in found.audits
+    assert "takes no round of the federation again" in found.told("losses:forgotten")
 
 
 def test_sums_over_clients_give_the_forgotten_away_as_well(tmp_path: Path) -> None:
-    result = run(tmp_path, defense="secure-aggregation")
-    (record,) = result.audits["analytic:forgotten"].records
+    found = looked(tmp_path, defense="secure-aggregation")
+    (record,) = found.audits["analytic:forgotten"].records
     assert record["psnr"] >= 90
     assert record["client"] == -1
 
 
 def test_a_client_that_leaves_gives_away_what_it_sent_before(tmp_path: Path) -> None:
     """All of its samples are asked for: its only update is of them."""
-    settings = {"attack": "spear,unlearn-max-loss", "requests": 50, "limit": 300, "clients": 8}
-    settings |= {"data.auxiliary_size": 60, "data.nonmembers": 100}
-    result = run(tmp_path, **settings)
-    told = result.audits["spear:forgotten"].summary["told"]
-    assert told[0].startswith("all that it sent, of client 0's updates of round 1")
-    assert len(result.audits["spear:forgotten"].records) == len(
-        build_world(Config.from_mapping(BASE | settings)).partitions[0]
-    )
+    settings = {"attack": "spear,unlearn-max-loss", "requests": 50, "limit": 300, "clients": 20}
+    found = looked(tmp_path, **settings, data__auxiliary_size=60, data__nonmembers=100)
+    assert found.told("spear:forgotten").startswith("all that it sent, of client 0's updates of round 1")
+    audit = found.audits["spear:forgotten"]
+    assert len(audit.records) == len(found.world.partitions[0])
+    assert audit.level == "leak"
+
+
+def test_what_the_server_saw_before_is_what_it_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round that is looked at again brings the update that came in the run, to the bit."""
+    again: list[Observation] = []
+    original = Watching.as_before
+
+    def noting(self: Watching, *asked: Any) -> Observation:
+        again.append(original(self, *asked))
+        return again[-1]
+
+    monkeypatch.setattr(Watching, "as_before", noting)
+    found = looked(tmp_path, limit=600, compressor="randomk", compression=0.3)
+    (first,) = (o for o in found.seen if (o.round, o.client) == (1, 0))
+    for one, other in zip(again[0].update.layers(), first.update.layers(), strict=True):
+        assert torch.equal(one[2], other[2])
+        assert torch.equal(one[3], other[3])
+
+
+def test_two_releases_of_a_linear_model_give_the_forgotten_away(tmp_path: Path) -> None:
+    """The experiment hands them on as they were released, in float32, with the objective that the mechanism names."""
+    settings = {
+        "model": "test_forgotten:linear",
+        "width": "",
+        "clients": 1,
+        "mechanism": "test_forgotten:Minimum",
+    }
+    found = looked(tmp_path, **settings, training__weight_decay=1.0)
+    audit = found.audits["analytic:forgotten-releases"]
+    (record,) = audit.records
+    assert record["psnr"] >= 30
+    assert record["label_right"]
+    assert audit.threat["seat"] == "anybody with both models"
+    assert "1 of 700 samples were forgotten" in audit.summary["told"][0]
+    assert "client 0 was asked for no update" in found.told("losses:forgotten")
+    assert "analytic:forgotten" not in found.audits
 
 
 def test_clients_draw_anew_while_the_server_forgets() -> None:
@@ -182,24 +303,6 @@ def test_clients_draw_anew_while_the_server_forgets() -> None:
         first, second = (round_batches(one, 175, 1, 2)[0] for one in (config, again))
         assert np.array_equal(first, second) == (draws == "kept")
         assert again.result_settings() | {"seed": config.seed} == config.result_settings()
-
-
-def test_what_the_server_saw_before_is_what_it_saw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The round that is looked at again brings the update that came in the run, to the bit."""
-    before: list[Update] = []
-    original = Watching.as_before
-
-    def noting(self: Watching, *asked: Any) -> Any:
-        found = original(self, *asked)
-        before.append(found.update)
-        return found
-
-    monkeypatch.setattr(Watching, "as_before", noting)
-    result = run(tmp_path, save_observations=True, limit=600, compressor="randomk", compression=0.3)
-    (seen,) = [o for o in load_observations(result.folder / "observations", 1) if o.client == 0]
-    assert torch.equal(before[0].values, seen.update.values)
-    assert before[0].indices is not None and seen.update.indices is not None  # noqa: PT018
-    assert torch.equal(before[0].indices, seen.update.indices)
 
 
 def test_what_cannot_be_forgotten_is_refused() -> None:
