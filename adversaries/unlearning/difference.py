@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,9 @@ _GRID = 0.25
 _MOST = 1e7
 _GUESSED = 16
 _CLEAR = -5.0
-"""Logarithm of the share of the first layer's energy beyond k directions below which k and N count as found."""
+"""Logarithm of the share of a linear layer's energy beyond k directions below which k and N count as found."""
+_DIP = 4.0
+"""By how much it must lie below that of other N; a k that is too small by one dips by 3 at most."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,11 @@ def of_models(
     :func:`of_updates` holds with N in the place of n. `seat`: what the client knows: the `weights` w_0 that it was
     sent, the scenario, its public images, and as `client` whose deletion this is thought to be; its update is not
     read. `forgotten`, `samples`: k and N. None, where the clients are not told: the fewest k, and for it the N, that
-    leave the first linear layer a gradient of rank k (NotApplicable where there are none up to k = 16).
+    leave the widest linear layer a gradient of rank k (NotApplicable where there are none up to k = 16).
     """
     first, second = _step(seat, seat.weights, before), _step(seat, seat.weights, after)
-    if forgotten is None or samples is None:
-        counts = range(1, _GUESSED + 1) if forgotten is None else (forgotten,)
-        forgotten, samples = _counts(seat.scenario, first, second, counts)
+    if samples is None or forgotten is None:
+        forgotten, samples = _counts(seat.scenario, first, second, _GUESSED)
     return _observed(seat, _mixed(first, second, samples, forgotten), forgotten)
 
 
@@ -296,33 +297,40 @@ def _cut(scenario: Scenario, gradient: dict[str, Tensor], rank: int) -> dict[str
     return {layer.weight: both[:, :-1], layer.bias: both[:, -1]}
 
 
-def _counts(scenario: Scenario, before: Update, after: Update, counts: Iterable[int]) -> tuple[int, int]:
-    """k and N of two mean gradients: the first of `counts` for which an N leaves only k directions."""
-    name = first_layer(scenario.model).weight
-    one, other = (update.dense()[name].double() for update in (before, after))
-    sketch = torch.randn(
-        one.shape[1], max(counts) + _SPARE, dtype=torch.float64, generator=torch_rng(0, "sketch")
-    )
+def _counts(scenario: Scenario, before: Update, after: Update, most: int) -> tuple[int, int]:
+    """k and N of two mean gradients: the fewest k, up to `most`, for which an N leaves only k directions."""
+    sizes = {
+        min(shape): name for name, shape in zip(before.names, before.shapes, strict=True) if len(shape) == 2
+    }
+    if not sizes:
+        raise NotApplicable(
+            f"model.name = {scenario.model.name!r} has no linear layer, the rank of whose gradient would tell how "
+            "many were forgotten, of how many; use --model mlp or lenet-zhu"
+        )
+    widest = max(sizes)
+    one, other = (update.dense()[sizes[widest]].double() for update in (before, after))
+    sketch = torch.randn(one.shape[1], most + _SPARE, dtype=torch.float64, generator=torch_rng(0, "sketch"))
     kept, gained = other @ sketch, (one - other) @ sketch
     grid = [step * _GRID for step in range(int(math.log(_MOST) / _GRID))]
     left = 0.0
-    for count in counts:
+    for count in range(1, min(most, widest - 2) + 1):  # the rows of a head sum to zero
 
         def beyond(log_ratio: float, count: int = count) -> float:
             values = torch.linalg.svdvals(kept + math.exp(log_ratio) * gained).square()
             return float((values[count:].sum() / values.sum()).clamp_min(1e-30).log10())
 
         # It falls as the square of the distance to N / k, over a width of about N / k itself.
-        start = min(grid, key=beyond)
+        shares = [beyond(ratio) for ratio in grid]
+        start = grid[int(np.argmin(shares))]
         found = minimize_scalar(beyond, bounds=(max(0.0, start - _GRID), start + _GRID), method="bounded")
         total = max(count + 1, round(count * math.exp(float(found.x))))
         left = beyond(math.log(total / count))
-        if left <= _CLEAR:
+        if left <= min(_CLEAR, float(np.median(shares)) - _DIP):
             return count, total
     raise NotApplicable(
-        f"no number of samples makes the two global models differ by the gradients of {max(counts)} or fewer: "
-        f"{10**left:.1%} of the first layer's lies beyond them; clients take more than one step, or not on all their "
-        "samples, or forgot more"
+        f"no number of samples makes the two global models differ by the gradients of {min(most, widest - 2)} or "
+        f"fewer: {10**left:.1%} of a linear layer's lies beyond them; clients take more than one step, or not on all "
+        "their samples, or forgot more"
     )
 
 
