@@ -254,8 +254,11 @@ class ForgottenExperiment(Experiment):
         except NotApplicable as refused:
             lacking.append(f"no two releases to compare: {refused}")
         scored = self._pictures(suffix, looks)
+        chosen = (
+            "" if source == HONEST else ", which chose them: their losses may tell them apart for that alone"
+        )
         told = [
-            f"asked for by {source}; {plan.config.unlearning.mechanism} forgets, and clients draw anew",
+            f"{plan.config.unlearning.mechanism} forgets, and clients draw anew; asked for by {source}{chosen}",
             *lacking,
         ]
         if not scored and self.inverting and looks:

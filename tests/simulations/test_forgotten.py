@@ -202,7 +202,9 @@ def test_the_deletions_of_an_attack_are_looked_at_and_several_at_once(tmp_path: 
     asked = found.world.partitions[sender][list(request.positions)]
     assert sorted(record["sample"] for record in records) == sorted(asked.tolist())
     assert "no attack asks" not in found.log
-    assert found.told("losses:forgotten").startswith("asked for by unlearn-max-loss; retrain forgets")
+    assert found.told("losses:forgotten").startswith(
+        "retrain forgets, and clients draw anew; asked for by unlearn-max-loss, which chose them"
+    )
 
 
 def test_two_minibatches_are_told_of_beforehand_and_answered_by_the_prior(tmp_path: Path) -> None:
