@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.func import functional_call, jvp, vjp
-from torch.nn.functional import softmax
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot, softmax
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
@@ -30,8 +30,8 @@ from fedattack.errors import DataError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Reconstruction, Scenario, Update
 from fedattack.rng import torch_rng
-from fedattack.task import trained_parameters
-from fedattack.training import local_update, weight_step
+from fedattack.task import GradientStep, LossAndGradient, trained_parameters
+from fedattack.training import batch_gradient, local_update, weight_step
 from fedattack.unlearning.mechanism import Link
 
 Weights = Mapping[str, Tensor]
@@ -334,22 +334,45 @@ def _counts(scenario: Scenario, before: Update, after: Update, most: int) -> tup
     )
 
 
+def _one_against_the_rest(squared: bool) -> GradientStep:
+    """Gradient of a batch's mean of losses of each class against the rest; two classes share one linear model."""
+
+    def gradient(model: torch.nn.Module, images: Tensor, labels: Tensor) -> LossAndGradient:
+        logits = model(images)
+        truth = one_hot(labels, logits.shape[1]).to(logits)
+        if squared:
+            reach = 0.5 if logits.shape[1] == 2 else 1.0
+            loss = (logits - reach * (2 * truth - 1)).square().sum() / 2
+        else:
+            loss = binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+        parameters = list(trained_parameters(model).values())
+        return loss, torch.autograd.grad(loss / len(labels), parameters, materialize_grads=True)
+
+    return gradient
+
+
+_GRADIENTS: dict[Link, GradientStep] = {
+    "softmax": batch_gradient,
+    "logistic": _one_against_the_rest(squared=False),
+    "ridge": _one_against_the_rest(squared=True),
+}
+
 UNEXPLAINED = 0.9
 """Relative residual from which the answer to a difference is no answer; two mini-batches leave .97 and more."""
 
 
-def believed(observation: Observation, answer: Reconstruction) -> Reconstruction:
+def believed(observation: Observation, answer: Reconstruction, link: Link = "softmax") -> Reconstruction:
     """An attack's answer to a difference, or its prior where the answer's own gradient leaves 90 % of it unexplained.
 
     The difference of two updates that are no gradients of the same samples is many times as long as a gradient of
-    the forgotten, and no images explain it.
+    the forgotten, and no images explain it. `link`: of the loss, as in :func:`of_releases`.
     """
     training, count = observation.scenario.training, len(answer.labels)
     if not count:
         return answer
-    batches = [np.arange(count)]
-    model = build_model(observation.scenario.model)
-    own = local_update(model, observation.weights, answer.images, answer.labels, batches, training).update
+    model, batches = build_model(observation.scenario.model), [np.arange(count)]
+    given = observation.weights, answer.images, answer.labels, batches, training, _GRADIENTS[link]
+    own = local_update(model, *given).update
     found, sent = torch.cat([t.flatten() for t in own.values()]).double(), observation.update.values.double()
     if observation.update.indices is not None:
         found = found[observation.update.indices]
@@ -368,8 +391,8 @@ def believed(observation: Observation, answer: Reconstruction) -> Reconstruction
 class OnDifference(ReconstructionAttack):
     """An attack as it is run on differences: :func:`believed`."""
 
-    def __init__(self, attack: ReconstructionAttack) -> None:
-        self.attack = attack
+    def __init__(self, attack: ReconstructionAttack, link: Link = "softmax") -> None:
+        self.attack, self.link = attack, link
 
     def needs_now(self, scenario: Scenario) -> Needs:
         """Those of the attack."""
@@ -388,4 +411,4 @@ class OnDifference(ReconstructionAttack):
     ) -> list[Reconstruction]:
         """Answer as the attack does, where its answers explain what was seen."""
         answers = self.attack.run(observations, seed, device, progress)
-        return [believed(seen, answer) for seen, answer in zip(observations, answers, strict=True)]
+        return [believed(seen, answer, self.link) for seen, answer in zip(observations, answers, strict=True)]

@@ -29,8 +29,16 @@ from fedattack.observation import EVERYONE, Observation, UnlearningRequest, Upda
 from fedattack.rng import numpy_rng
 from fedattack.task import task_of, trained_parameters
 from fedattack.training import sample_logits, sample_losses
-from fedattack.unlearning import Deletion, History, Weights, as_positions, sample_digests, validate_request
-from fedattack.unlearning.mechanism import Excluded
+from fedattack.unlearning import (
+    Deletion,
+    Forgotten,
+    History,
+    Weights,
+    as_positions,
+    sample_digests,
+    validate_request,
+)
+from fedattack.unlearning.mechanism import Excluded, Link
 from simulations.client_app import Workplace
 from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.local_grid import LocalGrid
@@ -52,6 +60,7 @@ class Look:
     truth: GroundTruth
     seat: str
     told: tuple[str, ...]
+    link: Link = "softmax"  # of the loss
 
 
 class Watching(FederationTrainer):
@@ -134,6 +143,12 @@ class ForgottenExperiment(Experiment):
         self.inverting = {name: attack for name, attack in attacks.items() if attack.inverts}
         hostile = any(isinstance(attack, MaliciousClient) for attack in attacks.values())
         self.malicious = plan.config.attack.malicious_clients if hostile else ()
+        self.altering = [
+            name
+            for name, attack in attacks.items()
+            if isinstance(attack, MaliciousClient)
+            and (type(attack).reply, type(attack).poison) != (MaliciousClient.reply, MaliciousClient.poison)
+        ]
         self.own = deleting is None
         self.deleting = deleting or UnlearningExperiment(plan, {})
         config = plan.config
@@ -250,7 +265,7 @@ class ForgottenExperiment(Experiment):
             answer = self.deleting.mechanism.forget(deletions, kept, trainer)
             looks, lacking = self._looks(place, trainer, history, deletions)
         try:
-            looks.append(self._releases(place, history.weights, answer.weights, deletions))
+            looks.append(self._releases(place, history.weights, answer, deletions))
         except NotApplicable as refused:
             lacking.append(f"no two releases to compare: {refused}")
         scored = self._pictures(suffix, looks)
@@ -311,6 +326,9 @@ class ForgottenExperiment(Experiment):
         moved = after is not None and not difference.same_weights(before.weights, after.weights)
         observation = difference.of_updates(before, after, size, count)
         departs = difference.departures(before.scenario, size, moved=moved)
+        if self.altering and client in self.malicious:
+            changes = f"{called(client)} changes what it sends ({', '.join(self.altering)})"
+            departs.append(f"{changes}: its updates may be no mean of its samples' gradients")
         what = "all that it sent" if after is None else f"({size:,} g - {size - count:,} g') / {count}"
         exactly = "only roughly" if departs else "exactly"
         told = (
@@ -342,7 +360,7 @@ class ForgottenExperiment(Experiment):
         return Look("models", observation, _truth(place, observation, deletions), "another client", told)
 
     def _releases(
-        self, place: Workplace, before: Weights, after: Weights, deletions: Sequence[Deletion]
+        self, place: Workplace, before: Weights, answer: Forgotten, deletions: Sequence[Deletion]
     ) -> Look:
         """From the seat of whoever has both released models: of a linear model trained to convergence."""
         scenario, mechanism = place.scenario, self.config.unlearning.mechanism
@@ -353,7 +371,9 @@ class ForgottenExperiment(Experiment):
         samples, clients = sum(map(len, place.partitions)), {deletion.client for deletion in deletions}
         client = min(clients) if len(clients) == 1 else EVERYONE
         seat = replace(_placeholder(client, 0, self.plan.world), weights=before)
-        observation = difference.of_releases(seat, after, samples, count, decay=goal.decay, link=goal.link)
+        observation = difference.of_releases(
+            seat, answer.weights, samples, count, decay=goal.decay, link=goal.link
+        )
         granted = 0 if seat.auxiliary is None else len(seat.auxiliary)
         told = (
             f"whoever has the models released before and after, and knows that {count} of {samples:,} samples were "
@@ -394,7 +414,8 @@ class ForgottenExperiment(Experiment):
                     usable[f"{name}{tail}"] = attack
             if not usable:
                 continue
-            wrapped = {label: difference.OnDifference(attack) for label, attack in usable.items()}  # type: ignore[arg-type]
+            link = chosen[0].link
+            wrapped = {label: difference.OnDifference(attack, link) for label, attack in usable.items()}  # type: ignore[arg-type]
             work = Answers(self.plan.config, self.plan.folder, wrapped, self.plan.shown)
             self.work.append(work)
             for look in chosen:  # of one scenario each: they differ in how many were forgotten
