@@ -39,7 +39,7 @@ from fedattack.unlearning import (
     validate_request,
 )
 from fedattack.unlearning.mechanism import Excluded, Link
-from simulations.client_app import Workplace
+from simulations.client_app import Workplace, round_batches, used_positions
 from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
@@ -73,6 +73,9 @@ class Watching(FederationTrainer):
         self.watched = frozenset(clients)
         self.answers: dict[int, Observation] = {}
         self.resumed: tuple[int, Weights, Weights] | None = None  # round, weights before it, and after
+        self.sent: tuple[int, Weights] | None = (
+            None  # round and weights of the first question without a training
+        )
 
     def train(
         self,
@@ -91,8 +94,9 @@ class Watching(FederationTrainer):
         kept |= {"on_observation": self._note, "observe": lambda _, client: self._lacks(client)}
         return super().train(excluded, weights, first_round, history, on_weights=moved, **kept)
 
-    def _seen(self, *asked: Any) -> list[Observation]:
-        seen = super()._seen(*asked)
+    def _seen(self, excluded: Excluded, weights: Weights, round: int, *asked: Any) -> list[Observation]:
+        self.sent = self.sent or (round, weights)
+        seen = super()._seen(excluded, weights, round, *asked)
         for observation in seen:
             self._note(observation)
         return seen
@@ -263,7 +267,7 @@ class ForgottenExperiment(Experiment):
             trainer = Watching(self.config, plan.world, grid, place, clients)
             kept = history.fork(Path(scratch) / "now", history.weights, history.excluded)
             answer = self.deleting.mechanism.forget(deletions, kept, trainer)
-            looks, lacking = self._looks(place, trainer, history, deletions)
+            looks, lacking = self._looks(place, trainer, history, deletions, answer.weights)
         try:
             looks.append(self._releases(place, history.weights, answer, deletions))
         except NotApplicable as refused:
@@ -287,7 +291,12 @@ class ForgottenExperiment(Experiment):
     # ------------------------------------------------------------------ what is seen
 
     def _looks(
-        self, place: Workplace, trainer: Watching, history: History, deletions: Sequence[Deletion]
+        self,
+        place: Workplace,
+        trainer: Watching,
+        history: History,
+        deletions: Sequence[Deletion],
+        released: Weights,
     ) -> tuple[list[Look], list[str]]:
         """Every view of the deletions, and for each that there is not, why."""
         looks, lacking = list[Look](), list[str]()
@@ -298,7 +307,12 @@ class ForgottenExperiment(Experiment):
             except NotApplicable as refused:
                 lacking.append(f"no two updates to compare: {refused}")
         try:
-            looks.append(self._models(place, trainer, history, deletions))
+            if len(place.partitions) == 1:
+                raise NotApplicable("there is no other client")
+            if trainer.resumed is not None:
+                looks.append(self._taken_again(place, trainer, history, deletions))
+            else:
+                looks.append(self._left_out(place, trainer, history, deletions, released))
         except NotApplicable as refused:
             lacking.append(f"no two global models to compare: {refused}")
         return looks, lacking
@@ -338,13 +352,60 @@ class ForgottenExperiment(Experiment):
         )
         return Look("", observation, _truth(place, observation, deletions), "curious server", told)
 
-    def _models(
+    def _taken_again(
         self, place: Workplace, trainer: Watching, history: History, deletions: Sequence[Deletion]
     ) -> Look:
         """From another client's seat: the global models after the first round that was taken again."""
-        if trainer.resumed is None:
-            raise NotApplicable("the mechanism takes no round of the federation again")
+        assert trainer.resumed is not None
         round, start, after = trainer.resumed
+        observation = self._of_models(round, start, history, after, deletions)
+        told = (
+            f"another client, who is sent the global model after round {round} before and after the deletion, finds "
+            f"{observation.num_examples} forgotten by the rank of what they differ by",
+        )
+        return Look("models", observation, _truth(place, observation, deletions), "another client", told)
+
+    def _left_out(
+        self,
+        place: Workplace,
+        trainer: Watching,
+        history: History,
+        deletions: Sequence[Deletion],
+        released: Weights,
+    ) -> Look:
+        """From another client's seat, where the mechanism takes a client's kept update out instead: all of that."""
+        clients = {deletion.client for deletion in deletions}
+        start, mechanism = history.ignorant(clients), self.config.unlearning.mechanism
+        assert start is not None
+        after = released if history.rounds == start + 1 else None
+        if trainer.sent is not None:
+            after = trainer.sent[1] if trainer.sent[0] == start + 2 else None
+        if after is None or start not in history.checkpoints:
+            raise NotApplicable(
+                f"{mechanism} takes no round of the federation again, and none of its updates out"
+            )
+        if len(clients) > 1:
+            raise NotApplicable(f"{mechanism} takes updates of several clients out at once")
+        observation = self._of_models(start + 1, history.checkpoint(start), history, after, deletions)
+        (client,) = clients
+        size = len(place.partitions[client])
+        used = used_positions(round_batches(self.plan.config, size, start + 1, client))
+        told = (
+            f"{mechanism} takes all out that {called(client)} sent in round {start + 1}: another client, who is sent "
+            f"the global model with it and without, reads the gradient of the {observation.num_examples} samples behind "
+            "it, whether they were to be forgotten or not",
+        )
+        truth = _truth(place, observation, [Deletion(client, frozenset(used.tolist()))])
+        return Look("models", observation, truth, "another client", told)
+
+    def _of_models(
+        self,
+        round: int,
+        start: Weights,
+        history: History,
+        after: Weights,
+        deletions: Sequence[Deletion],
+    ) -> Observation:
         if round not in history.checkpoints:
             raise NotApplicable(
                 f"the global model after round {round} was not kept; lower unlearning.checkpoint_every"
@@ -352,12 +413,7 @@ class ForgottenExperiment(Experiment):
         clients = {deletion.client for deletion in deletions}
         client = min(clients) if len(clients) == 1 else EVERYONE
         seat = replace(_placeholder(client, round - 1, self.plan.world), weights=start)
-        observation = difference.of_models(seat, history.checkpoint(round), after)
-        told = (
-            f"another client, who is sent the global model after round {round} before and after the deletion, finds "
-            f"{observation.num_examples} forgotten by the rank of what they differ by",
-        )
-        return Look("models", observation, _truth(place, observation, deletions), "another client", told)
+        return difference.of_models(seat, history.checkpoint(round), after)
 
     def _releases(
         self, place: Workplace, before: Weights, answer: Forgotten, deletions: Sequence[Deletion]

@@ -232,13 +232,26 @@ def test_an_attack_that_applies_to_differences_alone_is_no_refusal(tmp_path: Pat
 
 
 def test_a_mechanism_that_goes_on_elsewhere_is_told_of(tmp_path: Path) -> None:
-    """FedEraser asks clients at weights that have moved, and takes no round again."""
+    """FedEraser asks clients at weights that have moved; the 175 samples behind what it takes out are too many."""
     found = looked(tmp_path, mechanism="federaser")
     told = found.told("analytic:forgotten")
     assert "updates of round 2 before and after: only roughly" in told
     assert "at other weights" in told
     assert "analytic:forgotten-models" not in found.audits
-    assert "takes no round of the federation again" in found.told("losses:forgotten")
+    assert "no number of samples makes" in found.told("losses:forgotten")
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_federaser_takes_out_another_client_reads(tmp_path: Path, rounds: int) -> None:
+    """All that the client sent in the first round, whatever it asked to forget."""
+    found = looked(tmp_path, mechanism="federaser", batch_size=1, rounds=rounds)
+    (record,) = found.audits["analytic:forgotten-models"].records
+    config = Config.from_mapping(BASE | {"batch-size": 1, "rounds": rounds})
+    ((used,),) = round_batches(config, len(found.world.partitions[0]), 1, 0)
+    assert record["sample"] == found.world.partitions[0][used]
+    assert record["psnr"] >= 60
+    assert "federaser takes all out that client 0 sent in round 1" in found.told("analytic:forgotten-models")
+    assert ("analytic:forgotten" in found.audits) == (rounds == 3)
 
 
 def test_sums_over_clients_give_the_forgotten_away_as_well(tmp_path: Path) -> None:
