@@ -229,9 +229,6 @@ class ForgottenExperiment(Experiment):
             )
             requests = {HONEST: [(client, UnlearningRequest(client, tuple(sorted(drawn.tolist()))))]}
             self.deleting.release(self.deleting.history.weights)
-            self._say(
-                f"no attack asks for a deletion: honest client {client} asks to forget {len(drawn)} random samples"
-            )
         found: dict[str, list[Deletion]] = {}
         for name, given in requests.items():
             for sender, request in given:
@@ -273,11 +270,14 @@ class ForgottenExperiment(Experiment):
         except NotApplicable as refused:
             lacking.append(f"no two releases to compare: {refused}")
         scored = self._pictures(suffix, looks)
-        chosen = (
-            "" if source == HONEST else ", which chose them: their losses may tell them apart for that alone"
+        count = sum(len(deletion.positions) for deletion in deletions)
+        asking = (
+            f"{source} asks to forget {count} samples that it chose, whose losses may differ for that alone"
         )
+        if source == HONEST:
+            asking = f"no attack asks: honest {called(clients[0])} asks to forget {count} of its samples, at random"
         told = [
-            f"{plan.config.unlearning.mechanism} forgets, and clients draw anew; asked for by {source}{chosen}",
+            f"{asking}; {plan.config.unlearning.mechanism} forgets, and clients draw anew",
             *lacking,
         ]
         if not scored and self.inverting and looks:
@@ -392,7 +392,7 @@ class ForgottenExperiment(Experiment):
         used = used_positions(round_batches(self.plan.config, size, start + 1, client))
         told = (
             f"{mechanism} takes all out that {called(client)} sent in round {start + 1}: another client, who is sent "
-            f"the global model with it and without, reads its gradient, of {observation.num_examples} sample(s), to be "
+            f"the global model with it and without, reads its gradient, of {observation.num_examples} samples to be "
             "forgotten or not",
         )
         truth = _truth(place, observation, [Deletion(client, frozenset(used.tolist()))])
