@@ -7,7 +7,8 @@ Three spellings reach the same setting:
   (the table :data:`SHORT_NAMES`);
 * an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``;
 * a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``;
-* a mechanism's: ``unlearning.federaser.calibration`` or ``mechanism.calibration``.
+* a mechanism's: ``unlearning.federaser.calibration`` or ``mechanism.calibration``;
+* a gate's: ``gates.rate.share`` or, for every selected gate that has it, ``gates.share``.
 """
 
 from __future__ import annotations
@@ -357,6 +358,24 @@ class UnlearningConfig(PluginSection):
     shared_options: dict[str, Any] = Field(default_factory=dict, description="parameters of the mechanism")
 
 
+class GatesConfig(PluginSection):
+    """What a deletion request must pass before the server forgets, and the model after it."""
+
+    names: tuple[str, ...] = Field(
+        (), description="ownership, digest, label, rate, loss, cap, guard; several with commas"
+    )
+    options: PluginOptions = Field(default_factory=dict, description="gate name -> parameters")
+    shared_options: dict[str, Any] = Field(
+        default_factory=dict, description="parameters for every selected gate that has them"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> GatesConfig:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names {', '.join(self.names)}: name each gate once")
+        return self
+
+
 class EngineConfig(Section):
     """Where the clients and the attacks run. Only `device` and `threads` can touch a result's last bits."""
 
@@ -400,6 +419,7 @@ class Config(Section):
     federation: FederationConfig = FederationConfig()
     attack: AttackConfig = AttackConfig()
     unlearning: UnlearningConfig = UnlearningConfig()
+    gates: GatesConfig = GatesConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
 
@@ -549,6 +569,7 @@ SHORT_NAMES: dict[str, str] = {
     "requests": "attack.requests",
     "mechanism": "unlearning.mechanism",
     "forgotten": "unlearning.forgotten",
+    "gates": "gates.names",
     "engine": "engine.name",
     "actors": "engine.actors",
     "cpus-per-actor": "engine.cpus_per_actor",
@@ -606,6 +627,7 @@ _LISTS = (
     ["attack", "targets"],
     ["attack", "malicious_clients"],
     ["defense", "names"],
+    ["gates", "names"],
 )
 """Settings that hold several values, written with commas."""
 

@@ -9,13 +9,14 @@ from fedattack.unlearning.central import Central, Step
 from fedattack.unlearning.cost import Cost
 from fedattack.unlearning.history import ClientUpdate, History, Weights
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer
-from fedattack.unlearning.requests import Deletion, as_positions, sample_digests, validate_request
+from fedattack.unlearning.requests import Deletion, Registered, Verdict, as_positions, validate_request
 
 MECHANISMS: Registry[type[Mechanism]] = Registry(
     "mechanism",
     {
         "retrain": "fedattack.unlearning.retrain:Retrain",
         "federaser": "fedattack.unlearning.federaser:FedEraser",
+        "scrub": "fedattack.unlearning.scrub.scrub:Scrub",
     },
     group="fedattack.mechanisms",
     base="fedattack.unlearning.mechanism:Mechanism",
@@ -42,11 +43,12 @@ __all__ = [
     "Forgotten",
     "History",
     "Mechanism",
+    "Registered",
     "Step",
     "Trainer",
+    "Verdict",
     "Weights",
     "as_positions",
     "build_mechanism",
-    "sample_digests",
     "validate_request",
 ]

@@ -20,12 +20,14 @@ from fedattack.errors import unknown_name
 from fedattack.models import MODELS
 from fedattack.registry import Registry, plugin_options
 from fedattack.unlearning import MECHANISMS
+from fedattack.unlearning.gates import GATES
 from strategies import STRATEGIES
 
 KINDS: dict[str, Registry[Any]] = {
     "Attacks": ATTACKS,
     "Defences": DEFENSES,
     "Unlearning mechanisms": MECHANISMS,
+    "Gates of deletion requests": GATES,
     "Data sets": DATASETS,
     "Partitioners": PARTITIONERS,
     "Models": MODELS,
@@ -121,7 +123,7 @@ def settings_tables(
 ) -> dict[str, list[tuple[str, str, str, str]]]:
     """Title -> (dotted setting, option, default, meaning) of every setting, then of each plug-in that has some.
 
-    With `name` those of that attack, defence or mechanism alone.
+    With `name` those of that attack, defence, mechanism or gate alone.
 
     Raises
     ------
@@ -133,9 +135,11 @@ def settings_tables(
         ("Attack", ATTACKS, ""),
         ("Defence", DEFENSES, "defense."),
         ("Mechanism", MECHANISMS, "unlearning."),
+        ("Gate", GATES, "gates."),
     )
     if strict and name and ":" not in name and not any(name in registry for _, registry, _ in kinds):
-        raise unknown_name("attack, defence or mechanism", name, [*ATTACKS, *DEFENSES, *MECHANISMS])
+        known = [one for _, registry, _ in kinds for one in registry]
+        raise unknown_name("attack, defence, mechanism or gate", name, known)
     for kind, registry, prefix in kinds:
         wanted = registry.names() if name is None else [name] if name in registry else []
         for one in wanted or ([name] if name and ":" in name and kind == "Attack" else []):

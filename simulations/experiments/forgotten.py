@@ -22,7 +22,7 @@ from fedattack.audit import AuditResult, audit_forgotten
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, NotApplicable, PayloadError
+from fedattack.errors import ConfigError, NotApplicable
 from fedattack.groundtruth import GroundTruth
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, UnlearningRequest, Update, called
@@ -35,9 +35,8 @@ from fedattack.unlearning import (
     History,
     Weights,
     as_positions,
-    sample_digests,
-    validate_request,
 )
+from fedattack.unlearning.gates import judge_after
 from fedattack.unlearning.mechanism import Excluded, Link
 from simulations.client_app import Workplace, round_batches, used_positions
 from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
@@ -45,7 +44,7 @@ from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.reconstruction import Answers
-from simulations.experiments.unlearning import FederationTrainer, UnlearningExperiment
+from simulations.experiments.unlearning import FederationTrainer, Training, UnlearningExperiment
 
 HONEST = "honest"
 """Under this name go deletions that an honest client asks for, where nobody else does."""
@@ -161,6 +160,10 @@ class ForgottenExperiment(Experiment):
         self.work: list[Answers] = []
         self.found: dict[str, dict[str, Any]] = {}
 
+    @property
+    def _gates(self) -> tuple[str, ...]:
+        return self.plan.config.gates.names
+
     @classmethod
     def beside(
         cls, experiments: Sequence[Experiment], plan: Plan, attacks: Mapping[str, Attack]
@@ -209,37 +212,24 @@ class ForgottenExperiment(Experiment):
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Attack what is seen of each attack's deletions, or of an honest client's."""
         place, scored = Workplace.of(self.config, self.plan.world), dict[str, AuditResult]()
-        asked = self._asked(place)
-        for source, deletions in asked.items():
+        asked = self._asked(place) if self.own else self.deleting.asked
+        for source in asked:
             suffix = "forgotten" if len(asked) == 1 else f"forgotten-{source}"
             try:
-                scored |= self._audit(source, suffix, place, deletions)
+                scored |= self._audit(source, suffix, place, asked)
             except Exception as error:  # costs the others nothing
                 self.failed[suffix] = error
         return scored
 
-    def _asked(self, place: Workplace) -> dict[str, list[Deletion]]:
-        """Who asks -> the deletions that the server accepts, by position."""
-        requests: DeletionRequests = {} if self.own else self.deleting.asked
-        if self.own:
-            client, count = self._honest(), self.plan.config.attack.requests
-            size = len(place.partitions[client])
-            drawn = numpy_rng(self.plan.config.seed, "honest deletion").choice(
-                size, min(count, size), replace=False
-            )
-            requests = {HONEST: [(client, UnlearningRequest(client, tuple(sorted(drawn.tolist()))))]}
-            self.deleting.release(self.deleting.history.weights)
-        found: dict[str, list[Deletion]] = {}
-        for name, given in requests.items():
-            for sender, request in given:
-                everything = np.arange(len(place.partitions[sender]))
-                registered = place.samples(sender, everything)
-                try:
-                    deletion = validate_request(request, sender, len(everything), place.scenario)
-                    found.setdefault(name, []).append(as_positions(deletion, sample_digests(*registered)))
-                except PayloadError as error:
-                    self._say(f"what forgetting leaks, {name}: {error}")
-        return found
+    def _asked(self, place: Workplace) -> DeletionRequests:
+        """What an honest client asks for, of the model as it is released."""
+        client, requests = self._honest(), DeletionRequests()
+        size = len(place.partitions[client])
+        count = min(self.plan.config.attack.requests, size)
+        drawn = numpy_rng(self.plan.config.seed, "honest deletion").choice(size, count, replace=False)
+        requests[HONEST] = [(client, UnlearningRequest(client, tuple(sorted(drawn.tolist()))))]
+        self.deleting.release(self.deleting.history.weights)
+        return requests
 
     def _honest(self) -> int:
         """The first client that has samples and carries out no attack, or the first that has samples."""
@@ -247,23 +237,35 @@ class ForgottenExperiment(Experiment):
         return min(some, key=lambda client: (client in self.malicious, client))
 
     def _audit(
-        self, source: str, suffix: str, place: Workplace, deletions: list[Deletion]
+        self, source: str, suffix: str, place: Workplace, asked: DeletionRequests
     ) -> dict[str, AuditResult]:
-        started, plan = time.perf_counter(), self.plan
-        plan.shown(suffix, 0.0, f"{self.plan.config.unlearning.mechanism} forgets")
+        started, plan, mechanism = time.perf_counter(), self.plan, self.deleting.mechanism
+        named = plan.config.unlearning.mechanism
+        plan.shown(suffix, 0.0, f"{named} forgets")
         history = self.deleting.history
-        clients = [deletion.client for deletion in deletions]
-        if history.ignorant(clients) is None:
-            raise NotApplicable(
-                f"{' and '.join(map(called, clients))} took part in no round, so there is nothing to forget"
-            )
         with (
             open_grid(self.config, plan.world) as grid,
             tempfile.TemporaryDirectory(dir=history.folder) as scratch,
         ):
+            now = history.fork(Path(scratch) / "now", history.weights, history.excluded)
+            server = FederationTrainer(self.config, plan.world, grid, place)
+            training = Training(self.config, place, server, history, history.weights, asked)
+            deletions, desk = self.deleting.granted(training, source, asked, now)
+            clients = [deletion.client for deletion in deletions]
+            if not deletions:
+                raise NotApplicable(f"the gates refuse all that {source} asks for ({', '.join(self._gates)})")
+            located = [as_positions(one, place.registered(one.client)) for one in deletions]
+            if history.ignorant(clients) is None:
+                raise NotApplicable(
+                    f"{' and '.join(map(called, clients))} took part in no round, so there is nothing to forget"
+                )
             trainer = Watching(self.config, plan.world, grid, place, clients)
-            kept = history.fork(Path(scratch) / "now", history.weights, history.excluded)
-            answer = self.deleting.mechanism.forget(deletions, kept, trainer)
+            answer = mechanism.forget(deletions, now, trainer)
+            verdicts, deletions = judge_after(self.deleting.gates, deletions, answer.weights, desk), located
+            if refused := [one.gate for one in verdicts if not one.accepted]:
+                raise NotApplicable(
+                    f"gate {refused[0]!r} refuses what came of the request: nothing is forgotten"
+                )
             looks, lacking = self._looks(place, trainer, history, deletions, answer.weights)
         try:
             looks.append(self._releases(place, history.weights, answer, deletions))
@@ -277,7 +279,7 @@ class ForgottenExperiment(Experiment):
         if source == HONEST:
             asking = f"no attack asks: honest {called(clients[0])} asks to forget {count} of its samples, at random"
         told = [
-            f"{asking}; {plan.config.unlearning.mechanism} forgets, and clients draw anew",
+            f"{asking}; {named} forgets, and clients draw anew",
             *lacking,
         ]
         if not scored and self.inverting and looks:
