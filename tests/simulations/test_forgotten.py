@@ -128,8 +128,9 @@ def looked(folder: Path, **settings: Any) -> Looked:
             on_requests=lambda asked: [one.requests(asked) for one in works],
         )
         audits = forgotten.audit(result)
-        assert not forgotten.failed, forgotten.failed
         forgotten.close()
+        for error in forgotten.failed.values():
+            raise error
     return Looked(audits, seen, world, forgotten.deleting.asked)
 
 
@@ -205,6 +206,12 @@ def test_the_deletions_of_an_attack_are_looked_at_and_several_at_once(tmp_path: 
     assert found.told("losses:forgotten").startswith(
         "unlearn-max-loss asks to forget 4 samples that it chose"
     )
+
+
+def test_what_gates_refuse_is_not_forgotten(tmp_path: Path) -> None:
+    settings = {"attack": "analytic,unlearn-max-loss", "limit": 600, "requests": 8}
+    with pytest.raises(NotApplicable, match="the gates refuse all that unlearn-max-loss asks for"):
+        looked(tmp_path, **settings, gates="rate", gates__rate__share=0.001)
 
 
 def test_two_minibatches_are_told_of_beforehand_and_answered_by_the_prior(tmp_path: Path) -> None:
