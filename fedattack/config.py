@@ -350,7 +350,12 @@ class UnlearningConfig(PluginSection):
     draws: Literal["kept", "anew"] = Field(
         "kept",
         description="batches after a deletion. kept: as they were, the deleted left out, so that other draws do not "
-        "drown the damage; anew: drawn from what is left, as real clients do",
+        "drown the damage; anew: drawn from what is left, as real clients do, and all else that clients draw as well",
+    )
+    forgotten: bool = Field(
+        False,
+        description="show what forgetting leaks: rebuild the forgotten from what is seen before and after, and tell "
+        "who was in the data; clients draw anew",
     )
     options: PluginOptions = Field(default_factory=dict, description="mechanism name -> parameters")
     shared_options: dict[str, Any] = Field(default_factory=dict, description="parameters of the mechanism")
@@ -584,6 +589,7 @@ SHORT_NAMES: dict[str, str] = {
     "targets": "attack.targets",
     "requests": "attack.requests",
     "mechanism": "unlearning.mechanism",
+    "forgotten": "unlearning.forgotten",
     "gates": "gates.names",
     "engine": "engine.name",
     "actors": "engine.actors",

@@ -22,6 +22,18 @@ Excluded = Mapping[int, frozenset[int]]
 Level = Literal["sample", "class", "client"]
 
 
+Link = Literal["softmax", "logistic", "ridge"]
+"""Of a linear model: classes told by one softmax, each from the rest, or by squares."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Mean loss plus ``decay / 2 |w|^2``, and a linear term that releases may share, minimised over all weights."""
+
+    link: Link
+    decay: float
+
+
 class Trainer(Protocol):
     """The only way to the clients, and to the data where one holds it all; counts what it costs.
 
@@ -142,6 +154,10 @@ class Mechanism(ABC):
         model as it is.
         """
         return history.weights
+
+    def minimises(self, scenario: Scenario) -> Objective | None:
+        """What its releases are at the minimum of, public as the mechanism is; None: of nothing."""
+        return None
 
     @abstractmethod
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:

@@ -656,6 +656,18 @@ class UnlearningExperiment(Experiment):
             raise lost[0]
         return located
 
+    def granted(
+        self, training: Training, name: str, asked: DeletionRequests, now: History
+    ) -> tuple[list[Deletion], Desk]:
+        """What the server, and its gates, grant of an attack's first requests; and what the gates have before them.
+
+        PayloadError if the server rejects all of them.
+        """
+        side = Side()
+        deletions = self._deletions(training, name, asked, {}, side)
+        desk = self._desk(training, side, now)
+        return self._granted(training, side, deletions, desk), desk
+
     def _exactly(self, training: Training, side: Side) -> dict[int, frozenset[int]]:
         """All positions of a side's deletions; samples that their client does not have are none of them."""
         return merged({}, [self._known(training, one) for part in side.deletions for one in part])
