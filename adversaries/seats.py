@@ -96,6 +96,8 @@ class ClientView:
         How many deletions it is to ask for (setting ``attack.requests``).
     question : Candidates, optional
         The samples it will be asked about, in the rounds of an attack that :attr:`MaliciousClient.asks_early`.
+    excluded : tuple of int
+        Positions of its partition that it is told to leave out of the round.
     model : nn.Module, optional
         The global model in evaluation mode, to be used and not kept, where it asks for deletions with access to
         the weights.
@@ -117,6 +119,7 @@ class ClientView:
     memory: dict[str, Tensor]
     requests: int = 1
     question: Candidates | None = None
+    excluded: tuple[int, ...] = ()
     model: nn.Module | None = None
     oracle: Oracle | None = None
     times: int = 0

@@ -100,6 +100,15 @@ class Workplace:
         """What is trained and measured."""
         return task_of(self.scenario)
 
+    def drawing(self, forgetting: bool) -> Config:
+        """The settings by whose seed clients draw: in rounds of forgetting another one, where draws are anew."""
+        return self._anew if forgetting and self.config.unlearning.draws == "anew" else self.config
+
+    @cached_property
+    def _anew(self) -> Config:
+        seed = int(numpy_rng(self.config.seed, "draws of forgetting").integers(2**31))
+        return self.config.model_copy(update={"seed": seed})
+
     @cached_property
     def one_gradient(self) -> Scenario:
         """The agreed training cut down to one gradient, sent as the update."""
@@ -285,10 +294,12 @@ def train(message: Message, context: Context) -> Message:
     arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
     excluded, size = _excluded(settings), len(place.partitions[client])
+    forgetting = bool(settings.get(wire.FORGETTING, False))
+    drawing = place.drawing(forgetting)
     asked_for = settings.get(wire.OBJECTIVE)
     assert asked_for is None or isinstance(asked_for, str)
     whole = [remaining_positions(size, excluded)]
-    batches = whole if asked_for else round_batches(place.config, size, round, client, excluded)
+    batches = whole if asked_for else round_batches(drawing, size, round, client, excluded)
     steps_asked = settings.get(wire.LOCAL_STEPS)
     assert steps_asked is None or isinstance(steps_asked, int)
     # A step whose whole batch was deleted moves nothing, by weight decay neither.
@@ -298,7 +309,6 @@ def train(message: Message, context: Context) -> Message:
     used = used_positions(batches)
     images, labels = place.samples(client, used)
     weights = place.weights(arrays)
-    forgetting = bool(settings.get(wire.FORGETTING, False))
     seats = _seats(place, context, round, client, weights, message.content, forgetting)
     for attack, view in seats.values():
         attack.see(view)
@@ -307,7 +317,7 @@ def train(message: Message, context: Context) -> Message:
         images, labels = _alike(attack, own, dict(zip(own, poisoned, strict=True))).values()
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
-    draws = torch_rng(place.config.seed, "training", round, client)
+    draws = torch_rng(drawing.seed, "training", round, client)
     plain = (
         objective_step(asked_for)
         if asked_for not in (None, "loss")
@@ -316,7 +326,7 @@ def train(message: Message, context: Context) -> Message:
     planted = place.canaries.step if place.canaries else None
     if place.canaries:
         labels = place.canaries.coded(client, used, labels)
-    defended = ClientDefenses(place.defenses, place.config.seed, round, client, plain, planted)
+    defended = ClientDefenses(place.defenses, drawing.seed, round, client, plain, planted)
     shown = defended.images(images)
     if mu == 0.0 or len(steps) == 1:  # the proximal term has no gradient at the received weights
         known, step = _recalled(context, _TASK_MEMORY), defended.gradient
@@ -332,7 +342,7 @@ def train(message: Message, context: Context) -> Message:
     for attack, view in seats.values():
         update = _alike(attack, update, attack.reply(view, update))
     random = place.compressor.draws
-    generator = torch_rng(place.config.seed, "compression", round, client) if random else _UNUSED
+    generator = torch_rng(drawing.seed, "compression", round, client) if random else _UNUSED
     packet, memory = place.compressor.compress(update, Memory(_recalled(context, _MEMORY)), round, generator)
     _remember(context, _MEMORY, memory.tensors)
     _remember(context, _TASK_MEMORY, result.memory)
@@ -424,6 +434,7 @@ def _seats(
     if client not in place.config.attack.malicious_clients:
         return {}
     seats, requests = {}, place.config.attack.requests
+    gone = tuple(_excluded(told.config_records[wire.CONFIG])) if told else ()
     for name, attack in place.attackers.items():
         seed = adversary_seed(place.config.seed, f"client seat of {name}", round, client)
         memory = _recalled(context, _ATTACK_MEMORY.format(attack=name))
@@ -432,7 +443,7 @@ def _seats(
         question = _question(asked) if asked is not None else None
         shown = dict(weights) if attack.access == "weights" else {}
         view = ClientView(round, client, place.scenario, shown, seed, memory, requests, question)
-        seats[name] = attack, replace(view, forgetting=forgetting)
+        seats[name] = attack, replace(view, forgetting=forgetting, excluded=gone)
     return seats
 
 

@@ -42,9 +42,9 @@ PROMINENT = {
     "The adversary": {
         "attack": "hcgla, ig, tensor, fedmia, ...; several with commas",
         "victims": "clients whose updates are reconstructed",
-        "auxiliary": "public images granted to it",
     },
     "The run": {
+        "preset": "a whole set-up: mnist-logistic-small, ...",
         "engine": "ray or inline",
         "seed": "same seed, same bits",
         "run-dir": "folder for the report",
@@ -176,7 +176,9 @@ def typed() -> str:
 Kind = Annotated[
     str | None, typer.Argument(help="attacks, defences, data-sets, models, ...", show_default=False)
 ]
-Name = Annotated[str | None, typer.Argument(help="an attack or a defence", show_default=False)]
+Name = Annotated[
+    str | None, typer.Argument(help="an attack, a defence, a mechanism or a preset", show_default=False)
+]
 
 
 def show_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:

@@ -205,6 +205,7 @@ FAMILIES: Registry[Family] = Registry(
         "membership": "fedattack.audit.membership:MEMBERSHIP",
         "unlearning": "fedattack.audit.unlearning:UNLEARNING",
         "forgetting": "fedattack.audit.forgetting:FORGETTING",
+        "forgotten": "fedattack.audit.forgotten:FORGOTTEN",
     },
     "fedattack.families",
 )

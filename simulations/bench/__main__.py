@@ -34,6 +34,7 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "neighbours": "simulations.bench.neighbours:run",
         "canaries": "simulations.bench.canaries:run",
         "foci": "simulations.bench.foci:run",
+        "forgetting": "simulations.bench.forgetting:run",
     },
 )
 

@@ -43,6 +43,11 @@ class Journal:
         """A round's replies, by client."""
         return self._read_blobs(self._replies(number))
 
+    def size(self, number: int) -> int:
+        """Bytes that a round's replies take on disk; 0 where they are not there."""
+        path = self._replies(number)
+        return path.stat().st_size if path.is_file() else 0
+
     def write_states(self, number: int, states: Mapping[int, Plain]) -> None:
         """Keep what the clients keep after round `number`."""
         self._write_blobs(self._states(number), states)

@@ -84,7 +84,7 @@ def check_model(config: Config, world: World) -> list[str]:
 
 def known_facts(config: Config, world: World) -> Facts:
     """What attacks may ask of the federation before it trains."""
-    granted = world.auxiliary
+    granted, mechanism = world.auxiliary, build_mechanism(config.unlearning)
     return Facts(
         rounds=config.attack.rounds,
         clients=config.federation.clients,
@@ -96,4 +96,7 @@ def known_facts(config: Config, world: World) -> Facts:
         labelled=None if granted is None else granted.labels is not None,
         references=config.attack.references,
         people=config.attack.unit == "group",
+        foreign=not mechanism.by_positions,
+        certificate=mechanism.certifies,
+        calibrates=mechanism.runs == "server",
     )

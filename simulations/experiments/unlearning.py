@@ -40,6 +40,7 @@ from fedattack.unlearning import (
     validate_request,
 )
 from fedattack.unlearning.gates import Desk, build_gates, judge_after, judge_before
+from fedattack.unlearning.history import check_space
 from fedattack.unlearning.mechanism import Excluded, Level, merged
 from fedattack.unlearning.requests import REQUEST
 from fedattack.unlearning.retrain import Retrain
@@ -53,6 +54,8 @@ from simulations.engine.federation import (
     ask_unlearning,
     run_federation,
 )
+from simulations.engine.journal import Journal
+from simulations.engine.journaled_replies import JournaledReplies
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
@@ -293,6 +296,7 @@ class UnlearningExperiment(Experiment):
         self.mechanism = build_mechanism(plan.config.unlearning)
         self.gates = build_gates(plan.config.gates)
         self.history = self._history(plan.folder.path / "history")
+        self.history.replies = JournaledReplies(Journal(plan.folder.path / "journal"), plan.world.scenario)
         self.history.keep_weights(0, initial_weights(plan.world.scenario.model, plan.config.seed))
         self.asked = DeletionRequests()
         self.changed = False
@@ -303,11 +307,15 @@ class UnlearningExperiment(Experiment):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        named = config.unlearning.mechanism
-        mechanism = build_mechanism(config.unlearning)
+        named, mechanism = config.unlearning.mechanism, build_mechanism(config.unlearning)
         mechanism.check(named, world.scenario, len(world.partitions))
         for name, gate in build_gates(config.gates).items():
             gate.check(name, mechanism, world.auxiliary)
+        every, rounds = config.unlearning.checkpoint_every, config.request_round
+        # The run's own updates lie in the journal; those of one more training at a time lie beside it.
+        again = len(world.partitions) if config.unlearning.seeds > 1 else 0
+        folder = Path(config.output.run_dir or "runs")
+        check_space(folder, world.scenario, mechanism.keeps, every, rounds, again)
 
     def wants(self, round: int, client: int) -> bool:
         """The updates that the mechanism needs."""
@@ -498,7 +506,9 @@ class UnlearningExperiment(Experiment):
             "right_lost": (right["random"] - right["after"]).tolist() if right else [],
             "accuracy": {arm: figures[arm].get("accuracy", 0.0) for arm in ARMS},
             "losses": {arm: figures[arm]["loss"] for arm in ARMS},
-            "success": self._successes(name, attack, training, judge, weights),
+            "success": self._successes(
+                name, attack, training, judge, weights, {"after": asked, "random": floor}
+            ),
             "curve": curve,
             "clean": self._clean(attack, training, floor.deletions, judge),
             "samples": sum(one.samples for part in asked.requested for one in part),
@@ -646,6 +656,18 @@ class UnlearningExperiment(Experiment):
             raise lost[0]
         return located
 
+    def granted(
+        self, training: Training, name: str, asked: DeletionRequests, now: History
+    ) -> tuple[list[Deletion], Desk]:
+        """What the server, and its gates, grant of an attack's first requests; and what the gates have before them.
+
+        PayloadError if the server rejects all of them.
+        """
+        side = Side()
+        deletions = self._deletions(training, name, asked, {}, side)
+        desk = self._desk(training, side, now)
+        return self._granted(training, side, deletions, desk), desk
+
     def _exactly(self, training: Training, side: Side) -> dict[int, frozenset[int]]:
         """All positions of a side's deletions; samples that their client does not have are none of them."""
         return merged({}, [self._known(training, one) for part in side.deletions for one in part])
@@ -736,8 +758,12 @@ class UnlearningExperiment(Experiment):
         training: Training,
         judge: Judge,
         weights: Mapping[str, Weights],
+        sides: Mapping[str, Side],
     ) -> dict[str, float]:
-        """Arm -> the share of what the attack wanted; none where that is the accuracy lost."""
+        """Arm -> the share of what the attack wanted; none where that is the accuracy lost.
+
+        What it wanted of a certificate happens in no other arms than those of the mechanism.
+        """
         client = min(training.config.attack.malicious_clients)
         view = training.place.planting(name, client)
         images, labels = self.plan.world.dataset.tensors(self.plan.world.pools.nonmembers)
@@ -745,7 +771,12 @@ class UnlearningExperiment(Experiment):
             arm: attack.success(partial(judge.probabilities, weights[arm]), images, labels, view)
             for arm in ARMS
         }
-        return {arm: float(share) for arm, share in found.items() if share is not None}
+        for arm, side in sides.items():
+            removed = sum(len(d.positions) for part in side.deletions for d in part)
+            if (certificate := side.answers[-1].certificate) is not None and removed:
+                found |= {arm: attack.spent(certificate, removed)} if found[arm] is None else {}
+        told = {arm: float(share) for arm, share in found.items() if share is not None}
+        return told if not told else dict.fromkeys(ARMS, 0.0) | told
 
     def _outcome(self, name: str, rows: Sequence[Mapping[str, Any]]) -> UnlearningOutcome:
         """The seeds together."""
