@@ -80,6 +80,12 @@ class Needs:
     """Of a generator's federation: critics are sent."""
     people: bool = False
     """Of membership: people are asked about, by samples that nobody trained on."""
+    foreign: bool = False
+    """Of unlearning: the mechanism forgets samples that nobody registered."""
+    certificate: bool = False
+    """Of unlearning: the mechanism says what it promises, and when it must train anew."""
+    calibrates: bool = False
+    """Of unlearning: the mechanism has clients work while it forgets."""
 
     @property
     def summed(self) -> str:
@@ -123,6 +129,12 @@ class Facts:
         Reference models, and known members, granted.
     people : bool
         Whether people are asked about.
+    foreign : bool
+        Whether the mechanism takes samples as they are sent, whoever's they are.
+    certificate : bool
+        Whether the mechanism promises something.
+    calibrates : bool
+        Whether the mechanism has clients work.
     """
 
     rounds: tuple[int, ...] = ()
@@ -136,6 +148,9 @@ class Facts:
     references: int | None = None
     members: int | None = None
     people: bool | None = None
+    foreign: bool | None = None
+    certificate: bool | None = None
+    calibrates: bool | None = None
 
     @property
     def last(self) -> int:

@@ -47,6 +47,11 @@ def _model(model: ModelConfig) -> tuple[str, bool, type[nn.Module]]:
     return "biased" if f"{name}.bias" in shapes else "linear", normalised, type(module)
 
 
+def normalises(model: ModelConfig) -> bool:
+    """Whether BatchNorm is in a model."""
+    return _model(model)[1]
+
+
 def _said(check: Callable[..., object], *arguments: Any, **options: Any) -> str:
     """What a function that refuses by an error says."""
     try:
@@ -214,6 +219,15 @@ TABLE: tuple[Row, ...] = (
     Row("people", "asked about people", lambda n, s, f: f.people is False,
         "setting 'attack.unit' = 'sample': this attack asks about people, by samples that nobody trained on; use "
         "attack.unit 'group' with data.withheld and data.nonmember_unit 'group'"),
+    Row("foreign", "samples taken as they are sent", lambda n, s, f: f.foreign is False,
+        "setting 'unlearning.mechanism': this one forgets what its client registered, and this attack sends samples "
+        "that nobody did; use a mechanism that forgets samples as they are sent"),
+    Row("certificate", "a certificate that can be used up", lambda n, s, f: f.certificate is False,
+        "setting 'unlearning.mechanism': this one promises nothing that removals could use up; use one that "
+        "certifies"),
+    Row("calibrates", "clients that work while the server forgets", lambda n, s, f: f.calibrates is False,
+        "setting 'unlearning.mechanism': this one asks no client to work, and this attack changes what clients "
+        "answer; use retrain, federaser or another that reaches clients"),
     Row("members", "known members", lambda n, s, f: f.members == 0, "no known members are granted"),
 )
 # fmt: on
@@ -241,18 +255,20 @@ def applicable(
     scenario: Scenario,
     facts: Facts = NOT_KNOWN,
     also: Callable[[str, A], object] | None = None,
+    *,
+    empty: bool = False,
 ) -> tuple[dict[str, A], dict[str, str]]:
     """Attacks that apply, and for each other one the sentence that says why it is left out.
 
     `also` refuses by NotApplicable what somebody else cannot do with an attack, (name, attack). NotApplicable
-    if there are attacks and none applies; else errors as :func:`attack_refusals`.
+    if there are attacks and none applies, unless that may be (`empty`); else errors as :func:`attack_refusals`.
     """
     left_out = {}
     for name, attack in attacks.items():
         refused = attack_refusals(attack, scenario, facts) or [_said(also, name, attack) if also else ""]
         if refused[0]:
             left_out[name] = refused[0]
-    if left_out and len(left_out) == len(attacks):
+    if left_out and len(left_out) == len(attacks) and not empty:
         raise NotApplicable("\n".join(f"attack {name!r}: {sentence}" for name, sentence in left_out.items()))
     return {name: attack for name, attack in attacks.items() if name not in left_out}, left_out
 
@@ -262,6 +278,14 @@ def words(needs: Needs, *, plain: bool = False) -> list[str]:
     said = [row.words.format(n=needs) for row in TABLE if row.declared(needs) and (plain or not row.plain)]
     bare = bool(needs.sums) and not (needs.update or needs.clients)
     return ["one update"] * bare + [one for one in said if one]
+
+
+_SEEN = {
+    "weights": "sees its own samples and every global model that it is sent",
+    "queries": "sees its own samples and the global model's answers to counted queries, and not the model",
+    "none": "sees its own samples and nothing of the global model",
+}
+"""What an attack in a client's seat knows, by its access."""
 
 
 def threat_model(
@@ -287,7 +311,7 @@ def threat_model(
     letters = [granted] if needs.auxiliary else helped if needs.helped else [bare]
     assumptions = ["knows the model, the agreed training, the compression and the defences"]
     if seat == "malicious client":
-        assumptions = ["sees its own samples and every global model that it is sent"]
+        assumptions = [_SEEN[getattr(attack, "access", "weights")]]
     if seat == "malicious server":
         assumptions.append("changes the weights that it sends in the attacked rounds")
     if needs.auxiliary or needs.helped:

@@ -191,10 +191,17 @@ def products(gradients: Gradients, updates: Sequence[Update]) -> tuple[Tensor, T
     for block in gradients.blocks():
         some = [piece.dot([part[name] for part in parts]) for name, piece in block.items()]
         found.append(torch.stack(some).sum(0).double().cpu())
-        lengths.append(
-            torch.stack([piece.squares() for piece in block.values()]).sum(0).sqrt().double().cpu()
-        )
+        lengths.append(_lengths(block))
     return torch.cat(found, 1), torch.cat(lengths)
+
+
+def norms(gradients: Gradients) -> Tensor:
+    """Norm of every sample's gradient over all parameters, float64 (N,), on the CPU."""
+    return torch.cat([torch.zeros(0).double(), *(_lengths(block) for block in gradients.blocks())])
+
+
+def _lengths(block: Block) -> Tensor:
+    return torch.stack([piece.squares() for piece in block.values()]).sum(0).sqrt().double().cpu()
 
 
 def gram(sets: Sequence[Gradients], entries: Update | None = None) -> Tensor:

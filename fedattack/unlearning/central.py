@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -63,6 +63,7 @@ class Central:
     cost: Cost = field(default_factory=Cost)
     dtype: torch.dtype = torch.float64
     chunk: int = 1024  # samples in one pass
+    brought: int = 0  # samples at the end that are not of the training (:meth:`joined`)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -80,7 +81,20 @@ class Central:
         return tuple(parameter.shape for parameter in trained_parameters(self.model).values())
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels) - self.brought
+
+    def joined(self, images: Tensor, labels: Tensor) -> tuple[Central, Positions]:
+        """The same with samples that a request brings, whoever's they are, behind its own; and their positions.
+
+        They can be looked at like any others, and are in no batch and not among the retained.
+        """
+        more = replace(
+            self,
+            images=torch.cat([self.images, images]),
+            labels=torch.cat([self.labels, labels]),
+            brought=self.brought + len(labels),
+        )
+        return more, np.arange(len(self.labels), len(more.labels))
 
     # ------------------------------------------------------------------ flat and not
 

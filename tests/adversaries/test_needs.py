@@ -159,6 +159,16 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
     ],
     "about": [],
     "people": [(Needs(people=True), MLP, Facts(people=False), "unit 'group' with data.withheld")],
+    "foreign": [(Needs(foreign=True), MLP, Facts(foreign=False), "samples that nobody did")],
+    "calibrates": [(Needs(calibrates=True), MLP, Facts(calibrates=False), "asks no client to work")],
+    "certificate": [
+        (
+            Needs(certificate=True),
+            MLP,
+            Facts(certificate=False),
+            "promises nothing that removals could use up",
+        )
+    ],
     "trains": [(Needs(trains="generate"), MLP, Facts(), "trains no generator")],
     "critic": [
         (

@@ -1,4 +1,4 @@
-"""A model with BatchNorm, small enough for quick tests; named as ``rigged_models:batch_norm_net``."""
+"""Small models for quick tests; named as ``rigged_models:batch_norm_net``."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ def batch_norm_net(config: ModelConfig) -> nn.Module:
         nn.Flatten(),
         nn.Linear(4 * ((config.image_size + 1) // 2) ** 2, config.classes),
     )
+
+
+def softmax(config: ModelConfig) -> nn.Module:
+    """Regression on the pixels."""
+    channels, side, classes = config.resolved
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, classes))

@@ -73,6 +73,18 @@ def test_derivatives_are_those_of_autograd_and_are_counted() -> None:
     torch.testing.assert_close(central.product(flat, weights, vector, some), curved)
     assert central.cost.gradients == pytest.approx(3 * 3 / len(central))
 
+    # Samples that are brought are looked at like any others, counted, and no part of the training.
+    more, brought = central.joined(images[:2], (labels[:2] + 1) % 10)
+    more, again = more.joined(images[2:], labels[2:])
+    assert (brought.tolist(), again.tolist()) == ([len(central), len(central) + 1], [len(central) + 2])
+    assert (len(more), more.cost) == (len(central), central.cost)
+    torch.testing.assert_close(more.gradient(flat, weights, again), central.gradient(flat, weights, some[2:]))
+    wrong = torch.nn.functional.cross_entropy(model(images[:2].double()), (labels[:2] + 1) % 10)
+    assert float(more.loss(flat, weights, brought)) == pytest.approx(2 * float(wrong.detach()))
+    assert more.retained({0, 3}).max() < len(central)
+    assert all(np.array_equal(a, b) for a, b in zip(more.batches(2), central.batches(2), strict=True))
+    assert central.cost.gradients == pytest.approx((9 + 2) / len(central))
+
 
 def test_clients_give_gradients_over_all_they_have_left() -> None:
     config = Config.from_mapping(BASE | {"clients": 4})

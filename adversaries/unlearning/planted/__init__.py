@@ -1,0 +1,1 @@
+"""Clients that train on samples of their own making, and have them forgotten."""
