@@ -46,5 +46,5 @@ class WorstSet(SurrogateAttack):
             _, undone = batch_gradient(model, x[chosen[-1:]], y[chosen[-1:]])
             with torch.no_grad():
                 for parameter, slope in zip(parameters.values(), undone, strict=True):
-                    parameter += self.rate * slope
+                    parameter.add_(slope, alpha=self.rate)
         return UnlearningRequest(view.client, tuple(rest[chosen].tolist()), "worst set")
