@@ -47,6 +47,11 @@ def _model(model: ModelConfig) -> tuple[str, bool, type[nn.Module]]:
     return "biased" if f"{name}.bias" in shapes else "linear", normalised, type(module)
 
 
+def normalises(model: ModelConfig) -> bool:
+    """Whether BatchNorm is in a model."""
+    return _model(model)[1]
+
+
 def _said(check: Callable[..., object], *arguments: Any, **options: Any) -> str:
     """What a function that refuses by an error says."""
     try:
@@ -250,18 +255,20 @@ def applicable(
     scenario: Scenario,
     facts: Facts = NOT_KNOWN,
     also: Callable[[str, A], object] | None = None,
+    *,
+    empty: bool = False,
 ) -> tuple[dict[str, A], dict[str, str]]:
     """Attacks that apply, and for each other one the sentence that says why it is left out.
 
     `also` refuses by NotApplicable what somebody else cannot do with an attack, (name, attack). NotApplicable
-    if there are attacks and none applies; else errors as :func:`attack_refusals`.
+    if there are attacks and none applies, unless that may be (`empty`); else errors as :func:`attack_refusals`.
     """
     left_out = {}
     for name, attack in attacks.items():
         refused = attack_refusals(attack, scenario, facts) or [_said(also, name, attack) if also else ""]
         if refused[0]:
             left_out[name] = refused[0]
-    if left_out and len(left_out) == len(attacks):
+    if left_out and len(left_out) == len(attacks) and not empty:
         raise NotApplicable("\n".join(f"attack {name!r}: {sentence}" for name, sentence in left_out.items()))
     return {name: attack for name, attack in attacks.items() if name not in left_out}, left_out
 

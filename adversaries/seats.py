@@ -107,6 +107,8 @@ class ClientView:
         How many of its requests have been answered before.
     forgetting : bool
         Whether the round is one in which the server forgets, and not one of the training.
+    invited : bool
+        Whether the server has asked all clients for deletions, and the client does not ask by itself.
     """
 
     round: int
@@ -122,6 +124,7 @@ class ClientView:
     oracle: Oracle | None = None
     times: int = 0
     forgetting: bool = False
+    invited: bool = False
 
 
 @dataclass
@@ -162,13 +165,25 @@ class MaliciousClient(Attack):
         """The update for the compressor: the same names and shapes. :attr:`ClientView.forgetting` tells what for."""
         return update
 
-    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest | None:
-        """The deletions that it asks for; None: none.
+    def asks_in(self, view: ClientView) -> bool:
+        """Whether it asks for deletions by itself, beside its reply to this round."""
+        return False
 
-        `images`, float32 (N, C, H, W) in [0, 1], and `labels`, int64 (N,), are its samples that are not forgotten
-        yet; positions of the request count in them.
+    def ask(
+        self, view: ClientView, images: Tensor, labels: Tensor
+    ) -> UnlearningRequest | Sequence[UnlearningRequest] | None:
+        """The deletions that it asks for, one request or several; None: none.
+
+        Called where the server invites all clients to ask (:attr:`ClientView.invited`), and in the rounds of
+        :meth:`asks_in`. `images`, float32 (N, C, H, W) in [0, 1], and `labels`, int64 (N,), are its samples that are
+        not forgotten yet; positions of the request count in them.
         """
         return None
+
+    def asked(self, view: ClientView, images: Tensor, labels: Tensor) -> list[UnlearningRequest]:
+        """What it :meth:`ask`s for, as a list."""
+        said = self.ask(view, images, labels)
+        return [said] if isinstance(said, UnlearningRequest) else list(said or ())
 
     def answer(self, view: ClientView, question: Candidates) -> dict[str, Tensor]:
         """What it says of the samples it is asked about after the last round, by name; a family says which."""

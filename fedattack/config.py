@@ -7,7 +7,10 @@ Three spellings reach the same setting:
   (the table :data:`SHORT_NAMES`);
 * an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``;
 * a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``;
-* a mechanism's: ``unlearning.federaser.calibration`` or ``mechanism.calibration``.
+* a mechanism's: ``unlearning.federaser.calibration`` or ``mechanism.calibration``;
+* a gate's: ``gates.rate.share`` or, for every selected gate that has it, ``gates.share``.
+
+A preset and a scenario (:mod:`fedattack.presets`) say what is meant by settings that are left open.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from fedattack.errors import ConfigError, unknown_name
+from fedattack.presets import PRESETS, SCENARIOS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -346,10 +350,33 @@ class UnlearningConfig(PluginSection):
     draws: Literal["kept", "anew"] = Field(
         "kept",
         description="batches after a deletion. kept: as they were, the deleted left out, so that other draws do not "
-        "drown the damage; anew: drawn from what is left, as real clients do",
+        "drown the damage; anew: drawn from what is left, as real clients do, and all else that clients draw as well",
+    )
+    forgotten: bool = Field(
+        False,
+        description="show what forgetting leaks: rebuild the forgotten from what is seen before and after, and tell "
+        "who was in the data; clients draw anew",
     )
     options: PluginOptions = Field(default_factory=dict, description="mechanism name -> parameters")
     shared_options: dict[str, Any] = Field(default_factory=dict, description="parameters of the mechanism")
+
+
+class GatesConfig(PluginSection):
+    """What a deletion request must pass before the server forgets, and the model after it."""
+
+    names: tuple[str, ...] = Field(
+        (), description="ownership, digest, label, rate, loss, cap, guard; several with commas"
+    )
+    options: PluginOptions = Field(default_factory=dict, description="gate name -> parameters")
+    shared_options: dict[str, Any] = Field(
+        default_factory=dict, description="parameters for every selected gate that has them"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> GatesConfig:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names {', '.join(self.names)}: name each gate once")
+        return self
 
 
 class EngineConfig(Section):
@@ -384,6 +411,12 @@ class Config(Section):
     """All settings of a run."""
 
     seed: Count = 0
+    scenario: Literal["federated", "central"] = Field(
+        "federated", description="central: one holder of all data, who is the server"
+    )
+    preset: str | None = Field(
+        None, description="a whole set-up by name (`fedattack list presets`), for settings that are left open"
+    )
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig = ModelConfig()
@@ -395,12 +428,18 @@ class Config(Section):
     federation: FederationConfig = FederationConfig()
     attack: AttackConfig = AttackConfig()
     unlearning: UnlearningConfig = UnlearningConfig()
+    gates: GatesConfig = GatesConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         victims, clients = self.attack.victims, self.federation.clients
+        if self.scenario == "central" and clients != 1:
+            raise ValueError(
+                f"setting 'federation.clients' = {clients}: scenario 'central' is one holder of all data, who is the "
+                "server; accepted: 1, or several with --scenario federated"
+            )
         if victims is not None and victims > clients:
             raise ValueError(f"setting 'attack.victims' = {victims}: the federation has {clients} clients")
         absent = [number for number in self.attack.malicious_clients if number >= clients]
@@ -448,6 +487,8 @@ class Config(Section):
         tree: dict[str, Any] = _deep_copy(base or {})
         for key, value in settings.items():
             _assign(tree, _resolve(key), value)
+        _fill_named(tree, "preset", {name: one.settings for name, one in PRESETS.items()})
+        _fill_named(tree, "scenario", SCENARIOS)
         meant = left_open or {}
         task = meant.get("training", {}).get("task")
         if task in (None, tree.get("training", {}).get("task", task)):
@@ -478,11 +519,14 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """TOML text that :meth:`from_toml` reads back to an equal configuration."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json", exclude_none=True)))
+        tree = self.model_dump(mode="json", exclude_none=True)
+        if self.preset in PRESETS:  # what was given as "not set" is not to be filled again
+            _fill(tree, _blank(PRESETS[self.preset].settings))
+        return tomli_w.dumps(_without_none(tree))
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that can change a result: all but the engine's and the output's."""
-        return self.model_dump(mode="json", exclude={"engine", "output"})
+        """The settings that can change a result: not the engine's, the output's nor what a preset was called."""
+        return self.model_dump(mode="json", exclude={"engine", "output", "preset"})
 
 
 TASK_SETTINGS: dict[str, dict[str, Any]] = {
@@ -504,6 +548,8 @@ MODEL_SETTINGS: dict[str, dict[str, Any]] = {
 
 SHORT_NAMES: dict[str, str] = {
     "seed": "seed",
+    "scenario": "scenario",
+    "preset": "preset",
     "dataset": "data.name",
     "data-dir": "data.dir",
     "download": "data.download",
@@ -543,6 +589,8 @@ SHORT_NAMES: dict[str, str] = {
     "targets": "attack.targets",
     "requests": "attack.requests",
     "mechanism": "unlearning.mechanism",
+    "forgotten": "unlearning.forgotten",
+    "gates": "gates.names",
     "engine": "engine.name",
     "actors": "engine.actors",
     "cpus-per-actor": "engine.cpus_per_actor",
@@ -600,6 +648,7 @@ _LISTS = (
     ["attack", "targets"],
     ["attack", "malicious_clients"],
     ["defense", "names"],
+    ["gates", "names"],
 )
 """Settings that hold several values, written with commas."""
 
@@ -641,8 +690,26 @@ def _fill(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
             tree.setdefault(name, value)
 
 
+def _fill_named(tree: dict[str, Any], setting: str, known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the settings that a name in `tree` stands for where it has none; ConfigError if it stands for nothing."""
+    name = tree.get(setting)
+    if name is None:
+        return
+    if name not in known:
+        raise unknown_name(setting, str(name), known)
+    _fill(tree, known[name])
+
+
+def _blank(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings, each as a file says that it is not set."""
+    return {name: _blank(value) if isinstance(value, Mapping) else "" for name, value in settings.items()}
+
+
 def _deep_copy(value: Any) -> Any:
-    return {k: _deep_copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+    """A copy in which the empty strings of a file are None."""
+    if isinstance(value, Mapping):
+        return {k: _deep_copy(v) for k, v in value.items()}
+    return None if value == "" else value
 
 
 def _explain(error: ValidationError) -> str:

@@ -196,9 +196,10 @@ class MembershipScores:
 
 @dataclass(frozen=True)
 class UnlearningRequest:
-    """A client's request to forget samples: by position in its partition, or the samples themselves.
+    """A client's request to forget one of: samples by position in its partition, samples, a class, all it has.
 
-    `images`, float32 (n, C, H, W) in [0, 1], and `labels`, int64 (n,), may be samples it never trained on.
+    `images`, float32 (n, C, H, W) in [0, 1], and `labels`, int64 (n,), may be samples it never trained on; `label`
+    is of the class, of which all its samples are meant.
     """
 
     client: int
@@ -206,3 +207,5 @@ class UnlearningRequest:
     reason: str = ""
     images: Tensor | None = field(default=None, compare=False)
     labels: Tensor | None = field(default=None, compare=False)
+    label: int | None = None
+    everything: bool = False

@@ -23,7 +23,7 @@ from fedattack.config import Config, EngineConfig
 from fedattack.defenses import ClientDefenses, Defense, build_defenses
 from fedattack.errors import ConfigError, DataError
 from fedattack.models import build_model
-from fedattack.observation import Candidates, Scenario
+from fedattack.observation import Candidates, Scenario, UnlearningRequest
 from fedattack.registry import build_plugin
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.task import GradientStep, LocalResult, LocalRound, Task, task_of, trained_parameters
@@ -36,8 +36,10 @@ from fedattack.training import (
     remaining_positions,
     sample_logits,
 )
+from fedattack.unlearning.requests import Registered
 from simulations.experiments.executor import choose_device
 from strategies import messages as wire
+from strategies.forgetting import deletion_records
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Workplace:
 
     def __post_init__(self) -> None:
         self._latest: tuple[ArrayRecord, dict[str, Tensor]] | None = None
+        self._registered: dict[int, Registered] = {}
 
     @classmethod
     def of(cls, config: Config, world: World) -> Workplace:
@@ -96,6 +99,15 @@ class Workplace:
     def task(self) -> Task:
         """What is trained and measured."""
         return task_of(self.scenario)
+
+    def drawing(self, forgetting: bool) -> Config:
+        """The settings by whose seed clients draw: in rounds of forgetting another one, where draws are anew."""
+        return self._anew if forgetting and self.config.unlearning.draws == "anew" else self.config
+
+    @cached_property
+    def _anew(self) -> Config:
+        seed = int(numpy_rng(self.config.seed, "draws of forgetting").integers(2**31))
+        return self.config.model_copy(update={"seed": seed})
 
     @cached_property
     def one_gradient(self) -> Scenario:
@@ -165,6 +177,14 @@ class Workplace:
                 changed = _alike(attack, named, dict(zip(named, after, strict=True)))
                 found[client] = changed["images"], changed["labels"]
         return found
+
+    def registered(self, client: int) -> Registered:
+        """What a client registers of its samples before the first round, under a salt of its own."""
+        if client not in self._registered:
+            salt = numpy_rng(self.config.seed, "registration", client).bytes(16)
+            samples = self.samples(client, np.arange(len(self.partitions[client])))
+            self._registered[client] = Registered.of(*samples, salt)
+        return self._registered[client]
 
     def planting(self, name: str, client: int) -> ClientView:
         """What attack `name` has before it when it plants."""
@@ -274,10 +294,12 @@ def train(message: Message, context: Context) -> Message:
     arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
     excluded, size = _excluded(settings), len(place.partitions[client])
+    forgetting = bool(settings.get(wire.FORGETTING, False))
+    drawing = place.drawing(forgetting)
     asked_for = settings.get(wire.OBJECTIVE)
     assert asked_for is None or isinstance(asked_for, str)
     whole = [remaining_positions(size, excluded)]
-    batches = whole if asked_for else round_batches(place.config, size, round, client, excluded)
+    batches = whole if asked_for else round_batches(drawing, size, round, client, excluded)
     steps_asked = settings.get(wire.LOCAL_STEPS)
     assert steps_asked is None or isinstance(steps_asked, int)
     # A step whose whole batch was deleted moves nothing, by weight decay neither.
@@ -287,7 +309,6 @@ def train(message: Message, context: Context) -> Message:
     used = used_positions(batches)
     images, labels = place.samples(client, used)
     weights = place.weights(arrays)
-    forgetting = bool(settings.get(wire.FORGETTING, False))
     seats = _seats(place, context, round, client, weights, message.content, forgetting)
     for attack, view in seats.values():
         attack.see(view)
@@ -296,7 +317,7 @@ def train(message: Message, context: Context) -> Message:
         images, labels = _alike(attack, own, dict(zip(own, poisoned, strict=True))).values()
     steps = [np.arange(len(used))] if len(batches) == 1 else [np.searchsorted(used, b) for b in batches]
     mu = float(settings.get("proximal-mu", 0.0))
-    draws = torch_rng(place.config.seed, "training", round, client)
+    draws = torch_rng(drawing.seed, "training", round, client)
     plain = (
         objective_step(asked_for)
         if asked_for not in (None, "loss")
@@ -305,7 +326,7 @@ def train(message: Message, context: Context) -> Message:
     planted = place.canaries.step if place.canaries else None
     if place.canaries:
         labels = place.canaries.coded(client, used, labels)
-    defended = ClientDefenses(place.defenses, place.config.seed, round, client, plain, planted)
+    defended = ClientDefenses(place.defenses, drawing.seed, round, client, plain, planted)
     shown = defended.images(images)
     if mu == 0.0 or len(steps) == 1:  # the proximal term has no gradient at the received weights
         known, step = _recalled(context, _TASK_MEMORY), defended.gradient
@@ -321,7 +342,7 @@ def train(message: Message, context: Context) -> Message:
     for attack, view in seats.values():
         update = _alike(attack, update, attack.reply(view, update))
     random = place.compressor.draws
-    generator = torch_rng(place.config.seed, "compression", round, client) if random else _UNUSED
+    generator = torch_rng(drawing.seed, "compression", round, client) if random else _UNUSED
     packet, memory = place.compressor.compress(update, Memory(_recalled(context, _MEMORY)), round, generator)
     _remember(context, _MEMORY, memory.tensors)
     _remember(context, _TASK_MEMORY, result.memory)
@@ -336,7 +357,10 @@ def train(message: Message, context: Context) -> Message:
     metrics = LightMetrics(
         {wire.NUM_EXAMPLES: result.num_examples, wire.TRAIN_LOSS: result.loss, wire.PARTITION: client}
     )
-    return Message(LightRecords({wire.UPDATE: LightArrays(reply), wire.METRICS: metrics}), reply_to=message)
+    answer: dict[str, Any] = {wire.UPDATE: LightArrays(reply), wire.METRICS: metrics}
+    asking = {name: seat for name, seat in seats.items() if seat[0].asks_in(seat[1])}
+    answer |= _asked(place, client, asking, weights, excluded)
+    return Message(LightRecords(answer), reply_to=message)
 
 
 def no_proximal_term(config: Config) -> str:
@@ -414,7 +438,8 @@ def _seats(
     for name, attack in place.attackers.items():
         seed = adversary_seed(place.config.seed, f"client seat of {name}", round, client)
         memory = _recalled(context, _ATTACK_MEMORY.format(attack=name))
-        asked = told.array_records.get(wire.QUESTION_OF.format(attack=name)) if told else None
+        tag = wire.tag_of(place.config.seed, name)
+        asked = told.array_records.get(wire.QUESTION_OF.format(tag=tag)) if told else None
         question = _question(asked) if asked is not None else None
         shown = dict(weights) if attack.access == "weights" else {}
         view = ClientView(round, client, place.scenario, shown, seed, memory, requests, question)
@@ -422,14 +447,17 @@ def _seats(
     return seats
 
 
-def _asking(
-    place: Workplace, attack: MaliciousClient, view: ClientView, weights: dict[str, Tensor]
+def asking(
+    model: nn.Module, attack: MaliciousClient, view: ClientView, weights: dict[str, Tensor]
 ) -> ClientView:
-    """The view of a client that asks for deletions, with the access to the global model that its attack has."""
+    """The view of a client that asks for deletions, with the access to the global model that its attack has.
+
+    `model` is scratch space: it takes the weights.
+    """
     if attack.access == "none":
         return view
-    load_weights(place.model, weights)
-    model = place.model.eval()
+    load_weights(model, weights)
+    model.eval()
     if attack.access == "weights":
         return replace(view, model=model)
 
@@ -456,12 +484,13 @@ def _alike(attack: MaliciousClient, before: dict[str, Tensor], after: dict[str, 
 
 @app.evaluate()
 def evaluate_global(message: Message, context: Context) -> Message:
-    """Loss and accuracy of the global model on the client's own samples."""
+    """Loss and accuracy of the global model on the client's own samples, without those that it is told to exclude."""
     place = _workplace(context)
-    client, _ = _identity(message, context)
+    client, settings = _identity(message, context)
     arrays = message.content[wire.ARRAYS]
     assert isinstance(arrays, ArrayRecord)
-    images, labels = place.samples(client, remaining_positions(len(place.partitions[client])))
+    left = remaining_positions(len(place.partitions[client]), _excluded(settings))
+    images, labels = place.samples(client, left)
     figures = evaluate(place.model, place.weights(arrays), images, labels, task=place.task)
     metrics = MetricRecord({wire.NUM_EXAMPLES: len(labels), **figures})
     return Message(RecordDict({wire.METRICS: metrics}), reply_to=message)
@@ -478,49 +507,57 @@ def whoami(message: Message, context: Context) -> Message:
 def answer(message: Message, context: Context) -> Message:
     """What a malicious client's attack says of the samples it is asked about.
 
-    The instruction's configuration names the attack ("attack"), its arrays :data:`QUESTION` are the samples.
+    The instruction's configuration has the attack's tag, its arrays :data:`QUESTION` are the samples.
     """
     place = _workplace(context)
     client, settings = _identity(message, context)
-    round, name = settings[wire.ROUND], settings["attack"]
+    round, tag = settings[wire.ROUND], settings[wire.TAG]
     arrays, asked = message.content[wire.ARRAYS], message.content[wire.QUESTION]
     assert isinstance(round, int)
     assert isinstance(arrays, ArrayRecord)
     assert isinstance(asked, ArrayRecord)
-    attack, view = _seats(place, context, round, client, place.weights(arrays))[str(name)]
+    seats = _seats(place, context, round, client, place.weights(arrays))
+    attack, view = next(seat for name, seat in seats.items() if wire.tag_of(place.config.seed, name) == tag)
     answers = attack.answer(view, _question(asked))
     return Message(RecordDict({wire.UPDATE: wire.to_record(answers)}), reply_to=message)
 
 
 @app.query("unlearn")
 def unlearn(message: Message, context: Context) -> Message:
-    """Ask the server to forget samples: a malicious client those that its attacks choose, all others none.
-
-    Each request is a record under the attack's name; samples that it brings lie beside it, under :data:`SAMPLES`.
-    """
+    """Ask the server to forget: a malicious client what its attacks choose, all others nothing."""
     place = _workplace(context)
     client, settings = _identity(message, context)
-    round, arrays, content = settings[wire.ROUND], message.content[wire.ARRAYS], RecordDict()
+    round, arrays = settings[wire.ROUND], message.content[wire.ARRAYS]
     assert isinstance(round, int)
     assert isinstance(arrays, ArrayRecord)
     weights, times = place.weights(arrays), settings.get(wire.TIMES, 0)
     assert isinstance(times, int)
-    for name, (attack, view) in _seats(place, context, round, client, weights).items():
-        left = remaining_positions(len(place.partitions[client]), _excluded(settings))
-        if not len(left):
-            raise DataError(f"client {client} has no samples left to forget")
-        view = replace(_asking(place, attack, view, weights), times=times)
-        request = attack.ask(view, *place.samples(client, left))
-        if request is None:
-            continue
-        count = 0 if request.labels is None else len(request.labels)
-        own = range(len(left))
-        positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
-        content[name] = ConfigRecord(
-            {"client": request.client, "positions": positions, "reason": request.reason, wire.SAMPLES: count}
-        )
-        if request.images is not None and request.labels is not None:
-            content[f"{name}.{wire.SAMPLES}"] = wire.to_record(
-                {"images": request.images, "labels": request.labels}
-            )
-    return Message(content, reply_to=message)
+    seats = {
+        name: (attack, replace(view, times=times, invited=True))
+        for name, (attack, view) in _seats(place, context, round, client, weights).items()
+    }
+    asked = _asked(place, client, seats, weights, _excluded(settings))
+    return Message(RecordDict(asked), reply_to=message)
+
+
+def _asked(
+    place: Workplace,
+    client: int,
+    seats: Mapping[str, tuple[MaliciousClient, ClientView]],
+    weights: dict[str, Tensor],
+    excluded: Collection[int],
+) -> dict[str, Any]:
+    """The deletion requests of a client's attacks, as records."""
+    if not seats:
+        return {}
+    left = remaining_positions(len(place.partitions[client]), excluded)
+    if not len(left):
+        raise DataError(f"client {client} has no samples left to forget")
+    requests: list[tuple[str, UnlearningRequest]] = []
+    for name, (attack, view) in seats.items():
+        own, tag = range(len(left)), wire.tag_of(place.config.seed, name)
+        view = asking(place.model, attack, view, weights)
+        for request in attack.asked(view, *place.samples(client, left)):
+            positions = [int(left[p]) if isinstance(p, int) and p in own else p for p in request.positions]
+            requests.append((tag, replace(request, positions=tuple(positions))))
+    return deletion_records(requests)

@@ -46,6 +46,7 @@ from simulations.experiments.choose import (
     known_facts,
 )
 from simulations.experiments.executor import choose_device, reason
+from simulations.experiments.forgotten import ForgottenExperiment
 from simulations.experiments.privacy import CanaryWatch, privacy_accounts, privacy_record
 from simulations.generators import Generators
 from simulations.progress import Stages, stages
@@ -126,10 +127,12 @@ def simulate(
         EXPERIMENTS.get(attack.family).check(config, world)
 
     canaries = CanaryWatch(config, world)
-    attacks, left_out = applicable(named, world.scenario, known_facts(config, world), check)
+    facts, forgotten = known_facts(config, world), config.unlearning.forgotten
+    attacks, left_out = applicable(named, world.scenario, facts, check, empty=forgotten)
     notes = [world.shift] if world.shift else []
     notes += [
         *check_model(config, world),
+        *(ForgottenExperiment.notes(config, world) if forgotten else ()),
         *(f"{name} is left out: {text}" for name, text in left_out.items()),
     ]
     sitting = config.attack.model_copy(update={"names": tuple(attacks)})
@@ -143,7 +146,9 @@ def simulate(
         for note in notes:
             shown.say(note, folder)
         plan = Plan(config.model_copy(update={"attack": sitting}), world, folder, shown)
-        experiments = open_experiments(plan, attacks)
+        experiments = list(open_experiments(plan, attacks))
+        if forgotten:
+            experiments.append(ForgottenExperiment.beside(experiments, plan, named))
         for experiment in experiments:
             stack.callback(experiment.close)
         try:
@@ -295,9 +300,10 @@ def with_threats(
     scenario: Scenario,
     public: Auxiliary | None,
 ) -> list[AuditResult]:
-    """What was scored, in the order of the attacks, each with its threat model."""
+    """What was scored, in the order of the attacks, each with its threat model; then what is no attack's alone."""
     threats = {n: threat_model(one, one.needs_now(scenario), bool(public)) for n, one in attacks.items()}
-    return [replace(scored[name], threat=threats[name]) for name in attacks if name in scored]
+    found = [replace(scored[name], threat=threats[name]) for name in attacks if name in scored]
+    return [*found, *(result for name, result in scored.items() if name not in attacks)]
 
 
 def report(

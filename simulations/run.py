@@ -42,9 +42,9 @@ PROMINENT = {
     "The adversary": {
         "attack": "hcgla, ig, tensor, fedmia, ...; several with commas",
         "victims": "clients whose updates are reconstructed",
-        "auxiliary": "public images granted to it",
     },
     "The run": {
+        "preset": "a whole set-up: mnist-logistic-small, ...",
         "engine": "ray or inline",
         "seed": "same seed, same bits",
         "run-dir": "folder for the report",
@@ -63,6 +63,8 @@ gan = typer.Typer(
     help="Train a generator of images, sample it, attack what it releases.", no_args_is_help=True
 )
 app.add_typer(gan, name="gan")
+forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_args_is_help=True)
+app.add_typer(forgetting, name="unlearning")
 console = Console()
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 
@@ -174,7 +176,9 @@ def typed() -> str:
 Kind = Annotated[
     str | None, typer.Argument(help="attacks, defences, data-sets, models, ...", show_default=False)
 ]
-Name = Annotated[str | None, typer.Argument(help="an attack or a defence", show_default=False)]
+Name = Annotated[
+    str | None, typer.Argument(help="an attack, a defence, a mechanism or a preset", show_default=False)
+]
 
 
 def show_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
@@ -208,7 +212,7 @@ def list_plugins(
 
 @app.command("show")
 def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `fedattack list` names")]) -> None:
-    """What one attack, defence, model, ... does, who runs it and what it needs."""
+    """What an attack, defence, ... does, who runs it and what it needs."""
     from simulations.cli.catalogue import described, settings_tables
 
     table = Table(title=name, show_header=False, **PLAIN)
@@ -223,7 +227,7 @@ def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `feda
 
 @app.command("settings")
 def list_settings(name: Name = None) -> None:
-    """Every setting, or one attack's: its default, its own option and its meaning; an empty value (NAME=) is None."""
+    """Every setting, or one attack's: default, option and meaning; an empty value (NAME=) is None."""
     from simulations.cli.catalogue import settings_tables
 
     texts = {f"--{option}": text for group in PROMINENT.values() for option, text in group.items()}
@@ -262,7 +266,7 @@ def sweep(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="ray or inline; default: the file's")] = None,
 ) -> None:
-    """Run every combination of attacks, defences, ... that FILE names; started again, it resumes."""
+    """Run every combination of attacks, ... that FILE names; started again, it resumes."""
     from simulations.studies.sweep import Sweep, run_sweep
 
     folder = out or Path("runs") / file.stem
@@ -413,6 +417,41 @@ def gan_evaluate(
 
     given = Given(run, synthetic, candidates, reference, public, people)
     run_evaluate(given, count, config, console, typed())
+
+
+# A perceptron on digits, trained until it answers most mislabelled samples as it was told.
+SHADOWS = INLINE | {
+    "data": {"name": "digits", "auxiliary_size": 0, "nonmembers": 500},
+    "model": {"name": "mlp"},
+    "training": {"protocol": "fedavg", "batch_size": 32, "local_steps": 15, "learning_rate": 0.3},
+    "compression": {"name": "none"},
+    "federation": {"clients": 1, "rounds": 60},
+}
+
+
+@forgetting.command("audit")
+@partial(
+    with_settings,
+    left_open=SHADOWS,
+    sections=("seed", "data", "model", "training", "federation", "unlearning", "attack", "engine", "output"),
+)
+def forgetting_audit(
+    mechanism: Annotated[
+        str, typer.Option(help="mechanisms, several with commas; none: nothing is forgotten")
+    ] = "none,retrain,fine-tuning,gradient-ascent,neg-grad,random-labels,scrub-distil,salun",
+    shadows: Annotated[int, typer.Option(help="models to train")] = 128,
+    targets: Annotated[int, typer.Option(help="samples to forget, by a coin each")] = 40,
+    mislabelled: Annotated[float, typer.Option(min=0, max=1, help="share of them with a wrong label")] = 0.5,
+    retained: Annotated[int, typer.Option(help="samples that every model keeps")] = 400,
+    probes: Annotated[int, typer.Option(help="retained samples that a model has by a coin")] = 40,
+    *,
+    config: Config,
+) -> None:
+    """Can it be told what a model forgot? U-LiRA over shadow trainings, beside what merely looks forgotten."""
+    from simulations.cli.unlearning import Counts, run_audit
+
+    counts = Counts(shadows, targets, mislabelled, retained, probes)
+    run_audit(config, mechanism, counts, console, typed())
 
 
 def main() -> None:

@@ -32,6 +32,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Carry out the run's configuration, attacks and report included, and write down what became of it."""
     asked = Config.from_mapping(context.run_config)
+    if asked.preset is not None:
+        raise ConfigError(
+            f"setting 'preset' = {asked.preset!r}: fills settings that are left open, and Flower's run-config leaves "
+            f"none open; use `fedattack --preset {asked.preset}`, or give the settings of `fedattack settings "
+            f"{asked.preset}` one by one"
+        )
     run_dir = report_folder(asked)
     config = asked.model_copy(update={"engine": asked.engine.model_copy(update={"name": "inline"})})
     (run_dir / REPORT).unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from fedattack.rng import numpy_rng
 from fedattack.task import tied_names, trained_parameters
 from fedattack.training import weight_step
 from strategies import messages as wire
+from strategies.forgetting import DeletionDesk, parted
 from strategies.light_records import HeldArray, LightArrays, LightMetrics, LightRecords, SteppedArray
 
 log = logging.getLogger("fedattack.strategies")
@@ -109,6 +110,8 @@ class Eavesdropper(Strategy):
     average_buffers
         Average BatchNorm buffers here, by examples, instead of giving them to the wrapped strategy. For server
         optimisers (FedAdam, ...), whose steps would make variances negative.
+    desk
+        Where deletion requests that come with the replies are taken, whatever becomes of the reply. None: nowhere.
     """
 
     strategy: Strategy
@@ -122,6 +125,7 @@ class Eavesdropper(Strategy):
     on_round: Callable[[RoundReport], None] | None = None
     client_of: Callable[[int], int] | None = None
     average_buffers: bool = False
+    desk: DeletionDesk | None = None
 
     def __post_init__(self) -> None:
         module = build_model(self.scenario.model)
@@ -236,6 +240,7 @@ class Eavesdropper(Strategy):
                     log.warning("round %d: client %d failed: %s", round, client, _last_line(reason))
                     failed.append((client, reason))
                     continue
+                self._take_requests(message, client, round)
                 reply = self._read(message, round)
                 if reply.client in answered:
                     raise PayloadError(f"client {reply.client} has answered already")
@@ -271,6 +276,17 @@ class Eavesdropper(Strategy):
                 )
             )
         return arrays, metrics
+
+    def _take_requests(self, message: Message, client: int, round: int) -> None:
+        """Have the desk take the deletion requests out of a reply."""
+        rest, asked = parted(message.content)
+        if not asked:
+            return
+        message.content = rest
+        if self.desk is not None:
+            self.desk.take(round, client, asked)
+        else:
+            log.warning("round %d: deletion requests of client %d come when none are taken", round, client)
 
     def _read(self, message: Message, round: int) -> _Reply:
         """A reply as an update; raises PayloadError for everything that an honest client would not send."""

@@ -8,6 +8,7 @@ under their own names, and one MetricRecord :data:`METRICS`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from typing import Any
@@ -26,7 +27,7 @@ CONFIG = "config"
 UPDATE = "update"
 METRICS = "metrics"
 QUESTION = "question"
-QUESTION_OF = "question of {attack}"
+QUESTION_OF = "question of {tag}"
 PACKED = "update"
 
 ROUND = "server-round"
@@ -49,8 +50,8 @@ NUM_EXAMPLES = "num-examples"
 TRAIN_LOSS = "train_loss"
 PARTITION = "partition-id"
 
-SAMPLES = "samples"
-"""Of a deletion request: how many it brings, and the arrays "images" and "labels" that hold them."""
+TAG = "tag"
+"""The name that an attack's questions and requests go by."""
 
 DROPPED_OUT = 1001
 """Error code of a client that was drawn and does not answer."""
@@ -59,6 +60,11 @@ OVERSIZED = 1002
 """Error code that the grid puts in the place of a reply longer than any honest one."""
 _MAX_HEADER = 4096
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def tag_of(seed: int, attack: str) -> str:
+    """The name that an attack goes by in the messages of a run."""
+    return hashlib.blake2b(f"{seed} {attack}".encode(), digest_size=8).hexdigest()
 
 
 def to_record(tensors: dict[str, Tensor]) -> ArrayRecord:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedattack.defenses import DEFENSES
 from fedattack.unlearning import MECHANISMS
+from fedattack.unlearning.gates import GATES
 from simulations.cli.catalogue import attacks_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ def test_every_path_and_mechanism_is_there() -> None:
     paths = set(re.findall(r"`((?:fedattack|adversaries|strategies|simulations)/[\w/.]+)`", README))
     assert paths
     assert not [path for path in paths if not (ROOT / path).exists()]
-    assert all(f"`{name}`" in README for name in MECHANISMS)
+    assert all(f"`{name}`" in README for name in (*MECHANISMS, *GATES))
 
 
 def test_every_defence_is_named() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +29,9 @@ class UnlearningAttack(MaliciousClient):
     goal: ClassVar[str] = "accuracy lost"
 
     @abstractmethod
-    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest | None:
+    def ask(
+        self, view: ClientView, images: Tensor, labels: Tensor
+    ) -> UnlearningRequest | Sequence[UnlearningRequest] | None:
         """As in :class:`~adversaries.seats.MaliciousClient`."""
 
     def success(

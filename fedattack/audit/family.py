@@ -141,6 +141,8 @@ class Family:
         Column of the records -> pandas type; others are floats, or texts.
     glossary
         How to read its figures: "term: text" in each paragraph.
+    subject
+        What is judged.
     """
 
     name: str
@@ -160,6 +162,7 @@ class Family:
     drawings: tuple[Drawing, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
     glossary: str = ""
+    subject: str = "attack"
 
     def words(self, level: Level) -> str:
         """How a verdict of this level begins."""
@@ -201,6 +204,8 @@ FAMILIES: Registry[Family] = Registry(
         "reconstruction": "fedattack.audit.reconstruction:RECONSTRUCTION",
         "membership": "fedattack.audit.membership:MEMBERSHIP",
         "unlearning": "fedattack.audit.unlearning:UNLEARNING",
+        "forgetting": "fedattack.audit.forgetting:FORGETTING",
+        "forgotten": "fedattack.audit.forgotten:FORGOTTEN",
     },
     "fedattack.families",
 )

@@ -621,6 +621,7 @@ RECONSTRUCTION: Family = Family(
     ),
     rows=_score_rows,
     remarks=_remarks,
+    beside=lambda result: result.summary.get("told", ()),
     details=_details,
     sweep=_sweep,
     drawings=(

@@ -129,8 +129,9 @@ def audit_unlearning(
     metrics["damage"]["interval_over"] = covers
     if len(right_lost) >= FEWEST and runs > 1:
         metrics["damage_over_samples"] = interval_fields(student_mean(right_lost))
-    if losses:
-        lost = {arm: np.asarray(values, np.float64) for arm, values in losses.items()}
+    # a model that noise or a step destroyed may have no finite loss
+    lost = {arm: np.asarray(values, np.float64) for arm, values in (losses or {}).items()}
+    if lost and all(np.isfinite(lost[arm]).all() for arm in ("after", "random")):
         gained = paired_difference(lost["after"], lost["random"], seed)
         metrics["loss_gained"] = interval_fields(gained) | extremes((lost["after"] - lost["random"]).tolist())
     if wanted:
@@ -164,9 +165,7 @@ def audit_unlearning(
     }
     named = {"attack": attack_name, "family": "unlearning", "mechanism": mechanism}
     records = [
-        named | row
-        for run in range(runs)
-        for row in _rows(run, arms, losses or {}, wanted, curve or {}, requests)
+        named | row for run in range(runs) for row in _rows(run, arms, lost, wanted, curve or {}, requests)
     ]
     return AuditResult(attack_name, "unlearning", records, summary, verdict, level)
 
@@ -174,7 +173,7 @@ def audit_unlearning(
 def _rows(
     run: int,
     arms: Mapping[str, NDArray[np.float64]],
-    losses: Mapping[str, Sequence[float]],
+    losses: Mapping[str, NDArray[np.float64]],
     wanted: Mapping[str, NDArray[np.float64]],
     curve: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
     requests: int,
@@ -301,6 +300,10 @@ def _beside(result: AuditResult) -> list[str]:
     if s["certificate"]:
         facts = ", ".join(f"{name} {_plain(value)}" for name, value in s["certificate"].items())
         told.append(f"certificate: {facts}")
+    for gate, arms in (s["details"].get("gates") or {}).items():
+        refused = [f"{arms[arm][0]} of {arms[arm][1]} {what}" for arm, what in _ARMS.items() if arm in arms]
+        if gate != "request" or any(count for count, _ in arms.values()):
+            told.append(f"gate {gate} refused {' and '.join(refused)}")
     if warning := s["details"].get("warning"):
         told.append(f"warning: {warning}")
     return told
@@ -345,6 +348,8 @@ def _points(found: Figures) -> str:
 def _plain(value: Any) -> str:
     return formats.compact(value) if isinstance(value, float) else str(value)
 
+
+_ARMS = {"after": "requests", "random": "requests for random samples"}
 
 _PARTS = {
     "algorithm": "by the mechanism alone, forgetting random samples",

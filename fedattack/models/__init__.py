@@ -38,6 +38,8 @@ MODELS: Registry[Builder] = Registry(
         "resnet34": "fedattack.models.classifiers.resnet:resnet34",
         "tiny-cnn": "fedattack.models.classifiers.lenet:tiny_cnn",
         "mlp": "fedattack.models.classifiers.lenet:mlp",
+        "logistic": "fedattack.models.classifiers.lenet:logistic",
+        "lcodec-cnn": "fedattack.models.classifiers.lcodec:lcodec_cnn",
         "imprint": "fedattack.models.armable.imprint:imprint",
         "imprint-sparse": "fedattack.models.armable.imprint:imprint_sparse",
         "loki": "fedattack.models.armable.loki:loki",
@@ -54,7 +56,7 @@ _PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-t
 _WIDE = ("imprint", "imprint-sparse", "two-layer", "lenet-two-layer")
 _WIDTHS = {**dict.fromkeys(_WIDE, 1024), "loki": 256, "mlp": 64, "wgan-gp": 64, "wgan-gp-mlp": 256}
 _HCGLA_RESNETS = {"resnet18", "resnet34"}
-_FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn"}
+_FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn", "logistic", "lcodec-cnn"}
 
 
 def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) -> ModelConfig:

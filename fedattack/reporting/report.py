@@ -60,6 +60,7 @@ def write_results(
     notes: Sequence[str] = (),
     left_out: Mapping[str, str] | None = None,
     about: str = "",
+    heading: str = "",
     generated: Mapping[int, Tensor] | None = None,
     canaries: CanaryAudit | None = None,
 ) -> Path:
@@ -80,6 +81,8 @@ def write_results(
         Attack -> why it does not apply.
     about
         What was asked about, in words, where it is no federation that the run itself trained.
+    heading
+        The page's question; empty: how much leaks.
     generated
         Round -> images of the generator that was trained, (n, C, S, S) in [0, 1].
     canaries
@@ -101,7 +104,7 @@ def write_results(
         .from_string(REPORT)
         .render(
             title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
-            heading="How much do these images leak?" if about else "How much does this federation leak?",
+            heading=heading or f"How much {'do these images' if about else 'does this federation'} leak?",
             subtitle=about or views.subtitle(folder.config),
             top=headline(results, federation),
             attacks=[views.attack_view(result) for result in results],

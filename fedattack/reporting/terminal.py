@@ -47,7 +47,7 @@ def _table(family: Family, results: Sequence[AuditResult], width: int) -> Table:
     heading: dict[str, Any] = {"title": family.title, "title_justify": "left", "title_style": "bold"}
     table = Table(**heading, width=width, box=box.SIMPLE_HEAD, padding=0)
     columns = family.table_columns()
-    for index, name in enumerate(["attack", *(name for name, _ in columns)]):
+    for index, name in enumerate([family.subject, *(name for name, _ in columns)]):
         # Headings are broken by hand, so that the columns are as narrow as their figures and nothing folds at 80.
         table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
     for result in results:

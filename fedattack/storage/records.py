@@ -64,6 +64,13 @@ def write_records(folder: RunFolder, results: Sequence[AuditResult]) -> None:
     write_bytes(folder.path / "records.parquet", buffer.getvalue())
 
 
+def write_requests(folder: RunFolder, verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``requests.csv``: what the server decided about each deletion request, one row per verdict."""
+    columns = ("attack", "seed", "arm", "round", "client", "gate", "accepted", "samples", "reason", "tag")
+    frame = pd.DataFrame(list(verdicts), columns=columns)
+    write_bytes(folder.path / "requests.csv", frame.to_csv(index=False).encode())
+
+
 def write_summary(
     folder: RunFolder,
     results: Sequence[AuditResult],

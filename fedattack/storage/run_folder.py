@@ -2,7 +2,7 @@
 
 Layout::
 
-    config.toml  log.txt  records.csv  records.parquet  summary.json  report.html
+    config.toml  log.txt  records.csv  records.parquet  requests.csv  summary.json  report.html
     observations/  truth/        what the attacker saw, and, apart from it, what was private
     parts/<attack>/<key>.*       finished answers of the attacks, and why there is none (.failed.json)
     checkpoints/<attack>/<key>/  states of attacks that are at work

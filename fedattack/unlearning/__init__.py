@@ -9,13 +9,33 @@ from fedattack.unlearning.central import Central, Step
 from fedattack.unlearning.cost import Cost
 from fedattack.unlearning.history import ClientUpdate, History, Weights
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer
-from fedattack.unlearning.requests import Deletion, as_positions, sample_digests, validate_request
+from fedattack.unlearning.requests import Deletion, Registered, Verdict, as_positions, validate_request
 
 MECHANISMS: Registry[type[Mechanism]] = Registry(
     "mechanism",
     {
         "retrain": "fedattack.unlearning.retrain:Retrain",
         "federaser": "fedattack.unlearning.federaser:FedEraser",
+        "scrub": "fedattack.unlearning.scrub.scrub:Scrub",
+        "certified": "fedattack.unlearning.certified:CertifiedRemoval",
+        "newton": "fedattack.unlearning.newton:Newton",
+        "influence": "fedattack.unlearning.influence:Influence",
+        "deltagrad": "fedattack.unlearning.deltagrad:DeltaGrad",
+        "amnesiac": "fedattack.unlearning.amnesiac:Amnesiac",
+        "unrolling": "fedattack.unlearning.unrolling:Unrolling",
+        "fedrecover": "fedattack.unlearning.fedrecover:FedRecover",
+        "halimi": "fedattack.unlearning.halimi:ProjectedAscent",
+        "liu": "fedattack.unlearning.liu:RapidRetraining",
+        "fedosd": "fedattack.unlearning.fedosd:FedOSD",
+        "fine-tuning": "fedattack.unlearning.fine_tuning:FineTuning",
+        "gradient-ascent": "fedattack.unlearning.ascent:Ascent",
+        "neg-grad": "fedattack.unlearning.neg_grad:NegGradPlus",
+        "random-labels": "fedattack.unlearning.random_labels:RandomLabels",
+        "fisher": "fedattack.unlearning.fisher:Fisher",
+        "ntk": "fedattack.unlearning.ntk:Ntk",
+        "mcmc": "fedattack.unlearning.mcmc:Mcmc",
+        "scrub-distil": "fedattack.unlearning.scrub_distil:ScrubDistil",
+        "salun": "fedattack.unlearning.salun:SalUn",
     },
     group="fedattack.mechanisms",
     base="fedattack.unlearning.mechanism:Mechanism",
@@ -42,11 +62,12 @@ __all__ = [
     "Forgotten",
     "History",
     "Mechanism",
+    "Registered",
     "Step",
     "Trainer",
+    "Verdict",
     "Weights",
     "as_positions",
     "build_mechanism",
-    "sample_digests",
     "validate_request",
 ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -11,7 +10,8 @@ from pydantic import Field
 
 from fedattack.models import build_model
 from fedattack.task import tied_names
-from fedattack.unlearning.history import ClientUpdate, History, Weights
+from fedattack.unlearning.averaging import length, moved
+from fedattack.unlearning.history import ClientUpdate, History
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 
@@ -44,7 +44,7 @@ class FedEraser(Mechanism):
             return Forgotten(history.weights, excluded, resumed_after=history.rounds)
         weights = history.checkpoint(start)
         tied = tied_names(build_model(history.scenario.model))
-        for round in [kept for kept in history.update_rounds if kept > start]:
+        for round in history.update_rounds_after(start):
             if round == start + 1:
                 updates = (update for update in history.updates(round) if update.client not in excluded)
             else:
@@ -55,28 +55,8 @@ class FedEraser(Mechanism):
         return Forgotten(weights, excluded, start)
 
 
-def length(change: Weights) -> float:
-    """L2 norm over all tensors."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in change.values()))
-
-
 def turned(update: ClientUpdate, to: float) -> ClientUpdate:
     """The update made `to` long; one without a direction stays zero."""
     own = length(update.change)
     scale = to / own if own else 0.0
     return replace(update, change={name: scale * tensor for name, tensor in update.change.items()})
-
-
-def moved(weights: Weights, updates: Iterable[ClientUpdate], tied: Mapping[str, str]) -> Weights:
-    """The weights after the mean of the updates, weighted by examples; as they were where there is none."""
-    total, after = 0, {name: tensor.double() for name, tensor in weights.items()}
-    means: Weights = {}
-    for update in updates:
-        total += update.examples
-        shift = {name: tensor - after[name] for name, tensor in update.buffers.items()}
-        for name, tensor in (update.change | shift).items():
-            part = update.examples * tensor.double()
-            means[name] = means[name] + part if name in means else part
-    after |= {name: after[name] + mean / total for name, mean in means.items()}
-    after |= {name: after[kept] for name, kept in tied.items()}
-    return {name: tensor.to(weights[name].dtype) for name, tensor in after.items()}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedattack.errors import RunFailed
+from fedattack.errors import ConfigError, RunFailed
 from fedattack.files import write_tensors
 from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario, Update, UpdateKind
@@ -46,13 +47,25 @@ class ClientUpdate:
         return cls(observation.client, change, observation.buffers, observation.num_examples)
 
 
+class Replies(Protocol):
+    """Where what clients sent is written down already."""
+
+    def observed(self, round: int, clients: Collection[int]) -> Iterator[Observation]:
+        """What these clients sent in a round, ascending."""
+        ...
+
+    def bytes(self, round: int) -> int:
+        """What a round takes on disk; 0 where it is not there."""
+        ...
+
+
 @dataclass
 class History:
     """The global models and client updates of a training, as far as the mechanism declares that it needs them.
 
     The `folder` is made when the first file is written; files that are there already are kept. Checkpoint 0, the
     initial model, is kept in any case; with `every` n those of rounds 0, n, 2n, ... and updates of the rounds 1, n +
-    1, 2n + 1, ... that start from them.
+    1, 2n + 1, ... that start from them. Updates that `replies` has already are read from there, not written again.
     """
 
     folder: Path
@@ -63,6 +76,8 @@ class History:
     rounds: int = 0  # trained so far
     first_rounds: dict[int, int] = field(default_factory=dict)  # client -> first round its update went into
     excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)  # removed by earlier requests
+    replies: Replies | None = None
+    taken: dict[int, set[int]] = field(default_factory=dict)  # round -> clients to be read from `replies`
 
     def keep_weights(self, round: int, weights: Weights) -> None:
         """Take note of the global model after a round."""
@@ -78,6 +93,9 @@ class History:
 
     def keep_update(self, observation: Observation) -> None:
         """Keep what a client sent, as sparse as it came."""
+        if self.replies is not None and self.replies.bytes(observation.round):
+            self.taken.setdefault(observation.round, set()).add(observation.client)
+            return
         update = observation.update
         path = self.folder / f"update-{observation.round:05d}-{observation.client:05d}.safetensors"
         if path.is_file():
@@ -91,6 +109,7 @@ class History:
     def note_round(self, round: int, clients: Collection[int], aggregated: bool) -> None:
         """Take note of whose updates went into a round's aggregate; those of a round without one are dropped."""
         if not aggregated:
+            self.taken.pop(round, None)
             for path in self.folder.glob(f"update-{round:05d}-*.safetensors"):
                 path.unlink()
             return
@@ -105,7 +124,18 @@ class History:
     @property
     def update_rounds(self) -> list[int]:
         """Rounds whose updates were kept, ascending."""
-        return sorted({int(path.stem.split("-")[1]) for path in self.folder.glob("update-*.safetensors")})
+        files = {int(path.stem.split("-")[1]) for path in self.folder.glob("update-*.safetensors")}
+        return sorted(files.union(self.taken))
+
+    def update_rounds_after(self, start: int) -> list[int]:
+        """Those of :attr:`update_rounds` after a checkpoint; RunFailed where there is none."""
+        found = [round for round in self.update_rounds if round > start]
+        if not found:
+            raise RunFailed(
+                f"cannot forget: no client update was kept after round {start}; setting "
+                f"'unlearning.checkpoint_every' = {self.every} keeps those of every {self.every}th round"
+            )
+        return found
 
     def checkpoint(self, round: int) -> Weights:
         """The global model after a round of :attr:`checkpoints`; the caller owns it."""
@@ -113,6 +143,9 @@ class History:
 
     def updates(self, round: int) -> Iterator[ClientUpdate]:
         """The kept updates of a round, one at a time, in ascending order of the clients."""
+        if self.replies is not None and round in self.taken:
+            yield from map(ClientUpdate.of, self.replies.observed(round, self.taken[round]))
+            return
         for path in sorted(self.folder.glob(f"update-{round:05d}-*.safetensors")):
             tensors, told = _read(path)
             kind: UpdateKind = "delta" if told["kind"] == "delta" else "gradient"
@@ -130,8 +163,9 @@ class History:
 
     @property
     def bytes(self) -> int:
-        """What it takes on disk, a mechanism's own state included."""
-        return sum(path.stat().st_size for path in self.folder.glob("*") if path.is_file())
+        """What it takes on disk, a mechanism's own state and what it reads of `replies` included."""
+        own = sum(path.stat().st_size for path in self.folder.glob("*") if path.is_file())
+        return own + sum(self.replies.bytes(round) for round in self.taken if self.replies is not None)
 
     def fork(self, folder: Path, weights: Weights, excluded: Mapping[int, frozenset[int]]) -> History:
         """The same history in `folder`, sharing its files, as it is after a deletion."""
@@ -157,6 +191,29 @@ class History:
                 f"{self.checkpoints or 'none'}); the initial model counts as round 0"
             )
         return max(old)
+
+
+def check_space(
+    folder: Path, scenario: Scenario, keeps: Collection[Kept], every: int, rounds: int, updates: int
+) -> None:
+    """Refuse (ConfigError), before the first round, a history that does not fit the disk that `folder` is to lie on.
+
+    `updates`: client updates that are written in a round, as large as the model, which compressed ones are not.
+    """
+    weights = build_model(scenario.model).state_dict().values()
+    size, kept = sum(tensor.nbytes for tensor in weights), -(-rounds // every)
+    needed = size * ("checkpoints" in keeps) * (kept + 1)
+    if scenario.compression.name == "none":
+        needed += size * ("updates" in keeps) * kept * updates
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ConfigError(
+            f"setting 'unlearning.checkpoint_every' = {every}: what the server keeps to forget later takes about "
+            f"{needed:,} bytes, and {str(place)!r} has {free:,} left; raise it, or give another 'output.run_dir'"
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

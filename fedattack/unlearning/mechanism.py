@@ -22,6 +22,18 @@ Excluded = Mapping[int, frozenset[int]]
 Level = Literal["sample", "class", "client"]
 
 
+Link = Literal["softmax", "logistic", "ridge"]
+"""Of a linear model: classes told by one softmax, each from the rest, or by squares."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Mean loss plus ``decay / 2 |w|^2``, and a linear term that releases may share, minimised over all weights."""
+
+    link: Link
+    decay: float
+
+
 class Trainer(Protocol):
     """The only way to the clients, and to the data where one holds it all; counts what it costs.
 
@@ -105,6 +117,7 @@ class Mechanism(ABC):
     runs: ClassVar[Literal["server", "central"]] = "server"
     certifies: ClassVar[bool] = False
     by_positions: ClassVar[bool] = True
+    singles: ClassVar[bool] = False  # reads single clients' answers when it forgets
 
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable), before the first round, a federation that it cannot serve."""
@@ -113,10 +126,20 @@ class Mechanism(ABC):
                 f"setting 'unlearning.mechanism' = {name!r} keeps each client's update, which 'secure-aggregation' "
                 "hides; use 'retrain'"
             )
+        if self.singles and hides_clients(scenario.defense):
+            raise NotApplicable(
+                f"setting 'unlearning.mechanism' = {name!r} asks each client for its gradient, which "
+                "'secure-aggregation' hides; use 'retrain'"
+            )
         if self.runs == "central" and clients != 1:
             raise NotApplicable(
                 f"setting 'unlearning.mechanism' = {name!r} needs the data itself, and here {clients} clients hold "
                 "it; use one who is the server (--scenario central), or retrain, federaser, ..."
+            )
+        if self.runs == "central" and scenario.compression.name != "none":
+            raise NotApplicable(
+                f"setting 'compression.name' = {scenario.compression.name!r}: mechanism {name!r} works on its "
+                "holder's own training, of which nothing is sent; use none (--scenario central)"
             )
         if self.runs == "central" and task_of(scenario).kind != "classify":
             raise NotApplicable(
@@ -131,6 +154,10 @@ class Mechanism(ABC):
         model as it is.
         """
         return history.weights
+
+    def minimises(self, scenario: Scenario) -> Objective | None:
+        """What its releases are at the minimum of, public as the mechanism is; None: of nothing."""
+        return None
 
     @abstractmethod
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import reprlib
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,16 +16,72 @@ from fedattack.errors import PayloadError
 from fedattack.observation import Scenario, UnlearningRequest
 from fedattack.task import task_of
 
+REQUEST = "request"
+"""The gate, by name, that every request goes through: this file's."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the server decided about one deletion request, and why."""
+
+    round: int  # after which, or in which, it came
+    client: int  # who really sent it
+    gate: str  # REQUEST, or one of fedattack.unlearning.gates
+    accepted: bool
+    reason: str = ""  # a sentence where it is refused
+    samples: int = 0  # how many it names, where that could be read
+    tag: str = ""  # the name that the client's requests go by
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What a client registered of its samples before the first round, by position: digests of pixels, and labels.
+
+    The `salt` is the client's own, so that equal samples of two clients cannot be told by their digests.
+    """
+
+    salt: bytes
+    pixels: tuple[bytes, ...]
+    labels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, salt: bytes = b"") -> Registered:
+        """Of images, float32 (n, C, H, W), and labels (n,)."""
+        empty = cls(salt, (), ())
+        return cls(salt, tuple(empty.digests(images)), tuple(labels.tolist()))
+
+    def digests(self, images: Tensor) -> list[bytes]:
+        """The digest of each of some images, float32 (n, C, H, W), under this salt: equal for equal pixels."""
+        pixels = images.contiguous().cpu().numpy()
+        return [hashlib.blake2b(one.tobytes(), digest_size=16, salt=self.salt).digest() for one in pixels]
+
+    def find(self, images: Tensor, labels: Tensor, forgotten: Collection[int] = ()) -> list[int | None]:
+        """The position of each sample, pixels and label alike; None where it is not, or not as often, among them.
+
+        Positions that are `forgotten` are not found.
+        """
+        places = defaultdict(list)
+        for position in sorted(set(range(len(self.labels))).difference(forgotten), reverse=True):
+            places[self.pixels[position], self.labels[position]].append(position)
+        asked = zip(self.digests(images), labels.tolist(), strict=True)
+        return [places[one].pop() if places[one] else None for one in asked]
+
 
 @dataclass(frozen=True)
 class Deletion:
-    """A request that was accepted: positions in the client's partition, new ones, or samples (anybody's)."""
+    """A request that was accepted: positions in the client's partition, new ones, samples (anybody's), or a class."""
 
     client: int  # who asked
     positions: frozenset[int] = frozenset()
     drops_out: bool = False  # the client keeps no sample and leaves the federation
     images: Tensor | None = field(default=None, compare=False)  # float32 (n, C, H, W) in [0, 1]
     labels: Tensor | None = field(default=None, compare=False)  # int64 (n,)
+    label: int | None = None  # of the class
+
+    @property
+    def samples(self) -> int:
+        """How many samples it names."""
+        return len(self.positions) if self.labels is None else len(self.labels)
 
 
 def validate_request(
@@ -33,8 +90,8 @@ def validate_request(
     """Accept a request or reject it with a reason.
 
     The server holds no data, so it checks all that it can check: who asks, and whether positions name samples that
-    this client registered and that are not forgotten yet, or the samples are of the federation's kind. That they
-    were *chosen* to do harm cannot be seen from the request.
+    this client registered and that are not forgotten yet, or the samples or the class are of the federation's kind.
+    That they were *chosen* to do harm cannot be seen from the request.
 
     Parameters
     ----------
@@ -48,27 +105,48 @@ def validate_request(
     Raises
     ------
     PayloadError
-        If the request names another client's data, or both or neither of positions and samples; if positions are
-        not integers, repeated, outside ``[0, samples)`` or forgotten already; if samples are more than the client
-        registered, of another shape or type, not finite, outside [0, 1], or labelled outside the classes.
+        If the request names another client's data, or not one of positions, samples, a class and everything; if
+        positions are not integers, repeated, outside ``[0, samples)`` or forgotten already; if samples are more than
+        the client registered, of another shape or type, not finite, outside [0, 1], or labelled outside the classes;
+        if there is no such class, or nothing is left.
     """
     who = f"deletion request from client {sender}"
     if isinstance(request.client, bool) or not isinstance(request.client, int) or request.client != sender:
-        raise PayloadError(f"{who}: names client {request.client!r}; a client may only speak for itself")
-    if request.images is not None or request.labels is not None:
-        if request.positions:
-            raise PayloadError(f"{who}: brings both positions and samples; accepted: one of them")
+        raise PayloadError(
+            f"{who}: names client {reprlib.repr(request.client)}; a client may only speak for itself"
+        )
+    brought = request.images is not None or request.labels is not None
+    named = {
+        "positions": len(request.positions) > 0,
+        "samples": brought,
+        "a class": request.label is not None,
+        "everything": request.everything,
+    }
+    kinds = [kind for kind, there in named.items() if there]
+    if len(kinds) > 1:
+        raise PayloadError(f"{who}: brings both {' and '.join(kinds)}; accepted: one of them")
+    if not kinds:
+        raise PayloadError(f"{who}: names no position and brings no sample")
+    if brought:
         images, labels = _checked_samples(request, samples, scenario, who)
         return Deletion(sender, images=images, labels=labels)
+    if request.label is not None:
+        classes, label = _classes(scenario), request.label
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
+            raise PayloadError(f"{who}: class {reprlib.repr(label)} is not an integer in [0, {classes})")
+        return Deletion(sender, label=label)
+    if request.everything:
+        rest = frozenset(range(samples)).difference(forgotten)
+        if not rest:
+            raise PayloadError(f"{who}: all of its samples are forgotten already")
+        return Deletion(sender, rest, drops_out=True)
     # Length first: a request longer than the partition must repeat itself, and is not worth walking through.
     if len(request.positions) > samples:
         raise PayloadError(f"{who}: {len(request.positions)} positions, but the client has {samples} samples")
-    if not request.positions:
-        raise PayloadError(f"{who}: names no position and brings no sample")
     positions = [_integer(position, who) for position in request.positions]
     outside = [position for position in positions if not 0 <= position < samples]
     if outside:
-        raise PayloadError(f"{who}: position {outside[0]} is outside [0, {samples})")
+        raise PayloadError(f"{who}: position {reprlib.repr(outside[0])} is outside [0, {samples})")
     chosen = frozenset(positions)
     if len(chosen) < len(positions):
         raise PayloadError(f"{who}: repeats {len(positions) - len(chosen)} of its {len(positions)} positions")
@@ -78,35 +156,34 @@ def validate_request(
     return Deletion(sender, chosen, drops_out=len(chosen.union(forgotten)) == samples)
 
 
-def sample_digests(images: Tensor, labels: Tensor) -> list[bytes]:
-    """What a client registers of its samples, one digest each: equal for equal pixels and labels."""
-    pairs = zip(images.contiguous().cpu(), labels.tolist(), strict=True)
-    return [hashlib.blake2b(x.numpy().tobytes() + b"%d" % y, digest_size=16).digest() for x, y in pairs]
+def as_positions(deletion: Deletion, registered: Registered, forgotten: Collection[int] = ()) -> Deletion:
+    """The deletion with its samples, or its class, found among those that the client registered.
 
-
-def as_positions(
-    deletion: Deletion, registered: Sequence[bytes], forgotten: Collection[int] = ()
-) -> Deletion:
-    """The deletion with its samples found among those that the client registered; unchanged where it has positions.
-
-    `registered` are the :func:`sample_digests` of the client's partition, by position; `forgotten` those removed
-    earlier. Raises PayloadError if a sample is not (or no longer, or not as often) among them: it is another's,
-    changed, or wrongly labelled.
+    Unchanged where it has positions. `forgotten`: those removed earlier. Raises PayloadError if a sample is not (or
+    no longer, or not as often) among them: it is another's, changed, or wrongly labelled; and if none is of the
+    class.
     """
-    if deletion.images is None or deletion.labels is None:
+    who, gone = f"deletion request from client {deletion.client}", set(forgotten)
+    if deletion.label is not None:
+        mine = [p for p, one in enumerate(registered.labels) if one == deletion.label and p not in gone]
+        if not mine:
+            raise PayloadError(f"{who}: it has no sample of class {deletion.label} (left)")
+        found = mine
+    elif deletion.images is None or deletion.labels is None:
         return deletion
-    places = defaultdict(list)
-    for position in sorted(set(range(len(registered))).difference(forgotten), reverse=True):
-        places[registered[position]].append(position)
-    digests = sample_digests(deletion.images, deletion.labels)
-    found = [places[digest].pop() for digest in digests if places[digest]]
-    if len(found) < len(digests):
-        raise PayloadError(
-            f"deletion request from client {deletion.client}: {len(digests) - len(found)} of {len(digests)} samples "
-            "are not among those that it registered"
-        )
-    left = len(registered) - len(found) - len(set(forgotten))
+    else:
+        places = registered.find(deletion.images, deletion.labels, forgotten)
+        found = [place for place in places if place is not None]
+        if len(found) < len(places):
+            raise PayloadError(
+                f"{who}: {len(places) - len(found)} of {len(places)} samples are not among those that it registered"
+            )
+    left = len(registered.labels) - len(found) - len(gone)
     return replace(deletion, positions=frozenset(found), drops_out=left == 0)
+
+
+def _classes(scenario: Scenario) -> int:
+    return task_of(scenario).output(scenario.model)[0]
 
 
 def _checked_samples(
@@ -126,7 +203,7 @@ def _checked_samples(
         )
     if not bool(((images >= 0) & (images <= 1)).all()):  # NaN fails both
         raise PayloadError(f"{who}: a pixel is not a number in [0, 1]")
-    classes = task_of(scenario).output(scenario.model)[0]
+    classes = _classes(scenario)
     if labels.dtype != torch.int64 or not bool(((labels >= 0) & (labels < classes)).all()):
         raise PayloadError(f"{who}: a label is not an int64 in [0, {classes})")
     return images, labels
@@ -139,4 +216,4 @@ def _integer(position: object, who: str) -> int:
             raise TypeError
         return operator.index(position)  # type: ignore[arg-type]
     except TypeError:
-        raise PayloadError(f"{who}: position {position!r} is not an integer") from None
+        raise PayloadError(f"{who}: position {reprlib.repr(position)} is not an integer") from None

@@ -33,6 +33,8 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "view": "simulations.bench.view:run",
         "neighbours": "simulations.bench.neighbours:run",
         "canaries": "simulations.bench.canaries:run",
+        "foci": "simulations.bench.foci:run",
+        "forgetting": "simulations.bench.forgetting:run",
     },
 )
 

@@ -18,14 +18,18 @@ from fedattack.data import DATASETS, PARTITIONERS
 from fedattack.defenses import DEFENSES
 from fedattack.errors import unknown_name
 from fedattack.models import MODELS
+from fedattack.presets import PRESETS, SCENARIOS
 from fedattack.registry import Registry, plugin_options
+from fedattack.storage.plain import flat
 from fedattack.unlearning import MECHANISMS
+from fedattack.unlearning.gates import GATES
 from strategies import STRATEGIES
 
 KINDS: dict[str, Registry[Any]] = {
     "Attacks": ATTACKS,
     "Defences": DEFENSES,
     "Unlearning mechanisms": MECHANISMS,
+    "Gates of deletion requests": GATES,
     "Data sets": DATASETS,
     "Partitioners": PARTITIONERS,
     "Models": MODELS,
@@ -46,7 +50,7 @@ def catalogue() -> dict[str, list[tuple[str, str]]]:
     rows = {title: [(n, registry.summary(n)) for n in registry] for title, registry in KINDS.items()}
     told = ((one.name, one.summary, one.seat.capitalize(), one.needs) for one in attacks())
     rows["Attacks"] = [(name, f"{text} {seat}; needs: {needs}.") for name, text, seat, needs in told]
-    return rows
+    return rows | {"Presets": [(name, preset.summary) for name, preset in PRESETS.items()]}
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,12 @@ def described(name: str) -> list[tuple[str, str]]:
     ConfigError
         If there is none.
     """
+    if name in PRESETS:
+        return [("preset", PRESETS[name].summary)]
     registries = [registry for registry in KINDS.values() if name in registry or ":" in name]
     if not registries:
-        raise unknown_name("name", name, [one for registry in KINDS.values() for one in registry])
+        known = [one for registry in KINDS.values() for one in registry]
+        raise unknown_name("name", name, [*known, *PRESETS])
     registry = registries[0]
     cls = registry.get(name)
     text, _, references = (inspect.getdoc(cls) or "").partition("References\n----------\n")
@@ -121,21 +128,25 @@ def settings_tables(
 ) -> dict[str, list[tuple[str, str, str, str]]]:
     """Title -> (dotted setting, option, default, meaning) of every setting, then of each plug-in that has some.
 
-    With `name` those of that attack, defence or mechanism alone.
+    With `name` those of that attack, defence, mechanism or gate alone, or what that preset stands for.
 
     Raises
     ------
     ConfigError
         If there is none of that name, where `strict`.
     """
+    if name in PRESETS:
+        return {f"Preset {name}": _preset_settings(name)}
     tables = {} if name else {"Settings of a run": _run_settings()}
     kinds: tuple[tuple[str, Registry[Any], str], ...] = (
         ("Attack", ATTACKS, ""),
         ("Defence", DEFENSES, "defense."),
         ("Mechanism", MECHANISMS, "unlearning."),
+        ("Gate", GATES, "gates."),
     )
     if strict and name and ":" not in name and not any(name in registry for _, registry, _ in kinds):
-        raise unknown_name("attack, defence or mechanism", name, [*ATTACKS, *DEFENSES, *MECHANISMS])
+        known = [*(one for _, registry, _ in kinds for one in registry), *PRESETS]
+        raise unknown_name("attack, defence, mechanism, gate or preset", name, known)
     for kind, registry, prefix in kinds:
         wanted = registry.names() if name is None else [name] if name in registry else []
         for one in wanted or ([name] if name and ":" in name and kind == "Attack" else []):
@@ -148,6 +159,14 @@ def settings_tables(
             if rows:
                 tables[f"{kind} {one}"] = rows
     return tables
+
+
+def _preset_settings(name: str) -> list[tuple[str, str, str, str]]:
+    """What a preset and its scenario set, in the order of the settings of a run."""
+    chosen = flat(PRESETS[name].settings)
+    chosen = flat(SCENARIOS[chosen["scenario"]]) | chosen
+    rows = [(n, option, _show(chosen[n]), text) for n, option, _, text in _run_settings() if n in chosen]
+    return [("preset", "--preset", name, ""), *rows]
 
 
 def _run_settings() -> list[tuple[str, str, str, str]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -23,11 +22,12 @@ from torch import Tensor
 from adversaries import seats
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.errors import ConfigError, PayloadError, RunFailed
+from fedattack.errors import ConfigError, RunFailed
 from fedattack.models import build_model, initial_weights
-from fedattack.observation import Candidates, Observation, Scenario, UnlearningRequest
+from fedattack.observation import Candidates, Observation, UnlearningRequest
 from fedattack.task import task_of
 from fedattack.training import evaluate, sample_logits
+from fedattack.unlearning import Verdict
 from simulations.client_app import Workplace, exclusion_settings
 from simulations.engine.flower_grid import PartitionedGrid
 from simulations.engine.flower_internals import server_identity
@@ -39,11 +39,25 @@ from simulations.engine.told_grid import ToldGrid
 from simulations.experiments.executor import choose_device
 from strategies import Eavesdropper, MaliciousServer, RoundReport, averages_buffers, build_strategy
 from strategies import messages as wire
+from strategies.forgetting import DeletionDesk, parted
 
 log = logging.getLogger("fedattack.federation")
 
-DeletionRequests = dict[str, list[tuple[int, UnlearningRequest]]]
-"""Under the name that requests go by (of the attack behind them): who really asked, and what the request says."""
+
+class DeletionRequests(dict[str, list[tuple[int, UnlearningRequest]]]):
+    """Attack -> who really asked, and what the request says, in the order of arrival.
+
+    `verdicts` are on the records that were rejected, also on those that came too late; `names`: tag -> attack.
+    """
+
+    def __init__(self, names: Mapping[str, str] | None = None, verdicts: list[Verdict] | None = None) -> None:
+        super().__init__()
+        self.names, self.verdicts = dict(names or {}), [] if verdicts is None else verdicts
+
+    def rejected(self, attack: str) -> list[Verdict]:
+        """The verdicts on records of an attack."""
+        return [verdict for verdict in self.verdicts if self.names.get(verdict.tag) == attack]
+
 
 _PATIENCE_SECONDS = 30 * 24 * 3600.0
 _EVALUATED_AT_ONCE = 4096
@@ -148,7 +162,8 @@ def serve(
     on_round, on_weights
         Called with each round's record; with the round and its weights.
     on_requests
-        Called with what the clients want forgotten, as they say after round ``config.request_round``.
+        Called with what the clients want forgotten, as they say beside their replies up to round
+        ``config.request_round``, and when they are asked after it. None: nothing of that is taken.
     release
         What the server shows of its model to those who may ask for deletions; None: the model.
     arming, candidates
@@ -184,7 +199,8 @@ def serve(
             log.info("rounds %d to %d come from the journal", first_round, replayed)
     early = _told_early(config, world, questions or {})
     if early:
-        served = QuestionGrid(served, grid.client_of, early, config.attack.malicious_clients)
+        tagged = {wire.tag_of(config.seed, name): question for name, question in early.items()}
+        served = QuestionGrid(served, grid.client_of, tagged, config.attack.malicious_clients)
     if excluded or clients is not None:
         served = ToldGrid(served, grid.client_of, exclusion_settings(excluded or {}), clients)
     federation = config.federation
@@ -207,6 +223,7 @@ def serve(
         on_round=reports.append,
         client_of=grid.client_of,
         average_buffers=averages_buffers(config.federation),
+        desk=None if on_requests is None else _desk(world),
     )
     judge = Judge(config, world)
     if config.federation.evaluate and not len(world.pools.nonmembers):
@@ -237,7 +254,9 @@ def serve(
             on_weights(record.round, weights)
         if on_requests is not None and record.round == config.request_round:
             shown = weights if release is None else release(weights)
-            on_requests(ask_unlearning(grid, shown, world.scenario, record.round, excluded, through=served))
+            on_requests(
+                ask_unlearning(grid, shown, config, world, excluded, through=served, desk=strategy.desk)
+            )
         if on_round is not None:
             on_round(record)
         if record.loss is None or record.accuracy is None:
@@ -256,7 +275,7 @@ def serve(
     rejections = [(r.round, client, reason) for r in rounds for client, reason in r.rejected]
     answers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, question in (questions or {}).items():
-        settings = {"attack": name, wire.ROUND: config.federation.rounds}
+        settings = {wire.TAG: wire.tag_of(config.seed, name), wire.ROUND: config.federation.rounds}
         records = {wire.QUESTION: wire.to_record({"images": question.images, "labels": question.labels})}
         clients = config.attack.malicious_clients
         said = ask(grid, "query.answer", weights, clients, settings, records, through=served)
@@ -377,8 +396,7 @@ def ask(
         for reply in served.send_and_receive(messages, timeout=_PATIENCE_SECONDS):
             sender = grid.client_of(reply.metadata.src_node_id)
             if reply.has_error():
-                asked_by = f" of attack {settings['attack']!r}" if settings and "attack" in settings else ""
-                log.warning("client %d could not answer %r%s: %s", sender, what, asked_by, reply.error.reason)
+                log.warning("client %d could not answer %r: %s", sender, what, reply.error.reason)
             else:
                 answers.append((sender, reply))
     return answers
@@ -387,47 +405,36 @@ def ask(
 def ask_unlearning(
     grid: LocalGrid | PartitionedGrid,
     weights: Mapping[str, Tensor],
-    scenario: Scenario,
-    round: int,
+    config: Config,
+    world: World,
     excluded: Mapping[int, Collection[int]] | None = None,
     through: Grid | None = None,
     times: int = 0,
+    desk: DeletionDesk | None = None,
 ) -> DeletionRequests:
-    """Ask all clients whether they want samples forgotten, given the global model after a round.
+    """Ask all clients alike whether they want anything forgotten, given the global model after the request round.
 
-    Samples must have the shape of `scenario`'s, else the request is refused with a line in the log; not validated
-    otherwise (:func:`fedattack.unlearning.validate_request`). `excluded`: client -> positions that are forgotten
-    already; `times`: how many requests have been answered before.
+    And close the `desk`, which has what they asked for by themselves (None: nothing). What cannot be read, or is
+    none of the federation's, is rejected with a line in the log and a verdict; what is forgotten already is seen
+    when it is served (:func:`fedattack.unlearning.validate_request`). `excluded`: client -> positions that are
+    forgotten already; `times`: how many requests have been answered before.
     """
-    requests: DeletionRequests = {}
+    round, desk = config.request_round, desk or _desk(world)
     settings, own = {wire.ROUND: round, wire.TIMES: times}, exclusion_settings(excluded or {})
     for sender, reply in ask(grid, "query.unlearn", weights, settings=settings, through=through, own=own):
-        for name, answer in reply.content.config_records.items():
-            try:
-                request = _request(
-                    answer, reply.content.array_records.get(f"{name}.{wire.SAMPLES}"), scenario
-                )
-            except PayloadError as error:
-                log.warning("deletion request from client %d rejected: %s", sender, error)
-                continue
-            requests.setdefault(name, []).append((sender, request))
+        desk.take(round, sender, parted(reply.content)[1])
+    names = {wire.tag_of(config.seed, name): name for name in config.attack.names}
+    requests = DeletionRequests(names, desk.verdicts)
+    for tag, sender, request in desk.close(round):
+        if tag in names:
+            requests.setdefault(names[tag], []).append((sender, request))
+        else:
+            log.warning(
+                "deletion request from client %d is of no attack of this run, and is not served", sender
+            )
     return requests
 
 
-def _request(answer: ConfigRecord, samples: ArrayRecord | None, scenario: Scenario) -> UnlearningRequest:
-    """A deletion request as it was received."""
-    said: Any = {"client": None, "positions": [], "reason": "", wire.SAMPLES: 0, **answer}
-    positions = tuple(said["positions"]) if isinstance(said["positions"], list) else (said["positions"],)
-    request = UnlearningRequest(said["client"], positions, str(said["reason"]))
-    if samples is None:
-        return request
-    count = said[wire.SAMPLES]
-    if not isinstance(count, int) or count < 1 or samples.keys() != {"images", "labels"}:
-        raise PayloadError(f"{count!r} samples in arrays {sorted(samples)}; accepted: images and labels")
-    images = wire.read_dense(samples["images"], (count, *scenario.image_shape), "float32")
-    labels = wire.read_dense(samples["labels"], (count,), "int64")
-    brought: dict[str, Any] = {
-        "images": torch.from_numpy(images.copy()),
-        "labels": torch.from_numpy(labels.copy()),
-    }
-    return dataclasses.replace(request, **brought)
+def _desk(world: World) -> DeletionDesk:
+    """Where the clients' deletion requests are taken."""
+    return DeletionDesk(world.scenario, {client: len(ids) for client, ids in enumerate(world.partitions)})

@@ -127,7 +127,7 @@ def size_of(records: RecordDict) -> int:
             elif isinstance(value, bytes | str):
                 total += len(value)
             elif isinstance(value, list):
-                total += 8 * len(value)
+                total += sum(len(one) if isinstance(one, bytes | str) else 8 for one in value)
     return total
 
 

@@ -43,6 +43,11 @@ class Journal:
         """A round's replies, by client."""
         return self._read_blobs(self._replies(number))
 
+    def size(self, number: int) -> int:
+        """Bytes that a round's replies take on disk; 0 where they are not there."""
+        path = self._replies(number)
+        return path.stat().st_size if path.is_file() else 0
+
     def write_states(self, number: int, states: Mapping[int, Plain]) -> None:
         """Keep what the clients keep after round `number`."""
         self._write_blobs(self._states(number), states)
@@ -153,11 +158,24 @@ def _damaged(path: Path, error: Exception) -> RunFailed:
 
 
 def _jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: {"hex": v.hex()} if isinstance(v, bytes) else v for key, v in entries.items()}
+    return {key: _hexed(value) for key, value in entries.items()}
+
+
+def _hexed(value: Any) -> Any:
+    """Bytes, and lists of them, as JSON can hold them."""
+    if isinstance(value, list):
+        return [_hexed(one) for one in value]
+    return {"hex": value.hex()} if isinstance(value, bytes) else value
 
 
 def _from_jsonable(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: bytes.fromhex(v["hex"]) if isinstance(v, dict) else v for key, v in entries.items()}
+    return {key: _unhexed(value) for key, value in entries.items()}
+
+
+def _unhexed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unhexed(one) for one in value]
+    return bytes.fromhex(value["hex"]) if isinstance(value, dict) else value
 
 
 class JournaledGrid(ForwardingGrid):

@@ -13,7 +13,7 @@ from strategies import messages as wire
 
 
 class QuestionGrid(ForwardingGrid):
-    """Lays the `questions`, by attack, beside the model that `clients` are sent to train; others get none.
+    """Lays the `questions`, by an attack's tag, beside the model that `clients` are sent to train; others get none.
 
     The question is the adversary's own and not the server's: neither the strategy nor the journal sees it.
     `client_of` tells a node's client.
@@ -30,8 +30,8 @@ class QuestionGrid(ForwardingGrid):
         self.client_of = client_of
         self._clients = frozenset(clients)
         self._records = {
-            wire.QUESTION_OF.format(attack=name): wire.to_record({"images": one.images, "labels": one.labels})
-            for name, one in questions.items()
+            wire.QUESTION_OF.format(tag=tag): wire.to_record({"images": one.images, "labels": one.labels})
+            for tag, one in questions.items()
         }
 
     def send_and_receive(

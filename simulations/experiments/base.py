@@ -123,7 +123,7 @@ class Experiment(ABC):
         return weights
 
     def requests(self, requests: DeletionRequests) -> None:
-        """Take what the clients want forgotten, as they say after round ``config.request_round``."""
+        """Take what the clients want forgotten, as they say up to round ``config.request_round`` and after it."""
         return None
 
     def after_round(self, record: RoundRecord) -> None:

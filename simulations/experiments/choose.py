@@ -18,6 +18,7 @@ from fedattack.registry import build_plugins
 from fedattack.task import TASKS, task_of
 from fedattack.training import batch_positions
 from fedattack.unlearning import build_mechanism
+from fedattack.unlearning.gates import build_gates
 from simulations.client_app import no_proximal_term
 from simulations.experiments.base import EXPERIMENTS
 from simulations.experiments.executor import choose_device
@@ -52,6 +53,7 @@ def check_names(config: Config) -> None:
     COMPRESSORS.get(config.compression.name)
     TASKS.get(config.training.task)
     build_mechanism(config.unlearning)
+    build_gates(config.gates)
     if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
         raise NotApplicable(
             f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "

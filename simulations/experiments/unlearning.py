@@ -25,6 +25,7 @@ from fedattack.errors import NotApplicable, PayloadError, RunFailed
 from fedattack.models import initial_weights
 from fedattack.observation import Observation, UnlearningRequest
 from fedattack.rng import numpy_rng
+from fedattack.storage.records import write_requests
 from fedattack.unlearning import (
     Central,
     ClientUpdate,
@@ -32,15 +33,18 @@ from fedattack.unlearning import (
     Deletion,
     Forgotten,
     History,
+    Verdict,
     Weights,
     as_positions,
     build_mechanism,
-    sample_digests,
     validate_request,
 )
-from fedattack.unlearning.mechanism import Excluded, merged
+from fedattack.unlearning.gates import Desk, build_gates, judge_after, judge_before
+from fedattack.unlearning.history import check_space
+from fedattack.unlearning.mechanism import Excluded, Level, merged
+from fedattack.unlearning.requests import REQUEST
 from fedattack.unlearning.retrain import Retrain
-from simulations.client_app import Workplace
+from simulations.client_app import Workplace, exclusion_settings
 from simulations.engine.federation import (
     DeletionRequests,
     FederationResult,
@@ -50,6 +54,8 @@ from simulations.engine.federation import (
     ask_unlearning,
     run_federation,
 )
+from simulations.engine.journal import Journal
+from simulations.engine.journaled_replies import JournaledReplies
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
@@ -80,8 +86,9 @@ class UnlearningOutcome:
     seed the "accuracy" and "loss" after each answered request, before the federation goes on. `clean`: of an attack
     that plants, "before" and "random" accuracies of a training without any attack. `certificate` and `details` of
     the mechanism's last answer to the request in the first seed; besides `requested_loss`, the mean loss of the
-    requested samples "before" and "after" (None where none is named by position), and `random_positions`, one list
-    per seed.
+    requested samples "before" and "after" (None where none is known), `random_positions`, one list per seed,
+    `verdicts`, all of the server's decisions by seed and arm, `refused`, arm -> per seed the gates because of which
+    nothing was forgotten, and `gates`, gate -> arm -> how many requests it refused, and of how many.
     """
 
     requests: tuple[UnlearningRequest, ...]
@@ -113,14 +120,22 @@ class Training:
     history: History
     final: Weights
     asked: DeletionRequests
+    scratch: Path  # goes when the training has been measured
 
 
 @dataclass
 class Side:
-    """One way to go on from a training: what is forgotten, answer by answer, by the mechanism and by retraining."""
+    """One way to go on from a training: what is forgotten, answer by answer, by the mechanism and by retraining.
 
+    `requested` is what was asked for, `deletions` what the gates let through, by position where the mechanism needs
+    that.
+    """
+
+    requested: list[list[Deletion]] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     deletions: list[list[Deletion]] = field(default_factory=list)
     answers: list[Forgotten] = field(default_factory=list)
+    kept: History | None = None  # with what the mechanism wrote for its next answer
     exact: list[Weights] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
     exact_cost: Cost = field(default_factory=Cost)
@@ -209,10 +224,16 @@ class FederationTrainer:
             self._run(excluded, weights, round, round, steps, seen, told=told)
         return seen
 
-    def evaluate(self, weights: Weights, clients: Collection[int]) -> dict[int, dict[str, float]]:
-        """The clients' figures of `weights` on their samples."""
+    def evaluate(
+        self,
+        weights: Weights,
+        clients: Collection[int],
+        excluded: Mapping[int, Collection[int]] | None = None,
+    ) -> dict[int, dict[str, float]]:
+        """The clients' figures of `weights` on their samples, without the `excluded` positions."""
         assert self.grid is not None
-        answers = ask(self.grid, "evaluate", weights, clients)
+        own = exclusion_settings(excluded or {})
+        answers = ask(self.grid, "evaluate", weights, clients, own=own)
         return {client: dict(reply.content[METRICS]) for client, reply in answers}
 
     def central(self) -> Central:
@@ -273,9 +294,11 @@ class UnlearningExperiment(Experiment):
     def __init__(self, plan: Plan, attacks: Mapping[str, UnlearningAttack]) -> None:
         super().__init__(plan, attacks)
         self.mechanism = build_mechanism(plan.config.unlearning)
+        self.gates = build_gates(plan.config.gates)
         self.history = self._history(plan.folder.path / "history")
+        self.history.replies = JournaledReplies(Journal(plan.folder.path / "journal"), plan.world.scenario)
         self.history.keep_weights(0, initial_weights(plan.world.scenario.model, plan.config.seed))
-        self.asked: DeletionRequests = {}
+        self.asked = DeletionRequests()
         self.changed = False
 
     def _history(self, folder: Path) -> History:
@@ -284,8 +307,15 @@ class UnlearningExperiment(Experiment):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
-        named = config.unlearning.mechanism
-        build_mechanism(config.unlearning).check(named, world.scenario, len(world.partitions))
+        named, mechanism = config.unlearning.mechanism, build_mechanism(config.unlearning)
+        mechanism.check(named, world.scenario, len(world.partitions))
+        for name, gate in build_gates(config.gates).items():
+            gate.check(name, mechanism, world.auxiliary)
+        every, rounds = config.unlearning.checkpoint_every, config.request_round
+        # The run's own updates lie in the journal; those of one more training at a time lie beside it.
+        again = len(world.partitions) if config.unlearning.seeds > 1 else 0
+        folder = Path(config.output.run_dir or "runs")
+        check_space(folder, world.scenario, mechanism.keeps, every, rounds, again)
 
     def wants(self, round: int, client: int) -> bool:
         """The updates that the mechanism needs."""
@@ -315,13 +345,21 @@ class UnlearningExperiment(Experiment):
         """Carry out each attack's requests, seed after seed, and score the damage."""
         started, found = time.perf_counter(), self.measure(federation.weights)
         seconds = (time.perf_counter() - started) / max(1, len(found))
+        rows: list[dict[str, Any]] = []
+        for one in self.asked.verdicts:
+            name = self.asked.names.get(one.tag)
+            if name not in found:  # of no attack, or of one that failed
+                rows.append({"attack": name, "seed": 0, "arm": "after", **dataclasses.asdict(one)})
+        for name, outcome in found.items():
+            rows += [{"attack": name, **row} for row in outcome.details["verdicts"]]
+        write_requests(self.plan.folder, rows)
         return {name: self._audit(name, outcome, seconds) for name, outcome in found.items()}
 
     def _audit(self, name: str, outcome: UnlearningOutcome, seconds: float) -> AuditResult:
         plan = self.plan
         plan.folder.save_part(name, dataclasses.asdict(outcome))
         none_left = "all that its client has is asked for, and no other samples can be deleted instead"
-        return audit_unlearning(
+        result = audit_unlearning(
             name,
             outcome.accuracy,
             losses=outcome.losses,
@@ -341,6 +379,8 @@ class UnlearningExperiment(Experiment):
             seconds=seconds,
             seed=plan.config.seed,
         )
+        told = result.verdict + "".join(f"; {one}" for one in _refusals(outcome))
+        return replace(result, verdict=told, summary=result.summary | {"verdict": told})
 
     def measure(self, final: Weights, seeds: int | None = None) -> dict[str, UnlearningOutcome]:
         """Attack -> what its requests did in each of `seeds` trainings (None: ``unlearning.seeds``).
@@ -383,7 +423,7 @@ class UnlearningExperiment(Experiment):
             trainer = FederationTrainer(again, world, grid, place)
             asked = self.asked
             if index:
-                history, asked = self._history(Path(scratch)), DeletionRequests()
+                history, told = self._history(Path(scratch)), list[DeletionRequests]()
                 history.keep_weights(0, initial_weights(world.scenario.model, again.seed))
 
                 def released(_: Weights) -> Weights:
@@ -391,11 +431,12 @@ class UnlearningExperiment(Experiment):
                     return history.weights
 
                 trainer.train(
-                    {}, history.checkpoint(0), 1, history, on_requests=asked.update, release=released
+                    {}, history.checkpoint(0), 1, history, on_requests=told.append, release=released
                 )
+                (asked,) = told
             if index or self.changed:
                 final = trainer.go_on({}, history.weights)
-            yield Training(again, place, trainer, history, final, asked)
+            yield Training(again, place, trainer, history, final, asked, Path(scratch))
 
     def _arms(self, name: str, training: Training, index: int, count: int) -> dict[str, Any]:
         """What an attack asks for in one training, granted in every arm; JSON-able.
@@ -403,7 +444,8 @@ class UnlearningExperiment(Experiment):
         NotApplicable if nobody asks, or who asks never took part; PayloadError if the server rejects a request.
         """
         history, trainer, attack = training.history, training.trainer, self.attacks[name]
-        deletions = self._deletions(training, training.asked.get(name, []), {})
+        asked = Side()
+        deletions = self._deletions(training, name, training.asked, {}, asked)
         if history.ignorant([deletion.client for deletion in deletions]) is None:
             who = " and ".join(f"client {deletion.client}" for deletion in deletions)
             raise NotApplicable(
@@ -416,16 +458,19 @@ class UnlearningExperiment(Experiment):
         def shown(part: float, text: str) -> None:
             self.plan.shown(name, (index + part) / count, f"seed {index + 1} of {count}, {text}")
 
-        asked = Side()
         shown(0.3, "the request")
         self._forget(training, asked, deletions)
         for time_ in range(1, training.config.unlearning.times):
-            more = self._asked_again(name, training, asked, time_)
-            if not more:
+            try:
+                more = self._asked_again(name, training, asked, time_)
+                if not more:
+                    break
+                self._forget(training, asked, more)
+            except PayloadError as error:
+                log.warning("%s: request %d is rejected: %s", name, time_ + 1, error)
                 break
-            self._forget(training, asked, more)
         rng = numpy_rng(self.plan.config.seed, "unlearning floor", index)
-        others, positions = self._random(training, asked.deletions, rng)
+        others, positions = self._random(training, asked.requested, rng)
         shown(0.6, "random deletions")
         floor = Side() if others is not None else asked
         for some in others or []:
@@ -447,8 +492,8 @@ class UnlearningExperiment(Experiment):
             curve[arm] = [judge(answer.weights) for answer in side.answers]
             curve[f"retrained_{arm}"] = curve[arm] if same else [judge(one) for one in side.exact]
         figures = {arm: judge(found) for arm, found in weights.items()}
-        named = {d.client: d.positions for part in asked.deletions for d in part if d.positions}
-        samples = [training.place.samples(c, np.asarray(sorted(p), np.int64)) for c, p in named.items()]
+        named = merged({}, [self._known(training, one) for part in asked.requested for one in part])
+        samples = [training.place.samples(c, np.asarray(sorted(p), np.int64)) for c, p in named.items() if p]
         wanted = [torch.cat(parts) for parts in zip(*samples, strict=True)] if samples else []
         last = asked.answers[-1]
         images, labels = self.plan.world.dataset.tensors(self.plan.world.pools.nonmembers)
@@ -466,7 +511,7 @@ class UnlearningExperiment(Experiment):
             ),
             "curve": curve,
             "clean": self._clean(attack, training, floor.deletions, judge),
-            "samples": sum(_size(deletion) for part in asked.deletions for deletion in part),
+            "samples": sum(one.samples for part in asked.requested for one in part),
             "resumed_after": last.resumed_after,
             "costs": {
                 "mechanism": dataclasses.asdict(asked.cost),
@@ -482,68 +527,197 @@ class UnlearningExperiment(Experiment):
                 for arm in ("before", "after")
             },
             "random_positions": positions,
+            "refused": {"after": _nothing(asked), "random": _nothing(floor)},
+            "verdicts": [
+                {"arm": arm, **dataclasses.asdict(one)}
+                for arm, side in (("after", asked), ("random", floor))
+                if arm == "after" or side is not asked
+                for one in side.verdicts
+            ],
         }
 
     def _forget(
-        self, training: Training, side: Side, deletions: Sequence[Deletion], exact: bool = True
+        self,
+        training: Training,
+        side: Side,
+        deletions: Sequence[Deletion],
+        exact: bool = True,
+        gated: bool = True,
     ) -> None:
-        """Have the mechanism answer, and where `exact` a retraining beside it."""
+        """Have the gates decide, the mechanism answer, and where `exact` a retraining beside it.
+
+        Where nothing is let through, the model stays. PayloadError if that is because the server rejects all.
+        """
         history, trainer = training.history, training.trainer
         earlier = side.answers[-1] if side.answers else None
-        with tempfile.TemporaryDirectory(dir=training.history.folder) as scratch:
-            now = history.fork(
-                Path(scratch) / "now",
-                earlier.weights if earlier else history.weights,
-                earlier.excluded if earlier else history.excluded,
-            )
-            before = trainer.cost.copy()
-            with trainer.cost.clocked():
-                answer = self.mechanism.forget(deletions, now, trainer)
-                side.deletions.append(list(deletions))
-                side.answers.append(answer)
-            side.cost = side.cost.plus(trainer.cost.since(before))
-            if isinstance(self.mechanism, Retrain) or not exact:
-                side.exact_cost = side.cost
-                return
-            before = trainer.cost.copy()
-            with trainer.cost.clocked():
-                excluded = self._exactly(training, side)
-                start = history.ignorant(excluded) or 0
-                weights = trainer.train(excluded, history.checkpoint(start), start + 1)
-                again = history.fork(Path(scratch) / "again", weights, excluded)
-                side.exact.append(self.mechanism.prepare(excluded, again, trainer))
-            side.exact_cost = side.exact_cost.plus(trainer.cost.since(before))
+        now = (side.kept or history).fork(
+            Path(tempfile.mkdtemp(dir=training.scratch)),
+            earlier.weights if earlier else history.weights,
+            earlier.excluded if earlier else history.excluded,
+        )
+        before = trainer.cost.copy()
+        with trainer.cost.clocked():
+            granted, answer = self._answer(training, side, deletions, now, gated)
+            side.requested.append(list(deletions))
+            side.deletions.append(granted)
+            side.answers.append(answer)
+            side.kept = now if granted else side.kept
+        side.cost = side.cost.plus(trainer.cost.since(before))
+        if isinstance(self.mechanism, Retrain) or not exact:
+            side.exact_cost = side.cost
+            return
+        if not granted:
+            side.exact.append(side.exact[-1] if side.exact else history.weights)
+            return
+        before = trainer.cost.copy()
+        with trainer.cost.clocked():
+            excluded = self._exactly(training, side)
+            start = history.ignorant(excluded) or 0
+            weights = trainer.train(excluded, history.checkpoint(start), start + 1)
+            again = history.fork(Path(tempfile.mkdtemp(dir=training.scratch)), weights, excluded)
+            side.exact.append(self.mechanism.prepare(excluded, again, trainer))
+        side.exact_cost = side.exact_cost.plus(trainer.cost.since(before))
+
+    def _answer(
+        self, training: Training, side: Side, deletions: Sequence[Deletion], now: History, gated: bool
+    ) -> tuple[list[Deletion], Forgotten]:
+        """What is granted of some deletions, by gates too where `gated`, and what the mechanism makes of that."""
+        stays = Forgotten(now.weights, now.excluded, now.rounds)
+        if not gated:
+            done = self.mechanism.forget(deletions, now, training.trainer) if deletions else stays
+            return list(deletions), done
+        desk = self._desk(training, side, now)
+        granted = self._granted(training, side, deletions, desk)
+        if not granted:
+            return [], stays
+        answer = self.mechanism.forget(granted, now, training.trainer)
+        said = judge_after(self.gates, granted, answer.weights, desk)
+        side.verdicts += said
+        return (granted, answer) if all(one.accepted for one in said) else ([], stays)
+
+    def _desk(self, training: Training, side: Side, now: History) -> Desk:
+        """What the gates have before them; made before the mechanism touches `now`."""
+        model, excluded = now.weights, now.excluded
+        spare = now.fork(now.folder / "control", model, excluded) if self.gates else now
+        place, trainer, world = training.place, training.trainer, self.plan.world
+        sizes = [len(ids) for ids in place.partitions]
+
+        def mean_loss(client: int, positions: Collection[int]) -> float | None:
+            if len(positions) == sizes[client]:
+                return None
+            return trainer.evaluate(model, [client], {client: positions}).get(client, {}).get("loss")
+
+        def control(deletions: Sequence[Deletion]) -> Weights:
+            rng = numpy_rng(training.config.seed, "gate control", len(side.answers))
+            gone, drawn = {c: set(p) for c, p in excluded.items()}, []
+            for one in deletions:
+                mine = gone.setdefault(one.client, set())
+                free = [p for p in range(sizes[one.client]) if p not in mine]
+                chosen = frozenset(rng.choice(free, min(one.samples, len(free)), replace=False).tolist())
+                mine |= chosen
+                drawn.append(Deletion(one.client, chosen, drops_out=len(mine) == sizes[one.client]))
+            return self.mechanism.forget(drawn, spare, trainer).weights
+
+        granted: dict[int, int] = {}
+        for part in side.deletions:
+            for one in part:
+                granted[one.client] = granted.get(one.client, 0) + one.samples
+        return Desk(
+            training.config.request_round,
+            world.scenario,
+            model,
+            excluded,
+            sizes,
+            place.registered,
+            mean_loss,
+            control,
+            world.auxiliary,
+            granted,
+        )
+
+    def _granted(
+        self, training: Training, side: Side, deletions: Sequence[Deletion], desk: Desk
+    ) -> list[Deletion]:
+        """What the gates let through, by position where the mechanism needs that."""
+        passed, said = judge_before(self.gates, deletions, desk)
+        side.verdicts += said
+        gone, located, lost = merged(desk.forgotten, ()), list[Deletion](), list[PayloadError]()
+        for one in passed:
+            try:
+                if self.mechanism.by_positions:
+                    one = as_positions(one, desk.registered(one.client), gone.get(one.client, ()))
+            except PayloadError as error:
+                lost.append(error)
+                side.verdicts.append(desk.verdict(one, REQUEST, str(error)))
+                continue
+            gone = merged(gone, [one])
+            located.append(one)
+        if lost and len(lost) == len(deletions):
+            raise lost[0]
+        return located
+
+    def granted(
+        self, training: Training, name: str, asked: DeletionRequests, now: History
+    ) -> tuple[list[Deletion], Desk]:
+        """What the server, and its gates, grant of an attack's first requests; and what the gates have before them.
+
+        PayloadError if the server rejects all of them.
+        """
+        side = Side()
+        deletions = self._deletions(training, name, asked, {}, side)
+        desk = self._desk(training, side, now)
+        return self._granted(training, side, deletions, desk), desk
 
     def _exactly(self, training: Training, side: Side) -> dict[int, frozenset[int]]:
         """All positions of a side's deletions; samples that their client does not have are none of them."""
         return merged({}, [self._known(training, one) for part in side.deletions for one in part])
 
     def _deletions(
-        self, training: Training, asked: Sequence[tuple[int, UnlearningRequest]], excluded: Excluded
+        self,
+        training: Training,
+        name: str,
+        asked: DeletionRequests,
+        excluded: Excluded,
+        side: Side,
     ) -> list[Deletion]:
-        """The requests as the server accepts them, in the terms that the mechanism forgets by."""
-        found = []
-        for sender, request in asked:
-            samples, forgotten = len(training.place.partitions[sender]), excluded.get(sender, ())
-            deletion = validate_request(request, sender, samples, self.plan.world.scenario, forgotten)
-            if deletion.labels is not None and self.mechanism.by_positions:
-                deletion = as_positions(deletion, _registered(training, sender), forgotten)
-            found.append(deletion)
+        """An attack's requests as the server accepts them; a verdict on each goes to `side`.
+
+        PayloadError if it rejects all of them.
+        """
+        found, unread = list[Deletion](), asked.rejected(name)
+        lost = [PayloadError(f"deletion request from client {one.client}: {one.reason}") for one in unread]
+        side.verdicts += unread
+        gone, round = merged(excluded, ()), training.config.request_round
+        for sender, request in asked.get(name, []):
+            samples, forgotten = len(training.place.partitions[sender]), gone.get(sender, ())
+            try:
+                one = validate_request(request, sender, samples, self.plan.world.scenario, forgotten)
+                level: Level = "class" if one.label is not None else "client" if one.drops_out else "sample"
+                if one.label is not None:
+                    one = as_positions(one, training.place.registered(sender), forgotten)
+                if level not in self.mechanism.levels:
+                    raise PayloadError(
+                        f"deletion request from client {sender}: asks for a {level}; mechanism "
+                        f"{training.config.unlearning.mechanism!r} forgets {', '.join(sorted(self.mechanism.levels))}"
+                    )
+            except PayloadError as error:
+                lost.append(error)
+                side.verdicts.append(Verdict(round, sender, REQUEST, False, str(error)))
+                continue
+            side.verdicts.append(Verdict(round, sender, REQUEST, True, samples=one.samples))
+            gone = merged(gone, [one])
+            found.append(one)
+        if lost and not found:
+            raise lost[0]
         return found
 
     def _asked_again(self, name: str, training: Training, side: Side, times: int) -> list[Deletion]:
-        """What the clients ask for when they see the last answer; nothing where the server rejects it."""
+        """What the clients ask for when they see the last answer; PayloadError where the server rejects it."""
         excluded, last = side.answers[-1].excluded, side.answers[-1].weights
         world, config = self.plan.world, training.config
         assert training.trainer.grid is not None
-        asked = ask_unlearning(
-            training.trainer.grid, last, world.scenario, config.request_round, excluded, times=times
-        )
-        try:
-            return self._deletions(training, asked.get(name, []), excluded)
-        except PayloadError as error:
-            log.warning("%s: request %d is rejected: %s", name, times + 1, error)
-            return []
+        asked = ask_unlearning(training.trainer.grid, last, config, world, excluded, times=times)
+        return self._deletions(training, name, asked, excluded, side)
 
     def _clean(
         self,
@@ -569,7 +743,7 @@ class UnlearningExperiment(Experiment):
             clean = replace(training, config=config, place=trainer.place, trainer=trainer, history=history)
             for some in deletions:
                 named = [replace(one, images=None, labels=None) if one.positions else one for one in some]
-                self._forget(clean, side, named, exact=False)
+                self._forget(clean, side, named, exact=False, gated=False)
             last = side.answers[-1]
             ends = {
                 "before": trainer.go_on({}, history.weights),
@@ -630,6 +804,9 @@ class UnlearningExperiment(Experiment):
                 **first["details"],
                 "requested_loss": first["requested_loss"],
                 "random_positions": [row["random_positions"] for row in rows],
+                "refused": {arm: [row["refused"][arm] for row in rows] for arm in ("after", "random")},
+                "gates": _counted([one for row in rows for one in row["verdicts"]]),
+                "verdicts": [{"seed": n} | one for n, row in enumerate(rows) for one in row["verdicts"]],
             },
         )
 
@@ -638,7 +815,7 @@ class UnlearningExperiment(Experiment):
         if deletion.labels is None:
             return deletion
         try:
-            return as_positions(deletion, _registered(training, deletion.client))
+            return as_positions(deletion, training.place.registered(deletion.client))
         except PayloadError:
             return Deletion(deletion.client)
 
@@ -659,7 +836,7 @@ class UnlearningExperiment(Experiment):
             some: list[Deletion] = []
             for deletion in part:
                 client = deletion.client
-                count = _size(deletion)
+                count = deletion.samples
                 size = len(training.place.partitions[client])
                 free = np.setdiff1d(np.arange(size), sorted(taken[client]))
                 if len(free) < count:
@@ -676,14 +853,31 @@ class UnlearningExperiment(Experiment):
         return others, drawn
 
 
-def _size(deletion: Deletion) -> int:
-    """How many samples it names or brings."""
-    return len(deletion.positions) if deletion.labels is None else len(deletion.labels)
+def _nothing(side: Side) -> list[str]:
+    """The gates that refused, where nothing of what was asked for was forgotten."""
+    if any(part for part in side.deletions):
+        return []
+    return sorted({one.gate for one in side.verdicts if not one.accepted and one.gate != REQUEST})
 
 
-def _registered(training: Training, client: int) -> list[bytes]:
-    """What a client registered of its samples."""
-    return sample_digests(*training.place.samples(client, np.arange(len(training.place.partitions[client]))))
+def _counted(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[int]]]:
+    """Gate -> arm -> how many requests it refused, and of how many."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for one in verdicts:
+        counts = found.setdefault(one["gate"], {}).setdefault(one["arm"], [0, 0])
+        counts[0] += not one["accepted"]
+        counts[1] += 1
+    return found
+
+
+def _refusals(outcome: UnlearningOutcome) -> Iterator[str]:
+    """What the gates refused altogether, of the request and of as many random samples, in words."""
+    for arm, what in (("after", "the request is"), ("random", "as many random samples are")):
+        gates = outcome.details["refused"][arm]
+        if any(gates):
+            names = sorted({gate for seed in gates for gate in seed})
+            where = f" in {sum(map(bool, gates))} of {len(gates)} seeds" if not all(gates) else ""
+            yield f"{what} refused by gate{'s' if len(names) > 1 else ''} {' and '.join(names)}{where}"
 
 
 def _seed(seed: int, repeat: int) -> int:

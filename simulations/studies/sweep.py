@@ -18,7 +18,7 @@ what is missing: finished cells are read from disk, a killed cell goes on from i
         { label = "noise 0.01", defense = "clip-noise", "defense.noise" = 0.01 },
     ]
 
-Parameters of an attack or a defence that a cell does not use are left out of it.
+Parameters of an attack, a defence or a gate that a cell does not use are left out of it.
 """
 
 from __future__ import annotations
@@ -49,12 +49,16 @@ from fedattack.registry import Registry, plugin_options
 from fedattack.reporting.sweep.page import write_sweep
 from fedattack.reporting.sweep.table import DONE, FAILED, REFUSED, CellOutcome, SweepTable, sweep_table
 from fedattack.storage.plain import flat, read_json, write_json
+from fedattack.unlearning.gates import GATES
 from simulations.engine.ray_session import ray_session
 from simulations.pipeline import simulate
 from simulations.progress import stages
 
 NONE = "none"
-"""On an axis of defences: no defence."""
+"""On an axis of defences or gates: none of them."""
+
+_LISTED: dict[str, Registry[Any]] = {"defense": DEFENSES, "gates": GATES}
+"""Sections whose plug-ins a cell may name, or not."""
 
 _MOST_CELLS = 10_000
 
@@ -157,20 +161,25 @@ def _cell(
 
 
 def _applicable(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` without the parameters of attacks and defences that they do not name."""
+    """`settings` without the parameters of attacks, defences and gates that they do not name."""
     attacks = _named(settings, "attack", "attack.names")
-    defenses = [name for name in _named(settings, "defense", "defense.names") if name != NONE]
-    kinds: dict[str, Any] = {"attack": (attacks, ATTACKS), "defense": (defenses, DEFENSES)}
+    listed = {
+        section: [name for name in _named(settings, section, f"{section}.names") if name != NONE]
+        for section in _LISTED
+    }
+    kinds: dict[str, Any] = {"attack": (attacks, ATTACKS)}
+    kinds |= {section: (names, _LISTED[section]) for section, names in listed.items()}
     kept: dict[str, Any] = {}
     for key, value in settings.items():
         parts = key.split(".")
-        if _resolved(key) == "defense.names":
-            kept[key] = ",".join(defenses)
+        section, _, leaf = _resolved(key).partition(".")
+        if section in listed and leaf == "names":
+            kept[key] = ",".join(listed[section])
         elif len(parts) == 2 and parts[0] in ATTACKS and parts[0] not in Config.model_fields:
             if parts[0] in attacks:
                 kept[key] = value
-        elif len(parts) == 3 and parts[0] == "defense":
-            if parts[1] in defenses:
+        elif len(parts) == 3 and parts[0] in listed:
+            if parts[1] in listed[parts[0]]:
                 kept[key] = value
         elif len(parts) != 2 or parts[0] not in kinds or not _foreign(parts[1], parts[0], *kinds[parts[0]]):
             kept[key] = value

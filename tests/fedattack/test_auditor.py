@@ -272,6 +272,21 @@ def test_one_unlearning_run_needs_the_number_of_test_samples() -> None:
         audit_unlearning("u", {arm: [92.0] for arm in arms}, requests=5, mechanism="retrain")
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), None, "inf"])  # as they were, and as stored
+def test_a_model_that_was_destroyed_is_damage_and_no_error(broken) -> None:
+    arms = {"before": [0.92, 0.93, 0.91], "after": [0.1, 0.1, 0.11], "random": [0.91, 0.92, 0.9]}
+    losses = {"before": [0.2, 0.2, 0.2], "after": [2.0, broken, 3.0], "random": [0.2, 0.3, 0.2]}
+    found = audit_unlearning("u", arms, losses=losses, requests=5, mechanism="scrub")
+    assert found.level == "leak"
+    assert "loss_gained" not in found.summary["metrics"]
+    ends = [row["loss"] for row in found.records if row["arm"] == "after"]
+    assert ends[::2] == [2.0, 3.0]
+    assert not np.isfinite(ends[1])
+    losses["after"][1] = 2.2
+    whole = audit_unlearning("u", arms, losses=losses, requests=5, mechanism="scrub")
+    assert whole.summary["metrics"]["loss_gained"]["mean"] == pytest.approx((1.8 + 1.9 + 2.8) / 3)
+
+
 def test_thresholds_of_a_recovered_image() -> None:
     assert rule.image_recovered(30.0, 0.9, 24.0, 24.0)
     assert not rule.image_recovered(29.9, 0.95, 10.0, 10.0)

@@ -18,6 +18,8 @@ from fedattack.models import build_model, initial_weights, resolve
         ("lenet-zhu", "relu", 3, 7_834_249),
         ("resnet18", None, 3, 11_173_962),  # the usual CIFAR ResNet-18 with a 10-way head
         ("resnet20", None, 3, 272_474),  # 0.27M in the paper
+        ("logistic", None, 1, (32 * 32 + 1) * 10),
+        ("lcodec-cnn", None, 3, 157_140),  # L-CODEC's on CIFAR-10
         ("resnet18", "sigmoid", 3, 11_168_832 + 32_768 * 500 + 500),  # HCGLA's: same trunk, 32,768 features
     ],
 )
@@ -26,7 +28,9 @@ def test_published_parameter_counts(name, activation, channels, count) -> None:
     assert sum(p.numel() for p in build_model(model).parameters()) == count
 
 
-@pytest.mark.parametrize("name", ["lenet-zhu", "tiny-cnn", "mlp", "resnet18", "resnet20"])
+@pytest.mark.parametrize(
+    "name", ["lenet-zhu", "tiny-cnn", "mlp", "logistic", "lcodec-cnn", "resnet18", "resnet20"]
+)
 def test_forward_and_seed(name) -> None:
     model = resolve(ModelConfig(name=name, classes=12), 1, 16, 10)
     module = build_model(model)
@@ -48,6 +52,8 @@ def test_refusals(tmp_path) -> None:
         resolve(ModelConfig(name="resnet-18"), 3, 32, 10)
     with pytest.raises(ConfigError, match="the data set has 10 classes"):
         resolve(ModelConfig(classes=5), 3, 32, 10)
+    with pytest.raises(ConfigError, match="needs images of 16 x 16 pixels or more, not 8"):
+        build_model(resolve(ModelConfig(name="lcodec-cnn"), 1, 8, 10))
     model = resolve(ModelConfig(name="mlp"), 1, 8, 10)
     path = tmp_path / "w.safetensors"
     for weights, part in [({"x": torch.zeros(1)}, "do not fit"), (None, "no such file")]:

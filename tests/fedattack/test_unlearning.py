@@ -19,10 +19,10 @@ from fedattack.unlearning import (
     MECHANISMS,
     Deletion,
     History,
+    Registered,
     Weights,
     as_positions,
     build_mechanism,
-    sample_digests,
     validate_request,
 )
 from fedattack.unlearning.retrain import Retrain
@@ -221,7 +221,7 @@ def test_good_requests_are_accepted() -> None:
 def test_samples_are_found_among_those_that_were_registered() -> None:
     images, labels = private(0)
     images[7], labels[7] = images[2], labels[2]  # the same sample twice
-    registered = sample_digests(images, labels)
+    registered = Registered.of(images, labels, b"client 0")
 
     def asked(places: list[int], **changes) -> Deletion:
         parts = {"images": images[places], "labels": labels[places]} | changes

@@ -309,9 +309,9 @@ def test_only_the_malicious_client_asks_to_forget(world: World) -> None:
     weights = initial_weights(world.scenario.model, 0)
     grid = InlineGrid(Workplace.of(config, world))
     try:
-        ((sender, request),) = ask_unlearning(grid, weights, world.scenario, 1)["unlearn-max-loss"]
+        ((sender, request),) = ask_unlearning(grid, weights, config, world)["unlearn-max-loss"]
         left = {2: request.positions}
-        ((_, again),) = ask_unlearning(grid, weights, world.scenario, 1, left)["unlearn-max-loss"]
+        ((_, again),) = ask_unlearning(grid, weights, config, world, left)["unlearn-max-loss"]
     finally:
         grid.close()
     assert sender == request.client == 2

@@ -25,6 +25,7 @@ from simulations.engine.federation import FederationResult, RoundRecord, run_fed
 from simulations.engine.local_grid import LocalGrid
 from simulations.engine.ray_session import ray_session
 from simulations.pipeline import simulate
+from strategies.messages import tag_of
 
 SETTINGS = {
     "dataset": "digits",
@@ -117,7 +118,7 @@ def test_only_who_asks_early_is_told_the_question(world: World, monkeypatch: pyt
     assert torch.equal(answers[names[0]][1]["told"], question.labels)
     assert [len(answers[name][1]["seen"]) for name in names] == [4, 4]
     honest = {"arrays", "config"}
-    assert told == {0: honest, 1: honest | {"question of rigged_attacks:Told"}, 2: honest}
+    assert told == {0: honest, 1: honest | {f"question of {tag_of(0, names[0])}"}, 2: honest}
 
 
 @pytest.mark.ray

@@ -121,6 +121,15 @@ def test_parameters_of_what_a_cell_does_not_use_are_left_out() -> None:
         assert options.options == ({"prune": {"share": 0.1}} if "prune" in names else {})
 
 
+def test_gates_are_an_axis_as_defences_are() -> None:
+    asked = document(gates=["none", "digest,rate", "cap"])
+    asked["settings"] |= {"gates.rate.limit": 3, "gates.factor": 4.0}  # the cap's, or the loss's
+    gates = [cell.config(Path("x"), 1).gates for cell in Sweep.from_mapping(asked).cells]
+    assert [one.names for one in gates] == [(), ("digest", "rate"), ("cap",)]
+    assert [one.options for one in gates] == [{}, {"rate": {"limit": 3}}, {}]
+    assert [one.shared_options for one in gates] == [{}, {}, {"factor": 4.0}]
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

@@ -1,4 +1,4 @@
-"""Small networks: the LeNet of the gradient-leakage literature, a tiny CNN and a perceptron."""
+"""Small networks: the LeNet of the gradient-leakage literature, a tiny CNN, a perceptron and a linear model."""
 
 from __future__ import annotations
 
@@ -83,3 +83,9 @@ def mlp(config: ModelConfig) -> nn.Module:
         activation(config.activation),
         nn.Linear(hidden, classes),
     )
+
+
+def logistic(config: ModelConfig) -> nn.Module:
+    """Logistic regression: one linear layer on the pixels, the softmax of several classes."""
+    channels, size, classes = config.resolved
+    return ConvChain(nn.Sequential(), nn.Linear(channels * size * size, classes))
