@@ -249,7 +249,7 @@ class ForgottenExperiment(Experiment):
         ):
             now = history.fork(Path(scratch) / "now", history.weights, history.excluded)
             server = FederationTrainer(self.config, plan.world, grid, place)
-            training = Training(self.config, place, server, history, history.weights, asked)
+            training = Training(self.config, place, server, history, history.weights, asked, Path(scratch))
             deletions, desk = self.deleting.granted(training, source, asked, now)
             clients = [deletion.client for deletion in deletions]
             if not deletions:
