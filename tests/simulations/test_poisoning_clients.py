@@ -19,7 +19,7 @@ from fedattack.data import build_world
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import initial_weights
 from fedattack.observation import UnlearningRequest
-from simulations.client_app import Workplace, _asking, _seats
+from simulations.client_app import Workplace, _seats, asking
 from simulations.experiments.choose import choose_attacks, known_facts
 from simulations.pipeline import simulate
 
@@ -96,7 +96,7 @@ def test_a_black_box_shows_no_weights_and_equal_answers_are_equal_requests() -> 
 
     def seats(shown: dict[str, Tensor]) -> Iterator[tuple[str, MaliciousClient, ClientView]]:
         for name, (attack, view) in _seats(place, context, 2, 0, shown).items():
-            yield name, attack, _asking(place, attack, view, shown)
+            yield name, attack, asking(place.model, attack, view, shown)
 
     def said(shown: dict[str, Tensor]) -> dict[str, UnlearningRequest]:
         return {name: attack.ask(view, images, labels) for name, attack, view in seats(shown)}
@@ -136,7 +136,7 @@ def test_more_queries_than_granted_are_refused() -> None:
     context: Any = type("Context", (), {"state": {}})
     weights = initial_weights(place.scenario.model, 5)
     attack, view = _seats(place, context, 1, 0, weights)["unlearn-surrogate"]
-    oracle = _asking(place, attack, view, weights).oracle
+    oracle = asking(place.model, attack, view, weights).oracle
     assert oracle is not None
     images = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(oracle(images).sum(1), torch.ones(3))
