@@ -16,7 +16,7 @@ from fedattack.observation import Scenario
 from fedattack.unlearning.curvature import conjugate_gradients, gauss_newton, minimise
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.linear import linear_head
-from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
+from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Objective, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.trajectory import remaining
 
@@ -64,6 +64,10 @@ class Newton(Mechanism):
                 f"setting 'training.weight_decay' = 0: {name!r} trains a linear model to convergence, which it may "
                 "never reach without weight decay; accepted: more than 0, or unlearning.converge=false"
             )
+
+    def minimises(self, scenario: Scenario) -> Objective | None:
+        """Of a linear model that is trained to convergence: cross-entropy."""
+        return Objective("softmax", scenario.training.weight_decay) if self._converges(scenario) else None
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """A linear model at its minimum on what is not excluded; another as it is."""
