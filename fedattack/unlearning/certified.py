@@ -50,6 +50,7 @@ class CertifiedRemoval(Mechanism):
     """
 
     runs: ClassVar[Literal["server", "central"]] = "central"
+    certifies: ClassVar[bool] = True
     loss: LinearLoss = "logistic"
     l2: Annotated[float, Field(gt=0)] | None = None
     scale: Annotated[float, Field(gt=0)] | None = None
