@@ -394,8 +394,8 @@ class ForgottenExperiment(Experiment):
         used = used_positions(round_batches(self.plan.config, size, start + 1, client))
         told = (
             f"{mechanism} takes all out that {called(client)} sent in round {start + 1}: another client, who is sent "
-            f"the global model with it and without, reads its gradient, of {observation.num_examples} samples to be "
-            "forgotten or not",
+            f"the global model with it and without, reads its gradient, of {observation.num_examples} sample"
+            f"{'s' if observation.num_examples != 1 else ''}, to be forgotten or not",
         )
         truth = _truth(place, observation, [Deletion(client, frozenset(used.tolist()))])
         return Look("models", observation, truth, "another client", told)
