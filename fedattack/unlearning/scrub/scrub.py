@@ -81,6 +81,7 @@ class Scrub(Mechanism):
 
     keeps = frozenset({"checkpoints"})
     runs = "central"
+    by_positions = False
     mode: Literal["published", "corrected"] = "corrected"
     order: Order = "foci"
     perturbations: Annotated[int, Field(ge=2)] = 1000
@@ -106,9 +107,13 @@ class Scrub(Mechanism):
         Hypercolumn(build_model(scenario.model))
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
-        """Forget the samples of `deletions`, in ascending order of their positions."""
+        """Forget the samples of `deletions`, in ascending order of their positions, then those that they bring."""
         central, excluded = trainer.central(), merged(history.excluded, deletions)
         gone = np.array(sorted(frozenset[int]().union(*(d.positions for d in deletions))), np.int64)
+        for one in deletions:
+            if one.images is not None and one.labels is not None:
+                central, brought = central.joined(one.images, one.labels)
+                gone = np.concatenate([gone, brought])
         retained = central.retained(excluded.get(0, frozenset()))
         start = history.ignorant(excluded)
         if start is None:
