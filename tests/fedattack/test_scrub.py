@@ -410,6 +410,21 @@ def test_networks_forget(tmp_path: Path, name: str, mode: str) -> None:
     assert holder.cost.gradients > 0
 
 
+def test_samples_that_a_request_brings_are_scrubbed_like_own_ones(tmp_path: Path) -> None:
+    holder = Holder.of(tmp_path, "logistic", 60, weight_decay=L2)
+    own = IMAGES[[4]], LABELS[[4]]
+    asked = [Deletion(0, images=own[0], labels=own[1])]
+    for mode, same in (("published", True), ("corrected", False)):
+        how = Scrub(mode=mode, order="full")
+        brought = how.forget(asked, holder.history, holder)
+        by_position = holder.forget([4], mode=mode, order="full")
+        assert brought.excluded.get(0, frozenset()) == frozenset()
+        ends = [holder.central_.flat(one.weights) for one in (brought, by_position)]
+        # the Hessian is of what is retained, to which a sample that was only brought still belongs
+        assert torch.allclose(*ends, rtol=1e-6, atol=1e-9) == same
+        assert float(torch.cosine_similarity(*(end - holder.flat for end in ends), dim=0)) > 0.99
+
+
 def test_what_nobody_trained_on_and_what_leaves_nothing(tmp_path: Path) -> None:
     holder = Holder.of(tmp_path, "logistic", 40)
     everything = holder.forget(range(40))
