@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -14,7 +15,7 @@ from fedattack.observation import Scenario
 from fedattack.unlearning.certificate import Certified, LastLayer, budget
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.linear import LinearLoss, linear_head
-from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
+from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Objective, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.trajectory import remaining
 
@@ -68,6 +69,16 @@ class CertifiedRemoval(Mechanism):
                 f"setting 'training.weight_decay' = 0: mechanism {name!r} needs an L2 term, without which nothing "
                 "bounds its steps; accepted: more than 0, there or in 'unlearning.l2'"
             )
+
+    def minimises(self, scenario: Scenario) -> Objective | None:
+        """Of a model that is its last layer: each class against the rest; of two, each row is half of one model."""
+        head = linear_head(build_model(scenario.model), scenario.image_shape, "'certified'")
+        if not head.alone:
+            return None
+        scale = self.scale or (math.prod(scenario.image_shape) + head.biased) ** -0.5
+        if head.classes == 2 and self.loss == "logistic":  # the softmax of two halves is that model's
+            return Objective("softmax", 2 * self._l2(scenario) / scale**2)
+        return Objective(self.loss, self._l2(scenario) / scale**2)
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Train the last layer to its minimum on what is not excluded."""

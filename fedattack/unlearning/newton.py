@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,7 +16,7 @@ from fedattack.observation import Scenario
 from fedattack.unlearning.curvature import conjugate_gradients, gauss_newton, minimise
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.linear import linear_head
-from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
+from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Objective, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.trajectory import remaining
 
@@ -65,6 +65,10 @@ class Newton(Mechanism):
                 "never reach without weight decay; accepted: more than 0, or unlearning.converge=false"
             )
 
+    def minimises(self, scenario: Scenario) -> Objective | None:
+        """Of a linear model that is trained to convergence: cross-entropy."""
+        return Objective("softmax", scenario.training.weight_decay) if self._converges(scenario) else None
+
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """A linear model at its minimum on what is not excluded; another as it is."""
         if not self._converges(history.scenario):
@@ -84,15 +88,15 @@ class Newton(Mechanism):
         """Forget `deletions`; DataError where nothing is left."""
         excluded, before = merged(history.excluded, deletions), history.excluded.get(0, frozenset())
         central, scenario = trainer.central(), history.scenario
-        after = excluded.get(0, frozenset())
+        after, converged = excluded.get(0, frozenset()), self._converges(scenario)
+        if not converged:  # the step is rough, and convolutions in float64 take six times as long
+            central = replace(central, dtype=torch.float32)
         lost = central.retained(frozenset(range(len(central))) - (after - before))
         left = remaining(central, after)
         curving = left if self.curves == "left" else central.retained(before)
         flat, decay = central.flat(history.weights), scenario.training.weight_decay
-        damped = self.damping
-        if damped is None:
-            damped = 0.0 if self._converges(scenario) else 0.01
-        extra = len(curving) * (decay + damped)
+        damping = (0.0 if converged else 0.01) if self.damping is None else self.damping
+        extra = len(curving) * (decay + damping)
 
         def product(vector: Tensor) -> Tensor:
             return gauss_newton(central, flat, history.weights, vector, curving) + extra * vector
