@@ -36,6 +36,8 @@ class CertifiedRemoval(Mechanism):
 
     Parameters
     ----------
+    loss : str
+        Of each model: "logistic", or "ridge", the squared distance to -1 or 1.
     l2 : float, optional
         Of the mean loss plus l2 / 2 |w|^2; None: ``training.weight_decay``.
     scale : float, optional
@@ -43,6 +45,8 @@ class CertifiedRemoval(Mechanism):
         is longer than 1.
     sigma : float
         Deviation of b; 0 certifies nothing, so that every removal trains anew.
+    epsilon, delta : float
+        What is promised: released models with and without the forgotten are (epsilon, delta)-indistinguishable.
     batch : int
         Removals in one Newton step: fewer steps, and a bound that grows with their square.
     fresh : bool
