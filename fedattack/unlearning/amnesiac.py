@@ -14,7 +14,7 @@ from fedattack.observation import Scenario
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.trajectory import Round, ended, recorded, refuse_unlike_sgd, rounds, saved, walked
+from fedattack.unlearning.trajectory import Round, ended, recorded, refuse_defended, rounds, saved, walked
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Amnesiac(Mechanism):
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable) steps that are not SGD's."""
         super().check(name, scenario, clients)
-        refuse_unlike_sgd(name, scenario)
+        refuse_defended(name, scenario)
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Keep what each step of the training changed, walked again."""

@@ -113,7 +113,7 @@ class LastLayer:
         central.count(len(central))
         classes = torch.tensor([1]) if self.head.classes == 2 else torch.arange(self.head.classes)
         targets = 2.0 * (central.labels == classes[:, None]).double() - 1
-        self.scale = scale or inputs.shape[1] ** -0.5
+        self.scale = scale or self.head.width**-0.5
         self._all = OneVsRest(self.scale * inputs, targets, l2, loss)
 
     def problem(self, positions: Collection[int]) -> OneVsRest:

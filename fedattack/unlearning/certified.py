@@ -14,7 +14,7 @@ from fedattack.observation import Scenario
 from fedattack.unlearning.certificate import Certified, LastLayer, budget
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.linear import LinearLoss, linear_head
-from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
+from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Objective, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.trajectory import remaining
 
@@ -67,6 +67,18 @@ class CertifiedRemoval(Mechanism):
                 f"setting 'training.weight_decay' = 0: mechanism {name!r} needs an L2 term, without which nothing "
                 "bounds its steps; accepted: more than 0, there or in 'unlearning.l2'"
             )
+
+    def minimises(self, scenario: Scenario) -> Objective | None:
+        """Of a linear model the objective in the terms of its released rows, whose noise they may share."""
+        head = linear_head(build_model(scenario.model), scenario.image_shape, "'certified'")
+        decay = self._l2(scenario) / (self.scale or head.width**-0.5) ** 2
+        if not head.alone:
+            return None
+        if (
+            head.classes == 2 and self.loss == "logistic"
+        ):  # rows of -w/2 and w/2, of which |w|^2 is twice the square
+            return Objective("softmax", 2 * decay)
+        return Objective(self.loss, decay)
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Train the last layer to its minimum on what is not excluded."""

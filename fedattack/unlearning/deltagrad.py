@@ -19,7 +19,7 @@ from fedattack.unlearning.curvature import CompactBFGS
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.trajectory import Round, recorded, refuse_unlike_sgd, rounds, saved
+from fedattack.unlearning.trajectory import Round, recorded, refuse_defended, rounds, saved
 
 
 @dataclass
@@ -53,7 +53,7 @@ class DeltaGrad(Mechanism):
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable) steps that are not SGD's, and BatchNorm, whose batch has no sum of gradients."""
         super().check(name, scenario, clients)
-        refuse_unlike_sgd(name, scenario)
+        refuse_defended(name, scenario)
         parts = build_model(scenario.model).modules()
         if scenario.training.batch_norm == "train" and any(
             isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts
@@ -103,7 +103,8 @@ class DeltaGrad(Mechanism):
                     whole = len(batch) * g_t
                 elif since <= self.first or (since - self.first) % self.period == 0 or not pairs.pairs:
                     whole, exact = summed(batch), exact + 1
-                    pairs.add(away, whole / len(batch) - g_t, 2 / rate)
+                    if not pairs.add(away, whole / len(batch) - g_t, 2 / rate):
+                        pairs.pairs.clear()
                 else:
                     whole = len(batch) * (pairs.product(away) + g_t)
                 mean = (whole - summed(batch[lost])) / int((~lost).sum())

@@ -13,10 +13,10 @@ from torch import Tensor
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Scenario
-from fedattack.unlearning.curvature import conjugate_gradients, gauss_newton, minimise
+from fedattack.unlearning.curvature import gauss_newton, minimise, solve
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.linear import linear_head
-from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
+from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Objective, Trainer, merged
 from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.trajectory import remaining
 
@@ -65,6 +65,10 @@ class Newton(Mechanism):
                 "never reach without weight decay; accepted: more than 0, or unlearning.converge=false"
             )
 
+    def minimises(self, scenario: Scenario) -> Objective | None:
+        """Of a linear model that is trained to convergence its loss and weight decay."""
+        return Objective("softmax", scenario.training.weight_decay) if self._converges(scenario) else None
+
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """A linear model at its minimum on what is not excluded; another as it is."""
         if not self._converges(history.scenario):
@@ -98,14 +102,14 @@ class Newton(Mechanism):
             return gauss_newton(central, flat, history.weights, vector, curving) + extra * vector
 
         right = central.gradient(flat, history.weights, lost) + decay * len(lost) * flat
-        found = conjugate_gradients(product, right, self.tolerance, self.iterations)
+        found = solve(product, right, self.tolerance, self.iterations)
         distance = float(found.solution.norm())
         details: dict[str, Any] = {
             "products": found.products,
             "residual": found.residual,
             "distance": distance,
         }
-        if found.residual > self.tolerance:
+        if found.residual > 2 * self.tolerance:  # what was left out of rounding
             details["warning"] = (
                 f"the step's equations are solved to {found.residual:.2g} of their right-hand side after "
                 f"{found.products} products; raise 'unlearning.iterations' or 'unlearning.damping'"

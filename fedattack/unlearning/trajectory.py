@@ -90,13 +90,12 @@ def ended(central: Central, last: Round, base: Weights) -> Weights:
     return central.weights(last.weights[-1], {**base, **buffers})
 
 
-def refuse_unlike_sgd(name: str, scenario: Scenario) -> None:
+def refuse_defended(name: str, scenario: Scenario) -> None:
     """Refuse (NotApplicable) a training whose steps are not the gradients of its batches."""
-    if scenario.compression.name != "none" or scenario.defense.names:
-        found = scenario.compression.name if not scenario.defense.names else ", ".join(scenario.defense.names)
+    if scenario.defense.names:
         raise NotApplicable(
-            f"setting 'unlearning.mechanism' = {name!r} follows the steps of SGD, and here {found!r} changes what "
-            "becomes of them; use --compressor none and no defence"
+            f"setting 'defense.names' = {', '.join(scenario.defense.names)!r}: mechanism {name!r} follows the steps "
+            "of SGD, which a defence changes; use none"
         )
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from fedattack.models import build_model
 from fedattack.observation import Scenario
 from fedattack.unlearning.central import Central, Positions
+from fedattack.unlearning.curvature import gauss_newton, solve
 from fedattack.unlearning.history import History
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.scrub.curvature import RankOne, gauss_newton_product, released_hessian, solve
+from fedattack.unlearning.scrub.curvature import RankOne, released_hessian
 from fedattack.unlearning.scrub.hypercolumn import Hypercolumn
 from fedattack.unlearning.scrub.selection import Order, choose_rows
 
@@ -151,10 +152,10 @@ class Scrub(Mechanism):
             slope = (slope + len(gone) * decay * work.flat) / count
 
         def product(vector: Tensor) -> Tensor:
-            found = gauss_newton_product(central, work.flat, work.base, vector, data) / count
+            found = gauss_newton(central, work.flat, work.base, vector, data) / count
             return found + (decay + self.damped) * vector
 
-        found = solve(product, slope, rows, self.tolerance, self.products)
+        found = solve(product, slope, self.tolerance, self.products, rows)
         work.details |= {"products": found.products, "residual": found.residual}
         return rows, found.solution
 
