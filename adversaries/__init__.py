@@ -87,6 +87,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "unlearn-min-margin": "adversaries.unlearning.orders:MinMargin",
         "unlearn-target-class": "adversaries.unlearning.orders:TargetClass",
         "unlearn-surrogate": "adversaries.unlearning.surrogate_loss:SurrogateLoss",
+        "unlearn-worst-set": "adversaries.unlearning.worst_set:WorstSet",
         "unlearn-wrong-label": "adversaries.unlearning.wrong_label:WrongLabel",
         "unlearn-and-burn": "adversaries.unlearning.unlearn_and_burn:UnlearnAndBurn",
         "unlearn-fgsm": "adversaries.unlearning.modified:FastGradientSign",

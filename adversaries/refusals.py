@@ -221,10 +221,10 @@ TABLE: tuple[Row, ...] = (
         "attack.unit 'group' with data.withheld and data.nonmember_unit 'group'"),
     Row("foreign", "samples taken as they are sent", lambda n, s, f: f.foreign is False,
         "setting 'unlearning.mechanism': this one forgets what its client registered, and this attack sends samples "
-        "that nobody did; use a mechanism that forgets samples as they are sent"),
+        "that nobody did; use one that forgets samples as they are sent (scrub)"),
     Row("certificate", "a certificate that can be used up", lambda n, s, f: f.certificate is False,
         "setting 'unlearning.mechanism': this one promises nothing that removals could use up; use one that "
-        "certifies"),
+        "certifies (certified)"),
     Row("calibrates", "clients that work while the server forgets", lambda n, s, f: f.calibrates is False,
         "setting 'unlearning.mechanism': this one asks no client to work, and this attack changes what clients "
         "answer; use retrain, federaser or another that reaches clients"),

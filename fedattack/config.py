@@ -619,7 +619,7 @@ def _resolve(key: str) -> list[str]:
         return SHORT_NAMES[key].split(".")
     parts = key.replace("-", "_").split(".")
     if parts[0] == "mechanism" and len(parts) == 2:
-        return ["unlearning", "shared_options", parts[1]]
+        return [SHORT_NAMES["mechanism"].partition(".")[0], "shared_options", parts[1]]
     section, rest = ("attack", key)
     fields: Mapping[str, FieldInfo] = {}
     if parts[0] in Config.model_fields:

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedattack.errors import NotApplicable
 from fedattack.observation import Scenario
 from fedattack.unlearning.history import ClientUpdate, Weights
-from fedattack.unlearning.requests import Deletion
 
 
 def length(change: Weights) -> float:
@@ -47,16 +45,6 @@ def stepped(weights: Weights, step: Tensor, names: Sequence[str], tied: Mapping[
     for name, piece in zip(names, pieces, strict=True):
         after[name] = (weights[name].double() + piece.view_as(weights[name])).to(weights[name].dtype)
     return after | {name: after[kept] for name, kept in tied.items()}
-
-
-def whole_clients(name: str, deletions: Sequence[Deletion]) -> None:
-    """Refuse (NotApplicable) deletions of a part of a client's samples."""
-    for deletion in deletions:
-        if not deletion.drops_out:
-            raise NotApplicable(
-                f"setting 'unlearning.mechanism' = {name!r} forgets whole clients, and client {deletion.client} asks "
-                f"for {len(deletion.positions)} of its samples; use retrain, federaser, fedrecover or liu"
-            )
 
 
 def told(scenario: Scenario, what: str) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class CertifiedRemoval(Mechanism):
     """
 
     runs: ClassVar[Literal["server", "central"]] = "central"
+    certifies: ClassVar[bool] = True
     loss: LinearLoss = "logistic"
     l2: Annotated[float, Field(gt=0)] | None = None
     scale: Annotated[float, Field(gt=0)] | None = None
@@ -74,9 +75,7 @@ class CertifiedRemoval(Mechanism):
         decay = self._l2(scenario) / (self.scale or head.width**-0.5) ** 2
         if not head.alone:
             return None
-        if (
-            head.classes == 2 and self.loss == "logistic"
-        ):  # rows of -w/2 and w/2, of which |w|^2 is twice the square
+        if head.classes == 2 and self.loss == "logistic":  # the softmax of -w/2 and w/2 is that model's
             return Objective("softmax", 2 * decay)
         return Objective(self.loss, decay)
 

@@ -14,7 +14,7 @@ from fedattack.errors import NotApplicable, RunFailed
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Scenario
 from fedattack.task import tied_names, trained_parameters
-from fedattack.unlearning.averaging import flat, moved, stepped, told, whole_clients
+from fedattack.unlearning.averaging import flat, moved, stepped, told
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Level, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
@@ -65,7 +65,6 @@ class ProjectedAscent(Mechanism):
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget the clients of `deletions`; see :meth:`Mechanism.forget`."""
-        whole_clients("halimi", deletions)
         excluded = merged(history.excluded, deletions)
         if history.ignorant(excluded) is None:
             return Forgotten(history.weights, excluded, resumed_after=history.rounds)

@@ -109,7 +109,7 @@ class Newton(Mechanism):
             "residual": found.residual,
             "distance": distance,
         }
-        if found.residual > 2 * self.tolerance:  # what was left out of rounding
+        if found.residual > 2 * self.tolerance:  # worked out anew, in which rounding has a part
             details["warning"] = (
                 f"the step's equations are solved to {found.residual:.2g} of their right-hand side after "
                 f"{found.products} products; raise 'unlearning.iterations' or 'unlearning.damping'"

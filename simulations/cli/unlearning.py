@@ -23,6 +23,7 @@ def run_audit(config: Config, mechanisms: str, counts: Counts, console: Console,
     chosen = named(config.unlearning, [name.strip() for name in mechanisms.split(",") if name.strip()])
     world = build_world(config)
     design = make_design(config, world, counts, chosen_targets(config, world, counts))
+    trainings = ShadowAudit(config, world, design, chosen)
     called = config.model_copy(update={"attack": AttackConfig(names=("forgetting-audit",))})
     output = config.output.model_copy(update={"run_dir": str(run_directory(called))})
     config = config.model_copy(update={"output": output})
@@ -33,7 +34,7 @@ def run_audit(config: Config, mechanisms: str, counts: Counts, console: Console,
                 f"setting 'output.run_dir' = {config.output.run_dir!r}: holds an audit of {earlier}; give another one"
             )
         folder.save_part("asked", asked)
-        results = ShadowAudit(config, world, design, shown).audit(chosen)
+        results = trainings.audit(shown)
     about = (
         f"{counts.shadows} shadow trainings of {world.scenario.model.name} on {world.dataset.name}: "
         f"{counts.retained} samples that all have, {counts.targets} targets and {counts.probes} probes by coins, "

@@ -433,13 +433,16 @@ class ForgottenExperiment(Experiment):
             seat, answer.weights, samples, count, decay=goal.decay, link=goal.link
         )
         granted = 0 if seat.auxiliary is None else len(seat.auxiliary)
-        told = (
+        told: tuple[str, ...] = (
             f"whoever has the models released before and after, and knows that {count} of {samples:,} samples were "
             f"forgotten, reads their gradient to first order, with the curvature of {granted:,} public images",
         )
-        return Look(
-            "releases", observation, _truth(place, observation, deletions), "anybody with both models", told
-        )
+        if answer.certificate is not None:
+            told += (
+                "the certificate is about the model after alone, and says nothing of who has the one before",
+            )
+        truth = _truth(place, observation, deletions)
+        return Look("releases", observation, truth, "anybody with both models", told, goal.link)
 
     # ------------------------------------------------------------------ what is made of it
 

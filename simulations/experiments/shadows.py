@@ -226,13 +226,17 @@ class Holder:
 
 
 class ShadowAudit:
-    """Shadow trainings of a configuration, and the audits of mechanisms on them.
+    """Shadow trainings of a configuration, and the audits of mechanisms, by name, on them; None does nothing.
 
-    Original models, retrained models to compare with and retrained models to audit draw apart.
+    Original models, retrained models to compare with and retrained models to audit draw apart. NotApplicable where a
+    mechanism, or the model, cannot be asked.
     """
 
-    def __init__(self, config: Config, world: World, design: Design, shown: Shown) -> None:
-        self.config, self.world, self.design, self.shown = config, world, design, shown
+    def __init__(
+        self, config: Config, world: World, design: Design, mechanisms: Mapping[str, Mechanism | None]
+    ) -> None:
+        self.config, self.world, self.design, self.mechanisms = config, world, design, mechanisms
+        self.shown: Shown = lambda *_: None
         scenario = world.scenario
         if scenario.training.task != "classify":
             raise NotApplicable(
@@ -246,11 +250,12 @@ class ShadowAudit:
             )
         base = initial_weights(scenario.model, config.seed)
         self.stack = Stack(scenario.model, design.images, design.labels, base)
-
-    def audit(self, mechanisms: Mapping[str, Mechanism | None]) -> list[AuditResult]:
-        """Audit each; None does nothing. NotApplicable, before anything is trained, where one cannot be asked."""
         for name, mechanism in mechanisms.items():
             self._check(name, mechanism)
+
+    def audit(self, shown: Shown) -> list[AuditResult]:
+        """Train, and audit each mechanism."""
+        self.shown, mechanisms = shown, self.mechanisms
         self.shown("shadows", 0.0, "original models")
         kept, forgotten = self.design.kept, self.design.forgotten
         original = self._trained(kept | forgotten, ORIGINAL)

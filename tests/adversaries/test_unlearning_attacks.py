@@ -400,3 +400,23 @@ def test_calibration_is_honest_but_in_the_rounds_of_its_own_request() -> None:
     assert bool((given[moved] == 2).all())
     assert torch.equal(given[~moved], labels[~moved])
     assert attack.reply(own, update)["a"].tolist() == [3, 3]
+
+
+def test_the_worst_set_is_the_greedy_one() -> None:
+    """Sample after sample, from gradients of one sample each, on the client's own model."""
+    images, labels = samples(50)
+    seen = replace(view(0, 6, network("mlp")), model=None)
+    attack = ATTACKS.get("unlearn-worst-set")(rate=2.0, epochs=3)
+    model, rest = attack.surrogate(seen, images, labels)
+    assert len(rest) == 25
+    left, wanted = rest.tolist(), []
+    for _ in range(6):
+        slopes = {i: alone(model, images[i], int(labels[i])) for i in rest.tolist()}
+        mean = torch.stack(list(slopes.values())).mean(0)
+        wanted.append(max(left, key=lambda i: float(slopes[i] @ mean)))
+        left.remove(wanted[-1])
+        moved = torch.nn.utils.parameters_to_vector(model.parameters()) + 2.0 * slopes[wanted[-1]].float()
+        torch.nn.utils.vector_to_parameters(moved.detach(), model.parameters())
+    assert list(attack.ask(seen, images, labels).positions) == wanted
+    first = {i: float(slope @ mean) for i, slope in slopes.items()}
+    assert sorted(first, key=lambda i: -first[i])[:6] != wanted, "the steps change the order"

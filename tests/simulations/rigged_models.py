@@ -19,9 +19,3 @@ def batch_norm_net(config: ModelConfig) -> nn.Module:
         nn.Flatten(),
         nn.Linear(4 * ((config.image_size + 1) // 2) ** 2, config.classes),
     )
-
-
-def softmax(config: ModelConfig) -> nn.Module:
-    """Regression on the pixels."""
-    channels, side, classes = config.resolved
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, classes))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from fedattack.models import build_model
 from fedattack.observation import UnlearningRequest
 from fedattack.training import batch_gradient
 from fedattack.unlearning import Forgotten, Mechanism
-from fedattack.unlearning.mechanism import merged
 
 
 @dataclass
@@ -73,29 +71,6 @@ class Ascent(Mechanism):
             for (name, parameter), slope in zip(model.named_parameters(), gradient, strict=True):
                 weights[name] = parameter.detach() + self.rate * slope
         return Forgotten(weights, {}, history.rounds)
-
-
-@dataclass
-class PublishedStep(Mechanism):
-    """The step that L-CODEC's released code takes, sample after sample: ``w + g / (damping (n - 1))``."""
-
-    runs = "central"
-    by_positions = False
-    damping: float = 0.01
-
-    def forget(self, deletions, history, trainer) -> Forgotten:
-        central = trainer.central()
-        flat, others = central.flat(history.weights), len(central) - 1
-        for deletion in deletions:
-            positions = np.asarray(sorted(deletion.positions))
-            if deletion.images is not None:
-                central, positions = central.joined(deletion.images, deletion.labels)
-            for position in positions:
-                slope = central.gradient(flat, history.weights, np.array([position]))
-                flat = flat + slope / (self.damping * others)
-        left = [deletion for deletion in deletions if deletion.images is None]
-        weights = central.weights(flat, history.weights)
-        return Forgotten(weights, merged(history.excluded, left), history.rounds)
 
 
 @dataclass

@@ -81,6 +81,7 @@ def test_what_cannot_be_audited_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(BadRequest, match=told):
         audit("--run-dir", str(tmp_path / "run"), *arguments)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_design_has_fair_coins_and_wrong_labels_only_where_it_says(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_a_shadow_models_holder_can_train_it_again(tmp_path: Path) -> None:
     config = Config.from_mapping(settings)
     world = build_world(config)
     design = make_design(config, world, Counts(16, 6, 0.5, 60, 6))
-    (result,) = ShadowAudit(config, world, design, lambda *_: None).audit({"rewind": Rewind()})
+    (result,) = ShadowAudit(config, world, design, {"rewind": Rewind()}).audit(lambda *_: None)
     assert len(Rewind.seen) == 16
     assert max(off for off, _ in Rewind.seen) < 1e-5
     assert {newest for _, newest in Rewind.seen} == {3}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
-from torch import nn
 
 from fedattack.audit import AuditResult, audit_forgotten
-from fedattack.config import Config, ModelConfig
+from fedattack.config import Config
 from fedattack.data import World, build_world
 from fedattack.errors import ConfigError, DataError, NotApplicable
-from fedattack.observation import Observation, Scenario
+from fedattack.observation import Observation
 from fedattack.storage import RunFolder
-from fedattack.unlearning import Deletion, Forgotten, History, Mechanism, Trainer, Weights
-from fedattack.unlearning.mechanism import Excluded, Objective, merged
 from simulations.client_app import Workplace, round_batches
 from simulations.engine.federation import DeletionRequests, run_federation
 from simulations.experiments.base import EXPERIMENTS, Plan
@@ -52,39 +47,6 @@ BASE = {
     "data.auxiliary_size": 200,
     "data.nonmembers": 300,
 }
-
-
-def linear(config: ModelConfig) -> nn.Module:
-    """A softmax regression on the pixels."""
-    channels, side, classes = config.resolved
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, classes))
-
-
-@dataclass
-class Minimum(Mechanism):
-    """Releases the minimum of mean cross-entropy and weight decay; forgets by going to that without the samples."""
-
-    runs = "central"
-
-    def minimises(self, scenario: Scenario) -> Objective:
-        return Objective("softmax", scenario.training.weight_decay)
-
-    def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
-        central, base, decay = trainer.central(), history.weights, history.scenario.training.weight_decay
-        left = central.retained(excluded.get(0, ()))
-
-        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            point = torch.from_numpy(flat)
-            loss = float(central.loss(point, base, left)) / len(left) + decay / 2 * float(point @ point)
-            return loss, (central.gradient(point, base, left) / len(left) + decay * point).numpy()
-
-        options = {"maxiter": 1000, "ftol": 1e-18, "gtol": 1e-10}
-        found = minimize(objective, central.flat(base).numpy(), jac=True, method="L-BFGS-B", options=options)
-        return central.weights(torch.from_numpy(found.x), base)
-
-    def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
-        excluded = merged(history.excluded, deletions)
-        return Forgotten(self.prepare(excluded, history, trainer), excluded, 0)
 
 
 @dataclass
@@ -295,23 +257,34 @@ def test_what_the_server_saw_before_is_what_it_saw(tmp_path: Path, monkeypatch: 
         assert torch.equal(one[3], other[3])
 
 
-def test_two_releases_of_a_linear_model_give_the_forgotten_away(tmp_path: Path) -> None:
-    """The experiment hands them on as they were released, in float32, with the objective that the mechanism names."""
-    settings = {
-        "model": "test_forgotten:linear",
-        "width": "",
-        "clients": 1,
-        "mechanism": "test_forgotten:Minimum",
-    }
-    found = looked(tmp_path, **settings, training__weight_decay=1.0)
-    audit = found.audits["analytic:forgotten-releases"]
-    (record,) = audit.records
+RELEASED = {"model": "logistic", "width": "", "clients": 1, "training.weight_decay": 1.0}
+CERTIFIED = {"mechanism": "certified", "training.weight_decay": 0.1, "unlearning.sigma": 10.0}
+
+
+@pytest.mark.parametrize("settings", [{"mechanism": "newton"}, CERTIFIED])
+def test_two_releases_of_a_linear_model_give_the_forgotten_away(tmp_path: Path, settings: dict) -> None:
+    """As they are released, in float32; a certificate is about the second alone."""
+    found = looked(tmp_path, **RELEASED | settings)
+    (record,) = found.audits["analytic:forgotten-releases"].records
     assert record["psnr"] >= 30
     assert record["label_right"]
-    assert audit.threat["seat"] == "anybody with both models"
-    assert "1 of 700 samples were forgotten" in audit.summary["told"][0]
-    assert "client 0 was asked for no update" in found.told("losses:forgotten")
+    assert found.audits["analytic:forgotten-releases"].threat["seat"] == "anybody with both models"
+    told = found.told("analytic:forgotten-releases")
+    assert "1 of 700 samples were forgotten" in told
+    assert ("says nothing of who has the one before" in told) == (settings is CERTIFIED)
+    told = found.told("losses:forgotten")
+    assert "client 0 was asked for no update" in told
+    assert "there is no other client" in told
     assert "analytic:forgotten" not in found.audits
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_release_with_noise_of_its_own_hides_the_forgotten(tmp_path: Path, fresh: bool) -> None:
+    """So small an epsilon that the removal trains anew."""
+    settings = RELEASED | CERTIFIED | {"unlearning.epsilon": 1e-9, "unlearning.fresh": fresh}
+    (record,) = looked(tmp_path, **settings).audits["analytic:forgotten-releases"].records
+    assert (record["method"] == "prior") == fresh
+    assert (record["psnr"] < record["floor.auxiliary mean.psnr"] + 1) == fresh
 
 
 def test_clients_draw_anew_while_the_server_forgets() -> None:

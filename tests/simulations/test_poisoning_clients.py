@@ -19,7 +19,7 @@ from fedattack.data import build_world
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models import initial_weights
 from fedattack.observation import UnlearningRequest
-from simulations.client_app import Workplace, _asking, _seats
+from simulations.client_app import Workplace, _seats, asking
 from simulations.experiments.choose import choose_attacks, known_facts
 from simulations.pipeline import simulate
 
@@ -35,7 +35,7 @@ DIGITS = {
     "learning-rate": 0.5,
     "data.auxiliary_size": 0,
     "data.nonmembers": 540,
-    "mechanism": "rigged_requests:PublishedStep",
+    "mechanism": "scrub",
     "requests": 10,
 }
 
@@ -96,7 +96,7 @@ def test_a_black_box_shows_no_weights_and_equal_answers_are_equal_requests() -> 
 
     def seats(shown: dict[str, Tensor]) -> Iterator[tuple[str, MaliciousClient, ClientView]]:
         for name, (attack, view) in _seats(place, context, 2, 0, shown).items():
-            yield name, attack, _asking(place, attack, view, shown)
+            yield name, attack, asking(place.model, attack, view, shown)
 
     def said(shown: dict[str, Tensor]) -> dict[str, UnlearningRequest]:
         return {name: attack.ask(view, images, labels) for name, attack, view in seats(shown)}
@@ -136,7 +136,7 @@ def test_more_queries_than_granted_are_refused() -> None:
     context: Any = type("Context", (), {"state": {}})
     weights = initial_weights(place.scenario.model, 5)
     attack, view = _seats(place, context, 1, 0, weights)["unlearn-surrogate"]
-    oracle = _asking(place, attack, view, weights).oracle
+    oracle = asking(place.model, attack, view, weights).oracle
     assert oracle is not None
     images = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(oracle(images).sum(1), torch.ones(3))
@@ -148,7 +148,7 @@ def test_more_queries_than_granted_are_refused() -> None:
 def test_who_sends_what_nobody_registered_is_refused_where_the_server_forgets_by_position(
     attack: str,
 ) -> None:
-    for mechanism, fits in (("retrain", False), ("rigged_requests:PublishedStep", True)):
+    for mechanism, fits in (("retrain", False), ("scrub", True)):
         named = config(attack, limit=800, mechanism=mechanism)
         world = build_world(named)
         chosen = choose_attacks(named)
@@ -168,15 +168,23 @@ def test_a_target_that_is_no_class_is_refused(attack: str) -> None:
 
 
 @pytest.mark.slow
-def test_black_boxes_cost_twenty_points_beyond_random(tmp_path: Path) -> None:
-    """Digits, central softmax, 10 requests, the published step without noise, 3 seeds."""
-    settings = {"model": "rigged_models:softmax", "local-steps": 40, "rounds": 8, "unlearning.seeds": 3}
+def test_black_boxes_cost_twenty_points_beyond_random_and_a_digest_stops_what_is_not_registered(
+    tmp_path: Path,
+) -> None:
+    """Digits, central softmax, 10 requests, the published scrub without noise, 3 seeds; then one behind the gate."""
+    settings = {"model": "logistic", "local-steps": 40, "rounds": 8, "unlearning.seeds": 3}
+    settings |= {"mechanism.mode": "published", "mechanism.order": "full"}
     for name, audit in audits(tmp_path, ",".join(BLACK), **settings).items():
         before, after, random = figures(audit)
         print(f"{name}: before {before:.1f}, after {after:.1f}, random {random:.1f}")
         assert before > 90
         assert random - after >= 20
         assert abs(audit.summary["metrics"]["request"]["mean"]) < 0.02, "retraining hardly loses anything"
+    settings |= {"gates": "digest", "unlearning.seeds": 1}
+    for name, audit in audits(tmp_path / "gate", ",".join(BLACK), **settings).items():
+        before, after, _ = figures(audit)
+        assert (before - after >= 20) == (name == "unlearn-surrogate")
+        assert after == before or name == "unlearn-surrogate"
 
 
 # ---------------------------------------------------------------------- camouflage

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedattack.models import build_model
 from fedattack.observation import Scenario
@@ -80,6 +80,7 @@ class Scrub(Mechanism):
 
     keeps = frozenset({"checkpoints"})
     runs = "central"
+    by_positions = False
     mode: Literal["published", "corrected"] = "corrected"
     order: Order = "foci"
     perturbations: Annotated[int, Field(ge=2)] = 1000
@@ -105,14 +106,20 @@ class Scrub(Mechanism):
         Hypercolumn(build_model(scenario.model))
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
-        """Forget the samples of `deletions`, in ascending order of their positions."""
+        """Forget the samples of `deletions`, in ascending order of their positions, then those that they bring."""
         central, excluded = trainer.central(), merged(history.excluded, deletions)
         gone = np.array(sorted(frozenset[int]().union(*(d.positions for d in deletions))), np.int64)
+        for one in deletions:
+            if one.images is not None and one.labels is not None:
+                central, brought = central.joined(one.images, one.labels)
+                gone = np.concatenate([gone, brought])
         retained = central.retained(excluded.get(0, frozenset()))
         if history.ignorant(excluded) is None:
             return Forgotten(history.weights, excluded, history.rounds)
         if not len(retained):
             return Forgotten(history.checkpoint(0), excluded, 0)
+        if any(isinstance(part, nn.Conv2d) for part in central.model.modules()):
+            central = replace(central, dtype=torch.float32)  # convolutions in float64 take six times as long
         work = _Work(self, central, history.weights, retained)
         if self.mode == "corrected":
             work.remove(gone, *self._corrected(work, gone))
