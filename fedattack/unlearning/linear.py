@@ -120,7 +120,7 @@ class LinearHead:
         try:
             with torch.no_grad():
                 for part in images.split(chunk):
-                    functional_call(model, dict(state), (part,))
+                    functional_call(model, dict(state), (part.to(state[f"{self.name}.weight"]),))
         finally:
             hook.remove()
         found = torch.cat(seen).double()
