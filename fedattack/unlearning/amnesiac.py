@@ -14,7 +14,7 @@ from fedattack.observation import Scenario
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.trajectory import Round, ended, recorded, refuse_unlike_sgd, rounds, saved, walked
+from fedattack.unlearning.trajectory import Part, ended, parts, recorded, refuse_defended, saved, walked
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Amnesiac(Mechanism):
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable) steps that are not SGD's."""
         super().check(name, scenario, clients)
-        refuse_unlike_sgd(name, scenario)
+        refuse_defended(name, scenario)
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Keep what each step of the training changed, walked again."""
 
-        def rows(one: Round) -> dict[str, Tensor]:
+        def rows(one: Part) -> dict[str, Tensor]:
             return {"changes": one.weights.diff(dim=0)}
 
         return recorded(trainer.central(), history, "amnesiac", excluded.get(0, frozenset()), rows)
@@ -54,7 +54,7 @@ class Amnesiac(Mechanism):
         after, central = excluded.get(0, frozenset()), trainer.central()
         flat = central.flat(history.checkpoint(0))
         taken_back, size, last = 0, 0, 0
-        for number, batches, kept in rounds(history.folder, "amnesiac", before):
+        for number, batches, kept in parts(history.folder, "amnesiac", before):
             stays = torch.tensor([not after.intersection(batch.tolist()) for batch in batches])
             left = [batch for batch, stay in zip(batches, stays.tolist(), strict=True) if stay]
             changes = kept["changes"][stays]

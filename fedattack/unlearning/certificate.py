@@ -109,11 +109,11 @@ class LastLayer:
         scenario, like = history.scenario, central.dtype
         self.head = linear_head(build_model(scenario.model), scenario.image_shape, "'certified'")
         state = {name: t.to(like) if t.is_floating_point() else t for name, t in history.weights.items()}
-        inputs = self.head.inputs(central.model, state, central.images.to(like))
+        inputs = self.head.inputs(central.model, state, central.images)
         central.count(len(central))
         classes = torch.tensor([1]) if self.head.classes == 2 else torch.arange(self.head.classes)
         targets = 2.0 * (central.labels == classes[:, None]).double() - 1
-        self.scale = scale or inputs.shape[1] ** -0.5
+        self.scale = scale or self.head.width**-0.5
         self._all = OneVsRest(self.scale * inputs, targets, l2, loss)
 
     def problem(self, positions: Collection[int]) -> OneVsRest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -75,14 +74,14 @@ class CertifiedRemoval(Mechanism):
             )
 
     def minimises(self, scenario: Scenario) -> Objective | None:
-        """Of a model that is its last layer: each class against the rest; of two, each row is half of one model."""
+        """Of a linear model the objective in the terms of its released rows, whose noise they may share."""
         head = linear_head(build_model(scenario.model), scenario.image_shape, "'certified'")
+        decay = self._l2(scenario) / (self.scale or head.width**-0.5) ** 2
         if not head.alone:
             return None
-        scale = self.scale or (math.prod(scenario.image_shape) + head.biased) ** -0.5
-        if head.classes == 2 and self.loss == "logistic":  # the softmax of two halves is that model's
-            return Objective("softmax", 2 * self._l2(scenario) / scale**2)
-        return Objective(self.loss, self._l2(scenario) / scale**2)
+        if head.classes == 2 and self.loss == "logistic":  # the softmax of -w/2 and w/2 is that model's
+            return Objective("softmax", 2 * decay)
+        return Objective(self.loss, decay)
 
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Train the last layer to its minimum on what is not excluded."""

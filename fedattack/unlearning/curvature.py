@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from fedattack.errors import RunFailed
 from fedattack.unlearning.central import Central, Positions
-from fedattack.unlearning.history import Weights
 
 Product = Callable[[Tensor], Tensor]
 """A symmetric matrix times a vector, (P,) to (P,)."""
 
+_CHUNK = 256  # samples whose answers are differentiated at once
+
 
 def gauss_newton(
-    central: Central, flat: Tensor, base: Weights, vector: Tensor, positions: Positions
+    central: Central, flat: Tensor, base: Mapping[str, Tensor], vector: Tensor, positions: Positions
 ) -> Tensor:
     """The Gauss-Newton matrix of the summed cross-entropies times a vector, (P,); counts as two gradients.
 
@@ -29,7 +31,7 @@ def gauss_newton(
     where the logits are linear in the weights (Schraudolph, 2002). BatchNorm by its running statistics.
     """
     total = torch.zeros_like(flat)
-    for part in np.array_split(positions, -(-len(positions) // central.chunk) or 1):
+    for part in np.array_split(positions, -(-len(positions) // _CHUNK) or 1):
         point = flat.detach().requires_grad_()
         logits = central.logits(point, base, central.samples(part)[0])
         probe = torch.zeros_like(logits, requires_grad=True)
@@ -44,35 +46,38 @@ def gauss_newton(
 
 @dataclass(frozen=True)
 class Solved:
-    """What :func:`conjugate_gradients` found."""
+    """What a linear system was solved to."""
 
     solution: Tensor
     products: int  # matrix-vector products it took
-    residual: float  # of the system, as a share of the right-hand side
+    residual: float  # as a share of the right-hand side
 
 
-def conjugate_gradients(product: Product, right: Tensor, tolerance: float, most: int) -> Solved:
-    """Solve product(x) = right for a symmetric matrix, from x = 0, until the residual is `tolerance` times as long.
+def solve(product: Product, right: Tensor, tolerance: float, most: int, rows: Tensor | None = None) -> Solved:
+    """Solve product(x) = right by conjugate gradients, until the residual is `tolerance` times as long or `most`.
 
-    The solution so far is kept at a direction along which the matrix is not positive, or after `most` products.
+    `product` is to be symmetric and positive; `rows`, int64: on these entries alone, of which the solution is.
     """
-    x, residual = torch.zeros_like(right), right.clone()
-    direction, size = residual.clone(), residual @ residual
-    whole = float(size) ** 0.5
+    whole = torch.zeros_like(right)
+    rows = torch.arange(len(right)) if rows is None else rows
+    if not len(rows):
+        return Solved(right[rows], 0, 0.0)
+    wanted = right[rows].double().numpy()
     count = 0
-    while count < most and float(size) ** 0.5 > tolerance * whole:
-        image = product(direction)
+
+    def restricted(values: np.ndarray) -> np.ndarray:
+        nonlocal count
         count += 1
-        curved = direction @ image
-        if not float(curved) > 0:
-            return Solved(x, count, float(size) ** 0.5 / whole)
-        length = size / curved
-        x += length * direction
-        residual -= length * image
-        new = residual @ residual
-        direction = residual + (new / size) * direction
-        size = new
-    return Solved(x, count, float(size) ** 0.5 / whole if whole else 0.0)
+        whole[rows] = torch.from_numpy(np.ascontiguousarray(values).reshape(-1)).to(whole)
+        image: np.ndarray = product(whole)[rows].double().numpy()
+        return image
+
+    size = len(rows)
+    operator = LinearOperator((size, size), matvec=restricted, dtype=np.float64)
+    found, _ = cg(operator, wanted, rtol=tolerance, maxiter=most)
+    used = count
+    rest, norm = float(np.linalg.norm(restricted(found) - wanted)), float(np.linalg.norm(wanted))
+    return Solved(torch.from_numpy(found).to(right), used, rest / norm if norm else 0.0)
 
 
 def minimise(
@@ -120,13 +125,12 @@ class CompactBFGS:
     pairs: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
 
     def add(self, step: Tensor, change: Tensor, most: float = math.inf) -> bool:
-        """Take a pair (P,), (P,) in; False, and nothing is kept, where the function curves downwards or too much.
+        """Take a pair (P,), (P,) in; False, and it is left out, where the function curves downwards or too much.
 
         `most`: the largest curvature that a pair may bring, ``y'y / s'y``.
         """
         curved = float(step @ change)
         if not 0 < float(change @ change) <= most * curved:
-            self.pairs.clear()
             return False
         length = step.norm()  # the matrix does not depend on it, its equations' condition does
         self.pairs.append((step / length, change / length))
@@ -146,4 +150,5 @@ class CompactBFGS:
             [torch.cat([sigma * (s.T @ s), lower], 1), torch.cat([lower.T, -diagonal], 1)]
         )  # (2m, 2m)
         outer = torch.cat([sigma * s, y], 1)
-        return sigma * vector - outer @ torch.linalg.solve(middle, outer.T @ vector)
+        inside = torch.linalg.lstsq(middle, (outer.T @ vector)[:, None], driver="gelsd").solution[:, 0]
+        return sigma * vector - outer @ inside

@@ -19,7 +19,7 @@ from fedattack.unlearning.curvature import CompactBFGS
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.trajectory import Round, recorded, refuse_unlike_sgd, rounds, saved
+from fedattack.unlearning.trajectory import Part, parts, recorded, refuse_defended, saved
 
 
 @dataclass
@@ -53,7 +53,7 @@ class DeltaGrad(Mechanism):
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable) steps that are not SGD's, and BatchNorm, whose batch has no sum of gradients."""
         super().check(name, scenario, clients)
-        refuse_unlike_sgd(name, scenario)
+        refuse_defended(name, scenario)
         parts = build_model(scenario.model).modules()
         if scenario.training.batch_norm == "train" and any(
             isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts
@@ -66,8 +66,9 @@ class DeltaGrad(Mechanism):
     def prepare(self, excluded: Excluded, history: History, trainer: Trainer) -> Weights:
         """Keep the steps of the training, walked again."""
 
-        def rows(one: Round) -> dict[str, Tensor]:
-            return {"weights": one.weights, "gradients": one.gradients}
+        def rows(one: Part) -> dict[str, Tensor]:
+            begins = torch.tensor(one.begins)
+            return {"weights": one.weights, "gradients": one.gradients, "begins": begins}
 
         return recorded(trainer.central(), history, "deltagrad", excluded.get(0, frozenset()), rows)
 
@@ -86,8 +87,9 @@ class DeltaGrad(Mechanism):
         def summed(positions: Collection[int]) -> Tensor:
             return central.gradient(w, base, np.asarray(positions, np.int64))
 
-        for number, batches, kept in rounds(history.folder, "deltagrad", before):
-            velocity: Tensor | None = None
+        velocity: Tensor | None = None
+        for number, batches, kept in parts(history.folder, "deltagrad", before):
+            velocity = None if kept["begins"] else velocity
             weights, gradients, left = [], [], []
             for batch, w_t, g_t in zip(batches, kept["weights"], kept["gradients"], strict=False):
                 lost = np.isin(batch, new)
@@ -103,7 +105,8 @@ class DeltaGrad(Mechanism):
                     whole = len(batch) * g_t
                 elif since <= self.first or (since - self.first) % self.period == 0 or not pairs.pairs:
                     whole, exact = summed(batch), exact + 1
-                    pairs.add(away, whole / len(batch) - g_t, 2 / rate)
+                    if not pairs.add(away, whole / len(batch) - g_t, 2 / rate):
+                        pairs.pairs.clear()
                 else:
                     whole = len(batch) * (pairs.product(away) + g_t)
                 mean = (whole - summed(batch[lost])) / int((~lost).sum())
@@ -112,6 +115,7 @@ class DeltaGrad(Mechanism):
                 velocity = slope if velocity is None else momentum * velocity + slope
                 w = w - rate * velocity
             rows = {"weights": torch.stack([*weights, w]), "gradients": torch.stack(gradients)}
+            rows["begins"] = kept["begins"]
             size += saved(history.folder, "deltagrad", after, number, left, **rows)
         details = {"exact_steps": exact, "bytes_kept": size}
         return Forgotten(central.weights(w, base), excluded, 0, details=details)

@@ -8,19 +8,15 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedattack.models import build_model
 from fedattack.task import tied_names, trained_parameters
 from fedattack.unlearning.averaging import flat, moved, stepped, told
+from fedattack.unlearning.curvature import CompactBFGS
 from fedattack.unlearning.history import ClientUpdate, History
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-
-Pairs = list[tuple[Tensor, Tensor]]
-"""Differences of the weights and of a client's updates, oldest first, each (P,)."""
 
 
 @dataclass
@@ -67,7 +63,7 @@ class FedRecover(Mechanism):
         names, tied = tuple(trained_parameters(model)), tied_names(model)
         weights, rounds = history.checkpoint(start), history.update_rounds_after(start)
         abnormal = self._largest(history, rounds, excluded, names)
-        known: dict[int, Pairs] = defaultdict(list)
+        known = defaultdict[int, CompactBFGS](lambda: CompactBFGS(self.pairs))
         asked = estimated = fixed = 0
         for index, round in enumerate(rounds):
             kept = {update.client: update for update in history.updates(round)}
@@ -79,7 +75,7 @@ class FedRecover(Mechanism):
                 if at_once and bool(shift.any()):
                     ask.add(client)
                     continue
-                guess = stepped(kept[client].change, product(known[client], shift), names, {})
+                guess = stepped(kept[client].change, -known[client].product(shift), names, {})
                 if float(flat(guess, names).abs().max()) > abnormal:
                     ask.add(client)
                     fixed += 1
@@ -90,8 +86,9 @@ class FedRecover(Mechanism):
                 answers[update.client] = update
                 asked += 1
                 if update.client not in excluded:
-                    change = flat(update.change, names) - flat(kept[update.client].change, names)
-                    known[update.client] = [*known[update.client], (shift, change)][-self.pairs :]
+                    # an update goes against the gradient, of which the estimate is
+                    change = flat(kept[update.client].change, names) - flat(update.change, names)
+                    known[update.client].add(shift, change)
             weights = moved(weights, (answers[client] for client in sorted(answers)), tied)
         details = {"asked": asked, "estimated": estimated, "abnormal": fixed}
         return Forgotten(weights, excluded, start, details=details | told(history.scenario, "the curvature"))
@@ -106,26 +103,3 @@ class FedRecover(Mechanism):
                 sizes = flat(update.change, names).abs()
                 found = max(found, float(sizes.topk(1 + int(self.tolerance * len(sizes))).values[-1]))
         return found
-
-
-def product(pairs: Pairs, vector: Tensor) -> Tensor:
-    """The L-BFGS estimate of an update's derivative times `vector` (P,), in the compact form of Byrd et al. (1994).
-
-    Pairs along which the update did not fall, which no loss with a minimum gives, are left out; 0 where none is left.
-    """
-    good = [(step, change) for step, change in pairs if float(step @ change) < 0]
-    if not good:
-        return torch.zeros_like(vector)
-    steps, changes = (torch.stack(some) for some in zip(*good, strict=True))
-    between = steps @ changes.T
-    scale = between[-1, -1] / steps[-1].square().sum()
-    lower = between.tril(-1)
-    middle = torch.cat(
-        [
-            torch.cat([-torch.diag(between.diagonal()), lower.T], 1),
-            torch.cat([lower, scale * steps @ steps.T], 1),
-        ]
-    )
-    right = torch.cat([changes @ vector, scale * steps @ vector])
-    left = torch.linalg.lstsq(middle, right[:, None], driver="gelsd").solution[:, 0]
-    return scale * vector - changes.T @ left[: len(good)] - scale * steps.T @ left[len(good) :]

@@ -105,6 +105,7 @@ class LinearHead:
 
     name: str
     biased: bool
+    width: int  # of its inputs, the bias's 1 among them
     classes: int
     alone: bool
 
@@ -119,7 +120,7 @@ class LinearHead:
         try:
             with torch.no_grad():
                 for part in images.split(chunk):
-                    functional_call(model, dict(state), (part,))
+                    functional_call(model, dict(state), (part.to(state[f"{self.name}.weight"]),))
         finally:
             hook.remove()
         found = torch.cat(seen).double()
@@ -154,7 +155,8 @@ def linear_head(model: nn.Module, image_shape: tuple[int, ...], what: str) -> Li
         if name in answers and answers[name] is logits:
             trained = trained_parameters(model)
             alone = trained.keys() <= {f"{name}.weight", f"{name}.bias"}
-            return LinearHead(name, part.bias is not None, part.out_features, alone)
+            biased = part.bias is not None
+            return LinearHead(name, biased, part.in_features + biased, part.out_features, alone)
     raise NotApplicable(
         f"{what} needs a model whose last layer is linear and answers the logits, which {type(model).__name__} is "
         "not; use a model with a linear head, or mechanism 'retrain'"

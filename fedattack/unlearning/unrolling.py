@@ -18,7 +18,7 @@ from fedattack.unlearning.central import Central
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.trajectory import refuse_unlike_sgd
+from fedattack.unlearning.trajectory import refuse_defended
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Unrolling(Mechanism):
     def check(self, name: str, scenario: Scenario, clients: int) -> None:
         """Refuse (NotApplicable) steps that are not SGD's."""
         super().check(name, scenario, clients)
-        refuse_unlike_sgd(name, scenario)
+        refuse_defended(name, scenario)
 
     def forget(self, deletions: Sequence[Deletion], history: History, trainer: Trainer) -> Forgotten:
         """Forget `deletions`."""

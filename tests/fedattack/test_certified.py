@@ -12,7 +12,7 @@ import torch
 from central_scenes import Scene, holder
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot, softplus
 
 from fedattack.config import ModelConfig
 from fedattack.errors import ConfigError, DataError, NotApplicable, RunFailed
@@ -21,6 +21,7 @@ from fedattack.unlearning import Deletion, History
 from fedattack.unlearning.certificate import Certified, OneVsRest, budget
 from fedattack.unlearning.certified import CertifiedRemoval
 from fedattack.unlearning.linear import LinearObjective
+from fedattack.unlearning.mechanism import Objective
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +196,33 @@ def test_two_classes_are_one_model(tmp_path: Path) -> None:
     wanted = torch.linalg.solve(x.T @ x + 0.01 * len(labels) * torch.eye(65).double(), right)
     torch.testing.assert_close(rows[1] - rows[0], wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rows[0], -rows[1])
+    assert scene.mechanism.minimises(scenario) == Objective("ridge", pytest.approx(0.01 * 65))
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_says_what_it_minimises(tmp_path: Path, classes: int) -> None:
+    """The released rows are where the gradient of what is told vanishes."""
+    scene = Scene(CertifiedRemoval(sigma=0.0), tmp_path, **SMALL)
+    labels = scene.central.labels % classes
+    model = ModelConfig(name="logistic", classes=classes, channels=1, image_size=8, activation="relu")
+    scenario = replace(scene.world.scenario, model=model)
+    central = replace(scene.central, scenario=scenario, labels=labels)
+    scene.trainer.central = lambda: central
+    history = History(tmp_path / "one", scenario, weights=initial_weights(model, 0))
+    released = scene.mechanism.prepare({}, history, scene.trainer)
+    told = scene.mechanism.minimises(scenario)
+    assert told.link == ("softmax" if classes == 2 else "logistic")
+    x = torch.cat([central.images.flatten(1), torch.ones(len(labels), 1)], 1).double()
+    rows = torch.cat([released["head.weight"], released["head.bias"][:, None]], 1).double().requires_grad_()
+    if classes == 2:
+        loss = cross_entropy(x @ rows.T, labels)
+    else:
+        truth = one_hot(labels, 10).double()
+        loss = binary_cross_entropy_with_logits(x @ rows.T, truth, reduction="sum") / len(labels)
+    (slope,) = torch.autograd.grad(loss + told.decay / 2 * rows.square().sum(), rows)
+    assert float(slope.abs().max()) < 1e-6
+    deep = replace(scenario, model=model.model_copy(update={"name": "mlp", "width": 8}))
+    assert scene.mechanism.minimises(deep) is None
 
 
 def test_noise_that_destroys_the_model_is_told(tmp_path: Path) -> None:

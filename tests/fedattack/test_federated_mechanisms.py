@@ -17,7 +17,7 @@ from fedattack.models import build_model, initial_weights, resolve
 from fedattack.training import CLASSIFY, batch_positions, evaluate, local_update
 from fedattack.unlearning import MECHANISMS, ClientUpdate, Deletion, History, build_mechanism
 from fedattack.unlearning.fedosd import FedOSD, without
-from fedattack.unlearning.fedrecover import FedRecover, product
+from fedattack.unlearning.fedrecover import FedRecover
 from fedattack.unlearning.halimi import ProjectedAscent
 from fedattack.unlearning.liu import RapidRetraining
 from simulations.bench.forgetting import measured, scene
@@ -114,19 +114,6 @@ def bfgs(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         hessian = hessian - torch.outer(along, along) / (step @ along)
         hessian = hessian + torch.outer(change, change) / (step @ change)
     return hessian
-
-
-def test_the_compact_form_is_the_recursion() -> None:
-    generator = torch.Generator().manual_seed(0)
-    half = torch.randn(9, 9, generator=generator, dtype=torch.float64)
-    curvature = -(half @ half.T + torch.eye(9))
-    steps = [torch.randn(9, generator=generator, dtype=torch.float64) for _ in range(4)]
-    pairs = [(step, curvature @ step) for step in steps[:3]]
-    torch.testing.assert_close(product(pairs, steps[3]), bfgs(pairs) @ steps[3])
-    torch.testing.assert_close(product(pairs, steps[2]), curvature @ steps[2])  # the secant equation
-    uphill = [*pairs, (steps[3], -curvature @ steps[3])]
-    assert torch.equal(product(uphill, steps[0]), product(pairs, steps[0]))
-    assert not product([], steps[0]).any()
 
 
 @pytest.mark.parametrize("part", [False, True])

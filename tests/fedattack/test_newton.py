@@ -10,7 +10,7 @@ import torch
 from central_scenes import Scene, holder
 
 from fedattack.errors import ConfigError, DataError
-from fedattack.unlearning.curvature import CompactBFGS, conjugate_gradients
+from fedattack.unlearning.curvature import CompactBFGS
 from fedattack.unlearning.influence import Influence
 from fedattack.unlearning.newton import Newton
 
@@ -93,18 +93,6 @@ def test_refuses_a_minimum_at_infinity() -> None:
     Newton().check("newton", scenario(model="mlp"), 1)
 
 
-def test_conjugate_gradients_solve_or_say_that_they_cannot() -> None:
-    generator = torch.Generator().manual_seed(0)
-    root = torch.randn(20, 20, generator=generator, dtype=torch.float64)
-    matrix, right = root @ root.T + torch.eye(20), torch.randn(20, generator=generator, dtype=torch.float64)
-    found = conjugate_gradients(lambda v: matrix @ v, right, 1e-12, 200)
-    torch.testing.assert_close(found.solution, torch.linalg.solve(matrix, right), rtol=1e-9, atol=1e-9)
-    assert conjugate_gradients(lambda v: matrix @ v, right, 1e-12, 3).products == 3
-    saddle = torch.diag(torch.tensor([1.0, -1.0]).double())
-    stopped = conjugate_gradients(lambda v: saddle @ v, torch.tensor([1.0, 2.0]).double(), 1e-12, 9)
-    assert (stopped.products, stopped.residual) == (1, 1.0)
-
-
 def test_the_compact_matrix_is_the_recursive_one() -> None:
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
@@ -124,7 +112,8 @@ def test_the_compact_matrix_is_the_recursive_one() -> None:
         )
     vector = torch.randn(12, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(compact.product(vector), matrix @ vector)
+    torch.testing.assert_close(compact.product(last), hessian @ last)  # the secant equation
     assert not compact.add(last, -last)  # downwards
-    assert not compact.pairs
     assert not compact.add(last, 3 * last, most=2.0)
-    assert not compact.product(vector).any()
+    torch.testing.assert_close(compact.product(vector), matrix @ vector)
+    assert not CompactBFGS().product(vector).any()

@@ -23,6 +23,7 @@ from fedattack.observation import Scenario
 from fedattack.task import trained_parameters
 from fedattack.training import batch_positions
 from fedattack.unlearning import Central, Deletion, History, Weights, build_mechanism
+from fedattack.unlearning.curvature import gauss_newton, solve
 from fedattack.unlearning.scrub.hypercolumn import Hypercolumn
 from fedattack.unlearning.scrub.released import released_hessian
 from fedattack.unlearning.scrub.scrub import Scrub, noise_deviation
@@ -304,6 +305,36 @@ def test_a_step_that_is_not_solved_is_told(tmp_path: Path) -> None:
     assert told["residual"] > 1e-3
     assert told["warning"].startswith(f"the step is solved to {told['residual']:.2g} of its right-hand side")
     assert "warning" not in holder.forget([3], order="full").details
+
+
+def test_gauss_newton_is_the_hessian_of_softmax_and_its_part_of_an_mlp(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    holder = Holder.of(tmp_path / "a", "logistic", 40)
+    vector = torch.randn(650, generator=generator, dtype=torch.float64)
+    places, given = np.arange(3, 33), (holder.flat, holder.history.weights, vector)
+    before = holder.cost.gradients
+    found = gauss_newton(holder.central_, *given, places)
+    assert holder.cost.gradients - before == pytest.approx(2 * 30 / 40)
+    torch.testing.assert_close(found, holder.central_.product(*given, places))
+    deep = Holder.of(tmp_path / "b", "mlp", 10)
+    central, flat, base = deep.central_, deep.flat, deep.history.weights
+    images, _ = central.samples(np.arange(4))
+    jacobian = torch.autograd.functional.jacobian(lambda p: central.logits(p, base, images), flat)
+    chance = central.logits(flat, base, images).softmax(1)
+    inner = torch.diag_embed(chance) - chance[:, :, None] * chance[:, None]
+    matrix = torch.einsum("ncp,ncd,ndq->pq", jacobian, inner, jacobian)
+    vector = torch.randn(len(flat), generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(gauss_newton(central, flat, base, vector, np.arange(4)), matrix @ vector)
+
+
+def test_solve_is_on_the_rows_alone() -> None:
+    rng = np.random.default_rng(0)
+    root = torch.from_numpy(rng.standard_normal((8, 8)))
+    matrix, right, rows = root @ root.T + torch.eye(8), torch.ones(8).double(), torch.tensor([1, 2, 6])
+    found = solve(lambda v: matrix @ v, right, 1e-12, 50, rows)
+    torch.testing.assert_close(found.solution, torch.linalg.solve(matrix[rows][:, rows], right[rows]))
+    assert found.products <= 6
+    assert solve(lambda v: matrix @ v, right, 1e-12, 1, rows).residual > 1e-6
 
 
 def converged(central: Central, base: Weights, kept: np.ndarray) -> Tensor:

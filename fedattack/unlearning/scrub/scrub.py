@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedattack.models import build_model
 from fedattack.observation import Scenario
 from fedattack.unlearning.central import Central, Positions
-from fedattack.unlearning.curvature import conjugate_gradients, gauss_newton
+from fedattack.unlearning.curvature import gauss_newton, solve
 from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
@@ -161,12 +161,11 @@ class Scrub(Mechanism):
             data, count = work.retained, len(work.retained)
             slope = (slope + len(gone) * decay * work.flat) / count
 
-        def product(own: Tensor) -> Tensor:
-            vector = torch.zeros_like(slope).index_add(0, rows, own)
-            found = gauss_newton(central, work.flat, work.base, vector, data)[rows] / count
-            return found + (decay + self.damped) * own
+        def product(vector: Tensor) -> Tensor:
+            found = gauss_newton(central, work.flat, work.base, vector, data) / count
+            return found + (decay + self.damped) * vector
 
-        found = conjugate_gradients(product, slope[rows], self.tolerance, self.products)
+        found = solve(product, slope, self.tolerance, self.products, rows)
         work.details |= {"products": found.products, "residual": found.residual}
         if found.residual > self.tolerance:
             work.warnings.append(
