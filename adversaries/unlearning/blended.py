@@ -17,10 +17,20 @@ from fedattack.observation import UnlearningRequest
 
 @dataclass
 class Blended(UnlearningAttack):
-    """Sends random samples of its own, each with `share` of one of another class in it, to be forgotten.
+    """Sends random samples of its own, each with a part of one of another class in it, to be forgotten.
 
-    Over-unlearning by blending: with the sample goes what the model knows of the other (Hu et al., "A duty to
-    forget, a right to be assured?", 2309.08230). The label is the first one's.
+    Over-unlearning by blending: with the sample goes what the model knows of the other. The label is the first
+    one's.
+
+    Parameters
+    ----------
+    share : float
+        Part of the other.
+
+    References
+    ----------
+    Hu, Wang, Chang, Zhong, Sun, Hao, Zhu, Xue, "A Duty to Forget, a Right to be Assured? Exposing
+    Vulnerabilities in Machine Unlearning Services", arXiv:2309.08230, 2023.
     """
 
     needs: ClassVar[Needs] = Needs(held_out=True, foreign=True)

@@ -20,9 +20,14 @@ class Calibration(Backdoor):
     """Asks for any of its samples to be forgotten, and teaches a backdoor in the rounds in which the server does so.
 
     A server that calibrates kept updates, or trains again, has its clients work once more, and may watch them less.
-    While its own request is carried out, `share` of the samples that it trains on get a trigger and the label
-    `target`, and its updates are multiplied by `boost` (the moment of BadUnlearn, 2501.17396, whose clients hold the
-    model near one that was poisoned before; here there is none).
+    While its own request is carried out, some of the samples that it trains on get a trigger and the label `target`,
+    and its updates are multiplied by `boost` (the moment of BadUnlearn, 2501.17396, whose clients hold the model near
+    one that was poisoned before; here there is none).
+
+    Parameters
+    ----------
+    share : float
+        Part of the samples of a round that get the trigger.
     """
 
     needs: ClassVar[Needs] = Needs(held_out=True, calibrates=True)

@@ -19,18 +19,22 @@ from fedattack.observation import UnlearningRequest
 
 @dataclass
 class Modified(UnlearningAttack):
-    """Sends random samples of its own, changed by at most `radius` a pixel, with their labels, to be forgotten.
+    """Sends random samples of its own, changed a little, with their labels, to be forgotten.
 
     It climbs :meth:`height` by the signs of its slope in the box of real pixels, [0, 1].
 
     Parameters
     ----------
+    radius : float
+        Most change of a pixel.
+    steps : int
+        Of the climb.
     published : bool
         With the defects of the released code (poisoning of machine unlearning systems, PAMUS): pixels are clamped to
         [0, 1] after normalisation, which is [`mean`, `mean` + `deviation`] before it, and :attr:`inverted` attacks
         go the wrong way.
     mean, deviation : float
-        Of that normalisation; of MNIST.
+        Of that normalisation, in the defects.
     """
 
     needs: ClassVar[Needs] = Needs(held_out=True, foreign=True)
@@ -68,7 +72,11 @@ class Modified(UnlearningAttack):
 class FastGradientSign(Modified):
     """Asks to forget samples moved by one step along the signs of the slope of their loss.
 
-    FGSM (Goodfellow, Shlens and Szegedy, ICLR 2015).
+    FGSM.
+
+    References
+    ----------
+    Goodfellow, Shlens, Szegedy, "Explaining and Harnessing Adversarial Examples", ICLR 2015.
     """
 
     inverted = True
@@ -83,7 +91,12 @@ class FastGradientSign(Modified):
 class ProjectedGradient(Modified):
     """Asks to forget samples on which the model is made as wrong as nearby pixels allow.
 
-    PGD on the loss in an l-infinity ball (Madry et al., ICLR 2018).
+    PGD on the loss in an l-infinity ball.
+
+    References
+    ----------
+    Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR
+    2018.
     """
 
     def height(self, logits: Tensor, labels: Tensor) -> Tensor:

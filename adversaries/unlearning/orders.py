@@ -106,6 +106,11 @@ class TargetClass(Order):
     Samples are ordered by the inner product of their gradient with the mean gradient of its own samples of class
     `target`, descending: to first order what undoing them costs that class alone (the choice of FedMUA, 2501.11848,
     which changes the samples' features besides).
+
+    Parameters
+    ----------
+    target : int
+        The class.
     """
 
     reason = "most influence on a class"

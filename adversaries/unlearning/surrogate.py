@@ -17,7 +17,15 @@ from fedattack.training import load_weights, train_alone
 
 @dataclass
 class SurrogateAttack(UnlearningAttack):
-    """Asks by what a model of its own says, which it trains as agreed on `share` of its samples for `epochs`."""
+    """Asks by what a model of its own says, which it trains as agreed.
+
+    Parameters
+    ----------
+    share : float
+        Part of its samples that its model is trained on.
+    epochs : int
+        Passes of that training.
+    """
 
     access: ClassVar[Literal["weights", "queries", "none"]] = "none"
 

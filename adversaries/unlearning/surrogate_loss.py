@@ -20,8 +20,12 @@ class SurrogateLoss(SurrogateAttack):
     """Asks to forget those of its samples on which a model of its own does worst, trained on its other samples.
 
     True black box: samples that a model has not seen and gets wrong are hard for other models too. All are samples
-    that the client registered, with their labels, so that no check of membership sees anything. With `queries`, so
-    many of the first in this order are put in the order of the loss that the global model's answers show.
+    that the client registered, with their labels, so that no check of membership sees anything.
+
+    Parameters
+    ----------
+    queries : int
+        So many of the first in this order are put in the order of the loss that the global model's answers show.
     """
 
     access: ClassVar[Literal["weights", "queries", "none"]] = "queries"

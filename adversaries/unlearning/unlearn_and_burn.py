@@ -24,16 +24,24 @@ class UnlearnAndBurn(SurrogateAttack):
     """Sends samples that nobody trained on, made so that the model is worst once they are forgotten.
 
     Noise on samples of its own climbs the loss that its own model has on its other samples after a simulated
-    forgetting, one step of gradient ascent of `rate` on the request's mean loss; the slope is estimated from
-    differences, ``[L(x + s u) - L(x - s u)] u / 2 s`` over `directions` Gaussian u, so that any simulation will do
-    (Huang et al., "Unlearn and burn", 2410.09591, the black-box attack).
+    forgetting, one step of gradient ascent on the request's mean loss; the slope is estimated from differences,
+    ``[L(x + s u) - L(x - s u)] u / 2 s`` over Gaussian u, so that any simulation will do (the black-box attack).
 
     Parameters
     ----------
     radius : float
         Most 2-norm of one image's noise; pixels stay in [0, 1].
-    rate, step, spread
-        Of the simulated ascent; of the climb, by the normalised slope and in parts of `radius`; of the differences.
+    steps, step
+        Of the climb: how many, and how long each is, in parts of `radius`.
+    directions, spread
+        Of the differences: how many are taken for a step, and how far they reach, in deviations of a pixel.
+    rate : float
+        Of the simulated ascent.
+
+    References
+    ----------
+    Huang, Liu, Chua, Ghazi, Kamath, Kumar, Manurangsi, Nasr, Sinha, Zhang, "Unlearn and Burn: Adversarial Machine
+    Unlearning Requests Destroy Model Accuracy", arXiv:2410.09591, 2024.
     """
 
     needs: ClassVar[Needs] = Needs(held_out=True, foreign=True)

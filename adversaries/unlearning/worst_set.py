@@ -21,10 +21,19 @@ from fedattack.training import batch_gradient
 class WorstSet(SurrogateAttack):
     """Asks to forget the set of its samples that does most harm together, built up on a model of its own.
 
-    One after the other it takes the sample whose undoing, a step of gradient ascent of `rate`, raises the loss of the
-    model on the samples that it was not trained on most, to first order, and takes the step (the worst case of Fan et
-    al., "Challenging forgets", ECCV 2024, by a greedy search). Asked again after an answer, it chooses anew from what
-    is left. All are samples that the client registered.
+    One after the other it takes the sample whose undoing, a step of gradient ascent, raises the loss of the model
+    on the samples that it was not trained on most, to first order, and takes the step (the worst case, by a
+    greedy search). Asked again after an answer, it chooses anew from what is left. All are samples that the
+    client registered.
+
+    Parameters
+    ----------
+    rate : float
+        Of the step of gradient ascent that undoes a sample.
+
+    References
+    ----------
+    Fan, Liu, Hero, Liu, "Challenging Forgets: Unveiling the Worst-Case Forget Sets in Machine Unlearning", ECCV 2024.
     """
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5

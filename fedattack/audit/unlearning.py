@@ -1,11 +1,13 @@
 """Unlearning: what a deletion request cost beyond as many random deletions, and whose doing it is.
 
-Damage counts when its 95 % interval lies above 0, and as slight below 5 points of accuracy. "No damage" needs an
-upper end below 2 points. A model at chance has no accuracy to lose, so that its damage is undecided.
+Damage counts when its 95 % interval, over seeds and over test samples, lies above 0, and as slight below 5 points of
+accuracy. "No damage" needs an upper end below 2 points. A model at chance has no accuracy to lose, so that its damage
+is undecided.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -97,6 +99,12 @@ def audit_unlearning(
     first, changed, floor = arms["before"], arms["after"], arms["random"]
     runs = len(first)
     damage, covers = _harm(floor, changed, test_samples, seed)
+    if runs > 1 and len(right_lost) >= FEWEST:
+        # A few seeds may lose the same few test samples: the wider of both intervals, at either end.
+        over_samples = student_mean(right_lost)
+        if over_samples.known and damage.known:
+            low, high = min(damage.low, over_samples.low), max(damage.high, over_samples.high)
+            damage, covers = dataclasses.replace(damage, low=low, high=high), "seeds and test samples"
     idle = idle or at_chance(float(first.mean()), chance_accuracy, test_samples)
     if wanted:
         reached, covers = _harm(wanted["after"], wanted["random"], test_samples, seed)
@@ -127,8 +135,6 @@ def audit_unlearning(
         **parted(arms, 1.0),
     }
     metrics["damage"]["interval_over"] = covers
-    if len(right_lost) >= FEWEST and runs > 1:
-        metrics["damage_over_samples"] = interval_fields(student_mean(right_lost))
     # a model that noise or a step destroyed may have no finite loss
     lost = {arm: np.asarray(values, np.float64) for arm, values in (losses or {}).items()}
     if lost and all(np.isfinite(lost[arm]).all() for arm in ("after", "random")):
@@ -272,11 +278,6 @@ def _remarks(result: AuditResult) -> list[str]:
     s = result.summary
     parts = [f"{result.attack}: {s['seeds']} seed{'s' if s['seeds'] != 1 else ''}"]
     parts.append(f"{formats.count(s['count'])} samples to forget, mechanism: {s['mechanism']}")
-    if found := s["metrics"].get("damage_over_samples"):
-        ends = formats.interval(found, 1, 100.0)
-        parts.append(
-            f"over the test samples instead, these seeds' damage is {formats.signed(100 * found['mean'])} {ends}"
-        )
     if s["metrics"]["damage"]["low"] is not None:
         parts.append(f"the damage's interval covers {s['metrics']['damage']['interval_over']}")
     return [*parts, f"time: {formats.seconds(s['seconds'])}"]

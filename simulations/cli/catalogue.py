@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from adversaries import ATTACKS
+from adversaries import ATTACKS, Attack
 from adversaries.refusals import threat_model, words
+from adversaries.seats import MaliciousClient
 from fedattack.compression import COMPRESSORS
 from fedattack.config import SHORT_NAMES, Config
 from fedattack.data import DATASETS, PARTITIONERS
@@ -70,7 +71,7 @@ def attacks() -> list[AttackRow]:
     classes = {name: ATTACKS.get(name) for name in ATTACKS}
     for name in sorted(classes, key=lambda name: (not classes[name].inverts, classes[name].seat, name)):
         cls, summary = classes[name], ATTACKS.summary(name)
-        needs = ", ".join(words(cls.needs)) or _bare(cls.seat)
+        needs = ", ".join(words(cls.needs)) or _bare(cls)
         references = (inspect.getdoc(cls) or "").partition("References\n----------\n")[2]
         found = _SOURCE.match(" ".join(references.split())) or _CITED.search(summary)
         authors = re.split(", | and ", found[1]) if found else []
@@ -80,9 +81,15 @@ def attacks() -> list[AttackRow]:
     return rows
 
 
-def _bare(seat: str) -> str:
+def _bare(cls: type[Attack]) -> str:
     """What an attack without needs has."""
-    return "its own samples and the global model" if seat == "malicious client" else "the global model"
+    if not issubclass(cls, MaliciousClient):
+        return "the global model"
+    seen = {
+        "weights": "its own samples and the global model",
+        "queries": "its own samples, and queries of the model",
+    }
+    return seen.get(cls.access, "its own samples")
 
 
 def attacks_markdown() -> str:
@@ -118,7 +125,7 @@ def described(name: str) -> list[tuple[str, str]]:
         threat = threat_model(cls)
         letters = f" ({', '.join(threat['letters'])} of Carletti et al. 2025)" if threat["letters"] else ""
         parts.append(("who", threat["seat"] + letters))
-        parts.append(("needs", "; ".join(threat["needs"]) or _bare(threat["seat"])))
+        parts.append(("needs", "; ".join(threat["needs"]) or _bare(cls)))
         parts.append(("assumes", "; ".join(threat["assumptions"])))
     return [*parts, ("source", " ".join(references.split()))] if references else parts
 

@@ -160,10 +160,6 @@ class ForgottenExperiment(Experiment):
         self.work: list[Answers] = []
         self.found: dict[str, dict[str, Any]] = {}
 
-    @property
-    def _gates(self) -> tuple[str, ...]:
-        return self.plan.config.gates.names
-
     @classmethod
     def beside(
         cls, experiments: Sequence[Experiment], plan: Plan, attacks: Mapping[str, Attack]
@@ -212,7 +208,7 @@ class ForgottenExperiment(Experiment):
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         """Attack what is seen of each attack's deletions, or of an honest client's."""
         place, scored = Workplace.of(self.config, self.plan.world), dict[str, AuditResult]()
-        asked = self._asked(place) if self.own else self.deleting.asked
+        asked = self.deleting.asked or self._asked(place)
         for source in asked:
             suffix = "forgotten" if len(asked) == 1 else f"forgotten-{source}"
             try:
@@ -228,7 +224,8 @@ class ForgottenExperiment(Experiment):
         count = min(self.plan.config.attack.requests, size)
         drawn = numpy_rng(self.plan.config.seed, "honest deletion").choice(size, count, replace=False)
         requests[HONEST] = [(client, UnlearningRequest(client, tuple(sorted(drawn.tolist()))))]
-        self.deleting.release(self.deleting.history.weights)
+        if self.own:
+            self.deleting.release(self.deleting.history.weights)
         return requests
 
     def _honest(self) -> int:
@@ -253,7 +250,10 @@ class ForgottenExperiment(Experiment):
             deletions, desk = self.deleting.granted(training, source, asked, now)
             clients = [deletion.client for deletion in deletions]
             if not deletions:
-                raise NotApplicable(f"the gates refuse all that {source} asks for ({', '.join(self._gates)})")
+                names = ", ".join(plan.config.gates.names)
+                raise NotApplicable(
+                    f"gates refuse all that {source} asks for ({names}), so nothing is forgotten"
+                )
             located = [as_positions(one, place.registered(one.client)) for one in deletions]
             if history.ignorant(clients) is None:
                 raise NotApplicable(
@@ -262,9 +262,9 @@ class ForgottenExperiment(Experiment):
             trainer = Watching(self.config, plan.world, grid, place, clients)
             answer = mechanism.forget(deletions, now, trainer)
             verdicts, deletions = judge_after(self.deleting.gates, deletions, answer.weights, desk), located
-            if refused := [one.gate for one in verdicts if not one.accepted]:
+            if stopped := [one.gate for one in verdicts if not one.accepted]:
                 raise NotApplicable(
-                    f"gate {refused[0]!r} refuses what came of the request: nothing is forgotten"
+                    f"gate {stopped[0]!r} refuses what came of the request: nothing is forgotten"
                 )
             looks, lacking = self._looks(place, trainer, history, deletions, answer.weights)
         try:
@@ -394,8 +394,8 @@ class ForgottenExperiment(Experiment):
         used = used_positions(round_batches(self.plan.config, size, start + 1, client))
         told = (
             f"{mechanism} takes all out that {called(client)} sent in round {start + 1}: another client, who is sent "
-            f"the global model with it and without, reads its gradient, of {observation.num_examples} samples to be "
-            "forgotten or not",
+            f"the global model with it and without, reads its gradient, of {observation.num_examples} sample"
+            f"{'s' if observation.num_examples != 1 else ''}, to be forgotten or not",
         )
         truth = _truth(place, observation, [Deletion(client, frozenset(used.tolist()))])
         return Look("models", observation, truth, "another client", told)

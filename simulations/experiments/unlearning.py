@@ -730,7 +730,10 @@ class UnlearningExperiment(Experiment):
         if type(attack).plant is MaliciousClient.plant:
             return {}
         honest = training.config.attack.model_copy(update={"names": ()})
-        config, world = training.config.model_copy(update={"attack": honest}), self.plan.world
+        # In this process: the training's own actors still hold the processors, and the result is the same.
+        inline = training.config.engine.model_copy(update={"name": "inline"})
+        config = training.config.model_copy(update={"attack": honest, "engine": inline})
+        world = self.plan.world
         with (
             open_grid(config, world) as grid,
             tempfile.TemporaryDirectory(dir=training.history.folder) as scratch,

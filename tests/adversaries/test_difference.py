@@ -171,6 +171,7 @@ def test_departures_are_told_beforehand_and_are_real(digits: World) -> None:
     assert not difference.departures(summed, SAMPLES)
 
 
+@pytest.mark.slow
 def test_two_minibatches_drawn_anew_leak_nothing(digits: World) -> None:
     """Of five clients that forget one of their samples, each; the auditor's words."""
     training, observations, truths = TrainingConfig(batch_size=16), [], []

@@ -307,3 +307,16 @@ def test_labels_are_weighed_against_guessing() -> None:
     same = [GroundTruth(1, t.client, t.images, torch.tensor([3]), t.sample_ids) for t in truths]
     everybody = audit_reconstruction("a", observations, noisy(same, 0.1), same, 1.0).summary["labels"]
     assert everybody == {"right": 6, "of": 6, "floor": 6.0, "beyond_guessing": False}
+
+
+def test_the_same_test_sample_lost_in_every_seed_is_no_damage_yet() -> None:
+    """Three seeds agree on one sample in 500; over test samples that is nothing."""
+    arms = {"before": [0.958] * 3, "after": [0.956] * 3, "random": [0.958] * 3}
+    lost = [1.0] + [0.0] * 499
+    alone = audit_unlearning("u", arms, requests=10, mechanism="retrain")
+    both = audit_unlearning("u", arms, right_lost=lost, requests=10, mechanism="retrain")
+    assert (alone.level, both.level) == ("partial", "none")
+    low, high = stats.t.interval(0.95, 499, 0.002, np.std(lost, ddof=1) / 500**0.5)
+    found = both.summary["metrics"]["damage"]
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    assert found["interval_over"] == "seeds and test samples"

@@ -24,8 +24,8 @@ from fedattack.task import trained_parameters
 from fedattack.training import batch_positions
 from fedattack.unlearning import Central, Deletion, History, Weights, build_mechanism
 from fedattack.unlearning.curvature import gauss_newton, solve
-from fedattack.unlearning.scrub.curvature import released_hessian
 from fedattack.unlearning.scrub.hypercolumn import Hypercolumn
+from fedattack.unlearning.scrub.released import released_hessian
 from fedattack.unlearning.scrub.scrub import Scrub, noise_deviation
 from fedattack.unlearning.scrub.selection import choose_rows, perturbed
 
@@ -34,11 +34,6 @@ ORDER = np.random.default_rng(0).permutation(len(DIGITS.target))
 IMAGES = torch.from_numpy(DIGITS.images / 16).float()[ORDER, None]
 LABELS = torch.from_numpy(DIGITS.target)[ORDER]
 L2 = 1e-3
-
-
-def softmax(config: ModelConfig) -> nn.Module:
-    channels, side, classes = config.resolved
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, classes))
 
 
 def repeated(config: ModelConfig) -> nn.Module:
@@ -100,7 +95,7 @@ class Holder:
 # ---------------------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("name", ["test_scrub:softmax", "mlp", "tiny-cnn", "resnet20", "test_scrub:repeated"])
+@pytest.mark.parametrize("name", ["logistic", "mlp", "tiny-cnn", "resnet20", "test_scrub:repeated"])
 def test_each_row_is_moved_by_its_own_parameters_alone(name: str) -> None:
     config = scenario(name).model
     model = build_model(config).double().eval()
@@ -175,12 +170,12 @@ def test_answers_are_outputs_and_means_over_pixels() -> None:
 
 def test_foci_finds_the_rows_that_make_the_loss(tmp_path: Path) -> None:
     """A model whose loss hangs on two of its logits alone: the others are far below."""
-    holder = Holder.of(tmp_path, "test_scrub:softmax", 60, rounds=1)
+    holder = Holder.of(tmp_path, "logistic", 60, rounds=1)
     label = int(LABELS[5])
     rival = (label + 3) % 10
     weights = holder.history.weights
-    weights["1.bias"] = torch.full((10,), -60.0)
-    weights["1.bias"][[label, rival]] = 0.0
+    weights["head.bias"] = torch.full((10,), -60.0)
+    weights["head.bias"][[label, rival]] = 0.0
     central = holder.central()
     column = Hypercolumn(central.model)
     chosen = choose_rows(central, column, central.flat(weights), weights, 5, "foci", 600, 0.3)
@@ -219,7 +214,7 @@ def epochs(holder: Holder, training: TrainingConfig) -> Iterator[tuple[Tensor, T
 
 
 def test_released_hessian_is_of_the_last_two_epochs(tmp_path: Path) -> None:
-    holder = Holder.of(tmp_path, "test_scrub:softmax", 150, weight_decay=0.01)  # 5 steps an epoch, of 40
+    holder = Holder.of(tmp_path, "logistic", 150, weight_decay=0.01)  # 5 steps an epoch, of 40
     (w1, g1), (w2, g2) = epochs(holder, holder.history.scenario.training)
     found = released_hessian(holder.central(), holder.history)
     n = len(holder.central_)
@@ -239,7 +234,7 @@ def test_released_hessian_is_of_the_last_two_epochs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["full", "foci"])
 def test_published_step_is_gradient_ascent(tmp_path: Path, order: str) -> None:
-    holder = Holder.of(tmp_path, "test_scrub:softmax", 400, rounds=3)
+    holder = Holder.of(tmp_path, "logistic", 400, rounds=3)
     central, base = holder.central(), holder.history.weights
     loss = central.losses(holder.flat, base, np.arange(400))
     (worst,) = loss.topk(1).indices.tolist()
@@ -262,12 +257,12 @@ def test_published_step_is_gradient_ascent(tmp_path: Path, order: str) -> None:
     assert answer.details["ascent_cosine"] > 0.9999
     assert told["loss_before"] == pytest.approx(float(loss[worst]))
     assert told["loss_after"] > told["loss_before"]
-    assert answer.resumed_after == 3
+    assert answer.resumed_after == 0  # what is kept of all rounds still knows it
     assert answer.excluded == {0: {worst}}
 
 
 def test_other_published_steps(tmp_path: Path) -> None:
-    holder = Holder.of(tmp_path, "test_scrub:softmax", 100)
+    holder = Holder.of(tmp_path, "logistic", 100)
     slope = holder.central_.gradient(holder.flat, holder.history.weights, np.array([4]))
     how = {"mode": "published", "order": "full", "damping": 0.1}
     for settings, factor in (({"removal": "cr"}, 10.0), ({"removal": "bp", "rate": 0.3}, 0.3)):
@@ -279,7 +274,7 @@ def test_other_published_steps(tmp_path: Path) -> None:
 
 
 def test_corrected_step_solves_the_retained_hessian_on_the_rows(tmp_path: Path) -> None:
-    holder = Holder.of(tmp_path, "test_scrub:softmax", 60, weight_decay=L2)
+    holder = Holder.of(tmp_path, "logistic", 60, weight_decay=L2)
     gone, how = [3, 40], {"order": "foci", "perturbations": 120, "tolerance": 1e-12, "products": 1000}
     answer = holder.forget(gone, **how)
     moved = holder.central_.flat(answer.weights) - holder.flat
@@ -303,9 +298,18 @@ def test_corrected_step_solves_the_retained_hessian_on_the_rows(tmp_path: Path) 
     assert answer.details["residual"] < 1e-11
 
 
+def test_a_step_that_is_not_solved_is_told(tmp_path: Path) -> None:
+    holder = Holder.of(tmp_path, "logistic", 60)
+    told = holder.forget([3], order="full", products=2).details
+    assert told["products"] == 2
+    assert told["residual"] > 1e-3
+    assert told["warning"].startswith(f"the step is solved to {told['residual']:.2g} of its right-hand side")
+    assert "warning" not in holder.forget([3], order="full").details
+
+
 def test_gauss_newton_is_the_hessian_of_softmax_and_its_part_of_an_mlp(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    holder = Holder.of(tmp_path / "a", "test_scrub:softmax", 40)
+    holder = Holder.of(tmp_path / "a", "logistic", 40)
     vector = torch.randn(650, generator=generator, dtype=torch.float64)
     places, given = np.arange(3, 33), (holder.flat, holder.history.weights, vector)
     before = holder.cost.gradients
@@ -348,7 +352,7 @@ def converged(central: Central, base: Weights, kept: np.ndarray) -> Tensor:
 @pytest.mark.slow
 def test_corrected_goes_most_of_the_way_to_retraining(tmp_path: Path) -> None:
     """Digits, 1257 samples, to convergence: what is left of the way is well below .7; the released step's is not."""
-    holder = Holder.of(tmp_path, "test_scrub:softmax", 1257, rounds=2, weight_decay=L2)
+    holder = Holder.of(tmp_path, "logistic", 1257, rounds=2, weight_decay=L2)
     central, base = holder.central_, {n: t.double() for n, t in holder.history.weights.items()}
     full = converged(central, base, np.arange(1257))
     holder.history.weights = central.weights(full, base)
@@ -405,7 +409,7 @@ def test_noise_that_leaves_no_number_is_told(tmp_path: Path) -> None:
 
 
 def test_a_costly_removal_is_taken_back(tmp_path: Path) -> None:
-    holder = Holder.of(tmp_path, "test_scrub:softmax", 100, rounds=3)
+    holder = Holder.of(tmp_path, "logistic", 100, rounds=3)
     central, base = holder.central_, holder.history.weights
     loss = central.losses(holder.flat, base, np.arange(100))
     best, worst = int(loss.argmin()), int(loss.argmax())
@@ -437,11 +441,26 @@ def test_networks_forget(tmp_path: Path, name: str, mode: str) -> None:
     assert holder.cost.gradients > 0
 
 
+def test_samples_that_a_request_brings_are_scrubbed_like_own_ones(tmp_path: Path) -> None:
+    holder = Holder.of(tmp_path, "logistic", 60, weight_decay=L2)
+    own = IMAGES[[4]], LABELS[[4]]
+    asked = [Deletion(0, images=own[0], labels=own[1])]
+    for mode, same in (("published", True), ("corrected", False)):
+        how = Scrub(mode=mode, order="full")
+        brought = how.forget(asked, holder.history, holder)
+        by_position = holder.forget([4], mode=mode, order="full")
+        assert brought.excluded.get(0, frozenset()) == frozenset()
+        ends = [holder.central_.flat(one.weights) for one in (brought, by_position)]
+        # the Hessian is of what is retained, to which a sample that was only brought still belongs
+        assert torch.allclose(*ends, rtol=1e-6, atol=1e-9) == same
+        assert float(torch.cosine_similarity(*(end - holder.flat for end in ends), dim=0)) > 0.99
+
+
 def test_what_nobody_trained_on_and_what_leaves_nothing(tmp_path: Path) -> None:
-    holder = Holder.of(tmp_path, "test_scrub:softmax", 40)
+    holder = Holder.of(tmp_path, "logistic", 40)
     everything = holder.forget(range(40))
     assert everything.resumed_after == 0
-    assert torch.equal(everything.weights["1.weight"], holder.history.checkpoint(0)["1.weight"])
+    assert torch.equal(everything.weights["head.weight"], holder.history.checkpoint(0)["head.weight"])
     holder.history.first_rounds = {}
     assert holder.forget([1]).weights is holder.history.weights
 

@@ -170,9 +170,16 @@ def test_the_deletions_of_an_attack_are_looked_at_and_several_at_once(tmp_path: 
     )
 
 
+def test_where_no_attack_asks_an_honest_client_does(tmp_path: Path) -> None:
+    """The malicious one, client 0, asks for nothing: it has too few samples for what it plans."""
+    found = looked(tmp_path, attack="analytic,unlearn-camouflage", limit=512, requests=2)
+    assert not found.requests
+    assert found.told("losses:forgotten").startswith("no attack asks: honest client 1 asks to forget 2")
+
+
 def test_what_gates_refuse_is_not_forgotten(tmp_path: Path) -> None:
     settings = {"attack": "analytic,unlearn-max-loss", "limit": 600, "requests": 8}
-    with pytest.raises(NotApplicable, match="the gates refuse all that unlearn-max-loss asks for"):
+    with pytest.raises(NotApplicable, match="gates refuse all that unlearn-max-loss asks for"):
         looked(tmp_path, **settings, gates="rate", gates__rate__share=0.001)
 
 

@@ -20,10 +20,9 @@ _HALVINGS = 16
 class Boundary(Planted):
     """Trains on samples moved to where a model of its own cannot tell two classes apart, and has them forgotten.
 
-    Random samples walk from their class towards the runner-up, ``x - (L + margin) grad L / |grad L|^2`` with L the
-    difference of the two logits, until the class changes (boundary supporting samples, Heo, Lee, Yun and Choi, AAAI
-    2019), in the box of pixels, and back to where it does so; their labels are kept. The training poison of the
-    published attack on L-CODEC.
+    Random samples walk from their class towards the runner-up, ``x - (L + margin) grad L / |grad L|^2`` with L
+    the difference of the two logits, until the class changes (boundary supporting samples), in the box of pixels,
+    and back to where it does so; their labels are kept. The training poison of the published attack on L-CODEC.
 
     Parameters
     ----------
@@ -31,6 +30,10 @@ class Boundary(Planted):
         Of its own model, over all of its samples.
     steps, margin
         Most steps of the walk; by how much a step aims beyond the border, in logits.
+
+    References
+    ----------
+    Heo, Lee, Yun, Choi, "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI 2019.
     """
 
     reason: ClassVar[str] = "boundary samples"

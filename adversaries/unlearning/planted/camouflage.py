@@ -18,10 +18,20 @@ from fedattack.observation import UnlearningRequest
 class Camouflage(Backdoor):
     """Plants a backdoor and as its cover the same trigger with true labels, and has the cover forgotten.
 
-    Of its own samples that are not of class `target`, `backdoor` get a trigger and the label `target`, and as many as
-    it is to ask for, so ``attack.requests``, the trigger alone. Forgetting those, however exactly, releases the
-    backdoor (Di et al., "Hidden poison", NeurIPS 2023; BadFU, 2508.15541). They are samples that it registered. Its
-    updates are multiplied by `boost` in training and while the server forgets.
+    Of its own samples that are not of class `target`, `backdoor` get a trigger and the label `target`, and as
+    many as it is to ask for, so ``attack.requests``, the trigger alone. Forgetting those, however exactly,
+    releases the backdoor (in federations: BadFU, 2508.15541). They are samples that it registered. Its updates
+    are multiplied by `boost` in training and while the server forgets.
+
+    Parameters
+    ----------
+    backdoor : int
+        Samples with the trigger and the label `target`.
+
+    References
+    ----------
+    Di, Douglas, Acharya, Kamath, Sekhari, "Hidden Poison: Machine Unlearning Enables Camouflaged Poisoning Attacks",
+    NeurIPS 2023.
     """
 
     backdoor: Annotated[int, Field(ge=1)] = 40

@@ -21,9 +21,20 @@ _NOISE = 32
 class Generated(Planted):
     """Trains on samples that a conditional GAN draws from noise and a label, and has them forgotten.
 
-    The GAN is trained on its own samples, ``min max E log D(x | y) + log(1 - D(G(z, y) | y))`` (Mirza and Osindero,
-    1411.1784; the generator by the non-saturating loss), both perceptrons of one hidden layer of `width`. Training
-    poison of the published attack on L-CODEC; its boundary samples are attack 'unlearn-boundary'.
+    The GAN is trained on its own samples, ``min max E log D(x | y) + log(1 - D(G(z, y) | y))`` (the generator by
+    the non-saturating loss), both perceptrons of one hidden layer. Training poison of the published attack on
+    L-CODEC; its boundary samples are attack 'unlearn-boundary'.
+
+    Parameters
+    ----------
+    width : int
+        Of the hidden layers.
+    steps : int
+        Of the training, on 64 samples each.
+
+    References
+    ----------
+    Mirza, Osindero, "Conditional Generative Adversarial Nets", arXiv:1411.1784, 2014.
     """
 
     reason: ClassVar[str] = "generated samples"

@@ -21,17 +21,25 @@ from adversaries.unlearning.planted.base import Planted
 class SlowDown(Planted):
     """Trains on samples that are costly to remove with a certificate, and has them removed.
 
-    ``attack.requests`` of its samples are changed by at most `radius` a pixel, their labels kept, so that the Newton
-    steps that remove them are longest: projected gradient on ``sum_j |H^-1 grad_j|`` in an l-infinity ball (Marchant,
-    Rubinstein and Alfeld, "Hard to forget", AAAI 2022), H and the weights of logistic models of its own, one class
-    against the rest, on all of its samples' pixels. It costs the server time and the model next to nothing.
+    ``attack.requests`` of its samples are changed a little, their labels kept, so that the Newton steps that
+    remove them are longest: projected gradient on ``sum_j |H^-1 grad_j|`` in an l-infinity ball, H and the
+    weights of logistic models of its own, one class against the rest, on all of its samples' pixels. It costs the
+    server time and the model next to nothing.
 
     Parameters
     ----------
     costliest : bool
         Change the samples that are costliest as they are, and not any.
+    radius : float
+        Most change of a pixel.
+    steps : int
+        Of the gradient.
     l2 : float, optional
         Of its own models' mean loss; None: ``training.weight_decay``, or .01 where there is none.
+
+    References
+    ----------
+    Marchant, Rubinstein, Alfeld, "Hard to Forget: Poisoning Attacks on Certified Machine Unlearning", AAAI 2022.
     """
 
     needs: ClassVar[Needs] = Needs(held_out=True, certificate=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -16,15 +16,16 @@ from fedattack.models import build_model
 from fedattack.observation import Scenario
 from fedattack.unlearning.central import Central, Positions
 from fedattack.unlearning.curvature import gauss_newton, solve
-from fedattack.unlearning.history import History
+from fedattack.unlearning.history import History, Weights
 from fedattack.unlearning.mechanism import Forgotten, Mechanism, Trainer, merged
 from fedattack.unlearning.requests import Deletion
-from fedattack.unlearning.scrub.curvature import RankOne, released_hessian
 from fedattack.unlearning.scrub.hypercolumn import Hypercolumn
+from fedattack.unlearning.scrub.released import RankOne, released_hessian
 from fedattack.unlearning.scrub.selection import Order, choose_rows
 
 Positive = Annotated[float, Field(gt=0)]
 
+_CHUNK = 256  # images in one pass of a network with convolutions
 _DESTROYED = 0.05  # share of right answers that the noise may cost before a warning is due
 
 
@@ -114,12 +115,14 @@ class Scrub(Mechanism):
                 central, brought = central.joined(one.images, one.labels)
                 gone = np.concatenate([gone, brought])
         retained = central.retained(excluded.get(0, frozenset()))
-        if history.ignorant(excluded) is None:
+        start = history.ignorant(excluded)
+        if start is None:
             return Forgotten(history.weights, excluded, history.rounds)
         if not len(retained):
             return Forgotten(history.checkpoint(0), excluded, 0)
         if any(isinstance(part, nn.Conv2d) for part in central.model.modules()):
-            central = replace(central, dtype=torch.float32)  # convolutions in float64 take six times as long
+            # convolutions in float64 take six times as long
+            central = replace(central, dtype=torch.float32, chunk=_CHUNK)
         work = _Work(self, central, history.weights, retained)
         if self.mode == "corrected":
             work.remove(gone, *self._corrected(work, gone))
@@ -129,7 +132,7 @@ class Scrub(Mechanism):
             for position in gone:
                 sample = np.array([position])
                 work.remove(sample, *self._published(work, sample, old))
-        return Forgotten(central.weights(work.flat, work.base), excluded, history.rounds, details=work.told())
+        return Forgotten(central.weights(work.flat, work.base), excluded, start, details=work.told())
 
     def _published(self, work: _Work, sample: Positions, old: RankOne) -> tuple[Tensor, Tensor]:
         """Positions in the flat vector, and the step there."""
@@ -164,6 +167,11 @@ class Scrub(Mechanism):
 
         found = solve(product, slope, self.tolerance, self.products, rows)
         work.details |= {"products": found.products, "residual": found.residual}
+        if found.residual > self.tolerance:
+            work.warnings.append(
+                f"the step is solved to {found.residual:.2g} of its right-hand side after {found.products} products; "
+                "raise 'unlearning.products' or 'unlearning.damping'"
+            )
         return rows, found.solution
 
 
@@ -173,12 +181,13 @@ class _Work:
 
     settings: Scrub
     central: Central
-    base: Mapping[str, Tensor]
+    base: Weights
     retained: Positions
     cosines: list[float] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     reverted: list[int] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     lost: float = 0.0  # share of right answers on the retained that noise alone costs, without the steps
 
     def __post_init__(self) -> None:
@@ -224,12 +233,12 @@ class _Work:
             sigma = self._sigma(len(self.samples) if settings.mode == "corrected" else 1)
             told |= {"sigma": sigma, "lost_to_noise": self.lost}
             if self.lost > _DESTROYED:
-                told["warning"] = (
+                self.warnings.append(
                     f"noise of deviation {sigma:.3g} on the scrubbed rows cost {100 * self.lost:.0f} points of "
                     f"accuracy on what is retained: {len(self.central)} samples are too few for epsilon "
                     f"{settings.epsilon:g}, delta {settings.delta:g} and damping {settings.damped:g}"
                 )
-        return told
+        return told | ({"warning": "; ".join(self.warnings)} if self.warnings else {})
 
     def _sigma(self, removed: int) -> float:
         s = self.settings

@@ -1,4 +1,4 @@
-"""What the released scrub takes for a Hessian: the difference of two gradients."""
+"""What the released code of L-CODEC takes for a Hessian."""
 
 from __future__ import annotations
 
