@@ -18,8 +18,7 @@ from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Objec
 from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.trajectory import remaining
 
-_DESTROYED = 0.05
-"""Share of right answers on what it learnt from that noise may cost before people are warned."""
+_DESTROYED = 0.05  # share of right answers on what it learnt that noise may cost unsaid
 
 
 @dataclass
