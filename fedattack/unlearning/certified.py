@@ -18,7 +18,7 @@ from fedattack.unlearning.mechanism import Excluded, Forgotten, Mechanism, Objec
 from fedattack.unlearning.requests import Deletion
 from fedattack.unlearning.trajectory import remaining
 
-_DESTROYED = 0.05  # share of right answers on what it learnt from that noise may cost unsaid
+_DESTROYED = 0.05  # share of right answers on what it learnt that noise may cost unsaid
 
 
 @dataclass
@@ -34,8 +34,8 @@ class CertifiedRemoval(Mechanism):
 
     Parameters
     ----------
-    loss : {"logistic", "ridge"}
-        log(1 + exp(-y w' x)) or (w' x - y)^2 / 2, y = -1 or 1; no removal in a ridge model leaves a residual.
+    loss : str
+        Of each model: "logistic", or "ridge", the squared distance to -1 or 1.
     l2 : float, optional
         Of the mean loss plus l2 / 2 |w|^2; None: ``training.weight_decay``.
     scale : float, optional
@@ -44,7 +44,7 @@ class CertifiedRemoval(Mechanism):
     sigma : float
         Deviation of b; 0 certifies nothing, so that every removal trains anew.
     epsilon, delta : float
-        How alike the released weights' distribution and a retraining's are to be, as in differential privacy.
+        What is promised: released models with and without the forgotten are (epsilon, delta)-indistinguishable.
     batch : int
         Removals in one Newton step: fewer steps, and a bound that grows with their square.
     fresh : bool
