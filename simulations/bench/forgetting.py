@@ -16,7 +16,7 @@ from fedattack.models import initial_weights
 from fedattack.unlearning import Deletion, History, Weights, build_mechanism
 from simulations.engine.federation import Judge
 from simulations.engine.open_grid import open_grid
-from simulations.experiments.unlearning import FederationTrainer
+from simulations.experiments.trainer import FederationTrainer
 
 MECHANISMS = ("retrain", "federaser", "fedrecover", "halimi", "liu", "fedosd")
 PARTITIONS = ("iid", "shards")

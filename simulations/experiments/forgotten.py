@@ -44,7 +44,8 @@ from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.reconstruction import Answers
-from simulations.experiments.unlearning import FederationTrainer, Training, UnlearningExperiment
+from simulations.experiments.trainer import FederationTrainer
+from simulations.experiments.unlearning import Training, UnlearningExperiment
 
 HONEST = "honest"
 """Under this name go deletions that an honest client asks for, where nobody else does."""

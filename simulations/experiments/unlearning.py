@@ -21,14 +21,12 @@ from adversaries.unlearning.base import UnlearningAttack
 from fedattack.audit import AuditResult, audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.errors import NotApplicable, PayloadError, RunFailed
+from fedattack.errors import NotApplicable, PayloadError
 from fedattack.models import initial_weights
 from fedattack.observation import Observation, UnlearningRequest
 from fedattack.rng import numpy_rng
 from fedattack.storage.records import write_requests
 from fedattack.unlearning import (
-    Central,
-    ClientUpdate,
     Cost,
     Deletion,
     Forgotten,
@@ -44,23 +42,20 @@ from fedattack.unlearning.history import check_space
 from fedattack.unlearning.mechanism import Excluded, Level, merged
 from fedattack.unlearning.requests import REQUEST
 from fedattack.unlearning.retrain import Retrain
-from simulations.client_app import Workplace, exclusion_settings
+from simulations.client_app import Workplace
 from simulations.engine.federation import (
     DeletionRequests,
     FederationResult,
     Judge,
     RoundRecord,
-    ask,
     ask_unlearning,
-    run_federation,
 )
 from simulations.engine.journal import Journal
 from simulations.engine.journaled_replies import JournaledReplies
-from simulations.engine.local_grid import LocalGrid
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Experiment, Plan
 from simulations.experiments.executor import reason
-from strategies.messages import FORGETTING, LOCAL_STEPS, METRICS, OBJECTIVE
+from simulations.experiments.trainer import FederationTrainer
 
 log = logging.getLogger("fedattack.unlearning")
 
@@ -139,150 +134,6 @@ class Side:
     exact: list[Weights] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
     exact_cost: Cost = field(default_factory=Cost)
-
-
-class FederationTrainer:
-    """How a mechanism reaches the clients of an open grid (:class:`fedattack.unlearning.Trainer`)."""
-
-    def __init__(
-        self, config: Config, world: World, grid: LocalGrid | None, place: Workplace | None = None
-    ) -> None:
-        self.config, self.world, self.grid = config, world, grid
-        self.place = place or Workplace.of(config, world)
-        self.cost = Cost()
-
-    def train(
-        self,
-        excluded: Excluded,
-        weights: Weights,
-        first_round: int,
-        history: History | None = None,
-        **kept: Any,
-    ) -> Weights:
-        """Train the rounds from `first_round` up to the request; `history` keeps of them what it is for.
-
-        Without a `history` the server forgets, and says so.
-        """
-        if history is None:
-            kept["told"] = {FORGETTING: True}
-        else:
-            kept |= {"on_weights": history.keep_weights, "on_observation": history.keep_update}
-            kept["observe"] = lambda round, _: history.wants_updates(round)
-            kept["on_round"] = lambda r: history.note_round(r.round, r.clients, r.aggregated)
-        return self._run(excluded, weights, first_round, self.config.request_round, **kept)
-
-    def go_on(self, excluded: Excluded, weights: Weights) -> Weights:
-        """The rounds that follow the request."""
-        last = self.config.federation.rounds
-        return self._run(excluded, weights, self.config.request_round + 1, last)
-
-    def updates(
-        self,
-        excluded: Excluded,
-        weights: Weights,
-        round: int,
-        share: float = 1.0,
-        clients: Collection[int] | None = None,
-    ) -> Iterator[ClientUpdate]:
-        """See :class:`fedattack.unlearning.Trainer`."""
-        steps = max(1, int(share * self.config.training.local_steps + 0.5))
-        seen = self._seen(excluded, weights, round, clients, steps, {LOCAL_STEPS: steps})
-        return map(ClientUpdate.of, seen)
-
-    def gradients(
-        self,
-        excluded: Excluded,
-        weights: Weights,
-        round: int,
-        clients: Collection[int] | None = None,
-        objective: str = "loss",
-    ) -> Iterator[ClientUpdate]:
-        """See :class:`fedattack.unlearning.Trainer`."""
-        seen = self._seen(excluded, weights, round, clients, 1, {OBJECTIVE: objective})
-        return (ClientUpdate(o.client, o.update.dense(), o.buffers, o.num_examples) for o in seen)
-
-    def _seen(
-        self,
-        excluded: Excluded,
-        weights: Weights,
-        round: int,
-        clients: Collection[int] | None,
-        steps: int,
-        told: dict[str, Any],
-    ) -> list[Observation]:
-        seen: list[Observation] = []
-        everything = {
-            client: len(self.place.partitions[client]) == len(excluded.get(client, ()))
-            for client in (range(len(self.place.partitions)) if clients is None else clients)
-        }
-        left = [client for client, gone in everything.items() if not gone]
-        if not left:
-            return []
-        if clients is not None or len(left) < len(everything):
-            self._run(excluded, weights, round, round, steps, seen, clients=left, told=told)
-        else:
-            self._run(excluded, weights, round, round, steps, seen, told=told)
-        return seen
-
-    def evaluate(
-        self,
-        weights: Weights,
-        clients: Collection[int],
-        excluded: Mapping[int, Collection[int]] | None = None,
-    ) -> dict[int, dict[str, float]]:
-        """The clients' figures of `weights` on their samples, without the `excluded` positions."""
-        assert self.grid is not None
-        own = exclusion_settings(excluded or {})
-        answers = ask(self.grid, "evaluate", weights, clients, own=own)
-        return {client: dict(reply.content[METRICS]) for client, reply in answers}
-
-    def central(self) -> Central:
-        """The only client's data, with what it planted."""
-        if len(self.place.partitions) != 1:
-            raise NotApplicable(
-                f"mechanism {self.config.unlearning.mechanism!r} needs the data itself, and "
-                f"{len(self.place.partitions)} clients hold it; use one (--scenario central)"
-            )
-        samples = self.place.samples(0, np.arange(len(self.place.partitions[0])))
-        scenario, seed, rounds = self.place.scenario, self.config.seed, self.config.request_round
-        return Central(scenario, *samples, seed, rounds, self.config.unlearning.draws, self.cost)
-
-    def _run(
-        self,
-        excluded: Excluded,
-        weights: Weights,
-        first: int,
-        last: int,
-        steps: int | None = None,
-        seen: list[Observation] | None = None,
-        told: Mapping[str, Any] | None = None,
-        **how: Any,
-    ) -> Weights:
-        if self.grid is None:
-            raise RunFailed("a mechanism asked clients to work before anybody asked to be forgotten")
-        federation = self.config.federation.model_copy(update={"evaluate": False, "rounds": last})
-        if seen is not None:
-            how["on_observation"], told = seen.append, {**(told or {}), FORGETTING: True}
-        result = run_federation(
-            self.config.model_copy(update={"federation": federation}),
-            self.world,
-            initial=weights,
-            first_round=first,
-            excluded=excluded,
-            grid=self.grid,
-            told=told,
-            **how,
-        )
-        taken, batch = steps or self.config.training.local_steps, self.config.training.batch_size
-        whole = OBJECTIVE in (told or {})
-        sizes = [len(ids) for ids in self.place.partitions]
-        used = [n if whole or not batch else min(batch, n) for n in sizes]
-        passed = sum(taken * used[client] for record in result.rounds for client in record.clients)
-        self.cost.gradients += passed / max(1, sum(sizes))
-        self.cost.rounds += len(result.rounds)
-        self.cost.client_steps += taken * sum(len(record.clients) for record in result.rounds)
-        self.cost.bytes += sum(record.wire_bytes + record.buffer_bytes for record in result.rounds)
-        return result.weights
 
 
 class UnlearningExperiment(Experiment):

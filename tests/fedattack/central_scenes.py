@@ -11,7 +11,7 @@ from fedattack.config import Config
 from fedattack.data import World, build_world
 from fedattack.models import initial_weights
 from fedattack.unlearning import Central, Cost, Deletion, Forgotten, History, Mechanism, Weights
-from simulations.experiments.unlearning import FederationTrainer
+from simulations.experiments.trainer import FederationTrainer
 
 BASE = {
     "dataset": "digits",

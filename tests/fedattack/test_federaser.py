@@ -19,7 +19,7 @@ from fedattack.unlearning import MECHANISMS, Deletion, History
 from fedattack.unlearning.federaser import FedEraser
 from simulations.engine.federation import run_federation
 from simulations.engine.open_grid import open_grid
-from simulations.experiments.unlearning import FederationTrainer
+from simulations.experiments.trainer import FederationTrainer
 from simulations.pipeline import simulate
 
 BASE = {

@@ -22,7 +22,8 @@ from fedattack.unlearning.halimi import ProjectedAscent
 from fedattack.unlearning.liu import RapidRetraining
 from simulations.bench.forgetting import measured, scene
 from simulations.engine.open_grid import open_grid
-from simulations.experiments.unlearning import FederationTrainer, UnlearningExperiment
+from simulations.experiments.trainer import FederationTrainer
+from simulations.experiments.unlearning import UnlearningExperiment
 
 BASE = {
     "dataset": "digits",

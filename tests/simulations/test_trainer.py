@@ -15,7 +15,7 @@ from fedattack.training import CLASSIFY
 from simulations.client_app import Workplace
 from simulations.engine.federation import run_federation
 from simulations.engine.open_grid import open_grid
-from simulations.experiments.unlearning import FederationTrainer
+from simulations.experiments.trainer import FederationTrainer
 
 BASE = {
     "dataset": "digits",

@@ -31,8 +31,8 @@ from simulations.engine.federation import FederationResult, Judge, run_federatio
 from simulations.engine.open_grid import open_grid
 from simulations.experiments.base import Plan
 from simulations.experiments.choose import known_facts
+from simulations.experiments.trainer import FederationTrainer
 from simulations.experiments.unlearning import (
-    FederationTrainer,
     UnlearningExperiment,
     UnlearningOutcome,
     _seed,
