@@ -375,7 +375,7 @@ UNLEARNING: Family = Family(
     },
     leakage=Leakage(
         "damage",
-        "accuracy lost (or goal reached) beyond random deletion, points",
+        "points beyond random deletion",
         lambda s: s["metrics"].get("reached") or s["metrics"]["damage"],
         nothing=0.0,
         span=5.0,

@@ -133,6 +133,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_three_seats_in_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     answer = command(

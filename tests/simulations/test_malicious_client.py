@@ -121,6 +121,7 @@ def test_only_who_asks_early_is_told_the_question(world: World, monkeypatch: pyt
     assert told == {0: honest, 1: honest | {f"question of {tag_of(0, names[0])}"}, 2: honest}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_its_memory_is_the_same_on_ray(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # for the actors

@@ -241,7 +241,7 @@ def test_an_attack_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
         "rigged_attacks:OfSome: not scored about client 5: rigged_attacks:OfSome answered scores",
     ):
         assert text().count(line) == 1
-    assert "of attack 'rigged_attacks:Silent': KeyError" in (tmp_path / "run/log.txt").read_text()
+    assert "could not answer 'query.answer': KeyError" in (tmp_path / "run/log.txt").read_text()
     told = {record["client"] for record in audits[names[3]].records}
     assert told == {1, 2, 3}
     used = RunFolder.create(tmp_path / "run", config).load_scores(names[2], 1)[0].details["rounds"]

@@ -288,6 +288,7 @@ def killed_and_resumed(tmp_path: Path, iterations: int, kept: str, *more: str) -
     assert not list(folder.rglob("checkpoints/ig/*")), "finished attacks need no state"
 
 
+@pytest.mark.slow
 def test_an_attack_killed_in_its_middle_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     """In the second victim's: the first one's answer is there."""
     killed_and_resumed(tmp_path, 800, "round-0001-client-00001", "--engine", "inline")
