@@ -81,7 +81,9 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
         f"{result.attack}: rebuilt from k = {formats.count(s['k'])} of {s['parameters']:,} numbers "
         f"({formats.rate(s['rate'])} kept, {formats.compact(s['k_per_pixel'])} per pixel)"
     )
-    which = f"the first {shown} of {total} images, by client" if shown < total else f"all {total} images"
+    whole = "the only image" if total == 1 else f"all {total} images"
+    which = f"the first {shown} of {total} images, by client" if shown < total else whole
+    caption = textwrap.fill(caption, int(13 * figure.get_figwidth()))
     figure.suptitle(f"{caption}\n{which}", fontsize=10)
     return figure
 
