@@ -112,19 +112,21 @@ def test_rates_count_what_was_granted() -> None:
         earlier = {int(client.removeprefix("c")): number for client, number in granted.items()}
         return gate.before(Deletion(1, frozenset(range(count))), desk(granted=earlier))
 
-    assert said(Rate(share=0.3, total=1), 3) is None
+    assert said(Rate(least=0, share=0.3, total=1), 3) is None
     assert (
-        said(Rate(share=0.3, total=1), 4)
+        said(Rate(least=0, share=0.3, total=1), 4)
         == "4 of this client's 10 samples; gates.rate.share lets a share of 0.3 go"
     )
-    assert said(Rate(share=0.3, total=1), 2, c1=1) is None
-    assert "3 of this" not in str(said(Rate(share=0.3, total=1), 3, c1=1))
-    assert "4 of this client's 10" in said(Rate(share=0.3, total=1), 3, c1=1)
-    assert said(Rate(share=1, total=0.1), 4) is None
+    assert said(Rate(least=0, share=0.3, total=1), 2, c1=1) is None
+    assert "3 of this" not in str(said(Rate(least=0, share=0.3, total=1), 3, c1=1))
+    assert "4 of this client's 10" in said(Rate(least=0, share=0.3, total=1), 3, c1=1)
+    assert said(Rate(least=0, share=1, total=0.1), 4) is None
     assert (
-        said(Rate(share=1, total=0.1), 4, c0=1)
+        said(Rate(least=0, share=1, total=0.1), 4, c0=1)
         == "5 of all 40 samples; gates.rate.total lets a share of 0.1 go"
     )
+    assert said(Rate(share=0.1, total=0.01, least=3), 3) is None
+    assert "4 of this client's 10" in said(Rate(share=0.1, least=3), 4)
     assert said(Rate(share=1, total=1, limit=2), 3) == "3 samples of this client; gates.rate.limit lets 2 go"
 
 
@@ -190,7 +192,9 @@ def test_the_guard_watches_its_own_images() -> None:
 
 def test_all_gates_say_what_they_think_and_one_refusal_is_enough() -> None:
     gates = build_gates(
-        Config.from_mapping({"gates": "digest,rate,cap", "gates.rate.share": 0.3, "gates.total": 1}).gates
+        Config.from_mapping(
+            {"gates": "digest,rate,cap", "gates.rate.share": 0.3, "gates.rate.least": 0, "gates.total": 1}
+        ).gates
     )
     at = desk()
     asked = [brought([1, 2], CHANGED), brought([1, 2]), brought([3, 4])]

@@ -37,13 +37,14 @@ class Camouflage(Backdoor):
     backdoor: Annotated[int, Field(ge=1)] = 40
 
     def plant(self, view: ClientView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The backdoor first, then its cover, as far as there are samples of other classes."""
+        """The backdoor and its cover, both in proportion smaller where there are too few samples of other classes."""
         others = torch.where(labels != self.target)[0]
         generator = torch.Generator().manual_seed(view.seed)
-        chosen = others[torch.randperm(len(others), generator=generator)][: self.backdoor + view.requests]
+        both = self.backdoor + view.requests
+        chosen = others[torch.randperm(len(others), generator=generator)][:both]
         images, labels = images.clone(), labels.clone()
         images[chosen] = self.marked(images[chosen])
-        labels[chosen[: self.backdoor]] = self.target
+        labels[chosen[: len(chosen) * self.backdoor // both]] = self.target
         return images, labels
 
     def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> UnlearningRequest | None:

@@ -21,11 +21,14 @@ class Rate(Gate):
         Share of all clients' samples.
     limit
         Samples of each client; None: no such limit.
+    least
+        Samples that go in any case, as far as `limit` lets them: a share of few is none.
     """
 
     share: Fraction = 0.1
     total: Fraction = 0.05
     limit: Count | None = None
+    least: Count = 4
 
     def before(self, deletion: Deletion, desk: Desk) -> str | None:
         """See the class."""
@@ -34,11 +37,11 @@ class Rate(Gate):
         together = sum(desk.granted.values()) + deletion.samples
         if self.limit is not None and wanted > self.limit:
             return f"{wanted} samples of this client; gates.rate.limit lets {self.limit} go"
-        if wanted > self.share * desk.sizes[client]:
+        if wanted > max(self.least, self.share * desk.sizes[client]):
             return (
                 f"{wanted} of this client's {desk.sizes[client]} samples; gates.rate.share lets a share of "
                 f"{self.share:g} go"
             )
-        if together > self.total * every:
+        if together > max(self.least, self.total * every):
             return f"{together} of all {every} samples; gates.rate.total lets a share of {self.total:g} go"
         return None
