@@ -1,8 +1,8 @@
 """Unlearning: what a deletion request cost beyond as many random deletions, and whose doing it is.
 
 Damage counts when its 95 % interval, over seeds and over test samples, lies above 0, and as slight below 5 points of
-accuracy. "No damage" needs an upper end below 2 points. A model at chance has no accuracy to lose, so that its damage
-is undecided.
+accuracy. "No damage" needs an upper end below 2 points. A model at chance has no accuracy to lose, and one
+training does not tell how others would do: their damage is undecided.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def audit_unlearning(
             low, high = min(damage.low, over_samples.low), max(damage.high, over_samples.high)
             damage, covers = dataclasses.replace(damage, low=low, high=high), "seeds and test samples"
     idle = idle or at_chance(float(first.mean()), chance_accuracy, test_samples)
+    if runs == 1:
+        idle = idle or "one training does not tell how others would do: raise unlearning.seeds"
     if wanted:
         reached, covers = _harm(wanted["after"], wanted["random"], test_samples, seed)
         was, now, guess = (float(wanted[arm].mean()) for arm in ("before", "after", "random"))
@@ -237,7 +239,7 @@ def verdict_of(
     if idle:
         return "undecided", f"undecided: {text}; {idle}"
     if level == "undecided":
-        more = further_units(damage, MARGIN) if runs > 1 else FEWEST - 1
+        more = further_units(damage, MARGIN)
         least = "about" if runs >= FEWEST else "at least"
         text += f"; {least} {more:,} more seed{'s' if more != 1 else ''} would tell"
     return level, f"{UNLEARNING.words(level)}: {text}"

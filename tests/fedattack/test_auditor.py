@@ -261,12 +261,14 @@ def test_damage_is_parted_between_mechanism_and_request() -> None:
     assert "nothing else is left" in idle.verdict
 
 
-def test_one_unlearning_run_needs_the_number_of_test_samples() -> None:
+def test_one_training_does_not_tell_how_others_would_do() -> None:
     arms = {"before": [0.92], "after": [0.80], "random": [0.90]}
     few = audit_unlearning("u", arms, requests=5, mechanism="retrain", test_samples=50)
     many = audit_unlearning("u", arms, requests=5, mechanism="retrain", test_samples=2000)
     unknown = audit_unlearning("u", arms, requests=5, mechanism="retrain")
-    assert (few.level, many.level, unknown.level) == ("undecided", "leak", "undecided")
+    assert {few.level, many.level, unknown.level} == {"undecided"}
+    assert many.verdict.endswith("one training does not tell how others would do: raise unlearning.seeds")
+    assert many.summary["metrics"]["damage"]["low"] > 0
     assert many.summary["metrics"]["damage"]["interval_over"] == "test samples"
     with pytest.raises(DataError, match="shares"):
         audit_unlearning("u", {arm: [92.0] for arm in arms}, requests=5, mechanism="retrain")
