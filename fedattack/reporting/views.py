@@ -27,8 +27,9 @@ def subtitle(config: Config) -> str:
     if c.defense.names:
         kept += f", {', '.join(c.defense.names)}"
     rounds = f"{c.federation.rounds} round{'s' if c.federation.rounds != 1 else ''}"
+    clients = f"{c.federation.clients} client{'s' if c.federation.clients != 1 else ''}"
     return (
-        f"{c.federation.clients} clients, {rounds} of {c.federation.strategy} ({c.training.protocol}, batch "
+        f"{clients}, {rounds} of {c.federation.strategy} ({c.training.protocol}, batch "
         f"{c.training.batch_size or 'of everything'}), {c.data.name}, {c.model.name}, {kept}, seed {c.seed}"
     )
 

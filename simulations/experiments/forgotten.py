@@ -274,9 +274,8 @@ class ForgottenExperiment(Experiment):
             lacking.append(f"no two releases to compare: {refused}")
         scored = self._pictures(suffix, looks)
         count = sum(len(deletion.positions) for deletion in deletions)
-        asking = (
-            f"{source} asks to forget {count} samples that it chose, whose losses may differ for that alone"
-        )
+        plural = "s" if count != 1 else ""
+        asking = f"{source} asks to forget {count} sample{plural} that it chose, whose losses may differ for that alone"
         if source == HONEST:
             asking = f"no attack asks: honest {called(clients[0])} asks to forget {count} of its samples, at random"
         told = [
