@@ -299,6 +299,8 @@ def train(message: Message, context: Context) -> Message:
     asked_for = settings.get(wire.OBJECTIVE)
     assert asked_for is None or isinstance(asked_for, str)
     whole = [remaining_positions(size, excluded)]
+    if excluded and not len(whole[0]):
+        return Message(Error(wire.DROPPED_OUT, "all of its samples were deleted"), reply_to=message)
     batches = whole if asked_for else round_batches(drawing, size, round, client, excluded)
     steps_asked = settings.get(wire.LOCAL_STEPS)
     assert steps_asked is None or isinstance(steps_asked, int)

@@ -275,7 +275,8 @@ class ForgottenExperiment(Experiment):
         scored = self._pictures(suffix, looks)
         count = sum(len(deletion.positions) for deletion in deletions)
         plural = "s" if count != 1 else ""
-        asking = f"{source} asks to forget {count} sample{plural} that it chose, whose losses may differ for that alone"
+        asking = f"{source} asks to forget {count} sample{plural} that it chose"
+        asking += ", whose losses may differ for that alone"
         if source == HONEST:
             asking = f"no attack asks: honest {called(clients[0])} asks to forget {count} of its samples, at random"
         told = [

@@ -87,3 +87,11 @@ class AsksFor(UnlearningAttack):
             "noise": [foreign],
             "mixed": [foreign, positions],
         }[self.kind]
+
+
+@dataclass
+class Silent(UnlearningAttack):
+    """Asks for nothing."""
+
+    def ask(self, view: ClientView, images: Tensor, labels: Tensor) -> None:
+        return None

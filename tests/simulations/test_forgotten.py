@@ -171,8 +171,8 @@ def test_the_deletions_of_an_attack_are_looked_at_and_several_at_once(tmp_path: 
 
 
 def test_where_no_attack_asks_an_honest_client_does(tmp_path: Path) -> None:
-    """The malicious one, client 0, asks for nothing: it has too few samples for what it plans."""
-    found = looked(tmp_path, attack="analytic,unlearn-camouflage", limit=512, requests=2)
+    """The malicious one, client 0, asks for nothing."""
+    found = looked(tmp_path, attack="analytic,asking_clients:Silent", limit=512, requests=2)
     assert not found.requests
     assert found.told("losses:forgotten").startswith("no attack asks: honest client 1 asks to forget 2")
 
