@@ -280,6 +280,7 @@ def answers_of(found: dict[str, dict[str, Reconstruction]]) -> dict[str, Reconst
     return found["hcgla"]
 
 
+@pytest.mark.slow
 def test_a_run_gives_the_attack_the_history_and_audits_what_was_asked(tmp_path: Path) -> None:
     run = simulate(federation(tmp_path / "run", **{"output.save_observations": True}))
     found = answers_of(run.reconstructions)

@@ -76,6 +76,7 @@ def test_derivatives_equal_autograd_in_float64() -> None:
             torch.testing.assert_close(activation.bend(u), bend, msg=name)
 
 
+@pytest.mark.slow
 def test_reverse_forward_and_vmapped_derivatives_agree() -> None:
     config = model(channels=1, size=12)
     weights = {name: tensor.double() for name, tensor in initial_weights(config, 1).items()}

@@ -85,6 +85,7 @@ def test_matching_beats_its_start_and_the_start_beats_the_floor() -> None:
         assert floor + 2 < start < end - 3
 
 
+@pytest.mark.slow
 def test_one_step_of_federated_averaging_is_one_gradient() -> None:
     plain, truth = seen(1)
     training = TrainingConfig(protocol="fedavg", local_steps=1, learning_rate=0.25, momentum=0.9)

@@ -108,6 +108,7 @@ def test_every_step_is_the_formula(tmp_path: Path, protocol: str, every: int) ->
     assert (answer.resumed_after, answer.excluded) == (0, {1: gone})
 
 
+@pytest.mark.slow
 def test_costs_less_than_retraining_and_keeps_the_accuracy(tmp_path: Path) -> None:
     document = {}
     for mechanism in ("retrain", "federaser"):

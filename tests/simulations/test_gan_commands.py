@@ -303,6 +303,7 @@ def _labelled(start: int, stop: int) -> Labelled:
     return Labelled(torch.from_numpy(PIXELS[start:stop, None] / 255.0).float(), LABELS[start:stop])
 
 
+@pytest.mark.slow
 def test_worth_of_real_images_noise_and_a_single_digit() -> None:
     public, test = _labelled(0, 300), _labelled(300, 900)
     good = worth(_labelled(900, 1200).images, public, test, 0)
