@@ -224,43 +224,37 @@ def verdict_of(
     before: float, after: float, random: float, damage: Interval, runs: int, idle: str = ""
 ) -> tuple[Level, str]:
     """Level and sentence; `damage` is ``random - after`` over so many seeds, `idle` why nothing is said."""
-    level = gain_level(damage, MARGIN)
-    if level == "partial" and damage.mean >= SLIGHT_DAMAGE:
-        level = "leak"
     side = "below" if damage.mean >= 0 else "above"
     gap = f"{abs(damage.mean) * 100:.1f} points {side} the deletion of as many random samples"
     text = f"accuracy {formats.percent(before)} before, {formats.percent(after)} after the request, {gap}"
-    text += f" ({formats.percent(random)})"
-    if damage.known:
-        ends = f"{formats.signed(damage.low * 100)} to {formats.signed(damage.high * 100)}"
-        text += f"; 95 % interval of the damage {ends} points"
-    else:
-        text += f"; {runs} seed{'s' if runs != 1 else ''} and no interval"
-    if idle:
-        return "undecided", f"undecided: {text}; {idle}"
-    if level == "undecided":
-        more = further_units(damage, MARGIN)
-        least = "about" if runs >= FEWEST else "at least"
-        text += f"; {least} {more:,} more seed{'s' if more != 1 else ''} would tell"
-    return level, f"{UNLEARNING.words(level)}: {text}"
+    return _concluded(f"{text} ({formats.percent(random)})", "damage", damage, runs, idle)
 
 
 def success_verdict(
     goal: str, before: float, after: float, random: float, reached: Interval, runs: int, idle: str = ""
 ) -> tuple[Level, str]:
     """The same of what an attack wanted; `reached` is ``after - random``."""
-    level = gain_level(reached, MARGIN)
-    if level == "partial" and reached.mean >= SLIGHT_DAMAGE:
-        level = "leak"
     text = f"{goal} {formats.percent(before)} before, {formats.percent(after)} after the request, "
     text += f"{formats.percent(random)} after the deletion of as many random samples"
-    if reached.known:
-        ends = f"{formats.signed(reached.low * 100)} to {formats.signed(reached.high * 100)}"
-        text += f"; 95 % interval of the difference {ends} points"
+    return _concluded(text, "difference", reached, runs, idle)
+
+
+def _concluded(text: str, what: str, found: Interval, runs: int, idle: str) -> tuple[Level, str]:
+    """The level of an interval, and `text` with that interval, why nothing is said, or how many seeds would tell."""
+    level = gain_level(found, MARGIN)
+    if level == "partial" and found.mean >= SLIGHT_DAMAGE:
+        level = "leak"
+    if found.known:
+        ends = f"{formats.signed(found.low * 100)} to {formats.signed(found.high * 100)}"
+        text += f"; 95 % interval of the {what} {ends} points"
     else:
         text += f"; {runs} seed{'s' if runs != 1 else ''} and no interval"
     if idle:
         return "undecided", f"undecided: {text}; {idle}"
+    if level == "undecided":
+        more = further_units(found, MARGIN)
+        least = "about" if runs >= FEWEST else "at least"
+        text += f"; {least} {more:,} more seed{'s' if more != 1 else ''} would tell"
     return level, f"{UNLEARNING.words(level)}: {text}"
 
 

@@ -322,3 +322,16 @@ def test_the_same_test_sample_lost_in_every_seed_is_no_damage_yet() -> None:
     found = both.summary["metrics"]["damage"]
     assert (found["low"], found["high"]) == pytest.approx((low, high))
     assert found["interval_over"] == "seeds and test samples"
+
+
+def test_what_an_attack_wanted_is_told_as_damage_is() -> None:
+    arms = {"before": [0.95] * 3, "after": [0.95] * 3, "random": [0.95] * 3}
+    wanted = {"before": [0.2] * 3, "after": [0.9, 0.2, 0.4], "random": [0.2, 0.25, 0.3]}
+    found = audit_unlearning(
+        "u", arms, success=wanted, goal="images called 0", requests=5, mechanism="retrain"
+    )
+    assert found.level == "undecided"
+    assert "images called 0 20.0 % before, 50.0 % after the request, 25.0 % after" in found.verdict
+    assert found.verdict.endswith("more seeds would tell")
+    sure = wanted | {"after": [0.9, 0.92, 0.94]}
+    assert audit_unlearning("u", arms, success=sure, requests=5, mechanism="retrain").level == "leak"
