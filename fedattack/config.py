@@ -8,7 +8,8 @@ Three spellings reach the same setting:
 * an attack's own parameters: ``hcgla.iterations`` or, for every selected attack that has it, ``attack.iterations``;
 * a defence's: ``defense.clip-noise.noise`` or, for every selected defence that has it, ``defense.noise``;
 * a mechanism's: ``unlearning.federaser.calibration`` or ``mechanism.calibration``;
-* a gate's: ``gates.rate.share`` or, for every selected gate that has it, ``gates.share``.
+* a gate's: ``gates.rate.share`` or, for every selected gate that has it, ``gates.share``;
+* a metric's: ``metric.semsim.checkpoint`` or, for every selected metric that has it, ``metric.checkpoint``.
 
 A preset and a scenario (:mod:`fedattack.presets`) say what is meant by settings that are left open.
 """
@@ -379,6 +380,25 @@ class GatesConfig(PluginSection):
         return self
 
 
+class MetricConfig(PluginSection):
+    """By what reconstructed images are scored, beside what a verdict rests on."""
+
+    names: tuple[str, ...] = Field(
+        ("psnr", "ssim"),
+        description="psnr, ssim, regcorr, ... (`fedattack list metrics`); several with commas",
+    )
+    options: PluginOptions = Field(default_factory=dict, description="metric name -> parameters")
+    shared_options: dict[str, Any] = Field(
+        default_factory=dict, description="parameters for every selected metric that has them"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> MetricConfig:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names {', '.join(self.names)}: name each metric once")
+        return self
+
+
 class EngineConfig(Section):
     """Where the clients and the attacks run. Only `device` and `threads` can touch a result's last bits."""
 
@@ -429,6 +449,7 @@ class Config(Section):
     attack: AttackConfig = AttackConfig()
     unlearning: UnlearningConfig = UnlearningConfig()
     gates: GatesConfig = GatesConfig()
+    metric: MetricConfig = MetricConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
 
@@ -591,6 +612,7 @@ SHORT_NAMES: dict[str, str] = {
     "mechanism": "unlearning.mechanism",
     "forgotten": "unlearning.forgotten",
     "gates": "gates.names",
+    "metrics": "metric.names",
     "engine": "engine.name",
     "actors": "engine.actors",
     "cpus-per-actor": "engine.cpus_per_actor",
@@ -649,6 +671,7 @@ _LISTS = (
     ["attack", "malicious_clients"],
     ["defense", "names"],
     ["gates", "names"],
+    ["metric", "names"],
 )
 """Settings that hold several values, written with commas."""
 

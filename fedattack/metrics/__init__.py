@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
+from fedattack.metrics.base import METRICS, ImageMetric, Pairs, build_metrics, score
 from fedattack.metrics.guarantee import allowed_auc, allowed_tpr
-from fedattack.metrics.images import (
-    INFLATION_DB,
-    Match,
-    labels_right,
-    match,
-    mse,
-    out_of_range_share,
-    paper_scale,
-    psnr,
-    ssim,
-    ssim_window,
-)
 from fedattack.metrics.labels import constant_hits
+from fedattack.metrics.matching import Match, labels_right, match
 from fedattack.metrics.membership import (
     OperatingPoint,
     auc,
@@ -29,6 +19,7 @@ from fedattack.metrics.membership import (
     roc_points,
     tpr_at_fpr,
 )
+from fedattack.metrics.pixels import mse, out_of_range_share, psnr
 from fedattack.metrics.pooled import (
     at_least_score,
     auc_influence,
@@ -45,12 +36,16 @@ from fedattack.metrics.statistics import (
     units_needed,
     wilson,
 )
+from fedattack.metrics.structural import INFLATION_DB, paper_scale, ssim, ssim_window
 
 __all__ = [
     "INFLATION_DB",
+    "METRICS",
+    "ImageMetric",
     "Interval",
     "Match",
     "OperatingPoint",
+    "Pairs",
     "allowed_auc",
     "allowed_tpr",
     "at_least_score",
@@ -60,6 +55,7 @@ __all__ = [
     "auc_reach",
     "balanced_accuracy",
     "bootstrap_mean",
+    "build_metrics",
     "chance_auc",
     "chance_balanced_accuracy",
     "chance_of_hits",
@@ -76,6 +72,7 @@ __all__ = [
     "pooled_auc",
     "psnr",
     "roc_points",
+    "score",
     "share_difference",
     "ssim",
     "ssim_window",

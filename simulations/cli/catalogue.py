@@ -18,6 +18,7 @@ from fedattack.config import SHORT_NAMES, Config
 from fedattack.data import DATASETS, PARTITIONERS
 from fedattack.defenses import DEFENSES
 from fedattack.errors import unknown_name
+from fedattack.metrics import METRICS
 from fedattack.models import MODELS
 from fedattack.presets import PRESETS, SCENARIOS
 from fedattack.registry import Registry, plugin_options
@@ -31,6 +32,7 @@ KINDS: dict[str, Registry[Any]] = {
     "Defences": DEFENSES,
     "Unlearning mechanisms": MECHANISMS,
     "Gates of deletion requests": GATES,
+    "Metrics": METRICS,
     "Data sets": DATASETS,
     "Partitioners": PARTITIONERS,
     "Models": MODELS,
@@ -135,7 +137,7 @@ def settings_tables(
 ) -> dict[str, list[tuple[str, str, str, str]]]:
     """Title -> (dotted setting, option, default, meaning) of every setting, then of each plug-in that has some.
 
-    With `name` those of that attack, defence, mechanism or gate alone, or what that preset stands for.
+    With `name` those of that attack, defence, mechanism, gate or metric alone, or what that preset stands for.
 
     Raises
     ------
@@ -150,10 +152,11 @@ def settings_tables(
         ("Defence", DEFENSES, "defense."),
         ("Mechanism", MECHANISMS, "unlearning."),
         ("Gate", GATES, "gates."),
+        ("Metric", METRICS, "metric."),
     )
     if strict and name and ":" not in name and not any(name in registry for _, registry, _ in kinds):
         known = [*(one for _, registry, _ in kinds for one in registry), *PRESETS]
-        raise unknown_name("attack, defence, mechanism, gate or preset", name, known)
+        raise unknown_name("attack, defence, mechanism, gate, metric or preset", name, known)
     for kind, registry, prefix in kinds:
         wanted = registry.names() if name is None else [name] if name in registry else []
         for one in wanted or ([name] if name and ":" in name and kind == "Attack" else []):

@@ -45,6 +45,7 @@ from fedattack.config import SHORT_NAMES, Config, EngineConfig
 from fedattack.defenses import DEFENSES
 from fedattack.errors import BadRequest, ConfigError, RunFailed
 from fedattack.files import write_bytes
+from fedattack.metrics import METRICS
 from fedattack.registry import Registry, plugin_options
 from fedattack.reporting.sweep.page import write_sweep
 from fedattack.reporting.sweep.table import DONE, FAILED, REFUSED, CellOutcome, SweepTable, sweep_table
@@ -57,7 +58,7 @@ from simulations.progress import stages
 NONE = "none"
 """On an axis of defences or gates: none of them."""
 
-_LISTED: dict[str, Registry[Any]] = {"defense": DEFENSES, "gates": GATES}
+_LISTED: dict[str, Registry[Any]] = {"defense": DEFENSES, "gates": GATES, "metric": METRICS}
 """Sections whose plug-ins a cell may name, or not."""
 
 _MOST_CELLS = 10_000
@@ -162,10 +163,9 @@ def _cell(
 
 def _applicable(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` without the parameters of attacks, defences and gates that they do not name."""
-    attacks = _named(settings, "attack", "attack.names")
+    attacks = _named(settings, *_keys("attack"))
     listed = {
-        section: [name for name in _named(settings, section, f"{section}.names") if name != NONE]
-        for section in _LISTED
+        section: [name for name in _named(settings, *_keys(section)) if name != NONE] for section in _LISTED
     }
     kinds: dict[str, Any] = {"attack": (attacks, ATTACKS)}
     kinds |= {section: (names, _LISTED[section]) for section, names in listed.items()}
@@ -198,10 +198,21 @@ def _foreign(option: str, section: str, chosen: Sequence[str], registry: Registr
     return any(option in plugin_options(registry.get(name)) for name in registry.names())
 
 
+def _keys(section: str) -> list[str]:
+    """What the names of a section's plug-ins may be given as."""
+    dotted = f"{section}.names"
+    return [*(short for short, name in SHORT_NAMES.items() if name == dotted), dotted]
+
+
 def _named(settings: Mapping[str, Any], *keys: str) -> list[str]:
-    value = next((settings[key] for key in keys if key in settings), "")
+    value = next((settings[key] for key in keys if key in settings), _by_default(keys[-1]))
     parts = value if isinstance(value, list) else str(value).split(",")
     return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _by_default(dotted: str) -> list[str]:
+    section, _, leaf = dotted.partition(".")
+    return list(getattr(getattr(Config(), section), leaf))
 
 
 def _resolved(key: str) -> str:

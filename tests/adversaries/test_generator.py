@@ -20,7 +20,7 @@ from adversaries.inversion.learning.generator import fit_linear, load_generator,
 from fedattack.config import CompressionConfig, DataConfig, ModelConfig, TrainingConfig
 from fedattack.data import load_dataset
 from fedattack.errors import ConfigError, DataError, NotApplicable
-from fedattack.metrics.images import psnr
+from fedattack.metrics.pixels import psnr
 from fedattack.models import build_model, initial_weights, resolve
 from fedattack.models.decoders.from_features import Deconv, RidgeConv, build_generator
 from fedattack.observation import Auxiliary, Scenario

@@ -9,8 +9,8 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from fedattack import metrics
 from fedattack.errors import DataError
-from fedattack.metrics import images as metrics
 
 
 def _pairs(channels: int, size: int, count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

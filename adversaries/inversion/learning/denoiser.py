@@ -29,7 +29,7 @@ from adversaries.inversion.learning import files
 from adversaries.inversion.learning import train as train_module
 from adversaries.inversion.matching.match import Matching, match
 from fedattack.errors import ConfigError, DataError, unknown_name
-from fedattack.metrics.images import psnr
+from fedattack.metrics.pixels import psnr
 from fedattack.models.decoders.denoisers import DENOISERS, build_denoiser
 from fedattack.observation import Auxiliary, Scenario
 from fedattack.rng import numpy_rng, torch_rng

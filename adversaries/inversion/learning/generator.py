@@ -28,7 +28,7 @@ from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.head import RowSignals
 from adversaries.inversion.learning import files, train
 from fedattack.errors import ConfigError, DataError, NotApplicable, unknown_name
-from fedattack.metrics.images import psnr
+from fedattack.metrics.pixels import psnr
 from fedattack.models.decoders.from_features import GENERATORS, WIDE, Deconv, RidgeConv, build_generator
 from fedattack.models.decoders.from_latent import FeatureDecoder
 from fedattack.observation import Auxiliary, Observation, Scenario

@@ -15,7 +15,7 @@ from adversaries.base import Progress, no_progress
 from adversaries.inversion.learning import train
 from adversaries.inversion.learning.train import initialised
 from fedattack.errors import ConfigError, DataError, NotApplicable
-from fedattack.metrics.images import psnr
+from fedattack.metrics.pixels import psnr
 from fedattack.models.decoders.from_latent import ImageEncoder, ImageGenerator
 from fedattack.observation import Auxiliary
 from fedattack.registry import Registry

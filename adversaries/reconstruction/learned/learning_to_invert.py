@@ -17,7 +17,8 @@ from adversaries.inversion.evidence.label_strategies import infer
 from adversaries.inversion.learning import train
 from adversaries.reconstruction.learned import base
 from fedattack.config import Positive
-from fedattack.metrics.images import match, psnr
+from fedattack.metrics.matching import match
+from fedattack.metrics.pixels import psnr
 from fedattack.models.decoders.from_latent import GradientMLP
 from fedattack.observation import Auxiliary, Observation, Reconstruction, Update
 from fedattack.rng import numpy_rng, torch_rng
