@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from fedattack.annotation.agreement import fleiss_kappa, krippendorff_alpha
-from fedattack.annotation.table import COLUMNS, check_images, latest, read_table, votes, write_table
+from fedattack.annotation.table import (
+    COLUMNS,
+    check_images,
+    latest,
+    read_table,
+    votes,
+    write_table,
+    write_votes,
+)
 
 __all__ = [
     "COLUMNS",
@@ -14,4 +22,5 @@ __all__ = [
     "read_table",
     "votes",
     "write_table",
+    "write_votes",
 ]

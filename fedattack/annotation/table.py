@@ -54,7 +54,7 @@ def _number(text: str, low: float, high: float) -> bool:
         return False
 
 
-def _moment(text: str) -> datetime.datetime:
+def moment(text: str) -> datetime.datetime:
     """A time of ISO 8601; without a zone, UTC."""
     found = datetime.datetime.fromisoformat(text)
     return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
@@ -62,7 +62,7 @@ def _moment(text: str) -> datetime.datetime:
 
 def _is_moment(text: str) -> bool:
     try:
-        _moment(text)
+        moment(text)
     except ValueError:
         return False
     return True
@@ -339,14 +339,26 @@ def write_table(path: Path | str, frame: pd.DataFrame) -> None:
     rows = to_rows(frame)
     for row in rows:
         row |= {name: portable_path(path.parent, row[name]) for name in _PATHS}
+    _write(path, to_frame(rows), csv_lines(rows, header=True))
+
+
+def write_votes(path: Path | str, counted: pd.DataFrame) -> None:
+    """Write what :func:`votes` found as .csv or .parquet; otherwise as :func:`write_table`."""
+    path = Path(path)
+    told = counted.copy()
+    for name in _PATHS:
+        told[name] = [portable_path(path.parent, text) for text in told[name]]
+    _write(path, told, told.to_csv(index=False).encode())
+
+
+def _write(path: Path, frame: pd.DataFrame, text: bytes) -> None:
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise ConfigError(f"{path}: a table is written as a .csv or a .parquet file")
     if path.suffix.lower() == ".parquet":
         buffer = io.BytesIO()
-        to_frame(rows).to_parquet(buffer, index=False)
-        write_bytes(path, buffer.getvalue())
-    elif path.suffix.lower() == ".csv":
-        write_bytes(path, csv_lines(rows, header=True))
-    else:
-        raise ConfigError(f"{path}: a table of ratings is a .csv or a .parquet file")
+        frame.to_parquet(buffer, index=False)
+        text = buffer.getvalue()
+    write_bytes(path, text)
 
 
 def portable_path(folder: Path, path: Path | str) -> str:
@@ -369,7 +381,7 @@ def latest(frame: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     last counts, by time and then by line.
     """
     rated = frame[~frame["is_attention_check"].astype(bool)]
-    moments = [_moment(text).timestamp() for text in rated["timestamp"]]
+    moments = [moment(text).timestamp() for text in rated["timestamp"]]
     ordered = rated.assign(_moment=moments).sort_values("_moment", kind="stable").drop(columns="_moment")
     kept = ordered.drop_duplicates(["annotator_id", "protocol", "pair_id"], keep="last")
     return kept.sort_index(), len(rated) - len(kept)
