@@ -588,6 +588,13 @@ def _two_lines(metric: Metric, ends: bool) -> Callable[[Figures], str]:
     return lambda s: metric.shown((metric.of(s["metrics"]) or {"mean": None})["mean"])
 
 
+def _label_cell(s: Figures) -> str:
+    labels = s.get("labels")
+    if not labels or not labels["of"]:
+        return formats.NONE
+    return f"{labels['right']}/{labels['of']}\n({labels['floor']:.1f})"
+
+
 def _sweep(s: Figures) -> dict[str, Any]:
     row = {"images": s["images"], "k": number(s.get("k"))}
     if "best_floor" not in s:
@@ -678,9 +685,9 @@ a small image is hard to tell from the original; infinite means identical. Worst
 Registered correlation: Of pixels, at the shift, and in the mirror image, where it is highest: shifted, mirrored and
 re-lit images keep it. Unrelated images reach .6 to .9 so; it says something beside floor and control alone.
 
-Own image first: How many victims' private images rank first by registered correlation among images of others, private
-and public; ties count against. Chance is one in as many. Beyond chance and every floor (p < {rule.IDENTIFIED_P_VALUE}):
-at least \u201cpartial leakage\u201d, and \u201cprivate images recovered\u201d where half of what a defence showed
+Own image first: How many victims' private images rank first by registered correlation among images of others,
+private and public; ties count against. Chance is one in as many. Beyond chance (p < {rule.IDENTIFIED_P_VALUE}) and
+every floor: at least \u201cpartial leakage\u201d, and \u201cprivate images recovered\u201d where half of what a defence showed
 the model is recovered as well. It is the image that is told, not the person.
 
 Recovered: An image at {rule.RECOVERED_PSNR:.0f} dB and SSIM {rule.RECOVERED_SSIM} or more, at least
