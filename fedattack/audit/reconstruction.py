@@ -687,8 +687,8 @@ re-lit images keep it. Unrelated images reach .6 to .9 so; it says something bes
 
 Own image first: How many victims' private images rank first by registered correlation among images of others,
 private and public; ties count against. Chance is one in as many. Beyond chance (p < {rule.IDENTIFIED_P_VALUE}) and
-every floor: at least \u201cpartial leakage\u201d, and \u201cprivate images recovered\u201d where half of what a defence showed
-the model is recovered as well. It is the image that is told, not the person.
+every floor: at least \u201cpartial leakage\u201d; \u201cprivate images recovered\u201d where half of what a defence
+showed the model is recovered as well. It is the image that is told, not the person.
 
 Recovered: An image at {rule.RECOVERED_PSNR:.0f} dB and SSIM {rule.RECOVERED_SSIM} or more, at least
 {rule.RECOVERED_MARGIN:.0f} dB above every floor and the control. Half of the images: \u201cprivate images
