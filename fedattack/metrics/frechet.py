@@ -22,7 +22,7 @@ def frechet_distance(one: NDArray[np.floating], other: NDArray[np.floating]) -> 
         )
     a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
     shift = np.square(a.mean(0) - b.mean(0)).sum()
-    if max(len(a), len(b)) < a.shape[1]:
+    if max(len(a), len(b)) <= a.shape[1]:
         # C1 = A^T A and C2 = B^T B of the centred rows: the roots of C1 C2's eigenvalues are the singular values of
         # A B^T, which has a row and a column an image, not a feature.
         rows, columns = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))

@@ -53,7 +53,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def trunk_file(folder: Path, net: str, seed: int = 7) -> Path:
-    """A trunk with random convolutions under torchvision's file name; the unused classifier is stored as one value."""
+    """A trunk with random convolutions under torchvision's file name; its classifier is one value."""
     from torchvision import models
 
     folder.mkdir(parents=True, exist_ok=True)
