@@ -29,7 +29,10 @@ Embed = Callable[[Tensor], Tensor]
 EMBEDDINGS: Registry[Any] = Registry(
     "embedding", {"lite-features": "fedattack.metrics.lite:LiteFeatures"}, group="fedattack.embeddings"
 )
-"""Embeddings by name: an :data:`Embed`, a torch module, or a class of either that is built without arguments."""
+"""Embeddings by name: an :data:`Embed`, a torch module, or a class of either that is built without arguments.
+
+Where one has an attribute `weights`, the path of a file, the file's SHA-256 stands in a run's records.
+"""
 
 CONTRACT = (
     "an embedding is a function, a torch module, or a class of either that is built without arguments: it takes "
