@@ -91,6 +91,8 @@ METRICS: Registry[type[ImageMetric]] = Registry(
         "mse": "fedattack.metrics.pixels:MeanSquaredError",
         "psnr": "fedattack.metrics.pixels:PeakSignalToNoise",
         "ssim": "fedattack.metrics.structural:StructuralSimilarity",
+        "regcorr": "fedattack.metrics.registration:RegisteredCorrelation",
+        "registered-psnr": "fedattack.metrics.registration:RegisteredPSNR",
     },
     group="fedattack.metrics",
     base="fedattack.metrics.base:ImageMetric",
