@@ -63,7 +63,7 @@ class Embedding:
         """Features of float (N, C, H, W), float64 (N, D)."""
         if isinstance(self.call, nn.Module):
             self.call.to(images.device)
-        return torch.cat([self.call(images[part].float()) for part in batches(images)]).double()
+        return torch.cat([self.call(images[part].float()) for part in batches(images) or [slice(0)]]).double()
 
 
 class HeadInput(nn.Module):

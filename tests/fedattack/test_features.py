@@ -192,6 +192,19 @@ def test_an_embedding_by_its_place() -> None:
     assert cosine.scores(dark).isnan().tolist() == [True, False, False, False]
 
 
+def test_images_without_a_score() -> None:
+    pairs = pairs_of(4, (3, 2, 2))
+    images = pairs.images.clone()
+    images[2, 0, 0, 0] = torch.nan
+    metric = FeatureDistance(model=at("Fixed"))
+    assert metric.scores(Pairs(images, pairs.truth)).isnan().tolist() == [False, False, True, False]
+    assert metric.scores(Pairs(images[:0], images[:0])).shape == (0,)
+    whole = FrechetDistance(model=at("Fixed"))
+    assert float(whole.scores(pairs)) > 0
+    with pytest.raises(DataError, match="NaN or infinite"):
+        whole.scores(Pairs(images, pairs.truth))
+
+
 def test_weights_that_nobody_trained_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"draws its weights at random.*'metric.feature-distance.weights'"):
         FeatureDistance(model=at("Untrained")).check((3, 2, 2))

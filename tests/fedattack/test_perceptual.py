@@ -326,6 +326,11 @@ def test_lite_features_against_their_definition() -> None:
     assert last.tolist() == pytest.approx(depths[-1].tolist(), abs=2e-6)
     assert last[0] == 0
     assert 0.05 < last[2] < 4
+    images = pairs.images.clone()
+    images[1, 2, 0, 0] = torch.inf
+    found = metric.scores(Pairs(images, pairs.truth))
+    assert found.isnan().tolist() == [False, True, False]
+    assert metric.scores(Pairs(images[:0], images[:0])).shape == (0,)
     large = some_pairs(2, (3, 80, 70))  # as they are
     assert LiteFeatures().prepare(large.truth).shape == (2, 3, 80, 70)
     assert LiteFeatures(side=96).prepare(large.truth).shape == (2, 3, 110, 96)
