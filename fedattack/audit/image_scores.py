@@ -16,7 +16,15 @@ from fedattack.audit.reconstruction_verdict import COUNTED_DB
 from fedattack.config import MetricConfig
 from fedattack.errors import DataError
 from fedattack.groundtruth import GroundTruth
-from fedattack.metrics import ImageMetric, Pairs, build_metrics, labels_right, match, out_of_range_share, score
+from fedattack.metrics import (
+    ImageMetric,
+    Pairs,
+    build_metrics,
+    labels_right,
+    match,
+    out_of_range_share,
+    score,
+)
 from fedattack.metrics.identification import Identification, apart, gallery_size, identify
 from fedattack.metrics.structural import paper_scale
 from fedattack.observation import Reconstruction
@@ -141,7 +149,9 @@ def described_metrics(
                 one = [] if value is None else [value]
                 found[name] = describe(one, seed) | {"count": len(rows) if one else 0}
             else:
-                found[name] = describe(column(rows, f"{prefix}{name}"), seed, victims, figure(name, told).worst)
+                found[name] = describe(
+                    column(rows, f"{prefix}{name}"), seed, victims, figure(name, told).worst
+                )
         return found
 
     return {
@@ -185,7 +195,13 @@ class _Work:
         public: Tensor | None,
         seed: int,
     ) -> None:
-        self.victims, self.metrics, self.common, self.public, self.seed = victims, metrics, common, public, seed
+        self.victims, self.metrics, self.common, self.public, self.seed = (
+            victims,
+            metrics,
+            common,
+            public,
+            seed,
+        )
         self.failed: list[dict[str, str]] = []
         self.identified: list[Identification | None] = []
         self.floors_identified: list[dict[str, Identification]] = []
@@ -204,7 +220,12 @@ class _Work:
         answer = None if why else victim.answer
         if answer is None:
             self.failed.append({"key": victim.key, "reason": why})
-        fields = self.common | {"round": truth.round, "client": truth.client, **victim.fields, "victim": number}
+        fields = self.common | {
+            "round": truth.round,
+            "client": truth.client,
+            **victim.fields,
+            "victim": number,
+        }
         panels = {ORIGINAL: private, REBUILT: torch.full_like(private, math.nan)}
         if truth.shown is not None:
             panels[SHOWN] = truth.shown
@@ -221,7 +242,9 @@ class _Work:
         everyone = range(len(rows))
         gallery = self._gallery(number)
         floors = _floors(victim, answer)
-        batches = [] if gallery is None else [b for b in gallery.split(len(private)) if len(b) == len(private)]
+        batches = (
+            [] if gallery is None else [b for b in gallery.split(len(private)) if len(b) == len(private)]
+        )
         for name, images in floors.items():
             panels[name] = _align(images, private)
             add(f"floor.{name}.", self._scores(panels[name], private, truth, gallery), everyone)
@@ -240,7 +263,10 @@ class _Work:
         self.floors_identified.append(known)
         told_right = tuple(named[index] for index in chosen)
         add("", self._scores(found_images, private[chosen], truth, gallery, chosen, told_right), chosen)
-        outside, (inflated, wide) = out_of_range_share(found_images), paper_scale(found_images, private[chosen])
+        outside, (inflated, wide) = (
+            out_of_range_share(found_images),
+            paper_scale(found_images, private[chosen]),
+        )
         scale = {"psnr_paper_scale": inflated.tolist(), "ssim_paper_scale": wide.tolist()}
         add("", scale | {"out_of_range_share": outside.tolist()}, chosen)
         if truth.shown is not None:
@@ -254,7 +280,10 @@ class _Work:
         said = {name: getattr(answer, name) for name in ("label_confidence", "loss", "certificate", "method")}
         said |= {f"control_{name}": value for name, value in self._control(own, number).items()}
         mine = self.identified[-1]
-        said |= {"own_rank": None if mine is None else mine.rank, "gallery": None if mine is None else mine.of}
+        said |= {
+            "own_rank": None if mine is None else mine.rank,
+            "gallery": None if mine is None else mine.of,
+        }
         for row, right in zip(rows, named, strict=True):
             row |= {"label_right": right, **said, "notes": _why(answer)}
         for index in chosen:
@@ -305,7 +334,9 @@ class _Work:
                 pairs = Pairs(answered, images[matched], other.labels[matched], None, None, self.seed)
                 for name, scores in score(metrics, pairs).items():
                     known = np.minimum(np.asarray(scores), COUNTED_DB)
-                    values[name] += [float(known[~np.isnan(known)].mean())] if not np.isnan(known).all() else []
+                    values[name] += (
+                        [float(known[~np.isnan(known)].mean())] if not np.isnan(known).all() else []
+                    )
             found |= {name: float(np.mean(one)) if one else None for name, one in values.items()}
         return found
 
@@ -324,7 +355,9 @@ def _pooled(
         for where, truth in against:
             if not known.any():
                 continue
-            for name, values in score(metrics, Pairs(made[known].clamp(0, 1), truth[known], seed=seed)).items():
+            for name, values in score(
+                metrics, Pairs(made[known].clamp(0, 1), truth[known], seed=seed)
+            ).items():
                 found[name][where] = values[0]
     return found
 

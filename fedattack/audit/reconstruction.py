@@ -51,7 +51,7 @@ from fedattack.metrics import (
     constant_hits,
     paired_difference,
 )
-from fedattack.metrics.identification import Evidence, evidence, sign_test
+from fedattack.metrics.identification import evidence, sign_test
 from fedattack.observation import Observation, Reconstruction
 from fedattack.reporting import formats
 from fedattack.reporting.formats import seat
@@ -240,7 +240,11 @@ class _Summary:
             if max(gains) - min(gains) > rule.MARGIN or len({f["level"] for f in of_round.values()}) > 1:
                 level, verdict = _by_round(of_round)
                 summary["rounds"] = {str(r): figures for r, figures in of_round.items()}
-                for part in (summary["above_best_floor"], summary["above_control"], *summary["metrics"].values()):
+                for part in (
+                    summary["above_best_floor"],
+                    summary["above_control"],
+                    *summary["metrics"].values(),
+                ):
                     if part is not None:
                         part |= {"low": None, "high": None}
         return summary | {"level": level, "verdict": verdict}
@@ -289,21 +293,31 @@ class _Summary:
             methods=_methods(scored),
         )
         level, text = rule.reconstruction(found)
-        told = found.labels
+        told, named = found.labels, found.identified
         return over_floor, {
             "recovered": found.recovered,
             "psnr": found.psnr,
             "best_floor": best,
             "above_best_floor": interval_fields(over_floor),
             "above_control": None if over_control is None else interval_fields(over_control),
-            "labels": {"right": told.right, "of": told.of, "floor": told.floor, "beyond_guessing": told.beyond},
+            "labels": {
+                "right": told.right,
+                "of": told.of,
+                "floor": told.floor,
+                "beyond_guessing": told.beyond,
+            },
+            "identified": None if named is None else named.record(),
             "level": level,
             "verdict": text,
         }
 
     def identified(self, records: Sequence[Mapping[str, Any]], looks: int) -> rule.Identified | None:
-        """How many of the records' victims are identified, beside chance and the best floor; None: it is not known."""
-        chosen = [v for v in dict.fromkeys(row["victim"] for row in records) if self.scores.identified[v] is not None]
+        """How many of the records' victims are identified, beside chance and the floors; None: it is not known."""
+        chosen = [
+            v
+            for v in dict.fromkeys(row["victim"] for row in records)
+            if self.scores.identified[v] is not None
+        ]
         found = [one for v in chosen if (one := self.scores.identified[v]) is not None]
         told = evidence(found, 1 - 0.05 / looks)
         if told is None:
@@ -314,7 +328,12 @@ class _Summary:
         firsts = {name: sum(one[name].first for one in floors) for name in names}
         best = max(firsts, key=lambda name: firsts[name], default="")
         return rule.Identified(
-            told, best, firsts.get(best, 0), max(tests.values(), default=0.0), looks, len(records) == len(chosen)
+            told,
+            best,
+            firsts.get(best, 0),
+            max(tests.values(), default=0.0),
+            looks,
+            len(records) == len(chosen),
         )
 
 
@@ -422,19 +441,45 @@ def _times(seconds: Sequence[float] | float, count: int) -> list[float]:
     return [float(value) for value in seconds]
 
 
+def _undefined(name: str, told: Figures, s: Figures) -> str:
+    """How many of the scored images a metric has no value for, or an infinite one."""
+    of, found = s["images"] - s["missing"], s["metrics"][name]
+    lost, same = of - found["count"], found.get("identical", 0)
+    text = f"{told['title']}: no value for {lost} of {of} images" if lost else ""
+    return text or (
+        f"{told['title']}: {same} of {of} identical, left out of the mean" if 0 < same < of else ""
+    )
+
+
+def _any(figures: Figures) -> bool:
+    return any(described["count"] for described in figures.values())
+
+
 def _score_rows(result: AuditResult) -> list[Row]:
     s = result.summary
     rows = score_rows(result)
-    if s["shown"]["psnr"]["count"]:
+    if _any(s["shown"]):
         rows.insert(1, ("the same, against what the model was shown", False, s["shown"]))
-    if s["control"]["psnr"]["count"]:
+    if _any(s["control"]):
         rows.append(("control: scored against other victims", False, s["control"]))
     return rows
+
+
+def _scored_by(s: Figures) -> Mapping[str, Figures]:
+    """The metrics of a summary; older ones have those of a verdict."""
+    found: Mapping[str, Figures] | None = s.get("scored_by")
+    return found or {name: describe_metric(METRICS.get(name)) for name in VERDICT_METRICS}
+
+
+def _measured(s: Figures) -> list[Metric]:
+    """The metrics that images were scored by, and what an answer has besides."""
+    return [*(figure(name, told) for name, told in _scored_by(s).items()), *ANSWERED]
 
 
 def _remarks(result: AuditResult) -> list[str]:
     s, parts = result.summary, []
     metrics, scale, each = s["metrics"], s["paper_scale"], s["seconds"] / s["count"]
+    parts += [_undefined(name, told, s) for name, told in _scored_by(s).items() if _undefined(name, told, s)]
     if over := s.get("above_control"):
         parts.append(f"above the control: {formats.decimal(over['mean'])} dB")
     if (sure := metrics["label_confidence"]["mean"]) is not None:
@@ -454,8 +499,11 @@ def _remarks(result: AuditResult) -> list[str]:
 
 
 def _details(result: AuditResult) -> list[Column]:
-    def psnr_of(key: str) -> Any:
-        return lambda row: formats.decimal(row.get(key))
+    metrics = [figure(name, told) for name, told in _scored_by(result.summary).items() if not told["pooled"]]
+    lead = metrics[0]
+
+    def cell(metric: Metric, prefix: str = "") -> Any:
+        return lambda row: metric.shown(row.get(f"{prefix}{metric.key}"))
 
     right = {None: formats.NONE, True: "right", False: "wrong"}
     return [
@@ -463,21 +511,66 @@ def _details(result: AuditResult) -> list[Column]:
         ("client", lambda row: seat(row["client"]).removeprefix("client ")),
         ("image", lambda row: str(row["image"])),
         ("sample", lambda row: str(row["sample"])),
-        ("PSNR, dB", psnr_of("psnr")),
-        ("SSIM", lambda row: formats.decimal(row.get("ssim"), 3)),
-        *((name, psnr_of(f"floor.{name}.psnr")) for name in result.summary["floors"]),
-        ("control", psnr_of("control_psnr")),
+        *((metric.heading, cell(metric)) for metric in metrics),
+        *((name, cell(lead, f"floor.{name}.")) for name in result.summary["floors"]),
+        ("control", cell(lead, "control_")),
+        ("own image's rank", _rank),
         ("label", lambda row: right[row.get("label_right")]),
         ("objective", lambda row: formats.compact(row.get("loss"))),
-        ("time", lambda row: formats.seconds(row["seconds"])),
+        ("time", lambda row: formats.seconds(row.get("seconds"))),
         ("status", lambda row: row["status"]),
         ("method", lambda row: row.get("method") or formats.NONE),
     ]
 
 
-def _best(s: Figures) -> Figures:
-    """PSNR of the best floor."""
-    return s["floors"][s["best_floor"]]["psnr"] if "best_floor" in s else {"mean": None}
+def _rank(row: Figures) -> str:
+    return f"{row['own_rank']} of {row['gallery']}" if row.get("own_rank") else formats.NONE
+
+
+def _best(s: Figures, name: str) -> Figures:
+    """A metric of the best floor."""
+    floor: Figures = s["floors"][s["best_floor"]] if "best_floor" in s else {}
+    return floor.get(name) or {"mean": None}
+
+
+def _first_cell(s: Figures) -> str:
+    told = s.get("identified")
+    return f"{told['first']}/{told['of']}\n({formats.decimal(told['chance'])})" if told else formats.NONE
+
+
+def _k_cell(s: Figures) -> str:
+    return f"{formats.count(s['k'])}\n({formats.count(s['k_measuring'])})" if "k" in s else formats.NONE
+
+
+def _columns(summaries: Sequence[Figures]) -> list[Column]:
+    """Of the terminal's table: every metric's mean, the lead's worst and floor."""
+    told = {name: figure(name, one) for s in summaries for name, one in _scored_by(s).items()}
+    lead = next(iter(told.values()))
+    shown: list[Column] = [("images", lambda s: formats.count(s["images"]))]
+    for metric in told.values():
+        shown.append((_narrow(metric.heading), _two_lines(metric, ends=metric is lead)))
+        if metric is lead:
+            shown.append(("worst", lambda s: lead.shown(s["metrics"][lead.key]["worst"])))
+    return [
+        *shown,
+        ("best\nfloor", lambda s: lead.shown(_best(s, lead.key)["mean"])),
+        ("own\nfirst", _first_cell),
+        ("k\n(image)", _k_cell),
+        ("labels\n(floor)", _label_cell),
+        ("time", lambda s: formats.seconds(s["seconds"])),
+    ]
+
+
+def _two_lines(metric: Metric, ends: bool) -> Callable[[Figures], str]:
+    if ends:
+        return lambda s: metric.two_lines(s["metrics"])
+    return lambda s: metric.shown((metric.of(s["metrics"]) or {"mean": None})["mean"])
+
+
+def _narrow(heading: str) -> str:
+    """A heading on two lines, where it is long."""
+    words = heading.split(" ")
+    return heading if len(heading) <= 10 or len(words) == 1 else f"{' '.join(words[:-1])}\n{words[-1]}"
 
 
 def _label_cell(s: Figures) -> str:
@@ -486,23 +579,44 @@ def _label_cell(s: Figures) -> str:
 
 
 def _sweep(s: Figures) -> dict[str, Any]:
-    row = {"images": s["images"], "k": number(s["k"])}
+    row = {"images": s["images"], "k": number(s.get("k"))}
     if "best_floor" not in s:
         return row
-    psnr, ssim, labels = s["metrics"]["psnr"], s["metrics"]["ssim"], s["labels"]
-    row |= {"psnr": number(psnr["mean"]), "psnr_worst": number(psnr["worst"]), "ssim": number(ssim["mean"])}
-    row |= {"floor": s["best_floor"], "floor_psnr": number(_best(s)["mean"]), "recovered": s["recovered"]}
+    for name in _scored_by(s):
+        row[name], row[f"{name}_worst"] = (number(s["metrics"][name][end]) for end in ("mean", "worst"))
+        row[f"floor_{name}"] = number(_best(s, name)["mean"])
+    row |= {"floor": s["best_floor"], "recovered": s["recovered"]}
+    if told := s.get("identified"):
+        row |= {"own_first": told["first"], "own_first_of": told["of"]}
+    labels = s["labels"]
+    row |= {f"{name}.title": json.dumps(told) for name, told in _scored_by(s).items()}
     return row | {"labels_right": labels["right"], "labels_of": labels["of"]}
 
 
-_INTEGERS = ("round", "client", "victim", "image", "sample", "label", "k", "k_measuring", "wire_bytes")
+def _sweep_columns(row: Figures) -> dict[str, str]:
+    """Each metric's mean, and that of the best floor."""
+    shown = {}
+    for key in row:
+        name = key.removesuffix(".title")
+        if name != key and isinstance(row[key], str):
+            metric = figure(name, json.loads(row[key]))
+            shown[metric.heading] = metric.shown(row[name])
+            shown[f"floor's {metric.heading}"] = metric.shown(row[f"floor_{name}"])
+    return shown
+
+
+_INTEGERS = (
+    *("round", "client", "victim", "image", "sample", "label", "k", "k_measuring", "wire_bytes"),
+    *("own_rank", "gallery"),
+)
 _TEXTS = ("method", "notes", "matched_by", "kept_per_layer")
 
 RECONSTRUCTION: Family = Family(
     name="reconstruction",
     question="Can private images be rebuilt from what clients send?",
     title="Reconstruction of private images (mean with 95 % interval)",
-    metrics=METRICS,
+    metrics=(*(figure(name, describe_metric(METRICS.get(name))) for name in VERDICT_METRICS), *ANSWERED),
+    measured=_measured,
     floors={
         GREY_FLOOR: "a flat grey image",
         AUXILIARY_FLOOR: "the mean of the public images it was granted",
@@ -517,22 +631,13 @@ RECONSTRUCTION: Family = Family(
         span=6.0,
         title="How far reconstructions lie above what could be guessed",
     ),
-    columns=(
-        ("images", lambda s: formats.count(s["images"])),
-        ("PSNR, dB", lambda s: METRICS[0].two_lines(s["metrics"])),
-        ("worst", lambda s: formats.decimal(s["metrics"]["psnr"]["worst"])),
-        ("SSIM", lambda s: formats.decimal(s["metrics"]["ssim"]["mean"], 3)),
-        ("best\nfloor", lambda s: formats.decimal(_best(s)["mean"])),
-        ("k\n(image)", lambda s: f"{formats.count(s['k'])}\n({formats.count(s['k_measuring'])})"),
-        ("k per\npixel", lambda s: formats.compact(s["k_per_pixel"])),
-        ("labels\n(floor)", _label_cell),
-        ("time", lambda s: formats.seconds(s["seconds"])),
-    ),
+    columns=_columns,
     rows=_score_rows,
     remarks=_remarks,
     beside=lambda result: result.summary.get("told", ()),
     details=_details,
     sweep=_sweep,
+    sweep_columns=_sweep_columns,
     drawings=(
         Drawing(
             "sheet",

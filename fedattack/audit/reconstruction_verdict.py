@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedattack.audit.family import Level, further_units, gain_level
 from fedattack.metrics import Interval
@@ -87,11 +88,28 @@ class Identified:
         reachable = told.of ** -float(told.count) < IDENTIFIED_P_VALUE
         return not reachable or (told.p_value < UNSURE_P_VALUE and self.over_floors < 0.5)
 
+    def record(self) -> dict[str, Any]:
+        """JSON-able: "first" of "of" victims among "gallery" candidates, what chance and the best floor have, ..."""
+        told = self.evidence
+        return {
+            "first": told.first,
+            "of": told.count,
+            "gallery": told.of,
+            "chance": told.chance,
+            "p_value": told.p_value,
+            "low": told.share.low,
+            "high": told.share.high,
+            "floor": self.floor_first,
+            "beyond": self.beyond,
+        }
+
     @property
     def text(self) -> str:
         """ "8 of 8 private images rank first among 65 (by chance 0.1, p < 0.0001; flat grey 0)"."""
         told, what = self.evidence, "private images rank" if self.single else "private batches rank"
-        ends = f", 95 % interval {formats.percent(told.share.low, 0)} to {formats.percent(told.share.high, 0)}"
+        ends = (
+            f", 95 % interval {formats.percent(told.share.low, 0)} to {formats.percent(told.share.high, 0)}"
+        )
         floor = f"; best floor {self.floor_first}" if self.floor else ""
         chance = f"by chance {formats.decimal(told.chance)}, {formats.p_value(told.p_value)}{floor}"
         return f"{told.first} of {told.count} {what} first among {told.of} ({chance}{ends})"
@@ -103,8 +121,8 @@ class Findings:
 
     `over_floor` and `over_control` are PSNRs above those, over the victims; no control where there is no other
     victim. `failed` has "key" and "reason" of the victims without an answer, `shown` the mean PSNR against what a
-    defence showed the model and how many images of that were recovered, `identified` whose images they are, `methods` what
-    answered, and why.
+    defence showed the model and how many images of that were recovered, `identified` whose images they
+    are, `methods` what answered, and why.
     """
 
     images: int
@@ -149,14 +167,14 @@ def reconstruction(found: Findings) -> tuple[Level, str]:
     if found.shown is not None:
         text += f"; against what the model was shown {decibel(found.shown[0])}"
         text += f", {found.shown[1]} of {found.images} images of it recovered" if found.shown[1] else ""
-    if found.identified is not None:
-        text += f"; {found.identified.text}"
     if level in ("none", "undecided") and gain.known and gain.low > 0:
         text += "; but no better on its own victim than on another's image"
     if level == "undecided" and gain_level(gain, MARGIN) != "none":
         more = max(further_units(one, MARGIN) for one in (gain, control) if one is not None)
         least = "at least " if gain.count < FEWEST else "about "
         text += f"; {least}{more:,} more victim{'s' if more != 1 else ''} would tell"
+    if found.identified is not None:
+        text += f"; {found.identified.text}"
     text += _label_words(found.labels)
     if found.failed:
         who = f"{len(found.failed)} victim{'s' if len(found.failed) != 1 else ''} failed"
@@ -177,10 +195,11 @@ def _level(found: Findings) -> Level:
     if found.recovered >= RECOVERED_SHARE * found.images:
         return "leak"
     named, of_shown = found.identified, 0 if found.shown is None else found.shown[1]
-    if named is not None and named.beyond and named.evidence.share.mean >= RECOVERED_SHARE:
-        if of_shown >= RECOVERED_SHARE * found.images:
-            return "leak"
-    if found.recovered or found.labels.beyond or of_shown or (named is not None and named.beyond):
+    beyond = named is not None and named.beyond
+    many = named is not None and named.evidence.share.mean >= RECOVERED_SHARE
+    if beyond and many and of_shown >= RECOVERED_SHARE * found.images:
+        return "leak"
+    if found.recovered or found.labels.beyond or of_shown or beyond:
         return "partial"
     level, control = gain_level(found.over_floor, MARGIN), found.over_control
     if level in ("partial", "undecided"):
@@ -190,7 +209,12 @@ def _level(found: Findings) -> Level:
             level = "undecided"
     # Pixels cannot tell a moved or re-lit image: "no leakage" needs that nobody was identified, and could have been
     # where a defence changes the images.
-    if level == "none" and named is not None and named.unsure and (named.evidence.first or found.shown is not None):
+    if (
+        level == "none"
+        and named is not None
+        and named.unsure
+        and (named.evidence.first or found.shown is not None)
+    ):
         return "undecided"
     return "undecided" if level == "none" and found.shown is not None and named is None else level
 

@@ -45,7 +45,7 @@ class Identification:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How many victims are identified, beside chance: `share` with its 95 % interval, one-sided binomial `p_value`."""
+    """How many victims are identified: `share` with its 95 % interval, one-sided `p_value` against chance."""
 
     share: Interval
     first: int
@@ -60,14 +60,14 @@ class Evidence:
 
 
 def gallery_size(batch: int) -> int:
-    """How many other images to look among: 64 for one image, so many batches of several that it does not take long."""
+    """How many other images to look among: 64 for one image, of larger batches what does not take long."""
     return 64 if batch == 1 else batch * max(8, min(32, _MANY // batch**2))
 
 
 def apart(others: Sequence[Tensor], own: Tensor, most: int) -> Tensor | None:
-    """The first `most` distinct images of `others` that equal none of `own` at 8 bit, (G, C, H, W); None: no image."""
+    """The first `most` distinct images of `others` that equal none of `own` at 8 bit, (G, C, H, W), if any."""
     seen = {_picture(image) for image in own}
-    chosen = []
+    chosen: list[Tensor] = []
     for image in (image for images in others for image in images):
         if len(chosen) == most:
             break
@@ -90,9 +90,10 @@ def identify(
         return {}
     batch = len(own)
     images, candidates = torch.cat(list(answers.values())), torch.cat([own, *others])
-    side = SIDE if len(images) * len(candidates) <= _MANY else COARSE_SIDE
-    whole = correlation_table(_reduced(images, side), _reduced(candidates, side), overlap=OVERLAP).numpy()
-    whole = np.nan_to_num(whole, nan=_NOTHING)
+    distinct, place = torch.unique(images, dim=0, return_inverse=True)  # a floor may say the same of everyone
+    side = SIDE if len(distinct) * len(candidates) <= _MANY else COARSE_SIDE
+    table = correlation_table(_reduced(distinct, side), _reduced(candidates, side), overlap=OVERLAP)
+    whole = np.nan_to_num(table[place].numpy(), nan=_NOTHING)
     found, begin = {}, 0
     for name, one in answers.items():
         rows, begin = whole[begin : begin + len(one)], begin + len(one)
