@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -200,6 +200,21 @@ def _load(module: nn.Module, state: dict[str, Tensor], path: Path, assign: bool 
         raise DataError(f"weight file {path} does not fit the network: {reason}") from None
 
 
+# A metric is built anew for each attack that it is checked for: its network is not.
+@lru_cache(maxsize=1)
+def _lpips(net: str, path: Path, digest: str) -> nn.Module:
+    """The library's network; `digest` is the trunk's."""
+    import lpips
+
+    # The library's own way to a trunk is a download; built with a random one, it is given this file's at once.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
+    wanted = {name: "features." + name.split(".", 1)[1] for name in found.net.state_dict()}
+    _load(found.net, _trunk_state(path, wanted), path)
+    return found.requires_grad_(False).eval()
+
+
 @dataclass
 class LearnedPerceptual(_OnTrunk):
     """LPIPS 0.1: activations weighted as people judged (Zhang et al., CVPR 2018), of images mapped to [-1, 1].
@@ -230,16 +245,7 @@ class LearnedPerceptual(_OnTrunk):
 
     @cached_property
     def network(self) -> nn.Module:
-        path = self.file
-        import lpips
-
-        # The library's own way to a trunk is a download; built with a random one, it is given this file's at once.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            found = lpips.LPIPS(net=self.net, version="0.1", pnet_rand=True, verbose=False)
-        wanted = {name: "features." + name.split(".", 1)[1] for name in found.net.state_dict()}
-        _load(found.net, _trunk_state(path, wanted), path)
-        return found.requires_grad_(False).eval()
+        return _lpips(self.net, self.file, sha256(self.file))
 
     def distance(self, images: Tensor, truth: Tensor) -> Tensor:
         return self.network(images, truth, normalize=True)
@@ -275,13 +281,7 @@ class StructureTexture(_OnTrunk):
 
     @cached_property
     def network(self) -> nn.Module:
-        path = self.file
-        found = _dists(self.head)
-        wanted = {
-            f"{stage}.{layer}.{part}": f"features.{layer}.{part}" for stage, layer, part in _layers(found)
-        }
-        _load(found, {**found.state_dict(), **_trunk_state(path, wanted)}, path, assign=True)
-        return found.requires_grad_(False).eval()
+        return _dists(self.head, self.file, sha256(self.file))
 
     def distance(self, images: Tensor, truth: Tensor) -> Tensor:
         return self.network(images, truth)
@@ -293,8 +293,9 @@ def _layers(network: nn.Module) -> list[tuple[str, str, str]]:
     return [(stage, layer, part) for stage, layer, part in names]
 
 
-def _dists(head: Path) -> nn.Module:
-    """The library's network and its heads, with an empty trunk, without its constructor, which downloads one."""
+@lru_cache(maxsize=1)
+def _dists(head: Path, path: Path, digest: str) -> nn.Module:
+    """The library's network; `digest` is the trunk's. Not by its constructor, which downloads one."""
     from DISTS_pytorch.DISTS_pt import DISTS, L2pooling
     from torchvision.models import vgg16
 
@@ -315,4 +316,6 @@ def _dists(head: Path) -> nn.Module:
     found.chns = list(channels)
     for name, tensor in read_state(head).items():
         found.register_parameter(name, nn.Parameter(tensor))
-    return found
+    wanted = {f"{stage}.{layer}.{part}": f"features.{layer}.{part}" for stage, layer, part in _layers(found)}
+    _load(found, {**found.state_dict(), **_trunk_state(path, wanted)}, path, assign=True)
+    return found.requires_grad_(False).eval()
