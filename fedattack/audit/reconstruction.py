@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -568,9 +569,8 @@ def _two_lines(metric: Metric, ends: bool) -> Callable[[Figures], str]:
 
 
 def _narrow(heading: str) -> str:
-    """A heading on two lines, where it is long."""
-    words = heading.split(" ")
-    return heading if len(heading) <= 10 or len(words) == 1 else f"{' '.join(words[:-1])}\n{words[-1]}"
+    """A heading on several lines, where it is long; a model's name on its own."""
+    return "\n".join(textwrap.wrap(heading.replace("[", " ["), 10, break_long_words=False))
 
 
 def _label_cell(s: Figures) -> str:

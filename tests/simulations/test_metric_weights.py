@@ -94,7 +94,10 @@ def test_a_run_says_by_which_weights_it_scored(
     monkeypatch.setenv("FEDATTACK_WEIGHTS", str(trunk.parent))
     folder = tmp_path / "run"
     names = "psnr,lpips,lite-features,feature-distance,frechet"
-    assert command(monkeypatch, "--metrics", names, "--run-dir", str(folder)) == 0, capsys.readouterr().err
+    assert command(monkeypatch, "--metrics", names, "--run-dir", str(folder)) == 0
+    table = capsys.readouterr().out
+    assert "[squeeze," in table  # no markup
+    assert "features]" in table
     told = json.loads((folder / "summary.json").read_text())["attacks"]["analytic"]
     for name in names.split(","):
         assert told["metrics"][name]["mean"] is not None, name
