@@ -88,7 +88,9 @@ class _Shifts:
     def products(self, spectra: Tensor, others: Tensor) -> Tensor:
         """Sum of products at each shift, from conjugated spectra of private images and those of reconstructions."""
         (m, k), padded = self.reach, self.padded
-        summed = (spectra * others).sum(-3)
+        summed = spectra[:, 0] * others[:, 0]
+        for channel in range(1, spectra.shape[1]):
+            summed.addcmul_(spectra[:, channel], others[:, channel])
         return torch.fft.irfft2(summed, s=padded)[..., : 2 * m + 1, : 2 * k + 1]
 
 
@@ -127,7 +129,7 @@ def _mirrored(side: _Side, images: Tensor, shifts: _Shifts) -> _Side:
 def _best(truth: _Side, images: _Side, shifts: _Shifts) -> Tensor:
     """Greatest correlation over the shifts of broadcast pairs; -infinity where no shift counts."""
     found = shifts.products(truth.spectra, images.spectra)
-    found = (found - truth.mean * images.mean).mul_(truth.scale).mul_(images.scale)
+    found = torch.addcmul(found, truth.mean, images.mean, value=-1).mul_(truth.scale).mul_(images.scale)
     return found.nan_to_num_(nan=-math.inf).amax(dim=(-2, -1))
 
 
