@@ -66,6 +66,14 @@ def by_chunks(
     return scores
 
 
+def pair_of(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64, clamped, every pixel NaN where one of the image is not finite. Raises as :func:`mse`."""
+    if not len(images) and images.shape == truth.shape:  # none of them had a score
+        return images.double(), truth.double()
+    refuse_unlike(images, truth)
+    return clamped(images), clamped(truth).to(images.device)
+
+
 def refuse_unlike(images: Tensor, truth: Tensor) -> None:
     """DataError if they are not both (B, C, H, W) and alike in every number, or by :func:`refuse_other_scales`."""
     if images.shape != truth.shape or images.ndim != 4 or not truth[:1].numel():
