@@ -618,7 +618,7 @@ def _sweep_columns(row: Figures) -> dict[str, str]:
         if name != key and isinstance(row[key], str):
             metric = figure(name, json.loads(row[key]))
             shown[metric.heading] = metric.shown(row[name])
-            shown[f"floor's {metric.heading}"] = metric.shown(row[f"floor_{name}"])
+            shown[f"floor: {metric.heading}"] = metric.shown(row[f"floor_{name}"])
     return shown
 
 
