@@ -49,7 +49,7 @@ def png(figure: Figure) -> bytes:
 
 
 def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
-    """Originals, reconstructions and floors below one another, the first score under each, pixels enlarged unsmoothed.
+    """Originals, reconstructions and floors below one another, the first score under each, pixels unsmoothed.
 
     The first `limit` images in the order of clients are shown, never chosen by quality.
     """
