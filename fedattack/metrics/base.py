@@ -86,6 +86,8 @@ METRICS: Registry[type[ImageMetric]] = Registry(
         "mse": "fedattack.metrics.pixels:MeanSquaredError",
         "psnr": "fedattack.metrics.pixels:PeakSignalToNoise",
         "ssim": "fedattack.metrics.structural:StructuralSimilarity",
+        "semsim": "fedattack.metrics.semsim.metric:SemSim",
+        "recognised": "fedattack.metrics.semsim.metric:Recognised",
     },
     group="fedattack.metrics",
     base="fedattack.metrics.base:ImageMetric",

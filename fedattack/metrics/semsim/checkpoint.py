@@ -40,7 +40,7 @@ class Described(BaseModel):
     mean: tuple[Finite, ...]
     std: tuple[Positive, ...]
     seed: int
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = Field(default_factory=dict)
 
     def check_shape(self, shape: tuple[int, ...], what: str) -> None:
         """DataError, which begins with `what`, unless the file is of images of that (C, H, W)."""

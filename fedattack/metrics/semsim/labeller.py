@@ -100,10 +100,10 @@ def train_labeller(
     classes: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Labeller:
-    """Train a :class:`~.network.SmallCNN` on images (N, C, S, S) in [0, 1] with labels (N,), the same for the same seed.
+    """Train a :class:`~.network.SmallCNN` on images (N, C, S, S) in [0, 1] with labels (N,).
 
-    A tenth of the images is held out for ``figures``: accuracy as they are and changed as in training. Adam, a cosine
-    schedule, batches of 64.
+    The same images and `seed` give the same one. A tenth of the images is held out for ``figures``: accuracy as they
+    are and changed as in training. Adam, a cosine schedule, batches of 64.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def train_labeller(
         batch = augmented(images[chosen].float(), draws)
         loss = functional.cross_entropy(net(facts.scaled(batch.to(device))), labels[chosen].long().to(device))
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
     net.cpu().eval().requires_grad_(False)
