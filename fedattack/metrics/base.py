@@ -88,6 +88,8 @@ METRICS: Registry[type[ImageMetric]] = Registry(
         "ssim": "fedattack.metrics.structural:StructuralSimilarity",
         "semsim": "fedattack.metrics.semsim.metric:SemSim",
         "recognised": "fedattack.metrics.semsim.metric:Recognised",
+        "regcorr": "fedattack.metrics.registration:RegisteredCorrelation",
+        "registered-psnr": "fedattack.metrics.registration:RegisteredPSNR",
     },
     group="fedattack.metrics",
     base="fedattack.metrics.base:ImageMetric",
