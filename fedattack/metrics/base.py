@@ -84,6 +84,7 @@ METRICS: Registry[type[ImageMetric]] = Registry(
     "metric",
     {
         "mse": "fedattack.metrics.pixels:MeanSquaredError",
+        "identified": "fedattack.metrics.identification:Identified",
         "psnr": "fedattack.metrics.pixels:PeakSignalToNoise",
         "ssim": "fedattack.metrics.structural:StructuralSimilarity",
         "semsim": "fedattack.metrics.semsim.metric:SemSim",

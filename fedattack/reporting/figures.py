@@ -20,7 +20,7 @@ from torchvision.utils import make_grid
 
 from fedattack.audit.canaries import CanaryAudit
 from fedattack.audit.family import AuditResult
-from fedattack.audit.reconstruction import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
+from fedattack.audit.image_scores import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
 from fedattack.audit.reconstruction_verdict import COUNTED_DB, RECOVERED_PSNR
 from fedattack.metrics import clopper_pearson
 from fedattack.observation import EVERYONE
@@ -77,10 +77,12 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
         label = label.replace(SHOWN, SHOWN.replace(" to", "\nto"))
         grid[row, 0].set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     s = result.summary
-    caption = (
-        f"{result.attack}: rebuilt from k = {formats.count(s['k'])} of {s['parameters']:,} numbers "
-        f"({formats.rate(s['rate'])} kept, {formats.compact(s['k_per_pixel'])} per pixel)"
-    )
+    caption = result.attack
+    if "k" in s:
+        caption += (
+            f": rebuilt from k = {formats.count(s['k'])} of {s['parameters']:,} numbers "
+            f"({formats.rate(s['rate'])} kept, {formats.compact(s['k_per_pixel'])} per pixel)"
+        )
     whole = "the only image" if total == 1 else f"all {total} images"
     which = f"the first {shown} of {total} images, by client" if shown < total else whole
     caption = textwrap.fill(caption, int(13 * figure.get_figwidth()))

@@ -7,28 +7,36 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from adversaries import ReconstructionAttack
 from fedattack.audit import AuditResult, audit_reconstruction
+from fedattack.audit.image_scores import check_metrics
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.defenses import ClientDefenses, build_defenses, hides_clients
+from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable, RunFailed
 from fedattack.groundtruth import GroundTruth
+from fedattack.metrics import build_metrics
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
 from fedattack.rng import adversary_seed
 from fedattack.storage import RunFolder, load_truths, save_observation, save_truth
-from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.base import Experiment, Plan, SavedWork
 from simulations.experiments.executor import Executor, make_executor
+from simulations.experiments.private import PrivateBatches
 from simulations.experiments.victims import Attacked, Victims, groups
 from simulations.progress import Stages
+
+_GALLERY = 256
+
+
+def held_out_images(world: World) -> Tensor | None:
+    """Held-out samples, a few, among which private images are looked for beside those of others."""
+    chosen = world.pools.nonmembers[:_GALLERY]
+    return world.dataset.tensors(chosen)[0] if len(chosen) else None
 
 
 class Answers:
@@ -42,6 +50,7 @@ class Answers:
         self._attacks = dict(attacks)
         self._shown = shown
         self._seed = adversary_seed(config.seed, "attack")
+        self._metrics = build_metrics(config.metric)
         self._executor: Executor | None = None
         self._observations: dict[str, Observation] = {}
         self._held: dict[str, list[Observation]] = defaultdict(list)  # of attacks that need their history
@@ -129,13 +138,14 @@ class Answers:
         group = min(self._config.attack.victims_per_task, total - finished)
         self._shown(name, (finished + share * group) / total, text)
 
-    def audit(self, name: str, truths: Sequence[GroundTruth]) -> AuditResult:
-        """Score one attack's answers."""
+    def audit(self, name: str, truths: Sequence[GroundTruth], public: Tensor | None = None) -> AuditResult:
+        """Score one attack's answers; `public` images are nobody's."""
         answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
         found = [answers.get(o.key, (None, 0.0)) for o in observations]
         images, seconds = [answer for answer, _ in found], [spent for _, spent in found]
         more: dict[str, Any] = {"seed": self._config.seed, "reasons": self._failed[name]}
+        more |= {"metrics": self._metrics, "public": public}
         return audit_reconstruction(name, observations, images, truths, seconds, **more)
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
@@ -187,12 +197,13 @@ class ReconstructionExperiment(Experiment):
                 f"setting 'canaries.count' = {config.canaries.count}: canaries stand where images would, which "
                 "nobody could rebuild; reconstruct in a run without them"
             )
+        check_metrics(build_metrics(config.metric), world.scenario.image_shape)
 
     def __init__(self, plan: Plan, attacks: Mapping[str, ReconstructionAttack]) -> None:
         super().__init__(plan, attacks)
         self.work = Answers(plan.config, plan.folder, attacks, plan.shown)
         self.truths: list[GroundTruth] = []
-        self._defenses = tuple(build_defenses(plan.config.defense).values())
+        self._private = PrivateBatches(plan.config, plan.world)
 
     def wants(self, round: int, client: int) -> bool:
         """Whether this is a victim in an attacked round, or its history that an attack needs."""
@@ -229,25 +240,7 @@ class ReconstructionExperiment(Experiment):
         self.work.refuse(observation, f"its reply was not used: {last}")
 
     def _truth(self, observation: Observation, answered: Sequence[int]) -> GroundTruth:
-        clients = answered if observation.client == EVERYONE else (observation.client,)
-        batches = [self._batch(observation.round, client) for client in clients]
-        ids = np.concatenate([ids for ids, _ in batches])
-        images, labels = self.plan.world.dataset.tensors(ids)
-        shown = [part for _, part in batches if part is not None]
-        who, seen = (observation.round, observation.client), torch.cat(shown) if shown else None
-        return GroundTruth(*who, images, labels, tuple(ids.tolist()), seen)
-
-    def _batch(self, round: int, client: int) -> tuple[NDArray[np.int64], Tensor | None]:
-        """Sample ids that a client trained on in a round, ascending, and what the model was shown, if not those."""
-        config, world = self.plan.config, self.plan.world
-        partition = world.partitions[client]
-        used = partition[used_positions(round_batches(config, len(partition), round, client))]
-        defended = ClientDefenses(self._defenses, config.seed, round, client)
-        order = np.argsort(used)
-        if not defended.transforms:
-            return used[order], None
-        images, _ = world.dataset.tensors(used)  # in the client's own order, on which its draws depend
-        return used[order], defended.images(images)[torch.from_numpy(order)]
+        return self._private.truth(observation.round, observation.client, answered)
 
     def collect(self) -> None:
         self.work.collect()
@@ -261,7 +254,8 @@ class ReconstructionExperiment(Experiment):
         self.work.close()
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        return {name: self.work.audit(name, self.truths) for name in self.attacks}
+        public = held_out_images(self.plan.world)
+        return {name: self.work.audit(name, self.truths, public) for name in self.attacks}
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         return self.work.answers()
