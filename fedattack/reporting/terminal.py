@@ -28,6 +28,8 @@ def print_summary(
         console.print(Text(top["text"], style=STYLES[top["level"]]), width=width)
     for family, chosen in by_family(results):
         console.print(_table(family, chosen, width))
+        if (more := family.beyond(chosen)) is not None:
+            console.print(_cells(*more, width))
     for result in results:
         words, separator, rest = result.verdict.partition(":")
         style = STYLES[result.level]
@@ -41,6 +43,15 @@ def print_summary(
             console.print(Padding(Text(sentence), (0, 0, 0, 2)), width=width)
     for figures in told_together(results).values():
         console.print(Text(figures["text"], style="bold"), width=width)
+
+
+def _cells(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    table = Table(width=width, box=box.SIMPLE_HEAD, padding=0)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index > 1 else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _table(family: Family, results: Sequence[AuditResult], width: int) -> Table:
