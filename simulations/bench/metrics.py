@@ -23,6 +23,7 @@ from torch.nn import functional
 from fedattack import metrics
 from fedattack.errors import ConfigError
 from fedattack.metrics.degradations import ARMS
+from fedattack.metrics.registration import RegisteredCorrelation
 from fedattack.metrics.semsim.evaluation import Evaluation
 from fedattack.metrics.semsim.labeller import train_labeller
 from fedattack.metrics.semsim.rated import Rated
@@ -167,7 +168,7 @@ def arms(
     )
     pairs = metrics.Pairs(changed, truth.repeat(many, 1, 1, 1), labels.repeat(many))
     chosen = {one: metrics.METRICS.get(one)() for one in (*SCORES, *(PIQ_SCORES if find_spec("piq") else ()))}
-    chosen["regcorr-half"] = metrics.METRICS.get("regcorr")(overlap=0.5)
+    chosen["regcorr-half"] = RegisteredCorrelation(overlap=0.5)
     scores = {
         one: values if chosen[one].higher else -values
         for one, values in ((one, metric.scores(pairs).numpy()) for one, metric in chosen.items())
@@ -180,7 +181,7 @@ def arms(
         f"{name}_judge_accuracy": judge.facts.figures["accuracy"],
         f"{name}_labeller_accuracy": labeller.facts.figures["accuracy"],
     }
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for one in scores:
         found = told.figures(one)
         figures |= {f"{name}_{one}_{what}": found[what].value for what in ("auc", "spearman")}
