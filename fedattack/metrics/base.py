@@ -83,6 +83,11 @@ class ImageMetric(ABC):
 METRICS: Registry[type[ImageMetric]] = Registry(
     "metric",
     {
+        "dists": "fedattack.metrics.perceptual:StructureTexture",
+        "feature-distance": "fedattack.metrics.features:FeatureDistance",
+        "frechet": "fedattack.metrics.features:FrechetDistance",
+        "lite-features": "fedattack.metrics.perceptual:LiteDistance",
+        "lpips": "fedattack.metrics.perceptual:LearnedPerceptual",
         "mse": "fedattack.metrics.pixels:MeanSquaredError",
         "identified": "fedattack.metrics.identification:Identified",
         "psnr": "fedattack.metrics.pixels:PeakSignalToNoise",

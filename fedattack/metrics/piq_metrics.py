@@ -57,7 +57,7 @@ class PiqMetric(ImageMetric):
         if max(self.side, min(size[1:])) < self.least:
             raise ConfigError(
                 f"setting 'metric.{self.name}.side' is {self.side}: this metric needs images of at least "
-                f"{self.least} x {self.least} pixels, and these are {size[1]} x {size[2]}; accepted are "
+                f"{self.least} x {self.least} pixels, and these are {size[1]} x {size[2]}; accepted: "
                 f"{self.least} or more"
             )
         if size[0] not in (1, 3):
