@@ -95,6 +95,8 @@ METRICS: Registry[type[ImageMetric]] = Registry(
         "ssim-gaussian": "fedattack.metrics.structural:GaussianStructuralSimilarity",
         "ms-ssim": "fedattack.metrics.structural:MultiScaleSSIM",
         "ms-ssim-short": "fedattack.metrics.structural:ShortMultiScaleSSIM",
+        "semsim": "fedattack.metrics.semsim.metric:SemSim",
+        "recognised": "fedattack.metrics.semsim.metric:Recognised",
         "regcorr": "fedattack.metrics.registration:RegisteredCorrelation",
         "registered-psnr": "fedattack.metrics.registration:RegisteredPSNR",
         "tv": "fedattack.metrics.pixels:TotalVariation",
