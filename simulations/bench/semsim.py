@@ -1,4 +1,4 @@
-"""SemSim learned from a classifier's answers on digits, beside that classifier, PSNR, SSIM and registered correlation.
+"""SemSim learned from a classifier's answers on digits, beside that classifier, PSNR, SSIM and regcorr.
 
 No person took part: a labeller answers for the training, a judge, trained on other digits and of another width, for
 the test. Six of the 14 degradations are not in the training, and the test's digits are others than the training's.
@@ -73,7 +73,7 @@ def one_seed(seed: int, quick: bool = False, long: bool = False) -> dict[str, An
         "ssim": ssim(reconstructions, truth).numpy(),
         "regcorr": registered_correlation(reconstructions, truth).numpy(),
     }
-    recipes = {"semsim": {}}
+    recipes: dict[str, dict[str, Any]] = {"semsim": {}}
     if long:
         recipes |= {"semsim_sony": {"rule": "sony"}, "semsim_raw": {"normalised": False}}
     for name, other in recipes.items():
