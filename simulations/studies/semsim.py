@@ -216,14 +216,13 @@ def run_evaluate(
     _say(console, notes)
     for part, found in parts.items():
         _print_part(console, f"{part}: {facts.heading} and others, by {_source(rated)}", found)
-    document = {
+    document: dict[str, Any] = {
         "heading": facts.heading,
         "ratings by": _source(rated),
-        "notes": notes,
-        "by": by,
-        "parts": told,
+        "sha256": trained.hash,
     }
-    document |= {"sha256": trained.hash, "originals": len(rated.originals), "ratings": len(rated)}
+    counts: dict[str, Any] = {"originals": len(rated.originals), "ratings": len(rated)}
+    document |= counts | {"notes": notes, "by": by, "parts": parts}
     if json_file is not None:
         write_json(json_file, plain(document))
     if rated.proxy:
