@@ -101,7 +101,7 @@ def test_ratings_of_a_classifier_say_so_in_the_table(place: Path) -> None:
     assert (rows["label"].to_numpy(dtype=int) == (chances >= 0.5).numpy()).all()
     counted = votes(frame)
     share = counted.groupby("attack")["majority"].mean()
-    assert share["another image"] < 0.4 < share["noise 0.3"]
+    assert share["another image"] < 0.3 < share["noise 0.3"]
     raw = (place / "p1.csv").read_text()
     assert "human" not in raw
     assert ",originals/0/" in raw  # paths relative to the table
