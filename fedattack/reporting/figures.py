@@ -16,7 +16,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from fedattack.audit.canaries import CanaryAudit
 from fedattack.audit.family import AuditResult
@@ -262,6 +261,8 @@ def nearest(results: Sequence[AuditResult]) -> Figure | None:
 
 def sheet(images: Tensor, columns: int = 16) -> Tensor:
     """Images (n, C, S, S) in rows, as one image (3, H, W), black where the last row ends."""
+    from torchvision.utils import make_grid  # a second to import, which no refusal should wait for
+
     return make_grid(images, nrow=columns, padding=0)
 
 
