@@ -31,7 +31,7 @@ SEEN = (
 UNSEEN = ("noise 0.7", "shift 3", "blend with mean 0.6", "mosaic 4", "salt 0.4", "shuffled patches 8")
 """Three other strengths of what was in the training, and three kinds that were not."""
 
-STEPS = 300
+STEPS = 400
 
 _SIDE = 32
 
