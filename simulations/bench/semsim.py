@@ -7,6 +7,7 @@ the test. Six of the 14 degradations are not in the training, and the test's dig
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ SEEN = (
 UNSEEN = ("noise 0.7", "shift 3", "blend with mean 0.6", "mosaic 4", "salt 0.4", "shuffled patches 8")
 """Three other strengths of what was in the training, and three kinds that were not."""
 
-STEPS = 400
+RECIPE = Recipe(fallback=True, steps=400, augmentation="exposure")
+"""An original that the labeller never knows is left out."""
 
 _SIDE = 32
 
@@ -75,13 +77,15 @@ def one_seed(seed: int, quick: bool = False, long: bool = False) -> dict[str, An
         "ssim": ssim(reconstructions, truth).numpy(),
         "regcorr": registered_correlation(reconstructions, truth).numpy(),
     }
-    recipes: dict[str, dict[str, Any]] = {"semsim": {}}
+    recipe = replace(RECIPE, seed=seed, steps=5 if quick else RECIPE.steps)
+    recipes = {"semsim": recipe}
     if long:
-        recipes |= {"semsim_sony": {"rule": "sony"}, "semsim_raw": {"normalised": False}}
-    for name, other in recipes.items():
-        shared = {"fallback": True, "seed": seed, "steps": 5 if quick else STEPS, "augmentation": "exposure"}
-        recipe = Recipe(**shared | other)
-        trained = train_semsim(training, recipe)
+        recipes |= {
+            "semsim_sony": replace(recipe, rule="sony"),
+            "semsim_raw": replace(recipe, normalised=False),
+        }
+    for name, chosen in recipes.items():
+        trained = train_semsim(training, chosen)
         scores[name] = -trained.distances(reconstructions, truth).numpy()
         trials[name] = trained.facts.figures
     figures, intervals = {}, {}

@@ -66,11 +66,11 @@ class Recipe:
     network: NetworkName = "small-cnn"
     width: int = 16
     dimensions: int = 64
-    steps: int = 250
+    steps: int = 400
     batch: int = 128
     optimiser: Literal["sgd", "adam"] = "adam"
     learning_rate: float = 2e-3
-    augmentation: Augmentation = "crop"
+    augmentation: Augmentation = "exposure"
     seed: int = 0
 
 
