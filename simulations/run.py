@@ -67,7 +67,7 @@ forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_arg
 app.add_typer(forgetting, name="unlearning")
 ratings = typer.Typer(help="What ratings are worth: agreement, checks, votes.", no_args_is_help=True)
 app.add_typer(ratings, name="annotations")
-semsim = typer.Typer(help="Learn a metric from ratings, test it, rate by a classifier.", no_args_is_help=True)
+semsim = typer.Typer(help="Learn a metric from ratings, and test it.", no_args_is_help=True)
 app.add_typer(semsim, name="semsim")
 console = Console()
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}

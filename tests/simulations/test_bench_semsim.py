@@ -1,4 +1,4 @@
-"""The digits experiment: SemSim of a classifier's answers, by the answers of another, on degradations seen and unseen."""
+"""The digits experiment: SemSim of a classifier's answers, weighed by another on degradations seen and unseen."""
 
 from __future__ import annotations
 
