@@ -157,7 +157,10 @@ async function ask(state) {
     if (now === state) fault("A picture cannot be shown" + await reason(state.pictures) + ".");
     return;
   }
-  await new Promise(painted => requestAnimationFrame(() => setTimeout(painted)));
+  await new Promise(painted => { // or soon, where nothing is painted: in a tab behind others
+    requestAnimationFrame(() => setTimeout(painted));
+    setTimeout(painted, 250);
+  });
   if (now !== state) return;
   options(state, false);
   document.body.dataset.token = state.token;
