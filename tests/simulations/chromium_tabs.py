@@ -25,7 +25,9 @@ _FLAGS = (
 _CODES = {" ": "Space", "Backspace": "Backspace", "?": "Slash", "Enter": "Enter"}
 
 
-def wait_for(look: Callable[[], Any], seconds: float = 30, what: str = "it", seen: Callable[[], str] = str) -> Any:
+def wait_for(
+    look: Callable[[], Any], seconds: float = 20, what: str = "it", seen: Callable[[], str] = str
+) -> Any:
     """The first truthy answer of `look`; `seen` tells what there was instead."""
     end = time.monotonic() + seconds
     while not (found := look()):
@@ -65,6 +67,7 @@ class Tab:
         return found["result"].get("value")
 
     def open(self, address: str) -> None:
+        self.call("Page.bringToFront")
         self.call("Page.navigate", url=address)
         wait_for(lambda: self.run("document.readyState") == "complete", what=address)
 
@@ -87,7 +90,11 @@ class Tab:
 
     def token(self) -> str:
         """The question that can be answered now; waits until its pictures are on the screen."""
-        return str(wait_for(lambda: self.run("document.body.dataset.token"), what="the next question", seen=self.seen))
+        return str(
+            wait_for(
+                lambda: self.run("document.body.dataset.token"), what="the next question", seen=self.seen
+            )
+        )
 
     def answer(self, key: str, held: int = 0) -> None:
         """Answer with a key, and wait for what follows."""
