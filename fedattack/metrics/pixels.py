@@ -33,15 +33,41 @@ def out_of_range_share(images: Tensor) -> Tensor:
 
 
 def pair_of(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float64, clamped; DataError if they are not both (B, C, H, W)."""
+    """Both by :func:`unit_range`; DataError if they are not both (B, C, H, W), alike in every number."""
     if images.shape != truth.shape or images.ndim != 4:
         raise DataError(
             f"images of shape {tuple(images.shape)} cannot be scored against {tuple(truth.shape)}: both must be "
-            "(B, C, H, W)"
+            "(B, C, H, W), with the same number, channels and size"
+        )
+    a, b = unit_range(images, "the scored images"), unit_range(truth, "the private images")
+    return a, b.to(a.device)
+
+
+def unit_range(images: Tensor, what: str = "images") -> Tensor:
+    """Images (B, C, H, W) as float64, clamped to [0, 1]; every pixel NaN where an image has one that is not finite.
+
+    Raises DataError for integers, and where more than half of the images exceed 2: pixels from 0 to 255 would be
+    clamped to white, and score well.
+    """
+    if not images.is_floating_point():
+        raise DataError(
+            f"{what} are {images.dtype}: a score of images takes floats in [0, 1]; divide by 255?"
         )
     # float64: at 60 dB the window's variances are differences of nearly equal numbers.
-    a, b = (x.detach().to(dtype=torch.float64).clamp(0, 1) for x in (images, truth))
-    return a, b.to(a.device)
+    values = images.detach().double()
+    if not len(values):
+        return values
+    flat = values.flatten(1)
+    lowest, highest = flat.amin(1), flat.amax(1)
+    beyond = int((highest > 2).sum())
+    if 2 * beyond > len(values):
+        raise DataError(
+            f"{beyond} of {len(values)} of {what} have pixels above 2 (up to {highest.nan_to_num().max():.4g}): a "
+            "score of images takes floats in [0, 1]; divide by 255?"
+        )
+    unknown = ~(lowest.isfinite() & highest.isfinite())
+    values = values.clamp(0, 1)
+    return values.masked_fill_(unknown[:, None, None, None], torch.nan) if unknown.any() else values
 
 
 @dataclass

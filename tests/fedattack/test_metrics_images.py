@@ -57,7 +57,7 @@ def test_psnr_equals_scikit_image_and_closed_form() -> None:
 
 def test_pixels_are_clamped_before_scoring() -> None:
     wild = (
-        torch.tensor([-3.0, 0.25, 1.0, 7.0])
+        torch.tensor([-3.0, 0.25, 1.0, 1.9])
         .reshape(1, 1, 2, 2)
         .repeat_interleave(4, 2)
         .repeat_interleave(4, 3)
@@ -66,6 +66,31 @@ def test_pixels_are_clamped_before_scoring() -> None:
     assert metrics.mse(wild, truth).item() == 0.0
     assert metrics.out_of_range_share(wild).item() == 0.5
     assert metrics.out_of_range_share(truth).item() == 0.0
+
+
+def test_other_scales_are_refused() -> None:
+    noisy, truth = _pairs(3, 16)
+    for bad in ((255 * noisy).round().to(torch.uint8), (255 * noisy).long(), noisy > 0.5):
+        with pytest.raises(DataError, match="takes floats in"):
+            metrics.psnr(bad, truth)
+    for images, private in ((255 * noisy, truth), (noisy, 255 * truth), (255 * noisy, 255 * truth)):
+        with pytest.raises(DataError, match=r"6 of 6 of the (scored|private) images have pixels above 2"):
+            metrics.ssim(images, private)
+    half = noisy.clone()
+    half[:3] *= 255  # half of an attack's answers may lie anywhere
+    assert (metrics.mse(half, truth)[3:] == metrics.mse(noisy, truth)[3:]).all()
+    with pytest.raises(DataError, match="4 of 6"):
+        metrics.mse(torch.cat([half[:3], 3 + noisy[:1], noisy[4:]]), truth)
+
+
+def test_images_that_are_not_finite_have_no_score() -> None:
+    noisy, truth = _pairs(3, 16)
+    expected = {name: getattr(metrics, name)(noisy, truth) for name in ("mse", "psnr", "ssim")}
+    noisy[1, 0, 3, 3], noisy[2], truth[3, 2, 0, 0] = math.nan, math.inf, -math.inf
+    for name, values in expected.items():
+        found = getattr(metrics, name)(noisy, truth)
+        assert found[1:4].isnan().all()
+        assert torch.equal(found[[0, 4, 5]], values[[0, 4, 5]])
 
 
 def test_not_a_number_counts_as_out_of_range() -> None:

@@ -1,0 +1,1 @@
+"""SemSim: a distance learned from which reconstructions were recognised (Sun et al., NeurIPS 2023)."""
