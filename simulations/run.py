@@ -65,6 +65,8 @@ gan = typer.Typer(
 app.add_typer(gan, name="gan")
 forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_args_is_help=True)
 app.add_typer(forgetting, name="unlearning")
+ratings = typer.Typer(help="What ratings are worth: agreement, checks, votes.", no_args_is_help=True)
+app.add_typer(ratings, name="annotations")
 console = Console()
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 
@@ -452,6 +454,89 @@ def forgetting_audit(
 
     counts = Counts(shadows, targets, mislabelled, retained, probes)
     run_audit(config, mechanism, counts, console, typed())
+
+
+RATINGS = Path("ratings.csv")
+RatingTable = Annotated[
+    Path, typer.Argument(metavar="TABLE", help="ratings, .csv or .parquet", show_default=False)
+]
+RatedBy = Annotated[str | None, typer.Option(help="of a table with several: match, recognise, ...")]
+
+
+@app.command("annotate")
+def annotate(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="SOURCE...", show_default=False,
+            help="runs or sweeps; or a folder of originals and one of reconstructions of the same names",
+        ),
+    ] = None,
+    annotator: Annotated[str | None, typer.Option(help="pseudonym of who rates; several with commas")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="match: beside the original; recognise: the reconstruction alone")
+    ] = None,
+    table: Annotated[Path, typer.Option(help=".csv file that answers are appended to")] = RATINGS,
+    ask: Annotated[str, typer.Option(help="of recognise: recognisable (yes, no), or class")] = "recognisable",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
+    seed: Annotated[int, typer.Option(help="of the order, the repeats and the checks")] = 0,
+    export: Annotated[Path | None, typer.Option(metavar="FILE", help="write one HTML file instead")] = None,
+    returned: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="merge what such a file sent back")
+    ] = None,
+) -> None:  # fmt: skip
+    """Let people rate reconstructions, one key an answer, on a page of this machine."""
+    from simulations.cli.annotate import make_plans, run_export, run_import, run_serve
+
+    if returned is not None:
+        if sources or export:
+            raise ConfigError("--import goes with --table alone: the export's key tells what was asked")
+        run_import(returned, table, console)
+        return
+    plans = make_plans(sources or [], annotator, protocol, seed, ask)
+    if export is not None:
+        run_export(plans, table, export, console)
+    else:
+        run_serve(plans, table, port, console)
+
+
+@ratings.command("report")
+def ratings_report(
+    table: RatingTable,
+    protocol: RatedBy = None,
+    fast: Annotated[float, typer.Option(min=0, help="seconds under which an answer is marked")] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Progress, failed checks, fast answers, and how far annotators agree."""
+    from simulations.cli.annotate import run_report
+
+    run_report(table, protocol, fast, as_json, console)
+
+
+@ratings.command("votes")
+def ratings_votes(
+    table: RatingTable,
+    out: Annotated[Path, typer.Option("--out", help=".csv or .parquet to write", show_default=False)],
+    protocol: RatedBy = None,
+    annotators: Annotated[str | None, typer.Option(help="human or proxy, of a table with both")] = None,
+) -> None:
+    """Write each pair's votes: k of n, share, majority."""
+    from simulations.cli.annotate import run_votes
+
+    run_votes(table, out, protocol, annotators, console)
+
+
+@ratings.command("import")
+def ratings_import(
+    folder: Annotated[
+        Path, typer.Argument(help="released ratings: <id>/, -<id>/, others/", show_default=False)
+    ],
+    table: Annotated[Path, typer.Option(help=".csv file that they are added to")] = RATINGS,
+) -> None:
+    """Take over ratings in the folder layout of the SemSim release."""
+    from simulations.cli.annotate import run_import_released
+
+    run_import_released(folder, table, console)
 
 
 def main() -> None:
