@@ -384,7 +384,7 @@ class MetricConfig(PluginSection):
     """By what reconstructed images are scored, beside what a verdict rests on."""
 
     names: tuple[str, ...] = Field(
-        ("psnr", "ssim"),
+        ("psnr", "ssim", "regcorr"),
         description="psnr, ssim, regcorr, ... (`fedattack list metrics`); several with commas",
     )
     options: PluginOptions = Field(default_factory=dict, description="metric name -> parameters")

@@ -30,6 +30,8 @@ Figures = Mapping[str, Any]
 """A described metric ("mean", "worst", "best", "low", "high"), or a summary."""
 Column = tuple[str, Callable[[Figures], str]]
 """Heading of a column, and its cell from a summary or a record."""
+Columns = Callable[[Sequence[Figures]], Sequence[Column]]
+"""The columns that some summaries or records need."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,14 @@ class Family:
     ----------
     metrics
         The leading one first.
+    measured
+        From a summary: the metrics that it holds, where they are not always the same; `metrics` those of any.
     floors
         Floors every audit of the family has -> what they are.
     headlines
         Level -> the words of a verdict; "undecided" and "failed" have words already.
     columns
-        Of the terminal's table, from a summary; None: made from the metrics.
+        Of the terminal's table, or what makes them from the summaries; None: made from the metrics.
     rows, remarks, details
         For the report, from a result: rows of scores, sentences below them, columns of a table of its records.
     beside
@@ -137,6 +141,8 @@ class Family:
         From the results of all its attacks in a run: figures with a sentence, "text"; None: nothing to tell.
     sweep
         Further columns of a sweep's table, from a summary.
+    sweep_columns
+        From a row of a sweep's table: heading and cell of those that its page shows.
     types
         Column of the records -> pandas type; others are floats, or texts.
     glossary
@@ -152,13 +158,15 @@ class Family:
     floors: Mapping[str, str]
     headlines: Mapping[Level, str]
     leakage: Leakage
-    columns: tuple[Column, ...] | None = None
+    columns: tuple[Column, ...] | Columns | None = None
+    measured: Callable[[Figures], Sequence[Metric]] | None = None
     rows: Callable[[AuditResult], list[Row]] = lambda result: score_rows(result)
     remarks: Callable[[AuditResult], Sequence[str]] = lambda _: ()
     beside: Callable[[AuditResult], Sequence[str]] = lambda _: ()
     together: Callable[[Sequence[AuditResult]], Figures | None] = lambda _: None
     details: Callable[[AuditResult], Sequence[Column]] = lambda _: ()
     sweep: Callable[[Figures], dict[str, Any]] = lambda _: {}
+    sweep_columns: Callable[[Figures], Mapping[str, str]] = lambda _: {}
     drawings: tuple[Drawing, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
     glossary: str = ""
@@ -168,23 +176,23 @@ class Family:
         """How a verdict of this level begins."""
         return self.headlines.get(level) or _SHARED_WORDS[level]
 
-    @property
-    def titled(self) -> list[Metric]:
-        """The metrics that tables show."""
-        return [metric for metric in self.metrics if metric.title]
+    def titled(self, summaries: Sequence[Figures]) -> list[Metric]:
+        """The metrics of some summaries that tables show."""
+        found = [one for s in summaries for one in (self.measured(s) if self.measured else self.metrics)]
+        return list({metric.key: metric for metric in [*found, *self.metrics] if metric.title}.values())
 
     def terms(self) -> list[tuple[str, str]]:
         """The glossary, entry by entry."""
         entries = [" ".join(entry.split()).partition(": ") for entry in self.glossary.strip().split("\n\n")]
         return [(term, text) for term, _, text in entries if text]
 
-    def table_columns(self) -> tuple[Column, ...]:
+    def table_columns(self, summaries: Sequence[Figures]) -> Sequence[Column]:
         """The terminal's columns after the attack's name."""
         if self.columns is not None:
-            return self.columns
+            return self.columns(summaries) if callable(self.columns) else self.columns
         lead = self.metrics[0]
         made: list[Column] = []
-        for metric in self.titled:
+        for metric in self.titled(summaries):
             made.append((metric.heading, lambda s, m=metric: m.two_lines(s["metrics"])))  # type: ignore[misc]
         made.append(("best\nfloor", lambda s: lead.cells(s["floors"][s["best_floor"]], False)[0]))
         return (*made, ("time", lambda s: formats.seconds(s["seconds"])))

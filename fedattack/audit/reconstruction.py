@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 from torch import Tensor
 
@@ -29,47 +28,43 @@ from fedattack.audit.family import (
     interval_fields,
     score_rows,
 )
+from fedattack.audit.image_scores import (
+    AUXILIARY_FLOOR,
+    GREY_FLOOR,
+    VERDICT_METRICS,
+    ImageScores,
+    Victim,
+    column,
+    describe_metric,
+    described_metrics,
+    figure,
+    score_images,
+    scored_by,
+)
 from fedattack.errors import DataError
 from fedattack.groundtruth import GroundTruth
 from fedattack.metrics import (
     INFLATION_DB,
+    METRICS,
+    ImageMetric,
     Interval,
     constant_hits,
-    labels_right,
-    match,
-    mse,
-    out_of_range_share,
     paired_difference,
-    paper_scale,
-    psnr,
-    ssim,
-    ssim_window,
 )
+from fedattack.metrics.identification import evidence, sign_test
 from fedattack.observation import Observation, Reconstruction
 from fedattack.reporting import formats
 from fedattack.reporting.formats import seat
 from fedattack.storage.plain import number
 
-GREY_FLOOR = "flat grey"
-AUXILIARY_FLOOR = "auxiliary mean"
-
-ORIGINAL, REBUILT = "original", "reconstruction"
-SHOWN = "shown to the model"
-"""Panels of an audit: the private images, the answers, and what a defence made of the private images."""
-
-_CONTROLS = 32
-"""Other victims that each reconstruction is scored against, at most."""
-
-METRICS = (
-    Metric("psnr", "PSNR", "dB"),
-    Metric("ssim", "SSIM", digits=3),
-    Metric("mse", worst="max"),
+ANSWERED = (
     Metric("label_right"),
     Metric("label_confidence"),
     Metric("loss", worst="max"),
     Metric("certificate", worst="max"),
     Metric("out_of_range_share", worst="max"),
 )
+"""What an answer has beside its images."""
 
 
 def audit_reconstruction(
@@ -81,6 +76,8 @@ def audit_reconstruction(
     *,
     reasons: Mapping[str, str] | None = None,
     seed: int = 0,
+    metrics: Mapping[str, ImageMetric] | None = None,
+    public: Tensor | None = None,
 ) -> AuditResult:
     """Score reconstructions against the private images, every floor and another victim's images; a record per image.
 
@@ -99,6 +96,10 @@ def audit_reconstruction(
         Per observation, or in all.
     reasons
         Key of an observation -> why it has no answer.
+    metrics
+        Scored by, beside those that the verdict rests on.
+    public
+        Images of nobody's, (N, C, H, W), among which a private one is looked for as well.
 
     Raises
     ------
@@ -114,128 +115,70 @@ def audit_reconstruction(
     absent = [observation.key for observation in observations if observation.key not in by_key]
     if absent:
         raise DataError(f"attack {attack_name!r}: no truth for {', '.join(absent[:3])}")
-    batches = [by_key[observation.key] for observation in observations]
     times = _times(seconds, len(observations))
+    victims = []
+    for observation, answer, spent in zip(observations, reconstructions, times, strict=True):
+        truth, update, granted = by_key[observation.key], observation.update, observation.auxiliary
+        fields = {
+            "k": update.kept,
+            "k_measuring": _measuring(observation),
+            "k_per_pixel": update.kept / truth.images.numel(),
+            "rate": update.kept / update.numel,
+            "kept_per_layer": json.dumps(update.kept_per_layer()),
+            "wire_bytes": observation.wire_bytes,
+            "seconds": spent,
+        }
+        images, why = None if granted is None else granted.images, (reasons or {}).get(observation.key, "")
+        victims.append(Victim(observation.key, truth, answer, why, images, fields))
+    public_labels = getattr(observations[0].auxiliary, "labels", None)
+    labels = [] if public_labels is None else public_labels.tolist()
 
-    records: list[dict[str, Any]] = []
-    panels: list[dict[str, Tensor]] = []
-    failed: list[dict[str, str]] = []
-    answers: list[Reconstruction | None] = []
-    histories: dict[str, list[float]] = {}
-    for victim, (observation, answer, truth) in enumerate(
-        zip(observations, reconstructions, batches, strict=True)
-    ):
-        why = _fault(answer, truth.images, (reasons or {}).get(observation.key))
-        if why or answer is None:
-            failed.append({"key": observation.key, "reason": why})
-            answer = None
-        rows, shown = _score_victim(attack_name, observation, answer, truth, f"failed: {why}")
-        control = None if answer is None else _control(answer, victim, batches)
-        for row in rows:
-            row |= {"victim": victim, "control_psnr": control, "seconds": times[victim]}
-        records += rows
-        panels.append(shown)
-        answers.append(answer)
-        if answer is not None and answer.history:
-            histories[f"round {observation.round}, {seat(observation.client)}"] = list(answer.history)
-    names = dict.fromkeys(name for shown in panels for name in shown)
-    nothing = [torch.full_like(truth.images, math.nan) for truth in batches]
-    images = {
-        name: torch.cat([shown.get(name, none) for shown, none in zip(panels, nothing, strict=True)])
-        for name in names
+    def seen(records: list[dict[str, Any]]) -> dict[str, Any]:
+        return _seen(observations, records)
+
+    return _audit(attack_name, victims, metrics, public, seed, labels, seen)
+
+
+def audit_images(
+    name: str,
+    victims: Sequence[Victim],
+    *,
+    seed: int = 0,
+    metrics: Mapping[str, ImageMetric] | None = None,
+    public: Tensor | None = None,
+) -> AuditResult:
+    """The same of answers of which nothing is known but their images; see :func:`audit_reconstruction`.
+
+    DataError if there is nothing to score.
+    """
+    if not victims:
+        raise DataError(f"{name!r}: no image to score")
+    return _audit(name, victims, metrics, public, seed, [], lambda _: {})
+
+
+def _audit(
+    name: str,
+    victims: Sequence[Victim],
+    metrics: Mapping[str, ImageMetric] | None,
+    public: Tensor | None,
+    seed: int,
+    public_labels: Sequence[int],
+    seen: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> AuditResult:
+    common = {"attack": name, "family": "reconstruction"}
+    scores = score_images(victims, scored_by(metrics), common, public=public, seed=seed)
+    summary = _Summary(victims, scores, public_labels, seed).figures(seen)
+    histories = {
+        f"round {victim.truth.round}, {seat(victim.truth.client)}": list(victim.answer.history)
+        for victim in victims
+        if victim.answer is not None and victim.answer.history and not _failed(scores, victim)
     }
-    summary = _summarise(observations, answers, records, failed, seed)
-    level, verdict, curves = summary["level"], summary["verdict"], {"histories": histories}
-    return AuditResult(attack_name, "reconstruction", records, summary, verdict, level, images, curves)
+    told = (name, "reconstruction", scores.records, summary, summary["verdict"], summary["level"])
+    return AuditResult(*told, scores.images, {"histories": histories})
 
 
-def _fault(answer: Reconstruction | None, private: Tensor, reason: str | None) -> str:
-    """Why an answer cannot be scored; empty where it can."""
-    if answer is None:
-        return reason or "no answer"
-    size = tuple(private.shape[1:])
-    for name, images in (("", answer.images), *answer.floors.items()):
-        what = f"its floor {name!r}" if name else "it"
-        if tuple(images.shape[1:]) != size:
-            shapes = f"{tuple(images.shape)}, and the private batch is {tuple(private.shape)}"
-            return f"{what} answered images of shape {shapes}"
-        if not len(images):
-            return f"{what} answered no image"
-        if not torch.isfinite(images).all():
-            return f"{what} answered pixels that are not finite"
-    return reason or ""
-
-
-def _score_victim(
-    attack: str, observation: Observation, answer: Reconstruction | None, truth: GroundTruth, status: str
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Rows and panels of one private batch."""
-    private, update = truth.images, observation.update
-    common = {
-        "attack": attack,
-        "family": "reconstruction",
-        "round": observation.round,
-        "client": observation.client,
-        "k": update.kept,
-        "k_measuring": _measuring(observation),
-        "k_per_pixel": update.kept / private.numel(),
-        "rate": update.kept / update.numel,
-        "kept_per_layer": json.dumps(update.kept_per_layer()),
-        "wire_bytes": observation.wire_bytes,
-    }
-    panels = {ORIGINAL: private, REBUILT: torch.full_like(private, math.nan)}
-    if truth.shown is not None:
-        panels[SHOWN] = truth.shown
-    rows = [
-        common | {"image": index, "sample": sample, "label": label, "status": status}
-        for index, (sample, label) in enumerate(zip(truth.sample_ids, truth.labels.tolist(), strict=True))
-    ]
-
-    def add(prefix: str, scores: Mapping[str, Sequence[float]]) -> None:
-        for field, values in scores.items():
-            for row, value in zip(rows, values, strict=True):
-                row[f"{prefix}{field}"] = value
-
-    floors = _floors(observation, answer, private)
-    for name, images in floors.items():
-        panels[name] = _align(images, private)
-        add(f"floor.{name}.", _scores(panels[name], private))
-    if answer is None:
-        return rows, panels
-    pairing = match(answer.images, private, answer.labels, truth.labels)
-    named = labels_right(answer.labels, truth.labels)
-    chosen = [index for index, place in enumerate(pairing.order) if place >= 0]
-    found_images = answer.images[[pairing.order[index] for index in chosen]].to(private.dtype).cpu()
-    panels[REBUILT][chosen] = found_images.clamp(0, 1)
-    scores = _scores(found_images, private[chosen])
-    inflated, wide_ssim = paper_scale(found_images, private[chosen])
-    outside = out_of_range_share(found_images)
-    if truth.shown is not None:
-        shown = truth.shown
-        add("shown.", _scores(_align(answer.images.to(private).clamp(0, 1), shown), shown))
-        guesses = [_scores(_align(images, shown), shown)["psnr"] for images in floors.values()]
-        add("shown.", {"floor": np.max(guesses, axis=0).tolist()})
-    said = {name: getattr(answer, name) for name in ("label_confidence", "loss", "certificate", "method")}
-    for row, right in zip(rows, named, strict=True):
-        row |= {"label_right": right, **said, "notes": _why(answer)}
-    scores |= {"out_of_range_share": outside.tolist(), "psnr_paper_scale": inflated.tolist()}
-    scores["ssim_paper_scale"] = wide_ssim.tolist()
-    for position, index in enumerate(chosen):
-        rows[index] |= {"status": "scored", "matched_by": pairing.matched_by}
-        rows[index] |= {field: values[position] for field, values in scores.items()}
-    for row in rows:
-        if row["status"] != "scored":
-            row["status"] = f"failed: {len(answer.images)} images for a batch of {len(private)}"
-    return rows, panels
-
-
-def _why(answer: Reconstruction) -> str:
-    """What an attack says about how it came to its answer."""
-    told: list[str] = []
-    for key in ("why", "reason", "notes"):
-        said = answer.details.get(key) or []
-        told += [said] if isinstance(said, str) else map(str, said)
-    return "; ".join(told)
+def _failed(scores: ImageScores, victim: Victim) -> bool:
+    return any(victim.key == one["key"] for one in scores.failed)
 
 
 def _measuring(observation: Observation) -> int:
@@ -246,101 +189,152 @@ def _measuring(observation: Observation) -> int:
     return sum(int(values.count_nonzero()) for _, _, _, values in layers)
 
 
-def _floors(observation: Observation, answer: Reconstruction | None, private: Tensor) -> dict[str, Tensor]:
-    floors = {GREY_FLOOR: torch.full_like(private, 0.5)}
-    if observation.auxiliary is not None and len(observation.auxiliary):
-        mean = observation.auxiliary.images.double().mean(dim=0, keepdim=True).to(private)
-        floors[AUXILIARY_FLOOR] = mean.expand_as(private).clone()
-    for name, images in (answer.floors if answer is not None else {}).items():
-        floors[name] = images.to(private)
-    return floors
+class _Summary:
+    """What the records of an audit come to."""
 
+    def __init__(
+        self, victims: Sequence[Victim], scores: ImageScores, public_labels: Sequence[int], seed: int
+    ) -> None:
+        self.victims, self.scores, self.public_labels, self.seed = victims, scores, public_labels, seed
 
-def _align(images: Tensor, private: Tensor) -> Tensor:
-    """`images` in the order of `private`; where there are too few, the nearest one once more."""
-    order = list(match(images, private).order)
-    for index, place in enumerate(order):
-        if place < 0:
-            order[index] = int((images - private[index]).square().mean(dim=(1, 2, 3)).argmin())
-    return images[order]
+    def figures(self, seen: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+        """The summary of all records; `seen` tells what the attacker saw."""
+        records, failed = self.scores.records, self.scores.failed
+        scored = [row for row in records if row["status"] == "scored"]
+        told = described_metrics(self.scores, scored, self.seed)
 
+        def of(key: str, worst: Any = "min") -> dict[str, Any]:
+            return describe(column(scored, key), self.seed, [row["victim"] for row in scored], worst)
 
-def _scores(images: Tensor, private: Tensor) -> dict[str, list[float]]:
-    similar = ssim(images, private, window=ssim_window(*private.shape[-2:]))
-    scores = {"mse": mse(images, private), "psnr": psnr(images, private), "ssim": similar}
-    return {name: values.tolist() for name, values in scores.items()}
+        told["metrics"] |= {metric.key: of(metric.key, metric.worst) for metric in ANSWERED}
+        methods = {victim.answer.method for victim in self.victims if victim.answer is not None}
+        times = {row["victim"]: row.get("seconds", 0.0) for row in records}
+        paper = {name: of(f"{name}_paper_scale") for name in VERDICT_METRICS}
+        summary: dict[str, Any] = {
+            "family": "reconstruction",
+            "count": len(self.victims),
+            "images": len(records),
+            "missing": len(records) - len(scored),
+            "failed": failed,
+            **told,
+            "scored_by": self.scores.metrics,
+            "paper_scale": {**paper, "inflation_db": INFLATION_DB},
+            "matched_by": sorted({row["matched_by"] for row in scored}),
+            "methods": sorted(methods - {""}),
+            "seconds": float(sum(times.values())),
+            **seen(records),
+        }
+        if not scored:
+            why = f" ({failed[0]['key']}: {failed[0]['reason']})" if failed else ""
+            text = f"the attack failed: none of {len(records)} images was reconstructed{why}"
+            return summary | {"level": "failed", "verdict": text}
+        summary |= self.judge(records)[1]
+        level, verdict = summary["level"], f"{RECONSTRUCTION.words(summary['level'])}: {summary['verdict']}"
+        rounds = sorted({row["round"] for row in scored})
+        if len(rounds) > 1:
+            # Each round's interval is as much wider as there are rounds that could stand out by luck (Bonferroni).
+            parts = {r: [row for row in records if row["round"] == r] for r in rounds}
+            each = {r: self.judge(part, len(rounds)) for r, part in parts.items()}
+            gains = [gain.mean for gain, _ in each.values()]
+            of_round = {r: figures for r, (_, figures) in each.items()}
+            if max(gains) - min(gains) > rule.MARGIN or len({f["level"] for f in of_round.values()}) > 1:
+                level, verdict = _by_round(of_round)
+                summary["rounds"] = {str(r): figures for r, figures in of_round.items()}
+                for part in (
+                    summary["above_best_floor"],
+                    summary["above_control"],
+                    *summary["metrics"].values(),
+                ):
+                    if part is not None:
+                        part |= {"low": None, "high": None}
+        return summary | {"level": level, "verdict": verdict}
 
+    def judge(self, records: list[dict[str, Any]], looks: int = 1) -> tuple[Interval, dict[str, Any]]:
+        """The gain over the best floor and the verdict on some of the records, of which there are `looks` sets."""
+        scored = [row for row in records if row["status"] == "scored"]
+        victims = [row["victim"] for row in scored]
+        confidence = 1 - 0.05 / looks
+        names = {key.split(".")[1] for row in scored for key in row if key.startswith("floor.")}
+        # A floor of an attack's own may be missing for some victims: then it is no floor of the whole.
+        capped = {
+            name: np.minimum(values, rule.COUNTED_DB)
+            for name in sorted(names)
+            if not np.isnan(values := column(scored, f"floor.{name}.psnr")).any()
+        }
+        ours = np.minimum(column(scored, "psnr"), rule.COUNTED_DB)
+        best = max(capped, key=lambda name: float(capped[name].mean()))
+        over_floor = paired_difference(ours, capped[best], self.seed, victims, confidence)
+        over_control, control = None, np.asarray(column(scored, "control_psnr"))
+        if not np.isnan(control).any():
+            over_control = paired_difference(ours, control, self.seed, victims, confidence)
+        shown = None
+        if not np.isnan(against := np.asarray(column(scored, "shown.psnr"))).any():
+            rows = zip(against, column(scored, "shown.ssim"), column(scored, "shown.floor"), strict=True)
+            shown = (_mean(against), sum(rule.image_recovered(p, s, f, None) for p, s, f in rows))
+        guesses = np.max(list(capped.values()), axis=0)
+        failed = [row for row in records if "label_right" not in row]
+        lost = {row["victim"]: row["status"].removeprefix("failed: ") for row in failed}
+        found = rule.Findings(
+            images=len(records),
+            recovered=sum(
+                rule.image_recovered(row["psnr"], row["ssim"], float(guess), row["control_psnr"])
+                for row, guess in zip(scored, guesses, strict=True)
+            ),
+            psnr=_mean(column(scored, "psnr")),
+            ssim=_mean(column(scored, "ssim")),
+            floor_name=best,
+            floor_psnr=_mean(capped[best]),
+            over_floor=over_floor,
+            over_control=over_control,
+            labels=_labels(self.public_labels, records, looks),
+            failed=[{"key": self.victims[victim].key, "reason": why} for victim, why in lost.items()],
+            shown=shown,
+            identified=self.identified(records, looks),
+            methods=_methods(scored),
+        )
+        level, text = rule.reconstruction(found)
+        told, named = found.labels, found.identified
+        return over_floor, {
+            "recovered": found.recovered,
+            "psnr": found.psnr,
+            "best_floor": best,
+            "above_best_floor": interval_fields(over_floor),
+            "above_control": None if over_control is None else interval_fields(over_control),
+            "labels": {
+                "right": told.right,
+                "of": told.of,
+                "floor": told.floor,
+                "beyond_guessing": told.beyond,
+            },
+            "identified": None if named is None else named.record(),
+            "level": level,
+            "verdict": text,
+        }
 
-def _control(answer: Reconstruction, victim: int, batches: Sequence[GroundTruth]) -> float | None:
-    """Mean PSNR of one answer against the other victims' private images; None where there is no other image."""
-    own = batches[victim].images
-    values = []
-    for step in range(1, min(len(batches), _CONTROLS + 1)):
-        other = batches[(victim + step) % len(batches)].images
-        if other.shape == own.shape and torch.equal(other, own):
-            continue
-        order = match(answer.images, other).order
-        matched = [index for index, place in enumerate(order) if place >= 0]
-        scored = psnr(answer.images[[order[index] for index in matched]].cpu(), other[matched])
-        values.append(float(scored.clamp(max=rule.COUNTED_DB).mean()))
-    return float(np.mean(values)) if values else None
-
-
-def _summarise(
-    observations: Sequence[Observation],
-    answers: Sequence[Reconstruction | None],
-    records: list[dict[str, Any]],
-    failed: list[dict[str, str]],
-    seed: int,
-) -> dict[str, Any]:
-    scored = [row for row in records if row["status"] == "scored"]
-    victims = [row["victim"] for row in scored]
-    times = {row["victim"]: row["seconds"] for row in records}
-    floors = sorted({key.split(".")[1] for row in records for key in row if key.startswith("floor.")})
-
-    def described(key: str, worst: Any = "min") -> dict[str, Any]:
-        return describe(_column(scored, key), seed, victims, worst)
-
-    def images(prefix: str, suffix: str = "") -> dict[str, Any]:
-        return {name: described(f"{prefix}{name}{suffix}") for name in ("psnr", "ssim")}
-
-    summary: dict[str, Any] = {
-        "family": "reconstruction",
-        "count": len(observations),
-        "images": len(records),
-        "missing": len(records) - len(scored),
-        "failed": failed,
-        "metrics": {metric.key: described(metric.key, metric.worst) for metric in METRICS},
-        "floors": {name: images(f"floor.{name}.") for name in floors},
-        "control": {"psnr": described("control_psnr")},
-        "paper_scale": {**images("", "_paper_scale"), "inflation_db": INFLATION_DB},
-        "shown": images("shown."),
-        "ssim_window": ssim_window(*observations[0].scenario.image_shape[1:]),
-        "matched_by": sorted({row["matched_by"] for row in scored}),
-        "methods": sorted({answer.method for answer in answers if answer is not None and answer.method}),
-        "seconds": float(sum(times.values())),
-        **_seen(observations, records),
-    }
-    if not scored:
-        why = f" ({failed[0]['key']}: {failed[0]['reason']})" if failed else ""
-        text = f"the attack failed: none of {len(records)} images was reconstructed{why}"
-        return summary | {"level": "failed", "verdict": text}
-    summary |= _judge(observations, records, seed)[1]
-    level, verdict = summary["level"], f"{RECONSTRUCTION.words(summary['level'])}: {summary['verdict']}"
-    rounds = sorted({row["round"] for row in scored})
-    if len(rounds) > 1:
-        # Each round's interval is as much wider as there are rounds that could stand out by luck (Bonferroni).
-        parts = {r: [row for row in records if row["round"] == r] for r in rounds}
-        each = {r: _judge(observations, part, seed, len(rounds)) for r, part in parts.items()}
-        gains = [gain.mean for gain, _ in each.values()]
-        told = {r: figures for r, (_, figures) in each.items()}
-        if max(gains) - min(gains) > rule.MARGIN or len({f["level"] for f in told.values()}) > 1:
-            level, verdict = _by_round(told)
-            summary["rounds"] = {str(r): figures for r, figures in told.items()}
-            for part in (summary["above_best_floor"], summary["above_control"], *summary["metrics"].values()):
-                if part is not None:
-                    part |= {"low": None, "high": None}
-    return summary | {"level": level, "verdict": verdict}
+    def identified(self, records: Sequence[Mapping[str, Any]], looks: int) -> rule.Identified | None:
+        """How many of the records' victims are identified, beside chance and the floors; None: it is not known."""
+        chosen = [
+            v
+            for v in dict.fromkeys(row["victim"] for row in records)
+            if self.scores.identified[v] is not None
+        ]
+        found = [one for v in chosen if (one := self.scores.identified[v]) is not None]
+        told = evidence(found, 1 - 0.05 / looks)
+        if told is None:
+            return None
+        floors = [self.scores.floors_identified[v] for v in chosen]
+        names = [name for name in floors[0] if all(name in one for one in floors)]
+        tests = {name: sign_test(found, [one[name] for one in floors]) for name in names}
+        firsts = {name: sum(one[name].first for one in floors) for name in names}
+        best = max(firsts, key=lambda name: firsts[name], default="")
+        return rule.Identified(
+            told,
+            best,
+            firsts.get(best, 0),
+            max(tests.values(), default=0.0),
+            looks,
+            len(records) == len(chosen),
+        )
 
 
 def _by_round(told: Mapping[int, dict[str, Any]]) -> tuple[Level, str]:
@@ -354,68 +348,6 @@ def _by_round(told: Mapping[int, dict[str, Any]]) -> tuple[Level, str]:
         score = f"mean {rule.decibel(told[r]['psnr'])}, {gap} the floor"
         text += f"; in round {r} {RECONSTRUCTION.words(told[r]['level'])}: {score}"
     return worst["level"], text
-
-
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [math.nan if row.get(key) is None else float(row[key]) for row in rows]
-
-
-def _judge(
-    observations: Sequence[Observation], records: list[dict[str, Any]], seed: int, looks: int = 1
-) -> tuple[Interval, dict[str, Any]]:
-    """The gain over the best floor and the verdict on some of the records, of which there are `looks` sets."""
-    scored = [row for row in records if row["status"] == "scored"]
-    victims = [row["victim"] for row in scored]
-    confidence = 1 - 0.05 / looks
-    names = {key.split(".")[1] for row in scored for key in row if key.startswith("floor.")}
-    # A floor of an attack's own may be missing for some victims: then it is no floor of the whole.
-    capped = {
-        name: np.minimum(values, rule.COUNTED_DB)
-        for name in sorted(names)
-        if not np.isnan(values := _column(scored, f"floor.{name}.psnr")).any()
-    }
-    ours = np.minimum(_column(scored, "psnr"), rule.COUNTED_DB)
-    best = max(capped, key=lambda name: float(capped[name].mean()))
-    over_floor = paired_difference(ours, capped[best], seed, victims, confidence)
-    over_control, control = None, np.asarray(_column(scored, "control_psnr"))
-    if not np.isnan(control).any():
-        over_control = paired_difference(ours, control, seed, victims, confidence)
-    shown = None
-    if not np.isnan(against := np.asarray(_column(scored, "shown.psnr"))).any():
-        rows = zip(against, _column(scored, "shown.ssim"), _column(scored, "shown.floor"), strict=True)
-        shown = (_mean(against), sum(rule.image_recovered(p, s, f, None) for p, s, f in rows))
-    guesses = np.max(list(capped.values()), axis=0)
-    failed = [row for row in records if "label_right" not in row]
-    lost = {row["victim"]: row["status"].removeprefix("failed: ") for row in failed}
-    found = rule.Findings(
-        images=len(records),
-        recovered=sum(
-            rule.image_recovered(row["psnr"], row["ssim"], float(guess), row["control_psnr"])
-            for row, guess in zip(scored, guesses, strict=True)
-        ),
-        psnr=_mean(_column(scored, "psnr")),
-        ssim=_mean(_column(scored, "ssim")),
-        floor_name=best,
-        floor_psnr=_mean(capped[best]),
-        over_floor=over_floor,
-        over_control=over_control,
-        labels=_labels(observations, records, looks),
-        failed=[{"key": observations[victim].key, "reason": why} for victim, why in lost.items()],
-        shown=shown,
-        methods=_methods(scored),
-    )
-    level, text = rule.reconstruction(found)
-    told = found.labels
-    return over_floor, {
-        "recovered": found.recovered,
-        "psnr": found.psnr,
-        "best_floor": best,
-        "above_best_floor": interval_fields(over_floor),
-        "above_control": None if over_control is None else interval_fields(over_control),
-        "labels": {"right": told.right, "of": told.of, "floor": told.floor, "beyond_guessing": told.beyond},
-        "level": level,
-        "verdict": text,
-    }
 
 
 def _mean(values: Any) -> float:
@@ -436,9 +368,7 @@ def _methods(scored: Sequence[Mapping[str, Any]]) -> str:
     return f"method {', '.join(told)}" if told else ""
 
 
-def _labels(
-    observations: Sequence[Observation], records: list[dict[str, Any]], looks: int = 1
-) -> rule.Labels:
+def _labels(public: Sequence[int], records: list[dict[str, Any]], looks: int = 1) -> rule.Labels:
     """Labels right beside the best answer that ignores the update, told apart over the clients.
 
     That answer is the best fixed multiset for labels that are all equally common, as common as in the public data,
@@ -448,8 +378,6 @@ def _labels(
     asked = [row for row in records if "label_right" in row]
     if not asked:
         return rule.Labels()
-    auxiliary = observations[0].auxiliary
-    public = [] if auxiliary is None or auxiliary.labels is None else auxiliary.labels.tolist()
     # A head may be far wider than the label space: labels count from 0, so the largest one bounds it from below.
     classes = max(1, *public, *(row["label"] for row in asked)) + 1
     totals = np.bincount([row["label"] for row in asked], minlength=classes)
@@ -513,19 +441,45 @@ def _times(seconds: Sequence[float] | float, count: int) -> list[float]:
     return [float(value) for value in seconds]
 
 
+def _undefined(name: str, told: Figures, s: Figures) -> str:
+    """How many of the scored images a metric has no value for, or an infinite one."""
+    of, found = s["images"] - s["missing"], s["metrics"][name]
+    lost, same = of - found["count"], found.get("identical", 0)
+    text = f"{told['title']}: no value for {lost} of {of} images" if lost else ""
+    return text or (
+        f"{told['title']}: {same} of {of} identical, left out of the mean" if 0 < same < of else ""
+    )
+
+
+def _any(figures: Figures) -> bool:
+    return any(described["count"] for described in figures.values())
+
+
 def _score_rows(result: AuditResult) -> list[Row]:
     s = result.summary
     rows = score_rows(result)
-    if s["shown"]["psnr"]["count"]:
+    if _any(s["shown"]):
         rows.insert(1, ("the same, against what the model was shown", False, s["shown"]))
-    if s["control"]["psnr"]["count"]:
+    if _any(s["control"]):
         rows.append(("control: scored against other victims", False, s["control"]))
     return rows
+
+
+def _scored_by(s: Figures) -> Mapping[str, Figures]:
+    """The metrics of a summary; older ones have those of a verdict."""
+    found: Mapping[str, Figures] | None = s.get("scored_by")
+    return found or {name: describe_metric(METRICS.get(name)) for name in VERDICT_METRICS}
+
+
+def _measured(s: Figures) -> list[Metric]:
+    """The metrics that images were scored by, and what an answer has besides."""
+    return [*(figure(name, told) for name, told in _scored_by(s).items()), *ANSWERED]
 
 
 def _remarks(result: AuditResult) -> list[str]:
     s, parts = result.summary, []
     metrics, scale, each = s["metrics"], s["paper_scale"], s["seconds"] / s["count"]
+    parts += [_undefined(name, told, s) for name, told in _scored_by(s).items() if _undefined(name, told, s)]
     if over := s.get("above_control"):
         parts.append(f"above the control: {formats.decimal(over['mean'])} dB")
     if (sure := metrics["label_confidence"]["mean"]) is not None:
@@ -545,8 +499,11 @@ def _remarks(result: AuditResult) -> list[str]:
 
 
 def _details(result: AuditResult) -> list[Column]:
-    def psnr_of(key: str) -> Any:
-        return lambda row: formats.decimal(row.get(key))
+    metrics = [figure(name, told) for name, told in _scored_by(result.summary).items() if not told["pooled"]]
+    lead = metrics[0]
+
+    def cell(metric: Metric, prefix: str = "") -> Any:
+        return lambda row: metric.shown(row.get(f"{prefix}{metric.key}"))
 
     right = {None: formats.NONE, True: "right", False: "wrong"}
     return [
@@ -554,21 +511,66 @@ def _details(result: AuditResult) -> list[Column]:
         ("client", lambda row: seat(row["client"]).removeprefix("client ")),
         ("image", lambda row: str(row["image"])),
         ("sample", lambda row: str(row["sample"])),
-        ("PSNR, dB", psnr_of("psnr")),
-        ("SSIM", lambda row: formats.decimal(row.get("ssim"), 3)),
-        *((name, psnr_of(f"floor.{name}.psnr")) for name in result.summary["floors"]),
-        ("control", psnr_of("control_psnr")),
+        *((metric.heading, cell(metric)) for metric in metrics),
+        *((name, cell(lead, f"floor.{name}.")) for name in result.summary["floors"]),
+        ("control", cell(lead, "control_")),
+        ("own image's rank", _rank),
         ("label", lambda row: right[row.get("label_right")]),
         ("objective", lambda row: formats.compact(row.get("loss"))),
-        ("time", lambda row: formats.seconds(row["seconds"])),
+        ("time", lambda row: formats.seconds(row.get("seconds"))),
         ("status", lambda row: row["status"]),
         ("method", lambda row: row.get("method") or formats.NONE),
     ]
 
 
-def _best(s: Figures) -> Figures:
-    """PSNR of the best floor."""
-    return s["floors"][s["best_floor"]]["psnr"] if "best_floor" in s else {"mean": None}
+def _rank(row: Figures) -> str:
+    return f"{row['own_rank']} of {row['gallery']}" if row.get("own_rank") else formats.NONE
+
+
+def _best(s: Figures, name: str) -> Figures:
+    """A metric of the best floor."""
+    floor: Figures = s["floors"][s["best_floor"]] if "best_floor" in s else {}
+    return floor.get(name) or {"mean": None}
+
+
+def _first_cell(s: Figures) -> str:
+    told = s.get("identified")
+    return f"{told['first']}/{told['of']}\n({formats.decimal(told['chance'])})" if told else formats.NONE
+
+
+def _k_cell(s: Figures) -> str:
+    return f"{formats.count(s['k'])}\n({formats.count(s['k_measuring'])})" if "k" in s else formats.NONE
+
+
+def _columns(summaries: Sequence[Figures]) -> list[Column]:
+    """Of the terminal's table: every metric's mean, the lead's worst and floor."""
+    told = {name: figure(name, one) for s in summaries for name, one in _scored_by(s).items()}
+    lead = next(iter(told.values()))
+    shown: list[Column] = [("images", lambda s: formats.count(s["images"]))]
+    for metric in told.values():
+        shown.append((_narrow(metric.heading), _two_lines(metric, ends=metric is lead)))
+        if metric is lead:
+            shown.append(("worst", lambda s: lead.shown(s["metrics"][lead.key]["worst"])))
+    return [
+        *shown,
+        ("best\nfloor", lambda s: lead.shown(_best(s, lead.key)["mean"])),
+        ("own\nfirst", _first_cell),
+        ("k\n(image)", _k_cell),
+        ("labels\n(floor)", _label_cell),
+        ("time", lambda s: formats.seconds(s["seconds"])),
+    ]
+
+
+def _two_lines(metric: Metric, ends: bool) -> Callable[[Figures], str]:
+    if ends:
+        return lambda s: metric.two_lines(s["metrics"])
+    return lambda s: metric.shown((metric.of(s["metrics"]) or {"mean": None})["mean"])
+
+
+def _narrow(heading: str) -> str:
+    """A heading on two lines, where it is long."""
+    words = heading.split(" ")
+    return heading if len(heading) <= 10 or len(words) == 1 else f"{' '.join(words[:-1])}\n{words[-1]}"
 
 
 def _label_cell(s: Figures) -> str:
@@ -577,23 +579,44 @@ def _label_cell(s: Figures) -> str:
 
 
 def _sweep(s: Figures) -> dict[str, Any]:
-    row = {"images": s["images"], "k": number(s["k"])}
+    row = {"images": s["images"], "k": number(s.get("k"))}
     if "best_floor" not in s:
         return row
-    psnr, ssim, labels = s["metrics"]["psnr"], s["metrics"]["ssim"], s["labels"]
-    row |= {"psnr": number(psnr["mean"]), "psnr_worst": number(psnr["worst"]), "ssim": number(ssim["mean"])}
-    row |= {"floor": s["best_floor"], "floor_psnr": number(_best(s)["mean"]), "recovered": s["recovered"]}
+    for name in _scored_by(s):
+        row[name], row[f"{name}_worst"] = (number(s["metrics"][name][end]) for end in ("mean", "worst"))
+        row[f"floor_{name}"] = number(_best(s, name)["mean"])
+    row |= {"floor": s["best_floor"], "recovered": s["recovered"]}
+    if told := s.get("identified"):
+        row |= {"own_first": told["first"], "own_first_of": told["of"]}
+    labels = s["labels"]
+    row |= {f"{name}.title": json.dumps(told) for name, told in _scored_by(s).items()}
     return row | {"labels_right": labels["right"], "labels_of": labels["of"]}
 
 
-_INTEGERS = ("round", "client", "victim", "image", "sample", "label", "k", "k_measuring", "wire_bytes")
+def _sweep_columns(row: Figures) -> dict[str, str]:
+    """Each metric's mean, and that of the best floor."""
+    shown = {}
+    for key in row:
+        name = key.removesuffix(".title")
+        if name != key and isinstance(row[key], str):
+            metric = figure(name, json.loads(row[key]))
+            shown[metric.heading] = metric.shown(row[name])
+            shown[f"floor's {metric.heading}"] = metric.shown(row[f"floor_{name}"])
+    return shown
+
+
+_INTEGERS = (
+    *("round", "client", "victim", "image", "sample", "label", "k", "k_measuring", "wire_bytes"),
+    *("own_rank", "gallery"),
+)
 _TEXTS = ("method", "notes", "matched_by", "kept_per_layer")
 
 RECONSTRUCTION: Family = Family(
     name="reconstruction",
     question="Can private images be rebuilt from what clients send?",
     title="Reconstruction of private images (mean with 95 % interval)",
-    metrics=METRICS,
+    metrics=(*(figure(name, describe_metric(METRICS.get(name))) for name in VERDICT_METRICS), *ANSWERED),
+    measured=_measured,
     floors={
         GREY_FLOOR: "a flat grey image",
         AUXILIARY_FLOOR: "the mean of the public images it was granted",
@@ -608,22 +631,13 @@ RECONSTRUCTION: Family = Family(
         span=6.0,
         title="How far reconstructions lie above what could be guessed",
     ),
-    columns=(
-        ("images", lambda s: formats.count(s["images"])),
-        ("PSNR, dB", lambda s: METRICS[0].two_lines(s["metrics"])),
-        ("worst", lambda s: formats.decimal(s["metrics"]["psnr"]["worst"])),
-        ("SSIM", lambda s: formats.decimal(s["metrics"]["ssim"]["mean"], 3)),
-        ("best\nfloor", lambda s: formats.decimal(_best(s)["mean"])),
-        ("k\n(image)", lambda s: f"{formats.count(s['k'])}\n({formats.count(s['k_measuring'])})"),
-        ("k per\npixel", lambda s: formats.compact(s["k_per_pixel"])),
-        ("labels\n(floor)", _label_cell),
-        ("time", lambda s: formats.seconds(s["seconds"])),
-    ),
+    columns=_columns,
     rows=_score_rows,
     remarks=_remarks,
     beside=lambda result: result.summary.get("told", ()),
     details=_details,
     sweep=_sweep,
+    sweep_columns=_sweep_columns,
     drawings=(
         Drawing(
             "sheet",

@@ -20,7 +20,7 @@ from torchvision.utils import make_grid
 
 from fedattack.audit.canaries import CanaryAudit
 from fedattack.audit.family import AuditResult
-from fedattack.audit.reconstruction import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
+from fedattack.audit.image_scores import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
 from fedattack.audit.reconstruction_verdict import COUNTED_DB, RECOVERED_PSNR
 from fedattack.metrics import clopper_pearson
 from fedattack.observation import EVERYONE

@@ -46,7 +46,7 @@ def print_summary(
 def _table(family: Family, results: Sequence[AuditResult], width: int) -> Table:
     heading: dict[str, Any] = {"title": family.title, "title_justify": "left", "title_style": "bold"}
     table = Table(**heading, width=width, box=box.SIMPLE_HEAD, padding=0)
-    columns = family.table_columns()
+    columns = family.table_columns([result.summary for result in results])
     for index, name in enumerate([family.subject, *(name for name, _ in columns)]):
         # Headings are broken by hand, so that the columns are as narrow as their figures and nothing folds at 80.
         table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)

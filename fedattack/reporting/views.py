@@ -57,13 +57,14 @@ def family_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
     views, together = [], told_together(results)
     for family, chosen in by_family(results):
         found = [row for result in chosen for row in family.rows(result)]
-        titled = [metric for metric in family.titled if any(metric.of(figures) for _, _, figures in found)]
+        metrics = family.titled([result.summary for result in chosen])
+        titled = [metric for metric in metrics if any(metric.of(figures) for _, _, figures in found)]
         columns: list[str] = []
         for metric in titled:
             columns += [metric.heading, _INTERVAL]
-            columns += ["worst", "best"] if metric is family.titled[0] else []
+            columns += ["worst", "best"] if metric is titled[0] else []
         cells = [
-            [cell for m in titled for cell in m.cells(figures, ends=m is family.titled[0])]
+            [cell for m in titled for cell in m.cells(figures, ends=m is titled[0])]
             for _, _, figures in found
         ]
         told = [

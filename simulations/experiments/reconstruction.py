@@ -14,11 +14,13 @@ from torch import Tensor
 
 from adversaries import ReconstructionAttack
 from fedattack.audit import AuditResult, audit_reconstruction
+from fedattack.audit.image_scores import check_metrics
 from fedattack.config import Config
 from fedattack.data import World
 from fedattack.defenses import ClientDefenses, build_defenses, hides_clients
 from fedattack.errors import NotApplicable, RunFailed
 from fedattack.groundtruth import GroundTruth
+from fedattack.metrics import build_metrics
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
 from fedattack.rng import adversary_seed
@@ -29,6 +31,9 @@ from simulations.experiments.base import Experiment, Plan, SavedWork
 from simulations.experiments.executor import Executor, make_executor
 from simulations.experiments.victims import Attacked, Victims, groups
 from simulations.progress import Stages
+
+GALLERY = 256
+"""Held-out samples, at most, among which private images are looked for beside those of others."""
 
 
 class Answers:
@@ -42,6 +47,7 @@ class Answers:
         self._attacks = dict(attacks)
         self._shown = shown
         self._seed = adversary_seed(config.seed, "attack")
+        self._metrics = build_metrics(config.metric)
         self._executor: Executor | None = None
         self._observations: dict[str, Observation] = {}
         self._held: dict[str, list[Observation]] = defaultdict(list)  # of attacks that need their history
@@ -129,13 +135,14 @@ class Answers:
         group = min(self._config.attack.victims_per_task, total - finished)
         self._shown(name, (finished + share * group) / total, text)
 
-    def audit(self, name: str, truths: Sequence[GroundTruth]) -> AuditResult:
-        """Score one attack's answers."""
+    def audit(self, name: str, truths: Sequence[GroundTruth], public: Tensor | None = None) -> AuditResult:
+        """Score one attack's answers; `public` images are nobody's."""
         answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
         found = [answers.get(o.key, (None, 0.0)) for o in observations]
         images, seconds = [answer for answer, _ in found], [spent for _, spent in found]
         more: dict[str, Any] = {"seed": self._config.seed, "reasons": self._failed[name]}
+        more |= {"metrics": self._metrics, "public": public}
         return audit_reconstruction(name, observations, images, truths, seconds, **more)
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
@@ -187,6 +194,7 @@ class ReconstructionExperiment(Experiment):
                 f"setting 'canaries.count' = {config.canaries.count}: canaries stand where images would, which "
                 "nobody could rebuild; reconstruct in a run without them"
             )
+        check_metrics(build_metrics(config.metric), world.scenario.image_shape)
 
     def __init__(self, plan: Plan, attacks: Mapping[str, ReconstructionAttack]) -> None:
         super().__init__(plan, attacks)
@@ -261,7 +269,9 @@ class ReconstructionExperiment(Experiment):
         self.work.close()
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        return {name: self.work.audit(name, self.truths) for name in self.attacks}
+        held_out = self.plan.world.pools.nonmembers[:GALLERY]
+        public = self.plan.world.dataset.tensors(held_out)[0] if len(held_out) else None
+        return {name: self.work.audit(name, self.truths, public) for name in self.attacks}
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         return self.work.answers()

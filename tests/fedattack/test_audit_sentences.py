@@ -169,7 +169,7 @@ def test_a_reconstruction_in_cells() -> None:
     answers = noisy(truths, 0.05)
     result = audit_reconstruction("a", observations, answers, truths, 12.0)
     s, row = result.summary, result.records[0]
-    cells = {name: text(s) for name, text in reconstruction.RECONSTRUCTION.columns}
+    cells = {name: text(s) for name, text in reconstruction.RECONSTRUCTION.table_columns([s])}
     psnr, best = s["metrics"]["psnr"], s["floors"][s["best_floor"]]["psnr"]["mean"]
     assert cells["PSNR, dB"] == f"{psnr['mean']:.1f}\n{psnr['low']:.1f}…{psnr['high']:.1f}"
     assert (cells["worst"], cells["best\nfloor"]) == (f"{psnr['worst']:.1f}", f"{best:.1f}")

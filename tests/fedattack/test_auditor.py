@@ -17,6 +17,7 @@ from fedattack.audit.reconstruction import audit_reconstruction
 from fedattack.audit.unlearning import audit_unlearning
 from fedattack.errors import DataError
 from fedattack.groundtruth import GroundTruth
+from fedattack.metrics.pixels import MeanSquaredError
 from fedattack.observation import Reconstruction
 
 
@@ -40,7 +41,8 @@ def test_recovered_images_are_called_so() -> None:
 def test_records_hold_the_reference_scores() -> None:
     observations, truths = scene()
     answers = noisy(truths, 0.1)
-    found = audit_reconstruction("a", observations, answers, truths, 6.0)
+    more = {"mse": MeanSquaredError()}
+    found = audit_reconstruction("a", observations, answers, truths, 6.0, metrics=more)
     for row, answer, truth in zip(found.records, answers, truths, strict=True):
         a, b = answer.images[0].double().numpy(), truth.images[0].double().numpy()
         assert row["psnr"] == pytest.approx(-10 * math.log10(((a - b) ** 2).mean()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def write_sweep(folder: Path, table: SweepTable, *, command: str = "") -> Path:
         summary="; ".join(f"{number} runs {status}" for status, number in counts.items()),
         pictures=_pictures(folder, table),
         seeds=_over_seeds(table, over_seeds(table)),
-        columns=[*_labels(table), "outcome", *_FIGURES],
-        rows=[_row(table, row) for row in _records(table.frame)],
+        columns=[*_labels(table), "outcome", *_LEAKED, *_scored(table), *_REST],
+        rows=[_row(table, row, _scored(table)) for row in _records(table.frame)],
         reasons=_reasons(table.frame),
         command=command or "fedattack sweep FILE",
         version=fedattack_version(),
@@ -62,7 +63,13 @@ _CAPTIONS = {
     "utility": "Down and right is where one wants to be: private and useful. On the dashed line nothing leaks.",
 }
 
-_FIGURES = ("leakage", "95 % interval", "PSNR, dB", "floor, dB", "accuracy", "epsilon", "time")
+_LEAKED, _REST = ("leakage", "95 % interval"), ("accuracy", "epsilon", "time")
+
+
+def _scored(table: SweepTable) -> list[str]:
+    """Headings of what the families of the table's rows show besides."""
+    rows = [row for row in _records(table.frame) if row["status"] == DONE and not pd.isna(row["family"])]
+    return list(dict.fromkeys(name for row in rows for name in get_family(row["family"]).sweep_columns(row)))
 
 
 def _over_seeds(table: SweepTable, together: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,20 +90,23 @@ def _labels(table: SweepTable) -> list[str]:
     return [name.removeprefix("axis.") for name in table.frame.columns if name.startswith("axis.")]
 
 
-def _row(table: SweepTable, row: dict[str, Any]) -> dict[str, Any]:
+def _row(table: SweepTable, row: dict[str, Any], scored: Sequence[str]) -> dict[str, Any]:
     labels = ["" if pd.isna(row[f"axis.{axis}"]) else row[f"axis.{axis}"] for axis in _labels(table)]
     done = row["status"] == DONE
     attacked = done and not pd.isna(row["family"])
-    leaked = [formats.NONE] * 4
+    leaked, shown = [formats.NONE] * 2, dict[str, str]()
     outcome = row["status"]
     if attacked:
         family = get_family(row["family"])
         leakage = family.leakage
         outcome = family.words(row["level"])
         ends = {end: _known(row[f"{leakage.column}_{end}"]) for end in ("low", "high")}
-        scores = [formats.decimal(row.get(name, float("nan"))) for name in ("psnr", "floor_psnr")]
-        shown = formats.decimal(row[leakage.column], leakage.digits)
-        leaked = [shown, formats.interval(ends, leakage.digits), *scores]
+        shown = dict(family.sweep_columns(row))
+        leaked = [
+            formats.decimal(row[leakage.column], leakage.digits),
+            formats.interval(ends, leakage.digits),
+        ]
+    leaked += [shown.get(name, formats.NONE) for name in scored]
     figures = [*leaked, formats.percent(row["accuracy"]), formats.decimal(row["epsilon"], 2)]
     return {
         "labels": labels,
