@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from fedattack.files import write_tensors
 from fedattack.metrics import wilson
 from fedattack.models import build_model, initial_weights
 from fedattack.rng import adversary_seed, numpy_rng
-from fedattack.storage.observations import read_tensors, safe_name
+from fedattack.storage.observations import read_tensors
 from fedattack.storage.plain import read_json, write_json
 from fedattack.task import LossAndGradient, trained_parameters
 from fedattack.training import evaluate
@@ -152,14 +153,10 @@ def train_classifier(work: Lesson, folder: Path, label: str, device: torch.devic
 
     Raises RunFailed where the loss becomes NaN or infinite, or the disk is full.
     """
+    if (found := finished(work, folder, label)) is not None:
+        return found
     document, digest = work.document, work.digest
-    place = folder / f"{safe_name(label)}-{digest[:12]}"
-    weights, told, state = (place.with_name(place.name + end) for end in (_WEIGHTS, _RECORD, _STATE))
-    if told.is_file() and weights.is_file():
-        found = read_json(told)
-        if isinstance(found, dict) and found.get("digest") == digest:
-            return Trained(weights, found)
-        raise DataError(f"{told} is of another classifier; give another folder")
+    weights, told, state = _places(folder, label, digest)
     place_of = device or torch.device("cpu")
     model = build_model(work.world.scenario.model)
     model.load_state_dict(initial_weights(work.world.scenario.model, work.config.seed))
@@ -178,13 +175,27 @@ def train_classifier(work: Lesson, folder: Path, label: str, device: torch.devic
     final = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     accuracy = {name: _accuracy(work, model, ids) for name, ids in _measured(work).items()}
     write_tensors(weights, final, {"digest": digest})
-    found = {"digest": digest, "label": label, **document, "losses": losses, "accuracy": accuracy}
-    write_json(told, found)
+    write_json(told, {"digest": digest, "label": label, **document, "losses": losses, "accuracy": accuracy})
     state.unlink(missing_ok=True)
     return Trained(weights, read_json(told))
 
 
-_WEIGHTS, _RECORD, _STATE = ".safetensors", ".json", ".state.safetensors"
+def finished(work: Lesson, folder: Path, label: str) -> Trained | None:
+    """What an earlier training of the same configuration left in `folder`, if it came to its end."""
+    weights, told, _ = _places(folder, label, work.digest)
+    if not (told.is_file() and weights.is_file()):
+        return None
+    found = read_json(told)
+    if not isinstance(found, dict) or found.get("digest") != work.digest:
+        raise DataError(f"{told} is not the record of this classifier; remove it, or give another folder")
+    return Trained(weights, found)
+
+
+def _places(folder: Path, label: str, digest: str) -> tuple[Path, Path, Path]:
+    """The weights file, the record, which is written last, and the state of an unfinished training."""
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")[:60]
+    stem = f"{words}-{digest[:12]}"
+    return folder / f"{stem}.safetensors", folder / f"{stem}.json", folder / f"{stem}.state.safetensors"
 
 
 def _measured(work: Lesson) -> dict[str, NDArray[np.int64]]:
