@@ -64,8 +64,8 @@ def write_page(folder: Path, page: BenchmarkPage) -> Path:
         headline=_headline(page),
         picture=base64.b64encode(drawn).decode(),
         caption=_caption(page),
-        metrics=[_metric_row(page, name) for name in page.metrics],
-        points=_points(page),
+        areas=_area_table(page),
+        correlations=[_correlation_table(page, over) for over in _points(page)],
         classifiers=[_classifier_row(page, row) for row in page.ranking.to_dict("records")],
         cards=[_card(page, row) for row in page.sheet],
         version=fedattack_version(),
@@ -100,6 +100,7 @@ def metric_figure(page: BenchmarkPage) -> Figure:
     left.set_yticks(places, [page.metrics[name] for name in names], fontsize=9)
     left.set_xlim(0, 1)
     right.set_xlim(-1.05, 1.05)
+    right.set_xticks([-1, -0.5, 0, 0.5, 1])
     left.set_title("single images: AUC", fontsize=10)
     right.set_title(f"Spearman over {over[-1]}", fontsize=10)
     return figure
@@ -149,26 +150,47 @@ def _figure(row: Mapping[str, Any], digits: int = 2) -> str:
     return f"{row['value']:.{digits}f}{ends}"
 
 
-def _metric_row(page: BenchmarkPage, name: str) -> dict[str, Any]:
-    area = _row(page, name, "auc", "pairs")
-    assert area is not None
-    cells = [_figure(area), str(area["n"])]
-    compared = _row(page, name, "auc - psnr", "pairs")
-    cells.append(formats.NONE if compared is None else _figure(compared))
-    reasons = [area["no score"]]
-    for over in _points(page):
-        for statistic in _STATISTICS:
-            row = _row(page, name, statistic, over)
-            assert row is not None
-            fisher = math.nan if row["fisher low"] is None else row["fisher low"]
-            beside = "" if math.isnan(fisher) else f"; Fisher [{fisher:.2f}, {row['fisher high']:.2f}]"
-            cells.append(_figure(row) + beside)
-            reasons.append(row["no score"])
-        counted = _row(page, name, _STATISTICS[0], over)
-        cells.append(formats.NONE if counted is None else str(counted["n"]))
-    why = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
-    direction = "" if page.higher[name] else " (lower: more leaked)"
-    return {"name": page.metrics[name] + direction, "cells": cells, "why": why}
+def _area_table(page: BenchmarkPage) -> dict[str, Any]:
+    """Image AUC of each metric, and by how much it is above others'."""
+    table = page.correlations
+    others = [one for one in dict.fromkeys(table["statistic"]) if one.startswith("auc - ")]
+    rows = []
+    for name in page.metrics:
+        area = _row(page, name, "auc", "pairs")
+        assert area is not None
+        less = [_row(page, name, other, "pairs") for other in others]
+        cells = [
+            _figure(area),
+            str(area["n"]),
+            *(formats.NONE if one is None else _figure(one) for one in less),
+        ]
+        rows.append({"name": _named(page, name), "cells": cells, "why": area["no score"]})
+    headings = [page.metrics[other.removeprefix("auc - ")] for other in others]
+    return {"columns": ["AUC", "pairs", *(f"less {heading}'s" for heading in headings)], "rows": rows}
+
+
+def _correlation_table(page: BenchmarkPage, over: str) -> dict[str, Any]:
+    """Of each metric's means with the shares recognised."""
+    rows = []
+    for name in page.metrics:
+        found = [_row(page, name, statistic, over) for statistic in _STATISTICS]
+        told = [one for one in found if one is not None]
+        cells = []
+        for one in told:
+            known = one["fisher low"] is not None and not math.isnan(one["fisher low"])
+            cells += [
+                _figure(one),
+                f"[{one['fisher low']:.2f}, {one['fisher high']:.2f}]" if known else formats.NONE,
+            ]
+        rows.append(
+            {"name": _named(page, name), "cells": [*cells, str(told[0]["n"])], "why": told[0]["no score"]}
+        )
+    columns = [text for name in _STATISTICS for text in (name.capitalize(), "Fisher's interval")]
+    return {"over": over, "columns": [*columns, "points"], "rows": rows}
+
+
+def _named(page: BenchmarkPage, name: str) -> str:
+    return page.metrics[name] + ("" if page.higher[name] else " (lower: more leaked)")
 
 
 def _classifier_row(page: BenchmarkPage, row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -200,6 +222,15 @@ def _card(page: BenchmarkPage, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _PAGE = """\
+{% macro table(shown) %}
+<div class="scroll"><table>
+<tr><th class="words">metric</th>{% for name in shown.columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in shown.rows %}
+<tr><td class="words">{{ row.name }}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% for row in shown.rows if row.why %}<p class="soft">{{ row.name }}: no score; {{ row.why }}.</p>{% endfor %}
+{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -216,8 +247,10 @@ _PAGE = """\
 .pair figure { margin: 0; flex: 1; }
 .pair img { width: 100%; image-rendering: pixelated; }
 .card table { width: 100%; margin: .4rem 0 0; font-size: .85rem; }
-.card td, .card th { padding: .15rem .3rem; }
-.card .bar { width: 4.5rem; }
+.card td { padding: .15rem 0 .15rem .5rem; }
+.card td:first-child { white-space: normal; }
+.card .bar { width: 3.5rem; }
+td.words { min-width: 9rem; }
 .proxy { font-weight: 600; }
 </style>
 </head>
@@ -233,16 +266,12 @@ _PAGE = """\
 <h2>Metrics, the best first</h2>
 <figure><img alt="Image AUC and rank correlation of each metric" src="data:image/png;base64,{{ picture }}">
 <figcaption>{{ caption }}</figcaption></figure>
-<div class="scroll"><table>
-<tr><th class="words" rowspan="2">metric</th><th colspan="3">single images</th>
-{% for over in points %}<th colspan="4" style="max-width: none">means over {{ over }}</th>{% endfor %}</tr>
-<tr><th>AUC</th><th>n</th><th>less PSNR's</th>
-{% for over in points %}<th>Spearman</th><th>Kendall</th><th>Pearson</th><th>n</th>{% endfor %}</tr>
-{% for row in metrics %}
-<tr><td class="words">{{ row.name }}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+<h3>Single images: was this one recognised?</h3>
+{{ table(areas) }}
+{% for one in correlations %}
+<h3>Means over {{ one.over }}: of which was more recognised?</h3>
+{{ table(one) }}
 {% endfor %}
-</table></div>
-{% for row in metrics if row.why %}<p class="soft">{{ row.name }}: no score where {{ row.why }}.</p>{% endfor %}
 
 <h2>Classifiers, the one of which most is recognised first</h2>
 <div class="scroll"><table>

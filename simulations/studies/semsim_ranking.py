@@ -29,7 +29,8 @@ from simulations.studies.semsim_presets import ATTACK, MODEL, POLICY
 if TYPE_CHECKING:
     from simulations.studies.semsim_benchmark import Study
 
-OVER = {"classifiers": (MODEL, POLICY), "classifiers and attacks": (MODEL, POLICY, ATTACK)}
+_CELL = (MODEL, POLICY, ATTACK)
+OVER = {"classifiers": (MODEL, POLICY), "classifiers and attacks": _CELL}
 """What the points of a correlation are -> the facts that tell them apart."""
 
 SHEET = 12
@@ -231,6 +232,8 @@ def _correlations(rated: Rated, leak: Mapping[str, np.ndarray], seed: int) -> pd
         )  # fmt: skip
 
     for over, by in OVER.items():
+        if len(by) == len(_CELL) and len(np.unique(rated.facts[ATTACK])) == 1:
+            continue  # the same points once more
         evaluation = Evaluation(rated, leak, by, seed)
         for name in leak:
             figures = evaluation.figures(name)
