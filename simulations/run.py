@@ -282,6 +282,23 @@ def sweep(
     run_sweep(Sweep.from_toml(file), folder, console=console, engine=engine, command=typed())
 
 
+@app.command("score")
+@partial(with_settings, sections=("metric",))
+def score(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="a run, a sweep, or originals and then reconstructions", show_default=False),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="folder; default: scores in the source")] = None,
+    *,
+    config: Config,
+) -> None:
+    """Score again, by any metrics, what a run, a sweep or folders of pictures hold."""
+    from simulations.studies.scoring import score_sources
+
+    score_sources(sources, config.metric, out, console=console, command=typed())
+
+
 Output = Annotated[Path, typer.Option("--out", help="file to write", show_default=False)]
 
 

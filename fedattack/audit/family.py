@@ -30,6 +30,8 @@ Figures = Mapping[str, Any]
 """A described metric ("mean", "worst", "best", "low", "high"), or a summary."""
 Column = tuple[str, Callable[[Figures], str]]
 """Heading of a column, and its cell from a summary or a record."""
+Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Columns and rows of a table."""
 Columns = Callable[[Sequence[Figures]], Sequence[Column]]
 """The columns that some summaries or records need."""
 
@@ -133,6 +135,8 @@ class Family:
         Level -> the words of a verdict; "undecided" and "failed" have words already.
     columns
         Of the terminal's table, or what makes them from the summaries; None: made from the metrics.
+    beyond
+        From the results of its attacks: a second table of the terminal, its columns and rows; None: none.
     rows, remarks, details
         For the report, from a result: rows of scores, sentences below them, columns of a table of its records.
     beside
@@ -160,6 +164,7 @@ class Family:
     leakage: Leakage
     columns: tuple[Column, ...] | Columns | None = None
     measured: Callable[[Figures], Sequence[Metric]] | None = None
+    beyond: Callable[[Sequence[AuditResult]], Cells | None] = lambda _: None
     rows: Callable[[AuditResult], list[Row]] = lambda result: score_rows(result)
     remarks: Callable[[AuditResult], Sequence[str]] = lambda _: ()
     beside: Callable[[AuditResult], Sequence[str]] = lambda _: ()

@@ -49,7 +49,8 @@ _COSTLY_CONTROLS = 4
 class Victim:
     """One private batch, and what was answered about it.
 
-    `answer` None: the `reason` says why there is none. `granted`: public images that the attacker had, (N, C, H, W),
+    `answer` None: the `reason` says why there is none; one without labels was not asked for
+    them. `granted`: public images that the attacker had, (N, C, H, W),
     whose mean is a floor. `fields`: further columns of its records.
     """
 
@@ -254,14 +255,15 @@ class _Work:
             return rows, panels
         own = answer.images.to(private).cpu()
         pairing = match(own, private, answer.labels, truth.labels)
-        named = labels_right(answer.labels, truth.labels)
+        asked = bool(answer.labels.numel())
+        named = labels_right(answer.labels, truth.labels) if asked else [None] * len(private)
         chosen = [index for index, place in enumerate(pairing.order) if place >= 0]
         found_images = own[[pairing.order[index] for index in chosen]]
         panels[REBUILT][chosen] = found_images.clamp(0, 1)
         known = identify({REBUILT: own.clamp(0, 1), **floors}, private, batches)
         self.identified.append(known.pop(REBUILT, None))
         self.floors_identified.append(known)
-        told_right = tuple(named[index] for index in chosen)
+        told_right = tuple(bool(named[index]) for index in chosen) if asked else None
         add("", self._scores(found_images, private[chosen], truth, gallery, chosen, told_right), chosen)
         outside, (inflated, wide) = (
             out_of_range_share(found_images),
@@ -271,7 +273,8 @@ class _Work:
         add("", scale | {"out_of_range_share": outside.tolist()}, chosen)
         if truth.shown is not None:
             aligned = _align(own.clamp(0, 1), truth.shown)
-            add("shown.", self._scores(aligned, truth.shown, truth, None, named=tuple(named)), everyone)
+            of_all = tuple(map(bool, named)) if asked else None
+            add("shown.", self._scores(aligned, truth.shown, truth, None, named=of_all), everyone)
             guesses = [
                 score({"psnr": self.metrics["psnr"]}, Pairs(_align(images, truth.shown), truth.shown))["psnr"]
                 for images in floors.values()

@@ -16,6 +16,7 @@ from fedattack.audit import reconstruction_verdict as rule
 from fedattack.audit.family import (
     SEVERITY,
     AuditResult,
+    Cells,
     Column,
     Drawing,
     Family,
@@ -219,6 +220,7 @@ class _Summary:
             **told,
             "scored_by": self.scores.metrics,
             "paper_scale": {**paper, "inflation_db": INFLATION_DB},
+            "batch": sorted(set(Counter(row["victim"] for row in records).values())),
             "matched_by": sorted({row["matched_by"] for row in scored}),
             "methods": sorted(methods - {""}),
             "seconds": float(sum(times.values())),
@@ -272,7 +274,7 @@ class _Summary:
             rows = zip(against, column(scored, "shown.ssim"), column(scored, "shown.floor"), strict=True)
             shown = (_mean(against), sum(rule.image_recovered(p, s, f, None) for p, s, f in rows))
         guesses = np.max(list(capped.values()), axis=0)
-        failed = [row for row in records if "label_right" not in row]
+        failed = [row for row in records if "notes" not in row]
         lost = {row["victim"]: row["status"].removeprefix("failed: ") for row in failed}
         found = rule.Findings(
             images=len(records),
@@ -375,7 +377,7 @@ def _labels(public: Sequence[int], records: list[dict[str, Any]], looks: int = 1
     or as among the other clients. Beyond it lies what beats it in a one-sided paired t test over the clients and by
     more than a guess's luck, which a t test of a few clients in full agreement cannot know.
     """
-    asked = [row for row in records if "label_right" in row]
+    asked = [row for row in records if row.get("label_right") is not None]
     if not asked:
         return rule.Labels()
     # A head may be far wider than the label space: labels count from 0, so the largest one bounds it from below.
@@ -423,7 +425,6 @@ def _seen(observations: Sequence[Observation], records: list[dict[str, Any]]) ->
         },
         "wire_bytes": float(np.mean([observation.wire_bytes for observation in observations])),
         "pixels": math.prod(first.scenario.image_shape),
-        "batch": sorted({sum(r["victim"] == v for r in records) for v in {r["victim"] for r in records}}),
         "update_kind": first.update.kind,
         "statistics_sent": bool(first.buffers),
         "scenario": first.scenario.record(),
@@ -543,12 +544,13 @@ def _k_cell(s: Figures) -> str:
 
 
 def _columns(summaries: Sequence[Figures]) -> list[Column]:
-    """Of the terminal's table: every metric's mean, the lead's worst and floor."""
+    """Of the terminal's table: what a verdict rests on; the other metrics have a table of their own."""
     told = {name: figure(name, one) for s in summaries for name, one in _scored_by(s).items()}
-    lead = next(iter(told.values()))
+    chosen = [told[name] for name in VERDICT_METRICS]
+    lead = chosen[0]
     shown: list[Column] = [("images", lambda s: formats.count(s["images"]))]
-    for metric in told.values():
-        shown.append((_narrow(metric.heading), _two_lines(metric, ends=metric is lead)))
+    for metric in chosen:
+        shown.append((metric.heading, _two_lines(metric, ends=metric is lead)))
         if metric is lead:
             shown.append(("worst", lambda s: lead.shown(s["metrics"][lead.key]["worst"])))
     return [
@@ -561,21 +563,36 @@ def _columns(summaries: Sequence[Figures]) -> list[Column]:
     ]
 
 
+def _beyond(results: Sequence[AuditResult]) -> Cells | None:
+    """Every metric that no verdict rests on, beside the best floor and the control."""
+    rows = []
+    for result in results:
+        s = result.summary
+        for name, told in _scored_by(s).items():
+            if name not in VERDICT_METRICS:
+                metric = figure(name, told)
+                mean, ends, worst, _ = metric.cells(s["metrics"], ends=True)
+                control = metric.shown((s["control"].get(name) or {"mean": None})["mean"])
+                floor = metric.shown(_best(s, name)["mean"])
+                rows.append([result.attack, metric.heading, mean, ends, worst, floor, control])
+    return (
+        (("attack", "scored by", "mean", "95 % interval", "worst", "best floor", "control"), rows)
+        if rows
+        else None
+    )
+
+
 def _two_lines(metric: Metric, ends: bool) -> Callable[[Figures], str]:
     if ends:
         return lambda s: metric.two_lines(s["metrics"])
     return lambda s: metric.shown((metric.of(s["metrics"]) or {"mean": None})["mean"])
 
 
-def _narrow(heading: str) -> str:
-    """A heading on two lines, where it is long."""
-    words = heading.split(" ")
-    return heading if len(heading) <= 10 or len(words) == 1 else f"{' '.join(words[:-1])}\n{words[-1]}"
-
-
 def _label_cell(s: Figures) -> str:
     labels = s.get("labels")
-    return f"{labels['right']}/{labels['of']}\n({labels['floor']:.1f})" if labels else formats.NONE
+    if not labels or not labels["of"]:
+        return formats.NONE
+    return f"{labels['right']}/{labels['of']}\n({labels['floor']:.1f})"
 
 
 def _sweep(s: Figures) -> dict[str, Any]:
@@ -617,6 +634,7 @@ RECONSTRUCTION: Family = Family(
     title="Reconstruction of private images (mean with 95 % interval)",
     metrics=(*(figure(name, describe_metric(METRICS.get(name))) for name in VERDICT_METRICS), *ANSWERED),
     measured=_measured,
+    beyond=_beyond,
     floors={
         GREY_FLOOR: "a flat grey image",
         AUXILIARY_FLOOR: "the mean of the public images it was granted",
@@ -663,6 +681,14 @@ RECONSTRUCTION: Family = Family(
     glossary=f"""
 PSNR, SSIM: Images in [0, 1], clamped, data range 1; SSIM with scikit-image's uniform 7 \u00d7 7 window. At 30 dB
 a small image is hard to tell from the original; infinite means identical. Worst and best are the attacker's.
+
+Registered correlation: Of pixels, at the shift, and in the mirror image, where it is highest: shifted, mirrored and
+re-lit images keep it. Unrelated images reach .6 to .9 so; it says something beside floor and control alone.
+
+Own image first: How many victims' private images rank first by registered correlation among images of others,
+private and public; ties count against. Chance is one in as many. Beyond chance (p < {rule.IDENTIFIED_P_VALUE}) and
+every floor: at least \u201cpartial leakage\u201d; \u201cprivate images recovered\u201d where half of what a defence
+showed the model is recovered as well. It is the image that is told, not the person.
 
 Recovered: An image at {rule.RECOVERED_PSNR:.0f} dB and SSIM {rule.RECOVERED_SSIM} or more, at least
 {rule.RECOVERED_MARGIN:.0f} dB above every floor and the control. Half of the images: \u201cprivate images

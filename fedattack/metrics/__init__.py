@@ -27,6 +27,7 @@ from fedattack.metrics.pooled import (
     pooled_auc,
     unit_counts,
 )
+from fedattack.metrics.registration import correlation_table, registered_correlation, registered_psnr
 from fedattack.metrics.statistics import (
     Interval,
     bootstrap_mean,
@@ -36,7 +37,14 @@ from fedattack.metrics.statistics import (
     units_needed,
     wilson,
 )
-from fedattack.metrics.structural import INFLATION_DB, paper_scale, ssim, ssim_window
+from fedattack.metrics.structural import (
+    INFLATION_DB,
+    multi_scale_ssim,
+    paper_scale,
+    ssim,
+    ssim_gaussian,
+    ssim_window,
+)
 
 __all__ = [
     "INFLATION_DB",
@@ -62,19 +70,24 @@ __all__ = [
     "clopper_pearson",
     "clustered_interval",
     "constant_hits",
+    "correlation_table",
     "hits_at_fpr",
     "labels_right",
     "match",
     "mse",
+    "multi_scale_ssim",
     "out_of_range_share",
     "paired_difference",
     "paper_scale",
     "pooled_auc",
     "psnr",
+    "registered_correlation",
+    "registered_psnr",
     "roc_points",
     "score",
     "share_difference",
     "ssim",
+    "ssim_gaussian",
     "ssim_window",
     "tpr_at_fpr",
     "unit_counts",

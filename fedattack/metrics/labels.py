@@ -1,12 +1,18 @@
-"""What the best answer that ignores the update would score on the labels of a batch."""
+"""Labels that an attack named, and what the best answer that ignores the update would score on them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from scipy import stats
+from torch import Tensor
+
+from fedattack.metrics.base import ImageMetric, Need, Pairs
 
 
 def constant_hits(shares: ArrayLike, labels: Sequence[int]) -> float:
@@ -25,3 +31,16 @@ def constant_hits(shares: ArrayLike, labels: Sequence[int]) -> float:
     named = sure + tied * (size - sure.sum()) / tied.sum()
     found = np.bincount(np.asarray(labels), minlength=len(chances))[:, None] >= times
     return float((named * found).sum())
+
+
+@dataclass
+class LabelAccuracy(ImageMetric):
+    """Whether the attack named the image's label: 1 or 0, and no score where it was not asked, as of floors."""
+
+    title: ClassVar[str] = "label accuracy"
+    needs: ClassVar[tuple[Need, ...]] = ("labels",)
+
+    def scores(self, pairs: Pairs) -> Tensor:
+        if pairs.label_right is None:
+            return torch.full((len(pairs.truth),), torch.nan, dtype=torch.float64)
+        return torch.tensor(pairs.label_right, dtype=torch.float64)

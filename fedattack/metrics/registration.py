@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fedattack.errors import ConfigError, DataError
 from fedattack.metrics.base import ImageMetric, Pairs
-from fedattack.metrics.pixels import pair_of, unit_range
+from fedattack.metrics.pixels import by_chunks, clamped, refuse_other_scales, refuse_unlike
 
 OVERLAP = 0.25
 """Least share of the pixels that two images must have in common at a shift."""
@@ -28,7 +28,10 @@ FLAT = 1e-6
 """A common part of less variance is called constant."""
 
 CHUNK_VALUES = 2**18
-"""Complex numbers worked on at once, in each of a few buffers: 4 MiB."""
+"""Complex numbers that a table works on at once, in each of a few buffers: 4 MiB."""
+
+CHUNK_PIXELS = 2**17
+"""Pixels of either side that pairs are worked on at once; their padded transforms are about twice as large."""
 
 
 @dataclass(frozen=True)
@@ -150,17 +153,17 @@ def registered_correlation(
     has no score (NaN). The greatest of some thousand shifts is large by chance: read it beside that of other images.
     Raises DataError as :func:`fedattack.metrics.mse`.
     """
-    images, truth = pair_of(images, truth)
+    refuse_unlike(images, truth)
     shifts = _Shifts.leaving((truth.shape[-2], truth.shape[-1]), overlap)
-    step = _chunk(shifts, truth.shape[1])
-    parts = []
-    for x, y in zip(truth.split(step), images.split(step), strict=True):
+
+    def greatest(y: Tensor, x: Tensor) -> Tensor:
         private, found = _side(x, shifts, overlap, True), _side(y, shifts, overlap, False)
         best = _best(private, found, shifts)
         if mirror:
             best = torch.maximum(best, _best(private, _mirrored(found, y, shifts), shifts))
-        parts.append(best)
-    best = torch.cat(parts) if parts else truth.new_empty(0)
+        return best
+
+    best = by_chunks(greatest, images, truth, CHUNK_PIXELS)
     return best.masked_fill(best.isinf(), torch.nan)
 
 
@@ -168,27 +171,30 @@ def correlation_table(images: Tensor, truth: Tensor, overlap: float = OVERLAP, m
     """:func:`registered_correlation` of each of A images with each of B others, float64 (A, B).
 
     Transforms and sums of an image are worked out once, so that a pair costs one inverse transform, or two with
-    `mirror`.
-    Raises DataError if they are not (A, C, H, W) and (B, C, H, W), or on another scale than [0, 1].
+    `mirror`. Raises DataError if they are not (A, C, H, W) and (B, C, H, W), or on another scale than [0, 1].
     """
-    if images.ndim != 4 or truth.ndim != 4 or images.shape[1:] != truth.shape[1:]:
+    if images.ndim != 4 or truth.ndim != 4 or images.shape[1:] != truth.shape[1:] or not truth[:1].numel():
         raise DataError(
             f"images of shape {tuple(images.shape)} cannot be compared with {tuple(truth.shape)}: both must be "
-            "(N, C, H, W) with the same channels and size"
+            "(N, C, H, W), with the same channels and size, and not empty"
         )
-    images, truth = unit_range(images), unit_range(truth).to(images.device)
+    if not len(images):
+        return truth.new_empty(0, len(truth), dtype=torch.float64)
+    refuse_other_scales(images)
+    refuse_other_scales(truth)
+    truth = truth.to(images.device)
     shifts = _Shifts.leaving((truth.shape[-2], truth.shape[-1]), overlap)
     step = _chunk(shifts, truth.shape[1])
-    table = truth.new_empty(len(images), len(truth))
-    # Two blocks of at most 32 chunks' spectra are held at a time, however many images there are.
+    table = truth.new_empty(len(images), len(truth), dtype=torch.float64)
+    # Spectra of two blocks are held at a time, 128 MiB each (and of mirror images), however many images there are.
     block = 32 * step
     for row in range(0, len(images), block):
-        part = images[row : row + block]
+        part = clamped(images[row : row + block])
         sides = [_side(part, shifts, overlap, False)]
         if mirror:
             sides.append(_mirrored(sides[0], part, shifts))
         for column in range(0, len(truth), block):
-            private = _side(truth[column : column + block], shifts, overlap, True)
+            private = _side(clamped(truth[column : column + block]), shifts, overlap, True)
             for i in range(len(part)):
                 for j in range(0, len(private.mean), step):
                     others = private[j : j + step]
@@ -207,31 +213,30 @@ def registered_psnr(
     a perfect answer. Infinite for identical images; NaN where a number is not finite. Raises DataError as
     :func:`fedattack.metrics.mse`.
     """
-    images, truth = pair_of(images, truth)
+    refuse_unlike(images, truth)
     shifts = _Shifts.leaving((truth.shape[-2], truth.shape[-1]), overlap, shift)
-    count, enough = shifts.common(overlap, truth.device)
-    n = truth.shape[1] * count
-    (m, k) = shifts.reach
-    step = _chunk(shifts, truth.shape[1])
-    parts = []
-    for x, y in zip(truth.split(step), images.split(step), strict=True):
+    count, enough = shifts.common(overlap, images.device)
+    n, (m, k) = truth.shape[1] * count, shifts.reach
+
+    def least_error(y: Tensor, x: Tensor) -> Tensor:
         # The error of a pair does not change if both lose the same number, and the sums get smaller.
         level = x.mean(dim=(1, 2, 3), keepdim=True)
         x, y = x - level, y - level
         squares = shifts.sums(x.square().sum(1))
         counts = enough & (squares - shifts.sums(x.sum(1)).square() / n >= FLAT * n)
         counts[:, m, k] = True
-        spectra = shifts.spectrum(x, moved=False).conj()
-        best = torch.full_like(level.flatten(), torch.inf)
+        spectra = shifts.spectrum(x, moved=False).conj().resolve_conj()
+        errors = []
         for other in (y, y.flip(-1)) if mirror else (y,):
             theirs = shifts.sums(other.square().sum(1)).flip(-2, -1)
             error = (squares + theirs - 2 * shifts.products(spectra, shifts.spectrum(other, moved=True))) / n
             place = error.masked_fill(~counts, torch.inf).flatten(1).argmin(1)
             # Again at the best shift, from the differences: sums of squares cannot tell 150 dB from identical.
             rows, columns = place // (2 * k + 1) - m, place % (2 * k + 1) - k
-            best = torch.fmin(best, _error_at(x, other, rows, columns))
-        parts.append(best.masked_fill(~(x + y).isfinite().all(dim=(1, 2, 3)), torch.nan))
-    return -10 * torch.log10(torch.cat(parts) if parts else truth.new_empty(0))
+            errors.append(_error_at(x, other, rows, columns))
+        return torch.stack(errors).amin(0)
+
+    return -10 * torch.log10(by_chunks(least_error, images, truth, CHUNK_PIXELS))
 
 
 def _error_at(truth: Tensor, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     """
     module = build_model(model)
     if model.weights is not None:
-        return _read_weights(model.weights, module)
+        return read_weights(model.weights, module)
     generator = torch_rng(seed, "model")
     if isinstance(module, Initialised):
         with torch.no_grad():
@@ -199,25 +199,26 @@ def _check_answer(refusal: str, found: object, wanted: tuple[int, ...]) -> None:
         raise ConfigError(f"{refusal} answers NaN or infinite values to a batch of {batch} images in [0, 1]")
 
 
-def _read_weights(path: str, module: nn.Module) -> dict[str, Tensor]:
+def read_weights(path: str, module: nn.Module, setting: str = "model.weights") -> dict[str, Tensor]:
+    """The module's state dict from a safetensors file, which `setting` names; DataError where it does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         state = load_file(path)
     except FileNotFoundError:
-        raise DataError(f"setting 'model.weights' = {path!r}: no such file") from None
+        raise DataError(f"setting {setting!r} = {path!r}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"setting 'model.weights' = {path!r}: not a readable safetensors file ({error})"
+            f"setting {setting!r} = {path!r}: not a readable safetensors file ({error})"
         ) from None
     state |= {name: state[kept] for name, kept in tied_names(module).items() if kept in state}
     wanted = module.state_dict()
     if state.keys() != wanted.keys() or any(state[n].shape != wanted[n].shape for n in wanted):
-        raise DataError(f"setting 'model.weights' = {path!r}: tensors do not fit the model")
+        raise DataError(f"setting {setting!r} = {path!r}: tensors do not fit the model")
     if not all(torch.isfinite(t).all() for t in state.values()):
-        raise DataError(f"setting 'model.weights' = {path!r}: holds NaN or infinite values")
+        raise DataError(f"setting {setting!r} = {path!r}: holds NaN or infinite values")
     return {name: state[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
 
 
-__all__ = ["MODELS", "build_model", "dry_run", "initial_weights", "resolve"]
+__all__ = ["MODELS", "build_model", "dry_run", "initial_weights", "read_weights", "resolve"]

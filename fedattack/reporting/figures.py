@@ -16,7 +16,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from fedattack.audit.canaries import CanaryAudit
 from fedattack.audit.family import AuditResult
@@ -77,10 +76,12 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
         label = label.replace(SHOWN, SHOWN.replace(" to", "\nto"))
         grid[row, 0].set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     s = result.summary
-    caption = (
-        f"{result.attack}: rebuilt from k = {formats.count(s['k'])} of {s['parameters']:,} numbers "
-        f"({formats.rate(s['rate'])} kept, {formats.compact(s['k_per_pixel'])} per pixel)"
-    )
+    caption = result.attack
+    if "k" in s:
+        caption += (
+            f": rebuilt from k = {formats.count(s['k'])} of {s['parameters']:,} numbers "
+            f"({formats.rate(s['rate'])} kept, {formats.compact(s['k_per_pixel'])} per pixel)"
+        )
     whole = "the only image" if total == 1 else f"all {total} images"
     which = f"the first {shown} of {total} images, by client" if shown < total else whole
     caption = textwrap.fill(caption, int(13 * figure.get_figwidth()))
@@ -260,6 +261,8 @@ def nearest(results: Sequence[AuditResult]) -> Figure | None:
 
 def sheet(images: Tensor, columns: int = 16) -> Tensor:
     """Images (n, C, S, S) in rows, as one image (3, H, W), black where the last row ends."""
+    from torchvision.utils import make_grid  # a second to import, which no refusal should wait for
+
     return make_grid(images, nrow=columns, padding=0)
 
 

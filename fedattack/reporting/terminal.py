@@ -28,6 +28,8 @@ def print_summary(
         console.print(Text(top["text"], style=STYLES[top["level"]]), width=width)
     for family, chosen in by_family(results):
         console.print(_table(family, chosen, width))
+        if (more := family.beyond(chosen)) is not None:
+            console.print(_cells(*more, width))
     for result in results:
         words, separator, rest = result.verdict.partition(":")
         style = STYLES[result.level]
@@ -43,13 +45,24 @@ def print_summary(
         console.print(Text(figures["text"], style="bold"), width=width)
 
 
+def _cells(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    table = Table(width=width, box=box.SIMPLE_HEAD, padding=0)
+    for index, name in enumerate(columns):
+        table.add_column(escape(name), justify="right" if index > 1 else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def _table(family: Family, results: Sequence[AuditResult], width: int) -> Table:
     heading: dict[str, Any] = {"title": family.title, "title_justify": "left", "title_style": "bold"}
     table = Table(**heading, width=width, box=box.SIMPLE_HEAD, padding=0)
     columns = family.table_columns([result.summary for result in results])
     for index, name in enumerate([family.subject, *(name for name, _ in columns)]):
         # Headings are broken by hand, so that the columns are as narrow as their figures and nothing folds at 80.
-        table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
+        table.add_column(
+            escape(name), justify="right" if index else "left", overflow="fold", no_wrap=index > 0
+        )
     for result in results:
         table.add_row(escape(result.attack), *(escape(cell(result.summary)) for _, cell in columns))
     return table

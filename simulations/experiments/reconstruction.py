@@ -7,9 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from adversaries import ReconstructionAttack
@@ -17,7 +15,7 @@ from fedattack.audit import AuditResult, audit_reconstruction
 from fedattack.audit.image_scores import check_metrics
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.defenses import ClientDefenses, build_defenses, hides_clients
+from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable, RunFailed
 from fedattack.groundtruth import GroundTruth
 from fedattack.metrics import build_metrics
@@ -25,15 +23,20 @@ from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
 from fedattack.rng import adversary_seed
 from fedattack.storage import RunFolder, load_truths, save_observation, save_truth
-from simulations.client_app import round_batches, used_positions
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.base import Experiment, Plan, SavedWork
 from simulations.experiments.executor import Executor, make_executor
+from simulations.experiments.private import PrivateBatches
 from simulations.experiments.victims import Attacked, Victims, groups
 from simulations.progress import Stages
 
-GALLERY = 256
-"""Held-out samples, at most, among which private images are looked for beside those of others."""
+_GALLERY = 256
+
+
+def held_out_images(world: World) -> Tensor | None:
+    """Held-out samples, a few, among which private images are looked for beside those of others."""
+    chosen = world.pools.nonmembers[:_GALLERY]
+    return world.dataset.tensors(chosen)[0] if len(chosen) else None
 
 
 class Answers:
@@ -200,7 +203,7 @@ class ReconstructionExperiment(Experiment):
         super().__init__(plan, attacks)
         self.work = Answers(plan.config, plan.folder, attacks, plan.shown)
         self.truths: list[GroundTruth] = []
-        self._defenses = tuple(build_defenses(plan.config.defense).values())
+        self._private = PrivateBatches(plan.config, plan.world)
 
     def wants(self, round: int, client: int) -> bool:
         """Whether this is a victim in an attacked round, or its history that an attack needs."""
@@ -237,25 +240,7 @@ class ReconstructionExperiment(Experiment):
         self.work.refuse(observation, f"its reply was not used: {last}")
 
     def _truth(self, observation: Observation, answered: Sequence[int]) -> GroundTruth:
-        clients = answered if observation.client == EVERYONE else (observation.client,)
-        batches = [self._batch(observation.round, client) for client in clients]
-        ids = np.concatenate([ids for ids, _ in batches])
-        images, labels = self.plan.world.dataset.tensors(ids)
-        shown = [part for _, part in batches if part is not None]
-        who, seen = (observation.round, observation.client), torch.cat(shown) if shown else None
-        return GroundTruth(*who, images, labels, tuple(ids.tolist()), seen)
-
-    def _batch(self, round: int, client: int) -> tuple[NDArray[np.int64], Tensor | None]:
-        """Sample ids that a client trained on in a round, ascending, and what the model was shown, if not those."""
-        config, world = self.plan.config, self.plan.world
-        partition = world.partitions[client]
-        used = partition[used_positions(round_batches(config, len(partition), round, client))]
-        defended = ClientDefenses(self._defenses, config.seed, round, client)
-        order = np.argsort(used)
-        if not defended.transforms:
-            return used[order], None
-        images, _ = world.dataset.tensors(used)  # in the client's own order, on which its draws depend
-        return used[order], defended.images(images)[torch.from_numpy(order)]
+        return self._private.truth(observation.round, observation.client, answered)
 
     def collect(self) -> None:
         self.work.collect()
@@ -269,8 +254,7 @@ class ReconstructionExperiment(Experiment):
         self.work.close()
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
-        held_out = self.plan.world.pools.nonmembers[:GALLERY]
-        public = self.plan.world.dataset.tensors(held_out)[0] if len(held_out) else None
+        public = held_out_images(self.plan.world)
         return {name: self.work.audit(name, self.truths, public) for name in self.attacks}
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:

@@ -31,19 +31,18 @@ from torch import Tensor
 
 from fedattack.annotation.table import read_table
 from fedattack.config import Config, EngineConfig
-from fedattack.data import World, build_world
-from fedattack.defenses import ClientDefenses, build_defenses
+from fedattack.data import build_world
 from fedattack.errors import ConfigError, DataError
 from fedattack.files import write_bytes
 from fedattack.metrics import METRICS, ImageMetric, Pairs, build_metrics, score
-from fedattack.metrics.identification import apart, gallery_size
 from fedattack.metrics.semsim.labeller import Labeller, load_labeller, save_labeller, train_labeller
 from fedattack.observation import observation_name
 from fedattack.reporting.report import image_png
 from fedattack.storage import RunFolder
 from fedattack.storage.plain import number, read_json, write_json
-from simulations.client_app import round_batches, used_positions
 from simulations.experiments.executor import choose_device
+from simulations.experiments.private import PrivateBatches
+from simulations.experiments.reconstruction import held_out_images
 from simulations.progress import stages
 from simulations.studies.classifier import Trained, finished, lesson, public_parts, train_classifier
 from simulations.studies.semsim_presets import ATTACK, MODEL, POLICY, Benchmark
@@ -115,7 +114,11 @@ class Study:
             self.attack()
         if "scores" in steps:
             self.score()
-        return self.rank(command) if "ranking" in steps else None
+        if "ranking" not in steps:
+            return None
+        page = self.rank(command)
+        self.console.print(f"page [bold]{page}[/]", highlight=False, soft_wrap=True)
+        return page
 
     # ------------------------------------------------------------------ classifiers
 
@@ -217,7 +220,7 @@ class Study:
         return [facts | _read_row(row, self.metrics) for row in read_json(path)["rows"]]
 
     def _score_rows(self, pairs: CellPairs) -> list[dict[str, Any]]:
-        gallery = _gallery(self.world)
+        gallery = held_out_images(self.world)
         found = score(self.metrics, Pairs(pairs.images, pairs.truth, pairs.labels, pairs.right, gallery))
         if pairs.shown is not None:
             more = score(self.metrics, Pairs(pairs.images, pairs.shown, pairs.labels, pairs.right, gallery))
@@ -375,7 +378,7 @@ def cell_pairs(folder: Path) -> CellPairs:
     if config.training.batch_size != 1 or config.attack.rounds != (1,) or len(config.attack.names) != 1:
         raise DataError(f"{folder}: pairs are read from runs of one attack on one image a client in round 1")
     world, run = build_world(config), RunFolder(folder, config)
-    defenses = tuple(build_defenses(config.defense).values())
+    private = PrivateBatches(config, world)
     ids: list[int] = []
     images, truth, shown, labels = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     right: list[bool] = []
@@ -383,30 +386,18 @@ def cell_pairs(folder: Path) -> CellPairs:
         answer = run.load_reconstruction(config.attack.names[0], observation_name(1, client))
         if answer is None:
             continue
-        partition = world.partitions[client]
-        used = partition[used_positions(round_batches(config, len(partition), 1, client))]
-        private, label = world.dataset.tensors(used)
-        defended = ClientDefenses(defenses, config.seed, 1, client)
-        if defended.transforms:
-            shown.append(defended.images(private))
-        ids.append(int(used[0]))
+        known = private.truth(1, client)
+        if known.shown is not None:
+            shown.append(known.shown)
+        ids += known.sample_ids
         images.append(answer[0].images.clamp(0, 1))
-        truth.append(private)
-        labels.append(label)
-        right.append(bool(torch.equal(answer[0].labels, label)))
+        truth.append(known.images)
+        labels.append(known.labels)
+        right.append(bool(torch.equal(answer[0].labels, known.labels)))
     if not ids:
         raise DataError(f"{folder}: no victim was reconstructed")
     seen = torch.cat(shown) if shown else None
     return CellPairs(torch.cat(images), torch.cat(truth), seen, torch.cat(labels), tuple(right), tuple(ids))
-
-
-def _gallery(world: World) -> Tensor | None:
-    """Public images among which an own one may be found, none equal to a private one."""
-    public = world.auxiliary
-    if public is None:
-        return None
-    private, _ = world.dataset.tensors(np.concatenate(world.partitions))
-    return apart([public.images], private, gallery_size(1) - 1)
 
 
 Job = tuple[Any, ...]

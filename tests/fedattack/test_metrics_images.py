@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from scipy.ndimage import gaussian_filter
+from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from fedattack import metrics
-from fedattack.errors import DataError
+from fedattack.errors import ConfigError, DataError
 
 
 def _pairs(channels: int, size: int, count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,34 +26,172 @@ def _pairs(channels: int, size: int, count: int = 6) -> tuple[torch.Tensor, torc
     return noisy, truth
 
 
+GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+
+
+def _expected(images: torch.Tensor, truth: torch.Tensor, data_range: float, **options: object) -> list[float]:
+    return [
+        structural_similarity(a, b, data_range=data_range, channel_axis=0, **options)
+        for a, b in zip(images.double().numpy(), truth.double().numpy(), strict=True)
+    ]
+
+
+def _awkward(channels: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy pairs; an identical one, constant ones, flat bright and flat dark ones, a checkerboard, an overshoot."""
+    noisy, truth = _pairs(channels, size, 10)
+    generator = torch.Generator().manual_seed(size)
+    noisy[1] = truth[1]
+    noisy[2], truth[2] = 0.4, 0.4
+    noisy[3], truth[3] = 1.0, 0.0
+    noisy[4] = 0.7
+    for index, level in ((5, 0.98), (6, 0.01)):
+        flat = level + 1e-3 * torch.randn(2, *truth.shape[1:], generator=generator)
+        noisy[index], truth[index] = flat.clamp(0, 1)
+    checks = torch.arange(size)[:, None].add(torch.arange(size)) % 2
+    noisy[7], truth[7] = checks.float(), 1 - checks.float()
+    truth[8] = 0.999
+    noisy[9], truth[9] = 0.137, 0.3
+    noisy[9, :, :, size // 2 :] = 0.883
+    return noisy, truth
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [7, 28, 32, 65])
-@pytest.mark.parametrize("data_range", [1.0, 2.0])
-def test_ssim_equals_scikit_image(channels: int, size: int, data_range: float) -> None:
-    noisy, truth = _pairs(channels, size)
+@pytest.mark.parametrize("size", [7, 11, 28, 32, 65, 73, 128])
+def test_both_ssim_equal_scikit_image(channels: int, size: int) -> None:
+    images, truth = _awkward(channels, size)
+    for data_range in (1.0, 2.0) if size > 65 else (0.3, 1.0, 2.0, 255.0):
+        found = metrics.ssim(images, truth, data_range)
+        np.testing.assert_allclose(found, _expected(images, truth, data_range), atol=1e-6, rtol=0)
+        if size >= 11:
+            found = metrics.ssim_gaussian(images, truth, data_range)
+            np.testing.assert_allclose(
+                found, _expected(images, truth, data_range, **GAUSSIAN), atol=1e-6, rtol=0
+            )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_both_ssim_equal_scikit_image_on_large_and_oblong_images(channels: int) -> None:
+    images, truth = (x[[0, 1, 5, 7]] for x in _awkward(channels, 224))
+    for a, b in (
+        (images, truth),
+        (images[..., :100, :], truth[..., :100, :]),
+        (images[..., :30], truth[..., :30]),
+    ):
+        np.testing.assert_allclose(metrics.ssim(a, b), _expected(a, b, 1.0), atol=1e-6, rtol=0)
+        np.testing.assert_allclose(
+            metrics.ssim_gaussian(a, b), _expected(a, b, 1.0, **GAUSSIAN), atol=1e-6, rtol=0
+        )
+
+
+def test_ssim_takes_any_odd_window_and_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, truth = _awkward(3, 33)
+    for window in (3, 5, 33):
+        found = metrics.ssim(images, truth, window=window)
+        np.testing.assert_allclose(found, _expected(images, truth, 1.0, win_size=window), atol=1e-6, rtol=0)
+    whole = metrics.ssim(images, truth)
+    monkeypatch.setattr("fedattack.metrics.structural.CHUNK_VALUES", 1)
+    np.testing.assert_allclose(metrics.ssim(images, truth), whole, atol=1e-7)
+
+
+def _multi_scale(a: np.ndarray, b: np.ndarray, scales: int) -> float:
+    """MS-SSIM of (C, H, W) by SciPy's filters, in float64."""
+    weights = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:scales]
+    values = []
+    for one, two in zip(a, b, strict=True):
+        product = 1.0
+        for scale, weight in enumerate(weights / weights.sum()):
+            if scale:
+                one, two = (np.pad(x, [(0, n % 2) for n in x.shape], mode="edge") for x in (one, two))
+                one, two = (
+                    (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4 for x in (one, two)
+                )
+            blur = [
+                gaussian_filter(x, 1.5, truncate=3.5)[5:-5, 5:-5]
+                for x in (one, two, one * one, two * two, one * two)
+            ]
+            top = 2 * (blur[4] - blur[0] * blur[1]) + 0.03**2
+            contrast = top / (blur[2] - blur[0] ** 2 + blur[3] - blur[1] ** 2 + 0.03**2)
+            if scale == scales - 1:
+                contrast *= (2 * blur[0] * blur[1] + 0.01**2) / (blur[0] ** 2 + blur[1] ** 2 + 0.01**2)
+            product *= max(contrast.mean(), 0) ** weight
+        values.append(product)
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize(("size", "scales"), [(161, 5), (176, 5), (32, 2), (53, 3)])
+def test_multi_scale_ssim_equals_filters_of_scipy(size: int, scales: int) -> None:
+    images, truth = (x[[0, 1, 4, 7, 9]] for x in _awkward(3, size))
     expected = [
-        structural_similarity(a.double().numpy(), b.double().numpy(), data_range=data_range, channel_axis=0)
-        for a, b in zip(noisy, truth, strict=True)
+        _multi_scale(a, b, scales)
+        for a, b in zip(images.double().numpy(), truth.double().numpy(), strict=True)
     ]
-    np.testing.assert_allclose(metrics.ssim(noisy, truth, data_range), expected, atol=1e-10)
+    assert expected[3] == 0  # a negative correlation at the finest scale
+    np.testing.assert_allclose(metrics.multi_scale_ssim(images, truth, scales), expected, atol=1e-9)
 
 
-def test_ssim_equals_scikit_image_on_float32() -> None:
-    noisy, truth = _pairs(3, 32)
-    expected = [
-        structural_similarity(a.numpy(), b.numpy(), data_range=1.0, channel_axis=0)
-        for a, b in zip(noisy, truth, strict=True)
-    ]
-    np.testing.assert_allclose(metrics.ssim(noisy, truth), expected, atol=1e-4)
+def test_sizes_that_a_window_does_not_fit_are_refused_before_work() -> None:
+    chosen = {
+        name: metrics.METRICS.get(name)() for name in ("ssim", "ssim-gaussian", "ms-ssim", "ms-ssim-short")
+    }
+    for name, least in (("ssim", 3), ("ssim-gaussian", 11), ("ms-ssim", 161), ("ms-ssim-short", 21)):
+        chosen[name].check((3, least, least))
+        with pytest.raises((ConfigError, DataError), match=r"\d+ x \d+"):
+            chosen[name].check((3, least + 5, least - 1))
+        pair = torch.zeros(1, 1, least + 5, least - 1)
+        with pytest.raises(DataError, match="too small"):
+            chosen[name].scores(metrics.Pairs(pair, pair))
+    short = metrics.METRICS.get("ms-ssim-short")(scales=3)
+    assert short.heading == "MS-SSIM (3 of 5 scales)"
+    for scales in (0, 5):
+        with pytest.raises(ConfigError, match=f"is {scales}: accepted are 1 to 4"):
+            metrics.METRICS.get("ms-ssim-short")(scales=scales).check((3, 224, 224))
 
 
-def test_psnr_equals_scikit_image_and_closed_form() -> None:
-    noisy, truth = _pairs(3, 32)
-    expected = [
-        peak_signal_noise_ratio(b.double().numpy(), a.double().numpy(), data_range=1.0)
-        for a, b in zip(noisy, truth, strict=True)
-    ]
-    np.testing.assert_allclose(metrics.psnr(noisy, truth), expected, atol=1e-9)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mse", "ssim", "ssim_gaussian"])
+def test_scores_of_many_large_images_need_little_memory(name: str) -> None:
+    """2,000 pairs of 128 x 128 x 3: at most 256 MiB beyond the inputs."""
+    code = f"""
+import resource, torch
+from fedattack import metrics
+torch.set_num_threads(1)
+truth = torch.rand(2000, 3, 128, 128)
+images = truth.flip(0)
+metrics.{name}(images[:2], truth[:2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+values = metrics.{name}(images, truth)
+assert len(values) == 2000 and values.isfinite().all(), values
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) / 1024 < 256
+
+
+def test_total_variation_and_labels() -> None:
+    ramp = torch.linspace(0, 1, 5).expand(2, 1, 4, 5).clone()
+    steps = torch.stack([ramp[0], (torch.arange(20).reshape(1, 4, 5) % 2).float()])
+    found = metrics.METRICS.get("tv")().scores(metrics.Pairs(steps, ramp))
+    # Across: |step| 1 instead of 1/4; down, an odd width changes the colour of each row.
+    np.testing.assert_allclose(found, [0.0, (1 - 0.25) + 1.0], atol=1e-12)
+    accuracy = metrics.METRICS.get("labels")()
+    assert accuracy.scores(metrics.Pairs(ramp, ramp, label_right=(True, False))).tolist() == [1.0, 0.0]
+    assert accuracy.scores(metrics.Pairs(ramp, ramp)).isnan().all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [7, 32, 65, 224])
+def test_psnr_and_mse_equal_scikit_image(channels: int, size: int) -> None:
+    images, truth = _awkward(channels, size)
+    pairs = list(zip(truth.double().numpy(), images.double().numpy(), strict=True))
+    squares = [mean_squared_error(b, a) for b, a in pairs]
+    np.testing.assert_allclose(metrics.mse(images, truth), squares, atol=1e-12)
+    with np.errstate(divide="ignore"):
+        expected = [peak_signal_noise_ratio(b, a, data_range=1.0) for b, a in pairs]
+    assert expected[1] == expected[2] == math.inf
+    np.testing.assert_allclose(metrics.psnr(images, truth), expected, atol=1e-9)
+
+
+def test_psnr_has_a_closed_form() -> None:
     half = torch.full((1, 3, 8, 8), 0.5)
     assert metrics.psnr(half, torch.full_like(half, 0.6)).item() == pytest.approx(20.0, abs=1e-5)
 
