@@ -258,8 +258,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attacks": _published_attacks(["inversed"]),
     },
 }
-"""Benchmarks by name: "cifar100" has the published 14 models, "cifar10" every ``--optim``, "small" shortened ones.
+"""Benchmarks by name: "cifar100" has the published 14 models, "cifar10" every ``--optim``.
 
-The nets of "small" are narrow and smooth, for attacks of a few hundred iterations rebuild nothing from wide ones with
-ReLU; its attacks are none of the original's. Images enter the networks in [0, 1], as everywhere here, where the original standardises them by channel.
+The nets of "small" are narrow and smooth, for a few hundred iterations rebuild nothing from ReLU nets; its attacks
+are none of the original's. Images enter all networks in [0, 1], where the original standardises them by channel.
 """
