@@ -45,6 +45,7 @@ from simulations.experiments.reconstruction import held_out_images
 from simulations.progress import stages
 from simulations.studies.classifier import Trained, finished, lesson, public_parts, train_classifier
 from simulations.studies.semsim_presets import ATTACK, MODEL, POLICY, Benchmark
+from simulations.studies.semsim_ranking import Material, write_ranking
 from simulations.studies.sweep import Cell, Sweep, run_sweep
 
 STEPS = ("classifiers", "attacks", "scores", "ranking")
@@ -251,8 +252,6 @@ class Study:
 
     def rank(self, command: str = "") -> Path:
         """Step 4: who is recognised most, which metric says so, and where metrics disagree; the page."""
-        from simulations.studies.semsim_ranking import write_ranking
-
         rows: list[dict[str, Any]] = []
         reasons = {}
         for key, (cell, outcome) in self.cells.items():
@@ -264,7 +263,24 @@ class Study:
                 rows += self._scored(key, cell)
         if not rows:
             raise DataError(f"no pair to rank metrics by: {'; '.join(reasons.values())}")
-        return write_ranking(self, pd.DataFrame(rows), reasons, command)
+        trained = self.trained
+        material = Material(
+            folder=self.folder,
+            name=self.benchmark.name,
+            metrics=self.metrics,
+            accuracy={
+                (model.label, policy.label): trained[label].record["accuracy"]["held-out"]
+                for label, (model, policy) in self.benchmark.classifiers.items()
+            },
+            schedule=self.benchmark.schedule,
+            dataset=self.world.dataset,
+            seed=next(iter(self.configs.values())).seed,
+            left_out=self.left_out | reasons,
+            labeller=self.labeller,
+            table=self.table,
+            source=str(self.asked.annotations),
+        )
+        return write_ranking(material, pd.DataFrame(rows), command)
 
     def labeller(self) -> Labeller:
         """The classifier that rates, trained on what the attacked ones were not, or found in the folder."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,18 +16,16 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from fedattack.annotation.table import COLUMNS, PROXY, SCHEMA_VERSION, pair_name, to_frame, votes, write_table
-from fedattack.data.dataset import as_float
+from fedattack.data.dataset import ImageDataset, as_float
 from fedattack.errors import DataError
 from fedattack.files import write_bytes
-from fedattack.metrics import wilson
+from fedattack.metrics import ImageMetric, wilson
 from fedattack.metrics.semsim.evaluation import Evaluation, Figure
 from fedattack.metrics.semsim.labeller import Labeller
 from fedattack.metrics.semsim.rated import Rated
 from fedattack.reporting.benchmark import BenchmarkPage, write_page
+from simulations.studies.classifier import Schedule
 from simulations.studies.semsim_presets import ATTACK, MODEL, POLICY
-
-if TYPE_CHECKING:
-    from simulations.studies.semsim_benchmark import Study
 
 _CELL = (MODEL, POLICY, ATTACK)
 OVER = {"classifiers": (MODEL, POLICY), "classifiers and attacks": _CELL}
@@ -44,6 +42,27 @@ _NO_TIME = "1970-01-01T00:00:00+00:00"
 
 
 @dataclass(frozen=True, eq=False)
+class Material:
+    """What is ranked, and whereby.
+
+    `accuracy`: (model, policy) -> the classifier's on held-out images. `left_out`: metrics and combinations that
+    there is nothing of -> why. `table`: ratings, read from `source`; None: those of what `labeller` answers.
+    """
+
+    folder: Path
+    name: str
+    metrics: Mapping[str, ImageMetric]
+    accuracy: Mapping[tuple[str, str], Mapping[str, float]]
+    schedule: Schedule
+    dataset: ImageDataset
+    seed: int
+    left_out: Mapping[str, str]
+    labeller: Callable[[], Labeller]
+    table: pd.DataFrame | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Ratings:
     """What was recognised: 1, 0 or missing for each row of the scores; who answered, in words; the proxy's name."""
 
@@ -53,19 +72,18 @@ class Ratings:
     notes: tuple[str, ...] = ()
 
 
-def write_ranking(study: Study, rows: pd.DataFrame, reasons: Mapping[str, str], command: str) -> Path:
+def write_ranking(study: Material, rows: pd.DataFrame, command: str = "") -> Path:
     """Write ``ranking.csv``, ``correlations.csv``, ``disagreements.csv`` and ``index.html``; the page's path."""
     ratings = study_ratings(study, rows)
     known = ratings.recognised.notna()
     rated_rows = rows[known].reset_index(drop=True)
     recognised = ratings.recognised[known].astype(bool).to_numpy()
-    rated = as_rated(study.folder, rated_rows, recognised, study.world.dataset.name, ratings.proxy)
+    rated = as_rated(study.folder, rated_rows, recognised, study.dataset.name, ratings.proxy)
     leak = {
         name: (1 if metric.higher else -1) * rated_rows[name].to_numpy(np.float64)
         for name, metric in study.metrics.items()
     }
-    seed = next(iter(study.configs.values())).seed
-    correlations = _correlations(rated, leak, seed)
+    correlations = _correlations(rated, leak, study.seed)
     order = _order(correlations)
     ranking = _ranking(study, rated_rows, recognised)
     disagreements = _disagreements(rows, study, ratings)
@@ -77,7 +95,7 @@ def write_ranking(study: Study, rows: pd.DataFrame, reasons: Mapping[str, str], 
         write_bytes(study.folder / f"{name}.csv", frame.to_csv(index=False).encode())
     headings = {name: study.metrics[name].heading for name in order}
     page = BenchmarkPage(
-        name=study.benchmark.name,
+        name=study.name,
         ratings=ratings.told,
         proxy=ratings.proxy,
         notes=[*ratings.notes, *_notes(study, rows, rated)],
@@ -88,8 +106,8 @@ def write_ranking(study: Study, rows: pd.DataFrame, reasons: Mapping[str, str], 
         ranking=ranking,
         facts=(MODEL, POLICY, ATTACK),
         sheet=[_shown(study.folder, row) for row in _one_an_original(disagreements).to_dict("records")],
-        left_out=dict(study.left_out) | dict(reasons),
-        command=command or f"fedattack semsim benchmark --preset {study.benchmark.name}",
+        left_out=study.left_out,
+        command=command or f"fedattack semsim benchmark --preset {study.name}",
     )
     return write_page(study.folder, page)
 
@@ -97,17 +115,17 @@ def write_ranking(study: Study, rows: pd.DataFrame, reasons: Mapping[str, str], 
 # ---------------------------------------------------------------------- ratings
 
 
-def study_ratings(study: Study, rows: pd.DataFrame) -> Ratings:
+def study_ratings(study: Material, rows: pd.DataFrame) -> Ratings:
     """From the table that was given; without one, by a classifier, whose ratings are written as such a table."""
     notes: tuple[str, ...] = ()
     if study.table is None:
         labeller = study.labeller()
-        table = proxy_table(study.folder, rows, labeller, study.world.dataset)
+        table = proxy_table(study.folder, rows, labeller, study.dataset)
         write_table(study.folder / "proxy-ratings.csv", table)
         notes = (_own_score(study, rows, labeller),)
         source = "proxy-ratings.csv"
     else:
-        table, source = study.table, str(study.asked.annotations)
+        table, source = study.table, study.source
     counted = votes(table)
     by = ["original_sha256", "reconstruction_sha256"]
     majority = counted.dropna(subset=["majority"]).drop_duplicates(by).set_index(by)["majority"]
@@ -167,7 +185,7 @@ def proxy_table(folder: Path, rows: pd.DataFrame, labeller: Labeller, dataset: A
     return to_frame(told)
 
 
-def _own_score(study: Study, rows: pd.DataFrame, labeller: Labeller) -> str:
+def _own_score(study: Material, rows: pd.DataFrame, labeller: Labeller) -> str:
     """What the labeller makes of the originals themselves."""
     originals = rows.drop_duplicates("original")
     images = _images(study.folder, originals["original"])
@@ -255,16 +273,11 @@ def _order(correlations: pd.DataFrame) -> list[str]:
     return list(areas.sort_values(ascending=False, kind="stable", na_position="last").index)
 
 
-def _ranking(study: Study, rows: pd.DataFrame, recognised: np.ndarray) -> pd.DataFrame:
+def _ranking(study: Material, rows: pd.DataFrame, recognised: np.ndarray) -> pd.DataFrame:
     """A row a classifier, the one of which most was recognised first, with each metric's mean and rank."""
     told = []
-    trained = study.trained
-    accuracy = {
-        (model.label, policy.label): trained[label].record["accuracy"]["held-out"]
-        for label, (model, policy) in study.benchmark.classifiers.items()
-    }
     rated = rows.assign(_recognised=recognised)
-    for (model, policy), right in accuracy.items():
+    for (model, policy), right in study.accuracy.items():
         part = rated[(rated[MODEL] == model) & (rated[POLICY] == policy)]
         if part.empty:
             continue
@@ -290,7 +303,7 @@ def _ranking(study: Study, rows: pd.DataFrame, recognised: np.ndarray) -> pd.Dat
     return frame.sort_values(["rank", MODEL, POLICY], kind="stable").reset_index(drop=True)
 
 
-def _disagreements(rows: pd.DataFrame, study: Study, ratings: Ratings) -> pd.DataFrame:
+def _disagreements(rows: pd.DataFrame, study: Material, ratings: Ratings) -> pd.DataFrame:
     """Every pair with its place by each metric, 0 (least leaked of all) to 1, the widest spread of places first."""
     places = {}
     for name, metric in study.metrics.items():
@@ -325,15 +338,15 @@ def _shown(folder: Path, row: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def _notes(study: Study, rows: pd.DataFrame, rated: Rated) -> list[str]:
+def _notes(study: Material, rows: pd.DataFrame, rated: Rated) -> list[str]:
     """What to know before reading a figure."""
     classifiers, cells = (len({tuple(one) for one in rows[list(by)].to_numpy()}) for by in OVER.values())
-    schedule = study.benchmark.schedule
+    schedule = study.schedule
     notes = [
         f"{len(rated)} rated pairs of {len(rated.originals)} originals; {classifiers} classifiers, {cells} "
         "combinations with an attack",
         f"classifiers: {schedule.epochs} epochs, and a loss of {schedule.loss_weight:g} times the cross-entropy",
     ]
-    if study.world.dataset.note:
-        notes.append(f"data set {study.world.dataset.name}: {study.world.dataset.note}")
+    if study.dataset.note:
+        notes.append(f"data set {study.dataset.name}: {study.dataset.note}")
     return notes
