@@ -39,6 +39,7 @@ from fedattack.observation import observation_name
 from fedattack.reporting.report import image_png
 from fedattack.storage import RunFolder
 from fedattack.storage.plain import number, read_json, write_json
+from simulations.experiments.choose import choose_attacks
 from simulations.experiments.executor import choose_device
 from simulations.experiments.private import PrivateBatches
 from simulations.experiments.reconstruction import held_out_images
@@ -102,7 +103,16 @@ class Study:
         self.world = self.lessons[next(iter(self.lessons))].world
         self.metrics, self.left_out = chosen_metrics(asked.metrics or {}, self.world.scenario.image_shape)
         # The names of the weights are enough to see whether the attacks' settings go together.
-        self.sweep({label: Path(label) for label in self.configs})
+        chosen = {
+            cell.labels["attack"]: cell for cell in self.sweep({n: Path(n) for n in self.configs}).cells
+        }
+        for label, cell in chosen.items():
+            attacks = choose_attacks(cell.config(folder, 1))
+            if len(attacks) != 1 or next(iter(attacks.values())).family != "reconstruction":
+                names = ", ".join(attacks) or "none"
+                raise ConfigError(
+                    f"attack {label!r} of the benchmark: one that rebuilds images is accepted, not {names}"
+                )
         self.table = None if asked.annotations is None else read_table(asked.annotations, asked.protocol)
 
     def run(self, command: str = "") -> Path | None:
