@@ -67,7 +67,7 @@ forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_arg
 app.add_typer(forgetting, name="unlearning")
 ratings = typer.Typer(help="What ratings are worth: agreement, checks, votes.", no_args_is_help=True)
 app.add_typer(ratings, name="annotations")
-semsim = typer.Typer(help="Learn a metric from ratings, and test it.", no_args_is_help=True)
+semsim = typer.Typer(help="Learn a metric from ratings, test it, and rank metrics.", no_args_is_help=True)
 app.add_typer(semsim, name="semsim")
 console = Console()
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
@@ -148,16 +148,21 @@ def read_config(
     left_open: Mapping[str, Any] | None = None,
 ) -> Config:
     """Join a TOML file, ``--set`` assignments and options; options win over assignments, both over the file."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = assigned(assignments) | settings
+    if config:
+        return Config.from_toml(config, overrides, left_open)
+    return Config.from_mapping(overrides, left_open=left_open)
+
+
+def assigned(assignments: list[str] | None) -> dict[str, str]:
+    """Name -> value of ``--set`` options."""
+    found: dict[str, str] = {}
     for assignment in assignments or []:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set {assignment!r}: expected NAME=VALUE, for example hcgla.iterations=300")
-        overrides[name.strip()] = value.strip()
-    overrides |= settings
-    if config:
-        return Config.from_toml(config, overrides, left_open)
-    return Config.from_mapping(overrides, left_open=left_open)
+        found[name.strip()] = value.strip()
+    return found
 
 
 @app.callback(invoke_without_command=True, epilog=EXAMPLE)
@@ -650,6 +655,75 @@ def semsim_labeller(
     from simulations.studies.semsim import run_labeller
 
     run_labeller(config, out, name, wide, steps, half, apart_from or [], console)
+
+
+@semsim.command("benchmark")
+def semsim_benchmark(
+    preset: Annotated[str, typer.Option(help="small, cifar10, cifar100, or a .toml file")] = "small",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder; default: runs/semsim-<preset>", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option("--data-dir", help="folder or archive of the data set", show_default=False)
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(help="one step alone: classifiers, attacks, scores, ranking", show_default=False),
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="table of ratings of the pairs; none: a classifier rates", show_default=False),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="of a table of several: match, recognise", show_default=False)
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="names with commas; none: all that need no file", show_default=False)
+    ] = None,
+    assignments: SetOptions = None,
+    engine: Annotated[str | None, typer.Option(help="ray or inline", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything", show_default=False)] = None,
+) -> None:
+    """Train classifiers, attack them, score the pairs by every metric, rank metrics; started again, it resumes."""
+    from simulations.studies.semsim_benchmark import Asked, run_benchmark
+    from simulations.studies.semsim_presets import Benchmark
+
+    given = {"data-dir": data_dir, "seed": seed}
+    set_to = assigned(assignments)
+    chosen = {
+        name: value for name, value in set_to.items() if name.partition(".")[0] in ("metric", "metrics")
+    }
+    settings: dict[str, Any] = {name: value for name, value in set_to.items() if name not in chosen}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    asked = Asked(step, annotations, protocol, chosen | ({"metrics": metrics} if metrics else {}), engine)
+    benchmark = Benchmark.named(preset).with_settings(settings)
+    folder = out or Path("runs") / f"semsim-{benchmark.name}"
+    run_benchmark(benchmark, folder, asked, console=console, command=typed())
+
+
+@semsim.command("search")
+@partial(
+    with_settings,
+    left_open={"data": {"name": "cifar10"}, "model": {"name": "resnet20-4"}},
+    sections=("seed", "data", "model", "engine"),
+)
+def semsim_search(
+    out: Annotated[Path, typer.Option("--out", help="folder to write into", show_default=False)],
+    candidates: Annotated[int, typer.Option(min=1, help="policies to score")] = 1600,
+    per_class: Annotated[int, typer.Option(min=1, help="images of each class for privacy")] = 5,
+    batches: Annotated[int, typer.Option(min=1, help="batches for accuracy")] = 10,
+    batch: Annotated[int, typer.Option(min=2, help="images of such a batch")] = 100,
+    least_accuracy: Annotated[float, typer.Option(help="smallest accuracy score an image")] = -1.34,
+    schedule: Annotated[str, typer.Option(help="published or short")] = "published",
+    share: Annotated[float, typer.Option(min=0.01, max=0.99, help="of public images, for training")] = 0.1,
+    *,
+    config: Config,
+) -> None:
+    """Search augmentation policies that leak little and cost little accuracy (ATS), without an attack."""
+    from simulations.cli.policies import Effort, run_search
+
+    effort = Effort(candidates, per_class, batches, batch, least_accuracy)
+    run_search(config, out, effort, schedule, share, console)
 
 
 def main() -> None:
