@@ -188,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         except DataError as error:
             self._json(HTTPStatus.CONFLICT, {"error": str(error)})
         except FedattackError as error:  # a full disk: the answer was not taken
-            self._json(HTTPStatus.INSUFFICIENT_STORAGE, {"error": f"Your answer was not saved: {error}."})
+            self._json(HTTPStatus.INSUFFICIENT_STORAGE, {"error": f"Nothing was saved: {error}."})
 
     def _check_sender(self) -> None:
         """Browsers that were led here by another site say so in Host or Origin."""

@@ -254,9 +254,13 @@ def test_a_full_disk_takes_no_answer_and_tears_nothing(tmp_path: Path, pairs: li
                 {"rater": "a1", "token": plan.questions[1].token, "choice": 0, "shown_px": 9},
             )
         assert reply[0] == 507
-        assert reply[1]["error"].startswith("Your answer was not saved: cannot write")
+        assert reply[1]["error"].startswith("Nothing was saved: cannot write")
+        assert path.read_bytes() == before
+        assert file.remove(rows[0])  # the last answer can be taken back even so
+        assert path.read_bytes() == before.splitlines(keepends=True)[0]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.append(rows[0]) == 1
     assert path.read_bytes() == before
     assert file.append(rows[1]) == 1
     assert len(read_table(path)) == 2
