@@ -560,6 +560,9 @@ def test_returned_files_are_checked_before_anything_is_merged(tmp_path: Path, pa
         file.write_text(json.dumps(good | change))
         with pytest.raises(DataError, match=re.escape(sentence)):
             import_answers(file, table)
+    file.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is no file of answers"):
+        import_answers(file, table)
     file.write_text("{")
     with pytest.raises(DataError, match="not readable JSON"):
         import_answers(file, table)
