@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedattack.annotation.page import page
-from fedattack.annotation.pairs import Picture
-from fedattack.annotation.plan import Option, Plan, Question, judged, png
+from fedattack.annotation.pairs import Picture, png
+from fedattack.annotation.plan import Option, Plan, Question, judged
 from fedattack.annotation.rating_file import RatingFile
 from fedattack.annotation.server import timestamp
 from fedattack.annotation.table import PER_PAIR, pair_name, row_fault

@@ -15,8 +15,8 @@ from typing import Any, TypeGuard
 from urllib.parse import parse_qs, urlsplit
 
 from fedattack.annotation.page import page
-from fedattack.annotation.pairs import Picture
-from fedattack.annotation.plan import Plan, Question, judged, opaque, png
+from fedattack.annotation.pairs import Picture, png
+from fedattack.annotation.plan import Plan, Question, judged, opaque
 from fedattack.annotation.rating_file import RatingFile
 from fedattack.errors import ConfigError, DataError, FedattackError
 
