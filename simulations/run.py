@@ -485,7 +485,10 @@ def annotate(
         Path | None, typer.Option("--import", metavar="FILE", help="merge what such a file sent back")
     ] = None,
 ) -> None:  # fmt: skip
-    """Let people rate reconstructions, one key an answer, on a page of this machine."""
+    """Let people rate reconstructions, one key an answer, on a page of this machine.
+
+    SOURCE: runs or sweeps; or a folder of originals and one of reconstructions of the same names.
+    """
     from simulations.cli.annotate import make_plans, run_export, run_import, run_serve
 
     if returned is not None:
