@@ -297,6 +297,8 @@ def run_label(sources: Sequence[Path], labeller: Path, out: Path, console: Conso
     probability. A pair whose class is unknown is rated by whether the reconstruction shows the class that the
     classifier finds in the original: protocol "match"; by its known class: "recognise".
     """
+    if out.exists():
+        raise ConfigError(f"--out {str(out)!r}: is there already, and may hold ratings; give a new file")
     judge = load_labeller(labeller)
     pairs = _pairs_of(sources)
     pictures = {str(one.path): one for pair in pairs for one in (pair.original, pair.reconstruction)}

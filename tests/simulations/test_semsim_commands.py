@@ -182,16 +182,7 @@ def test_the_trained_file_is_a_metric_anywhere(place: Path) -> None:
 
 
 def test_a_run_is_refused_before_any_attack_without_a_fitting_checkpoint(place: Path, tmp_path: Path) -> None:
-    run = [
-        "--metrics",
-        "semsim",
-        "--dataset",
-        "faces",
-        "--engine",
-        "inline",
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
+    run = ["--attack", "ig", "--metrics", "semsim", "--engine", "inline", "--run-dir", str(tmp_path / "run")]
     fits = ["--set", f"metric.semsim.checkpoint={place / 's.safetensors'}"]
     for more, sentence in (
         ([], "setting 'metric.semsim.checkpoint' is not set"),
@@ -235,6 +226,10 @@ def test_bad_requests(place: Path, tmp_path: Path) -> None:
     )
     assert "--half 'third'" in refusal("labeller", *SMALL, *out, "--half", "third")
     assert "no such file" in refusal("label", place / "originals", place / "blur 1", "--labeller", "no", *out)
+    rated = ("label", place / "originals", place / "blur 1", "--labeller", place / "p1.safetensors")
+    before = (place / "p1.csv").read_bytes()
+    assert "may hold ratings; give a new file" in refusal(*rated, "--out", place / "p1.csv")
+    assert (place / "p1.csv").read_bytes() == before
     table = tmp_path / "t.csv"
     big = torch.zeros(2, 1, 24, 24)
     folders = [write(tmp_path / name, big, np.array([0, 1])) for name in ("a", "b")]
