@@ -65,10 +65,10 @@ gan = typer.Typer(
 app.add_typer(gan, name="gan")
 forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_args_is_help=True)
 app.add_typer(forgetting, name="unlearning")
-semsim = typer.Typer(help="Measure what is recognised: the SemSim benchmark.", no_args_is_help=True)
-app.add_typer(semsim, name="semsim")
 ratings = typer.Typer(help="What ratings are worth: agreement, checks, votes.", no_args_is_help=True)
 app.add_typer(ratings, name="annotations")
+semsim = typer.Typer(help="Learn a metric from ratings, test it, and rank metrics.", no_args_is_help=True)
+app.add_typer(semsim, name="semsim")
 console = Console()
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 
@@ -561,6 +561,100 @@ def ratings_import(
     from simulations.cli.annotate import run_import_released
 
     run_import_released(folder, table, console)
+
+
+Ratings = Annotated[
+    list[Path], typer.Argument(help="tables of ratings, .csv or .parquet", show_default=False)
+]
+Protocol = Annotated[str | None, typer.Option(help="match, recognise, ... of tables that hold several")]
+Annotators = Annotated[str | None, typer.Option(help="human or proxy, of tables that hold both")]
+LabellerFile = Annotated[
+    Path | None, typer.Option("--labeller", help="file of `semsim labeller`: the classifier that rated")
+]
+
+
+@semsim.command("train")
+def semsim_train(
+    tables: Ratings,
+    out: Output,
+    rule: Annotated[str, typer.Option(help="paper, or sony as in the released code")] = "paper",
+    recipe: Annotated[str, typer.Option(help="small, or published (a ResNet-18: hours of a CPU)")] = "small",
+    steps: Annotated[int | None, typer.Option(min=1, help="default: the recipe's")] = None,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.9, help="share of originals kept for a test")
+    ] = 0.25,
+    without: Annotated[
+        list[str] | None, typer.Option(help="leave out: model=..., attack=..., dataset=...")
+    ] = None,
+    fallback: Annotated[bool, typer.Option("--fallback", help="allow originals without both labels")] = False,
+    normalised: Annotated[bool, typer.Option("--normalised/--raw", help="embeddings of length 1")] = True,
+    protocol: Protocol = None,
+    annotators: Annotators = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Train SemSim on rated reconstructions."""
+    from simulations.studies.semsim import TrainRequest, chosen_recipe, run_train
+
+    asked = TrainRequest(tuple(tables), out, held_out, tuple(without or ()), protocol, annotators, device)
+    run_train(asked, chosen_recipe(recipe, rule, steps, fallback, normalised, seed), console)
+
+
+@semsim.command("evaluate")
+def semsim_evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="file written by `semsim train`", show_default=False)],
+    tables: Ratings,
+    labeller: LabellerFile = None,
+    by: Annotated[
+        str, typer.Option(help="what makes a group: some of model,attack,defence,dataset")
+    ] = "model,defence",
+    protocol: Protocol = None,
+    annotators: Annotators = None,
+    seed: int = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
+) -> None:
+    """Set SemSim beside PSNR, SSIM and regcorr: do they say what was recognised?"""
+    from simulations.studies.semsim import run_evaluate
+
+    groups = tuple(part.strip() for part in by.split(",") if part.strip())
+    run_evaluate(checkpoint, tables, labeller, groups, protocol, annotators, seed, json_file, console)
+
+
+@semsim.command("label")
+def semsim_label(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="runs, sweeps, tables, or folders: originals, then others", show_default=False),
+    ],
+    out: Output,
+    labeller: Annotated[
+        Path, typer.Option("--labeller", help="file of `semsim labeller`", show_default=False)
+    ],
+) -> None:
+    """Rate reconstructions by a classifier, as a table that says "proxy"."""
+    from simulations.studies.semsim import run_label
+
+    run_label(sources, labeller, out, console)
+
+
+@semsim.command("labeller")
+@with_settings
+def semsim_labeller(
+    out: Output,
+    name: Annotated[
+        str, typer.Option(help="by which its ratings, and what learns from them, are called")
+    ] = "P1",
+    wide: Annotated[int, typer.Option("--channels", min=1, help="of its first layer")] = 16,
+    steps: Annotated[int, typer.Option(min=1)] = 600,
+    half: Annotated[str, typer.Option(help="all, first or second half of the public images")] = "all",
+    apart_from: Annotated[list[Path] | None, typer.Option(help="runs, ...: not their originals")] = None,
+    *,
+    config: Config,
+) -> None:
+    """Train a classifier that rates, on the public images of a federation that is set up alike."""
+    from simulations.studies.semsim import run_labeller
+
+    run_labeller(config, out, name, wide, steps, half, apart_from or [], console)
 
 
 @semsim.command("benchmark")

@@ -68,18 +68,16 @@ def by_chunks(
 
 def pair_of(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float64, clamped, every pixel NaN where one of the image is not finite. Raises as :func:`mse`."""
-    if not len(images) and images.shape == truth.shape:  # none of them had a score
-        return images.double(), truth.double()
     refuse_unlike(images, truth)
     return clamped(images), clamped(truth).to(images.device)
 
 
 def refuse_unlike(images: Tensor, truth: Tensor) -> None:
     """DataError if they are not both (B, C, H, W) and alike in every number, or by :func:`refuse_other_scales`."""
-    if images.shape != truth.shape or images.ndim != 4 or not truth[:1].numel():
+    if images.shape != truth.shape or images.ndim != 4 or 0 in images.shape[1:]:
         raise DataError(
             f"images of shape {tuple(images.shape)} cannot be scored against {tuple(truth.shape)}: both must be "
-            "(B, C, H, W), with the same number, channels and size, and not empty"
+            "(B, C, H, W), with the same number, channels and size"
         )
     refuse_other_scales(images, "the scored images")
     refuse_other_scales(truth, "the private images")

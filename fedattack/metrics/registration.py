@@ -173,21 +173,19 @@ def correlation_table(images: Tensor, truth: Tensor, overlap: float = OVERLAP, m
     Transforms and sums of an image are worked out once, so that a pair costs one inverse transform, or two with
     `mirror`. Raises DataError if they are not (A, C, H, W) and (B, C, H, W), or on another scale than [0, 1].
     """
-    if images.ndim != 4 or truth.ndim != 4 or images.shape[1:] != truth.shape[1:] or not truth[:1].numel():
+    if images.ndim != 4 or truth.ndim != 4 or images.shape[1:] != truth.shape[1:] or 0 in truth.shape[1:]:
         raise DataError(
             f"images of shape {tuple(images.shape)} cannot be compared with {tuple(truth.shape)}: both must be "
-            "(N, C, H, W), with the same channels and size, and not empty"
+            "(N, C, H, W), with the same channels and size"
         )
-    if not len(images):
-        return truth.new_empty(0, len(truth), dtype=torch.float64)
     refuse_other_scales(images)
     refuse_other_scales(truth)
     truth = truth.to(images.device)
     shifts = _Shifts.leaving((truth.shape[-2], truth.shape[-1]), overlap)
     step = _chunk(shifts, truth.shape[1])
     table = truth.new_empty(len(images), len(truth), dtype=torch.float64)
-    # Spectra of two blocks are held at a time, 128 MiB each (and of mirror images), however many images there are.
-    block = 32 * step
+    # Spectra of two blocks are held at a time, 32 MiB each (and of mirror images), however many images there are.
+    block = 8 * step
     for row in range(0, len(images), block):
         part = clamped(images[row : row + block])
         sides = [_side(part, shifts, overlap, False)]

@@ -35,6 +35,7 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "canaries": "simulations.bench.canaries:run",
         "foci": "simulations.bench.foci:run",
         "forgetting": "simulations.bench.forgetting:run",
+        "metrics": "simulations.bench.metrics:run",
         "semsim": "simulations.bench.semsim:run",
     },
 )

@@ -300,6 +300,14 @@ def test_label_counting_ignores_order_and_minds_repeats() -> None:
     assert metrics.labels_right(torch.tensor([3, 1, 1]), torch.tensor([1, 3, 3])) == [True, True, False]
 
 
+def test_no_images_have_no_scores() -> None:
+    none = torch.zeros(0, 3, 32, 32)
+    for name in ("mse", "psnr", "ssim", "ssim-gaussian", "ms-ssim-short", "tv", "regcorr", "registered-psnr"):
+        assert metrics.METRICS.get(name)().scores(metrics.Pairs(none, none)).shape == (0,)
+    assert metrics.correlation_table(none, torch.rand(2, 3, 32, 32)).shape == (0, 2)
+    assert metrics.correlation_table(torch.rand(2, 3, 32, 32), none).shape == (2, 0)
+
+
 def test_bad_shapes_are_refused() -> None:
     with pytest.raises(DataError, match="must be"):
         metrics.mse(torch.zeros(1, 1, 8, 8), torch.zeros(2, 1, 8, 8))
@@ -307,6 +315,8 @@ def test_bad_shapes_are_refused() -> None:
         metrics.match(torch.zeros(2, 1, 8, 8), torch.zeros(2, 3, 8, 8))
     with pytest.raises(DataError, match="window"):
         metrics.ssim(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
+    with pytest.raises(DataError, match="same number, channels and size"):
+        metrics.psnr(torch.zeros(2, 3, 0, 8), torch.zeros(2, 3, 0, 8))
     assert metrics.ssim_window(6, 9) == 5
     with pytest.raises(DataError, match="too small"):
         metrics.ssim_window(2, 2)
