@@ -36,8 +36,7 @@ PROMINENT = {
         "protocol": "fedsgd (gradients) or fedavg (weight deltas)",
         "compressor": "topk, topk-qsgd, randomk, sign, qsgd, dgc, none",
         "compression": "kept share of an update",
-        "defense": "clip-noise, prune, soteria, ...; several with commas",
-        "strategy": "any Flower strategy by name",
+        "defense": "clip-noise, soteria, ...; several with commas",
     },
     "The adversary": {
         "attack": "hcgla, ig, tensor, fedmia, ...; several with commas",
@@ -59,14 +58,14 @@ app = typer.Typer(
 )
 learn = typer.Typer(help="Train and test HCGLA's generator and denoiser.", no_args_is_help=True)
 app.add_typer(learn, name="hcgla")
-gan = typer.Typer(
-    help="Train a generator of images, sample it, attack what it releases.", no_args_is_help=True
-)
+gan = typer.Typer(help="Train a generator, sample it, attack what it releases.", no_args_is_help=True)
 app.add_typer(gan, name="gan")
 forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_args_is_help=True)
 app.add_typer(forgetting, name="unlearning")
 ratings = typer.Typer(help="What ratings are worth: agreement, checks, votes.", no_args_is_help=True)
-app.add_typer(ratings, name="annotations")
+app.add_typer(ratings, name="annotations", hidden=True)  # `annotate --help` names it
+semsim = typer.Typer(help="Learn a metric from ratings, test it, and rank metrics.", no_args_is_help=True)
+app.add_typer(semsim, name="semsim")
 console = Console()
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 
@@ -146,22 +145,27 @@ def read_config(
     left_open: Mapping[str, Any] | None = None,
 ) -> Config:
     """Join a TOML file, ``--set`` assignments and options; options win over assignments, both over the file."""
-    overrides: dict[str, Any] = {}
-    for assignment in assignments or []:
-        name, equals, value = assignment.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--set {assignment!r}: expected NAME=VALUE, for example hcgla.iterations=300")
-        overrides[name.strip()] = value.strip()
-    overrides |= settings
+    overrides: dict[str, Any] = assigned(assignments) | settings
     if config:
         return Config.from_toml(config, overrides, left_open)
     return Config.from_mapping(overrides, left_open=left_open)
 
 
+def assigned(assignments: list[str] | None) -> dict[str, str]:
+    """Name -> value of ``--set`` options."""
+    found: dict[str, str] = {}
+    for assignment in assignments or []:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {assignment!r}: expected NAME=VALUE, for example hcgla.iterations=300")
+        found[name.strip()] = value.strip()
+    return found
+
+
 @app.callback(invoke_without_command=True, epilog=EXAMPLE)
 @with_settings
 def run(context: typer.Context, config: Config) -> None:
-    """Train a federation for real, attack it for real, and report what leaked beside what would have anyway.
+    """Train a federation for real, attack it, and report what leaked beside its floor.
 
     `fedattack settings` lists every setting; sub-commands have their own --help.
     """
@@ -214,7 +218,7 @@ def list_plugins(
 
 @app.command("show")
 def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `fedattack list` names")]) -> None:
-    """What an attack, defence, ... does, who runs it and what it needs."""
+    """What an attack, a defence, ... does and needs, and who runs it."""
     from simulations.cli.catalogue import described, settings_tables
 
     table = Table(title=name, show_header=False, **PLAIN)
@@ -229,7 +233,10 @@ def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `feda
 
 @app.command("settings")
 def list_settings(name: Name = None) -> None:
-    """Every setting, or one attack's: default, option and meaning; an empty value (NAME=) is None."""
+    """Every setting, or one attack's: default, option and meaning.
+
+    An empty value (NAME=) is None.
+    """
     from simulations.cli.catalogue import settings_tables
 
     texts = {f"--{option}": text for group in PROMINENT.values() for option, text in group.items()}
@@ -268,7 +275,7 @@ def sweep(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="ray or inline; default: the file's")] = None,
 ) -> None:
-    """Run every combination of attacks, ... that FILE names; started again, it resumes."""
+    """Run every combination that FILE names; it can be resumed."""
     from simulations.studies.sweep import Sweep, run_sweep
 
     folder = out or Path("runs") / file.stem
@@ -286,7 +293,7 @@ def score(
     *,
     config: Config,
 ) -> None:
-    """Score again, by any metrics, what a run, a sweep or folders of pictures hold."""
+    """Score again, by any metrics: a run, a sweep, folders of images."""
     from simulations.studies.scoring import score_sources
 
     score_sources(sources, config.metric, out, console=console, command=typed())
@@ -502,7 +509,10 @@ def annotate(
         Path | None, typer.Option("--import", metavar="FILE", help="merge what such a file sent back")
     ] = None,
 ) -> None:  # fmt: skip
-    """Let people rate reconstructions, one key an answer, on a page of this machine."""
+    """Let people rate reconstructions on a page, one key an answer.
+
+    `fedattack annotations report TABLE` shows progress and agreement; `votes` and `import` are beside it.
+    """
     from simulations.cli.annotate import make_plans, run_export, run_import, run_serve
 
     if returned is not None:
@@ -554,6 +564,169 @@ def ratings_import(
     from simulations.cli.annotate import run_import_released
 
     run_import_released(folder, table, console)
+
+
+Ratings = Annotated[
+    list[Path], typer.Argument(help="tables of ratings, .csv or .parquet", show_default=False)
+]
+Protocol = Annotated[str | None, typer.Option(help="match, recognise, ... of tables that hold several")]
+Annotators = Annotated[str | None, typer.Option(help="human or proxy, of tables that hold both")]
+LabellerFile = Annotated[
+    Path | None, typer.Option("--labeller", help="file of `semsim labeller`: the classifier that rated")
+]
+
+
+@semsim.command("train")
+def semsim_train(
+    tables: Ratings,
+    out: Output,
+    rule: Annotated[str, typer.Option(help="paper, or sony as in the released code")] = "paper",
+    recipe: Annotated[str, typer.Option(help="small, or published (a ResNet-18: hours of a CPU)")] = "small",
+    steps: Annotated[int | None, typer.Option(min=1, help="default: the recipe's")] = None,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.9, help="share of originals kept for a test")
+    ] = 0.25,
+    without: Annotated[
+        list[str] | None, typer.Option(help="leave out: model=..., attack=..., dataset=...")
+    ] = None,
+    fallback: Annotated[bool, typer.Option("--fallback", help="allow originals without both labels")] = False,
+    normalised: Annotated[bool, typer.Option("--normalised/--raw", help="embeddings of length 1")] = True,
+    protocol: Protocol = None,
+    annotators: Annotators = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Train SemSim on rated reconstructions."""
+    from simulations.studies.semsim import TrainRequest, chosen_recipe, run_train
+
+    asked = TrainRequest(tuple(tables), out, held_out, tuple(without or ()), protocol, annotators, device)
+    run_train(asked, chosen_recipe(recipe, rule, steps, fallback, normalised, seed), console)
+
+
+@semsim.command("evaluate")
+def semsim_evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="file written by `semsim train`", show_default=False)],
+    tables: Ratings,
+    labeller: LabellerFile = None,
+    by: Annotated[
+        str, typer.Option(help="what makes a group: some of model,attack,defence,dataset")
+    ] = "model,defence",
+    protocol: Protocol = None,
+    annotators: Annotators = None,
+    seed: int = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
+) -> None:
+    """Set SemSim beside PSNR, SSIM and regcorr: do they say what was recognised?"""
+    from simulations.studies.semsim import run_evaluate
+
+    groups = tuple(part.strip() for part in by.split(",") if part.strip())
+    run_evaluate(checkpoint, tables, labeller, groups, protocol, annotators, seed, json_file, console)
+
+
+@semsim.command("label")
+def semsim_label(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="runs, sweeps, tables, or folders: originals, then others", show_default=False),
+    ],
+    out: Output,
+    labeller: Annotated[
+        Path, typer.Option("--labeller", help="file of `semsim labeller`", show_default=False)
+    ],
+) -> None:
+    """Rate reconstructions by a classifier, as a table that says "proxy"."""
+    from simulations.studies.semsim import run_label
+
+    run_label(sources, labeller, out, console)
+
+
+@semsim.command("labeller")
+@with_settings
+def semsim_labeller(
+    out: Output,
+    name: Annotated[
+        str, typer.Option(help="by which its ratings, and what learns from them, are called")
+    ] = "P1",
+    wide: Annotated[int, typer.Option("--channels", min=1, help="of its first layer")] = 16,
+    steps: Annotated[int, typer.Option(min=1)] = 600,
+    half: Annotated[str, typer.Option(help="all, first or second half of the public images")] = "all",
+    apart_from: Annotated[list[Path] | None, typer.Option(help="runs, ...: not their originals")] = None,
+    *,
+    config: Config,
+) -> None:
+    """Train a classifier that rates, on the public images of a federation that is set up alike."""
+    from simulations.studies.semsim import run_labeller
+
+    run_labeller(config, out, name, wide, steps, half, apart_from or [], console)
+
+
+@semsim.command("benchmark")
+def semsim_benchmark(
+    preset: Annotated[str, typer.Option(help="small, cifar10, cifar100, or a .toml file")] = "small",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder; default: runs/semsim-<preset>", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option("--data-dir", help="folder or archive of the data set", show_default=False)
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(help="one step alone: classifiers, attacks, scores, ranking", show_default=False),
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="table of ratings of the pairs; none: a classifier rates", show_default=False),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="of a table of several: match, recognise", show_default=False)
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="names with commas; none: all that need no file", show_default=False)
+    ] = None,
+    assignments: SetOptions = None,
+    engine: Annotated[str | None, typer.Option(help="ray or inline", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything", show_default=False)] = None,
+) -> None:
+    """Train classifiers, attack them, score the pairs by every metric, rank metrics; started again, it resumes."""
+    from simulations.studies.semsim_benchmark import Asked, run_benchmark
+    from simulations.studies.semsim_presets import Benchmark
+
+    given = {"data-dir": data_dir, "seed": seed}
+    set_to = assigned(assignments)
+    chosen = {
+        name: value for name, value in set_to.items() if name.partition(".")[0] in ("metric", "metrics")
+    }
+    settings: dict[str, Any] = {name: value for name, value in set_to.items() if name not in chosen}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    asked = Asked(step, annotations, protocol, chosen | ({"metrics": metrics} if metrics else {}), engine)
+    benchmark = Benchmark.named(preset).with_settings(settings)
+    folder = out or Path("runs") / f"semsim-{benchmark.name}"
+    run_benchmark(benchmark, folder, asked, console=console, command=typed())
+
+
+@semsim.command("search")
+@partial(
+    with_settings,
+    left_open={"data": {"name": "cifar10"}, "model": {"name": "resnet20-4"}},
+    sections=("seed", "data", "model", "engine"),
+)
+def semsim_search(
+    out: Annotated[Path, typer.Option("--out", help="folder to write into", show_default=False)],
+    candidates: Annotated[int, typer.Option(min=1, help="policies to score")] = 1600,
+    per_class: Annotated[int, typer.Option(min=1, help="images of each class for privacy")] = 5,
+    batches: Annotated[int, typer.Option(min=1, help="batches for accuracy")] = 10,
+    batch: Annotated[int, typer.Option(min=2, help="images of such a batch")] = 100,
+    least_accuracy: Annotated[float, typer.Option(help="smallest accuracy score an image")] = -1.34,
+    schedule: Annotated[str, typer.Option(help="published or short")] = "published",
+    share: Annotated[float, typer.Option(min=0.01, max=0.99, help="of public images, for training")] = 0.1,
+    *,
+    config: Config,
+) -> None:
+    """Search augmentation policies that leak little and cost little accuracy (ATS), without an attack."""
+    from simulations.cli.policies import Effort, run_search
+
+    effort = Effort(candidates, per_class, batches, batch, least_accuracy)
+    run_search(config, out, effort, schedule, share, console)
 
 
 def main() -> None:

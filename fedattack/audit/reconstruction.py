@@ -618,7 +618,7 @@ def _sweep_columns(row: Figures) -> dict[str, str]:
         if name != key and isinstance(row[key], str):
             metric = figure(name, json.loads(row[key]))
             shown[metric.heading] = metric.shown(row[name])
-            shown[f"floor's {metric.heading}"] = metric.shown(row[f"floor_{name}"])
+            shown[f"floor: {metric.heading}"] = metric.shown(row[f"floor_{name}"])
     return shown
 
 
@@ -662,12 +662,12 @@ RECONSTRUCTION: Family = Family(
             "fedattack.reporting.figures:reconstruction_sheet",
             "originals above, reconstructions and the best floor below",
             "Originals, what the attack made of the update, and what the same attacker would have answered without "
-            "it. PSNR under each image; pixels enlarged, not smoothed.",
+            "it. The first score under each image; pixels enlarged, not smoothed.",
         ),
         Drawing(
-            "psnr",
-            "fedattack.reporting.figures:psnr_dots",
-            "PSNR of each image beside its floors",
+            "scores",
+            "fedattack.reporting.figures:score_dots",
+            "scores of each image beside its floors",
             "The grey line spans what the update added over the best guess for that image.",
         ),
         Drawing(

@@ -35,8 +35,10 @@ MODELS: Registry[Builder] = Registry(
         "lenet-zhu": "fedattack.models.classifiers.lenet:lenet_zhu",
         "resnet18": "fedattack.models.classifiers.resnet:resnet18",
         "resnet20": "fedattack.models.classifiers.resnet:resnet20",
+        "resnet20-4": "fedattack.models.classifiers.resnet:resnet20_4",
         "resnet34": "fedattack.models.classifiers.resnet:resnet34",
         "tiny-cnn": "fedattack.models.classifiers.lenet:tiny_cnn",
+        "convnet": "fedattack.models.classifiers.convnet:convnet",
         "mlp": "fedattack.models.classifiers.lenet:mlp",
         "logistic": "fedattack.models.classifiers.lenet:logistic",
         "lcodec-cnn": "fedattack.models.classifiers.lcodec:lcodec_cnn",
@@ -54,7 +56,15 @@ MODELS: Registry[Builder] = Registry(
 _PUBLISHED_HEADS = {"lenet-zhu": 10_177}
 _PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-two-layer": "poly3"}
 _WIDE = ("imprint", "imprint-sparse", "two-layer", "lenet-two-layer")
-_WIDTHS = {**dict.fromkeys(_WIDE, 1024), "loki": 256, "mlp": 64, "wgan-gp": 64, "wgan-gp-mlp": 256}
+_WIDTHS = {
+    **dict.fromkeys(_WIDE, 1024),
+    "loki": 256,
+    "mlp": 64,
+    "resnet20-4": 64,
+    "convnet": 64,
+    "wgan-gp": 64,
+    "wgan-gp-mlp": 256,
+}
 _HCGLA_RESNETS = {"resnet18", "resnet34"}
 _FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn", "logistic", "lcodec-cnn"}
 

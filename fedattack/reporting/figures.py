@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections import Counter
@@ -18,8 +19,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fedattack.audit.canaries import CanaryAudit
-from fedattack.audit.family import AuditResult
+from fedattack.audit.family import AuditResult, Metric
 from fedattack.audit.image_scores import AUXILIARY_FLOOR, GREY_FLOOR, ORIGINAL, REBUILT, SHOWN
+from fedattack.audit.image_scores import figure as figure_of
 from fedattack.audit.reconstruction_verdict import COUNTED_DB, RECOVERED_PSNR
 from fedattack.metrics import clopper_pearson
 from fedattack.observation import EVERYONE
@@ -33,6 +35,8 @@ _DPI = 130
 
 FEWEST_NEGATIVES = 50
 """Non-members below which the left end of a ROC curve is one or two of them, and is not drawn."""
+_MOST_PANELS = 4
+"""Metrics that are drawn for each image, at most."""
 _NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555"}
 
 
@@ -45,7 +49,7 @@ def png(figure: Figure) -> bytes:
 
 
 def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
-    """Originals, reconstructions and floors below one another, the PSNR under each, pixels enlarged unsmoothed.
+    """Originals, reconstructions and floors below one another, the first score under each, pixels unsmoothed.
 
     The first `limit` images in the order of clients are shown, never chosen by quality.
     """
@@ -54,6 +58,7 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
     best = result.summary.get("best_floor")
     known = (ORIGINAL, REBUILT, GREY_FLOOR, AUXILIARY_FLOOR, SHOWN, best)
     others = [name for name in result.images if name not in known]
+    lead = _image_metrics(result)[0]
     seen_row = [SHOWN] if SHOWN in result.images else []
     names = [ORIGINAL, *seen_row, REBUILT, *([best] if best in result.images else [])]
     for name in others:  # a prior that is flat grey, say, need not be shown twice
@@ -70,8 +75,9 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
                 place = formats.seat(record["client"]) + (f", image {record['image']}" if several else "")
                 axes.set_title(f"{place}\nround {record['round']}", fontsize=8)
             elif name != SHOWN:
-                key = "psnr" if name == REBUILT else f"floor.{name}.psnr"
-                axes.set_xlabel(f"{formats.decimal(record.get(key))} dB", fontsize=9, labelpad=2)
+                key = lead.key if name == REBUILT else f"floor.{name}.{lead.key}"
+                shown_score = f"{lead.shown(record.get(key))} {lead.unit}".strip()
+                axes.set_xlabel(shown_score, fontsize=9, labelpad=2)
         label = name if name in (ORIGINAL, SHOWN, REBUILT) else f"floor:\n{name}"
         label = label.replace(SHOWN, SHOWN.replace(" to", "\nto"))
         grid[row, 0].set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
@@ -89,46 +95,64 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
     return figure
 
 
-def psnr_dots(result: AuditResult, limit: int = 60) -> Figure:
-    """PSNR of every image beside its floors and the shuffled control."""
+def score_dots(result: AuditResult, limit: int = 60) -> Figure:
+    """Every image's score beside its floors and the shuffled control, a panel for each of the first metrics."""
+    metrics = lead, *_ = _image_metrics(result)[:_MOST_PANELS]
     records = result.records[:limit]
-    figure = Figure(figsize=(max(6.0, min(12.0, 0.42 * len(records) + 3.4)), 3.9), layout="constrained")
-    axes = figure.subplots()
-    x = np.arange(len(records))
-    ours = [min(row.get("psnr", math.nan), COUNTED_DB) for row in records]
-    if result.summary["floors"]:
-        floors = [f"floor.{name}.psnr" for name in result.summary["floors"]]
-        top = [np.nanmax([row.get(key, np.nan) for key in floors]) for row in records]
-        axes.vlines(x, top, ours, color="#c4c4c4", linewidth=1.5, zorder=1)
-    for (marker, colour), name in zip(_FLOOR_MARKS, result.summary["floors"], strict=False):
-        values = [_finite(row.get(f"floor.{name}.psnr")) for row in records]
+    wide = max(6.0, min(12.0, 0.42 * len(records) + 3.4))
+    figure = Figure(figsize=(wide, 3.9 + 2.4 * (len(metrics) - 1)), layout="constrained")
+    heights = [3.9, *([2.4] * (len(metrics) - 1))]
+    panels = figure.subplots(len(metrics), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        _dots(axes, metric, records, result.summary["floors"], metric is lead)
+    total = len(result.records)
+    more = f" (first {len(records)} of {total} images)" if len(records) < total else ""
+    title = f"{result.attack}: each image beside what could be guessed{more}"
+    panels[0].set_title(title, fontsize=10, loc="left")
+    several_rounds = len({row["round"] for row in records}) > 1
+    seats = [formats.seat(row["client"]).removeprefix("client ").removesuffix(" clients") for row in records]
+    if several_rounds:
+        seats = [f"{row['round']}/{who}" for row, who in zip(records, seats, strict=True)]
+    for axes in panels:
+        axes.set_xticks(range(len(records)), seats, fontsize=8, rotation=90 if len(records) > 20 else 0)
+    panels[-1].set_xlabel("round/client" if several_rounds else "client")
+    _legend_right(panels[0])
+    return figure
+
+
+def _image_metrics(result: AuditResult) -> list[Metric]:
+    """The metrics that score each image, the leading one first."""
+    told = result.summary["scored_by"].items()
+    return [figure_of(name, one) for name, one in told if not one["pooled"]]
+
+
+def _dots(axes: Axes, metric: Metric, records: Any, floors: Any, lead: bool) -> None:
+    key, x = metric.key, np.arange(len(records))
+    ours = [math.nan if row.get(key) is None else min(row[key], COUNTED_DB) for row in records]
+    guesses = [[_finite(row.get(f"floor.{name}.{key}")) for row in records] for name in floors]
+    known = [column for column in guesses if not np.isnan(column).all()]
+    if known:
+        nearest = np.nanmax(known, axis=0) if metric.worst == "min" else np.nanmin(known, axis=0)
+        axes.vlines(x, nearest, ours, color="#c4c4c4", linewidth=1.5, zorder=1)
+    for (marker, colour), name, values in zip(itertools.cycle(_FLOOR_MARKS), floors, guesses, strict=False):
         axes.plot(x, values, marker, color=colour, mfc="none", ms=6, label=f"floor: {name}")
-    control = [_finite(row.get("control_psnr")) for row in records]
+    control = [_finite(row.get(f"control_{key}")) for row in records]
     if not np.isnan(control).all():
         axes.plot(x, control, "x", color=GREY, ms=6, label="control: against other victims")
     exact = any(value == COUNTED_DB for value in ours)
     name = f"{REBUILT}{' (identical: drawn at 100)' if exact else ''}"
     axes.plot(x, ours, "o", color=BLUE, ms=7, label=name)
-    axes.axhline(RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
-    text, ends = f"recovered from {RECOVERED_PSNR:.0f} dB", ("axes fraction", "data")
-    axes.annotate(text, (0.995, RECOVERED_PSNR), xycoords=ends, ha="right", va="bottom", **_NOTE)
-    several_rounds = len({row["round"] for row in records}) > 1
-    seats = [formats.seat(row["client"]).removeprefix("client ").removesuffix(" clients") for row in records]
-    if several_rounds:
-        seats = [f"{row['round']}/{who}" for row, who in zip(records, seats, strict=True)]
-    axes.set_xticks(x, seats, fontsize=8, rotation=90 if len(records) > 20 else 0)
-    axes.set_xlabel("round/client" if several_rounds else "client")
-    axes.set_ylabel("PSNR, dB (higher: more leaked)")
-    total = len(result.records)
-    more = f" (first {len(records)} of {total} images)" if len(records) < total else ""
-    axes.set_title(f"{result.attack}: each image beside what could be guessed{more}", fontsize=10, loc="left")
+    side = "higher" if metric.worst == "min" else "lower"
+    axes.set_ylabel(textwrap.fill(f"{metric.heading} ({side}: more leaked)", 34 if lead else 24), fontsize=9)
     axes.grid(axis="y", color="#e3e3e3")
     axes.set_axisbelow(True)
     axes.set_xlim(-0.7, len(records) - 0.3)
-    drawn = [value for value in [*ours, *control] if np.isfinite(value)]
-    axes.set_ylim(min(0.0, *drawn, 0.0), 1.08 * max(RECOVERED_PSNR, *drawn, 0.0))
-    _legend_right(axes)
-    return figure
+    if lead:
+        axes.axhline(RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
+        text, ends = f"recovered from {RECOVERED_PSNR:.0f} dB", ("axes fraction", "data")
+        axes.annotate(text, (0.995, RECOVERED_PSNR), xycoords=ends, ha="right", va="bottom", **_NOTE)
+        drawn = [value for value in [*ours, *control] if np.isfinite(value)]
+        axes.set_ylim(min(0.0, *drawn, 0.0), 1.08 * max(RECOVERED_PSNR, *drawn, 0.0))
 
 
 def loss_history(result: AuditResult, limit: int = 16) -> Figure | None:

@@ -25,6 +25,13 @@ from fedattack.storage import RunFolder
 ROOT = Path(__file__).resolve().parents[2]
 OWN_FILES = {
     "fedattack/audit/family.py",  # the registry
+    "fedattack/annotation/exchange.py",  # a picture of a pair
+    "fedattack/annotation/plan.py",
+    "fedattack/annotation/table.py",
+    "fedattack/reporting/benchmark.py",
+    "simulations/studies/semsim.py",
+    "simulations/studies/semsim_benchmark.py",
+    "simulations/studies/semsim_ranking.py",
     "fedattack/audit/image_scores.py",  # the name of a panel
     "fedattack/audit/reconstruction.py",
     "fedattack/audit/membership.py",

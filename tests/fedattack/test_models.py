@@ -18,6 +18,8 @@ from fedattack.models import build_model, initial_weights, resolve
         ("lenet-zhu", "relu", 3, 7_834_249),
         ("resnet18", None, 3, 11_173_962),  # the usual CIFAR ResNet-18 with a 10-way head
         ("resnet20", None, 3, 272_474),  # 0.27M in the paper
+        ("resnet20-4", None, 3, 4_327_754),  # the same at four times the width
+        ("convnet", None, 3, 2_904_970),  # eight convolutions of 64 to 256 channels
         ("logistic", None, 1, (32 * 32 + 1) * 10),
         ("lcodec-cnn", None, 3, 157_140),  # L-CODEC's on CIFAR-10
         ("resnet18", "sigmoid", 3, 11_168_832 + 32_768 * 500 + 500),  # HCGLA's: same trunk, 32,768 features
@@ -29,7 +31,18 @@ def test_published_parameter_counts(name, activation, channels, count) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lenet-zhu", "tiny-cnn", "mlp", "logistic", "lcodec-cnn", "resnet18", "resnet20"]
+    "name",
+    [
+        "lenet-zhu",
+        "tiny-cnn",
+        "mlp",
+        "logistic",
+        "lcodec-cnn",
+        "resnet18",
+        "resnet20",
+        "resnet20-4",
+        "convnet",
+    ],
 )
 def test_forward_and_seed(name) -> None:
     model = resolve(ModelConfig(name=name, classes=12), 1, 16, 10)

@@ -257,7 +257,7 @@ def test_the_sheet_shows_the_images_and_their_scores(results: list[AuditResult])
 
 
 def test_dots_show_every_score(results: list[AuditResult]) -> None:
-    axes = figures.psnr_dots(results[0]).axes[0]
+    axes = figures.score_dots(results[0]).axes[0]
     lines = {line.get_label(): line.get_ydata() for line in axes.lines}
     np.testing.assert_allclose(lines["reconstruction"], [row["psnr"] for row in results[0].records])
     np.testing.assert_allclose(lines["floor: prior"], [row["floor.prior.psnr"] for row in results[0].records])
@@ -269,7 +269,7 @@ def test_dots_show_every_score(results: list[AuditResult]) -> None:
 def test_grey_images_and_many_victims_are_drawn() -> None:
     many = reconstruction_result(victims=70, channels=1)
     assert figures.enlarged(many.images["original"][0]).shape == (132, 132, 3)
-    assert "first 60 of 70" in figures.psnr_dots(many).axes[0].get_title(loc="left")
+    assert "first 60 of 70" in figures.score_dots(many).axes[0].get_title(loc="left")
     assert len(figures.reconstruction_sheet(many).axes) == 8 * 4  # original, reconstruction, two floors
 
 

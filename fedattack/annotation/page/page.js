@@ -137,27 +137,31 @@ function show(state) {
 
 async function ask(state) {
   const captions = state.pictures.length > 1 ? ["Original", "Reconstruction"] : [""];
-  const images = state.pictures.map(({src, width, height}, place) => {
+  const loaded = [];
+  state.pictures.forEach(({src, width, height}, place) => {
     const figure = document.createElement("figure"), image = new Image();
+    loaded.push(new Promise((done, failed) => Object.assign(image, {onload: done, onerror: failed})));
     image.src = src;
     image.alt = captions[place] || "Picture to judge";
     Object.assign(image.dataset, {width, height});
     figure.append(image);
     if (captions[place]) figure.append(Object.assign(document.createElement("figcaption"), {textContent: captions[place]}));
     at("pictures").append(figure);
-    return image;
   });
   options(state, true);
   const side = Math.max(...state.pictures.flatMap(({width, height}) => [width, height]));
   at("pictures").style.flexBasis = Math.max(LARGEST, side) + 40 + "px";
   layout();
   try {
-    await Promise.all(images.map(image => image.decode()));
+    await Promise.all(loaded); // decode() never ends in a tab behind others
   } catch {
     if (now === state) fault("A picture cannot be shown" + await reason(state.pictures) + ".");
     return;
   }
-  await new Promise(painted => requestAnimationFrame(() => setTimeout(painted)));
+  await new Promise(painted => { // or soon, where nothing is painted: in a tab behind others
+    requestAnimationFrame(() => setTimeout(painted));
+    setTimeout(painted, 250);
+  });
   if (now !== state) return;
   options(state, false);
   document.body.dataset.token = state.token;

@@ -6,6 +6,7 @@ of contrast and brightness, shifts and noise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def train_labeller(
     class_names: tuple[str, ...] = (),
     classes: int | None = None,
     device: torch.device | str = "cpu",
+    progress: Callable[[float], None] | None = None,
 ) -> Labeller:
     """Train a :class:`~.network.SmallCNN` on images (N, C, S, S) in [0, 1] with labels (N,).
 
@@ -127,7 +129,7 @@ def train_labeller(
     optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     draws = torch_rng(seed, "labeller training")
-    for _ in range(steps):
+    for step in range(steps):
         chosen = train[torch.randint(len(train), (_BATCH,), generator=draws)]
         batch = augmented(images[chosen].float(), draws)
         loss = functional.cross_entropy(net(facts.scaled(batch.to(device))), labels[chosen].long().to(device))
@@ -135,6 +137,8 @@ def train_labeller(
         loss.backward()
         optimiser.step()
         schedule.step()
+        if progress is not None:
+            progress((step + 1) / steps)
     net.cpu().eval().requires_grad_(False)
     trained = Labeller(net, facts, content_hash(net.state_dict()))
     changed = augmented(images[test].float(), torch_rng(seed, "labeller test"))

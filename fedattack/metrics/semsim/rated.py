@@ -68,8 +68,7 @@ class Rated:
     @property
     def digests(self) -> tuple[str, ...]:
         """16 hexadecimal digits of the SHA-256 of each original's pixels as 8-bit values."""
-        pixels = (self.originals.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        return tuple(hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in pixels)
+        return tuple(image_digests(self.originals))
 
     def groups(self, by: tuple[str, ...]) -> NDArray[np.str_]:
         """The facts `by` of each reconstruction as one text, (N,); ConfigError where one is unknown."""
@@ -100,6 +99,12 @@ class Rated:
         yes = np.bincount(self.owner[self.recognised], minlength=count) > 0
         no = np.bincount(self.owner[~self.recognised], minlength=count) > 0
         return self.only((yes & no)[self.owner])
+
+
+def image_digests(images: Tensor) -> list[str]:
+    """16 hexadecimal digits of the SHA-256 of each image's pixels as 8-bit values, for images in [0, 1]."""
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in pixels]
 
 
 def held_out(rated: Rated, share: float, seed: int) -> NDArray[np.bool_]:

@@ -38,10 +38,10 @@ from fedattack.rng import torch_rng
 KIND = "SemSim"
 
 Rule = Literal["paper", "sony"]
-Augmentation = Literal["crop-flip", "crop", "none"]
+Augmentation = Literal["crop-flip", "crop", "exposure", "none"]
 
 MARGIN = 1.0
-_PAD = 4
+_PAD, _SMALL_PAD = 4, 1
 _AT_ONCE = 256
 
 
@@ -55,7 +55,9 @@ class Recipe:
     ``normalised``: embeddings have length 1, in training as in scoring. ``fallback``: an original without
     unrecognised reconstructions takes those of others, and one without recognised ones is left out (by "sony" it is
     its own positive); else both are refused.
-    ``augmentation``: random crops of the image padded by 4 pixels, and mirror images, each image on its own.
+    ``augmentation``, of each image on its own: "crop", at random from the image padded by 4 black pixels;
+    "crop-flip", and mirrored at random; "exposure", cropped from one padded by 1, contrast times 0.5 to 1.5, up to
+    0.15 brighter or darker, with noise of up to 0.15; "none".
     """
 
     rule: Rule = "paper"
@@ -64,11 +66,11 @@ class Recipe:
     network: NetworkName = "small-cnn"
     width: int = 16
     dimensions: int = 64
-    steps: int = 250
+    steps: int = 400
     batch: int = 128
     optimiser: Literal["sgd", "adam"] = "adam"
     learning_rate: float = 2e-3
-    augmentation: Augmentation = "crop"
+    augmentation: Augmentation = "exposure"
     seed: int = 0
 
 
@@ -250,7 +252,7 @@ def train_semsim(
     rated: Rated,
     recipe: Recipe,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> SemSimNet:
     """Train on rated reconstructions; the same ratings, in whatever order, and recipe give the same net.
 
@@ -301,7 +303,7 @@ def train_semsim(
     last: list[tuple[float, float]] = []
     for step in range(recipe.steps):
         drawn = torch.cat(triplets.draw(recipe.batch, draws))
-        batch = facts.scaled(cropped(images[drawn], recipe.augmentation, draws).to(device))
+        batch = facts.scaled(varied(images[drawn], recipe.augmentation, draws).to(device))
         anchor, positive, negative = _embedded(net, batch, recipe.normalised).chunk(3)
         loss = functional.triplet_margin_loss(anchor, positive, negative, margin=MARGIN, p=2)
         optimiser.zero_grad()
@@ -312,7 +314,7 @@ def train_semsim(
             near, far = ((anchor - other).detach().norm(dim=1) for other in (positive, negative))
             last.append((float(loss.detach()), float((near >= far).double().mean())))
         if progress is not None:
-            progress(step + 1, recipe.steps)
+            progress((step + 1) / recipe.steps)
     net.cpu().eval().requires_grad_(False)
     if not all(bool(one.isfinite().all()) for one in net.state_dict().values()):
         raise ConfigError(f"learning rate {recipe.learning_rate:g}: the training diverged; try a smaller one")
@@ -340,21 +342,29 @@ def load_semsim(path: str | Path) -> SemSimNet:
     return SemSimNet(fill(net, tensors, name), facts, digest)
 
 
-def cropped(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Each image, (B, C, H, W), cropped at random from itself padded by 4 black pixels, and mirrored at random."""
+def varied(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """Each image, (B, C, H, W) in [0, 1], changed on its own as :class:`Recipe` says."""
     if augmentation == "none":
         return images
     count, _, height, width = images.shape
-    padded = functional.pad(images, [_PAD] * 4)
-    corner = torch.randint(2 * _PAD + 1, (2, count), generator=generator)
+    pad = _SMALL_PAD if augmentation == "exposure" else _PAD
+    padded = functional.pad(images, [pad] * 4)
+    corner = torch.randint(2 * pad + 1, (2, count), generator=generator)
     rows = corner[0, :, None] + torch.arange(height)
     columns = corner[1, :, None] + torch.arange(width)
     if augmentation == "crop-flip":
         mirrored = torch.rand(count, generator=generator) < 0.5
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+    cut = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2
     )
+    if augmentation != "exposure":
+        return cut
+    draws = torch.rand(3, count, 1, 1, 1, generator=generator)
+    factor, lift, spread = 0.5 + draws[0], 0.3 * draws[1] - 0.15, 0.15 * draws[2]
+    mean = cut.mean(dim=(1, 2, 3), keepdim=True)
+    changed = (cut - mean) * factor + mean + lift + spread * torch.randn(cut.shape, generator=generator)
+    return changed.clamp(0, 1)
 
 
 def _ordered(rated: Rated) -> Rated:

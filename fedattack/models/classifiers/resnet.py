@@ -72,6 +72,11 @@ def resnet20(config: ModelConfig) -> nn.Module:
     return ResNet(config, (3, 3, 3), width=16)
 
 
+def resnet20_4(config: ModelConfig) -> nn.Module:
+    """ResNet20-4 of the SemSim benchmark: ResNet-20 with 64, 128, 256 channels; `model.width` is the first (64)."""
+    return ResNet(config, (3, 3, 3), width=config.width or 64)
+
+
 def resnet18(config: ModelConfig) -> nn.Module:
     """ResNet-18 for 32x32: with sigmoid, HCGLA's (all strides 1, 500-way head on 32,768 features); else the usual."""
     return ResNet(config, (2, 2, 2, 2), hcgla=config.activation == "sigmoid")
