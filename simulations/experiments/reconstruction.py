@@ -185,7 +185,9 @@ class SavedVictims(SavedWork):
         self._truths = None if self.truth is None else load_truths(self.truth)
 
     def submit(self, observations: Sequence[Observation]) -> None:
-        """Attack them; where the truth is given, those that it tells of."""
+        """Attack them; where the truth is given, those that it tells of, by metrics that can score them."""
+        if self.truth is not None and observations:
+            check_metrics(build_metrics(self.config.metric), observations[0].scenario.image_shape)
         told = None if self._truths is None else {truth.key for truth in self._truths}
         chosen = [o for o in observations if told is None or o.key in told]
         if len(chosen) < len(observations):
