@@ -544,9 +544,15 @@ def _rank(row: Figures) -> str:
 
 
 def _best(s: Figures, name: str) -> Figures:
-    """A metric of the best floor."""
-    floor: Figures = s["floors"][s["best_floor"]] if "best_floor" in s else {}
-    return floor.get(name) or {"mean": None}
+    """A metric of the floor that is best by it; of the verdict's lead, of the floor that the verdict names."""
+    floors = {floor: found[name] for floor, found in s["floors"].items() if found.get(name)}
+    known = {floor: found for floor, found in floors.items() if found["mean"] is not None}
+    if "best_floor" not in s or not known:
+        return {"mean": None}
+    if name == VERDICT_METRICS[0]:
+        return floors.get(s["best_floor"], {"mean": None})
+    pick = max if _scored_by(s)[name]["higher"] else min
+    return known[pick(known, key=lambda floor: known[floor]["mean"])]
 
 
 def _first_cell(s: Figures) -> str:
