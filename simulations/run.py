@@ -512,6 +512,8 @@ def annotate(
     """Let people rate reconstructions on a page, one key an answer.
 
     `fedattack annotations report TABLE` shows progress and agreement; `votes` and `import` are beside it.
+
+    SOURCE: runs or sweeps; or a folder of originals and one of reconstructions of the same names.
     """
     from simulations.cli.annotate import make_plans, run_export, run_import, run_serve
 

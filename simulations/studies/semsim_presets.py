@@ -218,11 +218,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "settings": {"dataset": "cifar10", "limit": 2500, "auxiliary-size": 2200, "data.nonmembers": 250},
         "schedule": "short",
-        "images": 24,
+        "images": 32,
         "share": 0.45,
         "models": [
             {"label": "small CNN, GELU", "model": "tiny-cnn", "activation": "gelu"},
-            {"label": "ResNet20-4 of width 8, GELU", "model": "resnet20-4", "width": 8, "activation": "gelu"},
+            {"label": "perceptron, GELU", "model": "mlp", "activation": "gelu"},
         ],
         "policies": [{"label": NONE}, _policy("3-1-7", "3-1-7")],
         "attacks": [
@@ -260,6 +260,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Benchmarks by name: "cifar100" has the published 14 models, "cifar10" every ``--optim``.
 
-The nets of "small" are narrow and smooth, for a few hundred iterations rebuild nothing from ReLU nets; its attacks
-are none of the original's. Images enter all networks in [0, 1], where the original standardises them by channel.
+The nets of "small" are narrow, shallow and smooth: a few hundred iterations rebuild nothing from deep ones or such
+with ReLU. Its attacks are none of the original's. Images enter all networks in [0, 1], where the original standardises them by channel.
 """

@@ -25,6 +25,7 @@ from fedattack.metrics.semsim.labeller import Labeller
 from fedattack.metrics.semsim.rated import Rated
 from fedattack.reporting.benchmark import BenchmarkPage, write_page
 from simulations.studies.classifier import Schedule
+from simulations.studies.semsim import BESIDE, RECOGNISED
 from simulations.studies.semsim_presets import ATTACK, MODEL, POLICY
 
 _CELL = (MODEL, POLICY, ATTACK)
@@ -33,9 +34,6 @@ OVER = {"classifiers": (MODEL, POLICY), "classifiers and attacks": _CELL}
 
 SHEET = 12
 """Pairs on the page of those on which metrics disagree most, at most one of an original."""
-
-_BESIDE = ("psnr", "ssim", "regcorr")
-"""Metrics that the others are compared with, where they are among them."""
 
 _NO_TIME = "1970-01-01T00:00:00+00:00"
 """Of a classifier's answer: the same ratings are the same file, whenever they were made."""
@@ -152,13 +150,14 @@ def study_ratings(study: Material, rows: pd.DataFrame) -> Ratings:
 
 
 def proxy_table(folder: Path, rows: pd.DataFrame, labeller: Labeller, dataset: Any) -> pd.DataFrame:
-    """A rating of every pair: whether the class that the labeller finds most likely is the original's.
+    """A rating of every pair, by the rule of ``semsim label``: whether the original's class has half the probability.
 
-    It sees the reconstruction as it is on disk, 8 bit, and not the original: protocol "recognise".
+    The labeller sees the reconstruction as it is on disk, 8 bit, and not the original: protocol "recognise".
     """
-    images = _images(folder, rows["reconstruction"])
-    probable = labeller.probabilities(images)
+    names = dataset.class_names
+    probable = labeller.probabilities(_images(folder, rows["reconstruction"]))
     best = probable.argmax(1).tolist()
+    own = probable[range(len(rows)), [names.index(one) for one in rows["class"]]].tolist()
     told = []
     for place, row in enumerate(rows.to_dict("records")):
         given = {
@@ -171,10 +170,10 @@ def proxy_table(folder: Path, rows: pd.DataFrame, labeller: Labeller, dataset: A
             "model": row[MODEL],
             "defence": row[POLICY],
             "protocol": "recognise",
-            "label": str(int(dataset.class_names[best[place]] == row["class"])),
-            "choice": dataset.class_names[best[place]],
-            "confidence": f"{float(probable[place].max()):.6f}",
-            "annotator_id": labeller.facts.name,
+            "label": str(int(own[place] >= RECOGNISED)),
+            "choice": names[best[place]],
+            "confidence": f"{own[place]:.6f}",
+            "annotator_id": f"proxy {labeller.facts.name}",
             "annotator_type": PROXY,
             "proxy_name": labeller.facts.name,
             "timestamp": _NO_TIME,
@@ -189,16 +188,17 @@ def _own_score(study: Material, rows: pd.DataFrame, labeller: Labeller) -> str:
     """What the labeller makes of the originals themselves."""
     originals = rows.drop_duplicates("original")
     images = _images(study.folder, originals["original"])
-    names = labeller.facts.class_names
-    right = [names[one] == label for one, label in zip(
-        labeller.probabilities(images).argmax(1).tolist(), originals["class"], strict=True
-    )]  # fmt: skip
+    own = labeller.probabilities(images)
+    right = [
+        float(one[study.dataset.class_names.index(label)]) >= RECOGNISED
+        for one, label in zip(own, originals["class"], strict=True)
+    ]
     ends = wilson(sum(right), len(right))
     figures = labeller.facts.figures
     return (
-        f"the proxy names the class of {sum(right)} of {len(right)} originals themselves (95 % interval "
-        f"{ends.low:.0%} to {ends.high:.0%}), and of {figures['accuracy']:.0%} of {figures['held_out']} held-out "
-        "images: what it does not recognise a person may"
+        f"the proxy recognises {sum(right)} of {len(right)} originals themselves (95 % interval {ends.low:.0%} to "
+        f"{ends.high:.0%}; the class has a probability of {RECOGNISED:g} or more), and is right about "
+        f"{figures['accuracy']:.0%} of {figures['held_out']} held-out images: what it does not recognise a person may"
     )
 
 
@@ -262,7 +262,7 @@ def _correlations(rated: Rated, leak: Mapping[str, np.ndarray], seed: int) -> pd
                     add(name, "pairs", "auc", found)
         if over == next(iter(OVER)):
             for name in leak:
-                for other in (one for one in _BESIDE if one in leak and one != name):
+                for other in (one for one in BESIDE if one in leak and one != name):
                     add(name, "pairs", f"auc - {other}", evaluation.difference(name, other)["auc"])
     return pd.DataFrame(rows)
 

@@ -258,7 +258,7 @@ def test_disagreements_are_rank_differences(whole: Path) -> None:
 def test_the_page_says_proxy_and_shows_the_pairs(whole: Path) -> None:
     text = (whole / "index.html").read_text()
     assert "no human took part" in text
-    assert "the proxy names the class of" in text.lower()
+    assert "the proxy recognises" in text.lower()
     assert "recognised by the proxy" in text
     assert text.count('alt="reconstruction"') == 6  # one an original
     assert "Fisher" in text
