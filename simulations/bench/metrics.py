@@ -205,15 +205,20 @@ def arms(
 def memory(name: str, pairs: int) -> float:
     """MiB by which a process grows beyond its inputs, pairs of 128 x 128 x 3, while it scores them."""
     code = f"""
-import resource, torch
+import re, torch
+from pathlib import Path
 from fedattack import metrics
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
 torch.set_num_threads(1)
 truth = torch.rand({pairs}, 3, 128, 128)
 images = truth.flip(0)
 metrics.{name}(images[:2], truth[:2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 metrics.{name}(images, truth)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(done.stdout)
