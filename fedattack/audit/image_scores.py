@@ -278,7 +278,7 @@ class _Work:
         add("", self._scores(found_images, private[chosen], truth, gallery, chosen, told_right), chosen)
         outside, (inflated, wide) = (
             out_of_range_share(found_images),
-            paper_scale(found_images, private[chosen]),
+            paper_scale(panels[REBUILT][chosen], private[chosen]),
         )
         scale = {"psnr_paper_scale": inflated.tolist(), "ssim_paper_scale": wide.tolist()}
         add("", scale | {"out_of_range_share": outside.tolist()}, chosen)
