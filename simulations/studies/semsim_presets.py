@@ -260,6 +260,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Benchmarks by name: "cifar100" has the published 14 models, "cifar10" every ``--optim``.
 
-The nets of "small" are narrow, shallow and smooth: a few hundred iterations rebuild nothing from deep ones or such
-with ReLU. Its attacks are none of the original's. Images enter all networks in [0, 1], where the original standardises them by channel.
+The nets of "small" are shallow and smooth: a few hundred iterations rebuild nothing from deep ones or such with ReLU.
+Its attacks are none of the original's. Images enter all networks in [0, 1], where the original standardises them by
+channel.
 """
