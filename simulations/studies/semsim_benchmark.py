@@ -133,6 +133,7 @@ class Study:
 
     def run(self, command: str = "") -> Path | None:
         """Carry out the steps; the page, or None where the last one was not asked for."""
+        torch.set_num_threads(1)  # sums in other parts have other last bits
         steps = STEPS if self.asked.step is None else (self.asked.step,)
         if "classifiers" in steps:
             self.train()
@@ -319,7 +320,6 @@ class Study:
         digest = hashlib.sha256(json.dumps([told, pixels], sort_keys=True).encode()).hexdigest()[:12]
         path = self.folder / f"labeller-{digest}.safetensors"
         if not path.is_file():
-            torch.set_num_threads(1)
             made = train_labeller(
                 images, labels, name, config.seed, f"{len(ids)} public images of {self.world.dataset.name}",
                 size.width, size.steps, self.world.dataset.class_names, device=choose_device(self.engine.device),
