@@ -220,6 +220,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "short",
         "images": 32,
         "share": 0.45,
+        "labeller": {"steps": 1500},
         "models": [
             {"label": "small CNN, GELU", "model": "tiny-cnn", "activation": "gelu"},
             {"label": "perceptron, GELU", "model": "mlp", "activation": "gelu"},
