@@ -682,6 +682,9 @@ def semsim_benchmark(
     protocol: Annotated[
         str | None, typer.Option(help="of a table of several: match, recognise", show_default=False)
     ] = None,
+    annotators: Annotated[
+        str | None, typer.Option(help="of a table of both: human, proxy", show_default=False)
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option(help="names with commas; none: all that need no file", show_default=False)
     ] = None,
@@ -700,7 +703,8 @@ def semsim_benchmark(
     }
     settings: dict[str, Any] = {name: value for name, value in set_to.items() if name not in chosen}
     settings |= {name: value for name, value in given.items() if value is not None}
-    asked = Asked(step, annotations, protocol, chosen | ({"metrics": metrics} if metrics else {}), engine)
+    by = chosen | ({"metrics": metrics} if metrics else {})
+    asked = Asked(step, annotations, protocol, annotators, by, engine)
     benchmark = Benchmark.named(preset).with_settings(settings)
     folder = out or Path("runs") / f"semsim-{benchmark.name}"
     run_benchmark(benchmark, folder, asked, console=console, command=typed())

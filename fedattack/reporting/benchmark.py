@@ -21,6 +21,8 @@ from fedattack.reporting.template import STYLE
 from fedattack.storage.plain import fedattack_version
 
 _STATISTICS = ("spearman", "kendall", "pearson")
+_ENDS = 4
+"""Metrics at either end of a pair's list that are shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +148,8 @@ def _figure(row: Mapping[str, Any], digits: int = 2) -> str:
     """``0.71 [0.62, 0.80]``, or a dash."""
     if math.isnan(row["value"]):
         return formats.NONE
-    ends = "" if math.isnan(row["low"]) else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
-    return f"{row['value']:.{digits}f}{ends}"
+    ends = "" if math.isnan(row["low"]) else " " + formats.interval(row, digits)
+    return formats.decimal(row["value"], digits) + ends
 
 
 def _area_table(page: BenchmarkPage) -> dict[str, Any]:
@@ -177,11 +179,8 @@ def _correlation_table(page: BenchmarkPage, over: str) -> dict[str, Any]:
         told = [one for one in found if one is not None]
         cells = []
         for one in told:
-            known = one["fisher low"] is not None and not math.isnan(one["fisher low"])
-            cells += [
-                _figure(one),
-                f"[{one['fisher low']:.2f}, {one['fisher high']:.2f}]" if known else formats.NONE,
-            ]
+            ends = {"low": one["fisher low"], "high": one["fisher high"]}
+            cells += [_figure(one), formats.NONE if math.isnan(ends["low"]) else formats.interval(ends, 2)]
         rows.append(
             {"name": _named(page, name), "cells": [*cells, str(told[0]["n"])], "why": told[0]["no score"]}
         )
@@ -190,7 +189,7 @@ def _correlation_table(page: BenchmarkPage, over: str) -> dict[str, Any]:
 
 
 def _named(page: BenchmarkPage, name: str) -> str:
-    return page.metrics[name] + ("" if page.higher[name] else " (lower: more leaked)")
+    return page.metrics[name] + ("" if page.higher[name] else " ↓")
 
 
 def _classifier_row(page: BenchmarkPage, row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -209,7 +208,8 @@ def _card(page: BenchmarkPage, row: Mapping[str, Any]) -> dict[str, Any]:
         (page.metrics[name], formats.decimal(row[name], page.digits[name]), row[f"place by {name}"])
         for name in page.metrics
     ]
-    known = [one for one in scored if not math.isnan(one[2])]
+    known = sorted((one for one in scored if not math.isnan(one[2])), key=lambda one: -one[2])
+    shown = known if len(known) <= 2 * _ENDS else [*known[:_ENDS], *known[-_ENDS:]]
     told = row["recognised"]
     return {
         "original": base64.b64encode(row["original png"]).decode(),
@@ -217,7 +217,8 @@ def _card(page: BenchmarkPage, row: Mapping[str, Any]) -> dict[str, Any]:
         "of": ", ".join(str(row[name]) for name in page.facts),
         "class": row["class"],
         "told": "not rated" if pd.isna(told) else page.rater if told else f"not {page.rater}",
-        "most": sorted(known, key=lambda one: -one[2]),
+        "shown": shown,
+        "more": len(known) - len(shown),
     }
 
 
@@ -250,7 +251,8 @@ _PAGE = """\
 .card td { padding: .15rem 0 .15rem .5rem; }
 .card td:first-child { white-space: normal; }
 .card .bar { width: 3.5rem; }
-td.words { min-width: 9rem; }
+.scroll th, .scroll td { padding: .3rem .5rem; font-size: .85rem; }
+td.words { min-width: 10rem; }
 .proxy { font-weight: 600; }
 </style>
 </head>
@@ -268,6 +270,7 @@ td.words { min-width: 9rem; }
 <figcaption>{{ caption }}</figcaption></figure>
 <h3>Single images: was this one recognised?</h3>
 {{ table(areas) }}
+<p class="soft">↓: lower is more leaked; the AUC is turned so that higher says better what was recognised.</p>
 {% for one in correlations %}
 <h3>Means over {{ one.over }}: of which was more recognised?</h3>
 {{ table(one) }}
@@ -298,11 +301,12 @@ most one of an original; all are in disagreements.csv.</p>
 <p><strong>{{ card.class }}</strong>, {{ card.told }}</p>
 <p class="soft">{{ card.of }}</p>
 <table>
-{% for name, value, place in card.most %}
+{% for name, value, place in card.shown %}
 <tr><td>{{ name }}</td><td>{{ value }}</td><td><span class="bar"><i style="width: {{ (place * 100)|round(1) }}%"></i>
 </span></td><td>{{ (place * 100)|round|int }}</td></tr>
 {% endfor %}
 </table>
+{% if card.more %}<p class="soft">{{ card.more }} metrics between these are left out.</p>{% endif %}
 </div>
 {% endfor %}
 </div>

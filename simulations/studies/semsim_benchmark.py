@@ -61,13 +61,15 @@ _SHOWN = "shown."
 class Asked:
     """What is to be done: `step` None for all of :data:`STEPS`.
 
-    `annotations`: a table of ratings, of one protocol; None: a classifier rates. `metrics`: names and parameters as
+    `annotations`: a table of ratings, of one `protocol` and of "human" or "proxy" `annotators`, which must be told
+    where it holds several; None: a classifier rates. `metrics`: names and parameters as
     settings (``metrics``, ``metric.semsim.checkpoint``); empty: every metric that needs no file.
     """
 
     step: str | None = None
     annotations: Path | None = None
     protocol: str | None = None
+    annotators: str | None = None
     metrics: Mapping[str, Any] | None = None
     engine: str | None = None
 
@@ -113,10 +115,25 @@ class Study:
                 raise ConfigError(
                     f"attack {label!r} of the benchmark: one that rebuilds images is accepted, not {names}"
                 )
-        self.table = None if asked.annotations is None else read_table(asked.annotations, asked.protocol)
+        self.table = None if asked.annotations is None else self._ratings(asked.annotations)
+
+    def _ratings(self, path: Path) -> pd.DataFrame:
+        table = read_table(path, self.asked.protocol)
+        kind = self.asked.annotators
+        kept = table if kind is None else table[table["annotator_type"] == kind]
+        if kept.empty:
+            raise DataError(
+                f"{path} holds no rating{'' if kind is None else f' by annotators of type {kind!r}'}"
+            )
+        if len(kinds := sorted(set(kept["annotator_type"]))) > 1:
+            raise DataError(
+                f"{path} holds ratings of {' and '.join(kinds)}, never pooled: choose with --annotators"
+            )
+        return kept
 
     def run(self, command: str = "") -> Path | None:
         """Carry out the steps; the page, or None where the last one was not asked for."""
+        torch.set_num_threads(1)  # sums in other parts have other last bits
         steps = STEPS if self.asked.step is None else (self.asked.step,)
         if "classifiers" in steps:
             self.train()
@@ -303,7 +320,6 @@ class Study:
         digest = hashlib.sha256(json.dumps([told, pixels], sort_keys=True).encode()).hexdigest()[:12]
         path = self.folder / f"labeller-{digest}.safetensors"
         if not path.is_file():
-            torch.set_num_threads(1)
             made = train_labeller(
                 images, labels, name, config.seed, f"{len(ids)} public images of {self.world.dataset.name}",
                 size.width, size.steps, self.world.dataset.class_names, device=choose_device(self.engine.device),

@@ -220,6 +220,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "short",
         "images": 32,
         "share": 0.45,
+        "labeller": {"steps": 1500},
         "models": [
             {"label": "small CNN, GELU", "model": "tiny-cnn", "activation": "gelu"},
             {"label": "perceptron, GELU", "model": "mlp", "activation": "gelu"},
@@ -260,6 +261,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Benchmarks by name: "cifar100" has the published 14 models, "cifar10" every ``--optim``.
 
-The nets of "small" are narrow, shallow and smooth: a few hundred iterations rebuild nothing from deep ones or such
-with ReLU. Its attacks are none of the original's. Images enter all networks in [0, 1], where the original standardises them by channel.
+The nets of "small" are shallow and smooth: a few hundred iterations rebuild nothing from deep ones or such with ReLU.
+Its attacks are none of the original's. Images enter all networks in [0, 1], where the original standardises them by
+channel.
 """

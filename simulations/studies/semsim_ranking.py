@@ -310,7 +310,9 @@ def _disagreements(rows: pd.DataFrame, study: Material, ratings: Ratings) -> pd.
         values = rows[name].to_numpy(np.float64) * (1 if metric.higher else -1)
         known = ~np.isnan(values)
         found = np.full(len(values), np.nan)
-        if known.sum() > 1:
+        if (
+            known.sum() > 1 and np.ptp(values[known]) > 0
+        ):  # a metric that says the same of all disagrees with none
             found[known] = (rankdata(values[known]) - 1) / (known.sum() - 1)
         places[name] = found
     table = np.array(list(places.values()))

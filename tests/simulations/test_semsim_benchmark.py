@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -287,6 +288,13 @@ def test_ratings_of_people_take_the_proxys_place(whole: Path, tmp_path: Path) ->
     assert "the majority of annotators" in text
     assert "no human took part" not in text
     assert f"{len(table) - len(few) + 1} of {len(table)} pairs have no rating" in text
+    write_table(path, pd.concat([table, few]))
+    with pytest.raises(DataError, match="human and proxy, never pooled"):
+        run_benchmark(tiny(), whole, asked)
+    proxies = dataclasses.replace(asked, annotators="proxy")
+    assert "no human took part" in run_benchmark(tiny(), whole, proxies).read_text()  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="no rating by annotators of type 'people'"):
+        run_benchmark(tiny(), whole, dataclasses.replace(asked, annotators="people"))
     foreign = few.assign(reconstruction_sha256="0" * 64, pair_id="other")
     write_table(path, foreign.drop_duplicates("pair_id"))
     with pytest.raises(DataError, match="rates no pair of this benchmark"):
