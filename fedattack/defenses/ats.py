@@ -26,8 +26,8 @@ What the released code does otherwise, put right here:
   the score is NaN; here they are those of a symmetric one, and at least 0;
 * transformed images are drawn anew for each use of an image, at the state of a global stream; here by seed.
 
-The bound belongs to the network: on 63 images of CIFAR-10 an untrained ResNet20-4 has -1.17 an image without a policy,
--1.33 under 43-18-18 and -1.57 under 3-1-7, a CNN of two layers -2.6, -4.6 and -5.6.
+The bound belongs to the network: on 63 images of CIFAR-10 an untrained ResNet20-4 has -1.17 an image without a
+policy, -1.33 under 43-18-18 and -1.57 under 3-1-7; a CNN of two layers has -2.6, -4.6 and -5.6.
 
 References
 ----------
