@@ -36,8 +36,7 @@ PROMINENT = {
         "protocol": "fedsgd (gradients) or fedavg (weight deltas)",
         "compressor": "topk, topk-qsgd, randomk, sign, qsgd, dgc, none",
         "compression": "kept share of an update",
-        "defense": "clip-noise, prune, soteria, ...; several with commas",
-        "strategy": "any Flower strategy by name",
+        "defense": "clip-noise, soteria, ...; several with commas",
     },
     "The adversary": {
         "attack": "hcgla, ig, tensor, fedmia, ...; several with commas",
@@ -59,14 +58,12 @@ app = typer.Typer(
 )
 learn = typer.Typer(help="Train and test HCGLA's generator and denoiser.", no_args_is_help=True)
 app.add_typer(learn, name="hcgla")
-gan = typer.Typer(
-    help="Train a generator of images, sample it, attack what it releases.", no_args_is_help=True
-)
+gan = typer.Typer(help="Train a generator, sample it, attack what it releases.", no_args_is_help=True)
 app.add_typer(gan, name="gan")
 forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_args_is_help=True)
 app.add_typer(forgetting, name="unlearning")
 ratings = typer.Typer(help="What ratings are worth: agreement, checks, votes.", no_args_is_help=True)
-app.add_typer(ratings, name="annotations")
+app.add_typer(ratings, name="annotations", hidden=True)  # `annotate --help` names it
 semsim = typer.Typer(help="Learn a metric from ratings, test it, and rank metrics.", no_args_is_help=True)
 app.add_typer(semsim, name="semsim")
 console = Console()
@@ -168,7 +165,7 @@ def assigned(assignments: list[str] | None) -> dict[str, str]:
 @app.callback(invoke_without_command=True, epilog=EXAMPLE)
 @with_settings
 def run(context: typer.Context, config: Config) -> None:
-    """Train a federation for real, attack it for real, and report what leaked beside what would have anyway.
+    """Train a federation for real, attack it, and report what leaked beside its floor.
 
     `fedattack settings` lists every setting; sub-commands have their own --help.
     """
@@ -221,7 +218,7 @@ def list_plugins(
 
 @app.command("show")
 def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `fedattack list` names")]) -> None:
-    """What an attack, defence, ... does, who runs it and what it needs."""
+    """What an attack, a defence, ... does and needs, and who runs it."""
     from simulations.cli.catalogue import described, settings_tables
 
     table = Table(title=name, show_header=False, **PLAIN)
@@ -236,7 +233,10 @@ def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `feda
 
 @app.command("settings")
 def list_settings(name: Name = None) -> None:
-    """Every setting, or one attack's: default, option and meaning; an empty value (NAME=) is None."""
+    """Every setting, or one attack's: default, option and meaning.
+
+    An empty value (NAME=) is None.
+    """
     from simulations.cli.catalogue import settings_tables
 
     texts = {f"--{option}": text for group in PROMINENT.values() for option, text in group.items()}
@@ -275,7 +275,7 @@ def sweep(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="ray or inline; default: the file's")] = None,
 ) -> None:
-    """Run every combination of attacks, ... that FILE names; started again, it resumes."""
+    """Run every combination that FILE names; it can be resumed."""
     from simulations.studies.sweep import Sweep, run_sweep
 
     folder = out or Path("runs") / file.stem
@@ -293,7 +293,7 @@ def score(
     *,
     config: Config,
 ) -> None:
-    """Score again, by any metrics, what a run, a sweep or folders of pictures hold."""
+    """Score again, by any metrics: a run, a sweep, folders of images."""
     from simulations.studies.scoring import score_sources
 
     score_sources(sources, config.metric, out, console=console, command=typed())
@@ -509,7 +509,12 @@ def annotate(
         Path | None, typer.Option("--import", metavar="FILE", help="merge what such a file sent back")
     ] = None,
 ) -> None:  # fmt: skip
-    """Let people rate reconstructions, one key an answer, on a page of this machine."""
+    """Let people rate reconstructions on a page, one key an answer.
+
+    `fedattack annotations report TABLE` shows progress and agreement; `votes` and `import` are beside it.
+
+    SOURCE: runs or sweeps; or a folder of originals and one of reconstructions of the same names.
+    """
     from simulations.cli.annotate import make_plans, run_export, run_import, run_serve
 
     if returned is not None:

@@ -19,6 +19,7 @@ __all__ = [
     "fleiss_kappa",
     "krippendorff_alpha",
     "latest",
+    "pair_name",
     "read_table",
     "votes",
     "write_table",

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedattack.annotation.page import page
-from fedattack.annotation.pairs import Picture
-from fedattack.annotation.plan import Option, Plan, Question, judged, png
+from fedattack.annotation.pairs import Picture, png
+from fedattack.annotation.plan import Option, Plan, Question, judged
 from fedattack.annotation.rating_file import RatingFile
 from fedattack.annotation.server import timestamp
 from fedattack.annotation.table import PER_PAIR, pair_name, row_fault
@@ -145,7 +145,10 @@ def _read_answers(file: Path) -> tuple[list[dict[str, Any]], str, str]:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from None
     if size > _LARGEST_ANSWERS:
         raise DataError(f"{file} has {size:,} bytes; a file of answers has at most {_LARGEST_ANSWERS:,}")
-    document = read_json(file)
+    try:
+        document = read_json(file)
+    except RecursionError:
+        document = None
     wanted = {"format": int, "export": str, "annotator": str, "answers": list}
     if (
         not isinstance(document, dict)

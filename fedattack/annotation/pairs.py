@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -71,6 +72,13 @@ def decode(data: bytes, name: str) -> Image.Image:
             return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read picture {name!r}: {error}") from None
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as PNG, without any text of its file."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def read_pairs(sources: Sequence[Path]) -> list[RatedPair]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageFilter
 
-from fedattack.annotation.pairs import Picture, RatedPair
+from fedattack.annotation.pairs import Picture, RatedPair, png
+from fedattack.annotation.practice import class_cases, match_cases, recognise_cases
 from fedattack.annotation.table import CANNOT_TELL, PER_PAIR, pair_name
 from fedattack.errors import ConfigError
 from fedattack.rng import numpy_rng
 
-PRACTICE = 5
 _SHARE = 0.1
 """Of repeats, and of checks, among the pairs."""
 
@@ -31,6 +29,7 @@ MOST_CLASSES = 10
 
 Protocol = Literal["match", "recognise"]
 Kind = Literal["pair", "repeat", "identical", "wrong"]
+_Placed = tuple[float, Kind, RatedPair]
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,9 @@ def make_plan(
     """Plan an annotator's questions, in a blinded order of their own.
 
     A tenth of the pairs are asked again, at least five questions later; as many checks are strewn in, whose answer is
-    certain: an original beside itself or, under `match`, beside the reconstruction of another. Below five pairs there
-    are neither. A pair that is there twice is asked for once. `by_class`: under `recognise`, the class is asked for
-    instead of yes or no.
+    certain: an original beside itself or beside the reconstruction of another; under `recognise`, an original in the
+    place of a reconstruction, after those of it. Below five pairs there are neither. A pair that is there twice is
+    asked for once. `by_class`: under `recognise`, the class is asked for instead of yes or no.
 
     Raises ConfigError where classes are asked for that are unknown, or have no keys.
     """
@@ -149,8 +148,10 @@ def make_plan(
     digest = _digest(pairs, protocol, by_class)
     rng = numpy_rng(seed, "annotation", zlib.crc32(annotator.encode()), int(digest[:8], 16))
     order = [pairs[place] for place in rng.permutation(len(pairs))]
-    placed: list[tuple[float, Kind, RatedPair]] = [(at, "pair", pair) for at, pair in enumerate(order)]
-    placed += _repeats(order, rng) + _checks(order, protocol, rng)
+    repeats = _repeats(order, rng)
+    placed: list[_Placed] = [(at, "pair", pair) for at, pair in enumerate(order)]
+    placed += repeats
+    placed += _match_checks(order, rng) if protocol == "match" else _alone_checks(order, repeats, rng)
     placed.sort(key=lambda one: one[0])
     secret = f"{digest}|{annotator}|{seed}"
     every = [
@@ -159,7 +160,7 @@ def make_plan(
     ]
     questions = {question.name: question for question in every}.values()  # a check may be drawn twice
     task = "class" if by_class else protocol
-    exercises = _exercises(order, protocol, options, rng, secret)
+    exercises = _exercises(order, task, options, rng, secret)
     return Plan(
         protocol, annotator, digest, _QUESTIONS[task], _HINTS[task], options, exercises, tuple(questions)
     )
@@ -203,30 +204,41 @@ def _some(count: int) -> int:
     return max(1, round(_SHARE * count)) if count >= _FEWEST else 0
 
 
-def _repeats(order: Sequence[RatedPair], rng: np.random.Generator) -> list[tuple[float, Kind, RatedPair]]:
+def _repeats(order: Sequence[RatedPair], rng: np.random.Generator) -> list[_Placed]:
     early = max(0, len(order) - _APART)
     chosen = rng.permutation(early)[: _some(len(order))]
     return [(rng.uniform(place + _APART, len(order)), "repeat", order[place]) for place in sorted(chosen)]
 
 
-def _checks(
-    order: Sequence[RatedPair], protocol: Protocol, rng: np.random.Generator
-) -> list[tuple[float, Kind, RatedPair]]:
-    """An original beside itself and, where two pictures are compared, beside another's reconstruction, in turn."""
-    found: list[tuple[float, Kind, RatedPair]] = []
+def _match_checks(order: Sequence[RatedPair], rng: np.random.Generator) -> list[_Placed]:
+    """An original beside itself and beside another's reconstruction, in turn."""
+    found: list[_Placed] = []
     originals = {pair.original.sha256: pair for pair in order}
     for number in range(_some(len(order))):
-        pair = order[int(rng.integers(len(order)))]
-        other = _stranger(pair, order, rng) if protocol == "match" and number % 2 else None
-        at = rng.uniform(1, len(order))
+        pair, at = order[int(rng.integers(len(order)))], rng.uniform(1, len(order))
+        other = _stranger(pair, order, rng) if number % 2 else None
         if other is not None:
             found.append((at, "wrong", RatedPair(pair.original, other.reconstruction, other.told)))
-            continue
-        same = originals.pop(pair.original.sha256, None)  # each original once
-        if same is not None:
-            told = {name: same.told.get(name, "") for name in ("dataset", "class_label")}
-            found.append((at, "identical", RatedPair(same.original, same.original, told)))
+        elif (same := originals.pop(pair.original.sha256, None)) is not None:  # each original once
+            found.append((at, "identical", _itself(same)))
     return found
+
+
+def _alone_checks(
+    order: Sequence[RatedPair], repeats: Sequence[_Placed], rng: np.random.Generator
+) -> list[_Placed]:
+    """An original in a reconstruction's place, after its reconstructions: who has seen it recognises them."""
+    last = {pair.original.sha256: (at, pair) for at, pair in enumerate(order)}
+    for _, _, pair in repeats:
+        last.pop(pair.original.sha256, None)
+    seen = list(last.values())
+    chosen = rng.permutation(len(seen))[: _some(len(order))]
+    return [(rng.uniform(seen[one][0], len(order)), "identical", _itself(seen[one][1])) for one in chosen]
+
+
+def _itself(pair: RatedPair) -> RatedPair:
+    told = {name: pair.told.get(name, "") for name in ("dataset", "class_label")}
+    return RatedPair(pair.original, pair.original, told)
 
 
 def _stranger(pair: RatedPair, order: Sequence[RatedPair], rng: np.random.Generator) -> RatedPair | None:
@@ -260,84 +272,32 @@ def _by_class(pairs: Sequence[RatedPair]) -> tuple[Option, ...]:
 
 def _exercises(
     order: Sequence[RatedPair],
-    protocol: Protocol,
+    task: str,
     options: Sequence[Option],
     rng: np.random.Generator,
     secret: str,
 ) -> tuple[Exercise, ...]:
-    """Five screens with a certain answer, of the originals and their distortions."""
     first = order[int(rng.integers(len(order)))]
-    other = _stranger(first, order, rng) or first
-    one, two = first.original.pixels(), other.original.pixels()
-    noise = Image.fromarray(rng.integers(0, 256, np.asarray(one).shape, dtype=np.uint8))
-    mine, theirs = first.told.get("class_label", ""), other.told.get("class_label", "")
-    if protocol == "match":
-        cases = [
-            (one, True, mine, "The right picture is the left one, unchanged."),
-            (noise, False, mine, "The right picture is noise: nothing of the left one can be seen in it."),
-            (_blurred(one), True, mine, "The right picture is the left one, blurred; it can still be told."),
-            (two, False, mine, "The right picture shows another image, however clearly."),
-            (
-                _moved(one),
-                True,
-                mine,
-                "The right picture is the left one, moved and paler; that does not matter.",
-            ),
-        ]
-        if other is first:
-            cases[3] = (
-                _shuffled(one, rng),
-                False,
-                mine,
-                "The pixels are shuffled: nothing can be told any more.",
-            )
+    other = _stranger(first, order, rng)
+    if task == "match":
+        cases = match_cases(first, other, rng)
+    elif task == "class":
+        cases = class_cases(first, other or first, rng)
     else:
-        cases = [
-            (one, True, mine, "It is an original, unchanged."),
-            (noise, False, mine, "It is noise: nothing can be recognised."),
-            (_blurred(two), True, theirs, "It is an original, blurred; it can still be told."),
-            (
-                _shuffled(one, rng),
-                False,
-                mine,
-                "The pixels are shuffled: nothing can be recognised any more.",
-            ),
-            (_moved(two), True, theirs, "It is an original, moved and paler; that does not matter."),
-        ]
-    found = []
-    for place, (picture, yes, name, why) in enumerate(cases[:PRACTICE]):
-        shown = (one, picture) if protocol == "match" else (picture,)
-        right = tuple(at for at, option in enumerate(options) if _is_right(option, yes, name))
-        token = opaque(f"{secret}|practice {place}")
-        found.append(Exercise(token, tuple(png(image) for image in shown), one.size, right, why))
-    return tuple(found)
+        cases = recognise_cases(first.original.pixels().mode == "RGB", rng)
+    return tuple(
+        Exercise(
+            opaque(f"{secret}|practice {place}"),
+            tuple(png(image) for image in case.pictures),
+            case.pictures[0].size,
+            tuple(at for at, option in enumerate(options) if _is_right(option, case.yes, case.name)),
+            case.why,
+        )
+        for place, case in enumerate(cases)
+    )
 
 
 def _is_right(option: Option, yes: bool, name: str) -> bool:
     if option.choice == CANNOT_TELL:
         return False
     return option.choice == name if yes and option.label is None else option.label == int(yes)
-
-
-def png(image: Image.Image) -> bytes:
-    """A picture as PNG, without any text of its file."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _blurred(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(max(0.6, min(image.size) / 40)))
-
-
-def _moved(image: Image.Image) -> Image.Image:
-    """An eighth to the right, with half the contrast."""
-    pixels = np.asarray(image).astype(np.float64)
-    pixels = np.roll(pixels, max(1, image.width // 8), axis=1)
-    return Image.fromarray((pixels.mean() + 0.5 * (pixels - pixels.mean())).round().astype(np.uint8))
-
-
-def _shuffled(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    pixels = np.asarray(image)
-    flat = pixels.reshape(image.width * image.height, -1)
-    return Image.fromarray(rng.permutation(flat).reshape(pixels.shape))

@@ -57,8 +57,12 @@ class Quality:
     fast_lines: tuple[int, ...]
 
     def document(self) -> dict[str, Any]:
-        """The same as JSON's types, for :func:`fedattack.storage.plain.plain`."""
-        return dataclasses.asdict(self)
+        """The same for machines, counts by their names."""
+        found = dataclasses.asdict(self) | {"majority": dict(zip(("1", "0"), self.majority, strict=True))}
+        for one in found["annotators"]:
+            one["checks"] = dict(zip(("failed", "asked"), one["checks"], strict=True))
+            one["repeats"] = dict(zip(("changed", "asked"), one["repeats"], strict=True))
+        return found
 
 
 def quality(frame: pd.DataFrame, seed: int = 0, fast: float = FAST) -> list[Quality]:
@@ -133,15 +137,12 @@ def _code(label: Any) -> int:
 def _fast(frame: pd.DataFrame, fast: float) -> list[int]:
     """Lines of answers given so soon after the same annotator's answer before."""
     found: list[int] = []
+    limit = datetime.timedelta(seconds=fast)
     for _, mine in frame.groupby("annotator_id"):
         moments = sorted(zip(map(moment, mine["timestamp"]), mine.index.tolist(), strict=True))
-        limit = datetime.timedelta(seconds=fast)
-        # Equal times are a table that was filled at once, not a person.
-        found += [
-            line
-            for (before, _), (now, line) in itertools.pairwise(moments)
-            if datetime.timedelta(0) < now - before < limit
-        ]
+        if moments[0][0] == moments[-1][0]:  # filled in at once, as an import does, and not by a person
+            continue
+        found += [line for (before, _), (now, line) in itertools.pairwise(moments) if now - before < limit]
     return sorted(found)
 
 

@@ -91,7 +91,12 @@ class RatingFile:
             lines = self.path.read_bytes().splitlines(keepends=True)
             begins = [*self._parsed.lines, len(lines) + 1]
             first, behind = begins[places[-1]] - 1, begins[places[-1] + 1] - 1
-            write_bytes(self.path, b"".join(lines[:first] + lines[behind:]))
+            if behind >= len(lines):  # needs no room, so that a full disk does not forbid it
+                with self.path.open("r+b") as stream:
+                    stream.truncate(sum(map(len, lines[:first])))
+                    os.fsync(stream.fileno())
+            else:
+                write_bytes(self.path, b"".join(lines[:first] + lines[behind:]))
             self._refresh()
             return True
 

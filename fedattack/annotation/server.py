@@ -15,8 +15,8 @@ from typing import Any, TypeGuard
 from urllib.parse import parse_qs, urlsplit
 
 from fedattack.annotation.page import page
-from fedattack.annotation.pairs import Picture
-from fedattack.annotation.plan import Plan, Question, judged, opaque, png
+from fedattack.annotation.pairs import Picture, png
+from fedattack.annotation.plan import Plan, Question, judged, opaque
 from fedattack.annotation.rating_file import RatingFile
 from fedattack.errors import ConfigError, DataError, FedattackError
 
@@ -188,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         except DataError as error:
             self._json(HTTPStatus.CONFLICT, {"error": str(error)})
         except FedattackError as error:  # a full disk: the answer was not taken
-            self._json(HTTPStatus.INSUFFICIENT_STORAGE, {"error": f"Your answer was not saved: {error}."})
+            self._json(HTTPStatus.INSUFFICIENT_STORAGE, {"error": f"Nothing was saved: {error}."})
 
     def _check_sender(self) -> None:
         """Browsers that were led here by another site say so in Host or Origin."""

@@ -49,9 +49,9 @@ _COSTLY_CONTROLS = 4
 class Victim:
     """One private batch, and what was answered about it.
 
-    `answer` None: the `reason` says why there is none; one without labels was not asked for
-    them. `granted`: public images that the attacker had, (N, C, H, W),
-    whose mean is a floor. `fields`: further columns of its records.
+    `answer` None: the `reason` says why there is none; one without labels was not asked for them. `granted`: public
+    images that the attacker had, (N, C, H, W), whose mean is a floor. `fields`: further columns of its records.
+    `photograph`: of a single private image, another one of the same person, (1, C, H, W), where there is one.
     """
 
     key: str
@@ -60,6 +60,7 @@ class Victim:
     reason: str = ""
     granted: Tensor | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    photograph: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ImageScores:
 
     Columns of a metric ``m``: ``m``, ``floor.<floor>.m``, ``shown.m`` and ``control_m`` (mean over other victims'
     images). `pooled`: metric -> "" (the attack's own), floor or "shown" -> value. `identified`: of each victim, in
-    order; None where it cannot be told; `floors_identified`: floor -> the same. `metrics` are what was scored by,
+    order; None where it cannot be told; `floors_identified`: floor -> the same;
+    `persons`: of another photograph of the same person. `metrics` are what was scored by,
     and what is told of each in a summary.
     """
 
@@ -78,6 +80,7 @@ class ImageScores:
     pooled: dict[str, dict[str, float]]
     identified: list[Identification | None]
     floors_identified: list[dict[str, Identification]]
+    persons: list[Identification | None]
     metrics: dict[str, dict[str, Any]]
 
 
@@ -129,7 +132,9 @@ def score_images(
     }
     pooled = _pooled({n: m for n, m in metrics.items() if m.pooled}, images, seed)
     told = {name: describe_metric(metric) for name, metric in metrics.items()}
-    return ImageScores(records, images, work.failed, pooled, work.identified, work.floors_identified, told)
+    return ImageScores(
+        records, images, work.failed, pooled, work.identified, work.floors_identified, work.persons, told
+    )
 
 
 def described_metrics(
@@ -206,6 +211,7 @@ class _Work:
         self.failed: list[dict[str, str]] = []
         self.identified: list[Identification | None] = []
         self.floors_identified: list[dict[str, Identification]] = []
+        self.persons: list[Identification | None] = []
         costly = {name: m for name, m in metrics.items() if "weights" in m.needs}
         cheap = {name: m for name, m in metrics.items() if name not in costly and "gallery" not in m.needs}
         self._controls = [
@@ -251,6 +257,7 @@ class _Work:
             add(f"floor.{name}.", self._scores(panels[name], private, truth, gallery), everyone)
         if answer is None:
             self.identified.append(None)
+            self.persons.append(None)
             self.floors_identified.append({})
             return rows, panels
         own = answer.images.to(private).cpu()
@@ -263,11 +270,15 @@ class _Work:
         known = identify({REBUILT: own.clamp(0, 1), **floors}, private, batches)
         self.identified.append(known.pop(REBUILT, None))
         self.floors_identified.append(known)
+        another = (
+            {} if victim.photograph is None else identify({"": own.clamp(0, 1)}, victim.photograph, batches)
+        )
+        self.persons.append(another.get(""))
         told_right = tuple(bool(named[index]) for index in chosen) if asked else None
         add("", self._scores(found_images, private[chosen], truth, gallery, chosen, told_right), chosen)
         outside, (inflated, wide) = (
             out_of_range_share(found_images),
-            paper_scale(found_images, private[chosen]),
+            paper_scale(panels[REBUILT][chosen], private[chosen]),
         )
         scale = {"psnr_paper_scale": inflated.tolist(), "ssim_paper_scale": wide.tolist()}
         add("", scale | {"out_of_range_share": outside.tolist()}, chosen)

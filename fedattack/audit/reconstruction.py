@@ -79,6 +79,7 @@ def audit_reconstruction(
     seed: int = 0,
     metrics: Mapping[str, ImageMetric] | None = None,
     public: Tensor | None = None,
+    photographs: Mapping[str, Tensor] | None = None,
 ) -> AuditResult:
     """Score reconstructions against the private images, every floor and another victim's images; a record per image.
 
@@ -101,6 +102,8 @@ def audit_reconstruction(
         Scored by, beside those that the verdict rests on.
     public
         Images of nobody's, (N, C, H, W), among which a private one is looked for as well.
+    photographs
+        Key of an observation of one image -> another photograph of the same person, (1, C, H, W).
 
     Raises
     ------
@@ -130,7 +133,8 @@ def audit_reconstruction(
             "seconds": spent,
         }
         images, why = None if granted is None else granted.images, (reasons or {}).get(observation.key, "")
-        victims.append(Victim(observation.key, truth, answer, why, images, fields))
+        another = (photographs or {}).get(observation.key)
+        victims.append(Victim(observation.key, truth, answer, why, images, fields, another))
     public_labels = getattr(observations[0].auxiliary, "labels", None)
     labels = [] if public_labels is None else public_labels.tolist()
 
@@ -309,6 +313,7 @@ class _Summary:
                 "beyond_guessing": told.beyond,
             },
             "identified": None if named is None else named.record(),
+            "person": self.person(records, looks),
             "level": level,
             "verdict": text,
         }
@@ -337,6 +342,12 @@ class _Summary:
             looks,
             len(records) == len(chosen),
         )
+
+    def person(self, records: Sequence[Mapping[str, Any]], looks: int) -> dict[str, Any] | None:
+        """How often another photograph of the same person ranks first, beside chance; None where there is none."""
+        found = [self.scores.persons[v] for v in dict.fromkeys(row["victim"] for row in records)]
+        told = evidence([one for one in found if one is not None], 1 - 0.05 / looks)
+        return None if told is None else rule.Identified(told).record()
 
 
 def _by_round(told: Mapping[int, dict[str, Any]]) -> tuple[Level, str]:
@@ -485,6 +496,10 @@ def _remarks(result: AuditResult) -> list[str]:
         parts.append(f"above the control: {formats.decimal(over['mean'])} dB")
     if (sure := metrics["label_confidence"]["mean"]) is not None:
         parts.append(f"own confidence in the labels {formats.compact(sure)}")
+    if person := s.get("person"):
+        what = "another photograph of the same person ranks first"
+        chance = f"by chance {formats.decimal(person['chance'])}, {formats.p_value(person['p_value'])}"
+        parts.append(f"{what} for {person['first']} of {person['of']} ({chance})")
     if s["methods"]:
         parts.append(f"method: {', '.join(s['methods'])}")
     if (certificate := metrics["certificate"]["mean"]) is not None:
@@ -529,9 +544,15 @@ def _rank(row: Figures) -> str:
 
 
 def _best(s: Figures, name: str) -> Figures:
-    """A metric of the best floor."""
-    floor: Figures = s["floors"][s["best_floor"]] if "best_floor" in s else {}
-    return floor.get(name) or {"mean": None}
+    """A metric of the floor that is best by it; of the verdict's lead, of the floor that the verdict names."""
+    floors = {floor: found[name] for floor, found in s["floors"].items() if found.get(name)}
+    known = {floor: found for floor, found in floors.items() if found["mean"] is not None}
+    if "best_floor" not in s or not known:
+        return {"mean": None}
+    if name == VERDICT_METRICS[0]:
+        return floors.get(s["best_floor"], {"mean": None})
+    pick = max if _scored_by(s)[name]["higher"] else min
+    return known[pick(known, key=lambda floor: known[floor]["mean"])]
 
 
 def _first_cell(s: Figures) -> str:

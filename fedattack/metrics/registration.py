@@ -30,7 +30,7 @@ FLAT = 1e-6
 CHUNK_VALUES = 2**18
 """Complex numbers that a table works on at once, in each of a few buffers: 4 MiB."""
 
-CHUNK_PIXELS = 2**17
+CHUNK_PIXELS = 2**15
 """Pixels of either side that pairs are worked on at once; their padded transforms are about twice as large."""
 
 

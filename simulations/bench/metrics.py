@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -25,7 +26,7 @@ from fedattack.errors import ConfigError
 from fedattack.metrics.degradations import ARMS
 from fedattack.metrics.registration import RegisteredCorrelation
 from fedattack.metrics.semsim.evaluation import Evaluation
-from fedattack.metrics.semsim.labeller import train_labeller
+from fedattack.metrics.semsim.labeller import Labeller, train_labeller
 from fedattack.metrics.semsim.rated import Rated
 from fedattack.rng import torch_rng
 from simulations.bench.scenes import data_set
@@ -54,7 +55,7 @@ PIQ_SCORES = (
 )
 
 # Data set, originals, images that judge and labeller are trained on, each; steps.
-SETS = (("mnist", 48, 5000, 800), ("cifar10", 64, 1150, 800))
+SETS = (("mnist", 48, 5000, 800), ("cifar10", 64, 1050, 800))
 
 _SIDE = 32
 _LOOP_PAIRS = 3
@@ -68,7 +69,8 @@ def run(quick: bool = False, data: Path | None = None, long: bool = False) -> di
     ``<set>_<metric>_auc``: of single images against the judge's answers; ``..._spearman`` over the arms; the rows
     with intervals are under ``<set>_arms``, regcorr with an overlap of .5 as ``regcorr-half``.
     ``<set>_regcorr_less_ssim``: paired difference in AUC, with ``..._low`` and ``..._high`` by bootstrap over
-    originals. ``memory_<metric>``: MiB beyond the inputs, of 2,000 pairs of 128 x 128 x 3.
+    originals; ``<set>_sure_...`` the same where recognised means a probability of at least .5, not the first rank.
+    ``memory_<metric>``: MiB beyond the inputs, of 2,000 pairs of 128 x 128 x 3.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -137,8 +139,9 @@ def arms(
 ) -> dict[str, Any]:
     """Every metric's AUC and Spearman against a judge, over 24 degradations of so many originals.
 
-    Judge and labeller are small CNNs trained on other images, each on its own, with changes of contrast and
-    brightness, shifts and noise. Originals are those that the judge knows as they are. MNIST is padded to 32 pixels.
+    Recognised is what the judge gives the right name. Judge and labeller are small CNNs trained on other images, each
+    on its own, with changes of contrast and brightness, shifts and noise. Originals are those that the judge knows as
+    they are. MNIST is padded to 32 pixels.
     """
     if quick:
         originals, trained_on, steps = 8, 200, 20
@@ -151,7 +154,7 @@ def arms(
     judge = train_labeller(images[first], labels[first], "judge", seed, name, 24, steps)
     labeller = train_labeller(images[second], labels[second], "labeller", seed + 1, name, 16, steps)
     images, labels = images[rest][:2000], labels[rest][:2000]
-    known = judge.true_class(images, labels) >= (0 if quick else 0.5)
+    known = torch.ones(len(images), dtype=torch.bool) if quick else _named(judge, images, labels)
     truth, labels = images[known][:originals], labels[known][:originals]
     if len(truth) < originals:
         raise ConfigError(f"{name}: the judge knows {len(truth)} of the images left; {originals} are needed")
@@ -161,10 +164,13 @@ def arms(
         truth,
         changed,
         np.tile(np.arange(originals), many),
-        (judge.true_class(changed, labels.repeat(many)) >= 0.5).numpy(),
+        _named(judge, changed, labels.repeat(many)).numpy(),
         {"attack": np.repeat(np.array([arm for arm, _ in ARMS]), originals)},
         labels.numpy(),
         judge.facts.name,
+    )
+    surely = dataclasses.replace(
+        rated, recognised=(judge.true_class(changed, labels.repeat(many)) >= 0.5).numpy()
     )
     pairs = metrics.Pairs(changed, truth.repeat(many, 1, 1, 1), labels.repeat(many))
     chosen = {one: metrics.METRICS.get(one)() for one in (*SCORES, *(PIQ_SCORES if find_spec("piq") else ()))}
@@ -187,11 +193,11 @@ def arms(
         figures |= {f"{name}_{one}_{what}": found[what].value for what in ("auc", "spearman")}
         rows[one] = {what: str(found[what]) for what in ("auc", "spearman")}
         rows[one]["unscored"] = int(np.isnan(scores[one]).sum())
-    less = told.difference("regcorr", "ssim")["auc"]
-    figures |= {
-        f"{name}_regcorr_less_ssim{end}": value
-        for end, value in (("", less.value), ("_low", less.low), ("_high", less.high))
-    }
+    for kind, one in (("", rated), ("sure_", surely)):
+        compared = Evaluation(one, scores, ("attack",), seed, over_groups=False)
+        less = compared.difference("regcorr", "ssim")["auc"]
+        ends = {"": less.value, "_low": less.low, "_high": less.high}
+        figures |= {f"{name}_{kind}regcorr_less_ssim{end}": value for end, value in ends.items()}
     share = {arm: float(rated.recognised[rated.facts["attack"] == arm].mean()) for arm, _ in ARMS}
     return figures | {f"{name}_arms": {"metrics": rows, "recognised": share}}
 
@@ -199,15 +205,20 @@ def arms(
 def memory(name: str, pairs: int) -> float:
     """MiB by which a process grows beyond its inputs, pairs of 128 x 128 x 3, while it scores them."""
     code = f"""
-import resource, torch
+import re, torch
+from pathlib import Path
 from fedattack import metrics
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
 torch.set_num_threads(1)
 truth = torch.rand({pairs}, 3, 128, 128)
 images = truth.flip(0)
 metrics.{name}(images[:2], truth[:2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 metrics.{name}(images, truth)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(done.stdout)
@@ -229,6 +240,11 @@ def _images(name: str, data: Path, seed: int) -> tuple[Tensor, Tensor]:
     images, labels = dataset.tensors(order.numpy())
     reach = (_SIDE - images.shape[-1]) // 2
     return functional.pad(images, [reach] * 4), labels
+
+
+def _named(judge: Labeller, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether the classifier gives each image its right name, bool (N,)."""
+    return judge.probabilities(images).argmax(1) == labels
 
 
 def _beside(name: str, ours: Callable[[], Floats], theirs: Callable[[], Floats]) -> dict[str, float]:

@@ -165,7 +165,8 @@ def _print(found: Quality, fast: float, console: Console) -> None:
         f"under {fast:g} s",
         "last",
     ):
-        table.add_column(name, justify="left" if name in ("annotator", "last") else "right")
+        left = name in ("annotator", "last")
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
     for one in found.annotators:
         table.add_row(*_cells(one, found.pairs))
     console.print(table)
@@ -199,14 +200,14 @@ def _cells(one: Annotator, pairs: int) -> list[str]:
 def _agreement(found: Quality) -> str:
     if found.alpha is None:
         return "unknown, for no pair has labels of two annotators"
-    told = [_coefficient("Krippendorff's alpha", found.alpha)]
+    told = [_coefficient("Krippendorff's alpha", found.alpha) + " with two labels or more"]
     if found.kappa is not None:
-        told.append(_coefficient("Fleiss' kappa", found.kappa))
+        told.append(_coefficient("Fleiss' kappa", found.kappa) + " that everybody labelled")
     return "; ".join(told)
 
 
 def _coefficient(name: str, value: Interval) -> str:
     if value.mean != value.mean:
-        return f"{name} is undefined: all {value.count} pairs got the same label"
+        return f"{name} is undefined, for all labels are alike: {value.count} pairs"
     ends = {"low": value.low, "high": value.high} if value.known else {}
     return f"{name} {value.mean:.3f}, 95 % interval {formats.interval(ends, 3)}, {value.count} pairs"

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from fedattack.groundtruth import GroundTruth
 from fedattack.metrics import build_metrics
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
-from fedattack.rng import adversary_seed
+from fedattack.rng import adversary_seed, numpy_rng
 from fedattack.storage import RunFolder, load_truths, save_observation, save_truth
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.base import Experiment, Plan, SavedWork
@@ -37,6 +38,22 @@ def held_out_images(world: World) -> Tensor | None:
     """Held-out samples, a few, among which private images are looked for beside those of others."""
     chosen = world.pools.nonmembers[:_GALLERY]
     return world.dataset.tensors(chosen)[0] if len(chosen) else None
+
+
+def other_photographs(world: World, truths: Sequence[GroundTruth], seed: int) -> dict[str, Tensor]:
+    """Key of each single private image -> another photograph of its person, drawn; of persons that have several."""
+    groups, found = world.dataset.groups, dict[str, Tensor]()
+    for truth in truths if groups is not None else ():
+        assert groups is not None
+        if len(truth.sample_ids) == 1:
+            own = truth.sample_ids[0]
+            others = np.setdiff1d(np.flatnonzero(groups == groups[own]), [own])
+            if len(others):
+                drawn = numpy_rng(seed, "another photograph", truth.round, truth.client).choice(others)
+                image = world.dataset.tensors(np.array([drawn]))[0]
+                if not torch.equal(image, truth.images):
+                    found[truth.key] = image
+    return found
 
 
 class Answers:
@@ -138,14 +155,20 @@ class Answers:
         group = min(self._config.attack.victims_per_task, total - finished)
         self._shown(name, (finished + share * group) / total, text)
 
-    def audit(self, name: str, truths: Sequence[GroundTruth], public: Tensor | None = None) -> AuditResult:
-        """Score one attack's answers; `public` images are nobody's."""
+    def audit(
+        self,
+        name: str,
+        truths: Sequence[GroundTruth],
+        public: Tensor | None = None,
+        photographs: Mapping[str, Tensor] | None = None,
+    ) -> AuditResult:
+        """Score one attack's answers; see :func:`fedattack.audit.audit_reconstruction`."""
         answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
         found = [answers.get(o.key, (None, 0.0)) for o in observations]
         images, seconds = [answer for answer, _ in found], [spent for _, spent in found]
         more: dict[str, Any] = {"seed": self._config.seed, "reasons": self._failed[name]}
-        more |= {"metrics": self._metrics, "public": public}
+        more |= {"metrics": self._metrics, "public": public, "photographs": photographs}
         return audit_reconstruction(name, observations, images, truths, seconds, **more)
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
@@ -162,7 +185,9 @@ class SavedVictims(SavedWork):
         self._truths = None if self.truth is None else load_truths(self.truth)
 
     def submit(self, observations: Sequence[Observation]) -> None:
-        """Attack them; where the truth is given, those that it tells of."""
+        """Attack them; where the truth is given, those that it tells of, by metrics that can score them."""
+        if self.truth is not None and observations:
+            check_metrics(build_metrics(self.config.metric), observations[0].scenario.image_shape)
         told = None if self._truths is None else {truth.key for truth in self._truths}
         chosen = [o for o in observations if told is None or o.key in told]
         if len(chosen) < len(observations):
@@ -255,7 +280,8 @@ class ReconstructionExperiment(Experiment):
 
     def audit(self, federation: FederationResult) -> dict[str, AuditResult]:
         public = held_out_images(self.plan.world)
-        return {name: self.work.audit(name, self.truths, public) for name in self.attacks}
+        photographs = other_photographs(self.plan.world, self.truths, self.plan.config.seed)
+        return {name: self.work.audit(name, self.truths, public, photographs) for name in self.attacks}
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         return self.work.answers()

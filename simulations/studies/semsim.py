@@ -209,10 +209,10 @@ def run_evaluate(
             f"the ratings are {judge.facts.name}'s own: its figure is perfect by construction, and SemSim's says how "
             "well it copies; rate by another classifier to judge both"
         )
-    scores = metric_scores(rated, trained.distances)
+    scores = metric_scores(rated, facts.heading, trained.distances)
     if judge is not None:
         scores = {f"labeller {judge.facts.name}": _own_score(judge, rated, classes)} | scores
-    parts = _parts(rated, scores, by, seed, facts.seen)
+    parts = _parts(rated, scores, facts.heading, by, seed, facts.seen)
     _say(console, notes)
     for part, found in parts.items():
         _print_part(console, f"{part}: {facts.heading} and others, by {_source(rated)}", found)
@@ -231,31 +231,33 @@ def run_evaluate(
 
 
 def metric_scores(
-    rated: Rated, distances: Callable[[Tensor, Tensor], Tensor]
+    rated: Rated, heading: str, distances: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, NDArray[np.float64]]:
-    """Of SemSim and :data:`BESIDE`, (N,) each, turned so that higher means more was leaked."""
+    """Of SemSim, by its heading, and :data:`BESIDE`, (N,) each, turned so that higher means more was leaked."""
     truth = rated.originals[torch.from_numpy(rated.owner)]
     metrics = {name: METRICS.get(name)() for name in BESIDE}
     found = {
         name: np.array(values) * (1.0 if metrics[name].higher else -1.0)
         for name, values in score(metrics, Pairs(rated.reconstructions, truth)).items()
     }
-    return {"semsim": -distances(rated.reconstructions, truth).numpy()} | found
+    return {heading: -distances(rated.reconstructions, truth).numpy()} | found
 
 
 def _parts(
     rated: Rated,
     scores: Mapping[str, NDArray[np.float64]],
+    heading: str,
     by: tuple[str, ...],
     seed: int,
     seen: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[str, dict[str, Figure]]]:
-    """Part -> metric, or "semsim - metric" -> statistic -> figure."""
+    """Part -> metric, or "<heading> - metric" -> statistic -> figure."""
     told = {}
     for part, mask in seen_and_unseen(rated, seen).items():
         held = Evaluation(rated.only(mask), {name: values[mask] for name, values in scores.items()}, by, seed)
         found = {name: held.figures(name) for name in scores}
-        found |= {f"semsim - {name}": held.difference("semsim", name) for name in scores if name != "semsim"}
+        others = [name for name in scores if name != heading]
+        found |= {f"{heading} - {name}": held.difference(heading, name) for name in others}
         told[part] = found
     return told
 
@@ -295,6 +297,8 @@ def run_label(sources: Sequence[Path], labeller: Path, out: Path, console: Conso
     probability. A pair whose class is unknown is rated by whether the reconstruction shows the class that the
     classifier finds in the original: protocol "match"; by its known class: "recognise".
     """
+    if out.exists():
+        raise ConfigError(f"--out {str(out)!r}: is there already, and may hold ratings; give a new file")
     judge = load_labeller(labeller)
     pairs = _pairs_of(sources)
     pictures = {str(one.path): one for pair in pairs for one in (pair.original, pair.reconstruction)}
@@ -448,7 +452,8 @@ def _figures(console: Console, title: str, figures: Mapping[str, Any]) -> None:
 def _print_part(console: Console, title: str, found: Mapping[str, Mapping[str, Figure]]) -> None:
     names = {"auc": "image AUC", "spearman": "Spearman", "kendall": "Kendall", "pearson": "Pearson"}
     one = next(iter(found.values()))
-    counts = f"n = {one['auc'].count} images, {one['pearson'].count} groups"
+    points = one["pearson"].count
+    counts = f"n = {one['auc'].count} images, {points} group{'s' if points != 1 else ''}"
     table = Table(
         "score", *(names[each] for each in STATISTICS), title=f"{title} ({counts})", title_justify="left"
     )
@@ -457,4 +462,8 @@ def _print_part(console: Console, title: str, found: Mapping[str, Mapping[str, F
         cells = ["no score" if figures[each].why else str(figures[each]) for each in STATISTICS]
         table.add_row(name, *cells)
     console.print(table)
+    alone = {name: figures["pearson"].fisher for name, figures in found.items()}
+    ends = [f"{name} [{pair[0]:.2f}, {pair[1]:.2f}]" for name, pair in alone.items() if pair is not None]
+    if ends:
+        _say(console, [f"Pearson by the number of groups alone (Fisher, 95 %): {'; '.join(ends)}"])
     _say(console, [f"no score: {reason}" for reason in reasons])

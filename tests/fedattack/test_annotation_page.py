@@ -24,7 +24,7 @@ from PIL import Image
 from fedattack.annotation import read_table, votes
 from fedattack.annotation.exchange import export_page, import_answers, import_released, key_file
 from fedattack.annotation.pairs import RatedPair, read_pairs
-from fedattack.annotation.plan import PRACTICE, Plan, Question, judged, make_plan
+from fedattack.annotation.plan import Plan, Question, judged, make_plan
 from fedattack.annotation.quality import quality
 from fedattack.annotation.rating_file import RatingFile
 from fedattack.annotation.server import RatingServer
@@ -138,7 +138,17 @@ def test_recognise_shows_the_reconstruction_alone(pairs: list[RatedPair]) -> Non
         (shown,) = question.pictures
         name = "original" if question.kind == "identical" else "reconstruction"
         assert str(shown.path) == question.told[f"{name}_path"]
-    assert all(len(exercise.pictures) == 1 for exercise in plan.exercises)
+    # An original shows after its reconstruction, and is not practised on either.
+    seen: set[str] = set()
+    for question in plan.questions:
+        if question.kind == "identical":
+            assert question.told["original_sha256"] in seen
+            seen.add("shown " + question.told["original_sha256"])
+        seen.add(question.told["original_sha256"])
+        assert question.kind == "identical" or "shown " + question.told["original_sha256"] not in seen
+    assert [len(exercise.pictures) for exercise in plan.exercises] == [1] * 5
+    assert {exercise.size for exercise in plan.exercises} == {(48, 48)}
+    assert [exercise.right for exercise in plan.exercises] == [(0,), (1,), (0,), (1,), (0,)]
 
 
 def test_a_handful_of_pairs_has_neither_repeats_nor_checks(tmp_path: Path) -> None:
@@ -182,7 +192,7 @@ def test_classes_as_answers(tmp_path: Path, pairs: list[RatedPair]) -> None:
 
 def test_practice_has_certain_answers(pairs: list[RatedPair]) -> None:
     plan = make_plan(pairs, "match", "a1", 0)
-    assert len(plan.exercises) == PRACTICE
+    assert len(plan.exercises) == 5
     for exercise in plan.exercises:
         left, right = (np.asarray(Image.open(io.BytesIO(data)), float) for data in exercise.pictures)
         assert left.shape == right.shape == (8, 8)
@@ -254,9 +264,13 @@ def test_a_full_disk_takes_no_answer_and_tears_nothing(tmp_path: Path, pairs: li
                 {"rater": "a1", "token": plan.questions[1].token, "choice": 0, "shown_px": 9},
             )
         assert reply[0] == 507
-        assert reply[1]["error"].startswith("Your answer was not saved: cannot write")
+        assert reply[1]["error"].startswith("Nothing was saved: cannot write")
+        assert path.read_bytes() == before
+        assert file.remove(rows[0])  # the last answer can be taken back even so
+        assert path.read_bytes() == before.splitlines(keepends=True)[0]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.append(rows[0]) == 1
     assert path.read_bytes() == before
     assert file.append(rows[1]) == 1
     assert len(read_table(path)) == 2
@@ -337,7 +351,7 @@ def site(tmp_path: Path, pairs: list[RatedPair]) -> Iterator[tuple[int, Plan, Pa
 def test_a_rating_from_practice_to_the_end(site: tuple[int, Plan, Path], pairs: list[RatedPair]) -> None:
     port, plan, path = site
     state = ask(port, "GET", "/api/state?rater=a1")[1]["state"]
-    for number in range(PRACTICE):
+    for number in range(5):
         assert (state["phase"], state["position"]) == ("practice", number + 1)
         assert ask(port, "GET", state["pictures"][0]["src"])[1].startswith(b"\x89PNG")
         state = ask(port, "POST", "/api/practice", {"rater": "a1", "token": state["token"]})[1]["state"]
@@ -556,6 +570,9 @@ def test_returned_files_are_checked_before_anything_is_merged(tmp_path: Path, pa
         file.write_text(json.dumps(good | change))
         with pytest.raises(DataError, match=re.escape(sentence)):
             import_answers(file, table)
+    file.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is no file of answers"):
+        import_answers(file, table)
     file.write_text("{")
     with pytest.raises(DataError, match="not readable JSON"):
         import_answers(file, table)

@@ -143,7 +143,7 @@ def test_malformed_files(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_left_out_with_a_note_and_nothing_else(tmp_path: Path) -> None:
     whole = csv_lines([row("p3")]).rstrip(b"\n")
-    for cut in range(1, len(whole)):
+    for cut in (*range(1, len(whole), 9), len(whole) - 1):
         frame = read_table(table(tmp_path / "t.csv", row(), row("p2"), tail=whole[:cut]))
         assert frame["pair_id"].tolist() == ["p1", "p2"]
         assert frame.attrs["notes"] == [

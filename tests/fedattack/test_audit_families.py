@@ -28,6 +28,10 @@ OWN_FILES = {
     "fedattack/annotation/exchange.py",  # a picture of a pair
     "fedattack/annotation/plan.py",
     "fedattack/annotation/table.py",
+    "fedattack/reporting/benchmark.py",
+    "simulations/studies/semsim.py",
+    "simulations/studies/semsim_benchmark.py",
+    "simulations/studies/semsim_ranking.py",
     "fedattack/audit/image_scores.py",  # the name of a panel
     "fedattack/audit/reconstruction.py",
     "fedattack/audit/membership.py",

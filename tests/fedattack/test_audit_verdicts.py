@@ -649,3 +649,15 @@ def test_the_sentences_in_full() -> None:
     )
     unknown = unlearning_verdict(0.9, 0.88, 0.895, Interval(0.015, NAN, NAN, 1), 1)[1]
     assert unknown.endswith("1 seed and no interval; at least 2 more seeds would tell")
+
+
+def test_another_photograph_of_the_person_is_ranked_too() -> None:
+    observations, truths = scene(victims=8)
+    alike = {t.key: (t.images + 0.05 * torch.randn(t.images.shape)).clamp(0, 1) for t in truths}
+    found = audit_reconstruction("a", observations, noisy(truths, 0.05), truths, 1.0, photographs=alike)
+    told = found.summary["person"]
+    assert (told["first"], told["of"], told["gallery"]) == (8, 8, 65)
+    strangers = dict(zip(alike, faces(8, 321).split(1), strict=True))
+    other = audit_reconstruction("a", observations, noisy(truths, 0.05), truths, 1.0, photographs=strangers)
+    assert other.summary["person"]["first"] <= 1
+    assert audit_reconstruction("a", observations, noisy(truths, 0.05), truths, 1.0).summary["person"] is None

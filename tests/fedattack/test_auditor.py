@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -337,3 +338,12 @@ def test_what_an_attack_wanted_is_told_as_damage_is() -> None:
     assert found.verdict.endswith("more seeds would tell")
     sure = wanted | {"after": [0.9, 0.92, 0.94]}
     assert audit_unlearning("u", arms, success=sure, requests=5, mechanism="retrain").level == "leak"
+
+
+def test_an_attack_that_diverged_is_scored_as_it_is_shown() -> None:
+    observations, truths = scene()
+    wild = [dataclasses.replace(a, images=100 * a.images) for a in noisy(truths, 0.1)]
+    found = audit_reconstruction("a", observations, wild, truths, 1.0)
+    assert found.summary["missing"] == 0
+    assert found.summary["metrics"]["out_of_range_share"]["mean"] > 0.9
+    assert np.isfinite([row["psnr_paper_scale"] for row in found.records]).all()

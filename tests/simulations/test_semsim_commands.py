@@ -136,9 +136,11 @@ def test_semsim_of_a_proxy_is_named_after_it_and_stands_beside_it(place: Path) -
     assert found["originals"] == 10
     assert list(found["parts"]) == ["all", "attack seen", "attack unseen"]
     whole = found["parts"]["all"]
-    assert {"labeller P1", "semsim", "psnr", "ssim", "regcorr", "semsim - psnr", "semsim - regcorr"} <= set(
+    assert {"labeller P1", "SemSim-proxy[P1]", "psnr", "ssim", "regcorr", "SemSim-proxy[P1] - psnr"} <= set(
         whole
     )
+    assert whole["psnr"]["pearson"]["fisher"][0] < whole["psnr"]["pearson"]["value"]
+    assert "by the number of groups alone (Fisher, 95 %): labeller P1 [" in told
     assert whole["psnr"]["auc"]["count"] == 40
     assert "at least 3 models" in found["parts"]["attack unseen"]["psnr"]["pearson"]["why"]
     assert "no score: a correlation needs at least 3 models or other groups; got 1" in told
@@ -179,6 +181,21 @@ def test_the_trained_file_is_a_metric_anywhere(place: Path) -> None:
     assert "SemSim-proxy[P1]" in told.output
 
 
+def test_a_run_is_refused_before_any_attack_without_a_fitting_checkpoint(place: Path, tmp_path: Path) -> None:
+    run = ["--attack", "ig", "--metrics", "semsim", "--engine", "inline", "--run-dir", str(tmp_path / "run")]
+    fits = ["--set", f"metric.semsim.checkpoint={place / 's.safetensors'}"]
+    for more, sentence in (
+        ([], "setting 'metric.semsim.checkpoint' is not set"),
+        (["--set", "metric.semsim.checkpoint=none"], "'none': no such file"),
+        (fits, "was trained on images of 1 x 16 x 16; these are of 1 x 32 x 32"),
+    ):
+        result = CliRunner().invoke(app, run + more)
+        assert isinstance(result.exception, BadRequest), result.exception
+        assert sentence in str(result.exception)
+        assert not (tmp_path / "run" / "records.csv").exists()
+        assert not (tmp_path / "run" / "parts").exists()
+
+
 def test_people_and_proxies_are_not_pooled(place: Path, tmp_path: Path) -> None:
     frame = read_table(place / "p1.csv")
     people = frame.assign(annotator_type="human", proxy_name="", annotator_id="a1")
@@ -209,6 +226,10 @@ def test_bad_requests(place: Path, tmp_path: Path) -> None:
     )
     assert "--half 'third'" in refusal("labeller", *SMALL, *out, "--half", "third")
     assert "no such file" in refusal("label", place / "originals", place / "blur 1", "--labeller", "no", *out)
+    rated = ("label", place / "originals", place / "blur 1", "--labeller", place / "p1.safetensors")
+    before = (place / "p1.csv").read_bytes()
+    assert "may hold ratings; give a new file" in refusal(*rated, "--out", place / "p1.csv")
+    assert (place / "p1.csv").read_bytes() == before
     table = tmp_path / "t.csv"
     big = torch.zeros(2, 1, 24, 24)
     folders = [write(tmp_path / name, big, np.array([0, 1])) for name in ("a", "b")]

@@ -189,7 +189,9 @@ function buttons(list, disabled = false) {
     const button = Object.assign(document.createElement("button"), {type: "button", disabled});
     button.append(Object.assign(document.createElement("kbd"), {textContent: name || key.toUpperCase()}));
     if (text !== key) button.append(text);
+    button.classList.toggle("bare", text === key);
     button.classList.toggle("word", text.length > 3);
+    button.classList.toggle("last", key === "n" || key === "?");
     button.addEventListener("click", event => { if (event.detail < 2) act(); }); // a double click answers once
     keys.set(key, act);
     if (key === "?") keys.set("/", act);
@@ -222,18 +224,21 @@ function shownPx() {
 async function take(change, message = "") {
   if (busy) return;
   busy = true;
+  document.body.dataset.token = "";
   try {
     const state = await change();
-    say(message);
+    say(state.phase === "done" ? "" : message);
     show(state);
   } catch (error) {
     fault(error.message);
     if (error instanceof Lost) return again();
+    document.body.dataset.token = now?.token || "";
     busy = false;
   }
 }
 
 async function again() {
+  for (const button of at("answers").children) button.disabled = true;
   for (;;) {
     await new Promise(later => setTimeout(later, 1000));
     try {
@@ -261,6 +266,7 @@ function feedback(choice) {
   const after = last ? " That was the practice: from here on, answers count." : "";
   say(state.why + after, right ? "good" : "bad", right ? "Right." : "Not quite.");
   const go = () => take(() => backend.pass(rater, state.token));
+  document.body.dataset.token = "";
   keys = new Map([["enter", go]]);
   buttons([{key: " ", name: "Space", text: last ? "Begin" : "Go on", act: go}]);
 }
