@@ -20,11 +20,14 @@ What the released code does otherwise, put right here:
 * a policy's operations have probabilities, which are ignored, so that they always act: the searched policies do so
   too, as :class:`Transform` does, and it is said;
 * "100 images" are the first of each class among 100, some 63 for its 100 classes. The bound is one of a sum over
-  images, so that -85 is 1.34 an image, which 100 images could never reach, at most -100. Here n is what is asked for,
-  and the bound is an image's;
+  images, so that -85 is -1.34 an image; 100 images have at most -100 and could never reach it. Here n is what is
+  asked for, and the bound is an image's;
 * eigenvalues of the symmetric matrix are those of a general one, which may be complex or negative beyond k, so that
   the score is NaN; here they are those of a symmetric one, and at least 0;
 * transformed images are drawn anew for each use of an image, at the state of a global stream; here by seed.
+
+The bound belongs to the network: on 63 images of CIFAR-10 an untrained ResNet20-4 has -1.17 an image without a
+policy, -1.33 under 43-18-18 and -1.57 under 3-1-7; a CNN of two layers has -2.6, -4.6 and -5.6.
 
 References
 ----------

@@ -122,5 +122,10 @@ def _report(folder: Path, found: list[Candidate], least: float, console: Console
         figures = (f"{row['S_pri mean']:.4f}", f"{row['S_pri variance']:.2e}", f"{row['S_acc an image']:.3f}")
         table.add_row(place, row["policy"] or "none", *figures)
     console.print(table)
+    if not order:
+        best = max(one.accuracy_per_image for one in found)
+        console.print(
+            f"the best has {best:.3f}: the bound belongs to a network; lower it with --least-accuracy"
+        )
     kept = f"{len(order)} of {len(found)} policies have an S_acc of {least:g} an image or more"
     console.print(f"{kept}; all are in [bold]{folder / 'candidates.csv'}[/]", highlight=False, soft_wrap=True)

@@ -74,6 +74,7 @@ def test_killed_and_started_again_the_table_is_the_same(
 
 def test_too_strict_a_bound_leaves_none(tmp_path: Path) -> None:
     told = search(tmp_path, Effort(2, 1, 1, 10, least_accuracy=-1.0))
+    assert "the bound belongs to a network" in told
     assert "0 of 2 policies have an S_acc of -1 an image or more" in told
 
 
