@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedattack.errors import ConfigError, DataError
+from fedattack.metrics.scale import refuse_unlike
 from fedattack.registry import Registry, build_plugins
 
 if TYPE_CHECKING:
@@ -126,7 +127,11 @@ def build_metrics(chosen: MetricConfig) -> dict[str, ImageMetric]:
 
 
 def score(metrics: Mapping[str, ImageMetric], pairs: Pairs) -> dict[str, list[float]]:
-    """Name -> a value a pair; of a pooled metric one value. NaN where a metric cannot score these pairs."""
+    """Name -> a value a pair; of a pooled metric one value. NaN where a metric cannot score these pairs.
+
+    DataError where they are no pairs, or no floats in [0, 1] (:func:`fedattack.metrics.scale.refuse_unlike`).
+    """
+    refuse_unlike(pairs.images, pairs.truth)
     found = {}
     for name, metric in metrics.items():
         try:

@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from fedattack.errors import ConfigError, DataError
 from fedattack.metrics.base import ImageMetric, Pairs
-from fedattack.metrics.pixels import by_chunks, clamped, refuse_other_scales, refuse_unlike
+from fedattack.metrics.pixels import by_chunks
+from fedattack.metrics.scale import clamped, refuse_other_scales, refuse_unlike
 
 OVERLAP = 0.25
 """Least share of the pixels that two images must have in common at a shift."""

@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from fedattack import metrics
+from fedattack.config import MetricConfig
 from fedattack.errors import ConfigError, DataError
 
 
@@ -325,3 +326,15 @@ def test_bad_shapes_are_refused() -> None:
     assert metrics.ssim_window(6, 9) == 5
     with pytest.raises(DataError, match="too small"):
         metrics.ssim_window(2, 2)
+
+
+@pytest.mark.parametrize("factor", ["integers", 255.0])
+def test_no_metric_by_name_takes_another_scale(factor: str | float) -> None:
+    noisy, truth = _pairs(1, 16)
+    chosen = metrics.build_metrics(MetricConfig(names=("psnr", "ssim", "regcorr")))
+    other = (255 * truth).to(torch.uint8) if factor == "integers" else float(factor) * truth
+    with pytest.raises(DataError, match="a score takes floats in"):
+        metrics.score(chosen, metrics.Pairs(other, other))
+    with pytest.raises(DataError, match="with the same number, channels and size"):
+        metrics.score(chosen, metrics.Pairs(noisy, truth[:, :, 1:]))
+    assert set(metrics.score(chosen, metrics.Pairs(noisy, truth))) == set(chosen)
