@@ -20,6 +20,14 @@ def test_the_loop_over_shifts_is_the_registered_correlation() -> None:
     assert looped[1] == pytest.approx(1, abs=1e-9)
 
 
+def test_seeds_are_averaged_and_intervals_are_the_widest() -> None:
+    ends = [{"a_auc": x, "a_low": x - 0.1, "a_high": x + 0.1, "a_arms": {}} for x in (0.5, 0.7)]
+    found = bench.over_seeds("a", ends)
+    assert found["a_auc"] == pytest.approx(0.6)
+    assert (found["a_low"], found["a_high"]) == pytest.approx((0.4, 0.8))
+    assert len(found["a_arms"]) == 2
+
+
 @pytest.mark.slow
 def test_answers_equal_scikit_image() -> None:
     figures = bench.speed(quick=True)
