@@ -107,6 +107,9 @@ class DataConfig(Section):
     group_by: str | None = Field(
         None, description="the fact that makes samples one group: series, class, ...; None: the person"
     )
+    groups: Literal["none", "folder"] = Field(
+        "none", description="image-folder: whether a folder is a person as well, whose pictures stay together"
+    )
     limit: int | None = Field(None, ge=1, description="use at most this many samples (seeded draw)")
     labels: Literal["natural", "random"] = Field(
         "natural", description="random: a seeded draw from the model's classes, distinct while they last"

@@ -124,7 +124,7 @@ def _numbered(names: np.ndarray) -> np.ndarray:
 
 def _read_pictures(path: Path, config: DataConfig, dataset: ImageDataset, seed: int) -> _Public:
     tree = open_tree(path, is_picture)
-    names, labels, class_names = by_folder(tree)
+    names, labels, class_names, _ = by_folder(tree)
     ids = _drawn(len(names), config, seed)
     images = read_pictures(tree, [names[i] for i in ids], dataset.image_size, dataset.channels)
     number = {name: i for i, name in enumerate(dataset.class_names)}

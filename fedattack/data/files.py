@@ -124,12 +124,21 @@ def _visible(name: PurePosixPath) -> bool:
 
 
 def _walk(root: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[str]:
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    """Regular files, through links too (shared storage); a folder that is met again is not entered twice."""
+    entered = {root.resolve()}
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        found = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders.clear()
+        for name in found:
+            real = (Path(folder) / name).resolve()
+            if real not in entered:
+                entered.add(real)
+                subfolders.append(name)
         for file in files:
-            name = PurePosixPath((Path(folder) / file).relative_to(root).as_posix())
-            if _visible(name) and wanted(name):
-                yield str(name)
+            path = Path(folder) / file
+            inner = PurePosixPath(path.relative_to(root).as_posix())
+            if _visible(inner) and wanted(inner) and path.is_file():
+                yield str(inner)
 
 
 def _read_file(path: Path) -> bytes:
@@ -141,19 +150,26 @@ def _read_file(path: Path) -> bytes:
 
 def _open_zip(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:
     archive = zipfile.ZipFile(path)
-    names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
-    chosen = [name for name in names if _visible(PurePosixPath(name)) and wanted(PurePosixPath(name))]
-    for name in chosen:
+    members: dict[str, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        name = entry.filename.replace("\\", "/")  # as some of Windows' tools write them
+        if entry.is_dir() or name.endswith("/") or not _visible(PurePosixPath(name)):
+            continue
+        if not wanted(PurePosixPath(name)):
+            continue
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DataError(f"archive {str(path)!r} holds {name!r}, which points outside it")
+        if name in members:
+            raise DataError(f"archive {str(path)!r} holds {name!r} twice")
+        members[name] = entry
 
     def read(name: str) -> bytes:
         try:
-            return archive.read(name)
+            return archive.read(members[name])
         except _UNREADABLE as error:
             raise DataError(f"cannot read {name!r} of archive {str(path)!r}: {error}") from None
 
-    return Tree(path, chosen, read)
+    return Tree(path, members, read)
 
 
 def _open_tar(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Tree:

@@ -24,6 +24,7 @@ from fedattack.data.pixels import SUFFIXES, decode, from_pictures, require_memor
 from fedattack.errors import DataError
 
 _WNID = re.compile(r"n\d{8}")
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def is_picture(name: PurePosixPath) -> bool:
@@ -43,11 +44,12 @@ def read_pictures(
     return from_pictures([decode(tree.read(name), name, image_size) for name in names], channels)
 
 
-def by_folder(tree: Tree) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
-    """Names, labels int64 (N,) and class names of pictures in class folders, or of one class "all" without folders.
+def by_folder(tree: Tree) -> tuple[list[str], np.ndarray, tuple[str, ...], str]:
+    """Names, labels int64 (N,), class names and note of pictures in class folders, or of one class "all" without.
 
     Folders that wrap everything are looked through: all of an archive's, and those of a folder that still leave
-    class folders below. Raises DataError if there is no picture, or pictures lie beside class folders.
+    class folders below. So are folders of parts (train, val, test), whose pictures are taken together, which the note
+    says. Raises DataError if there is no picture, or pictures lie beside class folders.
     """
     names = tree.names
     if not names:
@@ -56,13 +58,17 @@ def by_folder(tree: Tree) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
     shortest = 2 if tree.path.is_file() else 3
     while min(map(len, parts)) >= shortest and len({part[0] for part in parts}) == 1:
         parts = [part[1:] for part in parts]
+    note, splits = "", sorted({part[0] for part in parts})
+    if len(splits) > 1 and all(name.lower() in _SPLITS for name in splits) and min(map(len, parts)) > 2:
+        parts = [part[1:] for part in parts]
+        note = f"{' and '.join(splits)} hold one set of classes: their pictures are taken together"
     flat = [len(part) == 1 for part in parts]
     if all(flat):
-        return names, np.zeros(len(names), np.int64), ("all",)
+        return names, np.zeros(len(names), np.int64), ("all",), note
     if any(flat):
         stray = names[flat.index(True)]
         raise DataError(f"{str(tree.path)!r}: picture {stray!r} lies beside class folders; put it into one")
-    return names, *_numbered([part[0] for part in parts])
+    return names, *_numbered([part[0] for part in parts]), note
 
 
 def _numbered(classes: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -77,15 +83,26 @@ def _pictures(
 
 
 def image_folder(config: DataConfig) -> Listing:
-    """Any folder or archive of pictures: sub-folders are classes, no sub-folders is one class "all"."""
+    """Any folder or archive of pictures: sub-folders are classes, no sub-folders is one class "all".
+
+    A folder means a person, too, where `data.groups` is "folder".
+    """
 
     def read() -> Listing:
         root = data_dir(config, "a folder or archive of pictures, one sub-folder a class")
         tree = open_tree(root, is_picture)
         if not tree.names and root.is_dir():
             tree = open_tree(_only_archive(config, root), is_picture)
-        names, labels, class_names = by_folder(tree)
-        return Listing(labels=labels, class_names=class_names, read=_pictures(tree, names, None))
+        names, labels, class_names, note = by_folder(tree)
+        people = config.groups == "folder"
+        return Listing(
+            labels=labels,
+            class_names=class_names,
+            groups=labels if people else None,
+            group_names=class_names if people else None,
+            read=_pictures(tree, names, None),
+            note=note,
+        )
 
     return with_download(config, None, read)
 

@@ -49,7 +49,7 @@ def read_images(path: Path) -> Images:
         if arrays.is_file() and arrays.suffix.lower() in (".npz", ".npy"):
             return _arrays(arrays)
         tree = open_tree(path, is_picture)
-        names, labels, class_names = by_folder(tree)
+        names, labels, class_names, _ = by_folder(tree)
         for name in names:
             _refuse_oblong(name, tree.read(name))
         pixels = read_pictures(tree, names, None, None)

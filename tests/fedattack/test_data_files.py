@@ -179,6 +179,21 @@ def test_usps_agrees_with_torchvision(tmp_path: Path) -> None:
     assert "cut: 6 of 7,291" in dataset.note
 
 
+@pytest.mark.parametrize("place", ["zip.train.gz", "USPS/zip.train"])
+def test_usps_under_its_other_published_name(tmp_path: Path, place: str) -> None:
+    values, digits = RNG.uniform(-1, 1, (5, 256)).round(4), [6, 0, 9, 3, 1]
+    rows = [f"{d:.4f} " + " ".join(map(str, row)) + " " for d, row in zip(digits, values, strict=True)]
+    data = "\n".join(rows).encode()
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_bytes(gzip.compress(data) if place.endswith(".gz") else data)
+    dataset = load_dataset(DataConfig(name="usps", dir=str(tmp_path)), seed=0)
+    assert dataset.labels.tolist() == digits
+    np.testing.assert_array_equal(dataset.images[:, 0].reshape(5, -1), np.rint((values + 1) * 127.5))
+    (tmp_path / place).write_bytes(b"6 0.5 0.5")
+    with pytest.raises(DataError, match="cannot read"):
+        load_dataset(DataConfig(name="usps", dir=str(tmp_path)), seed=0)
+
+
 def cifar_batch(count: int = 4, protocol: int = 2, **changes: object) -> bytes:
     batch = {b"data": noise(count, 3072), b"labels": list(range(count)), b"batch_label": b"x", **changes}
     return pickle.dumps(batch, protocol=protocol)
@@ -331,6 +346,63 @@ def test_image_folder_classes_are_sub_folders(tmp_path: Path) -> None:
     assert dataset.class_names == ("cat", "dog")
     assert dataset.labels.tolist() == [0, 0, 1]
     np.testing.assert_array_equal(dataset.images[2, 0], pictures["dog/1.png"])
+
+
+def test_linked_class_folders_and_files_are_read_and_circles_are_not(tmp_path: Path) -> None:
+    store = {"dogs/1.png": noise(8, 8), "dogs/2.png": noise(8, 8), "owl.png": noise(8, 8)}
+    write_pictures(tmp_path / "store", store)
+    write_pictures(tmp_path / "data", {"cats/1.png": noise(8, 8), "owls/1.png": noise(8, 8)})
+    (tmp_path / "data" / "dogs").symlink_to(tmp_path / "store" / "dogs")
+    (tmp_path / "data" / "owls" / "2.png").symlink_to(tmp_path / "store" / "owl.png")
+    (tmp_path / "data" / "cats" / "again").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "cats" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "data" / "cats" / "pipe.png")
+    dataset = load_dataset(folder_config(tmp_path / "data"), seed=0)
+    assert dataset.class_names == ("cats", "dogs", "owls")
+    assert np.bincount(dataset.labels).tolist() == [1, 2, 2]
+
+
+def windows_zip(path: Path, names: list[str]) -> Path:
+    with zipfile.ZipFile(path, "w") as packed:
+        for name in names:
+            entry = zipfile.ZipInfo("x")
+            entry.filename = entry.orig_filename = name
+            stream = io.BytesIO()
+            Image.fromarray(noise(8, 8)).save(stream, "PNG")
+            packed.writestr(entry, stream.getvalue())
+    return path
+
+
+def test_a_zip_of_windows_keeps_its_classes(tmp_path: Path) -> None:
+    names = [rf"set\{label}\{i}.png" for label in ("cats", "dogs") for i in range(2)]
+    dataset = load_dataset(folder_config(windows_zip(tmp_path / "a.zip", names)), seed=0)
+    assert (dataset.class_names, len(dataset)) == (("cats", "dogs"), 4)
+    with pytest.raises(DataError, match="points outside it"):
+        open_tree(windows_zip(tmp_path / "b.zip", [r"set\..\..\x.png"]), lambda _: True)
+    with pytest.raises(DataError, match="twice"):
+        open_tree(windows_zip(tmp_path / "c.zip", [r"a\x.png", "a/x.png"]), lambda _: True)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_train_and_val_above_the_classes_are_no_classes(tmp_path: Path, kind: str) -> None:
+    names = [f"set/{part}/{label}/{i}.png" for part in ("train", "val") for label in "ab" for i in range(2)]
+    write_pictures(tmp_path, {name: noise(8, 8) for name in names})
+    place = tmp_path / "set"
+    if kind == "zip":
+        place = windows_zip(tmp_path / "set.zip", [name.replace("/", "\\") for name in names])
+    dataset = load_dataset(folder_config(place), seed=0)
+    assert (dataset.class_names, len(dataset)) == (("a", "b"), 8)
+    assert "train and val hold one set of classes" in dataset.note
+    write_pictures(tmp_path / "flat", {"train/1.png": noise(8, 8), "val/1.png": noise(8, 8)})
+    assert load_dataset(folder_config(tmp_path / "flat"), seed=0).class_names == ("train", "val")
+
+
+def test_a_folder_may_be_a_person(tmp_path: Path) -> None:
+    write_pictures(tmp_path, {f"{who}/{i}.png": noise(8, 8) for who in ("Ann", "Bob") for i in range(3)})
+    assert load_dataset(folder_config(tmp_path), seed=0).groups is None
+    people = load_dataset(folder_config(tmp_path, groups="folder"), seed=0)
+    assert people.groups.tolist() == [0, 0, 0, 1, 1, 1]
+    assert people.group_names == ("Ann", "Bob")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "tar.xz", "tar"])
