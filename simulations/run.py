@@ -169,6 +169,11 @@ def run(context: typer.Context, config: Config) -> None:
 
     `fedattack settings` lists every setting; sub-commands have their own --help.
     """
+    from fedattack.metrics import ready_metrics
+
+    ready_metrics(
+        config.metric
+    )  # the federation takes longer to import than a missing file should take to say
     from simulations.pipeline import simulate
 
     simulate(config, console=console, command=typed())

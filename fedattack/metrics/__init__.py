@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedattack.metrics.base import METRICS, ImageMetric, Pairs, build_metrics, score
+from fedattack.metrics.base import METRICS, ImageMetric, Pairs, build_metrics, ready_metrics, score
 from fedattack.metrics.guarantee import allowed_auc, allowed_tpr
 from fedattack.metrics.labels import constant_hits
 from fedattack.metrics.matching import Match, labels_right, match
@@ -81,6 +81,7 @@ __all__ = [
     "paper_scale",
     "pooled_auc",
     "psnr",
+    "ready_metrics",
     "registered_correlation",
     "registered_psnr",
     "roc_points",

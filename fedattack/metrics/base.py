@@ -50,7 +50,7 @@ class ImageMetric(ABC):
     """Base of every metric: parameters are dataclass fields, what it is is said by class attributes.
 
     ``higher``: whether a higher value means that more leaked. ``needs``: "labels", "gallery" or "weights" (files,
-    which :meth:`check` looks for). ``pooled``: the value is one of the whole set, and no image has one.
+    which :meth:`ready` looks for). ``pooled``: the value is one of the whole set, and no image has one.
     """
 
     title: ClassVar[str]
@@ -64,6 +64,10 @@ class ImageMetric(ABC):
     def heading(self) -> str:
         """Its name in tables; says which model, where it depends on one."""
         return self.title
+
+    def ready(self) -> None:
+        """Find what it needs besides images: ConfigError where a file or a package is missing."""
+        return None
 
     def check(self, size: tuple[int, int, int]) -> None:
         """Refuse images of that (C, H, W), or missing files, before any work: ConfigError or DataError."""
@@ -124,6 +128,14 @@ def build_metrics(chosen: MetricConfig) -> dict[str, ImageMetric]:
     if not chosen.names:
         raise ConfigError(f"setting 'metric.names' is empty; accepted: some of {', '.join(METRICS)}")
     return build_plugins(METRICS, chosen.names, chosen.options, chosen.shared_options, "metric")
+
+
+def ready_metrics(chosen: MetricConfig) -> dict[str, ImageMetric]:
+    """The same, with what they need besides images at hand, or ConfigError: before anything is read or trained."""
+    found = build_metrics(chosen)
+    for metric in found.values():
+        metric.ready()
+    return found
 
 
 def score(metrics: Mapping[str, ImageMetric], pairs: Pairs) -> dict[str, list[float]]:

@@ -73,6 +73,9 @@ class PerceptualMetric(ImageMetric):
     def distance(self, images: Tensor, truth: Tensor) -> Tensor:
         """(N,) of float32 (N, 3, H, W) in [0, 1]."""
 
+    def ready(self) -> None:
+        self.network  # noqa: B018 (loads it)
+
     def check(self, size: tuple[int, int, int]) -> None:
         """Refuse images that the network cannot take, and load it; ConfigError where a package or file is missing."""
         check_channels(size[0], f"metric {self.name!r}")
@@ -81,7 +84,7 @@ class PerceptualMetric(ImageMetric):
                 f"images of {size[1]} x {size[2]} pixels are too small for metric {self.name!r}: "
                 f"at least {smallest} x {smallest}"
             )
-        self.network  # noqa: B018 (loads it)
+        self.ready()
 
     @property
     def smallest(self) -> int:

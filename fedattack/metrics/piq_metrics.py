@@ -48,8 +48,11 @@ class PiqMetric(ImageMetric):
     def heading(self) -> str:
         return f"{self.title} (from {self.side} px)" if self.side else self.title
 
-    def check(self, size: tuple[int, int, int]) -> None:
+    def ready(self) -> None:
         _refuse_missing(self.name)
+
+    def check(self, size: tuple[int, int, int]) -> None:
+        self.ready()
         if self.side < 0:
             raise ConfigError(
                 f"setting 'metric.{self.name}.side' is {self.side}: accepted are 0 and numbers of pixels"

@@ -13,7 +13,7 @@ from fedattack.config import AttackConfig, Config
 from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable
-from fedattack.metrics import build_metrics
+from fedattack.metrics import ready_metrics
 from fedattack.models import dry_run
 from fedattack.registry import build_plugins
 from fedattack.task import TASKS, task_of
@@ -55,7 +55,7 @@ def check_names(config: Config) -> None:
     TASKS.get(config.training.task)
     build_mechanism(config.unlearning)
     build_gates(config.gates)
-    build_metrics(config.metric)
+    ready_metrics(config.metric)
     if hides_clients(config.defense) and config.federation.strategy in NEED_SINGLE_UPDATES:
         raise NotApplicable(
             f"setting 'federation.strategy' = {config.federation.strategy!r} looks at single updates, which "

@@ -23,7 +23,7 @@ from fedattack.config import Config, MetricConfig
 from fedattack.data import World, build_world
 from fedattack.errors import BadRequest, ConfigError, DataError
 from fedattack.groundtruth import GroundTruth
-from fedattack.metrics import ImageMetric, build_metrics
+from fedattack.metrics import ImageMetric, ready_metrics
 from fedattack.observation import EVERYONE, Reconstruction, client_name, observation_name
 from fedattack.reporting.report import image_png, write_results
 from fedattack.reporting.sweep.page import write_sweep
@@ -74,7 +74,7 @@ def score_sources(
         If the disk is full.
     """
     console = console or Console(quiet=True)
-    metrics = build_metrics(chosen)
+    metrics = ready_metrics(chosen)
     if missing := [source for source in sources if not source.is_dir()]:
         raise DataError(
             f"{str(missing[0])!r}: no such folder; a source is a run, a sweep or a folder of pictures"

@@ -40,6 +40,9 @@ class SemSim(ImageMetric):
     def heading(self) -> str:
         return self._trained().facts.heading if self.checkpoint else self.title
 
+    def ready(self) -> None:
+        self._trained()
+
     def check(self, size: tuple[int, int, int]) -> None:
         self._trained().facts.check_shape(size, f"setting 'metric.semsim.checkpoint' = {self.checkpoint!r}")
 
@@ -83,6 +86,9 @@ class Recognised(ImageMetric):
     @property
     def heading(self) -> str:
         return f"recognised[{self._trained().facts.name}]" if self.checkpoint else self.title
+
+    def ready(self) -> None:
+        self._trained()
 
     def check(self, size: tuple[int, int, int]) -> None:
         self._trained().facts.check_shape(
