@@ -281,6 +281,23 @@ def test_seeds_are_averaged_in_the_heat_map() -> None:
     assert "mean of 2 seeds" in figure.get_suptitle().replace("\n", " ")
 
 
+def test_what_leaks_below_its_floor_is_marked() -> None:
+    found = outcomes({"defense": 3})
+    levels = ("none", "partial", "leak")
+    for one, level in zip(found, levels, strict=True):
+        one.summary["attacks"]["a"] |= {
+            "level": level,
+            "above_best_floor": {"mean": -2.0, "low": None, "high": None},
+        }
+    table = sweep_table(["defense"], found)
+    axes = figures.heat_map(table, "reconstruction").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["-2.0", "-2.0\nbut leaks", "-2.0\nbut leaks"]
+    rings = [
+        line for line in figures.utility_leakage(table, "reconstruction").axes[0].lines if line.get_ms() == 17
+    ]
+    assert len(rings) == 2
+
+
 def test_seeds_are_told_together(tmp_path: Path) -> None:
     table = sweep_table(["defense", "seed"], outcomes({"defense": 2, "seed": 3}))
     rows = over_seeds(table)

@@ -37,8 +37,9 @@ _FITS = 12
 def heat_map(table: SweepTable, family: str) -> Figure:
     """How much leaks in each cell; defences from left to right, attacks from top to bottom, other axes as panels.
 
-    Seeds are averaged. Pale blue is at or below the floor, whatever the distance: no leakage. The redder, the more
-    lies above it. Cells without a figure say why.
+    Seeds are averaged. Pale blue is at or below the floor, whatever the distance. The redder, the more lies above it.
+    Framed in red is what leaks all the same by its verdict: by labels, say, or because the images are recognised.
+    Cells without a figure say why.
     """
     leakage = get_family(family).leakage
     nothing = leakage.nothing
@@ -96,8 +97,12 @@ def _heat_panel(
         if len(figures):
             means[y, x] = figures.mean()
             dark = norm(means[y, x]) > 0.6
-            axes.text(x, y, _figure(means[y, x], leakage), ha="center", va="center", fontsize=9,
-                      color="white" if dark else "#222222")  # fmt: skip
+            hidden = means[y, x] <= leakage.nothing and _leaks(chosen)
+            if hidden:
+                inset = Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fill=False, ec=VERMILLION, lw=2.5)
+                axes.add_patch(inset)
+            axes.text(x, y, _figure(means[y, x], leakage) + ("\nbut leaks" if hidden else ""), ha="center",
+                      va="center", fontsize=9, color="white" if dark else "#222222")  # fmt: skip
             continue
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc="#f0f0f0", ec="#c4c4c4", hatch="///", lw=0))
         axes.text(x, y, _why(chosen), ha="center", va="center", fontsize=7, color="#444444",
@@ -133,8 +138,10 @@ def utility_leakage(table: SweepTable, family: str) -> Figure:
         told, marker = row[f"axis.{coloured}"], markers[row[f"axis.{marked}"]]
         look: dict[str, Any] = {"fmt": marker, "color": colours[told], "ms": sizes[told], "mec": "white"}
         axes.errorbar(x, y, xerr=across, yerr=upright, elinewidth=0.8, alpha=0.9, **look)
+        if y <= nothing and row["level"] in LEAKING:
+            axes.plot(x, y, "o", ms=17, mfc="none", mec=VERMILLION, mew=2)
     axes.axhline(nothing, color=GREY, linewidth=1.2, linestyle="--")
-    axes.annotate("no leakage beyond the floor", (1.0, nothing), xycoords=("axes fraction", "data"), ha="right",
+    axes.annotate("the floor", (1.0, nothing), xycoords=("axes fraction", "data"), ha="right",
                   va="bottom", fontsize=8, color="#555555", xytext=(-3, 2), textcoords="offset points")  # fmt: skip
     axes.set_xlabel("test accuracy of the federation, %  (right: more useful)")
     axes.set_ylabel(f"{leakage.label}\n(down: more private)")
@@ -151,6 +158,14 @@ def utility_leakage(table: SweepTable, family: str) -> Figure:
         entries = [Line2D([], [], color=GREY, marker=m, ls="", ms=7, label=v) for v, m in markers.items()]
         figure.legend(handles=entries, title=marked, loc="outside right lower", **style)
     return figure
+
+
+LEAKING = ("leak", "partial")
+"""Levels that say that something leaked, whatever the figure is."""
+
+
+def _leaks(rows: pd.DataFrame) -> bool:
+    return bool(rows["level"].isin(LEAKING).any())
 
 
 def _layout(table: SweepTable, family: str) -> tuple[str, str, list[str]]:

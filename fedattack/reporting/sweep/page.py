@@ -59,8 +59,11 @@ def _pictures(folder: Path, table: SweepTable) -> list[dict[str, str]]:
 
 
 _CAPTIONS = {
-    "leakage": "Pale blue: at or below the floor, no leakage. Redder: more of it. Hatched: not applicable or failed.",
-    "utility": "Down and right is where one wants to be: private and useful. On the dashed line nothing leaks.",
+    "leakage": "Pale blue: at or below the floor. Redder: more above it. Framed in red: the figure shows nothing, and "
+    "the verdict found leakage all the same (labels, or images that are recognised). Hatched: not applicable or "
+    "failed.",
+    "utility": "Down and right is where one wants to be: private and useful. Below the dashed line this figure shows "
+    "nothing; a red ring: the run's verdict found leakage all the same.",
 }
 
 _LEAKED, _REST = ("leakage", "95 % interval"), ("accuracy", "epsilon", "time")
