@@ -277,7 +277,7 @@ def test_seeds_are_averaged_in_the_heat_map() -> None:
     table = sweep_table(["defense", "seed"], outcomes({"defense": 2, "seed": 2}))
     figure = figures.heat_map(table, "reconstruction")
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert texts == ["-1.5", "+0.5"]
+    assert texts == ["-1.5\nbut leaks", "+0.5"]  # the verdict of every run says that it leaks
     assert "mean of 2 seeds" in figure.get_suptitle().replace("\n", " ")
 
 

@@ -59,8 +59,8 @@ def _pictures(folder: Path, table: SweepTable) -> list[dict[str, str]]:
 
 
 _CAPTIONS = {
-    "leakage": "Pale blue: at or below the floor. Redder: more above it. Framed in red: the figure shows nothing, and "
-    "the verdict found leakage all the same (labels, or images that are recognised). Hatched: not applicable or "
+    "leakage": "Pale blue: at or below the floor. Redder: more above it. Framed in red: the figure shows nothing, "
+    "and the verdict found leakage all the same (labels, recognised images). Hatched: not applicable or "
     "failed.",
     "utility": "Down and right is where one wants to be: private and useful. Below the dashed line this figure shows "
     "nothing; a red ring: the run's verdict found leakage all the same.",
