@@ -51,7 +51,8 @@ class Victim:
 
     `answer` None: the `reason` says why there is none; one without labels was not asked for them. `granted`: public
     images that the attacker had, (N, C, H, W), whose mean is a floor. `fields`: further columns of its records.
-    `photograph`: of a single private image, another one of the same person, (1, C, H, W), where there is one.
+    `photographs`: of a single private image, the others of the same person, (M, C, H, W), where there are some: the
+    first is ranked, and none of them counts as another's.
     """
 
     key: str
@@ -60,7 +61,7 @@ class Victim:
     reason: str = ""
     granted: Tensor | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
-    photograph: Tensor | None = None
+    photographs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,13 @@ def score_images(
     common: Mapping[str, Any],
     *,
     public: Tensor | None = None,
-    seed: int = 0,
 ) -> ImageScores:
     """Score every victim's answer; `common` are fields of all records, `public` further images for the gallery.
 
     An answer of the wrong size or not finite is a victim that failed: its rows have the status "failed: reason".
     """
     each = {name: metric for name, metric in metrics.items() if not metric.pooled}
-    work = _Work(victims, each, dict(common), public, seed)
+    work = _Work(victims, each, dict(common), public)
     records: list[dict[str, Any]] = []
     panels: list[dict[str, Tensor]] = []
     for number in range(len(victims)):
@@ -130,7 +130,7 @@ def score_images(
         name: torch.cat([shown.get(name, none) for shown, none in zip(panels, nothing, strict=True)])
         for name in names
     }
-    pooled = _pooled({n: m for n, m in metrics.items() if m.pooled}, images, seed)
+    pooled = _pooled({n: m for n, m in metrics.items() if m.pooled}, images)
     told = {name: describe_metric(metric) for name, metric in metrics.items()}
     return ImageScores(
         records, images, work.failed, pooled, work.identified, work.floors_identified, work.persons, told
@@ -199,15 +199,8 @@ class _Work:
         metrics: Mapping[str, ImageMetric],
         common: dict[str, Any],
         public: Tensor | None,
-        seed: int,
     ) -> None:
-        self.victims, self.metrics, self.common, self.public, self.seed = (
-            victims,
-            metrics,
-            common,
-            public,
-            seed,
-        )
+        self.victims, self.metrics, self.common, self.public = victims, metrics, common, public
         self.failed: list[dict[str, str]] = []
         self.identified: list[Identification | None] = []
         self.floors_identified: list[dict[str, Identification]] = []
@@ -270,9 +263,11 @@ class _Work:
         known = identify({REBUILT: own.clamp(0, 1), **floors}, private, batches)
         self.identified.append(known.pop(REBUILT, None))
         self.floors_identified.append(known)
-        another = (
-            {} if victim.photograph is None else identify({"": own.clamp(0, 1)}, victim.photograph, batches)
-        )
+        another: dict[str, Identification] = {}
+        if victim.photographs is not None and batches:
+            others = apart(batches, victim.photographs, len(batches))
+            strangers = [] if others is None else others.split(1)
+            another = identify({"": own.clamp(0, 1)}, victim.photographs[:1], strangers)
         self.persons.append(another.get(""))
         told_right = tuple(bool(named[index]) for index in chosen) if asked else None
         add("", self._scores(found_images, private[chosen], truth, gallery, chosen, told_right), chosen)
@@ -317,7 +312,7 @@ class _Work:
         named: tuple[bool, ...] | None = None,
     ) -> dict[str, list[float]]:
         labels = truth.labels if chosen is None else truth.labels[list(chosen)]
-        pairs = Pairs(images.clamp(0, 1), private, labels, named, gallery, self.seed)
+        pairs = Pairs(images.clamp(0, 1), private, labels, named, gallery)
         return score(self.metrics, pairs)
 
     def _gallery(self, number: int) -> Tensor | None:
@@ -345,7 +340,7 @@ class _Work:
                 order = match(own, images).order
                 matched = [index for index, place in enumerate(order) if place >= 0]
                 answered = own[[order[index] for index in matched]].clamp(0, 1)
-                pairs = Pairs(answered, images[matched], other.labels[matched], None, None, self.seed)
+                pairs = Pairs(answered, images[matched], other.labels[matched])
                 for name, scores in score(metrics, pairs).items():
                     known = np.minimum(np.asarray(scores), COUNTED_DB)
                     values[name] += (
@@ -355,9 +350,7 @@ class _Work:
         return found
 
 
-def _pooled(
-    metrics: Mapping[str, ImageMetric], images: Mapping[str, Tensor], seed: int
-) -> dict[str, dict[str, float]]:
+def _pooled(metrics: Mapping[str, ImageMetric], images: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """Metrics of all images together: the answers', each floor's, and what was shown."""
     found: dict[str, dict[str, float]] = {name: {} for name in metrics}
     for panel, made in images.items():
@@ -369,9 +362,7 @@ def _pooled(
         for where, truth in against:
             if not known.any():
                 continue
-            for name, values in score(
-                metrics, Pairs(made[known].clamp(0, 1), truth[known], seed=seed)
-            ).items():
+            for name, values in score(metrics, Pairs(made[known].clamp(0, 1), truth[known])).items():
                 found[name][where] = values[0]
     return found
 

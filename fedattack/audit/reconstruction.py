@@ -103,7 +103,7 @@ def audit_reconstruction(
     public
         Images of nobody's, (N, C, H, W), among which a private one is looked for as well.
     photographs
-        Key of an observation of one image -> another photograph of the same person, (1, C, H, W).
+        Key of an observation of one image -> the other photographs of the same person, (M, C, H, W), in random order.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def _audit(
     seen: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> AuditResult:
     common = {"attack": name, "family": "reconstruction"}
-    scores = score_images(victims, scored_by(metrics), common, public=public, seed=seed)
+    scores = score_images(victims, scored_by(metrics), common, public=public)
     summary = _Summary(victims, scores, public_labels, seed).figures(seen)
     histories = {
         f"round {victim.truth.round}, {seat(victim.truth.client)}": list(victim.answer.history)

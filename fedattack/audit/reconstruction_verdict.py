@@ -105,11 +105,10 @@ class Identified:
 
     @property
     def text(self) -> str:
-        """ "8 of 8 private images rank first among 65 (by chance 0.1, p < 0.0001; flat grey 0)"."""
+        """ "8 of 8 private images rank first among 65 (by chance 0.1, p < 0.0001; best floor 0, 95 % ...)"."""
         told, what = self.evidence, "private images rank" if self.single else "private batches rank"
-        ends = (
-            f", 95 % interval {formats.percent(told.share.low, 0)} to {formats.percent(told.share.high, 0)}"
-        )
+        low, high = (formats.percent(end, 0) for end in (told.share.low, told.share.high))
+        ends = f", {told.share.confidence * 100:.3g} % interval {low} to {high}"
         floor = f"; best floor {self.floor_first}" if self.floor else ""
         chance = f"by chance {formats.decimal(told.chance)}, {formats.p_value(told.p_value)}{floor}"
         return f"{told.first} of {told.count} {what} first among {told.of} ({chance}{ends})"

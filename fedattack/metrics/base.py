@@ -33,8 +33,6 @@ class Pairs:
         Whether the attack named the label; None where it was not asked, as floors are not.
     gallery : Tensor, float (G, C, H, W), in [0, 1]
         Images of others, private and public, none of them a copy of one of `truth`; None where there are none.
-    seed : int
-        Of whatever a metric draws.
     """
 
     images: Tensor
@@ -42,7 +40,6 @@ class Pairs:
     labels: Tensor | None = None
     label_right: tuple[bool, ...] | None = None
     gallery: Tensor | None = None
-    seed: int = 0
 
 
 @dataclass

@@ -91,7 +91,21 @@ def last_linear(model: nn.Module, name: str) -> tuple[str, nn.Linear]:
 
 @dataclass
 class FeatureMetric(ImageMetric):
-    """Base of metrics in the feature space of `model`, beside the images' own size."""
+    """Base of metrics in the feature space of `model`, beside the images' own size.
+
+    Parameters
+    ----------
+    model : str
+        "lite-features" (EfficientNet-Lite0, what its classifier sees), a model of `fedattack list models`, or an
+        embedding by ``module:Class``: images (B, C, H, W), float32 in [0, 1], to features (B, D).
+    weights : str, optional
+        Safetensors file of the model's weights, which a model of the list needs: its features are the input of its
+        last linear layer.
+    activation, width : optional
+        Of a model of the list; None: its default.
+    side : int, optional
+        Side in pixels that images are resized to, bilinearly; None: as they are.
+    """
 
     higher: ClassVar[bool] = False
     needs: ClassVar[tuple[Need, ...]] = ("weights",)
@@ -271,16 +285,6 @@ class FeatureDistance(FeatureMetric):
 
     Parameters
     ----------
-    model : str
-        "lite-features" (EfficientNet-Lite0, what its classifier sees), a model of `fedattack list models`, or an
-        embedding by ``module:Class``: images (B, C, H, W), float32 in [0, 1], to features (B, D).
-    weights : str, optional
-        Safetensors file of the model's weights, which a model of the list needs: its features are the input of its
-        last linear layer.
-    activation, width : optional
-        Of a model of the list; None: its default.
-    side : int, optional
-        Side in pixels that images are resized to, bilinearly; None: as they are.
     distance : str
         "euclidean", or "cosine": 1 - cosine.
     """
@@ -307,19 +311,6 @@ class FrechetDistance(FeatureMetric):
     """Fréchet distance of all reconstructions from all private images, in the features of a network that is named.
 
     Never the "FID", which is that of Inception's features, and biased upwards the more the fewer images there are.
-
-    Parameters
-    ----------
-    model : str
-        "lite-features" (EfficientNet-Lite0, what its classifier sees), a model of `fedattack list models`, or an
-        embedding by ``module:Class``: images (B, C, H, W), float32 in [0, 1], to features (B, D).
-    weights : str, optional
-        Safetensors file of the model's weights, which a model of the list needs: its features are the input of its
-        last linear layer.
-    activation, width : optional
-        Of a model of the list; None: its default.
-    side : int, optional
-        Side in pixels that images are resized to, bilinearly; None: as they are.
     """
 
     title: ClassVar[str] = "frechet"

@@ -41,18 +41,17 @@ def held_out_images(world: World) -> Tensor | None:
 
 
 def other_photographs(world: World, truths: Sequence[GroundTruth], seed: int) -> dict[str, Tensor]:
-    """Key of each single private image -> another photograph of its person, drawn; of persons that have several."""
+    """Key of each single private image -> the other photographs of its person, in random order, if any."""
     groups, found = world.dataset.groups, dict[str, Tensor]()
     for truth in truths if groups is not None else ():
         assert groups is not None
         if len(truth.sample_ids) == 1:
             own = truth.sample_ids[0]
             others = np.setdiff1d(np.flatnonzero(groups == groups[own]), [own])
-            if len(others):
-                drawn = numpy_rng(seed, "another photograph", truth.round, truth.client).choice(others)
-                image = world.dataset.tensors(np.array([drawn]))[0]
-                if not torch.equal(image, truth.images):
-                    found[truth.key] = image
+            drawn = numpy_rng(seed, "another photograph", truth.round, truth.client).permutation(others)
+            images = world.dataset.tensors(drawn)[0] if len(drawn) else truth.images
+            if different := [image for image in images if not torch.equal(image, truth.images[0])]:
+                found[truth.key] = torch.stack(different)
     return found
 
 

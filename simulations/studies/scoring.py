@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from fedattack.annotation.pairs import RatedPair, read_pairs
+from fedattack.annotation.pairs import Picture, RatedPair, read_pairs
 from fedattack.audit import AuditResult
 from fedattack.audit.family import get_family
 from fedattack.audit.image_scores import ORIGINAL, Victim, check_metrics
@@ -33,7 +33,7 @@ from fedattack.storage import RunFolder, load_truths
 from fedattack.storage.observations import safe_name
 from fedattack.storage.plain import plain, read_json, write_json
 from simulations.experiments.private import PrivateBatches
-from simulations.experiments.reconstruction import held_out_images
+from simulations.experiments.reconstruction import held_out_images, other_photographs
 
 EIGHT_BIT = "8 bit"
 _MARK = "scores.json"
@@ -134,7 +134,7 @@ def _of_pair(pair: RatedPair, number: int, channels: int, classes: Sequence[str]
 
 
 def _pixels(picture: Any, channels: int, name: str) -> Tensor:
-    tensor = pil_to_tensor(picture).float() / 255
+    tensor = _as_tensor(picture)
     if tensor.shape[0] != channels:
         if tensor.shape[0] == 1:
             return tensor.expand(channels, -1, -1).clone()
@@ -160,8 +160,6 @@ def score_run(run: Path, chosen: MetricConfig, metrics: Mapping[str, ImageMetric
     if not attacks:
         raise DataError(f"{str(run)!r}: no attack of this run answered images")
     world, notes = _world(config)
-    if world is not None:
-        check_metrics(metrics, world.scenario.image_shape)
     truths = _Truths(run, config, world)
     granted = None if world is None or world.auxiliary is None else world.auxiliary.images
     public = None if world is None else held_out_images(world)
@@ -169,17 +167,19 @@ def score_run(run: Path, chosen: MetricConfig, metrics: Mapping[str, ImageMetric
     results = []
     for name in attacks:
         victims = []
-        for key, who in _keys(run, name):
-            found = None if who is None else folder.load_reconstruction(name, key)
+        for key, answered in _keys(run, name):
+            found = folder.load_reconstruction(name, key) if answered else None
             place = _who(key)
             truth = truths.of(name, *place)
             answer = None if found is None else found[0]
             reason = (
                 ""
-                if who
+                if answered
                 else str(read_json(run / "parts" / safe_name(name) / f"{key}.failed.json")["reason"])
             )
-            victims.append(Victim(key, truth, answer, reason, granted, old.get((name, *place), {})))
+            another = {} if world is None else other_photographs(world, [truth], config.seed)
+            fields = old.get((name, *place), {})
+            victims.append(Victim(key, truth, answer, reason, granted, fields, another.get(key)))
         if not victims:
             raise DataError(f"{str(run)!r}: the answers of {name!r} are gone (parts/ is empty)")
         size = victims[0].truth.images.shape[1:]
@@ -188,19 +188,8 @@ def score_run(run: Path, chosen: MetricConfig, metrics: Mapping[str, ImageMetric
         told = summary["attacks"][name]
         kept = {key: told[key] for key in told if key not in result.summary}
         threat = kept.pop("threat", {})
-        results.append(
-            AuditResult(
-                name,
-                result.family,
-                result.records,
-                {**kept, **result.summary, "seconds": told["seconds"]},
-                result.verdict,
-                result.level,
-                result.images,
-                result.curves,
-                threat,
-            )
-        )
+        whole = {**kept, **result.summary, "seconds": told["seconds"]}
+        results.append(replace(result, summary=whole, threat=threat))
     if truths.eight_bit:
         notes.append(
             f"the originals are {EIGHT_BIT} (the run's pictures), and the reconstructions are floats"
@@ -272,7 +261,7 @@ class _Truths:
         self.eight_bit = True
         frame = _records(self._run)
         mine = frame[(frame["attack"] == attack) & (frame["round"] == round) & (frame["client"] == client)]
-        pictures = [read_picture(path) for path in files]
+        pictures = [_as_tensor(Picture.read(path).pixels()) for path in files]
         labels, samples = (mine.sort_values("image")[name].tolist() for name in ("label", "sample"))
         count = len(pictures)
         return GroundTruth(
@@ -288,23 +277,20 @@ class _Truths:
         return self._run / "images" / safe_name(attack) / name
 
 
-def read_picture(path: Path) -> Tensor:
-    """An 8-bit picture as float (C, H, W) in [0, 1]; DataError where it is none."""
-    from fedattack.annotation.pairs import decode
-
-    picture = decode(path.read_bytes(), str(path))
+def _as_tensor(picture: Any) -> Tensor:
+    """Float (C, H, W) in [0, 1]."""
     return pil_to_tensor(picture).float() / 255
 
 
-def _keys(run: Path, attack: str) -> Iterator[tuple[str, bool | None]]:
-    """Observation keys that an attack answered (True) or failed at (None), in order."""
+def _keys(run: Path, attack: str) -> Iterator[tuple[str, bool]]:
+    """Observation keys that an attack answered (True) or failed at, in order."""
     place = run / "parts" / safe_name(attack)
-    found: dict[str, bool | None] = {}
+    found: dict[str, bool] = {}
     for path in place.glob("*.json"):
         failed = path.name.endswith(".failed.json")
         key = path.name.removesuffix(".failed.json" if failed else ".json")
         if (place / f"{key}.safetensors").is_file() or failed:
-            found[key] = None if failed and not (place / f"{key}.json").is_file() else True
+            found[key] = (place / f"{key}.json").is_file()
     yield from sorted(found.items())
 
 

@@ -30,7 +30,7 @@ from fedattack.metrics import (
     tpr_at_fpr,
     units_needed,
 )
-from fedattack.observation import Reconstruction
+from fedattack.observation import Auxiliary, Reconstruction
 
 NAN = float("nan")
 TIGHT = Interval(0.2, -0.5, 0.9, 12, 0.95, 1.1)
@@ -653,10 +653,18 @@ def test_the_sentences_in_full() -> None:
 
 def test_another_photograph_of_the_person_is_ranked_too() -> None:
     observations, truths = scene(victims=8)
-    alike = {t.key: (t.images + 0.05 * torch.randn(t.images.shape)).clamp(0, 1) for t in truths}
+    rng = torch.Generator().manual_seed(4)
+    alike = {
+        t.key: (t.images + 0.05 * torch.randn(t.images.shape, generator=rng)).clamp(0, 1) for t in truths
+    }
     found = audit_reconstruction("a", observations, noisy(truths, 0.05), truths, 1.0, photographs=alike)
     told = found.summary["person"]
     assert (told["first"], told["of"], told["gallery"]) == (8, 8, 65)
+    granted = observations[0].auxiliary
+    known = Auxiliary(torch.cat([*alike.values(), granted.images]), None, "with photographs of the victims")
+    public = [dataclasses.replace(o, auxiliary=known) for o in observations]
+    among = audit_reconstruction("a", public, noisy(truths, 0.05), truths, 1.0, photographs=alike)
+    assert among.summary["person"]["first"] == 8  # the photograph is no rival of itself
     strangers = dict(zip(alike, faces(8, 321).split(1), strict=True))
     other = audit_reconstruction("a", observations, noisy(truths, 0.05), truths, 1.0, photographs=strangers)
     assert other.summary["person"]["first"] <= 1

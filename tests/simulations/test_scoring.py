@@ -225,3 +225,26 @@ def test_bad_sources_are_refused_in_a_sentence(run: Path, tmp_path: Path) -> Non
         score([originals, full], "psnr", full)
     with pytest.raises(ConfigError, match=r"'metric\.names' is empty"):
         score_sources([originals, full], MetricConfig(names=()), tmp_path / "out")
+
+
+def test_a_score_ranks_the_same_photographs_as_its_run(tmp_path: Path) -> None:
+    rng, people = np.random.default_rng(3), tmp_path / "people"
+    for who in range(12):
+        face = rng.integers(60, 200, (12, 12))
+        for number in range(8):
+            pixels = face + rng.normal(0, 8, (12, 12))
+            (people / f"p{who:02}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                people / f"p{who:02}" / f"{number}.png"
+            )
+    told = {"dataset": "image-folder", "data-dir": str(people), "data.groups": "folder", "limit": ""}
+    run = tmp_path / "run"
+    simulate(Config.from_mapping(settings(run, **told) | {"attack": "analytic", "model": "mlp"}))
+    score([run], "mse", tmp_path / "scores")
+    there, here = (
+        read_json(place / "summary.json")["attacks"]["analytic"] for place in (run, tmp_path / "scores")
+    )
+    assert there["person"]["of"] == 4
+    assert there["person"]["first"] == 4  # another photograph of the same person is recognised
+    assert here["person"] == there["person"]
+    assert here["verdict"] == there["verdict"]
