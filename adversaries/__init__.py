@@ -19,6 +19,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "dlg": "adversaries.reconstruction.matching.dlg:DLG",
         "idlg": "adversaries.reconstruction.matching.idlg:IDLG",
         "ig": "adversaries.reconstruction.matching.inverting_gradients:InvertingGradients",
+        "dlf": "adversaries.reconstruction.matching.dlf:DLF",
         "sapag": "adversaries.reconstruction.matching.sapag:SAPAG",
         "cpl": "adversaries.reconstruction.matching.cpl:CPL",
         "tag": "adversaries.reconstruction.matching.tag:TAG",

@@ -28,6 +28,33 @@ def share_of(progress: Progress, low: float, high: float, prefix: str = "") -> P
     return lambda share, text: progress(low + (high - low) * share, prefix + text)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """The most that an attack spends on one victim, in passes through the model that is attacked.
+
+    Attributes
+    ----------
+    gradients : int
+        Gradients of the victim's batch.
+    slopes : int
+        Gradients, each with the derivative of a distance from it by the images: two differentiations.
+    products : int
+        Products with the gradient's Jacobian by the images.
+    whole : bool
+        Whether each is of all images of the update, where the client took them in several steps.
+    """
+
+    gradients: int = 0
+    slopes: int = 0
+    products: int = 0
+    whole: bool = False
+
+    @property
+    def second_order(self) -> bool:
+        """Whether gradients are differentiated, so that the graph of one is held."""
+        return self.slopes > 0 or self.products > 0
+
+
 @dataclass
 class Attack(ABC):
     """Base of every attack.
@@ -62,6 +89,11 @@ class Attack(ABC):
         DataError if a setting names what is not there.
         """
         del scenario, facts
+
+    def effort(self, scenario: Scenario, images: int) -> Effort | None:
+        """What it spends at most on an update of so many `images`; None: not known before it runs."""
+        del scenario, images
+        return None
 
     def needs_history(self, scenario: Scenario) -> bool:
         """Whether a client's later updates are read with its earlier ones.

@@ -47,6 +47,10 @@ class Needs:
     """Batches have one agreed size; or each client's is the same in every round (all of its samples)."""
     first_layer: bool = False
     """The model begins with a linear layer with bias on the pixels."""
+    patches: bool = False
+    """With `first_layer`: an embedding of patches with learned positions will do."""
+    hidden: bool = False
+    """Somewhere in the model a ReLU follows a linear layer with bias."""
     head: Literal["", "linear", "biased"] = ""
     """The model ends in a linear layer; with a bias."""
     activations: tuple[str, ...] = ()
@@ -91,6 +95,13 @@ class Needs:
     def summed(self) -> str:
         """Attacks on the same training that read sums."""
         return "critic" if self.trains == "generate" else "ig or unmix"
+
+    @property
+    def begins(self) -> str:
+        """What the model begins with, in words."""
+        return "a linear first layer with bias" + (
+            ", or patches with learned positions" if self.patches else ""
+        )
 
     @property
     def behind(self) -> str:

@@ -18,7 +18,9 @@ from adversaries.base import Attack
 from adversaries.inversion.evidence import defences, one_gradient
 from adversaries.inversion.evidence.first_layer import first_layer, is_complete
 from adversaries.inversion.evidence.head import head_name
-from adversaries.inversion.evidence.label_strategies import check_strategy
+from adversaries.inversion.evidence.labels.label_strategies import check_strategy
+from adversaries.inversion.evidence.layers.hidden_layer import hidden_layers
+from adversaries.inversion.evidence.layers.patches import patch_embedding
 from adversaries.inversion.gradients import closed_form
 from adversaries.needs import Facts, Needs
 from fedattack.config import ModelConfig
@@ -42,7 +44,9 @@ def _model(model: ModelConfig) -> tuple[str, bool, type[nn.Module]]:
     normalised = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
     found = _said(head_name, tuple(shapes), tuple(shapes.values()))
     name = "" if found else head_name(tuple(shapes), tuple(shapes.values()))
-    if not name or shapes[f"{name}.weight"][0] != model.classes:
+    # Of a frozen head nothing is sent.
+    read = bool(name) and module.get_parameter(f"{name}.weight").requires_grad
+    if not read or shapes[f"{name}.weight"][0] != model.classes:
         return "", normalised, type(module)
     return "biased" if f"{name}.bias" in shapes else "linear", normalised, type(module)
 
@@ -61,8 +65,18 @@ def _said(check: Callable[..., object], *arguments: Any, **options: Any) -> str:
     return ""
 
 
+def _no_start(n: Needs, model: ModelConfig) -> object:
+    """What a model does not begin with, or that its first layer has no bias."""
+    refused = _said(first_layer, model)
+    if refused and n.patches:
+        return _said(patch_embedding, model)
+    return refused or not first_layer(model).biased
+
+
 def _one_step(s: Scenario) -> Scenario:
-    return dataclasses.replace(s, training=s.training.model_copy(update={"local_steps": 1}))
+    return dataclasses.replace(
+        s, training=s.training.model_copy(update={"local_steps": 1, "local_epochs": None})
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,8 @@ TABLE: tuple[Row, ...] = (
         _NO_HEAD, plain=True),
     Row("labels", "",
         lambda n, s, f: _said(check_strategy, n.labels, s,
-                              0 if s.training.local_steps > 1 else s.training.batch_size)),
+                              0 if s.training.local_steps > 1 else s.training.batch_size,
+                              False if f.auxiliary == 0 else f.labelled)),
     Row("distinct", "distinct labels", lambda n, s, f: s.training.batch_size > (s.model.classes or 0),
         "training.batch_size = {t.batch_size} > {m.classes} classes: labels must repeat, and images with equal "
         "labels are not told apart; lower --batch-size"),
@@ -174,10 +189,10 @@ TABLE: tuple[Row, ...] = (
     Row("batch", "the same batch in every round", lambda n, s, f: s.training.batch_size > 0,
         "training.batch_size = {t.batch_size}: clients draw another batch in every round, and rounds on one "
         "batch are compared; use --batch-size 0", value="same"),
-    Row("first_layer", "a linear first layer with bias",
-        lambda n, s, f: _said(first_layer, s.model) or not first_layer(s.model).biased,
+    Row("first_layer", "{n.begins}", lambda n, s, f: _no_start(n, s.model),
         "model.name = {m.name!r} has no bias in its first layer, whose gradient fixes the scale of what its "
         "rows hold; use --model mlp"),
+    Row("hidden", "a linear layer with bias before ReLU", lambda n, s, f: _said(hidden_layers, s.model)),
     Row("head", "a linear head", lambda n, s, f: not _model(s.model)[0], _NO_HEAD),
     Row("head", "with a bias", lambda n, s, f: _model(s.model)[0] == "linear",
         "model.name = {m.name!r}: its head has no bias, whose gradient counts images; use another model",

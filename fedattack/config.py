@@ -17,17 +17,18 @@ A preset and a scenario (:mod:`fedattack.presets`) say what is meant by settings
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from fedattack.errors import ConfigError, unknown_name
+from fedattack.errors import ConfigError, quoted, unknown_name
 from fedattack.presets import PRESETS, SCENARIOS
+from fedattack.reading import Unreadable, read_toml
+from fedattack.registry import check_names_of_file, written
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -55,10 +56,25 @@ Ranges = Annotated[tuple[str, ...], BeforeValidator(_ranges)]
 """Whole numbers from 0 and ranges of them, both ends included: "0,4" or "2100-2349"; none: all."""
 
 
-class Section(BaseModel):
-    """A group of settings; immutable, and closed to unknown keys."""
+def _numbers(value: Any) -> Any:
+    """A number, several with commas, or a sequence of them, as numbers."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(float(part) for part in (parts if isinstance(parts, list | tuple) else [parts]))
+    except (TypeError, ValueError):
+        raise ValueError(
+            "accepted: a number, or one for each channel with commas, as 0.5 or 0.49,0.48,0.45"
+        ) from None
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
+"""Finite numbers, one for all channels or one for each: "0.5" or "0.49,0.48,0.45"."""
+
+
+class Section(BaseModel):
+    """A group of settings; immutable, closed to unknown keys, and without NaN and infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PluginSection(Section):
@@ -67,8 +83,13 @@ class PluginSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _full_names(cls, data: Any) -> Any:
-        names, options = data.get("names") or [data.get("mechanism") or ""], data.get("options") or {}
-        full: dict[str, Any] = {}
+        if not isinstance(data, Mapping):
+            return data
+        names = data.get("names") or [data.get("mechanism") or ""]
+        options: Any = data.get("options") or {}
+        if not (isinstance(options, Mapping) and all(isinstance(one, Mapping) for one in options.values())):
+            return data  # refused, each by its type
+        full: dict[str, dict[str, Any]] = {}
         for asked, chosen in options.items():
             meant = [name for name in names if asked == name.partition(":")[2] and asked not in names] or [
                 asked
@@ -77,8 +98,8 @@ class PluginSection(Section):
                 raise ValueError(
                     f"parameters of {asked!r} may be those of {' or '.join(meant)}; name one in full"
                 )
-            full[meant[0]] = full.get(meant[0], {}) | chosen
-        return data | {"options": full} if full else data
+            full[meant[0]] = {**full.get(meant[0], {}), **chosen}
+        return {**data, "options": full} if full else data
 
 
 class DataConfig(Section):
@@ -88,6 +109,10 @@ class DataConfig(Section):
     dir: str | None = Field(None, description="folder that holds the data set")
     download: bool = False
     image_size: int | None = Field(None, ge=4, le=1024, description="square side in pixels; None: as stored")
+    mean: Numbers | None = Field(
+        None, description="what the model takes off each channel of images in [0, 1], as 0.49,0.48,0.45"
+    )
+    std: Numbers | None = Field(None, description="what it divides each channel by then, as 0.25,0.24,0.26")
     part: str | None = Field(
         None,
         description="part of a set that has several: train, test (mnist, fashion-mnist, emnist-*); train, test, "
@@ -145,7 +170,7 @@ class PartitionConfig(Section):
     """How the clients' pool is dealt out."""
 
     name: str = Field("iid", description="iid, dirichlet, shards, natural, or flwr_datasets' 'module:Class'")
-    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is unequal")
+    alpha: float = Field(0.5, gt=0, le=1e100, description="Dirichlet concentration; small is unequal")
     shards_per_client: Positive = 2
     groups_per_client: Positive | None = Field(
         None, description="natural: people at each client, the others at none; None: all are dealt out"
@@ -160,8 +185,9 @@ class ModelConfig(Section):
     classes: Positive | None = Field(None, description="width of the head; None: the model's published head")
     channels: Positive | None = Field(None, description="None: the data set's")
     image_size: Positive | None = Field(None, description="None: the data set's")
-    activation: Literal["sigmoid", "relu", "tanh", "gelu", "softplus", "poly3"] | None = Field(
-        None, description="None: the model's published one"
+    activation: Literal["sigmoid", "relu", "tanh", "gelu", "softplus", "poly3", "other"] | None = Field(
+        None,
+        description="None: the model's published one; other: several, or none of these, in a model of your own",
     )
     width: Positive | None = Field(
         None, description="hidden neurons, of models whose width is free; None: the model's default"
@@ -175,7 +201,17 @@ class ModelConfig(Section):
     nets: Literal["both", "generator"] | None = Field(
         None, description="of a generator and a critic, what is sent; 'gan.share' sets it"
     )
-    weights: str | None = Field(None, description="safetensors file of initial weights; None: seeded random")
+    initialisation: Literal["published", "kaiming"] = Field(
+        "published",
+        description="what first weights are drawn from; kaiming: uniform (He et al. 2015), biases 0, in place of a "
+        "published draw that cannot be trained",
+    )
+    weights: str | None = Field(
+        None,
+        description="safetensors or .pt file of initial weights; None: seeded random, or a live model's own",
+    )
+    mean: Numbers | None = Field(None, description="set by 'data.mean'")
+    std: Numbers | None = Field(None, description="set by 'data.std'")
 
     @property
     def resolved(self) -> tuple[int, int, int]:
@@ -196,6 +232,10 @@ class TrainingConfig(Section):
     )
     batch_size: Count = Field(1, description="0: all of the client's samples")
     local_steps: Positive = Field(1, description="optimiser steps a round under fedavg")
+    local_epochs: Positive | None = Field(
+        None,
+        description="passes over the client's own samples a round, in place of local_steps; None: local_steps",
+    )
     learning_rate: float = Field(0.1, gt=0)
     server_learning_rate: float | None = Field(
         None, gt=0, description="step of the server on the mean gradient under fedsgd; None: learning_rate"
@@ -211,7 +251,24 @@ class TrainingConfig(Section):
     def _one_gradient(self) -> TrainingConfig:
         if self.protocol == "fedsgd" and self.local_steps != 1:
             raise ValueError("local_steps must be 1 under protocol 'fedsgd'; use protocol 'fedavg'")
+        if self.protocol == "fedsgd" and self.local_epochs is not None:
+            raise ValueError(
+                f"local_epochs = {self.local_epochs}: a client takes no passes under protocol 'fedsgd'; use protocol "
+                "'fedavg'"
+            )
         return self
+
+    def steps(self, samples: int) -> int:
+        """Optimiser steps a round of a client that has, or declares, so many samples."""
+        if self.local_epochs is None or samples < 1:
+            return self.local_steps
+        return self.local_epochs * -(-samples // (self.batch_size or samples))
+
+    def of(self, samples: int) -> TrainingConfig:
+        """What is agreed, as a client of so many samples carries it out: its `local_steps`, and no `local_epochs`."""
+        if self.local_epochs is None:
+            return self
+        return self.model_copy(update={"local_steps": self.steps(samples), "local_epochs": None})
 
 
 class GanConfig(Section):
@@ -295,8 +352,21 @@ class FederationConfig(Section):
 
     clients: Positive = 8
     rounds: Positive = 1
+    pretrain: Count = Field(
+        0,
+        description="honest rounds before round 1, which nobody attacks: a trained model is what round 1 sends",
+    )
     participation: float = Field(1.0, gt=0, le=1, description="share of clients drawn each round")
     dropout: float = Field(0.0, ge=0, lt=1, description="chance that a drawn client does not answer")
+    max_examples: Positive | None = Field(
+        None, description="most samples a client may declare; None: as many as it registered"
+    )
+    max_norm: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="longest change of the weights (L2 norm) that is taken of a client; None: any",
+    )
     strategy: str = Field("fedavg", description="a Flower strategy by name, or 'module:Class'")
     strategy_options: dict[str, Any] = Field(default_factory=dict)
     evaluate: bool = True
@@ -309,7 +379,9 @@ class AttackConfig(PluginSection):
     victims: Positive | None = Field(
         None, description="clients whose updates are reconstructed; None: 8, or all where there are fewer"
     )
-    rounds: tuple[Positive, ...] = Field((1,), description="rounds whose updates are reconstructed")
+    rounds: tuple[Positive, ...] = Field(
+        (1,), description="rounds whose updates are reconstructed: numbers, or last, with commas"
+    )
     victims_per_task: Positive = Field(4, description="victims reconstructed in one batched optimisation")
     state_seconds: float = Field(
         10.0, ge=0, description="least seconds between two states of an attack at work"
@@ -335,6 +407,12 @@ class AttackConfig(PluginSection):
     shared_options: dict[str, Any] = Field(
         default_factory=dict, description="parameters for every selected attack that has them"
     )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> AttackConfig:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"setting 'attack.names' = {', '.join(self.names)}: name each attack once")
+        return self
 
 
 class UnlearningConfig(PluginSection):
@@ -410,6 +488,13 @@ class EngineConfig(Section):
     cpus_per_actor: float = Field(1.0, ge=0)
     gpus_per_actor: float = Field(0.0, ge=0)
     ray_address: str | None = Field(None, description="join this Ray cluster; None: a private local one")
+    deadline: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds a client has to answer, then the round goes on without it; results then depend on the "
+        "machine; None: as long as it takes",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     # On small networks a second thread gains little when the machine is quiet, and where several processes share it
     # the threads wait for each other: several times slower than one. Large products (a wide two-layer head) gain.
@@ -433,7 +518,7 @@ class OutputConfig(Section):
 class Config(Section):
     """All settings of a run."""
 
-    seed: Count = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     scenario: Literal["federated", "central"] = Field(
         "federated", description="central: one holder of all data, who is the server"
     )
@@ -456,9 +541,35 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _last_round(cls, data: Any) -> Any:
+        """With the number of the last round in the place of its name."""
+        attack, federation = data.get("attack"), data.get("federation", {})
+        rounds = attack.get("rounds") if isinstance(attack, Mapping) else None
+        rounds = [rounds] if isinstance(rounds, str) else rounds
+        if not isinstance(rounds, list | tuple):
+            return data
+        odd = [one for one in rounds if isinstance(one, str) and one != "last" and not one.isdecimal()]
+        if odd:
+            raise ValueError(
+                f"setting 'attack.rounds' = {odd[0]!r}: accepted: numbers of rounds from 1, and last, with commas"
+            )
+        if "last" in rounds:
+            last = (federation.get("rounds") or 1) if isinstance(federation, Mapping) else federation.rounds
+            named = [int(one) if isinstance(one, str) and one != "last" else one for one in rounds]
+            known = list(dict.fromkeys(last if one == "last" else one for one in named))
+            return {**data, "attack": {**attack, "rounds": known}}
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         victims, clients = self.attack.victims, self.federation.clients
+        if self.training.local_epochs is not None and self.training.local_steps != 1:
+            raise ValueError(
+                f"settings 'training.local_epochs' = {self.training.local_epochs} and 'training.local_steps' = "
+                f"{self.training.local_steps} say two things; accepted: epochs with local_steps 1, or steps alone"
+            )
         if self.scenario == "central" and clients != 1:
             raise ValueError(
                 f"setting 'federation.clients' = {clients}: scenario 'central' is one holder of all data, who is the "
@@ -476,6 +587,12 @@ class Config(Section):
         if late:
             raise ValueError(
                 f"setting 'attack.rounds' = {late}: the federation has {self.federation.rounds} round(s)"
+            )
+        if self.federation.pretrain and (self.canaries.count or self.unlearning.forgotten):
+            what = "canaries.count" if self.canaries.count else "unlearning.forgotten"
+            raise ValueError(
+                f"setting 'federation.pretrain' = {self.federation.pretrain}: {what!r} is about all rounds in which "
+                "clients train; accepted: 0, and more rounds (--rounds)"
             )
         if self.request_round > self.federation.rounds:
             raise ValueError(
@@ -534,11 +651,11 @@ class Config(Section):
     ) -> Config:
         """Read a TOML file of nested sections, then apply `overrides` (short or dotted names); see from_mapping."""
         try:
-            base = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ConfigError(f"configuration file {str(path)!r} does not exist") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"configuration file {str(path)!r} is not readable TOML: {error}") from None
+            base = read_toml(path)
+        except Unreadable as error:
+            what = "does not exist" if error.absent else f"is not readable TOML: {error.reason}"
+            raise ConfigError(f"configuration file {str(path)!r} {what}") from None
+        check_names_of_file(base, f"configuration file {str(path)!r}")
         return cls.from_mapping(overrides or {}, base, left_open)
 
     def to_toml(self) -> str:
@@ -578,6 +695,8 @@ SHORT_NAMES: dict[str, str] = {
     "data-dir": "data.dir",
     "download": "data.download",
     "image-size": "data.image_size",
+    "mean": "data.mean",
+    "std": "data.std",
     "limit": "data.limit",
     "labels": "data.labels",
     "auxiliary": "data.auxiliary",
@@ -593,6 +712,7 @@ SHORT_NAMES: dict[str, str] = {
     "protocol": "training.protocol",
     "batch-size": "training.batch_size",
     "local-steps": "training.local_steps",
+    "local-epochs": "training.local_epochs",
     "learning-rate": "training.learning_rate",
     "defense": "defense.names",
     "canaries": "canaries.count",
@@ -602,6 +722,7 @@ SHORT_NAMES: dict[str, str] = {
     "error-feedback": "compression.error_feedback",
     "clients": "federation.clients",
     "rounds": "federation.rounds",
+    "pretrain": "federation.pretrain",
     "participation": "federation.participation",
     "dropout": "federation.dropout",
     "strategy": "federation.strategy",
@@ -653,6 +774,8 @@ def _resolve(key: str) -> list[str]:
             return parts
         fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
         if parts[1] in fields:
+            if len(parts) > 2 and not _is_table(fields[parts[1]]):
+                raise unknown_name("setting", key, [".".join(parts[:2])])
             return parts
         section, rest = parts[0], key.partition(".")[2]
         if len(parts) == 2 and "shared_options" in fields:
@@ -679,6 +802,22 @@ _LISTS = (
 """Settings that hold several values, written with commas."""
 
 
+def _holds_several(path: list[str]) -> bool:
+    """Whether a setting of a section is a list or a table."""
+    kind = Config.model_fields[path[0]].annotation if path[0] in Config.model_fields else None
+    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    info = fields.get(path[1])
+    return info is not None and (_is_table(info) or tuple in _origins(info))
+
+
+def _is_table(info: FieldInfo) -> bool:
+    return dict in _origins(info)
+
+
+def _origins(info: FieldInfo) -> set[Any]:
+    return {get_origin(one) for one in (info.annotation, *get_args(info.annotation))}
+
+
 def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
     """`tree` with empty strings for None, which TOML lacks: plug-ins' parameters are read back so."""
     return {
@@ -690,8 +829,14 @@ def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
 def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
     if value == "":
         value = None
+    if isinstance(value, str) and (len(path) == 1 or _holds_several(path)):
+        value = written(value)
     if path in _LISTS and isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
+        text, value = value, [part.strip() for part in value.split(",") if part.strip()]
+        if not value:
+            raise ConfigError(
+                f"setting {'.'.join(path)!r} = {text!r} names nothing; accepted: values with commas"
+            )
     if path in _LISTS and isinstance(value, int):
         value = [value]
     if path in _LISTS and path[-1] == "names" and value is None:
@@ -752,5 +897,5 @@ def _explain(error: ValidationError) -> str:
             )
             continue
         message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"setting {name!r} = {item['input']!r}: {message}" if name else message)
+        lines.append(f"setting {quoted(name)} = {quoted(item['input'])}: {message}" if name else message)
     return "\n".join(lines)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
+import unicodedata
 from collections.abc import Iterable
+
+MAX_TOLD = 500
+"""Characters of what somebody else said that are repeated in a log, a table or a report."""
+
+_MOST_QUOTED = 300
+"""Characters of a value that a sentence repeats."""
 
 
 class FedattackError(Exception):
@@ -43,4 +51,36 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"unknown {what} {name!r}{hint or '.'} Known: {', '.join(names)}.")
+    return ConfigError(f"unknown {what} {quoted(name)}{hint or '.'} Known: {', '.join(names)}.")
+
+
+def quoted(value: object) -> str:
+    """A value as it was given, for the sentence that refuses it; of a long one the beginning."""
+    return told(repr(value), _MOST_QUOTED)
+
+
+def told(words: object, most: int = MAX_TOLD) -> str:
+    """What somebody else said, as it may be repeated: one line of at most `most` characters, none of control.
+
+    An exception is told with its type; of a traceback, its last line.
+    """
+    try:
+        text = f"{type(words).__name__}: {words}" if isinstance(words, BaseException) else str(words)
+    except BaseException as error:  # theirs, as the rest
+        text = f"{type(words).__name__} that cannot be told ({type(error).__name__})"
+    if text.startswith("Traceback ("):
+        text = next((line for line in reversed(text[-4 * most :].splitlines()) if line.strip()), text)
+    cut = text[: 4 * most]
+    plain = "".join(" " if unicodedata.category(one)[0] in "CZ" else one for one in cut)
+    line = " ".join(plain.split())
+    return line if len(line) <= most and len(text) == len(cut) else f"{line[: most - 3].rstrip()}..."
+
+
+def shown(value: object) -> str:
+    """A value that somebody else sent, short, for the sentence that refuses it."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to write very long ones out
+        return f"a number of {value.bit_length()} bits"
+    try:
+        return told(reprlib.repr(value), 100)
+    except Exception:  # long ones inside a list
+        return f"a {type(value).__name__}"

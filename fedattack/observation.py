@@ -7,7 +7,7 @@ gradients and the client's random draws live in :mod:`fedattack.groundtruth`, wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -104,7 +104,9 @@ class Update:
 class Scenario:
     """What everybody at the table knows: the model's architecture and the agreed training, compression and defence.
 
-    `model` is fully resolved: `classes`, `channels`, `image_size` and `activation` are set.
+    `model` is fully resolved: `classes`, `channels`, `image_size` and `activation` are set. Where local epochs are
+    agreed, the steps are each client's own: an observation has the scenario :meth:`of` what its client declares, and
+    before there is one, `training.local_steps` are those of the client that takes most.
     """
 
     model: ModelConfig
@@ -118,6 +120,11 @@ class Scenario:
         """(channels, height, width) of one input, pixels in [0, 1]."""
         channels, side, _ = self.model.resolved
         return channels, side, side
+
+    def of(self, samples: int) -> Scenario:
+        """The same, with the local steps of a client that declares so many samples."""
+        training = self.training.of(samples)
+        return self if training is self.training else replace(self, training=training)
 
     def record(self) -> dict[str, Any]:
         """The facts as JSON-able sections: "model", "training", "compression", "defense", "gan"."""
@@ -150,6 +157,7 @@ class Observation:
     wire_bytes: int = 0
     auxiliary: Auxiliary | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)  # BatchNorm statistics sent beside it
+    labels: Tensor | None = None  # int64 (B,), where the client declares them
 
     @property
     def key(self) -> str:
@@ -162,7 +170,7 @@ class Reconstruction:
     """What a reconstruction attack answers for one observation."""
 
     images: Tensor  # float32 (B, C, H, W), clamped to [0, 1], on the CPU
-    labels: Tensor  # int64 (B,): inferred, in the order of `images`
+    labels: Tensor  # int64 (B,): inferred, in the order of `images`; -1: none could be
     loss: float  # the attack's own final objective; restarts are compared by nothing else
     label_confidence: float = 1.0  # in [0, 1], by the attack's own measure
     certificate: float | None = None  # objective per kept number, about 1 or less if its noise model is right

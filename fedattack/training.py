@@ -29,28 +29,35 @@ from fedattack.task import (
     trained_parameters,
 )
 
+DIVERGED = "local training diverged"
+"""How the error of a client whose training diverged begins."""
+
+HOPELESS_LOSS = 1000.0
+"""A mean cross-entropy from which no training comes back: logits that are wrong by a thousand."""
+
 
 def batch_positions(
     count: int, training: TrainingConfig, seed: int, round: int, client: int
 ) -> list[NDArray[np.int64]]:
     """Which of a client's `count` samples are in the batch of each local step: positions, int64, one array a step.
 
-    A pure function of its arguments, so that the auditor can recompute what a client saw. Steps walk through a random
+    A pure function of its arguments, so that the auditor can recompute what a client saw. There are
+    ``training.steps(count)`` of them: under local epochs as many as the passes take. Steps walk through a random
     permutation, which is drawn anew when it is used up; the last batch of such an epoch may be smaller (McMahan et
     al. 2017). `batch_size` 0, or no less than `count`, takes all samples in every step. Raises DataError without
     samples.
     """
     if count < 1:
         raise DataError(f"client {client} has no samples to train on; use fewer clients or another partition")
-    size = training.batch_size
+    size, steps = training.batch_size, training.steps(count)
     if size == 0 or size >= count:
-        return [np.arange(count)] * training.local_steps
+        return [np.arange(count)] * steps
     rng = numpy_rng(seed, "batch", round, client)
     batches: list[NDArray[np.int64]] = []
-    while len(batches) < training.local_steps:
+    while len(batches) < steps:
         order = rng.permutation(count)
         batches += [order[start : start + size] for start in range(0, count, size)]
-    return batches[: training.local_steps]
+    return batches[:steps]
 
 
 def remaining_positions(size: int, excluded: Collection[int] = ()) -> NDArray[np.int64]:
@@ -249,7 +256,7 @@ def local_update(
     loss = float(torch.stack(losses).mean())
     if not math.isfinite(loss):
         raise RunFailed(
-            f"local training diverged: the loss became {loss} (learning_rate {training.learning_rate}, "
+            f"{DIVERGED}: the loss became {loss} (learning_rate {training.learning_rate}, "
             f"{len(batches)} steps); lower 'training.learning_rate'"
         )
     buffers = {name: b.detach().clone() for name, b in model.named_buffers() if b.is_floating_point()}

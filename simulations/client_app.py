@@ -21,13 +21,15 @@ from fedattack.compression import Compressor, Memory, build_compressor, encode
 from fedattack.compression.carrier import to_array
 from fedattack.config import Config, EngineConfig
 from fedattack.defenses import ClientDefenses, Defense, build_defenses
-from fedattack.errors import ConfigError, DataError
+from fedattack.errors import ConfigError, DataError, RunFailed
 from fedattack.models import build_model
 from fedattack.observation import Candidates, Scenario, UnlearningRequest
 from fedattack.registry import build_plugin
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.task import GradientStep, LocalResult, LocalRound, Task, task_of, trained_parameters
 from fedattack.training import (
+    DIVERGED,
+    HOPELESS_LOSS,
     batches_without,
     evaluate,
     load_weights,
@@ -112,8 +114,8 @@ class Workplace:
     @cached_property
     def one_gradient(self) -> Scenario:
         """The agreed training cut down to one gradient, sent as the update."""
-        training = self.scenario.training.model_copy(update={"protocol": "fedsgd", "local_steps": 1})
-        return replace(self.scenario, training=training)
+        one = {"protocol": "fedsgd", "local_steps": 1, "local_epochs": None}
+        return replace(self.scenario, training=self.scenario.training.model_copy(update=one))
 
     @cached_property
     def defenses(self) -> tuple[Defense, ...]:
@@ -156,9 +158,10 @@ class Workplace:
         if client in self.planted:
             images, labels = self.planted[client]
             return images[positions], labels[positions]
-        return self._own(client, positions)
+        return self.own(client, positions)
 
-    def _own(self, client: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def own(self, client: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """The same, of what the client was dealt, whatever it planted later."""
         ids = self.partitions[client][positions]
         images = torch.from_numpy(self.images[ids]).float().div_(255.0)
         return images, torch.from_numpy(self.labels[ids])
@@ -171,7 +174,7 @@ class Workplace:
             for name, attack in self.attackers.items():
                 if type(attack).plant is MaliciousClient.plant:
                     continue
-                before = found.get(client) or self._own(client, np.arange(len(self.partitions[client])))
+                before = found.get(client) or self.own(client, np.arange(len(self.partitions[client])))
                 named = dict(zip(("images", "labels"), before, strict=True))
                 after = attack.plant(self.planting(name, client), *before)
                 changed = _alike(attack, named, dict(zip(named, after, strict=True)))
@@ -258,6 +261,11 @@ def used_positions(batches: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return batches[0] if len(batches) == 1 else np.unique(np.concatenate(batches))
 
 
+def share_of(share: float, steps: int) -> int:
+    """How many of a round's steps a share of them is: at least one."""
+    return max(1, int(share * steps + 0.5))
+
+
 def drops_out(config: Config, round: int, client: int) -> bool:
     """Whether a drawn client does not answer in this round."""
     chance = config.federation.dropout
@@ -302,14 +310,14 @@ def train(message: Message, context: Context) -> Message:
     if excluded and not len(whole[0]):
         return Message(Error(wire.DROPPED_OUT, "all of its samples were deleted"), reply_to=message)
     batches = whole if asked_for else round_batches(drawing, size, round, client, excluded)
-    steps_asked = settings.get(wire.LOCAL_STEPS)
-    assert steps_asked is None or isinstance(steps_asked, int)
+    share = settings.get(wire.SHARE, 1.0)
+    assert isinstance(share, float)
     # A step whose whole batch was deleted moves nothing, by weight decay neither.
-    batches = [batch for batch in batches[:steps_asked] if len(batch)]
+    batches = [batch for batch in batches[: share_of(share, len(batches))] if len(batch)]
     if not batches:
         return Message(Error(wire.DROPPED_OUT, "all of this round's batches were deleted"), reply_to=message)
     used = used_positions(batches)
-    images, labels = place.samples(client, used)
+    images, labels = place.samples(client, used) if round > 0 else place.own(client, used)
     weights = place.weights(arrays)
     seats = _seats(place, context, round, client, weights, message.content, forgetting)
     for attack, view in seats.values():
@@ -339,6 +347,8 @@ def train(message: Message, context: Context) -> Message:
         raise ConfigError(no_proximal_term(place.config))
     else:
         result = _train_proximal(place, weights, shown, labels, steps, mu, defended.gradient)
+    if round < 1 and place.task.kind == "classify" and not result.loss < HOPELESS_LOSS:
+        raise RunFailed(f"{DIVERGED}: its loss became {result.loss:.3g}")
     trained = place.canaries.update(client, result.update) if place.canaries else result.update
     update = defended.update(trained)
     for attack, view in seats.values():
@@ -431,9 +441,9 @@ def _seats(
 ) -> dict[str, tuple[MaliciousClient, ClientView]]:
     """What a malicious client carries out, by name, each with its view; nothing for an honest one.
 
-    `told`: the instruction, which may hold questions.
+    `told`: the instruction, which may hold questions. Before round 1 all are honest.
     """
-    if client not in place.config.attack.malicious_clients:
+    if round < 1 or client not in place.config.attack.malicious_clients:
         return {}
     seats, requests = {}, place.config.attack.requests
     gone = tuple(_excluded(told.config_records[wire.CONFIG])) if told else ()

@@ -59,6 +59,10 @@ class Generators:
         """Whether the run trains a generator."""
         return task_of(self.world.scenario).kind == "generate"
 
+    def again(self, round: int) -> bool:
+        """Whether a round's generator is needed again after a restart."""
+        return self.watches and round in self._shown
+
     def after_round(self, round: int, weights: Mapping[str, Tensor]) -> None:
         """Keep what will be shown of it, and its file where one is asked for."""
         if not self.watches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import logging
 from collections import Counter
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from adversaries import Attack
@@ -24,19 +27,30 @@ from fedattack.audit import AuditResult
 from fedattack.config import Config
 from fedattack.data import World, build_world, world_record
 from fedattack.defenses import check_defenses
-from fedattack.errors import ConfigError, FedattackError, RunFailed
+from fedattack.errors import ConfigError, DataError, FedattackError, RunFailed
 from fedattack.files import cannot_write
 from fedattack.observation import Auxiliary, Observation, Scenario
 from fedattack.reporting import formats
-from fedattack.reporting.report import write_answers, write_results
-from fedattack.reporting.terminal import print_summary
+from fedattack.reporting.answers import answer_rows, write_answers_page
+from fedattack.reporting.report import CHECKSUM, write_answers, write_results
+from fedattack.reporting.terminal import print_answers, print_summary
 from fedattack.storage import RunFolder
 from fedattack.storage import load_observations as read_observations
 from fedattack.storage.observations import observed_rounds, safe_name
+from fedattack.storage.plain import read_json
 from fedattack.storage.records import summary_document
 from fedattack.task import task_of
-from simulations.engine.federation import DeletionRequests, FederationResult, RoundRecord, run_federation
+from simulations.engine.federation import (
+    DeletionRequests,
+    FederationResult,
+    RoundRecord,
+    hushed,
+    kept_bytes,
+    run_federation,
+)
+from simulations.engine.flower_internals import check_flower
 from simulations.engine.ray_session import ray_session
+from simulations.experiments import cost
 from simulations.experiments.base import EXPERIMENTS, Experiment, Plan, SavedWork, by_family, open_experiments
 from simulations.experiments.choose import (
     arming_attack,
@@ -49,10 +63,21 @@ from simulations.experiments.executor import choose_device, reason
 from simulations.experiments.forgotten import ForgottenExperiment
 from simulations.experiments.privacy import CanaryWatch, privacy_accounts, privacy_record
 from simulations.generators import Generators
-from simulations.progress import Stages, stages
+from simulations.progress import Stages, stages, tell
 
-# A run has its own progress bars and table; Flower's lines between them would say the same again.
-logging.getLogger("flwr").setLevel(logging.ERROR)
+TRAINED_BEFORE = "trained before round 1"
+"""Entry of a federation's figures: how long, honestly, and what came of it."""
+
+_AT_ONCE = 1024
+"""Images that are read at once for a checksum."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted; `folder` is where it can be resumed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,49 @@ def run_directory(config: Config) -> Path:
     raise AssertionError("there is always another number")
 
 
+@dataclass(frozen=True, eq=False)
+class Resolved:
+    """A request that can be carried out: what it comes to before anything starts.
+
+    `named` are the attacks that were asked for, `attacks` those that apply, `left_out` the others and why; `notes` is
+    what a person should know.
+    """
+
+    world: World
+    named: dict[str, Attack]
+    attacks: dict[str, Attack]
+    left_out: dict[str, str]
+    canaries: CanaryWatch
+    notes: list[str]
+
+
+def resolve_run(config: Config) -> Resolved:
+    """Everything that is looked at before a run starts; BadRequest where something cannot be. Writes nothing."""
+    named = choose_attacks(config)
+    arming_attack(named)
+    check_names(config)
+    world = build_world(config)
+    check_defenses(world.scenario)
+    cost.require_memory(config, world)
+
+    def check(_: str, attack: Attack) -> None:
+        EXPERIMENTS.get(attack.family).check(config, world)
+        cost.refuse_too_large(config, world, attack)
+
+    canaries = CanaryWatch(config, world)
+    facts, forgotten = known_facts(config, world), config.unlearning.forgotten
+    attacks, left_out = applicable(named, world.scenario, facts, check, empty=forgotten)
+    notes = [world.shift] if world.shift else []
+    notes += [
+        *check_model(config, world),
+        *(ForgottenExperiment.notes(config, world) if forgotten else ()),
+        *(f"{name} is left out: {text}" for name, text in left_out.items()),
+        *cost.notes(config, world, attacks),
+    ]
+    return Resolved(world, named, attacks, left_out, canaries, notes)
+
+
+@hushed(logging.ERROR)  # a run has its own progress bars and table; Flower's lines would say the same again
 def simulate(
     config: Config,
     *,
@@ -117,24 +185,11 @@ def simulate(
         If a run that had started could not be finished.
     """
     console = console or Console(quiet=True)
-    named = choose_attacks(config)
-    arming_attack(named)
-    check_names(config)
-    world = build_world(config)
-    check_defenses(world.scenario)
-
-    def check(_: str, attack: Attack) -> None:
-        EXPERIMENTS.get(attack.family).check(config, world)
-
-    canaries = CanaryWatch(config, world)
-    facts, forgotten = known_facts(config, world), config.unlearning.forgotten
-    attacks, left_out = applicable(named, world.scenario, facts, check, empty=forgotten)
-    notes = [world.shift] if world.shift else []
-    notes += [
-        *check_model(config, world),
-        *(ForgottenExperiment.notes(config, world) if forgotten else ()),
-        *(f"{name} is left out: {text}" for name, text in left_out.items()),
-    ]
+    if federate is run_federation:
+        check_flower()
+    asked = resolve_run(config)
+    world, named, attacks, left_out = asked.world, asked.named, asked.attacks, asked.left_out
+    canaries, forgotten, notes = asked.canaries, config.unlearning.forgotten, asked.notes
     sitting = config.attack.model_copy(update={"names": tuple(attacks)})
     rounds: list[RoundRecord] = []
     scored: dict[str, AuditResult] = {}
@@ -186,18 +241,17 @@ def simulate(
             figures["images of the generator"] = made.diversity.text
             notes += [f"warning: {made.diversity.text}"] if made.diversity.collapsed else []
     more["notes"] = notes
-    report(console, folder, results, figures, command, left_out, **more)
+    summary = report(console, folder, results, figures, command, left_out, **more)
     for name, account in figures["privacy"].items():
-        console.print(f"[bold]{name}[/]  {account['text']}", highlight=False)
+        tell(console, "", name, account["text"])
     if measured is not None:
-        console.print(measured.text, style="bold red" if measured.broken else "", highlight=False)
+        console.print(Text(measured.text, style="bold red" if measured.broken else ""))
     if made is not None:
         told = "" if made.diversity is None else made.diversity.text
-        console.print(f"generator [bold]{made.path}[/]  {told}", highlight=False, soft_wrap=True)
+        tell(console, "generator", made.path, told)
     if ended is not None:
         raise ended
     answers = {name: one for experiment in experiments for name, one in experiment.answers().items()}
-    summary = summary_document(config, results, figures, left_out)
     return RunResult(folder.path, federation, {one.attack: one for one in results}, answers, summary)
 
 
@@ -216,14 +270,11 @@ def attack_folder(
     attack does not apply to them.
     """
     console = console or Console(quiet=True)
-    named = choose_attacks(config)
-    choose_device(config.engine.device)
-    if not named:
-        raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
-    for name, attack in named.items():
-        if EXPERIMENTS.get(attack.family).from_saved is None or isinstance(attack, MaliciousClient):
-            what = "needs a running federation; what a server saw can be attacked later"
-            raise ConfigError(f"attack {name!r} {what}")
+    named = attackable(config)
+    if truth is not None and not truth.is_dir():
+        raise DataError(
+            f"--truth {str(truth)!r}: there is no such folder; accepted: the folder truth of a run"
+        )
     inner = directory / "observations"
     saved = inner if inner.is_dir() else directory
     numbers = observed_rounds(saved)
@@ -274,24 +325,48 @@ def attack_folder(
             shown.say(note, folder)
     results = with_threats(scored, attacks, first.scenario, first.auxiliary)
     if results:
-        report(console, folder, results, None, command, left_out, notes=[*notes, *late])
+        summary = report(console, folder, results, None, command, left_out, notes=[*notes, *late])
     else:
         write_answers(folder, answers)
+        threats = {
+            name: threat_model(one, one.needs_now(first.scenario), bool(first.auxiliary))
+            for name, one in attacks.items()
+        }
+        page = write_answers_page(folder, answers, threats, notes=[*notes, *late], command=command)
         left = " and ".join(dict.fromkeys(work.left for work in works))
-        console.print(f"nothing is scored without --truth; {left} of [bold]{folder.path}[/]")
+        print_answers(console, answer_rows(answers))
+        tell(console, f"nothing is scored without --truth; {left} of", folder.path)
+        tell(console, "report", page)
+        summary = summary_document(config, results, None, left_out)
+        folder.close()
     audits = {result.attack: result for result in results}
-    summary = summary_document(config, results, None, left_out)
     return RunResult(folder.path, None, audits, answers, summary)
+
+
+def attackable(config: Config) -> dict[str, Attack]:
+    """The configured attacks, built; ConfigError where one needs more than what a server saw."""
+    named = choose_attacks(config)
+    choose_device(config.engine.device)
+    if not named:
+        raise ConfigError("setting 'attack.names' is empty: name one, for example --attack hcgla")
+    for name, attack in named.items():
+        if EXPERIMENTS.get(attack.family).from_saved is None or isinstance(attack, MaliciousClient):
+            what = "needs a running federation; what a server saw can be attacked later"
+            raise ConfigError(f"attack {name!r} {what}")
+    return named
 
 
 @contextmanager
 def open_run_folder(config: Config, console: Console) -> Iterator[tuple[RunFolder, Stages]]:
     """The run's folder, with its log, the Ray session that the engine needs, and the progress bars."""
     folder = RunFolder.create(run_directory(config), config)
-    console.print(f"run folder [bold]{folder.path}[/]", highlight=False, soft_wrap=True)
+    tell(console, "run folder", folder.path)
     session = ray_session(config.engine) if config.engine.name == "ray" else nullcontext()
-    with logging_to(folder), session, stages(console) as shown:
-        yield folder, shown
+    try:
+        with logging_to(folder), session, stages(console) as shown:
+            yield folder, shown
+    except KeyboardInterrupt as ended:
+        raise Interrupted(folder.path) from ended
 
 
 def with_threats(
@@ -314,11 +389,13 @@ def report(
     command: str,
     left_out: Mapping[str, str],
     **more: Any,
-) -> None:
-    """Write the report, and show the table and where the report is."""
+) -> dict[str, Any]:
+    """Write the report, give the folder back, show the table and where the report is; ``summary.json``'s content."""
     write_results(folder, results, figures, command=command, left_out=left_out, **more)
+    folder.close()
     print_summary(console, results, figures)
-    console.print(f"report [bold]{folder.path / 'report.html'}[/]", highlight=False, soft_wrap=True)
+    tell(console, "report", folder.path / "report.html")
+    return dict(read_json(folder.path / "summary.json"))
 
 
 class _FolderHandler(logging.Handler):
@@ -377,7 +454,7 @@ def _train(
         rounds.append(record)
         for client, why in (*record.rejected, *record.failed):
             plan.folder.log(f"round {record.round}: reply of client {client} not used: {why}")
-        accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.1%}"
+        accuracy = _figures_of(record)
         if generators.watches and record.loss is not None:
             accuracy = f", {task_of(plan.world.scenario).called[0]} {formats.compact(record.loss)}"
         plan.folder.log(f"round {record.round}: {len(record.clients)} clients{accuracy}")
@@ -385,6 +462,16 @@ def _train(
         canaries.after_round(record)
         for experiment in experiments:
             experiment.after_round(record)
+
+    def pretrained(record: RoundRecord) -> None:
+        earlier.append(record)
+        count, planned = len(earlier), plan.config.federation.pretrain
+        text = f"round {count} of {planned} before round 1{_figures_of(record)}"
+        plan.folder.log(text)
+        plan.shown("pretraining", count / planned, text)
+        if count == planned:
+            plan.shown.say(f"{TRAINED_BEFORE}: {trained_before(earlier)}", plan.folder)
+            plan.shown("federation", 0.0, f"round 1 of {total}")
 
     def global_model(round: int, weights: dict[str, Tensor]) -> None:
         generators.after_round(round, weights)
@@ -403,23 +490,42 @@ def _train(
     clients = any(isinstance(attack, MaliciousClient) for attack in attacks.values())
     questions = {name: asked for one in experiments for name, asked in one.questions().items()}
     arming = arming_attack(attacks)
-    plan.shown("federation", 0.0, f"round 1 of {total}")
+    earlier: list[RoundRecord] = []
+    if plan.config.federation.pretrain:
+        plan.shown("pretraining", 0.0, f"{plan.config.federation.pretrain} rounds before round 1")
+    else:
+        plan.shown("federation", 0.0, f"round 1 of {total}")
+
+    def looked_at(round: int, client: int) -> bool:
+        return canaries.canaries is not None or any(one.wants(round, client) for one in experiments)
+
+    if kept := kept_bytes(plan.config, plan.world, looked_at):
+        what = f"replies that are looked at again take up to {formats.count(kept >> 20)} MiB of the journal"
+        plan.shown.say(what, plan.folder)
     return federate(
         plan.config,
         plan.world,
         run_dir=plan.folder.path,
         on_observation=observed,
-        observe=lambda round, client: (
-            canaries.canaries is not None or any(one.wants(round, client) for one in experiments)
-        ),
+        observe=looked_at,
         on_round=after_round,
+        on_pretrained=pretrained,
         on_weights=global_model,
         on_requests=requested if clients else None,
         release=released,
         arming=arming,
         candidates=next((questions.get(name) for name, attack in attacks.items() if attack is arming), None),
         questions={n: asked for n, asked in questions.items() if isinstance(attacks[n], MaliciousClient)},
+        identity=plan.folder.identity,
+        weights_again=lambda round: (
+            generators.again(round) or any(one.weights_again(round) for one in experiments)
+        ),
     )
+
+
+def _figures_of(record: RoundRecord) -> str:
+    """A round's accuracy, where it is known, to stand behind its number."""
+    return "" if record.accuracy is None else f", accuracy {record.accuracy:.1%}"
 
 
 def federation_figures(config: Config, world: World, federation: FederationResult) -> dict[str, Any]:
@@ -437,9 +543,10 @@ def federation_figures(config: Config, world: World, federation: FederationResul
         for client, reason in (*record.rejected, *record.failed)
     ]
     auxiliary = world.auxiliary
-    privacy = privacy_record(privacy_accounts(config, world, federation.rounds))
+    privacy = privacy_record(privacy_accounts(config, world, federation.all_rounds))
     return {
         "data set": world.dataset.name,
+        CHECKSUM: data_checksum(world),
         "clients": config.federation.clients,
         "samples of all clients": int(sum(map(len, world.partitions))),
         "held-out samples": len(world.pools.nonmembers),
@@ -447,6 +554,7 @@ def federation_figures(config: Config, world: World, federation: FederationResul
         "auxiliary source": "none" if auxiliary is None else auxiliary.source,
         "partition": config.partition.name,
         "strategy": config.federation.strategy,
+        **(pretraining(federation.pretraining) if config.federation.pretrain else {}),
         "defences": ", ".join(config.defense.names) or "none",
         **{f"guarantee of {name}": account["text"] for name, account in privacy.items()},
         "privacy": privacy,
@@ -454,6 +562,35 @@ def federation_figures(config: Config, world: World, federation: FederationResul
         "rounds": rounds,
         "rejections": refused,
     }
+
+
+def pretraining(rounds: Sequence[RoundRecord]) -> dict[str, Any]:
+    """How the rounds before round 1 ended, as figures and in words."""
+    last = rounds[-1] if rounds else None
+    figures = {"loss": last and last.loss, "accuracy": last and last.accuracy}
+    return {TRAINED_BEFORE: trained_before(rounds), "pretraining": {"rounds": len(rounds), **figures}}
+
+
+def trained_before(rounds: Sequence[RoundRecord]) -> str:
+    """What the rounds before round 1 came to, in words."""
+    if not rounds:
+        return "not to its end"
+    last = rounds[-1]
+    known = [("loss", last.loss, formats.compact), ("accuracy", last.accuracy, formats.percent)]
+    figures = [f"{name} {shown(value)}" for name, value, shown in known if value is not None]
+    count = len(rounds)
+    held_out = f": {', '.join(figures)} on held-out samples" if figures else ""
+    return f"{count} round{'s' if count > 1 else ''}{held_out}"
+
+
+def data_checksum(world: World) -> str:
+    """SHA-256 of all images and labels that clients were dealt, client by client, in words."""
+    digest, dataset = hashlib.sha256(), world.dataset
+    for ids in world.partitions:
+        for start in range(0, len(ids), _AT_ONCE):
+            digest.update(np.ascontiguousarray(dataset.images[ids[start : start + _AT_ONCE]]).data)
+        digest.update(np.ascontiguousarray(dataset.labels[ids]).data)
+    return f"SHA-256 {digest.hexdigest()}, of the clients' images and labels"
 
 
 def label_counts(world: World) -> dict[int, dict[int, int]]:

@@ -8,199 +8,129 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: import the checkout, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import inspect
+import codecs
 import io
-import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
-from typing import Annotated, Any, get_type_hints
+import os
+import unicodedata
+from functools import cache, partial
+from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedattack.config import SHORT_NAMES, Config, field_type
+from fedattack.config import Config
 from fedattack.errors import ConfigError, FedattackError, unknown_name
+from simulations.cli.options import (
+    PLAIN,
+    PROMINENT,
+    AsJson,
+    FailOn,
+    Loudness,
+    OutFile,
+    OutFolder,
+    SetOptions,
+    Trusted,
+    assigned,
+    check_level,
+    completed_anything,
+    completed_kinds,
+    console,
+    fail_on,
+    plainly,
+    show_table,
+    speech,
+    trust_typed,
+    typed,
+    writable_file,
+    writable_folder,
+)
+from simulations.cli.options import with_settings as with_settings
+from simulations.cli.strict import Cli, Stopped
 
-EXAMPLE = "Example: fedattack --attack hcgla --compression 0.001"
+EPILOG = "More: fedattack settings. Exit codes: 1 failed, 2 refused, 3 found (--fail-on)."
 
-# Shown by --help; every other setting is reached by its option or by --set, and listed by `fedattack settings`.
-PROMINENT = {
-    "The federation": {
-        "dataset": "faces, digits, cifar10, lfw, image-folder, ...",
-        "data-dir": "folder or archive that holds it",
-        "model": "lenet-zhu, resnet18, ...",
-        "clients": "how many take part",
-        "rounds": "rounds of training",
-        "protocol": "fedsgd (gradients) or fedavg (weight deltas)",
-        "compressor": "topk, topk-qsgd, randomk, sign, qsgd, dgc, none",
-        "compression": "kept share of an update",
-        "defense": "clip-noise, soteria, ...; several with commas",
-    },
-    "The adversary": {
-        "attack": "hcgla, ig, tensor, fedmia, ...; several with commas",
-        "victims": "clients whose updates are reconstructed",
-    },
-    "The run": {
-        "preset": "a whole set-up: mnist-logistic-small, ...",
-        "engine": "ray or inline",
-        "seed": "same seed, same bits",
-        "run-dir": "folder for the report",
-    },
-}
-
-app = typer.Typer(
-    add_completion=False,
+app = Cli(
     rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-learn = typer.Typer(help="Train and test HCGLA's generator and denoiser.", no_args_is_help=True)
+learn = Cli(help="Train and test HCGLA's generator and denoiser.", no_args_is_help=True)
 app.add_typer(learn, name="hcgla")
-gan = typer.Typer(help="Train a generator, sample it, attack what it releases.", no_args_is_help=True)
+gan = Cli(help="Train a generator, sample it, attack what it releases.", no_args_is_help=True)
 app.add_typer(gan, name="gan")
-forgetting = typer.Typer(help="Audit what is left of forgotten samples.", no_args_is_help=True)
+forgetting = Cli(help="Audit what is left of forgotten samples.", no_args_is_help=True)
 app.add_typer(forgetting, name="unlearning")
-ratings = typer.Typer(help="What ratings are worth: agreement, checks, votes.", no_args_is_help=True)
+ratings = Cli(help="What ratings are worth: agreement, checks, votes.", no_args_is_help=True)
 app.add_typer(ratings, name="annotations", hidden=True)  # `annotate --help` names it
-semsim = typer.Typer(help="Learn a metric from ratings, test it, and rank metrics.", no_args_is_help=True)
+semsim = Cli(help="Learn a metric from ratings, test it, and rank metrics.", no_args_is_help=True)
 app.add_typer(semsim, name="semsim")
-console = Console()
-PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
 
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="TOML file of settings", rich_help_panel="The run", metavar="FILE"),
-]
-SetOptions = Annotated[
-    list[str] | None,
+def _version(asked: bool) -> None:
+    if asked:
+        from fedattack.version import fedattack_version
+
+        typer.echo(f"fedattack {fedattack_version()}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
     typer.Option(
-        "--set", help="any setting: hcgla.iterations=300", rich_help_panel="The run", metavar="NAME=VALUE"
+        "--version", help="of fedattack", is_eager=True, callback=_version, rich_help_panel="The run"
     ),
 ]
 
 
-def with_settings(
-    function: Callable[..., None],
-    left_open: Mapping[str, Any] | None = None,
-    sections: Collection[str] = tuple(Config.model_fields),
-) -> Callable[..., None]:
-    """Give `function` --config, --set and an option per short setting name; it receives the `config` they make.
-
-    `left_open`, nested settings: what the command means where nothing is said; `sections`: those that have options.
-    """
-    panels = {name: (panel, text) for panel, group in PROMINENT.items() for name, text in group.items()}
-    hints, keyword = get_type_hints(function, include_extras=True), inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        p.replace(kind=keyword, annotation=hints[p.name])
-        for p in inspect.signature(function).parameters.values()
-        if p.name != "config"
-    ]
-    for name, hint in (("file", ConfigFile), ("assignments", SetOptions)):
-        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=hint))
-    options: list[inspect.Parameter] = []
-    # Prominent ones first and in their order, so that the help reads as a page.
-    own = {p.name for p in parameters}  # where a name means something else, --set reaches the setting
-    for name in [*panels, *(n for n in SHORT_NAMES if n not in panels)]:
-        if name.replace("-", "_") in own or SHORT_NAMES[name].partition(".")[0] not in sections:
-            continue
-        annotation, description = field_type(SHORT_NAMES[name])
-        panel, text = panels.get(name, ("More", description))
-        flag = annotation is bool
-        declaration = f"--{name}/--no-{name}" if flag else f"--{name}"
-        option = typer.Option(
-            declaration, help=text, rich_help_panel=panel, hidden=name not in panels, show_default=False,
-            metavar=None if flag else "VALUE",
-        )  # fmt: skip
-        kind = bool | None if flag else str | None
-        place = name.replace("-", "_")
-        options.append(inspect.Parameter(place, keyword, default=None, annotation=Annotated[kind, option]))
-
-    def wrapper(file: Path | None = None, assignments: list[str] | None = None, **arguments: Any) -> None:
-        settings = {
-            name: value
-            for name in SHORT_NAMES
-            if name.replace("-", "_") not in own
-            and (value := arguments.pop(name.replace("-", "_"), None)) is not None
-        }
-        if getattr(arguments.get("context"), "invoked_subcommand", None) is not None:
-            if settings or file or assignments:
-                raise ConfigError("put options after the sub-command, not before it")
-            return
-        function(**arguments, config=read_config(file, assignments, settings, left_open))
-
-    wrapper.__name__ = function.__name__
-    wrapper.__doc__ = function.__doc__
-    wrapper.__signature__ = inspect.Signature([*parameters, *options])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in [*parameters, *options]}
-    return wrapper
-
-
-def read_config(
-    config: Path | None,
-    assignments: list[str] | None,
-    settings: dict[str, Any],
-    left_open: Mapping[str, Any] | None = None,
-) -> Config:
-    """Join a TOML file, ``--set`` assignments and options; options win over assignments, both over the file."""
-    overrides: dict[str, Any] = assigned(assignments) | settings
-    if config:
-        return Config.from_toml(config, overrides, left_open)
-    return Config.from_mapping(overrides, left_open=left_open)
-
-
-def assigned(assignments: list[str] | None) -> dict[str, str]:
-    """Name -> value of ``--set`` options."""
-    found: dict[str, str] = {}
-    for assignment in assignments or []:
-        name, equals, value = assignment.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--set {assignment!r}: expected NAME=VALUE, for example hcgla.iterations=300")
-        found[name.strip()] = value.strip()
-    return found
-
-
-@app.callback(invoke_without_command=True, epilog=EXAMPLE)
+@app.callback(invoke_without_command=True, epilog=EPILOG)
 @with_settings
-def run(context: typer.Context, config: Config) -> None:
-    """Train a federation for real, attack it, and report what leaked beside its floor.
-
-    `fedattack settings` lists every setting; sub-commands have their own --help.
-    """
+def run(
+    context: typer.Context,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="what would run and what it costs", rich_help_panel="The run")
+    ] = False,
+    loudness: Loudness = None,
+    as_json: AsJson = False,
+    fails: FailOn = None,
+    version: Version = False,
+    *,
+    config: Config,
+) -> None:
+    """Train a federation, attack it, report what leaked: fedattack --attack hcgla"""
+    said = speech(loudness, as_json)
+    check_level(fails, config.attack.names)
     from fedattack.metrics import ready_metrics
 
     ready_metrics(
         config.metric
     )  # the federation takes longer to import than a missing file should take to say
+    if dry_run:
+        from simulations.cli.dry_run import show_plan
+
+        show_plan(config, said)
+        return
     from simulations.pipeline import simulate
 
-    simulate(config, console=console, command=typed())
-
-
-def typed() -> str:
-    """The command line, as it can be typed again."""
-    return shlex.join(["fedattack", *sys.argv[1:]])
+    result = simulate(config, console=said.told, command=typed())
+    said.result(result.folder, result.summary)
+    fail_on(fails, result.summary)
 
 
 Kind = Annotated[
-    str | None, typer.Argument(help="attacks, defences, data-sets, models, ...", show_default=False)
+    str | None,
+    typer.Argument(
+        help="attacks, defences, data-sets, models, ...", show_default=False, autocompletion=completed_kinds
+    ),
 ]
 Name = Annotated[
-    str | None, typer.Argument(help="an attack, a defence, a mechanism or a preset", show_default=False)
-]
-
-
-def show_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """Print a table without lines; its first column is not cut."""
-    table = Table(title=title, **PLAIN)
-    for number, column in enumerate(columns):
-        style, widest = None if number else "cyan", 16 if column == "default" else None
-        table.add_column(column, style=style, no_wrap=not number, overflow="fold", max_width=widest)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, "")
+    str | None,
+    typer.Argument(
+        help="an attack, a defence, a mechanism or a preset", show_default=False,
+        autocompletion=completed_anything,
+    ),
+]  # fmt: skip
 
 
 @app.command("list")
@@ -209,12 +139,12 @@ def list_plugins(
     markdown: Annotated[bool, typer.Option("--markdown", help="README's table of attacks")] = False,
 ) -> None:
     """Everything that can be named: attacks, data sets, models, ..."""
-    from simulations.cli.catalogue import attacks_markdown, catalogue
+    from simulations.cli.written import attacks_markdown, kinds
 
     if markdown:
         typer.echo(attacks_markdown(), nl=False)
         return
-    found = {title.lower().replace(" ", "-"): (title, rows) for title, rows in catalogue().items()}
+    found = {title.lower().replace(" ", "-"): (title, rows) for title, rows in kinds().items()}
     if kind is not None and kind not in found:
         raise unknown_name("kind", kind, found)
     for title, rows in [found[kind]] if kind else found.values():
@@ -222,14 +152,26 @@ def list_plugins(
 
 
 @app.command("show")
-def show_plugin(name: Annotated[str, typer.Argument(help="of anything that `fedattack list` names")]) -> None:
-    """What an attack, a defence, ... does and needs, and who runs it."""
-    from simulations.cli.catalogue import described, settings_tables
+def show_plugin(
+    name: Annotated[
+        str,
+        typer.Argument(help="of anything that `fedattack list` names", autocompletion=completed_anything),
+    ],
+) -> None:
+    """What an attack, a defence, ... does and needs, and a command that runs."""
+    from simulations.cli.written import described, settings_tables
 
-    table = Table(title=name, show_header=False, **PLAIN)
-    for title, text in described(name):
-        table.add_row(f"[cyan]{title}[/]", Text(text))
+    trust_typed([name])
+    table = Table(title=Text(name), show_header=False, **PLAIN)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    parts = dict(described(name))
+    to_copy = [parts.pop(title) for title in ("command", "BibTeX") if title in parts]
+    for title, text in parts.items():
+        table.add_row(Text(title), Text(text))
     console.print(table, "")
+    for text in to_copy:  # not broken into lines
+        plainly(console, f"{text}\n")
     for title, rows in settings_tables(name, strict=False).items():
         show_table(
             title, ("setting", "default", "meaning"), [(one, default, text) for one, _, default, text in rows]
@@ -242,8 +184,9 @@ def list_settings(name: Name = None) -> None:
 
     An empty value (NAME=) is None.
     """
-    from simulations.cli.catalogue import settings_tables
+    from simulations.cli.written import settings_tables
 
+    trust_typed([name or ""])
     texts = {f"--{option}": text for group in PROMINENT.values() for option, text in group.items()}
     for title, rows in settings_tables(name).items():
         show_table(
@@ -257,34 +200,58 @@ def list_settings(name: Name = None) -> None:
 
 
 @app.command("attack")
-@with_settings
+@partial(
+    with_settings,
+    sections=("seed", "attack", "metric", "engine", "output"),
+    hidden=("victims",),
+)
 def attack_saved(
     observations: Annotated[
         Path, typer.Argument(help="folder written by --save-observations", show_default=False)
     ],
     truth: Annotated[Path | None, typer.Option(help="folder of the private truth, to score against")] = None,
+    loudness: Loudness = None,
+    as_json: AsJson = False,
+    fails: FailOn = None,
     *,
     config: Config,
 ) -> None:
     """Attack saved observations later, without the federation."""
+    said = speech(loudness, as_json)
+    check_level(fails, config.attack.names)
+    if fails is not None and truth is None:
+        raise ConfigError(f"--fail-on {fails}: nothing is scored without --truth; accepted: both, or neither")
     from simulations.pipeline import attack_folder
 
-    attack_folder(observations, config, console=console, truth=truth, command=typed())
+    result = attack_folder(observations, config, console=said.told, truth=truth, command=typed())
+    said.result(result.folder, result.summary)
+    fail_on(fails, result.summary)
 
 
 @app.command("sweep")
 def sweep(
     file: Annotated[Path, typer.Argument(help="TOML file with [settings] and [axes]", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option("--out", help="folder; default: runs/<name of the file>")
+        Path | None,
+        typer.Option("--out", help="folder; default: runs/<name of the file>", callback=writable_folder),
     ] = None,
     engine: Annotated[str | None, typer.Option(help="ray or inline; default: the file's")] = None,
+    trusted: Trusted = None,
+    loudness: Loudness = None,
+    as_json: AsJson = False,
+    fails: FailOn = None,
 ) -> None:
     """Run every combination that FILE names; it can be resumed."""
+    said = speech(loudness, as_json)
+    check_level(fails)
+    trust_typed(trusted or [])
     from simulations.studies.sweep import Sweep, run_sweep
 
     folder = out or Path("runs") / file.stem
-    run_sweep(Sweep.from_toml(file), folder, console=console, engine=engine, command=typed())
+    table = run_sweep(Sweep.from_toml(file), folder, console=said.told, engine=engine, command=typed())
+    rows = table.records()
+    said.result(folder, {"folder": str(folder), "cells": rows})
+    fail_on(fails, {"attacks": dict(enumerate(rows))})
 
 
 @app.command("score")
@@ -294,24 +261,68 @@ def score(
         list[Path],
         typer.Argument(help="a run, a sweep, or originals and then reconstructions", show_default=False),
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="folder; default: scores in the source")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="folder; default: scores in the source", callback=writable_folder),
+    ] = None,
+    loudness: Loudness = None,
     *,
     config: Config,
 ) -> None:
     """Score again, by any metrics: a run, a sweep, folders of images."""
+    said = speech(loudness)
     from simulations.studies.scoring import score_sources
 
-    score_sources(sources, config.metric, out, console=console, command=typed())
+    score_sources(sources, config.metric, out, console=said.told, command=typed())
 
 
-Output = Annotated[Path, typer.Option("--out", help="file to write", show_default=False)]
+FinishedRuns = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="folders of finished runs", show_default=False)
+]
+
+
+@app.command("compare")
+def compare(
+    runs: FinishedRuns,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="page to write; default: compare.html", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines, and no page without --out")] = False,
+) -> None:
+    """Set finished runs side by side: settings, figures, differences."""
+    from simulations.cli.compare import run_compare
+
+    run_compare(runs, out, as_json, console, typed())
+
+
+@app.command("export")
+def export(
+    runs: FinishedRuns,
+    to: Annotated[str, typer.Option("--to", help="mlflow")] = "mlflow",
+    uri: Annotated[
+        str | None, typer.Option(help="of the tracker; default: MLFLOW_TRACKING_URI, or ./mlruns")
+    ] = None,
+    experiment: Annotated[str, typer.Option(help="that the runs are put into")] = "fedattack",
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="report and figures too: they show private images")
+    ] = False,
+) -> None:
+    """Give figures of finished runs to an experiment tracker."""
+    from simulations.cli.export import run_export
+
+    run_export(runs, to, uri, experiment, pictures, console)
+
+
+Output = OutFile
 
 
 @learn.command("collect-pairs")
 @with_settings
 def collect_pairs(
     out: Output,
-    count: Annotated[int, typer.Option(min=2, help="pairs to collect")] = 112,
+    count: Annotated[
+        int | None, typer.Option(min=2, help="pairs to collect; default: of all public images, at most 112")
+    ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="matching iterations before a pair is taken")] = 40,
     *,
     config: Config,
@@ -400,7 +411,7 @@ def gan_train(config: Config) -> None:
 @gan.command("sample")
 def gan_sample(
     generator: Annotated[Path, typer.Argument(help="folder of a run, or its generator", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="folder to write into", show_default=False)],
+    out: OutFolder,
     count: Count = 5000,
     png: Annotated[bool, typer.Option("--png", help="each image as a PNG file too")] = False,
     seed: int = 0,
@@ -550,7 +561,10 @@ def ratings_report(
 @ratings.command("votes")
 def ratings_votes(
     table: RatingTable,
-    out: Annotated[Path, typer.Option("--out", help=".csv or .parquet to write", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help=".csv or .parquet to write", show_default=False, callback=writable_file),
+    ],
     protocol: RatedBy = None,
     annotators: Annotated[str | None, typer.Option(help="human or proxy, of a table with both")] = None,
 ) -> None:
@@ -671,7 +685,13 @@ def semsim_labeller(
 def semsim_benchmark(
     preset: Annotated[str, typer.Option(help="small, cifar10, cifar100, or a .toml file")] = "small",
     out: Annotated[
-        Path | None, typer.Option("--out", help="folder; default: runs/semsim-<preset>", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out",
+            help="folder; default: runs/semsim-<preset>",
+            callback=writable_folder,
+            show_default=False,
+        ),
     ] = None,
     data_dir: Annotated[
         str | None, typer.Option("--data-dir", help="folder or archive of the data set", show_default=False)
@@ -722,7 +742,7 @@ def semsim_benchmark(
     sections=("seed", "data", "model", "engine"),
 )
 def semsim_search(
-    out: Annotated[Path, typer.Option("--out", help="folder to write into", show_default=False)],
+    out: OutFolder,
     candidates: Annotated[int, typer.Option(min=1, help="policies to score")] = 1600,
     per_class: Annotated[int, typer.Option(min=1, help="images of each class for privacy")] = 5,
     batches: Annotated[int, typer.Option(min=1, help="batches for accuracy")] = 10,
@@ -740,19 +760,74 @@ def semsim_search(
     run_search(config, out, effort, schedule, share, console)
 
 
+_TYPEWRITTEN = str.maketrans(
+    {"\u2013": "-", "\u2014": "-", "\u2026": "...", "\u00d7": "x", "\u2018": "'", "\u2019": "'", "\u201c": '"',
+     "\u201d": '"', "\u2264": "<=", "\u2265": ">=", "\u00b1": "+-", "\u2192": "->", "\u2022": "*", "\u00b7": "."}
+)  # fmt: skip
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that a stream's encoding lacks: the nearest in ASCII."""
+    assert isinstance(error, UnicodeEncodeError)
+    shown = []
+    for one in error.object[error.start : error.end].translate(_TYPEWRITTEN):
+        if "\u2500" <= one <= "\u259f":  # lines and bars
+            shown.append(
+                "-"
+                if one in "\u2500\u2501\u2574\u2576\u2578\u257a\u257e"
+                else "|"
+                if one in "\u2502\u2503"
+                else "+"
+            )
+        else:
+            shown.append(unicodedata.normalize("NFKD", one).encode("ascii", "ignore").decode() or "?")
+    return "".join(shown), error.end
+
+
+@cache
+def _command() -> click.Command:
+    command = typer.main.get_command(app)
+    for parameter in command.params:
+        if parameter.name in ("install_completion", "show_completion") and isinstance(
+            parameter, click.Option
+        ):
+            parameter.hidden = True  # the help is a screen
+    return command
+
+
 def main() -> None:
     """Entry point: exit code 2 for a bad request, 1 for a failed run; no traceback for a user's mistake."""
+    codecs.register_error("fedattack", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a log's encoding may lack a dash; that must end no run
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="fedattack")
+    if (here := os.getcwd()) not in sys.path:  # package.module:Class, as for `python -m`
+        sys.path.append(here)
     try:
-        app()
+        code = _command()(prog_name="fedattack", standalone_mode=False)
     except FedattackError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the run folder can be resumed with the same command")
-        sys.exit(130)
+        _refuse(str(error))
+        code = error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        code = 2
+    except click.ClickException as error:
+        place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "fedattack"
+        _refuse(f"{error.format_message().rstrip('.')}; see {place} --help")
+        code = error.exit_code
+    except (KeyboardInterrupt, Stopped, click.Abort) as error:
+        folder = getattr(error, "folder", None)
+        what = "the run folder" if folder is None else str(folder)
+        with_folder = "" if folder is None or "--run-dir" in sys.argv else f" and --run-dir {folder}"
+        told = f"interrupted; {what} can be resumed with the same command{with_folder}"
+        Console(stderr=True).print(Text(told), soft_wrap=True)
+        code = 130
+    sys.exit(code or 0)
+
+
+def _refuse(text: str) -> None:
+    """Say what is wrong, on standard error."""
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
 
 
 if __name__ == "__main__":

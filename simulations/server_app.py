@@ -7,11 +7,13 @@ is written to a file: ``flower-run.json`` in `run-dir`.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
 from safetensors.torch import save_file
 
 from fedattack.config import Config
@@ -24,6 +26,9 @@ from simulations.pipeline import simulate
 
 REPORT = "flower-run.json"
 WEIGHTS = "weights.safetensors"
+
+log = logging.getLogger("flwr")
+"""Flower's, whose lines ``flwr run --stream`` and ``flwr log`` show."""
 
 app = ServerApp()
 
@@ -46,13 +51,17 @@ def main(grid: Grid, context: Context) -> None:
         return serve(PartitionedGrid(grid, config.federation.clients), config, world, **how)
 
     try:
-        result = simulate(config, command="flwr run .", federate=federate).federation
+        run = simulate(config, console=Console(), command="flwr run .", federate=federate)
+        result = run.federation
         assert result is not None
     except BaseException as error:
         reason = str(error) if isinstance(error, FedattackError) else f"{type(error).__name__}: {error}"
         write_json(run_dir / REPORT, {"status": "failed", "reason": reason})
         raise
     finish(run_dir, result)
+    if headline := run.summary["headline"]:
+        log.info("verdict: %s", headline["text"])
+    log.info("report: %s", run_dir / "report.html")
 
 
 def finish(run_dir: Path, result: FederationResult) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from fedattack.config import FederationConfig
@@ -101,10 +103,33 @@ def build_strategy(federation: FederationConfig, learning_rate: float) -> Any:
     if lacking:
         needed = f"federation.strategy_options.{lacking[0]}"
         raise ConfigError(f"setting 'federation.strategy' = {name!r} needs {needed!r}")
+    _check_robust(name, arguments, drawn(federation))
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"setting 'federation.strategy' = {name!r}: {error}") from None
+        given = "".join(f", {key} = {value!r}" for key, value in federation.strategy_options.items())
+        raise ConfigError(f"setting 'federation.strategy' = {name!r}{given}: {error}") from None
+
+
+_ROBUST = ("krum", "multikrum", "bulyan")
+"""Strategies that are told how many clients are malicious."""
+
+
+def _check_robust(name: str, arguments: Mapping[str, Any], clients: int) -> None:
+    """Refuse more malicious clients than a strategy stands, or more to select than there are."""
+    malicious, chosen = arguments.get("num_malicious_nodes"), arguments.get("num_nodes_to_select")
+    place = "setting 'federation.strategy_options."
+    if name in _ROBUST and malicious:
+        most = (clients - 3) // 4 if name == "bulyan" else min((clients - 1) // 2, clients - 3)
+        if not 0 <= malicious <= most:
+            raise ConfigError(
+                f"{place}num_malicious_nodes' = {malicious}: of {clients} clients a round {name!r} stands "
+                f"{max(0, most)}; accepted: 0 to {max(0, most)}, or more clients"
+            )
+    if name in _ROBUST and chosen is not None and not 1 <= chosen <= clients:
+        raise ConfigError(
+            f"{place}num_nodes_to_select' = {chosen}: accepted: 1 to {clients}, the clients a round"
+        )
 
 
 def averages_buffers(federation: FederationConfig) -> bool:
@@ -124,9 +149,12 @@ def _checked(setting: str, value: Any, annotation: Any) -> Any:
     if kind not in kinds.values():
         return value
     try:
-        return TypeAdapter(kind).validate_python(value)
+        found = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise ConfigError(f"setting {setting!r} = {value!r}: {error.errors()[0]['msg']}") from None
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ConfigError(f"setting {setting!r} = {value}: a finite number is accepted")
+    return found
 
 
 __all__ = [

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedattack.compression import decode
 from fedattack.compression.carrier import STYPE, from_array
 from fedattack.defenses import hides_clients
-from fedattack.errors import ConfigError, PayloadError, RunFailed
+from fedattack.errors import ConfigError, PayloadError, RunFailed, shown, told
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, UpdateKind
 from fedattack.rng import numpy_rng
@@ -105,13 +105,22 @@ class Eavesdropper(Strategy):
         by (seed, "sampling", round) and restored after it.
     first_round
         Number of the first round of :meth:`start`.
+    earlier
+        Rounds that the wrapped strategy counts before round 1: those of pretraining have numbers up to 0.
     client_of
         Node id -> the client's number. None: what the reply declares as "partition-id", else the node id.
     average_buffers
         Average BatchNorm buffers here, by examples, instead of giving them to the wrapped strategy. For server
         optimisers (FedAdam, ...), whose steps would make variances negative.
+    as_sent
+        Give the wrapped strategy the replies under the names, and with the metrics, that its clients sent: those of
+        an ordinary Flower app may be read by a strategy of its own. Not of a sum.
     desk
         Where deletion requests that come with the replies are taken, whatever becomes of the reply. None: nowhere.
+    most_examples
+        Client -> the most samples that it may declare, for they weigh its update; None: 2**31 - 1.
+    max_norm
+        Longest change of the weights (L2 norm) that is taken of a client, more is rejected; None: any.
     """
 
     strategy: Strategy
@@ -122,10 +131,14 @@ class Eavesdropper(Strategy):
     auxiliary: Auxiliary | None = None
     seed: int = 0
     first_round: int = 1
+    earlier: int = 0
     on_round: Callable[[RoundReport], None] | None = None
     client_of: Callable[[int], int] | None = None
     average_buffers: bool = False
     desk: DeletionDesk | None = None
+    as_sent: bool = False
+    most_examples: Callable[[int], int] | None = None
+    max_norm: float | None = None
 
     def __post_init__(self) -> None:
         module = build_model(self.scenario.model)
@@ -145,7 +158,9 @@ class Eavesdropper(Strategy):
         self._armed = False
         self.aggregates_armed = False
         self.remembers = False
+        self._weighted_by: str = getattr(self.strategy, "weighted_by_key", wire.NUM_EXAMPLES)
         self._own: dict[int, dict[str, Tensor]] = {}  # node -> tensors that it was sent instead
+        self._scenarios: dict[int, Scenario] = {}
 
     # ------------------------------------------------------------------ what goes out
 
@@ -162,7 +177,11 @@ class Eavesdropper(Strategy):
             for name in self.names:
                 offered[name] = arrays[name]
         with seeded_sampling(self.seed, round):
-            messages = list(self.strategy.configure_train(round, offered, config, grid))
+            messages = list(self.strategy.configure_train(round + self.earlier, offered, config, grid))
+        if self.earlier:  # the strategy has written its own number there
+            for message in messages:
+                for told in message.content.config_records.values():
+                    told[wire.ROUND] = round
         sent = self.outgoing(round, self._sent)
         self._armed = sent is not None and not self.aggregates_armed
         if sent is not None:
@@ -221,39 +240,9 @@ class Eavesdropper(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Read, check and observe the replies, then aggregate them with the wrapped strategy."""
         round = self._number(server_round)
-        accepted: list[_Reply] = []
-        failed: list[tuple[int, str]] = []
-        rejected: list[tuple[int, str]] = []
-        dropped: list[int] = []
-        answered: set[int] = set()
-        for message in replies:
-            node = message.metadata.src_node_id
-            client = self.client_of(node) if self.client_of else node
-            try:
-                if message.has_error():
-                    reason = message.error.reason or "no reason given"
-                    if message.error.code == wire.OVERSIZED:
-                        raise PayloadError(reason)
-                    if message.error.code == wire.DROPPED_OUT:
-                        dropped.append(client)
-                        continue
-                    log.warning("round %d: client %d failed: %s", round, client, _last_line(reason))
-                    failed.append((client, reason))
-                    continue
-                self._take_requests(message, client, round)
-                reply = self._read(message, round)
-                if reply.client in answered:
-                    raise PayloadError(f"client {reply.client} has answered already")
-            except PayloadError as error:
-                log.warning("round %d: reply of client %d rejected: %s", round, client, error)
-                rejected.append((client, str(error)))
-                continue
-            answered.add(reply.client)
-            accepted.append(reply)
-        # One fixed order, whatever order the replies came in: float sums depend on it.
-        accepted.sort(key=lambda reply: reply.client)
+        accepted, failed, rejected, dropped = self._sorted(round, replies)
         visible = [_summed(accepted)] if self.aggregated and accepted else accepted
-        self._hand_out(round, visible)
+        self._hand_out(round, visible, self._most_steps(accepted))
         arrays, metrics = (None, None) if self._armed else self._aggregate(round, visible)
         if arrays is None and accepted and not self._armed:
             log.warning("round %d: the strategy did not aggregate; the weights stay as they were", round)
@@ -277,6 +266,58 @@ class Eavesdropper(Strategy):
             )
         return arrays, metrics
 
+    def show_again(self, round: int, replies: Iterable[Message]) -> None:
+        """Look once more at replies of a round that is over; :meth:`configure_train` has been called for it."""
+        accepted, *_ = self._sorted(round, replies)
+        visible = [_summed(accepted)] if self.aggregated and accepted else accepted
+        self._hand_out(round, visible, self._most_steps(accepted))
+
+    def _most_steps(self, replies: list[_Reply]) -> int:
+        """The most local steps of any of these clients."""
+        return max((self.scenario.training.steps(reply.num_examples) for reply in replies), default=1)
+
+    def recalls(self, round: int) -> bool:
+        """Whether what was seen of a round is needed again after a restart; overridden."""
+        return False
+
+    def _sorted(
+        self, round: int, replies: Iterable[Message]
+    ) -> tuple[list[_Reply], list[tuple[int, str]], list[tuple[int, str]], list[int]]:
+        """The replies that are accepted, by client; who failed and who is rejected, and why; who dropped out."""
+        accepted: list[_Reply] = []
+        failed: list[tuple[int, str]] = []
+        rejected: list[tuple[int, str]] = []
+        dropped: list[int] = []
+        answered: set[int] = set()
+        for message in replies:
+            node = message.metadata.src_node_id
+            client = self.client_of(node) if self.client_of else node
+            try:
+                if message.has_error():
+                    reason = wire.reason_of(message)
+                    if message.error.code == wire.OVERSIZED:
+                        raise PayloadError(reason)
+                    if message.error.code == wire.DROPPED_OUT:
+                        dropped.append(client)
+                        continue
+                    log.warning("round %d: client %d failed: %s", round, client, reason)
+                    failed.append((client, reason))
+                    continue
+                self._take_requests(message, client, round)
+                reply = self._read(message, round)
+                if reply.client in answered:
+                    raise PayloadError(f"client {reply.client} has answered already")
+            except PayloadError as error:
+                reason = told(str(error))
+                log.warning("round %d: reply of client %d rejected: %s", round, client, reason)
+                rejected.append((client, reason))
+                continue
+            answered.add(reply.client)
+            accepted.append(reply)
+        # One fixed order, whatever order the replies came in: float sums depend on it.
+        accepted.sort(key=lambda reply: reply.client)
+        return accepted, failed, rejected, dropped
+
     def _take_requests(self, message: Message, client: int, round: int) -> None:
         """Have the desk take the deletion requests out of a reply."""
         rest, asked = parted(message.content)
@@ -292,9 +333,10 @@ class Eavesdropper(Strategy):
         """A reply as an update; raises PayloadError for everything that an honest client would not send."""
         records = message.content
         arrays, metrics = _only(records, ArrayRecord), _only(records, MetricRecord)
-        examples = _examples(metrics.get(wire.NUM_EXAMPLES))
         loss = _loss(metrics)
         client = self._client(message.metadata.src_node_id, metrics.get(wire.PARTITION))
+        most = MAX_EXAMPLES if self.most_examples is None else self.most_examples(client)
+        examples = _examples(metrics, self._weighted_by, most)
         if wire.PACKED in arrays and arrays[wire.PACKED].stype == STYPE:
             payload = from_array(arrays[wire.PACKED])
             agreed = self.scenario.compression
@@ -304,11 +346,18 @@ class Eavesdropper(Strategy):
             update, wire_bytes = self._difference(arrays, message.metadata.src_node_id)
             others = set(arrays) - set(self.names)
         largest = float(update.values.abs().max()) if update.kept else 0.0
-        if largest * abs(weight_step(self.scenario.training, update.kind)) > MAX_STEP:
+        step = abs(weight_step(self.scenario.training, update.kind))
+        if largest * step > MAX_STEP:
             raise PayloadError(f"an entry of {largest:.3g} would leave the range of the weights")
+        if self.max_norm is not None:
+            norm = step * float(torch.linalg.vector_norm(update.values, dtype=torch.float64))
+            if norm > self.max_norm:
+                raise PayloadError(
+                    f"would change the weights by {norm:.3g} (L2 norm); at most {self.max_norm:g}"
+                )
         unknown = others - set(self._sent)
         if unknown:
-            raise PayloadError(f"unknown array {min(unknown)!r}")
+            raise PayloadError(f"unknown array {shown(min(unknown))}")
         buffers: dict[str, NDArray[Any]] = {}
         buffer_bytes = 0
         for name in self._float_buffers:
@@ -341,13 +390,19 @@ class Eavesdropper(Strategy):
         client = node
         if declared is not None:
             if not _is_count(declared, 0):
-                raise PayloadError(f"declares {wire.PARTITION!r} {declared!r}")
+                raise PayloadError(f"declares {wire.PARTITION!r} {shown(declared)}")
             client = declared
         if self._claims.setdefault(client, node) != node:
             raise PayloadError(f"claims to be client {client}, which another node is")
         return client
 
-    def _hand_out(self, round: int, replies: list[_Reply]) -> None:
+    def _of(self, reply: _Reply) -> Scenario:
+        """The scenario of one client's update, one object for all who take as many steps."""
+        steps = self.scenario.training.steps(reply.num_examples)
+        return self._scenarios.setdefault(steps, self.scenario.of(reply.num_examples))
+
+    def _hand_out(self, round: int, replies: list[_Reply], most: int) -> None:
+        """Give out observations; `most`: local steps of the client that took most."""
         for reply in replies:
             chosen = self.observe is None or self.observe(round, reply.client)
             wanted = self.on_observation is not None and chosen
@@ -358,7 +413,7 @@ class Eavesdropper(Strategy):
             observation = Observation(
                 round=round,
                 client=reply.client,
-                scenario=_summed_scenario(self.scenario) if self.aggregated else self.scenario,
+                scenario=_summed_scenario(self.scenario, most) if self.aggregated else self._of(reply),
                 weights=self._sent if own is None else self._sent | own,
                 update=reply.update,
                 num_examples=reply.num_examples,
@@ -376,16 +431,25 @@ class Eavesdropper(Strategy):
         if not replies:
             return None, None
         for reply in replies:
-            metrics = LightMetrics({wire.NUM_EXAMPLES: reply.num_examples, wire.TRAIN_LOSS: reply.loss})
-            reply.message.content = LightRecords({wire.UPDATE: self._stepped(reply), wire.METRICS: metrics})
+            reply.message.content = self._content(reply)
         try:
-            arrays, aggregated = self.strategy.aggregate_train(round, [reply.message for reply in replies])
+            given = [reply.message for reply in replies]
+            arrays, aggregated = self.strategy.aggregate_train(round + self.earlier, given)
         except AppExitException as error:
             name = type(self.strategy).__name__
             raise RunFailed(f"strategy {name} could not aggregate round {round}: {error}") from error
         if arrays is None:
             return None, aggregated
         return self._finished(arrays, replies, round), aggregated
+
+    def _content(self, reply: _Reply) -> RecordDict:
+        """What the wrapped strategy gets of a reply."""
+        arrays = self._stepped(reply)
+        if self.as_sent and not self.aggregated:
+            sent = reply.message.content
+            return RecordDict({key: arrays if isinstance(r, ArrayRecord) else r for key, r in sent.items()})
+        metrics = LightMetrics({self._weighted_by: reply.num_examples, wire.TRAIN_LOSS: reply.loss})
+        return LightRecords({wire.UPDATE: arrays, wire.METRICS: metrics})
 
     def _stepped(self, reply: _Reply) -> ArrayRecord:
         record: dict[str, Array] = {}
@@ -476,9 +540,10 @@ def _summed(replies: list[_Reply]) -> _Reply:
     )
 
 
-def _summed_scenario(scenario: Scenario) -> Scenario:
-    """The scenario of a sum: one batch, of everything that was declared."""
-    training = scenario.training.model_copy(update={"batch_size": 0})
+def _summed_scenario(scenario: Scenario, steps: int) -> Scenario:
+    """The scenario of a sum: one batch, of everything that was declared, and the most steps that a client took."""
+    alone = {"batch_size": 0, "local_steps": steps, "local_epochs": None}
+    training = scenario.training.model_copy(update=alone)
     return dataclasses.replace(scenario, training=training)
 
 
@@ -545,19 +610,16 @@ def _is_count(value: object, least: int) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_EXAMPLES
 
 
-def _examples(value: object) -> int:
-    if not _is_count(value, 1):
-        raise PayloadError(f"declares {wire.NUM_EXAMPLES!r} {value!r}, expected 1 to {MAX_EXAMPLES}")
+def _examples(metrics: MetricRecord, key: str, most: int) -> int:
+    value = metrics.get(key)
+    if not _is_count(value, 1) or value > most:
+        raise PayloadError(f"declares {key!r} {shown(value)}, expected 1 to {most}")
     return value
 
 
 def _loss(metrics: MetricRecord) -> float:
     value = metrics.get(wire.TRAIN_LOSS, metrics.get("loss", 0.0))
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PayloadError(f"declares {wire.TRAIN_LOSS!r} {value!r}, expected a finite number")
+    numeric = isinstance(value, float) or _is_count(value, -MAX_EXAMPLES)
+    if not numeric or not math.isfinite(value):
+        raise PayloadError(f"declares {wire.TRAIN_LOSS!r} {shown(value)}, expected a finite number")
     return float(value)
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else text

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedattack.errors import PayloadError
+from fedattack.errors import PayloadError, shown, told
 from fedattack.observation import Scenario, UnlearningRequest
 from fedattack.unlearning.requests import REQUEST, Verdict, validate_request
 from strategies.light_records import LightRecords
@@ -129,7 +128,7 @@ class DeletionDesk:
         return waiting
 
     def _reject(self, round: int, sender: int, reason: str, tag: str = "") -> None:
-        reason = reason.removeprefix(f"deletion request from client {sender}: ")
+        reason = told(reason.removeprefix(f"deletion request from client {sender}: "))
         log.warning("deletion request from client %d rejected: %s", sender, reason)
         self.verdicts.append(Verdict(round, sender, REQUEST, False, reason, tag=tag))
 
@@ -147,7 +146,7 @@ class DeletionDesk:
         said = _fields(record)
         kind = _text(record, "kind", 16)
         if kind not in KINDS:
-            raise PayloadError(f"kind {reprlib.repr(kind)}; accepted: {', '.join(KINDS)}")
+            raise PayloadError(f"kind {shown(kind)}; accepted: {', '.join(KINDS)}")
         needed = {"client", "kind", *_NEEDED[kind]}
         if lacking := needed - said.keys():
             raise PayloadError(f"{', '.join(sorted(lacking))} missing; a request of kind {kind!r} has it")
@@ -183,7 +182,7 @@ class DeletionDesk:
     def _samples(self, count: int, brought: Any, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The images and labels of a request, of the size that it declares and of the federation's kind."""
         if not 1 <= count <= size:
-            raise PayloadError(f"{reprlib.repr(count)} samples; accepted: 1 to {size}")
+            raise PayloadError(f"{shown(count)} samples; accepted: 1 to {size}")
         if not isinstance(brought, ArrayRecord) or brought.keys() != {"images", "labels"}:
             raise PayloadError("samples are not an ArrayRecord of images and labels")
         images = read_dense(brought["images"], (count, *self.scenario.image_shape), "float32")
@@ -196,11 +195,11 @@ def _fields(record: Any) -> dict[str, Any]:
     if not isinstance(record, ConfigRecord):
         raise PayloadError(f"a {type(record).__name__}, not a ConfigRecord")
     if unknown := [key for key in record if key not in FIELDS]:
-        raise PayloadError(f"unknown field {reprlib.repr(unknown[0])}")
+        raise PayloadError(f"unknown field {shown(unknown[0])}")
     said = dict(record.items())
     for key, value in said.items():
         if not isinstance(value, FIELDS[key]) or isinstance(value, bool):
-            raise PayloadError(f"{key!r} is {reprlib.repr(value)}, not {FIELDS[key].__name__}")
+            raise PayloadError(f"{key!r} is {shown(value)}, not {FIELDS[key].__name__}")
     return said
 
 

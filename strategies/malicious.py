@@ -82,6 +82,10 @@ class MaliciousServer(Eavesdropper):
         if self.remembers and observation.round in self.rounds:
             self._earlier[node].append(observation)
 
+    def recalls(self, round: int) -> bool:
+        """Whether a later round's weights depend on what this one showed."""
+        return self.remembers and round in self.rounds
+
     def _check(self, sent: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
         name = type(self.attack).__name__
         for key, tensor in sent.items():

@@ -9,17 +9,16 @@ under their own names, and one MetricRecord :data:`METRICS`.
 from __future__ import annotations
 
 import hashlib
-import io
-import math
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedattack.errors import PayloadError
+from fedattack import npy
+from fedattack.errors import PayloadError, told
 from strategies.light_records import _NUMPY, HeldArray
 
 ARRAYS = "arrays"
@@ -34,8 +33,8 @@ ROUND = "server-round"
 EXCLUDED = "excluded"
 """Positions of its partition that the client that is told so no longer trains on; absent for none."""
 
-LOCAL_STEPS = "local-steps"
-"""How many of the agreed local steps are taken; absent for all."""
+SHARE = "share-of-steps"
+"""What share of its local steps a client takes, at least one; absent for all."""
 
 OBJECTIVE = "objective"
 """Where one gradient over all of the client's samples is asked for instead of a round: of "loss" or "forget"."""
@@ -58,8 +57,11 @@ DROPPED_OUT = 1001
 
 OVERSIZED = 1002
 """Error code that the grid puts in the place of a reply longer than any honest one."""
-_MAX_HEADER = 4096
-_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def reason_of(reply: Message) -> str:
+    """Why a client did not answer, of a reply that is an error; in a line, whatever it says."""
+    return told(reply.error.reason or "") or "no reason given"
 
 
 def tag_of(seed: int, attack: str) -> str:
@@ -96,21 +98,18 @@ def read_dense(array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[Any]
         return value
     if array.stype != _NUMPY:
         raise PayloadError(f"an array is serialised as {array.stype!r}, not {_NUMPY!r}")
-    stream = io.BytesIO(array.data)
     try:
-        version = np.lib.format.read_magic(stream)
-        found, fortran, kind = _READERS[version](stream, max_header_size=_MAX_HEADER)
-    except (ValueError, KeyError) as error:
-        raise PayloadError(f"an array is not readable as npy ({_first_line(error)})") from None
-    if tuple(found) != tuple(shape) or str(kind) != dtype:
+        header = npy.read_header(memoryview(array.data))
+    except (ValueError, TypeError) as error:
+        raise PayloadError(f"an array is not readable as npy: {error}") from None
+    if header.shape != tuple(shape) or str(header.dtype) != dtype:
         raise PayloadError(
-            f"an array of shape {tuple(found)} and type {kind}, not {tuple(shape)} and {dtype}"
+            f"an array of shape {header.shape} and type {header.dtype}, not {tuple(shape)} and {dtype}"
         )
-    body = memoryview(array.data)[stream.tell() :]
-    count = math.prod(shape)
-    if len(body) != count * kind.itemsize:
-        raise PayloadError(f"an array declares {count * kind.itemsize} bytes and brings {len(body)}")
-    value = np.frombuffer(body, dtype=kind).reshape(shape, order="F" if fortran else "C")
+    body = memoryview(array.data)[header.offset :]
+    if len(body) != header.nbytes:
+        raise PayloadError(f"an array declares {header.nbytes} bytes and brings {len(body)}")
+    value = np.frombuffer(body, header.dtype).reshape(shape, order="F" if header.fortran else "C")
     _check_finite(value)
     return value
 
@@ -118,7 +117,3 @@ def read_dense(array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[Any]
 def _check_finite(value: NDArray[Any]) -> None:
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise PayloadError("an array holds NaN or infinite values")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]

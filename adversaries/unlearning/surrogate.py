@@ -52,7 +52,7 @@ def trained(view: ClientView, images: Tensor, labels: Tensor, epochs: int) -> nn
     rounds = epochs
     if agreed.protocol == "fedsgd":  # one step a round
         rounds, steps = epochs * steps, 1
-    training = agreed.model_copy(update={"local_steps": steps})
+    training = agreed.model_copy(update={"local_steps": steps, "local_epochs": None})
     scenario = replace(view.scenario, training=training)
     model = build_model(view.scenario.model)
     first = initial_weights(view.scenario.model, view.seed)

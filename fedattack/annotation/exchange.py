@@ -100,7 +100,7 @@ def import_answers(file: Path, table: Path) -> tuple[int, int, str]:
     RunFailed
         Where the table cannot be written; nothing is then merged either.
     """
-    answers, name, annotator = _read_answers(file)
+    answers, name, annotator = read_answers(file)
     key = key_file(table, name)
     if not key.is_file():
         raise ConfigError(
@@ -137,7 +137,7 @@ def import_answers(file: Path, table: Path) -> tuple[int, int, str]:
     return target.append(*rows.values(), replace=True), len(rows), annotator
 
 
-def _read_answers(file: Path) -> tuple[list[dict[str, Any]], str, str]:
+def read_answers(file: Path) -> tuple[list[dict[str, Any]], str, str]:
     """Answers, the export's name and the annotator of a returned file (DataError)."""
     try:
         size = file.stat().st_size
@@ -145,10 +145,7 @@ def _read_answers(file: Path) -> tuple[list[dict[str, Any]], str, str]:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from None
     if size > _LARGEST_ANSWERS:
         raise DataError(f"{file} has {size:,} bytes; a file of answers has at most {_LARGEST_ANSWERS:,}")
-    try:
-        document = read_json(file)
-    except RecursionError:
-        document = None
+    document = read_json(file)
     wanted = {"format": int, "export": str, "annotator": str, "answers": list}
     if (
         not isinstance(document, dict)

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from fedattack.config import Config
 from fedattack.data.pixels import SUFFIXES
 from fedattack.errors import ConfigError, DataError
 from fedattack.observation import observation_name
+from fedattack.reading import LARGEST_PICTURE, Unreadable, open_picture, read_bytes, read_frame
 from fedattack.storage.observations import safe_name
+from fedattack.storage.spreadsheet import restored
 
-_FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
 _ORIGINAL = "-original.png"
 _RECONSTRUCTION = "-reconstruction.png"
 
@@ -35,18 +35,12 @@ class Picture:
     @classmethod
     def read(cls, path: Path) -> Picture:
         """Read the file once; DataError where it is no readable picture of one frame and 8 bits a channel."""
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read picture {str(path)!r}: {error.strerror or error}") from None
+        data = _bytes(path)
         return cls(path, hashlib.sha256(data).hexdigest(), decode(data, str(path)).size)
 
     def pixels(self) -> Image.Image:
         """Its pixels, grey or RGB; DataError where the file changed since it was read."""
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read picture {str(self.path)!r}: {error.strerror or error}") from None
+        data = _bytes(self.path)
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise DataError(f"picture {str(self.path)!r} changed while it was being rated")
         return decode(data, str(self.path))
@@ -64,14 +58,21 @@ class RatedPair:
 def decode(data: bytes, name: str) -> Image.Image:
     """Pixels of an encoded picture in mode "L" where it is grey and "RGB" otherwise, at its own size (DataError)."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        with open_picture(data, name) as picture:
             if (frames := getattr(picture, "n_frames", 1)) > 1:
                 raise DataError(f"picture {name!r} has {frames} frames; pictures of one frame are rated")
             if picture.mode.startswith(("I", "F")):
                 raise DataError(f"picture {name!r} has mode {picture.mode!r}; 8 bits a channel are read")
             return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read picture {name!r}: {error}") from None
+    except Unreadable as error:
+        raise DataError(f"cannot read picture {name!r}: {error.reason}") from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read_bytes(path, LARGEST_PICTURE)
+    except Unreadable as error:
+        raise DataError(f"cannot read picture {str(path)!r}: {error.reason}") from None
 
 
 def png(image: Image.Image) -> bytes:
@@ -154,9 +155,9 @@ def _labels(run: Path) -> dict[tuple[str, str], tuple[str, str]]:
     if not path.is_file():
         return {}
     try:
-        frame = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+        frame = restored(read_frame(path))
+    except Unreadable as error:
+        raise DataError(f"cannot read {path}: {error.reason}") from None
     if not {"attack", "round", "client", "image", "label"} <= set(frame.columns):
         return {}
     found = {}

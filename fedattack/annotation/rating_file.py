@@ -14,6 +14,7 @@ from pathlib import Path
 from fedattack.annotation.table import COLUMNS, Parsed, csv_lines, moment, parse_table, portable_path
 from fedattack.errors import ConfigError, DataError, RunFailed
 from fedattack.files import cannot_write, write_bytes
+from fedattack.reading import LARGEST_TEXT, open_file, read_bytes
 
 _HEADER = ",".join(COLUMNS).encode()
 _PATHS = ("original_path", "reconstruction_path")
@@ -88,7 +89,7 @@ class RatingFile:
             places = [place for place, one in enumerate(self._parsed.rows) if _key(one) == _key(row)]
             if not places:
                 return False
-            lines = self.path.read_bytes().splitlines(keepends=True)
+            lines = read_bytes(self.path, LARGEST_TEXT).splitlines(keepends=True)
             begins = [*self._parsed.lines, len(lines) + 1]
             first, behind = begins[places[-1]] - 1, begins[places[-1] + 1] - 1
             if behind >= len(lines):  # needs no room, so that a full disk does not forbid it
@@ -140,7 +141,7 @@ class RatingFile:
         if _state(stat) == self._known:
             return
         parsed = parse_table(self.path)
-        with self.path.open("rb") as stream:
+        with open_file(self.path) as stream:
             header = stream.readline().removeprefix(b"\xef\xbb\xbf").strip()
         if header != _HEADER:
             raise DataError(f"{self.path} has its columns in another order; to append to it, write them in this one: "

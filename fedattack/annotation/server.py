@@ -19,6 +19,7 @@ from fedattack.annotation.pairs import Picture, png
 from fedattack.annotation.plan import Plan, Question, judged, opaque
 from fedattack.annotation.rating_file import RatingFile
 from fedattack.errors import ConfigError, DataError, FedattackError
+from fedattack.reading import parsed_json
 
 HOST = "127.0.0.1"
 _LARGEST_BODY = 4096
@@ -269,8 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a request is JSON (Content-Type: application/json)"
             )
         try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
+            body = parsed_json(data)
+        except ValueError:
             body = None
         if not isinstance(body, dict):
             raise Refused(HTTPStatus.BAD_REQUEST, "a request is a JSON object")

@@ -19,6 +19,8 @@ import pandas as pd
 
 from fedattack.errors import ConfigError, DataError
 from fedattack.files import write_bytes
+from fedattack.reading import LARGEST_PICTURE, LARGEST_TEXT, Unreadable, parquet_frame, read_bytes, shown
+from fedattack.storage.spreadsheet import csv_bytes, escaped, unescaped
 
 SCHEMA_VERSION = "1"
 CANNOT_TELL = "cannot tell"
@@ -150,9 +152,9 @@ def parse_table(path: Path) -> Parsed:
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise ConfigError(f"{path}: a table of ratings is a .csv or a .parquet file")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the table {path}: {error.strerror or error}") from None
+        data = read_bytes(path, LARGEST_TEXT)
+    except Unreadable as error:
+        raise DataError(f"cannot read the table {path}: {error.reason}") from None
     parsed = _parse_parquet(path, data) if path.suffix.lower() == ".parquet" else _parse_csv(path, data)
     faults = [
         (line, fault)
@@ -199,7 +201,7 @@ def _parse_csv(path: Path, data: bytes) -> Parsed:
                     f"{path} line {begins}: has {len(cells)} fields; the header has {len(header or ())}"
                 )
             lines.append(begins)
-            rows.append(dict(zip(header or (), cells, strict=True)))
+            rows.append(dict(zip(header or (), map(unescaped, cells), strict=True)))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: is not CSV: {error}") from None
     tail = data[whole:].decode(errors="replace")
@@ -219,7 +221,7 @@ def _complete(tail: str, header: Sequence[str]) -> dict[str, str] | None:
         cells = next(csv.reader([tail], strict=True))
     except (csv.Error, StopIteration):
         return None
-    row = dict(zip(header, cells, strict=False))
+    row = dict(zip(header, map(unescaped, cells), strict=False))
     return row if len(cells) == len(header) and row_fault(row) is None else None
 
 
@@ -229,15 +231,15 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if missing or unknown or twice:
         kinds = {"lacks": missing, "has the unknown": unknown, "has twice": twice}
-        what = "; ".join(f"{verb} {', '.join(names)}" for verb, names in kinds.items() if names)
+        what = "; ".join(f"{verb} {shown(', '.join(names))}" for verb, names in kinds.items() if names)
         raise DataError(f"{path} line 1: the header {what}; a table has the columns {','.join(COLUMNS)}")
 
 
 def _parse_parquet(path: Path, data: bytes) -> Parsed:
     try:
-        frame = pd.read_parquet(io.BytesIO(data))
-    except Exception as error:  # of whatever kind pyarrow raises for a damaged file
-        raise DataError(f"{path} is not readable Parquet: {' '.join(str(error).split())[:120]}") from None
+        frame = parquet_frame(data, path)
+    except Unreadable as error:
+        raise DataError(f"{path} is not readable Parquet: {error.reason}") from None
     header = [str(name) for name in frame.columns]
     _check_header(path, header)
     columns = {name: [_cell(name, value) for value in frame[name]] for name in COLUMNS}
@@ -321,12 +323,12 @@ def to_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def csv_lines(rows: Iterable[Mapping[str, str]], header: bool = False) -> bytes:
-    """Rows as lines of a CSV file, UTF-8."""
+    """Rows as lines of a CSV file, UTF-8; texts are escaped as in :mod:`fedattack.storage.spreadsheet`."""
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     if header:
         writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: escaped(cell) for name, cell in row.items()} for row in rows)
     return stream.getvalue().encode()
 
 
@@ -348,7 +350,7 @@ def write_votes(path: Path | str, counted: pd.DataFrame) -> None:
     told = counted.copy()
     for name in _PATHS:
         told[name] = [portable_path(path.parent, text) for text in told[name]]
-    _write(path, told, told.to_csv(index=False).encode())
+    _write(path, told, csv_bytes(told))
 
 
 def _write(path: Path, frame: pd.DataFrame, text: bytes) -> None:
@@ -425,9 +427,9 @@ def check_images(frame: pd.DataFrame) -> None:
             frame[[f"{kind}_path", f"{kind}_sha256"]].drop_duplicates().itertuples(index=False)
         ):
             try:
-                digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-            except OSError as error:
-                raise DataError(f"cannot read the rated image {name}: {error.strerror or error}") from None
+                digest = hashlib.sha256(read_bytes(name, LARGEST_PICTURE)).hexdigest()
+            except Unreadable as error:
+                raise DataError(f"cannot read the rated image {name}: {error.reason}") from None
             if digest != known:
                 raise DataError(
                     f"{name} is not the image that was rated: its SHA-256 is {digest[:12]}..., not {known[:12]}..."

@@ -147,6 +147,9 @@ class Family:
         Further columns of a sweep's table, from a summary.
     sweep_columns
         From a row of a sweep's table: heading and cell of those that its page shows.
+    paired
+        ``"package.module:function"``, from an attack's :class:`~fedattack.audit.paired.Side` in each of two runs with
+        the same data and a seed: differences of figures of the same units; empty: none are told.
     types
         Column of the records -> pandas type; others are floats, or texts.
     glossary
@@ -172,6 +175,7 @@ class Family:
     details: Callable[[AuditResult], Sequence[Column]] = lambda _: ()
     sweep: Callable[[Figures], dict[str, Any]] = lambda _: {}
     sweep_columns: Callable[[Figures], Mapping[str, str]] = lambda _: {}
+    paired: str = ""
     drawings: tuple[Drawing, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
     glossary: str = ""
@@ -337,11 +341,13 @@ def interval_fields(interval: Interval) -> dict[str, float | None]:
 def headline(results: Sequence[AuditResult], federation: Figures | None = None) -> dict[str, Any] | None:
     """The worst that was found by any attack, from which seat, and under which assumptions; None without results.
 
-    "level", "attack", "seat" (empty where unknown), "assumptions" (list of str) and "text". A guarantee that canaries
+    "level", "attack", "seat" (empty where unknown), "assumptions" (list of str), "text", and what it is made of:
+    "words", and "held", what was so when the attack was run. A guarantee that canaries
     show to be broken stands above every attack; "attack" is empty then.
     """
     if broken := ((federation or {}).get("canaries") or {}).get("headline"):
-        return {"level": "leak", "attack": "", "seat": "", "assumptions": [], "text": broken}
+        found = {"level": "leak", "attack": "", "seat": "", "assumptions": [], "text": broken}
+        return found | {"words": broken, "held": []}
     if not results:
         return None
     first = min(results, key=lambda result: SEVERITY.index(result.level))
@@ -363,8 +369,8 @@ def headline(results: Sequence[AuditResult], federation: Figures | None = None) 
             else f"nothing found: {words}, {by}"
         )
         text += f"; {unsure} cannot tell" if unsure and worst.level == "none" else ""
+    found = {"level": worst.level, "attack": worst.attack, "seat": seat, "words": text, "held": held}
     text += f" ({'; '.join(held)})" if held else ""
-    found = {"level": worst.level, "attack": worst.attack, "seat": seat}
     return found | {"assumptions": [*held, *worst.threat.get("assumptions", ())], "text": text}
 
 
@@ -373,14 +379,19 @@ def _assumptions(result: AuditResult, federation: Figures) -> list[str]:
     s, told = result.summary, []
     scenario = s.get("scenario")
     accuracies = {row["round"]: row.get("accuracy") for row in federation.get("rounds", [])}
+    before = federation.get("pretraining")  # what round 1 sends
+    if before:
+        accuracies[0] = before["accuracy"]
     sent = sorted({row["round"] - 1 for row in result.records if "round" in row})
     name = scenario["model"]["name"] if scenario else "model"
     known = [accuracies[r] for r in sent or [max(accuracies, default=0)] if accuracies.get(r) is not None]
-    states = ["its initial weights"] if sent[:1] == [0] else []
+    states = ["its initial weights"] if sent[:1] == [0] and not before else []
     if known:
         ends = dict.fromkeys(map(formats.percent, (min(known), max(known))))
         states.append(f"{' to '.join(ends)} accuracy")
     told += [f"{name} at {' and '.join(states)}"] if states else []
+    if before:
+        told.append(f"{before['rounds']} honest rounds before round 1")
     if scenario:
         training = scenario["training"]
         batch = " or ".join(map(str, s["batch"]))

@@ -455,6 +455,7 @@ MEMBERSHIP: Family = Family(
     remarks=told.remarks,
     beside=told.beside,
     together=together,
+    paired="fedattack.audit.paired:of_scores",
     drawings=(
         Drawing(
             "roc",

@@ -507,6 +507,8 @@ def _remarks(result: AuditResult) -> list[str]:
     if s["matched_by"] and s["matched_by"] != ["single"]:
         parts.append(f"images of a batch were matched by {' / '.join(s['matched_by'])}")
     parts.append(f"time: {formats.seconds(s['seconds'])} in all, {formats.seconds(each)} a victim")
+    if held := s.get("peak_memory"):
+        parts.append(f"memory: {formats.size(held)} at the peak of the process that attacked")
     if scale["psnr"]["mean"] is not None:
         shown = f"{formats.decimal(scale['psnr']['mean'])} dB and {formats.decimal(scale['ssim']['mean'], 3)}"
         units = f"PSNR {INFLATION_DB:.2f} dB higher, SSIM with data range 2"
@@ -677,6 +679,7 @@ RECONSTRUCTION: Family = Family(
     details=_details,
     sweep=_sweep,
     sweep_columns=_sweep_columns,
+    paired="fedattack.audit.paired:of_images",
     drawings=(
         Drawing(
             "sheet",

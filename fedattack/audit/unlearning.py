@@ -390,6 +390,7 @@ UNLEARNING: Family = Family(
     rows=_score_rows,
     remarks=_remarks,
     beside=_beside,
+    paired="fedattack.audit.paired:of_damage",
     drawings=(
         Drawing(
             "unlearning",

@@ -23,11 +23,12 @@ class Quota(NamedTuple):
 
 
 def kept_share(config: CompressionConfig, round: int) -> float:
-    """Share of all entries that is sent in a 1-based `round`.
+    """Share of all entries that is sent in a 1-based `round`; in rounds before it as in round 1.
 
     DGC falls exponentially from 25 % in round 1 to `rate` in round ``warmup_rounds + 1``: with 4 warm-up rounds and
     rate 0.1 % it is 25, 6.3, 1.6, 0.4, 0.1 % (Lin et al. 2018, section 3.3). All others send `rate` throughout.
     """
+    round = max(round, 1)
     if config.name != "dgc" or round > config.warmup_rounds or config.rate >= WARMUP_START:
         return config.rate
     return WARMUP_START * (config.rate / WARMUP_START) ** ((round - 1) / config.warmup_rounds)

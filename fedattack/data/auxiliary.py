@@ -58,6 +58,10 @@ def load_auxiliary(config: DataConfig, dataset: ImageDataset, pools: Pools, seed
         raise DataError(
             f"{place}: no such file or folder; 'split', an .npz, an archive or a folder is accepted"
         )
+    if not path.is_dir() and not path.is_file():
+        raise DataError(
+            f"{place}: neither a folder nor a regular file; 'split', an .npz, an archive or a folder is accepted"
+        )
     natural = config.labels == "natural"
     try:
         if path.suffix.lower() == ".npz":

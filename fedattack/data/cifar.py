@@ -1,14 +1,10 @@
 """CIFAR-10 and CIFAR-100 in the published "python" format, complete or cut, as a folder or an archive.
 
-The format is pickles, and a file from the net must not be unpickled: the reader below builds arrays of numbers and
-refuses every other global, so a batch file cannot run code.
+The format is pickles, and a file from the net must not be unpickled: :mod:`~fedattack.data.plain_pickle` reads them.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,129 +14,25 @@ from fedattack.config import DataConfig
 from fedattack.data.dataset import Listing, cut_note
 from fedattack.data.files import Missing, Tree, data_dir, is_archive, open_tree, with_download
 from fedattack.data.pixels import adapt
+from fedattack.data.plain_pickle import read_plain
 from fedattack.errors import DataError
+from fedattack.reading import MIB, said
 
-
-class _Allowed:
-    """Base of the few things a batch may name: without attributes, so that a pickle cannot set any."""
-
-    __slots__ = ()
-
-
-class _NdarrayName(_Allowed):
-    """Stands for the class numpy.ndarray, which a batch may name but not call."""
-
-    __slots__ = ()
-
-
-class _ArrayState:
-    """Takes the place of an array being unpickled: numpy's own trusts the state it is given, flags and all."""
-
-    __slots__ = ("array",)
-
-    def __init__(self) -> None:
-        self.array: np.ndarray | None = None
-
-    def __setstate__(self, state: object) -> None:
-        match state:
-            case (1, tuple(shape), _DtypeState(code=code), False | 0, bytes(raw)):
-                self.array = np.frombuffer(raw, code).reshape(shape)
-            case _:
-                raise pickle.UnpicklingError("an array in an unexpected form")
-
-
-class _DtypeState:
-    """Takes the place of a dtype being unpickled; its state may only say the byte order."""
-
-    __slots__ = ("code",)
-
-    def __init__(self, code: str) -> None:
-        self.code = code
-
-    def __setstate__(self, state: object) -> None:
-        match state:
-            case (3, str() | bytes() as order, None, None, None, -1, -1, 0) if order in _BYTE_ORDERS:
-                self.code = _BYTE_ORDERS[order] + self.code
-            case _:
-                raise pickle.UnpicklingError("an array type in an unexpected form")
-
-
-_BYTE_ORDERS: dict[str | bytes, str] = {"|": "|", "<": "<", ">": ">", b"|": "|", b"<": "<", b">": ">"}
-
-
-class _Reconstruct(_Allowed):
-    """numpy's empty array, to be filled by its state."""
-
-    __slots__ = ()
-
-    def __call__(self, kind: object, shape: object, code: object) -> _ArrayState:
-        if not isinstance(kind, _NdarrayName) or shape != (0,):
-            raise pickle.UnpicklingError("an array of an unexpected kind")
-        return _ArrayState()
-
-
-class _Dtype(_Allowed):
-    """numpy.dtype for integers only; an object array would hold whatever a pickle builds."""
-
-    __slots__ = ()
-
-    def __call__(self, code: object, align: object = False, copy: object = True) -> _DtypeState:
-        text = code.decode("ascii") if isinstance(code, bytes) else code
-        if not isinstance(text, str) or text not in {"u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8"}:
-            raise pickle.UnpicklingError(f"an array of type {code!r}")
-        return _DtypeState(text)
-
-
-class _Encode(_Allowed):
-    """How Python 3 writes bytes in the old protocols: text to be encoded as latin1."""
-
-    __slots__ = ()
-
-    def __call__(self, text: object, codec: object) -> bytes:
-        if not isinstance(text, str) or codec not in ("latin1", b"latin1"):
-            raise pickle.UnpicklingError("bytes in an unexpected coding")
-        return text.encode("latin1")
-
-
-_GLOBALS: dict[tuple[str, str], object] = {
-    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
-    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
-    ("numpy", "ndarray"): _NdarrayName(),
-    ("numpy", "dtype"): _Dtype(),
-    ("_codecs", "encode"): _Encode(),
-}
-
-
-class _NumbersOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _GLOBALS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not data") from None
-
-
-def _refuse_far_memo(data: bytes) -> None:
-    """Raise on a memo position beyond the file's length, for which the unpickler would claim gigabytes."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "LONG_BINPUT") and argument is not None and argument > len(data):
-            raise pickle.UnpicklingError(f"a memo position of {argument}")
+_LARGEST = 256 * MIB
 
 
 def load_batch(data: bytes, name: str) -> dict[str, Any]:
-    """Read one pickled batch of numbers, text and lists; arrays are read-only views of the file's bytes.
+    """Read one pickled batch of numbers, text and lists with text for keys; arrays are read-only.
 
     Raises DataError if the pickle names anything but plain numeric arrays, or is corrupt.
     """
     try:
-        _refuse_far_memo(data)
-        batch = _NumbersOnly(io.BytesIO(data), encoding="bytes").load()
+        batch = read_plain(data)
     except Exception as error:  # a damaged pickle raises nearly anything; none of it ran foreign code
-        raise DataError(f"refused {name!r}: not a batch of plain arrays ({error})") from None
+        raise DataError(f"refused {name!r}: not a batch of plain arrays ({said(error)})") from None
     if not isinstance(batch, dict):
         raise DataError(f"refused {name!r}: holds a {type(batch).__name__}, not a batch")
-    return {
-        _text(key): value.array if isinstance(value, _ArrayState) else value for key, value in batch.items()
-    }
+    return {_text(key): value for key, value in batch.items()}
 
 
 def _text(value: object) -> str:
@@ -170,7 +62,7 @@ def _locate(config: DataConfig, folders: tuple[str, ...], inner: str, files: set
         return name.name in files and (len(name.parts) == 1 or name.parent.name == inner)
 
     if root.is_file():
-        tree = open_tree(root, wanted)
+        tree = open_tree(root, wanted, _LARGEST)
         if tree.names:
             return tree
         raise Missing(f"setting 'data.dir' = {config.dir!r}: the archive holds no {inner}/{min(files)}")
@@ -178,11 +70,11 @@ def _locate(config: DataConfig, folders: tuple[str, ...], inner: str, files: set
     for place in places:
         for folder in (place / inner, place):
             if folder.is_dir() and any((folder / file).is_file() for file in files):
-                return open_tree(folder, lambda name: len(name.parts) == 1 and name.name in files)
+                return open_tree(folder, lambda name: len(name.parts) == 1 and name.name in files, _LARGEST)
     for place in places:
         archives = [p for p in sorted(place.glob(f"{archive}*")) if p.is_file() and is_archive(p)]
         for path in archives:
-            tree = open_tree(path, wanted)
+            tree = open_tree(path, wanted, _LARGEST)
             if tree.names:
                 return tree
     raise Missing(f"setting 'data.dir' = {config.dir!r}: no {inner}/{min(files)}, nor an archive {archive}*")

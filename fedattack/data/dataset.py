@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -126,6 +127,9 @@ class Listing:
     note: str = ""
     image_size: int | None = None  # side where the configuration leaves it open; None: as stored
     facts: Mapping[str, np.ndarray] = field(default_factory=dict)  # as those of ImageDataset
+    remarks: Counter[str] = field(
+        default_factory=Counter
+    )  # what `read` found in pictures and left out, and how often
     parts: tuple[str, ...] = ()  # what `data.part` may name, the first where it names none; (): nothing
 
 

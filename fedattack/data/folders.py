@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,7 @@ from fedattack.data.files import (
 )
 from fedattack.data.pixels import SUFFIXES, decode, from_pictures, require_memory
 from fedattack.errors import DataError
+from fedattack.reading import read_text
 
 _WNID = re.compile(r"n\d{8}")
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -33,15 +35,21 @@ def is_picture(name: PurePosixPath) -> bool:
 
 
 def read_pictures(
-    tree: Tree, names: Sequence[str], image_size: int | None, channels: int | None
+    tree: Tree,
+    names: Sequence[str],
+    image_size: int | None,
+    channels: int | None,
+    remarks: Counter[str] | None = None,
 ) -> np.ndarray:
     """Pixels uint8 (n, C, S, S) of the named files: centre-cropped, resized, grey only if all are.
 
-    Raises DataError if one cannot be read, or sizes differ and `image_size` is None.
+    `remarks`: as of :func:`~fedattack.data.pixels.decode`. Raises DataError if one cannot be read, or sizes differ
+    and `image_size` is None.
     """
     if image_size is not None:
         require_memory(len(names), channels or 3, image_size)
-    return from_pictures([decode(tree.read(name), name, image_size) for name in names], channels)
+    decoded = (decode(tree.read(name), name, image_size, remarks) for name in names)
+    return from_pictures(decoded, len(names), channels)
 
 
 def by_folder(tree: Tree) -> tuple[list[str], np.ndarray, tuple[str, ...], str]:
@@ -77,9 +85,9 @@ def _numbered(classes: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _pictures(
-    tree: Tree, names: list[str], channels: int | None
+    tree: Tree, names: list[str], channels: int | None, remarks: Counter[str]
 ) -> Callable[[np.ndarray, int | None], np.ndarray]:
-    return lambda ids, size: read_pictures(tree, [names[i] for i in ids], size, channels)
+    return lambda ids, size: read_pictures(tree, [names[i] for i in ids], size, channels, remarks)
 
 
 def image_folder(config: DataConfig) -> Listing:
@@ -89,6 +97,7 @@ def image_folder(config: DataConfig) -> Listing:
     """
 
     def read() -> Listing:
+        remarks: Counter[str] = Counter()
         root = data_dir(config, "a folder or archive of pictures, one sub-folder a class")
         tree = open_tree(root, is_picture)
         if not tree.names and root.is_dir():
@@ -100,7 +109,8 @@ def image_folder(config: DataConfig) -> Listing:
             class_names=class_names,
             groups=labels if people else None,
             group_names=class_names if people else None,
-            read=_pictures(tree, names, None),
+            read=_pictures(tree, names, None, remarks),
+            remarks=remarks,
             note=note,
         )
 
@@ -149,6 +159,7 @@ def lfw(config: DataConfig) -> Listing:
     """
 
     def read() -> Listing:
+        remarks: Counter[str] = Counter()
         root = data_dir(config, "a folder or archive with <Name>/<Name>_0001.jpg")
         stems = ("lfw", "lfw_funneled", "lfw-deepfunneled", "lfw64", "lfw32", ".")
         tree = first_tree([root, root / "LFW", root / "lfw-py"], stems[:-1], _is_lfw)
@@ -163,7 +174,8 @@ def lfw(config: DataConfig) -> Listing:
             class_names=people,
             groups=labels,
             group_names=people,
-            read=_pictures(tree, tree.names, 3),
+            read=_pictures(tree, tree.names, 3, remarks),
+            remarks=remarks,
             note=joined(
                 f"read from {tree.path.name}",
                 cut_note(len(labels), 13_233, "images"),
@@ -186,6 +198,7 @@ def celeba(config: DataConfig) -> Listing:
     """
 
     def read() -> Listing:
+        remarks: Counter[str] = Counter()
         root = data_dir(config, "a folder with img_align_celeba (folder or .zip) and identity_CelebA.txt")
         places = [root, root / "celeba", root / "CelebA"]
         identities = next(
@@ -209,7 +222,8 @@ def celeba(config: DataConfig) -> Listing:
             class_names=people,
             groups=labels,
             group_names=people,
-            read=_pictures(tree, tree.names, 3),
+            read=_pictures(tree, tree.names, 3, remarks),
+            remarks=remarks,
             note=cut_note(len(labels), 202_599, "images"),
         )
 
@@ -219,13 +233,13 @@ def celeba(config: DataConfig) -> Listing:
 
 def _identities(path: Path) -> dict[str, int]:
     whose: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         parts = line.split()
         if not parts:
             continue
-        if len(parts) != 2 or not parts[1].isdecimal() or not 1 <= int(parts[1]) <= 10_177:
+        if len(parts) != 2 or not re.fullmatch(r"[0-9]{1,5}", parts[1]) or not 1 <= int(parts[1]) <= 10_177:
             raise DataError(
-                f"{str(path)!r} line {number}: wanted a file name and an identity 1..10177, got {line!r}"
+                f"{str(path)!r} line {number}: wanted a file name and an identity 1..10177, got {line[:80]!r}"
             )
         whose[parts[0]] = int(parts[1])
     return whose
@@ -246,6 +260,7 @@ def imagenet(config: DataConfig) -> Listing:
         return is_picture(name) and _WNID.fullmatch(name.parent.name) is not None
 
     def read() -> Listing:
+        remarks: Counter[str] = Counter()
         root = data_dir(config, "class folders n01484850/*.JPEG, or an archive of them")
         tree = open_tree(root, wanted) if root.is_file() else _imagenet_below(root, wanted)
         if tree is None or not tree.names:
@@ -256,7 +271,8 @@ def imagenet(config: DataConfig) -> Listing:
         return Listing(
             labels=labels,
             class_names=wnids,
-            read=_pictures(tree, tree.names, 3),
+            read=_pictures(tree, tree.names, 3, remarks),
+            remarks=remarks,
             note=joined(cut_note(len(labels), 1_281_167), cut_note(len(wnids), 1_000, "classes")),
         )
 
@@ -293,6 +309,7 @@ def caltech101(config: DataConfig) -> Listing:
         return is_picture(name) and name.parent.name not in ("", "BACKGROUND_Google", "101_ObjectCategories")
 
     def read() -> Listing:
+        remarks: Counter[str] = Counter()
         root = data_dir(config, "a folder with 101_ObjectCategories (folder or .tar.gz)")
         places = [root, root / "caltech101", root / "caltech-101", root / "Caltech101"]
         tree = first_tree(places, ("101_ObjectCategories",), wanted)
@@ -304,7 +321,8 @@ def caltech101(config: DataConfig) -> Listing:
         return Listing(
             labels=labels,
             class_names=class_names,
-            read=_pictures(tree, tree.names, 3),
+            read=_pictures(tree, tree.names, 3, remarks),
+            remarks=remarks,
             note=joined(cut_note(len(labels), 8_677, "images"), cut_note(len(class_names), 101, "classes")),
         )
 

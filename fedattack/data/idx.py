@@ -5,8 +5,6 @@ Own readers, because torchvision reads only unpacked files of the published name
 
 from __future__ import annotations
 
-import lzma
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,10 @@ import numpy as np
 from fedattack.config import DataConfig
 from fedattack.data.dataset import Listing, chosen_part, cut_note, joined
 from fedattack.data.facts import DUPLICATE, SERIES, WRITER
-from fedattack.data.files import Missing, by_torchvision, data_dir, find_file, open_compressed, with_download
+from fedattack.data.files import Missing, by_torchvision, data_dir, find_file, with_download
 from fedattack.data.pixels import adapt
 from fedattack.errors import DataError
+from fedattack.reading import ARCHIVE_ERRORS, Unreadable, open_compressed, read_some, said
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _LARGEST = 8 * 2**30
@@ -39,7 +38,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     corrupt.
     """
     try:
-        with open_compressed(path) as stream:
+        with open_compressed(path, _LARGEST) as stream:
             head = stream.read(4)
             if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES:
                 raise DataError(f"{str(path)!r} is not an idx file: it starts with {head.hex() or 'nothing'}")
@@ -57,13 +56,15 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
                 raise DataError(
                     f"{str(path)!r} declares shape {shape}, more than 8 GiB: its header is damaged"
                 )
-            body = stream.read(size + 1)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"cannot read {str(path)!r}: {error}") from None
+            body = read_some(stream, size + 1)
+    except Unreadable as error:
+        raise DataError(f"cannot read {str(path)!r}: {error.reason}") from None
+    except ARCHIVE_ERRORS as error:
+        raise DataError(f"cannot read {str(path)!r}: {said(error)}") from None
     if len(body) != size:
         problem = "truncated" if len(body) < size else "longer than its header says"
         raise DataError(f"{str(path)!r} is {problem}: shape {shape} needs {size:,} bytes")
-    return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+    return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
 def read_images(path: Path) -> np.ndarray:
@@ -77,6 +78,8 @@ def read_images(path: Path) -> np.ndarray:
 def read_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (N, 1, H, W) and labels (N,) of two idx files that must agree (else DataError)."""
     pixels, targets = read_images(images), read_idx(labels, 1)
+    if targets.dtype.kind not in "iu":
+        raise DataError(f"{str(labels)!r} holds {targets.dtype} labels; wanted integers")
     _require_as_many(images, pixels, labels, targets)
     return pixels, targets
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fedattack.data.files import open_tree
 from fedattack.data.folders import by_folder, is_picture, read_pictures
 from fedattack.errors import DataError
+from fedattack.npy import read_npy, read_npz
+from fedattack.reading import Unreadable, open_picture, open_zip, require_regular
 
 _LARGEST = 16 * 2**30
 
@@ -44,6 +43,8 @@ def read_images(path: Path) -> Images:
     """
     if not path.exists():
         raise DataError(f"{str(path)!r}: no such file or folder")
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{str(path)!r}: neither a folder nor a regular file")
     try:
         arrays = path / "images.npz" if path.is_dir() else path
         if arrays.is_file() and arrays.suffix.lower() in (".npz", ".npy"):
@@ -60,12 +61,12 @@ def read_images(path: Path) -> Images:
 
 
 def _refuse_oblong(name: str, data: bytes) -> None:
-    """Refuse a picture that would be cropped; what is no picture is refused where it is decoded."""
+    """Refuse a picture that would be cropped, or is none."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with open_picture(data, name) as picture:
             width, height = picture.size
-    except OSError:
-        return
+    except Unreadable as error:
+        raise DataError(f"cannot read picture {name!r}: {error.reason}") from None
     if width != height:
         raise DataError(f"picture {name!r} is {width} x {height}; square ones are accepted")
 
@@ -87,27 +88,33 @@ def _arrays(path: Path) -> Images:
     return Images(pixels, names, None if labels is None else labels.astype(np.int64))
 
 
-def plain_arrays(path: Path, *more: str) -> dict[str, np.ndarray]:
-    """The array `images` of an .npz file and, where they are there, `more`; or, as `images`, that of an .npy file.
+def stored_names(path: Path) -> tuple[str, ...]:
+    """Names of the arrays in an .npz file, none of which is read; DataError where it is none."""
+    try:
+        with open_zip(path, _LARGEST) as archive:
+            return tuple(name.removesuffix(".npy") for name in archive.namelist())
+    except Unreadable as error:
+        raise DataError(f"not a readable .npz file of plain arrays ({error.reason})") from None
+
+
+def plain_arrays(path: Path, *more: str, needs: str = "images") -> dict[str, np.ndarray]:
+    """The array `needs` of an .npz file and, where they are there, `more`; or, as `images`, that of an .npy file.
 
     DataError if the file is not readable without unpickling, unpacks to more than 16 GiB, or has no images.
     """
+    kind = path.suffix.lower()
     try:
-        if path.suffix.lower() == ".npy":
-            if path.stat().st_size > _LARGEST:
-                raise DataError(f"it holds {path.stat().st_size / 2**30:.0f} GiB; 16 are accepted")
-            return {"images": np.load(path, allow_pickle=False)}
-        with zipfile.ZipFile(path) as archive:
-            declared = sum(entry.file_size for entry in archive.infolist())
-        if declared > _LARGEST:
-            raise DataError(f"it unpacks to {declared / 2**30:.0f} GiB; 16 are accepted")
-        with np.load(path, allow_pickle=False) as held:
-            arrays = {key: held[key] for key in ("images", *more) if key in held.files}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, MemoryError) as error:
-        kind = path.suffix.lower()
+        if kind == ".npy":
+            require_regular(path)
+            return {"images": read_npy(path, _LARGEST)}
+        with open_zip(path, _LARGEST):  # refuses what unpacks to too much
+            arrays = read_npz(path, (needs, *more), _LARGEST)
+    except Unreadable as error:
+        raise DataError(f"not a readable {kind} file of plain arrays ({error.reason})") from None
+    except DataError as error:
         raise DataError(f"not a readable {kind} file of plain arrays ({error})") from None
-    if "images" not in arrays:
-        raise DataError("it has no array 'images'")
+    if needs not in arrays:
+        raise DataError(f"it has no array {needs!r}")
     return arrays
 
 

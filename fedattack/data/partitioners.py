@@ -52,12 +52,30 @@ def partition(
     deal: Partitioner = _adapted(target, config.name) if isinstance(target, type) else target
     groups = None if dataset.groups is None else dataset.groups[ids]
     known: dict[str, Any] = {}
+    _refuse_unlike(target, config.name)
     if SERIES in dataset.facts and SERIES in inspect.signature(deal).parameters:
         known[SERIES] = dataset.facts[SERIES][ids]
     parts = deal(dataset.labels[ids], groups, clients, config, rng, **known)
     complete = not isinstance(target, type) and config.groups_per_client is None
     _check(parts, clients, len(ids), config.name, complete)
     return [ids[rng.permutation(part)] for part in parts]
+
+
+def _refuse_unlike(target: Any, name: str) -> None:
+    """Refuse what is no partitioner."""
+    contract = (
+        "a plug-in of this kind is a function (labels, groups, clients, config, rng) that answers each client's "
+        "positions, or a class of flwr_datasets.partitioner"
+    )
+    if isinstance(target, type):
+        if not hasattr(target, "load_partition"):
+            raise ConfigError(f"partition {name!r} is a class {target.__name__!r}; {contract}")
+        return
+    try:
+        inspect.signature(target).bind(None, None, 1, None, None)
+    except (TypeError, ValueError):
+        what = f"takes {inspect.signature(target)}" if callable(target) else f"is a {type(target).__name__}"
+        raise ConfigError(f"partition {name!r} {what}; {contract}") from None
 
 
 def _check(parts: list[np.ndarray], clients: int, count: int, name: str, complete: bool) -> None:

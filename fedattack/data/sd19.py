@@ -24,7 +24,10 @@ from fedattack.data.folders import first_tree
 from fedattack.data.pixels import decode
 from fedattack.data.pools import fingerprints
 from fedattack.errors import DataError
+from fedattack.npy import read_npy
+from fedattack.reading import Unreadable, read_text, require_regular
 
+_LARGEST = 16 * 2**30
 _SIDE = 128
 _PACKED = _SIDE * _SIDE // 8
 _UPPER, _LOWER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
@@ -217,10 +220,12 @@ def _array(folder: Path, series: int) -> _Series:
 def _load(path: Path, kinds: str, tail: tuple[int, ...]) -> np.ndarray:
     """A plain .npy array of shape (N, *tail) and one of the types `kinds`; DataError if it is another."""
     try:
-        array = np.load(path, allow_pickle=False, mmap_mode="r")
-    except FileNotFoundError:
-        raise DataError(f"{str(path)!r} is missing") from None
-    except (OSError, ValueError, EOFError) as error:
+        require_regular(path)
+        array = read_npy(path, _LARGEST, mapped=True)
+    except Unreadable as error:
+        what = "is missing" if error.absent else f"cannot be read: {error.reason}"
+        raise DataError(f"{str(path)!r} {what}") from None
+    except DataError as error:
         raise DataError(f"cannot read {str(path)!r} as a plain array: {error}") from None
     fits = array.dtype.str[1:] in kinds.split() or array.dtype.kind in kinds.split()
     if not fits or array.ndim != 1 + len(tail) or array.shape[1:] != tail:
@@ -235,7 +240,7 @@ def _writers(folder: Path, series: int, count: int) -> list[str] | None:
     if stem.with_suffix(".npy").is_file():
         names = [str(name) for name in _load(stem.with_suffix(".npy"), "i u U", ())]
     elif stem.with_suffix(".csv").is_file():
-        names = stem.with_suffix(".csv").read_text(encoding="utf-8", errors="replace").split()
+        names = read_text(stem.with_suffix(".csv")).split()
     else:
         return None
     if len(names) != count:
@@ -244,13 +249,13 @@ def _writers(folder: Path, series: int, count: int) -> list[str] | None:
         )
     strange = next((name for name in names if _number(name) is None), None)
     if strange is not None:
-        raise DataError(f"{str(stem)!r} names a writer {strange!r}; wanted a number or f2100_45")
+        raise DataError(f"{str(stem)!r} names a writer {strange[:40]!r}; wanted a number or f2100_45")
     return names
 
 
 def _number(writer: str) -> int | None:
     """SD19's number of a writer, 0 to 4169, of a name f2100_45 or a number."""
-    found = re.fullmatch(r"f?(\d+)(?:_\d+)?", writer)
+    found = re.fullmatch(r"f?([0-9]{1,9})(?:_[0-9]{1,9})?", writer)
     return None if found is None else int(found[1])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedattack.data.partitioners import partition
 from fedattack.data.pools import Pools, make_pools
 from fedattack.defenses import defended_model
 from fedattack.errors import ConfigError
-from fedattack.models import resolve
+from fedattack.models import check_size, resolve
 from fedattack.observation import Auxiliary, Scenario
 from fedattack.task import TASKS
 
@@ -49,7 +49,8 @@ def build_world(config: Config) -> World:
     classes = dataset.classes
     if data.labels == "random" and config.model.classes is not None:
         classes = min(classes, config.model.classes)
-    model = resolve(config.model, dataset.channels, dataset.image_size, classes)
+    given = {name: getattr(data, name) for name in ("mean", "std") if getattr(data, name) is not None}
+    model = resolve(config.model.model_copy(update=given), dataset.channels, dataset.image_size, classes)
     for setting, wanted, found in (
         ("channels", model.channels, dataset.channels),
         ("image_size", model.image_size, dataset.image_size),
@@ -59,11 +60,18 @@ def build_world(config: Config) -> World:
             raise ConfigError(
                 f"setting 'model.{setting}' = {wanted}: data set {data.name!r} has {found}{hint}; leave it open"
             )
+    size_note = check_size(model, data.image_size is None)
+    if size_note:
+        dataset = replace(dataset, note=joined(dataset.note, size_note))
     if data.labels == "random":
         dataset = random_labels(dataset, model.resolved[2], seed)
     model = TASKS.get(config.training.task)().model(model, config.gan)
     pools = make_pools(dataset, data, seed)
     partitions = partition(dataset, pools.clients, config.partition, config.federation.clients, seed)
+    training = config.training
+    if training.local_epochs is not None:
+        most = max(training.steps(len(ids)) for ids in partitions)
+        training = training.model_copy(update={"local_steps": most})
     return World(
         dataset=dataset,
         pools=pools,
@@ -71,7 +79,7 @@ def build_world(config: Config) -> World:
         auxiliary=load_auxiliary(data, dataset, pools, seed),
         scenario=Scenario(
             model=defended_model(model, config.defense),
-            training=config.training,
+            training=training,
             compression=config.compression,
             defense=config.defense,
             gan=config.gan,

@@ -106,7 +106,7 @@ class ClipNoise(Defense):
         if self.unit == "sample":
             batch = min(training.batch_size or samples, samples)
             in_epoch = math.ceil(samples / batch)
-            releases, rate = rounds * math.ceil(training.local_steps / in_epoch), batch / samples
+            releases, rate = rounds * math.ceil(training.steps(samples) / in_epoch), batch / samples
         note = ""
         if self.clip_norm is None:
             note = "nothing bounds a client's contribution: set defense.clip-noise.clip_norm"
@@ -118,7 +118,7 @@ class ClipNoise(Defense):
             return Privacy(math.inf, self.delta, unit, releases, None, note)
         sampled = None
         if unit == "sample":
-            steps = rounds * training.local_steps
+            steps = rounds * training.steps(samples)
             sampled = sampled_epsilon(rate, self.noise, steps, self.delta)
         there_or_zero, replaced = (
             gaussian_epsilon(s, releases, self.delta) for s in (self.noise, self.noise / 2)

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from fedattack.defenses.base import Defense
 from fedattack.models import build_model
 from fedattack.models.classifiers.precode import headed
+from fedattack.models.normalise import normalised
 from fedattack.observation import Scenario
 from fedattack.task import GradientStep, LossAndGradient, objective, trained_parameters
 
@@ -57,7 +58,7 @@ class Soteria(Defense):
         """The batch's gradient with the head's weight gradient from pruned features."""
         network = headed(model, "defence 'soteria'")
         images = images.detach().requires_grad_()
-        features = network.features(images)
+        features = network.features(normalised(model, images))
         pruned = features.detach() * self.kept(features, images)
         logits = network.head(features)
         loss = objective(model, logits, labels)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedattack.config import GanConfig, ModelConfig
 from fedattack.errors import BadRequest, DataError
-from fedattack.files import write_tensors
+from fedattack.files import load_tensors, write_tensors
 from fedattack.generative.nets import Gan
 from fedattack.models import build_model
+from fedattack.reading import Unreadable
 
 FORMAT = "fedattack generator 1"
 
@@ -67,13 +67,10 @@ def load_gan(path: str | Path) -> tuple[Gan, GanSettings]:
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError:
-        raise DataError(f"generator {str(path)!r}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"generator {str(path)!r}: not a readable safetensors file ({error})") from None
+        weights, header = load_tensors(path)
+    except Unreadable as error:
+        what = error.reason if error.absent else f"not a readable safetensors file ({error.reason})"
+        raise DataError(f"generator {str(path)!r}: {what}") from None
     if header.get("format") != FORMAT:
         found = header.get("format", "none")
         raise DataError(f"generator {str(path)!r}: format {found!r}; accepted: {FORMAT!r}")

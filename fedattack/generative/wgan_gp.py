@@ -114,6 +114,11 @@ class WganGp(Task):
                     f"setting 'training.{name}' = {getattr(training, name)}: task 'wgan-gp' uses Adam; needs 0 here, "
                     "see gan.beta1 and gan.beta2"
                 )
+        if training.local_epochs is not None:
+            raise ConfigError(
+                f"setting 'training.local_epochs' = {training.local_epochs}: task 'wgan-gp' counts steps of the "
+                f"critic; use training.local_steps, a multiple of gan.critic_steps = {steps}"
+            )
         if training.local_steps % steps:
             raise ConfigError(
                 f"setting 'training.local_steps' = {training.local_steps}: accepted under task 'wgan-gp': a multiple "

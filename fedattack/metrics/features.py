@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedattack.errors import BadRequest, ConfigError, DataError, unknown_name
-from fedattack.files import content_hash
+from fedattack.files import content_hash, load_tensors
 from fedattack.metrics.base import ImageMetric, Need, Pairs
 from fedattack.metrics.frechet import frechet_distance
 from fedattack.metrics.perceptual import batches
 from fedattack.metrics.pixels import pair_of
 from fedattack.metrics.weights import sha256
+from fedattack.reading import Unreadable
 from fedattack.registry import Registry
 
 Embed = Callable[[Tensor], Tensor]
@@ -172,8 +174,6 @@ class FeatureMetric(ImageMetric):
 
     def _classifier(self, size: tuple[int, int, int]) -> Embedding:
         """A model of the registry with the weights of a file, which also says how many classes it tells apart."""
-        from safetensors import SafetensorError, safe_open
-
         from fedattack.config import ModelConfig
         from fedattack.models import build_model, read_weights, resolve
 
@@ -192,13 +192,11 @@ class FeatureMetric(ImageMetric):
         config = resolve(given, channels, height, classes=1)
         with torch.random.fork_rng(devices=[]):
             name, _ = last_linear(build_model(config), self.model)
-            try:
-                with safe_open(self.weights, framework="pt") as file:
-                    if f"{name}.weight" in file.keys():  # noqa: SIM118 (no mapping)
-                        classes = file.get_slice(f"{name}.weight").get_shape()[0]
-                        config = config.model_copy(update={"classes": classes})
-            except (OSError, SafetensorError):
-                pass  # said below
+            with suppress(Unreadable):  # said below
+                head_weights, _ = load_tensors(self.weights, (f"{name}.weight",))
+                for tensor in head_weights.values():
+                    if tensor.ndim and len(tensor):
+                        config = config.model_copy(update={"classes": len(tensor)})
             model = build_model(config)
         model.load_state_dict(read_weights(self.weights, model, place))
         path = Path(self.weights)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fedattack.errors import ConfigError, DataError
+from fedattack.files import load_torch
+from fedattack.reading import Unreadable, open_file
 
 ENVIRONMENT = "FEDATTACK_WEIGHTS"
 """Environment variable: the folder of weight files, where no setting names one."""
@@ -87,7 +87,7 @@ def sha256(path: Path) -> str:
 
 @cache
 def _digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -100,18 +100,9 @@ def as_named(path: Path) -> bool:
 def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors by name of a file that `torch.save` wrote, nothing else unpickled; DataError where it is not one."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ):
-        # torch's own text proposes to unpickle the file whole, which nobody should.
-        raise DataError(f"weight file {path} is no readable state dict, or holds more than tensors") from None
+        state = load_torch(path)
+    except Unreadable as error:
+        raise DataError(f"weight file {path}: {error.reason}") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise DataError(f"weight file {path} holds no state dict: tensors by name")
     for name, tensor in state.items():

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
-from fedattack.config import ModelConfig
-from fedattack.errors import BadRequest, ConfigError, DataError
+from fedattack.config import ModelConfig, TrainingConfig
+from fedattack.errors import BadRequest, ConfigError, DataError, RunFailed
 from fedattack.models.classifiers.layers import kaiming_uniform
 from fedattack.models.classifiers.precode import Bottlenecked
+from fedattack.models.live import Live, called, seeded, traits
+from fedattack.models.normalise import attach
+from fedattack.models.registry import MODELS
+from fedattack.models.weights import read_state
 from fedattack.observation import Scenario
-from fedattack.registry import Registry
 from fedattack.rng import torch_rng
 from fedattack.task import task_of, tied_names
-from fedattack.training import training_mode
+from fedattack.training import (
+    HOPELESS_LOSS,
+    load_weights,
+    local_update,
+    training_mode,
+    weight_step,
+)
 
 
 @runtime_checkable
@@ -27,31 +40,7 @@ class Initialised(Protocol):
         """Overwrite all parameters with draws of `generator`."""
 
 
-Builder = Callable[[ModelConfig], nn.Module]
-
-MODELS: Registry[Builder] = Registry(
-    "model",
-    {
-        "lenet-zhu": "fedattack.models.classifiers.lenet:lenet_zhu",
-        "resnet18": "fedattack.models.classifiers.resnet:resnet18",
-        "resnet20": "fedattack.models.classifiers.resnet:resnet20",
-        "resnet20-4": "fedattack.models.classifiers.resnet:resnet20_4",
-        "resnet34": "fedattack.models.classifiers.resnet:resnet34",
-        "tiny-cnn": "fedattack.models.classifiers.lenet:tiny_cnn",
-        "convnet": "fedattack.models.classifiers.convnet:convnet",
-        "mlp": "fedattack.models.classifiers.lenet:mlp",
-        "logistic": "fedattack.models.classifiers.lenet:logistic",
-        "lcodec-cnn": "fedattack.models.classifiers.lcodec:lcodec_cnn",
-        "imprint": "fedattack.models.armable.imprint:imprint",
-        "imprint-sparse": "fedattack.models.armable.imprint:imprint_sparse",
-        "loki": "fedattack.models.armable.loki:loki",
-        "two-layer": "fedattack.models.armable.two_layer:two_layer",
-        "lenet-two-layer": "fedattack.models.armable.two_layer:lenet_two_layer",
-        "wgan-gp": "fedattack.generative.nets:wgan_gp",
-        "wgan-gp-mlp": "fedattack.generative.nets:wgan_gp_mlp",
-    },
-    group="fedattack.models",
-)
+_BUILT_IN = frozenset(MODELS.names())
 
 _PUBLISHED_HEADS = {"lenet-zhu": 10_177}
 _PUBLISHED_ACTIVATIONS = {"lenet-zhu": "sigmoid", "two-layer": "poly3", "lenet-two-layer": "poly3"}
@@ -62,30 +51,66 @@ _WIDTHS = {
     "mlp": 64,
     "resnet20-4": 64,
     "convnet": 64,
+    "cnn-mcmahan": 512,
     "wgan-gp": 64,
     "wgan-gp-mlp": 256,
 }
+_COPIES = 6
+"""Of a model at once, about: the server's, the client's, gradients, an update and its wire format."""
+
+_LARGE = 50_000_000
+"""Parameters from which on a model's size is said."""
+
+_NOISE = 4
+"""Images of noise on which training is tried."""
+
+_MOST_STEPS = 5
+"""Steps in which training is tried."""
+
+_FAR_FROM_A_GUESS = 50.0
+"""A cross-entropy that no reasonable first weights have, whatever the number of classes."""
+
 _HCGLA_RESNETS = {"resnet18", "resnet34"}
-_FIXED_WIDTH = {"lenet-zhu", "resnet18", "resnet20", "resnet34", "tiny-cnn", "logistic", "lcodec-cnn"}
+_FIXED_WIDTH = {
+    "lenet-zhu",
+    "resnet18",
+    "resnet20",
+    "resnet34",
+    "tiny-cnn",
+    "cnn-flower",
+    "logistic",
+    "lcodec-cnn",
+}
 
 
 def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) -> ModelConfig:
     """Fill what the configuration leaves open of `classes`, `channels`, `image_size`, `activation` and `width`.
 
-    Raises ConfigError if the model is unknown, its head is narrower than the data's label space, or it has no free
-    width or kernel sets.
+    Of a model that is not built in, activation and head are found by trying it. Raises ConfigError if the model is
+    unknown, its head is narrower than the data's label space, it has no free width or kernel sets, or a mean or
+    deviation does not fit the channels.
     """
-    MODELS.get(model.name)
-    if model.width is not None and model.name in _FIXED_WIDTH:
+    builder = MODELS.get(model.name)
+    library = MODELS.family(model.name) is not None
+    foreign = library or isinstance(builder, Live | nn.Module) or ":" in model.name
+    if model.activation == "other" and not foreign:
+        raise ConfigError(
+            f"setting 'model.activation' = 'other': model {model.name!r} is made with one of sigmoid, relu, tanh, "
+            "gelu, softplus, poly3"
+        )
+    model = _normalised(model, model.channels or channels)
+    if model.width is not None and (model.name in _FIXED_WIDTH or library):
         raise ConfigError(
             f"setting 'model.width' = {model.width}: model {model.name!r} has no free width; "
             f"{', '.join(sorted(_WIDTHS))} have"
         )
-    if model.kernel_sets is not None and model.name in (_FIXED_WIDTH | _WIDTHS.keys()) - {"loki"}:
+    others = (_FIXED_WIDTH | _WIDTHS.keys()) - {"loki"}
+    if model.kernel_sets is not None and (model.name in others or library):
         raise ConfigError(
             f"setting 'model.kernel_sets' = {model.kernel_sets}: model {model.name!r} has no kernel sets; loki has"
         )
-    activation = model.activation or _PUBLISHED_ACTIVATIONS.get(model.name, "relu")
+    published = "other" if library else _PUBLISHED_ACTIVATIONS.get(model.name, "relu")
+    activation = model.activation or published
     published_head = 500 if model.name in _HCGLA_RESNETS and activation == "sigmoid" else None
     head = model.classes or _PUBLISHED_HEADS.get(model.name) or published_head or classes
     resolved = model.model_copy(
@@ -97,36 +122,127 @@ def resolve(model: ModelConfig, channels: int, image_size: int, classes: int) ->
             "width": model.width or _WIDTHS.get(model.name),
         }
     )
+    if foreign:
+        resolved = _tried(resolved, model)
+        head = resolved.resolved[2]
     if head < classes:
         raise ConfigError(f"setting 'model.classes' = {head}: the data set has {classes} classes")
     return resolved
 
 
+def _normalised(model: ModelConfig, channels: int) -> ModelConfig:
+    """The model with a mean and a deviation for each channel, where it has one for all."""
+    changed: dict[str, tuple[float, ...]] = {}
+    for name, low in (("mean", 0.0), ("std", 1e-6)):
+        values = getattr(model, name)
+        if values is None:
+            continue
+        if len(values) not in (1, channels) or not all(low <= value <= 1 for value in values):
+            raise ConfigError(
+                f"setting 'data.{name}' = {', '.join(f'{value:g}' for value in values)}: images have {channels} "
+                f"channel(s) in [0, 1]; accepted: 1 or {channels} numbers from {low:g} to 1"
+            )
+        if model.name.startswith("wgan-gp"):
+            raise ConfigError(
+                f"setting 'data.{name}': model {model.name!r} makes images as they are; leave it open"
+            )
+        changed[name] = values * (channels // len(values))
+    return model.model_copy(update=changed) if changed else model
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Numbers that a resolved model has; nothing is computed, and of a built-in one nothing is taken in memory."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if model.name in _BUILT_IN else "cpu"):
+        return sum(parameter.numel() for parameter in called(MODELS.get(model.name), model).parameters())
+
+
+def check_size(model: ModelConfig, as_stored: bool) -> str:
+    """What to know of a model that is larger than its images need; "" where it is not.
+
+    `as_stored`: whether the images have the size in which their source has them, and nobody chose it. ConfigError,
+    with sizes that would do, where training it needs more memory than is free.
+    """
+    if model.name not in _BUILT_IN:
+        return ""
+    channels, side, _ = model.resolved
+    count, free = parameter_count(model), psutil.virtual_memory().available
+    needed = 4 * count * _COPIES
+    if count < _LARGE and needed < free:
+        return ""
+    smaller = [
+        (size, parameter_count(model.model_copy(update={"image_size": size})))
+        for size in (32, 64, 128)
+        if size < side
+    ]
+    fitting = [f"{size} ({n:,})" for size, n in smaller if n < count and 4 * n * _COPIES < free]
+    chosen = "as they are stored, " if as_stored else ""
+    what = (
+        f"model {model.name!r} has {count:,} parameters for images of {channels} x {side} x {side} ({chosen}"
+        f"{4 * count / 2**30:.1f} GiB a copy)"
+    )
+    advice = f"; --image-size {' or '.join(fitting)} makes it smaller" if fitting else ""
+    if needed > free:
+        raise ConfigError(
+            f"setting 'data.image_size' = {None if as_stored else side}: {what}, training it takes about "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free{advice or '; use a smaller model'}"
+        )
+    return what + advice
+
+
+def _tried(resolved: ModelConfig, asked: ModelConfig) -> ModelConfig:
+    """What trying a model tells of its activation and its head; ConfigError where it takes no such images."""
+    channels, side, _ = resolved.resolved
+    # A library's network may be too large for this machine, and its shapes are enough.
+    library = MODELS.family(resolved.name) is not None
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if library else nullcontext():
+        module = build_model(resolved)
+    try:
+        found, answer = traits(module, (channels, side, side))
+    except Exception as error:
+        refusal = f"setting 'model.name' = {resolved.name!r}:"
+        raise ConfigError(f"{refusal} cannot be run on {_why((channels, side, side), error)}") from error
+    if library and asked.activation not in (None, found) and found != "other":
+        raise ConfigError(
+            f"setting 'model.activation' = {asked.activation!r}: that of model {asked.name!r} ({found}) is no module "
+            "that could be exchanged; leave it open"
+        )
+    update: dict[str, object] = {} if asked.activation else {"activation": found}
+    if asked.classes is None and len(answer) == 1:
+        update["classes"] = answer[0]
+    return resolved.model_copy(update=update)
+
+
 def build_model(model: ModelConfig) -> nn.Module:
     """The module of a resolved configuration, in torch's default initialisation (see :func:`initial_weights`).
 
-    Layers whose width is found at their first use are shown one blank image.
+    It normalises images itself where the configuration has a mean or a deviation. Layers whose width is found at
+    their first use are shown one blank image. ConfigError where a plug-in makes no module.
     """
-    module = MODELS.get(model.name)(model)
+    module = called(MODELS.get(model.name), model)
     if any(isinstance(part, nn.modules.lazy.LazyModuleMixin) for part in module.modules()):
         channels, side, _ = model.resolved
         with torch.no_grad():
             module.eval()(torch.zeros(1, channels, side, side))
         module.train()
-    return module if model.bottleneck is None else Bottlenecked(module, model.bottleneck)
+    return attach(module if model.bottleneck is None else Bottlenecked(module, model.bottleneck), model)
 
 
 def initial_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     """First global weights: read from `model.weights` (DataError if they do not fit), or drawn from (seed, "model").
 
-    A model may bring its published initialisation as a method ``initialise(generator)``; others get Kaiming-uniform
-    weights and zero biases. A state dict, float32 on the CPU (integer buffers keep their type).
+    A model may bring its published initialisation as a method ``initialise(generator)``; others, and all where
+    `model.initialisation` says so, get Kaiming-uniform weights and zero biases; a live one keeps its own weights. A
+    state dict, float32 on the CPU (integer buffers keep their type).
     """
-    module = build_model(model)
+    module = seeded(lambda: build_model(model), seed)
     if model.weights is not None:
         return read_weights(model.weights, module)
     generator = torch_rng(seed, "model")
-    if isinstance(module, Initialised):
+    if isinstance(MODELS.get(model.name), Live | nn.Module):
+        if isinstance(module, Bottlenecked):
+            kaiming_uniform(module.encoder, generator)
+            kaiming_uniform(module.decoder, generator)
+    elif isinstance(module, Initialised) and model.initialisation == "published":
         with torch.no_grad():
             module.initialise(generator)
     else:
@@ -170,16 +286,14 @@ def dry_run(batch: int, scenario: Scenario, seed: int) -> list[str]:
     except BadRequest:
         raise
     except Exception as error:
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise ConfigError(
-            f"{refusal} cannot be trained on {batch} images of shape {shape}: {type(error).__name__}: {text}"
-        ) from error
+        raise ConfigError(f"{refusal} cannot be trained on {batch} {_why(shape, error)}") from error
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     tied = [" = ".join(same) for same in names.values() if len(same) > 1]
-    return [
+    said = "" if model.weights is None else read_state(model.weights, "model.weights", module.state_dict())[1]
+    return [said] * bool(said) + [
         f"model {model.name!r}: {text}"
         for text, found in (
             (f"{len(frozen)} of {len(names)} parameters are frozen ({', '.join(frozen[:3])})", frozen),
@@ -187,6 +301,70 @@ def dry_run(batch: int, scenario: Scenario, seed: int) -> list[str]:
         )
         if found
     ]
+
+
+def hopeless(scenario: Scenario, seed: int, trains: bool = True) -> str:
+    """Why the classifier of a scenario cannot be trained from its first weights, and what could; "" where it can.
+
+    Known by trying, on four images of noise, two of the agreed steps, and three more where the loss is still far from
+    that of a guess: no loss may reach :data:`fedattack.training.HOPELESS_LOSS`, and the model must not come to answer
+    the same to all images (dead ReLUs). `trains`: whether anything hangs on it; if not, a model is tried only whose
+    first loss is far from a guess.
+    """
+    if task_of(scenario).kind != "classify" or parameter_count(scenario.model) > _LARGE:
+        return ""
+    model, training = scenario.model, scenario.training
+    if not (what := _tried_to_train(model, training, seed, trains)):
+        return ""
+    drawn = model.weights is None and model.initialisation == "published"
+    other = model.model_copy(update={"initialisation": "kaiming"})
+    better = drawn and not _tried_to_train(other, training, seed, True)
+    offer = "model.initialisation = kaiming, another model (cnn-mcmahan, tiny-cnn) or " if better else ""
+    return (
+        f"model {model.name!r} ({model.activation}) cannot be trained from its "
+        f"{'published initialisation' if better else 'first weights'} at a step of {_step(training):g}: {what}; what "
+        f"is found on it says little about trained models; accepted: {offer}a smaller step"
+    )
+
+
+def _step(training: TrainingConfig) -> float:
+    """By what a gradient is multiplied, of the server's or the client's optimiser."""
+    return -weight_step(training, "gradient") if training.protocol == "fedsgd" else training.learning_rate
+
+
+@lru_cache(maxsize=32)
+def _tried_to_train(model: ModelConfig, training: TrainingConfig, seed: int, trains: bool) -> str:
+    """What goes wrong in a few plain steps on noise; "" where nothing does."""
+    channels, side, classes = model.resolved
+    images = torch.rand(_NOISE, channels, side, side, generator=torch_rng(seed, "dry run"))
+    labels = torch.arange(_NOISE) % classes
+    plain = {"protocol": "fedavg", "learning_rate": _step(training), "local_steps": 1, "local_epochs": None}
+    agreed = training.model_copy(update=plain | {"momentum": 0.0, "weight_decay": 0.0})
+    module, weights, losses = build_model(model), initial_weights(model, seed), list[float]()
+    with torch.random.fork_rng(devices=[]):
+        for number in range(_MOST_STEPS + 1):
+            try:
+                found = local_update(module, weights, images, labels, [np.arange(_NOISE)], agreed)
+                losses.append(found.loss)
+            except RunFailed:
+                losses.append(math.inf)
+            if losses[-1] >= HOPELESS_LOSS:
+                return f"on noise its loss goes {', '.join(f'{loss:.3g}' for loss in losses)}"
+            enough = 0 if not trains else _MOST_STEPS if max(losses) > _FAR_FROM_A_GUESS else 2
+            if number == enough and max(losses) <= _FAR_FROM_A_GUESS:
+                return ""
+            weights = {n: w + found.update[n] if n in found.update else w for n, w in weights.items()}
+        load_weights(module, weights)
+        with torch.no_grad():
+            logits = training_mode(module, training.batch_norm)(images)
+    same = bool((logits == logits[0]).all())
+    return f"after {_MOST_STEPS} steps on noise it answers the same to every image" if same else ""
+
+
+def _why(shape: tuple[int, ...], error: Exception) -> str:
+    """What a model said of images."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"images of shape {shape}: {type(error).__name__}: {text}"
 
 
 def _check_answer(refusal: str, found: object, wanted: tuple[int, ...]) -> None:
@@ -200,25 +378,24 @@ def _check_answer(refusal: str, found: object, wanted: tuple[int, ...]) -> None:
 
 
 def read_weights(path: str, module: nn.Module, setting: str = "model.weights") -> dict[str, Tensor]:
-    """The module's state dict from a safetensors file, which `setting` names; DataError where it does not fit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """The module's state dict from a file (:func:`~fedattack.models.weights.read_state`), which `setting` names.
 
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise DataError(f"setting {setting!r} = {path!r}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"setting {setting!r} = {path!r}: not a readable safetensors file ({error})"
-        ) from None
-    state |= {name: state[kept] for name, kept in tied_names(module).items() if kept in state}
+    Numbers of any type become those of the module. DataError where it does not fit.
+    """
     wanted = module.state_dict()
-    if state.keys() != wanted.keys() or any(state[n].shape != wanted[n].shape for n in wanted):
-        raise DataError(f"setting {setting!r} = {path!r}: tensors do not fit the model")
-    if not all(torch.isfinite(t).all() for t in state.values()):
-        raise DataError(f"setting {setting!r} = {path!r}: holds NaN or infinite values")
-    return {name: state[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
+    state, _ = read_state(path, setting, wanted)
+    state |= {name: state[kept] for name, kept in tied_names(module).items() if kept in state}
+    refusal = f"setting {setting!r} = {path!r}:"
+    for name in [*wanted, *state]:
+        shapes = [tuple(held[name].shape) if name in held else "nothing" for held in (state, wanted)]
+        if shapes[0] != shapes[1]:
+            raise DataError(
+                f"{refusal} tensors do not fit the model: {name!r} is {shapes[0]} there, and {shapes[1]} in the model"
+            )
+    found = {name: state[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
+    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
+        raise DataError(f"{refusal} holds NaN or infinite values")
+    return found
 
 
-__all__ = ["MODELS", "build_model", "dry_run", "initial_weights", "read_weights", "resolve"]
+__all__ = ["MODELS", "build_model", "dry_run", "hopeless", "initial_weights", "read_weights", "resolve"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,8 @@ from matplotlib.figure import Figure
 from fedattack.files import write_bytes
 from fedattack.reporting import figures, formats
 from fedattack.reporting.figures import BLUE, GREY, VERMILLION
-from fedattack.reporting.report import environment
-from fedattack.reporting.template import STYLE
-from fedattack.storage.plain import fedattack_version
+from fedattack.reporting.pages import render
+from fedattack.reporting.provenance import provenance, told
 
 _STATISTICS = ("spearman", "kendall", "pearson")
 _ENDS = 4
@@ -60,17 +60,16 @@ def write_page(folder: Path, page: BenchmarkPage) -> Path:
     """Write ``index.html`` and ``figures/metrics.png``, and say where the page is."""
     drawn = figures.png(metric_figure(page))
     write_bytes(folder / "figures" / "metrics.png", drawn)
-    text = environment().from_string(_PAGE).render(
-        style=STYLE,
+    text = render(
+        "benchmark",
         page=page,
         headline=_headline(page),
-        picture=base64.b64encode(drawn).decode(),
-        caption=_caption(page),
+        picture={"data": base64.b64encode(drawn).decode(), "alt": _alt(page), "caption": _caption(page)},
         areas=_area_table(page),
         correlations=[_correlation_table(page, over) for over in _points(page)],
         classifiers=[_classifier_row(page, row) for row in page.ranking.to_dict("records")],
         cards=[_card(page, row) for row in page.sheet],
-        version=fedattack_version(),
+        run=told(provenance(datetime.datetime.now(datetime.UTC))),
     )  # fmt: skip
     path = folder / "index.html"
     write_bytes(path, text.encode())
@@ -135,6 +134,15 @@ def _headline(page: BenchmarkPage) -> str:
     if told:
         return f"{best}; clear of {' and '.join(page.metrics[one] for one in told)}."
     return f"{best}, above chance; not clear of the metrics that it is compared with."
+
+
+def _alt(page: BenchmarkPage) -> str:
+    """Which metric is best, which worst, and by how much."""
+    rows = [(name, _row(page, name, "auc", "pairs")) for name in page.metrics]
+    known = [(name, row) for name, row in rows if row is not None and not math.isnan(row["value"])]
+    ends = [f"{page.metrics[name]} {_figure(row)}" for name, row in (known[0], known[-1])] if known else []
+    told_of = f": from {ends[0]} down to {ends[1]}" if len(known) > 1 else ""
+    return f"Image AUC and rank correlation of {len(page.metrics)} metrics{told_of}."
 
 
 def _caption(page: BenchmarkPage) -> str:
@@ -220,108 +228,3 @@ def _card(page: BenchmarkPage, row: Mapping[str, Any]) -> dict[str, Any]:
         "shown": shown,
         "more": len(known) - len(shown),
     }
-
-
-_PAGE = """\
-{% macro table(shown) %}
-<div class="scroll"><table>
-<tr><th class="words">metric</th>{% for name in shown.columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in shown.rows %}
-<tr><td class="words">{{ row.name }}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% for row in shown.rows if row.why %}<p class="soft">{{ row.name }}: no score; {{ row.why }}.</p>{% endfor %}
-{% endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>fedattack: SemSim benchmark {{ page.name }}</title>
-<style>
-{{ style|safe }}
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem; }
-.card { border: 1px solid var(--line); border-radius: .3rem; padding: .7rem .8rem; background: var(--panel); }
-.card p { margin: .3rem 0; font-size: .9rem; }
-.pair { display: flex; gap: .6rem; }
-.pair figure { margin: 0; flex: 1; }
-.pair img { width: 100%; image-rendering: pixelated; }
-.card table { width: 100%; margin: .4rem 0 0; font-size: .85rem; }
-.card td { padding: .15rem 0 .15rem .5rem; }
-.card td:first-child { white-space: normal; }
-.card .bar { width: 3.5rem; }
-.scroll th, .scroll td { padding: .3rem .5rem; font-size: .85rem; }
-td.words { min-width: 10rem; }
-.proxy { font-weight: 600; }
-</style>
-</head>
-<body>
-<h1>Which metric says what is recognised?</h1>
-<p class="soft">SemSim benchmark "{{ page.name }}": metrics of reconstructed images against
-<span class="{{ 'proxy' if page.proxy else '' }}">{{ page.ratings }}</span></p>
-<p class="top">{{ headline }}</p>
-{% for note in page.notes %}
-<p class="soft">{{ note[0]|upper }}{{ note[1:] }}.</p>
-{% endfor %}
-
-<h2>Metrics, the best first</h2>
-<figure><img alt="Image AUC and rank correlation of each metric" src="data:image/png;base64,{{ picture }}">
-<figcaption>{{ caption }}</figcaption></figure>
-<h3>Single images: was this one recognised?</h3>
-{{ table(areas) }}
-<p class="soft">↓: lower is more leaked; the AUC is turned so that higher says better what was recognised.</p>
-{% for one in correlations %}
-<h3>Means over {{ one.over }}: of which was more recognised?</h3>
-{{ table(one) }}
-{% endfor %}
-
-<h2>Classifiers, the one of which most is recognised first</h2>
-<div class="scroll"><table>
-<tr><th>rank</th><th class="words">model</th><th class="words">policy</th><th>{{ page.rater }}</th><th>share</th>
-<th>accuracy, held out</th>{% for name in page.metrics.values() %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in classifiers %}
-<tr><td>{{ row.rank }}</td>{% for label in row.labels %}<td class="words">{{ label }}</td>{% endfor %}
-{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-<p class="soft">Means over pairs; in brackets the rank by that metric, 1: most leaked.</p>
-
-<h2>Where metrics disagree most</h2>
-<p class="soft">Pairs whose places among all pairs lie furthest apart (0: the least leaked of all, 100: the most), at
-most one of an original; all are in disagreements.csv.</p>
-<div class="cards">
-{% for card in cards %}
-<div class="card">
-<div class="pair">
-<figure><img alt="original" src="data:image/png;base64,{{ card.original }}"><figcaption>original</figcaption></figure>
-<figure><img alt="reconstruction" src="data:image/png;base64,{{ card.reconstruction }}">
-<figcaption>reconstruction</figcaption></figure>
-</div>
-<p><strong>{{ card.class }}</strong>, {{ card.told }}</p>
-<p class="soft">{{ card.of }}</p>
-<table>
-{% for name, value, place in card.shown %}
-<tr><td>{{ name }}</td><td>{{ value }}</td><td><span class="bar"><i style="width: {{ (place * 100)|round(1) }}%"></i>
-</span></td><td>{{ (place * 100)|round|int }}</td></tr>
-{% endfor %}
-</table>
-{% if card.more %}<p class="soft">{{ card.more }} metrics between these are left out.</p>{% endif %}
-</div>
-{% endfor %}
-</div>
-
-{% if page.left_out %}
-<h2>What is left out</h2>
-<dl>{% for name, why in page.left_out.items() %}<dt>{{ name }}</dt><dd>{{ why }}</dd>{% endfor %}</dl>
-{% endif %}
-
-<h2>How to repeat</h2>
-<pre>{{ page.command }}</pre>
-<p class="soft">fedattack {{ version }}. Tables: ranking.csv, correlations.csv, disagreements.csv, scores.csv; each
-attack's report below attacks. Intervals: 95 %, percentile bootstrap over originals and over the points of a
-correlation; beside it Fisher's, by the number of points alone. AUC: the chance that a recognised image has the higher
-score than one that was not; 0.5 is chance. A correlation over few points says little, whatever its value.</p>
-</body>
-</html>
-"""

@@ -35,6 +35,9 @@ _DPI = 130
 
 FEWEST_NEGATIVES = 50
 """Non-members below which the left end of a ROC curve is one or two of them, and is not drawn."""
+FEWEST_OF_ROC = 10
+"""Members, and non-members, below which a ROC curve is a staircase of chance, and is not drawn."""
+
 _MOST_PANELS = 4
 """Metrics that are drawn for each image, at most."""
 _NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555"}
@@ -95,19 +98,24 @@ def reconstruction_sheet(result: AuditResult, limit: int = 8) -> Figure:
     return figure
 
 
-def score_dots(result: AuditResult, limit: int = 60) -> Figure:
-    """Every image's score beside its floors and the shuffled control, a panel for each of the first metrics."""
+def score_dots(result: AuditResult, limit: int = 40) -> Figure | None:
+    """Every image's score beside its floors and the shuffled control, a panel for each of the first metrics.
+
+    Of more than `limit` images their spread; None of one image, which the table tells whole.
+    """
+    if len(result.records) < 2:
+        return None
+    if len(result.records) > limit:
+        return _score_spread(result)
     metrics = lead, *_ = _image_metrics(result)[:_MOST_PANELS]
-    records = result.records[:limit]
+    records = result.records
     wide = max(6.0, min(12.0, 0.42 * len(records) + 3.4))
-    figure = Figure(figsize=(wide, 3.9 + 2.4 * (len(metrics) - 1)), layout="constrained")
-    heights = [3.9, *([2.4] * (len(metrics) - 1))]
+    heights = [3.4, *([1.8] * (len(metrics) - 1))]
+    figure = Figure(figsize=(wide, sum(heights)), layout="constrained")
     panels = figure.subplots(len(metrics), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, metric in zip(panels, metrics, strict=True):
         _dots(axes, metric, records, result.summary["floors"], metric is lead)
-    total = len(result.records)
-    more = f" (first {len(records)} of {total} images)" if len(records) < total else ""
-    title = f"{result.attack}: each image beside what could be guessed{more}"
+    title = f"{result.attack}: each image beside what could be guessed"
     panels[0].set_title(title, fontsize=10, loc="left")
     several_rounds = len({row["round"] for row in records}) > 1
     seats = [formats.seat(row["client"]).removeprefix("client ").removesuffix(" clients") for row in records]
@@ -117,6 +125,43 @@ def score_dots(result: AuditResult, limit: int = 60) -> Figure:
         axes.set_xticks(range(len(records)), seats, fontsize=8, rotation=90 if len(records) > 20 else 0)
     panels[-1].set_xlabel("round/client" if several_rounds else "client")
     _legend_right(panels[0])
+    return figure
+
+
+def _score_spread(result: AuditResult) -> Figure:
+    """Median, middle half and 5 to 95 % of the images' scores, of the floors' and of the control's."""
+    metrics = lead, *_ = _image_metrics(result)[:_MOST_PANELS]
+    floors = list(result.summary["floors"])
+    sides = [(REBUILT, "{}", BLUE), *((f"floor: {name}", f"floor.{name}.{{}}", ORANGE) for name in floors)]
+    sides.append(("control: against other victims", "control_{}", GREY))
+    figure = Figure(figsize=(8.4, len(metrics) * (0.32 * len(sides) + 0.9) + 0.5), layout="constrained")
+    panels = figure.subplots(len(metrics), squeeze=False)[:, 0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        shown = []
+        for name, key, colour in sides:
+            found = np.array([_finite(row.get(key.format(metric.key))) for row in result.records])
+            counted = [row.get(key.format(metric.key)) for row in result.records]
+            found = np.array(
+                [COUNTED_DB if v == math.inf else f for v, f in zip(counted, found, strict=True)]
+            )
+            if (found := found[~np.isnan(found)]).size:
+                shown.append((name, np.quantile(found, [0.05, 0.25, 0.5, 0.75, 0.95]), colour))
+        for place, (_, (lowest, low, middle, high, highest), colour) in enumerate(shown):
+            axes.plot([lowest, highest], [place, place], color=colour, linewidth=1.6, alpha=0.7)
+            axes.plot(
+                [low, high], [place, place], color=colour, linewidth=7, alpha=0.55, solid_capstyle="butt"
+            )
+            axes.plot(middle, place, "o", color=colour, mec="white", ms=7)
+        axes.set_yticks(range(len(shown)), [name for name, _, _ in shown], fontsize=8)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        side = "higher" if metric.worst == "min" else "lower"
+        axes.set_xlabel(f"{metric.heading} ({side}: more leaked)", fontsize=9)
+        axes.grid(axis="x", color="#e3e3e3")
+        axes.set_axisbelow(True)
+        if metric is lead:
+            axes.axvline(RECOVERED_PSNR, color=GREY, linewidth=1, linestyle=":")
+    title = f"{result.attack}: {len(result.records):,} images beside what could be guessed"
+    panels[0].set_title(f"{title}; median, middle half, 5 to 95 %", fontsize=10, loc="left")
     return figure
 
 
@@ -155,33 +200,63 @@ def _dots(axes: Axes, metric: Metric, records: Any, floors: Any, lead: bool) -> 
         axes.set_ylim(min(0.0, *drawn, 0.0), 1.08 * max(RECOVERED_PSNR, *drawn, 0.0))
 
 
-def loss_history(result: AuditResult, limit: int = 16) -> Figure | None:
-    """The attack's own objective per iteration, one line per victim; None where it kept none."""
-    if not result.curves.get("histories"):
+def loss_history(result: AuditResult, limit: int = 8) -> Figure | None:
+    """The attack's own objective per iteration, lower the better the update is explained; None of a single point.
+
+    One line per victim; of more than `limit` victims the median and the bands that hold half and 90 % of them.
+    """
+    told = result.curves.get("histories") or {}
+    histories = {label: list(values) for label, values in told.items() if np.isfinite(values).sum() > 1}
+    if not histories:
         return None
     figure = Figure(figsize=(6.6, 3.6), layout="constrained")
     axes = figure.subplots()
-    histories = list(result.curves["histories"].items())
-    values = [value for _, history in histories for value in history if np.isfinite(value)]
-    for index, (label, history) in enumerate(histories[:limit]):
-        colour, style = _SERIES[index % len(_SERIES)], ("-", "--", ":")[index // len(_SERIES) % 3]
-        look: dict[str, Any] = {"color": colour, "marker": "o" if len(history) < 40 else None, "label": label}
-        axes.plot(np.arange(1, len(history) + 1), history, style, ms=3.5, lw=1.4, **look)
-    if values and min(values) > 0 and max(values) > 10 * min(values):
+    values = [value for history in histories.values() for value in history if np.isfinite(value)]
+    if len(histories) > limit:
+        _bands(axes, list(histories.values()))
+        title = f"{result.attack}: the attack's own objective, {len(histories)} victims"
+    else:
+        for index, (label, history) in enumerate(histories.items()):
+            colour, style = _SERIES[index % len(_SERIES)], ("-", "--", ":")[index // len(_SERIES) % 3]
+            look: dict[str, Any] = {
+                "color": colour,
+                "marker": "o" if len(history) < 40 else None,
+                "label": label,
+            }
+            axes.plot(np.arange(1, len(history) + 1), history, style, ms=3.5, lw=1.4, **look)
+        title = f"{result.attack}: the attack's own objective"
+    if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.set_xlabel("iteration")
-    axes.set_ylabel("objective")
+    axes.set_ylabel("objective (lower: explained better)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    more = f" (first {limit} of {len(histories)})" if len(histories) > limit else ""
-    axes.set_title(f"{result.attack}: the attack's own objective{more}", fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     axes.grid(color="#e3e3e3")
     _legend_right(axes)
     return figure
 
 
-def roc(results: Sequence[AuditResult]) -> Figure:
-    """ROC curves of membership attacks, with exact pointwise 95 % bands and chance; log-log too from 50 negatives."""
+def _bands(axes: Axes, histories: Sequence[Sequence[float]]) -> None:
+    """Median and bands over the victims; one that ended keeps its last objective."""
+    longest = max(map(len, histories))
+    table = np.array([[*history, *[history[-1]] * (longest - len(history))] for history in histories], float)
+    table[~np.isfinite(table)] = np.nan
+    x = np.arange(1, longest + 1)
+    low, first, middle, third, high = np.nanquantile(table, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
+    axes.fill_between(x, low, high, color=BLUE, alpha=0.15, linewidth=0, label="90 % of the victims")
+    axes.fill_between(x, first, third, color=BLUE, alpha=0.3, linewidth=0, label="half of them")
+    axes.plot(x, middle, color=BLUE, linewidth=1.8, label="median")
+
+
+def roc(results: Sequence[AuditResult]) -> Figure | None:
+    """ROC curves of membership attacks, with exact pointwise 95 % bands and chance; log-log too from 50 negatives.
+
+    Attacks with fewer than `FEWEST_OF_ROC` members or non-members are left out; None where that leaves none.
+    """
     curves = [(result.attack, result.curves["roc"]) for result in results]
+    curves = [(name, c) for name, c in curves if min(c["members"], c["nonmembers"]) >= FEWEST_OF_ROC]
+    if not curves:
+        return None
     fewest = min(curve["nonmembers"] for _, curve in curves)
     deep = fewest >= FEWEST_NEGATIVES
     figure = Figure(figsize=(9.4 if deep else 5.2, 4.3), layout="constrained")

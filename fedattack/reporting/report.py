@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
@@ -19,11 +18,15 @@ from fedattack.audit.family import AuditResult, by_family, headline
 from fedattack.files import write_bytes
 from fedattack.observation import Reconstruction, observation_name
 from fedattack.registry import Registry
-from fedattack.reporting import figures, formats, views
-from fedattack.reporting.template import REPORT
+from fedattack.reporting import figures, findings, views
+from fedattack.reporting.pages import render
+from fedattack.reporting.provenance import changed_settings, provenance, told
 from fedattack.storage.observations import safe_name
 from fedattack.storage.records import write_records, write_summary
 from fedattack.storage.run_folder import RunFolder
+
+CHECKSUM = "data checksum"
+"""Entry of a federation's figures: SHA-256 of what its clients trained on."""
 
 _IMAGES = 256
 """Single images written per attack."""
@@ -95,36 +98,34 @@ def write_results(
     """
     federation = dict(federation or {})
     write_records(folder, results)
-    write_summary(folder, results, federation, left_out)
+    run = provenance(folder.begun, folder.sessions)
+    write_summary(folder, results, federation, left_out, run)
     for result in results:
         _write_images(folder, result)
     used = [family for family, _ in by_family(results)]
-    page = (
-        environment()
-        .from_string(REPORT)
-        .render(
-            title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
-            heading=heading or f"How much {'do these images' if about else 'does this federation'} leak?",
-            subtitle=about or views.subtitle(folder.config),
-            top=headline(results, federation),
-            attacks=[views.attack_view(result) for result in results],
-            families=views.family_views(results),
-            notes=notes,
-            pictures=_attack_pictures(folder, results),
-            seen=views.seen_views(results),
-            canaries=_canaries(folder, canaries) if canaries else None,
-            federation=(
-                _federation(folder, federation, label_counts, generated)
-                if federation or label_counts
-                else None
-            ),
-            command=command or f"fedattack --config {folder.path / 'config.toml'}",
-            versions=views.versions(folder.config),
-            config=folder.config.to_toml(),
-            tables=[table for result in results if (table := views.records_table(result))],
-            floors=", ".join(dict.fromkeys(text for family in used for text in family.floors.values())),
-            glossary=[entry for family in used for entry in family.terms()],
-        )
+    about_data = [("Data checksum", str(federation.pop(CHECKSUM)))] if CHECKSUM in federation else []
+    page = render(
+        "report",
+        title=f"fedattack report: {', '.join(result.attack for result in results) or 'no attack'}",
+        heading=heading or f"How much {'do these images' if about else 'does this federation'} leak?",
+        subtitle=about or views.subtitle(folder.config),
+        top=headline(results, federation),
+        attacks=[views.attack_view(result) for result in results],
+        families=views.family_views(results),
+        notes=notes,
+        pictures=_attack_pictures(folder, results),
+        seen=views.seen_views(results),
+        canaries=_canaries(folder, canaries) if canaries else None,
+        federation=(
+            _federation(folder, federation, label_counts, generated) if federation or label_counts else None
+        ),
+        command=command or f"fedattack --config {folder.path / 'config.toml'}",
+        run=[("Seed", str(folder.config.seed)), *told(run), *about_data],
+        changed=changed_settings(folder.config),
+        config=folder.config.to_toml(),
+        tables=[table for result in results if (table := views.records_table(result))],
+        floors=", ".join(dict.fromkeys(text for family in used for text in family.floors.values())),
+        glossary=[entry for family in used for entry in family.terms()],
     )
     path = folder.path / "report.html"
     write_bytes(path, page.encode())
@@ -141,16 +142,6 @@ def write_answers(folder: RunFolder, answers: Mapping[str, Mapping[str, Any]]) -
             write_bytes(folder.images / safe_name(attack) / f"{safe_name(key)}.png", image_png(row))
 
 
-def environment() -> Environment:
-    """Where pages are rendered: escaping on, unknown names refused, figures formatted as everywhere."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    for name in ("decimal", "compact", "percent", "count", "interval", "seconds", "size"):
-        environment.filters[name] = getattr(formats, name)
-    return environment
-
-
 def _attack_pictures(folder: RunFolder, results: Sequence[AuditResult]) -> list[_Picture]:
     """The figures that the families ask for: of each attack, or of all of a family together."""
     functions: Registry[Any] = Registry("figure", {})
@@ -160,13 +151,14 @@ def _attack_pictures(folder: RunFolder, results: Sequence[AuditResult]) -> list[
             draw = functions.get(drawing.target)
             if not drawing.each:
                 if (figure := draw(chosen)) is not None:
-                    shown.append(_figure(folder, drawing.name, figure, drawing.alt, drawing.caption))
+                    alt = findings.of_drawing(drawing, chosen)
+                    shown.append(_figure(folder, drawing.name, figure, alt, drawing.caption))
                 continue
             for result in chosen:
                 if (figure := draw(result)) is not None:
                     file, alt = (
                         f"{safe_name(result.attack)}-{drawing.name}",
-                        f"{result.attack}: {drawing.alt}",
+                        findings.of_drawing(drawing, [result]),
                     )
                     shown.append(_figure(folder, file, figure, alt, drawing.caption))
     return shown
@@ -205,9 +197,8 @@ def _canaries(folder: RunFolder, found: CanaryAudit) -> dict[str, Any]:
     ]
     write_bytes(folder.path / "canaries.csv", ("\n".join(lines) + "\n").encode())
     told = "Scores of canaries that were there, and of those that were not: the further apart, the less is hidden."
-    picture = _figure(
-        folder, "canaries", figures.canary_scores(found), "Histogram of the canaries' scores", told
-    )
+    alt = f"Histogram of the canaries' scores: {found.text}"
+    picture = _figure(folder, "canaries", figures.canary_scores(found), alt, told)
     return {
         "text": found.text,
         "broken": found.broken,
@@ -232,22 +223,21 @@ def _federation(
     ]
     pictures = []
     if generated:
-        alt, told = (
-            "Images of the generator, by round",
-            ("Images of the last generator, and of earlier ones from the same latents: none was chosen."),
-        )
+        alt = f"{len(generated[max(generated)])} images of the generator of round {max(generated)}"
+        alt += ", below images of earlier rounds" if len(generated) > 1 else ""
+        told = "Images of the last generator, and of earlier ones from the same latents: none was chosen."
         pictures.append(_figure(folder, "samples", figures.sample_sheet(generated), alt, told))
         for number, images in generated.items():
             path = folder.images / "generator" / f"round-{number:05d}.png"
             write_bytes(path, image_png(figures.sheet(images)))
-    if any(row["accuracy"] is not None or row["loss"] is not None for row in rounds):
+    if sum(row["accuracy"] is not None or row["loss"] is not None for row in rounds) > 1:
         told = (
             "The global model on held-out samples: an attacked federation that learns nothing proves little."
         )
         drawn = figures.accuracy_over_rounds(rounds, called)
-        pictures.append(_figure(folder, "accuracy", drawn, "Accuracy and loss over the rounds", told))
-    if label_counts:
-        alt, told = "Samples of each label at each client", "How the samples are dealt out."
+        pictures.append(_figure(folder, "accuracy", drawn, findings.of_rounds(rounds, called), told))
+    if label_counts and sum(map(len, label_counts.values())) > 1:
+        alt, told = findings.of_labels(label_counts), "How the samples are dealt out."
         pictures.append(_figure(folder, "labels", figures.label_histogram(label_counts), alt, told))
     more = f"The first {_ROUNDS} of {len(rounds)} rounds; all are in summary.json."
     left_out = more if len(rounds) > _ROUNDS else ""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fedattack.audit.family import AuditResult, by_family, get_family, told_together
 from fedattack.config import Config
 from fedattack.reporting import formats
-from fedattack.storage.plain import fedattack_version
 
 _ROWS = 200
 _INTERVAL = "95 % interval"
 _MEASURING = "not zero, and no bias of the last layer"
-_LIBRARIES = ("torch", "flwr", "ray", "numpy", "scipy", "scikit-learn")
 
 
 def subtitle(config: Config) -> str:
@@ -27,6 +23,8 @@ def subtitle(config: Config) -> str:
     if c.defense.names:
         kept += f", {', '.join(c.defense.names)}"
     rounds = f"{c.federation.rounds} round{'s' if c.federation.rounds != 1 else ''}"
+    if c.federation.pretrain:
+        rounds += f" after {c.federation.pretrain} of honest training"
     clients = f"{c.federation.clients} client{'s' if c.federation.clients != 1 else ''}"
     return (
         f"{clients}, {rounds} of {c.federation.strategy} ({c.training.protocol}, batch "
@@ -76,7 +74,13 @@ def family_views(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
         ]
         columns = list(itertools.compress(columns, told))
         remarks = [_sentence(result.attack, family.remarks(result)) for result in chosen]
-        view = {"title": family.title, "columns": columns, "rows": rows, "remarks": remarks}
+        view = {
+            "title": family.title,
+            "subject": family.subject,
+            "columns": columns,
+            "rows": rows,
+            "remarks": remarks,
+        }
         views.append(view | {"together": together.get(family.name, {}).get("text", "")})
     return views
 
@@ -146,17 +150,6 @@ def records_table(result: AuditResult) -> dict[str, Any] | None:
         "columns": [name for name, _ in columns],
         "rows": [[cell(row) for _, cell in columns] for row in result.records[:_ROWS]],
     }
-
-
-def versions(config: Config) -> list[tuple[str, str]]:
-    found = [("Seed", str(config.seed)), ("fedattack", fedattack_version())]
-    for name in _LIBRARIES:
-        try:
-            found.append((name, version(name)))
-        except PackageNotFoundError:
-            continue
-    system = f"{platform.system()} {platform.machine()}"
-    return [*found, ("Python", platform.python_version()), ("System", system)]
 
 
 def _defenses(settings: Mapping[str, Any]) -> str:

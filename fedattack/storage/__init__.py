@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fedattack.storage.observations import load_observations, load_truths, save_observation, save_truth
-from fedattack.storage.run_folder import RunFolder
+from fedattack.storage.run_folder import RunFolder, StoredAnswer
 
-__all__ = ["RunFolder", "load_observations", "load_truths", "save_observation", "save_truth"]
+__all__ = ["RunFolder", "StoredAnswer", "load_observations", "load_truths", "save_observation", "save_truth"]

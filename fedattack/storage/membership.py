@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedattack.errors import DataError
-from fedattack.files import write_tensors
+from fedattack.files import private_folder, write_tensors
 from fedattack.groundtruth import MembershipTruth
 from fedattack.observation import Candidates
+from fedattack.sealed import read_sealed, write_sealed
 from fedattack.storage.observations import check_finite, check_images, read_tensors
 from fedattack.storage.plain import number, read_json, write_json
 
@@ -24,7 +25,8 @@ TRUTH = "membership.safetensors"
 def save_candidates(folder: Path, candidates: Candidates) -> None:
     """Store the samples asked about, once, in a folder of observations."""
     if not (folder / CANDIDATES).exists():
-        write_tensors(folder / CANDIDATES, {n: t for n, t in vars(candidates).items() if t is not None})
+        held = {n: t for n, t in vars(candidates).items() if t is not None}
+        write_sealed(folder / CANDIDATES, held, "candidates")
 
 
 def load_candidates(folder: Path) -> Candidates:
@@ -35,7 +37,7 @@ def load_candidates(folder: Path) -> Candidates:
             f"{path} does not exist: these observations were saved without a membership attack in the run, and hold "
             "no candidates to ask about"
         )
-    held = read_tensors(path)
+    held, _ = read_sealed(path, "candidates")
     images = check_images(path, "images", held.get("images"), None)
     if "labels" not in held or not len(images):
         raise DataError(f"{path} holds no labelled images")
@@ -47,7 +49,9 @@ def load_candidates(folder: Path) -> Candidates:
 
 def save_global_model(folder: Path, round: int, weights: Mapping[str, Tensor]) -> None:
     """Store the global model after a round."""
-    write_tensors(folder / f"round-{round:04d}" / "global.safetensors", weights)
+    write_sealed(
+        folder / f"round-{round:04d}" / "global.safetensors", weights, f"global model of round {round}"
+    )
 
 
 def load_global_model(folder: Path, round: int) -> dict[str, Tensor] | None:
@@ -55,20 +59,23 @@ def load_global_model(folder: Path, round: int) -> dict[str, Tensor] | None:
     path = folder / f"round-{round:04d}" / "global.safetensors"
     if not path.is_file():
         return None
-    return {name: check_finite(path, name, tensor) for name, tensor in read_tensors(path).items()}
+    held, _ = read_sealed(path, f"global model of round {round}")
+    return {name: check_finite(path, name, tensor) for name, tensor in held.items()}
 
 
 def save_membership_truth(folder: Path, truth: MembershipTruth) -> None:
-    """Store who is behind the candidates, in a folder of its own."""
+    """Store who is behind the candidates, in a folder of its own that its owner alone can enter."""
+    private_folder(folder)
     tensors: dict[str, NDArray[Any]] = {"ids": truth.ids, "owner": truth.owner, "labels": truth.labels}
     if truth.groups is not None:
         tensors["groups"] = truth.groups
     for target, arrays in truth.asked.items():
         tensors |= {f"asked.{target}.{name}": array for name, array in arrays.items()}
-    write_tensors(folder / TRUTH, {name: torch.from_numpy(array) for name, array in tensors.items()})
+    held = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    write_tensors(folder / TRUTH, held, private=True)
     figures = ("accuracy", "chance_accuracy", "test_samples")
     document = {"format": 1} | {name: getattr(truth, name) for name in figures}
-    write_json((folder / TRUTH).with_suffix(".json"), document)
+    write_json((folder / TRUTH).with_suffix(".json"), document, private=True)
 
 
 def load_membership_truth(folder: Path) -> MembershipTruth:

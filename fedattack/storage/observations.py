@@ -7,7 +7,7 @@ Layout of a folder of observations::
     round-0001/weights-<hash>.safetensors   the model sent out, once per round (or per model, if clients got several)
     round-0001/global.safetensors           the global model after the round, where a membership attack sat in the run
     round-0001/client-00003.safetensors     the update as it came over the wire
-    round-0001/client-00003.json            what was declared; written last, so a file without it is unfinished
+    round-0001/client-00003.json            what was declared, with the seal of both; written last
 
 Truths have the same names below a folder of their own. Nothing is unpickled.
 """
@@ -21,15 +21,26 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedattack import sealed
 from fedattack.config import CompressionConfig, DefenseConfig, GanConfig, ModelConfig, Section, TrainingConfig
-from fedattack.errors import DataError
-from fedattack.files import content_hash, write_tensors
+from fedattack.errors import DataError, told
+from fedattack.files import content_hash, load_tensors, private_folder, write_tensors
 from fedattack.groundtruth import GroundTruth
-from fedattack.observation import EVERYONE, Auxiliary, Observation, Scenario, Update, client_name
-from fedattack.storage.plain import write_json
+from fedattack.observation import (
+    EVERYONE,
+    Auxiliary,
+    Observation,
+    Scenario,
+    Update,
+    client_name,
+    observation_name,
+)
+from fedattack.reading import LARGEST_TEXT, Unreadable, read_bytes
+from fedattack.registry import check_names_of_file
+from fedattack.sealed import Identity
+from fedattack.storage.plain import plain
 
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Client = Annotated[int, Field(ge=EVERYONE, strict=True)]
@@ -45,7 +56,8 @@ class _Scenario(Section):
 
 
 class _Document(Section):
-    format: Literal[1]
+    format: Literal[2]
+    seal: dict[str, str]
     round: Positive
     client: Client
     num_examples: Positive
@@ -60,14 +72,18 @@ class _Document(Section):
 
 
 class _TruthDocument(Section):
-    format: Literal[1]
+    format: Literal[2]
+    seal: dict[str, str]
     round: Positive
     client: Client
     sample_ids: tuple[int, ...]
 
 
-def save_observation(folder: Path | str, observation: Observation) -> Path:
-    """Store one observation, weights and auxiliary data only where they are not there yet; its JSON file's path."""
+def save_observation(folder: Path | str, observation: Observation, identity: Identity | None = None) -> Path:
+    """Store one observation, weights and auxiliary data only where they are not there yet; its JSON file's path.
+
+    `identity`: the run it is of; one folder holds observations of one run.
+    """
     folder = Path(folder)
     place = _place(folder, observation.round, observation.client)
     weights = _save_once(place.parent, "weights", observation.weights)
@@ -82,7 +98,7 @@ def save_observation(folder: Path | str, observation: Observation) -> Path:
     sent |= {f"buffer.{name}": tensor for name, tensor in observation.buffers.items()}
     write_tensors(place.with_suffix(".safetensors"), sent)
     document = {
-        "format": 1,
+        "format": 2,
         "round": observation.round,
         "client": observation.client,
         "num_examples": observation.num_examples,
@@ -95,7 +111,8 @@ def save_observation(folder: Path | str, observation: Observation) -> Path:
         "auxiliary_source": public.source if public else "",
         "scenario": observation.scenario.record(),
     }
-    write_json(place.with_suffix(".json"), document)
+    what = observation_name(observation.round, observation.client)
+    sealed.write_json(place.with_suffix(".json"), plain(document), what, identity, sent)
     return place.with_suffix(".json")
 
 
@@ -110,7 +127,7 @@ def observed_rounds(folder: Path | str) -> list[int]:
 
 
 def load_observations(folder: Path | str, round: int | None = None) -> list[Observation]:
-    """All finished observations of a folder, or of one round, by round and client, fully checked.
+    """All observations of a folder, or of one round, by round and client, fully checked.
 
     Observations of one round share their weights, and all share the auxiliary data, in memory as on disk.
 
@@ -123,20 +140,24 @@ def load_observations(folder: Path | str, round: int | None = None) -> list[Obse
     shared: dict[Path, dict[str, Tensor]] = {}
     where = "round-*" if round is None else f"round-{round:04d}"
     found = [_load_observation(folder, path, shared) for path in sorted(folder.glob(f"{where}/*.json"))]
+    _check_one_run(folder)
     if not found:
         raise DataError(f"no observation in {folder}: expected {where}/*.json")
     return sorted(found, key=lambda observation: (observation.round, observation.client))
 
 
 def save_truth(folder: Path | str, truth: GroundTruth) -> Path:
-    """Store the private batch behind one observation, in a folder of its own."""
+    """Store the private batch behind one observation, in a folder of its own that its owner alone can enter."""
     place = _place(Path(folder), truth.round, truth.client)
+    private_folder(Path(folder))
+    private_folder(place.parent)
     tensors = {"images": truth.images, "labels": truth.labels}
     if truth.shown is not None:
         tensors["shown"] = truth.shown
-    write_tensors(place.with_suffix(".safetensors"), tensors)
-    document = {"format": 1, "round": truth.round, "client": truth.client, "sample_ids": truth.sample_ids}
-    write_json(place.with_suffix(".json"), document)
+    write_tensors(place.with_suffix(".safetensors"), tensors, private=True)
+    document = {"format": 2, "round": truth.round, "client": truth.client, "sample_ids": truth.sample_ids}
+    what = f"truth of {observation_name(truth.round, truth.client)}"
+    sealed.write_json(place.with_suffix(".json"), plain(document), what, None, tensors, private=True)
     return place.with_suffix(".json")
 
 
@@ -146,6 +167,10 @@ def load_truths(folder: Path | str) -> list[GroundTruth]:
     for path in sorted(Path(folder).glob("round-*/*.json")):
         document = _parse(path, _TruthDocument)
         tensors = read_tensors(path.with_suffix(".safetensors"))
+        what = f"truth of {observation_name(document.round, document.client)}"
+        sealed.read_json(path, what, None, tensors)
+        if _place(Path(folder), document.round, document.client).with_suffix(".json") != path:
+            raise DataError(f"{path}: says it is round {document.round}, client {document.client}")
         images, labels = check_images(path, "images", tensors.get("images"), None), tensors.get("labels")
         if labels is None or labels.dtype != torch.int64 or labels.shape != (len(images),):
             raise DataError(f"{path}: labels must be int64 of shape ({len(images)},)")
@@ -164,14 +189,14 @@ def load_truths(folder: Path | str) -> list[GroundTruth]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file; DataError where it is missing or malformed."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is not a readable safetensors file: {error}") from None
+        return load_tensors(path)[0]
+    except Unreadable as error:
+        raise DataError(f"{path} is not a readable safetensors file: {error.reason}") from None
 
 
 def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Tensor]]) -> Observation:
     document = _parse(path, _Document)
+    check_names_of_file(document.scenario.model_dump(mode="json"), f"observation {str(path)!r}")
     if _place(folder, document.round, document.client).with_suffix(".json") != path:
         raise DataError(f"{path}: says it is round {document.round}, client {document.client}")
     model = document.scenario.model
@@ -185,6 +210,7 @@ def _load_observation(folder: Path, path: Path, shared: dict[Path, dict[str, Ten
     for name, tensor in weights.items():
         check_finite(path.parent / document.weights, name, tensor)
     tensors = read_tensors(path.with_suffix(".safetensors"))
+    sealed.read_json(path, observation_name(document.round, document.client), None, tensors)
     update = _checked_update(path, document, tensors, weights)
     buffers = {
         name.removeprefix("buffer."): check_finite(path, name, tensor)
@@ -260,15 +286,34 @@ def check_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _check_one_run(folder: Path) -> None:
+    """DataError where a folder's observations are of several runs, or one lacks its document."""
+    for path in sorted(folder.glob("round-*/client-*.safetensors")):
+        if not path.with_suffix(".json").is_file():
+            raise DataError(
+                f"{path} has no {path.stem}.json beside it: it was lost, or the run was killed while it wrote; start "
+                "the run again, or delete what is left of it"
+            )
+    seen: dict[tuple[str, str], Path] = {}
+    for path in sorted(folder.glob("round-*/*.json")):
+        entry = _parse(path, _Document).seal
+        seen.setdefault((entry.get("run", ""), entry.get("config", "")), path)
+    if len(seen) > 1:
+        first, other, *_ = seen.values()
+        raise DataError(
+            f"{other} belongs to another run than {first}; a folder holds observations of one run"
+        )
+
+
 def _parse(path: Path, kind: type[Any]) -> Any:
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_bytes(path, LARGEST_TEXT))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = told(".".join(str(part) for part in first["loc"]), 200)
         raise DataError(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    except Unreadable as error:
+        raise DataError(f"{path} cannot be read: {error.reason}") from None
 
 
 def _place(folder: Path, round_: int, client: int) -> Path:
@@ -278,6 +323,8 @@ def _place(folder: Path, round_: int, client: int) -> Path:
 def _read_once(path: Path, shared: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
     if path not in shared:
         shared[path] = read_tensors(path)
+        if content_hash(shared[path])[:16] != path.stem.rpartition("-")[2]:
+            raise DataError(f"{path} is damaged: its content is not what its name says")
     return shared[path]
 
 

@@ -5,31 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fedattack import reading
 from fedattack.errors import DataError
 from fedattack.files import write_bytes
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write strictly valid JSON (see :func:`plain`), whole or not at all."""
+def write_json(path: Path, document: Any, private: bool = False) -> None:
+    """Write strictly valid JSON (see :func:`plain`), whole or not at all; `private`: for its owner alone."""
     text = json.dumps(plain(document), indent=1, allow_nan=False)
-    write_bytes(path, text.encode() + b"\n")
+    write_bytes(path, text.encode() + b"\n", private=private)
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; DataError where it is missing or is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not readable JSON: {error}") from None
+        return reading.read_json(path)
+    except reading.Unreadable as error:
+        raise DataError(f"{path} is not readable JSON: {error.reason}") from None
 
 
 def plain(value: Any) -> Any:
@@ -69,14 +68,3 @@ def flat(document: Mapping[str, Any], joint: str = ".", prefix: str = "") -> dic
         name = f"{prefix}{key}"
         found |= flat(value, joint, name + joint) if isinstance(value, Mapping) else {name: value}
     return found
-
-
-def fedattack_version() -> str:
-    """The installed version, or that of the checkout the code runs from."""
-    try:
-        return version("fedattack")
-    except PackageNotFoundError:
-        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
-        if not project.is_file():
-            return "unknown"
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]) + " (checkout)"

@@ -11,8 +11,10 @@ import pandas as pd
 from fedattack.audit.family import AuditResult, by_family, headline, told_together
 from fedattack.config import Config
 from fedattack.files import write_bytes
-from fedattack.storage.plain import fedattack_version, plain, write_json
+from fedattack.storage.plain import plain, write_json
 from fedattack.storage.run_folder import RunFolder
+from fedattack.storage.spreadsheet import csv_bytes
+from fedattack.version import fedattack_version
 
 
 def records_frame(results: Sequence[AuditResult]) -> pd.DataFrame:
@@ -35,16 +37,19 @@ def summary_document(
     results: Sequence[AuditResult],
     federation: Mapping[str, Any] | None,
     left_out: Mapping[str, str] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``, already in JSON's own types: NaN is null, infinities "inf", "-inf".
 
-    "version", "config", "federation" (as given), "headline" (:func:`fedattack.audit.family.headline`), "left_out"
-    (attack -> why it does not apply), "together" (family -> what is told of all its attacks, with "text") and
-    "attacks": name -> the audit's summary with "family", "count", "metrics" (metric -> "mean", "worst" for whoever
-    attacks, "best", "low", "high"), "floors" (floor -> metric -> the same), "seconds", "level" and more.
+    "version", "run" (:func:`fedattack.reporting.provenance.provenance`), "config", "federation" (as given),
+    "headline" (:func:`fedattack.audit.family.headline`), "left_out" (attack -> why it does not
+    apply), "together" (family -> what is told of all its attacks, with "text") and "attacks": name -> the audit's
+    summary with "family", "count", "metrics" (metric -> "mean", "worst" for whoever attacks, "best", "low", "high"),
+    "floors" (floor -> metric -> the same), "seconds", "level" and more.
     """
     document = {
         "version": fedattack_version(),
+        "run": dict(run or {}),
         "config": config.model_dump(mode="json"),
         "federation": dict(federation or {}),
         "headline": headline(results, federation),
@@ -58,7 +63,7 @@ def summary_document(
 def write_records(folder: RunFolder, results: Sequence[AuditResult]) -> None:
     """Write ``records.csv`` and ``records.parquet``."""
     frame = records_frame(results)
-    write_bytes(folder.path / "records.csv", frame.to_csv(index=False).encode())
+    write_bytes(folder.path / "records.csv", csv_bytes(frame))
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
     write_bytes(folder.path / "records.parquet", buffer.getvalue())
@@ -68,7 +73,7 @@ def write_requests(folder: RunFolder, verdicts: Sequence[Mapping[str, Any]]) -> 
     """Write ``requests.csv``: what the server decided about each deletion request, one row per verdict."""
     columns = ("attack", "seed", "arm", "round", "client", "gate", "accepted", "samples", "reason", "tag")
     frame = pd.DataFrame(list(verdicts), columns=columns)
-    write_bytes(folder.path / "requests.csv", frame.to_csv(index=False).encode())
+    write_bytes(folder.path / "requests.csv", csv_bytes(frame))
 
 
 def write_summary(
@@ -76,6 +81,8 @@ def write_summary(
     results: Sequence[AuditResult],
     federation: Mapping[str, Any] | None,
     left_out: Mapping[str, str] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``summary.json``; see :func:`summary_document`."""
-    write_json(folder.path / "summary.json", summary_document(folder.config, results, federation, left_out))
+    document = summary_document(folder.config, results, federation, left_out, run)
+    write_json(folder.path / "summary.json", document)

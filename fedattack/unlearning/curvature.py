@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize, root
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from fedattack.unlearning.central import Central, Positions
 
 Product = Callable[[Tensor], Tensor]
 """A symmetric matrix times a vector, (P,) to (P,)."""
+
+_POLISH = 100
+"""Newton steps on the gradient after the search for a minimum, at most."""
 
 _CHUNK = 256  # samples whose answers are differentiated at once
 
@@ -99,13 +102,20 @@ def minimise(
 
     options = {"maxiter": most, "maxfun": 2 * most, "maxcor": 30, "gtol": tolerance, "ftol": 0.0}
     found = minimize(both, start.double().numpy(), jac=True, method="L-BFGS-B", options=options)
-    worst = float(np.abs(found.jac).max())
+    point, worst = found.x, float(np.abs(found.jac).max())
+    if not worst <= tolerance and math.isfinite(worst):
+        # Near the minimum the value is the same to rounding, which ends the search; the gradient still tells the way.
+        options = {"fatol": tolerance, "maxiter": _POLISH}
+        nearer = root(lambda point: both(point)[1], point, method="krylov", options=options).x
+        left = float(np.abs(both(nearer)[1]).max())
+        if left < worst:
+            point, worst = nearer, left
     if not worst <= tolerance:
         raise RunFailed(
             f"training to convergence stopped at a gradient of {worst:.2g} after {found.nit} iterations (tolerance "
             f"{tolerance:.2g}): {found.message}"
         )
-    return torch.from_numpy(found.x)
+    return torch.from_numpy(point)
 
 
 @dataclass

@@ -10,14 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from fedattack.errors import ConfigError, RunFailed
-from fedattack.files import write_tensors
+from fedattack.errors import ConfigError, DataError, RunFailed
 from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario, Update, UpdateKind
+from fedattack.sealed import Identity, read_sealed, write_sealed
 from fedattack.task import trained_parameters
 from fedattack.training import weight_step
 
@@ -77,6 +75,7 @@ class History:
     first_rounds: dict[int, int] = field(default_factory=dict)  # client -> first round its update went into
     excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)  # removed by earlier requests
     replies: Replies | None = None
+    identity: Identity | None = None  # of the run whose files these are
     taken: dict[int, set[int]] = field(default_factory=dict)  # round -> clients to be read from `replies`
 
     def keep_weights(self, round: int, weights: Weights) -> None:
@@ -85,7 +84,7 @@ class History:
         path = self.folder / f"weights-{round:05d}.safetensors"
         wanted = round == 0 or ("checkpoints" in self.keeps and round % self.every == 0)
         if wanted and not path.is_file():
-            write_tensors(path, weights)
+            write_sealed(path, weights, path.stem, self.identity)
 
     def wants_updates(self, round: int) -> bool:
         """Whether the clients' updates of a round are kept."""
@@ -104,7 +103,8 @@ class History:
         tensors["values"] = update.values
         if update.indices is not None:
             tensors["indices"] = update.indices
-        write_tensors(path, tensors, {"kind": update.kind, "examples": str(observation.num_examples)})
+        told = {"kind": update.kind, "examples": str(observation.num_examples)}
+        write_sealed(path, tensors, path.stem, self.identity, told)
 
     def note_round(self, round: int, clients: Collection[int], aggregated: bool) -> None:
         """Take note of whose updates went into a round's aggregate; those of a round without one are dropped."""
@@ -139,7 +139,7 @@ class History:
 
     def checkpoint(self, round: int) -> Weights:
         """The global model after a round of :attr:`checkpoints`; the caller owns it."""
-        return _read(self.folder / f"weights-{round:05d}.safetensors")[0]
+        return self._read(self.folder / f"weights-{round:05d}.safetensors")[0]
 
     def updates(self, round: int) -> Iterator[ClientUpdate]:
         """The kept updates of a round, one at a time, in ascending order of the clients."""
@@ -147,7 +147,7 @@ class History:
             yield from map(ClientUpdate.of, self.replies.observed(round, self.taken[round]))
             return
         for path in sorted(self.folder.glob(f"update-{round:05d}-*.safetensors")):
-            tensors, told = _read(path)
+            tensors, told = self._read(path)
             kind: UpdateKind = "delta" if told["kind"] == "delta" else "gradient"
             update = Update(*self._layout, tensors.get("indices"), tensors["values"], kind)
             buffers = {n.removeprefix(_BUFFER): t for n, t in tensors.items() if n.startswith(_BUFFER)}
@@ -155,6 +155,13 @@ class History:
             yield ClientUpdate.of(
                 Observation(round, client, self.scenario, {}, update, int(told["examples"]), buffers=buffers)
             )
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What was written to a file; RunFailed where it is not that."""
+        try:
+            return read_sealed(path, path.stem, self.identity)
+        except DataError as error:
+            raise RunFailed(f"cannot forget: {error}") from None
 
     @cached_property
     def _layout(self) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
@@ -214,9 +221,3 @@ def check_space(
             f"setting 'unlearning.checkpoint_every' = {every}: what the server keeps to forget later takes about "
             f"{needed:,} bytes, and {str(place)!r} has {free:,} left; raise it, or give another 'output.run_dir'"
         )
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        return {name: torch.clone(file.get_tensor(name)) for name in names}, file.metadata() or {}

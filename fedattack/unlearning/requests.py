@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import reprlib
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedattack.errors import PayloadError
+from fedattack.errors import PayloadError, shown
 from fedattack.observation import Scenario, UnlearningRequest
 from fedattack.task import task_of
 
@@ -112,9 +111,7 @@ def validate_request(
     """
     who = f"deletion request from client {sender}"
     if isinstance(request.client, bool) or not isinstance(request.client, int) or request.client != sender:
-        raise PayloadError(
-            f"{who}: names client {reprlib.repr(request.client)}; a client may only speak for itself"
-        )
+        raise PayloadError(f"{who}: names client {shown(request.client)}; a client may only speak for itself")
     brought = request.images is not None or request.labels is not None
     named = {
         "positions": len(request.positions) > 0,
@@ -133,7 +130,7 @@ def validate_request(
     if request.label is not None:
         classes, label = _classes(scenario), request.label
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
-            raise PayloadError(f"{who}: class {reprlib.repr(label)} is not an integer in [0, {classes})")
+            raise PayloadError(f"{who}: class {shown(label)} is not an integer in [0, {classes})")
         return Deletion(sender, label=label)
     if request.everything:
         rest = frozenset(range(samples)).difference(forgotten)
@@ -146,7 +143,7 @@ def validate_request(
     positions = [_integer(position, who) for position in request.positions]
     outside = [position for position in positions if not 0 <= position < samples]
     if outside:
-        raise PayloadError(f"{who}: position {reprlib.repr(outside[0])} is outside [0, {samples})")
+        raise PayloadError(f"{who}: position {shown(outside[0])} is outside [0, {samples})")
     chosen = frozenset(positions)
     if len(chosen) < len(positions):
         raise PayloadError(f"{who}: repeats {len(positions) - len(chosen)} of its {len(positions)} positions")
@@ -216,4 +213,4 @@ def _integer(position: object, who: str) -> int:
             raise TypeError
         return operator.index(position)  # type: ignore[arg-type]
     except TypeError:
-        raise PayloadError(f"{who}: position {reprlib.repr(position)} is not an integer") from None
+        raise PayloadError(f"{who}: position {shown(position)} is not an integer") from None

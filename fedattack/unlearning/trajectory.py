@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fedattack.errors import DataError, NotApplicable, RunFailed
-from fedattack.files import write_tensors
+from fedattack.files import load_tensors, write_tensors
 from fedattack.observation import Scenario
 from fedattack.unlearning.central import Central, Positions
 from fedattack.unlearning.history import History, Weights
@@ -45,7 +44,7 @@ def kept_tensors(path: Path) -> dict[str, Tensor]:
         raise RunFailed(
             f"cannot forget: {path} was not kept; the mechanism's own state is written after training"
         )
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    return {name: tensor.clone() for name, tensor in load_tensors(path)[0].items()}
 
 
 def remaining(central: Central, gone: Collection[int]) -> Positions:

@@ -30,13 +30,20 @@ CASES: Registry[Callable[..., dict[str, Any]]] = Registry(
         "time-to-quality": "simulations.bench.time_to_quality:run",
         "soak": "simulations.bench.soak:run",
         "tensor": "simulations.bench.tensor:run",
+        "tensor-certificates": "simulations.bench.tensor_certificates:run",
         "view": "simulations.bench.view:run",
         "neighbours": "simulations.bench.neighbours:run",
         "canaries": "simulations.bench.canaries:run",
         "foci": "simulations.bench.foci:run",
+        "fuzz": "simulations.bench.fuzz:run",
         "forgetting": "simulations.bench.forgetting:run",
         "metrics": "simulations.bench.metrics:run",
         "semsim": "simulations.bench.semsim:run",
+        "front-door": "simulations.bench.front_door:run",
+        "fuzz-wire": "simulations.bench.fuzz_wire:run",
+        "damages": "simulations.bench.damages:run",
+        "frontier": "simulations.bench.frontier:run",
+        "hidden-features": "simulations.bench.hidden_features:run",
     },
 )
 
@@ -56,6 +63,12 @@ def bench(
     engine: Annotated[
         str | None, typer.Option(help="ray or inline, for the cases that run on either")
     ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="how many tries, for the cases that try at random")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the cases that leave files, and go on from them")
+    ] = None,
 ) -> None:
     """Run one benchmark case and print its figures."""
     if list_cases or case is None:
@@ -63,7 +76,7 @@ def bench(
             console.print(f"[cyan]{name:18}[/]{CASES.summary(name)}")
         return
     figures = CASES.get(case)(
-        quick=quick, **_accepted(case, data=data, long=long, peers=peers, engine=engine)
+        quick=quick, **_accepted(case, data=data, long=long, peers=peers, engine=engine, count=count, out=out)
     )
     machine = {"cpus": os.cpu_count(), "load": os.getloadavg(), "platform": platform.platform()}
     machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +23,12 @@ from fedattack.observation import Observation, Scenario, Update
 from fedattack.rng import numpy_rng, torch_rng
 
 SIZE, CLASSES = 32, 10
-_PLACES = {"mnist": ("MNIST",), "cifar10": ("CIFAR10/cifar-10-subset-python.tar.xz", "CIFAR10")}
+_PLACES = {
+    "mnist": ("MNIST",),
+    "fashion-mnist": ("FashionMNIST",),
+    "usps": ("USPS",),
+    "cifar10": ("CIFAR10/cifar-10-subset-python.tar.xz", "CIFAR10"),
+}
 _LOOKS = 0.002
 """Seconds between two looks at the process's memory."""
 

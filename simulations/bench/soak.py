@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from fedattack.config import Config
 from fedattack.data import World

@@ -21,6 +21,7 @@ from fedattack.errors import ConfigError, DataError
 from fedattack.metrics.statistics import Interval
 from fedattack.reporting import formats
 from fedattack.storage.plain import plain
+from simulations.progress import tell
 
 Protocol = Literal["match", "recognise"]
 PROTOCOLS = ("match", "recognise")
@@ -61,17 +62,15 @@ def run_serve(plans: Sequence[Plan], table: Path, port: int, console: Console) -
         for note in file.notes:
             console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
         for session in server.sessions.values():
-            console.print(_asked(session.plan, len(session.answered())), highlight=False, soft_wrap=True)
-        console.print(
-            f"answers go to [bold]{table}[/]; stop with Ctrl-C and start again at any time", highlight=False
-        )
+            tell(console, _asked(session.plan, len(session.answered())))
+        tell(console, "answers go to", f"{table};", "stop with Ctrl-C and start again at any time")
         # Not through the console: a pipe must see it at once and whole.
         print(f"open {server.address}", flush=True)
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
             rows = len(file.rows)
-            console.print(f"\nstopped; {rows:,} answers in {table}", highlight=False)
+            tell(console, f"\nstopped; {rows:,} answers in {table}")
 
 
 def _asked(plan: Plan, answered: int) -> str:
@@ -88,30 +87,30 @@ def run_export(plans: Sequence[Plan], table: Path, file: Path, console: Console)
         raise ConfigError(f"--export {str(file)!r}: the page is an .html file")
     key = export_page(plans, file, table)
     for plan in plans:
-        console.print(_asked(plan, 0), highlight=False, soft_wrap=True)
+        tell(console, _asked(plan, 0))
     size = formats.size(file.stat().st_size)
-    console.print(f"page [bold]{file}[/] ({size}): send it to them", highlight=False, soft_wrap=True)
-    console.print(f"key {key}: keep it; merge what they send back with", highlight=False, soft_wrap=True)
-    console.print(f"  fedattack annotate --import FILE --table {table}", highlight=False, soft_wrap=True)
+    tell(console, "page", file, f"({size}): send it to them")
+    tell(console, f"key {key}: keep it; merge what they send back with")
+    tell(console, f"  fedattack annotate --import FILE --table {table}")
 
 
 def run_import(file: Path, table: Path, console: Console) -> None:
     """Merge what a rater elsewhere sent back."""
     added, held, annotator = import_answers(file, table)
-    console.print(
+    tell(
+        console,
         f"{annotator}: {held:,} answers in {file}, {added:,} of them new in {table}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    )
 
 
 def run_import_released(folder: Path, table: Path, console: Console) -> None:
     """Rate pairs as a released folder does."""
     added, held, left_out = import_released(folder, table)
     negatives = f"; {left_out:,} pictures of others/ have no original and are left out" if left_out else ""
-    console.print(
+    tell(
+        console,
         f"{held:,} ratings in {folder}, {added:,} of them new in {table}{negatives}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    )
 
 
 def run_votes(table: Path, out: Path, protocol: str | None, kind: str | None, console: Console) -> None:
@@ -173,10 +172,10 @@ def _print(found: Quality, fast: float, console: Console) -> None:
     console.print(f"agreement: {_agreement(found)}", markup=False, highlight=False, soft_wrap=True)
     changed = sum(one.changed for one in found.annotators)
     if changed:
-        console.print(
+        tell(
+            console,
             f"{changed} ratings were replaced by a later one of the same annotator and pair: the last counts",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        )
     console.print()
 
 

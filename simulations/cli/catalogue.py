@@ -1,23 +1,31 @@
-"""What `fedattack list` and `fedattack settings` print."""
+"""What `fedattack list`, `show` and `settings` print, found out from the registries.
+
+``python -m simulations.cli.catalogue`` writes it into ``catalogue.json``, which :mod:`simulations.cli.written` reads.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+import logging
 import re
+import shlex
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
 from adversaries import ATTACKS, Attack
-from adversaries.refusals import threat_model, words
+from adversaries.refusals import applicable, threat_model, words
 from adversaries.seats import MaliciousClient
 from fedattack.compression import COMPRESSORS
 from fedattack.config import SHORT_NAMES, Config
-from fedattack.data import DATASETS, PARTITIONERS
+from fedattack.data import DATASETS, PARTITIONERS, World, build_world
 from fedattack.defenses import DEFENSES
-from fedattack.errors import unknown_name
+from fedattack.errors import BadRequest, FedattackError, unknown_name
+from fedattack.files import write_bytes
 from fedattack.metrics import METRICS
 from fedattack.models import MODELS
 from fedattack.presets import PRESETS, SCENARIOS
@@ -25,6 +33,17 @@ from fedattack.registry import Registry, plugin_options
 from fedattack.storage.plain import flat
 from fedattack.unlearning import MECHANISMS
 from fedattack.unlearning.gates import GATES
+from simulations.cli.references import bibtex
+from simulations.cli.sources import FILE, sources_hash
+from simulations.engine.federation import hushed
+from simulations.experiments.base import EXPERIMENTS
+from simulations.experiments.choose import (
+    arming_attack,
+    check_model,
+    check_names,
+    choose_attacks,
+    known_facts,
+)
 from strategies import STRATEGIES
 
 KINDS: dict[str, Registry[Any]] = {
@@ -106,14 +125,18 @@ def attacks_markdown() -> str:
 def described(name: str) -> list[tuple[str, str]]:
     """(title, text) of the parts of what can be said about the plug-in of that name.
 
+    Of an attack also a command that runs, the presets it applies under, and BibTeX of what its docstring cites.
+
     Raises
     ------
     ConfigError
         If there is none.
     """
     if name in PRESETS:
-        return [("preset", PRESETS[name].summary)]
-    registries = [registry for registry in KINDS.values() if name in registry or ":" in name]
+        return [("preset", PRESETS[name].summary), ("command", f"fedattack --preset {name} --data-dir DIR")]
+    registries = [registry for registry in KINDS.values() if name in registry]
+    if not registries and ":" in name:
+        registries = [_kind_of(name)]
     if not registries:
         known = [one for registry in KINDS.values() for one in registry]
         raise unknown_name("name", name, [*known, *PRESETS])
@@ -123,13 +146,173 @@ def described(name: str) -> list[tuple[str, str]]:
     text = _ROLE.sub(r"\1", _PARAMETERS.sub("", text)).replace("``", "")
     paragraphs = [" ".join(one.split()) for one in text.strip().split("\n\n")]
     parts = [(registry.kind, "\n\n".join(one for one in paragraphs if not one.endswith(":")))]
+    references = " ".join(references.split())
     if registry is ATTACKS:
         threat = threat_model(cls)
         letters = f" ({', '.join(threat['letters'])} of Carletti et al. 2025)" if threat["letters"] else ""
         parts.append(("who", threat["seat"] + letters))
         parts.append(("needs", "; ".join(threat["needs"]) or _bare(cls)))
         parts.append(("assumes", "; ".join(threat["assumptions"])))
-    return [*parts, ("source", " ".join(references.split()))] if references else parts
+        if command := command_of(name):
+            parts.append(("command", command))
+        if fitting := presets_of(name):
+            parts.append(("presets", ", ".join(fitting)))
+    if references:
+        parts.append(("paper" if registry is ATTACKS else "source", references))
+        if entries := bibtex(references):
+            parts.append(("BibTeX", entries))
+    return parts
+
+
+def _kind_of(name: str) -> Registry[Any]:
+    """The registry whose kind an object from outside is of: the first that takes it."""
+    refusals = []
+    for registry in KINDS.values():
+        try:
+            registry.get(name)
+        except FedattackError as error:
+            refusals.append(error)
+        else:
+            return registry
+    raise refusals[0]
+
+
+DIGITS = {"dataset": "digits", "model": "mlp", "compressor": "none"}
+LONG = DIGITS | {"protocol": "fedavg", "batch-size": "20", "local-steps": "10", "rounds": "5", "clients": "4"}
+CENTRAL = {
+    "scenario": "central",
+    "dataset": "digits",
+    "model": "mlp",
+    "batch-size": "20",
+    "local-steps": "50",
+}
+PEOPLE = {
+    "dataset": "qmnist",
+    "data-dir": "DIR",
+    "limit": "20000",
+    "partition": "natural",
+    "clients": "20",
+    "model": "mlp",
+    "compressor": "none",
+    "references": "2",
+    "set attack.unit": "group",
+    "set data.withheld": "0.3",
+    "set data.nonmember_unit": "group",
+    "set data.nonmembers": "20",
+}
+GAN = {"task": "wgan-gp", "dataset": "digits", "clients": "4", "rounds": "30"}
+TRIED: dict[str, list[dict[str, str]]] = {
+    "reconstruction": [
+        {},
+        {"compressor": "none"},
+        DIGITS | {"batch-size": "4"},
+        DIGITS,
+        *({"compressor": "none", "model": m, "activation": "relu"} for m in ("mlp", "tiny-cnn", "resnet20")),
+        *({"compressor": "none", "model": m} for m in ("imprint", "two-layer", "loki")),
+        {"compressor": "none", "defense": "secure-aggregation", "model": "loki"},
+    ],
+    "membership": [
+        LONG,
+        LONG | {"references": "16"},
+        LONG | {"attack-rounds": "1,2,3,4,5"},
+        GAN,
+        GAN | {"references": "16"},
+        DIGITS | {"batch-size": "0", "rounds": "5"},
+        LONG | {"set attack.others": "16", "set attack.negatives": "others"},
+    ],
+    "unlearning": [
+        LONG,
+        LONG | {"mechanism": "federaser"},
+        CENTRAL | {"mechanism": "scrub"},
+        CENTRAL | {"mechanism": "certified", "model": "logistic", "set training.weight_decay": "0.01"},
+    ],
+}
+"""Family -> settings, as options, that are tried for a command that runs on embedded data."""
+
+
+def command_of(name: str) -> str:
+    """A command under which that attack applies: the first of those that were tried on embedded data.
+
+    No embedded data say whose a sample is: attacks on people are given one with a folder to fill in.
+    """
+    cls = ATTACKS.get(name)
+    tried = TRIED.get(cls.family, [])
+    found = next(
+        (one for one in tried if _applies(name, tuple(one.items()))), PEOPLE if cls.needs.people else None
+    )
+    if found is None:
+        return ""
+    options = [
+        ["--set", f"{key.removeprefix('set ')}={value}"] if key.startswith("set ") else [f"--{key}", value]
+        for key, value in found.items()
+    ]
+    return shlex.join(["fedattack", "--attack", name, *(part for one in options for part in one)])
+
+
+def presets_of(name: str) -> list[str]:
+    """The presets under which that attack applies; images stand in for those that have to be fetched."""
+    return [preset for preset in PRESETS if _applies(name, (("preset", preset),))]
+
+
+def _applies(name: str, variant: tuple[tuple[str, str], ...]) -> bool:
+    """Whether an attack applies to a run of these settings, as it would be found before anything starts."""
+    try:
+        config, world = _world(variant)
+    except BadRequest:
+        return False
+    settings = dict(config.attack.model_dump(exclude={"names"}), names=(name,))
+    config = config.model_copy(update={"attack": type(config.attack).model_validate(settings)})
+    try:
+        with hushed(
+            logging.ERROR
+        ):  # what Flower says of a strategy that is looked at would be read as a fault
+            check_names(config)
+        named = choose_attacks(config)
+        arming_attack(named)
+        family = EXPERIMENTS.get(ATTACKS.get(name).family)
+        found, _ = applicable(
+            named,
+            world.scenario,
+            known_facts(config, world),
+            lambda *_: family.check(config, world),
+            empty=False,
+        )
+    except BadRequest:
+        return False
+    return bool(found)
+
+
+@cache
+def _world(variant: tuple[tuple[str, str], ...]) -> tuple[Config, World]:
+    settings: dict[str, Any] = {name.removeprefix("set "): value for name, value in variant}
+    preset = PRESETS.get(settings.get("preset", ""))
+    if preset is not None:
+        size = preset.settings["data"].get("image_size")
+        side, data = (28, "digits") if preset.settings["data"]["name"] == "mnist" else (size or 32, "faces")
+        settings |= {"data.name": data, "data.image_size": side, "data.limit": "", "data.nonmembers": 20}
+        settings |= {"data.auxiliary_size": min(20, preset.settings["data"]["auxiliary_size"])}
+    config = Config.from_mapping(settings | {"engine": "inline"})
+    world = build_world(config)
+    if preset is None:
+        check_model(config, world)
+    return config, world
+
+
+def document() -> dict[str, Any]:
+    """All of it, as ``catalogue.json`` holds it."""
+    tables = settings_tables()
+    names = [one for registry in KINDS.values() for one in registry]
+    own = {name: list(settings_tables(name, strict=False)) for name in [*dict.fromkeys(names), *PRESETS]}
+    return {
+        "sources": sources_hash(),
+        "groups": sorted(filter(None, (registry.group for registry in KINDS.values()))),
+        "kinds": catalogue(),
+        "markdown": attacks_markdown(),
+        "shown": {name: described(name) for name in own},
+        "settings": tables,
+        "settings of": {name: titles for name, titles in own.items() if titles},
+        "presets": {title: rows for preset in PRESETS for title, rows in settings_tables(preset).items()},
+    }
 
 
 def settings_tables(
@@ -212,3 +395,13 @@ def _show(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value)
+
+
+def main() -> None:
+    """Write ``catalogue.json``."""
+    text = json.dumps(document(), indent=0, ensure_ascii=True, sort_keys=True)
+    write_bytes(FILE, text.encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -37,6 +37,7 @@ from fedattack.reporting.report import image_png
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
 from fedattack.storage import RunFolder
 from fedattack.storage.plain import plain, write_json
+from fedattack.storage.spreadsheet import csv_bytes
 from fedattack.task import TASKS
 from simulations.experiments.base import EXPERIMENTS, Plan
 from simulations.experiments.choose import known_facts
@@ -60,6 +61,7 @@ from simulations.pipeline import (
     simulate,
     with_threats,
 )
+from simulations.progress import tell
 
 LEAK = ("full-black-box", "full-black-box-calibrated")
 PLAIN: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
@@ -133,7 +135,7 @@ def run_sample(place: Path, out: Path, count: int, png: bool, seed: int, console
     told = (
         f"{count:,} images of {side} x {side}, {channels} channel{'s' if channels > 1 else ''}, and a sheet"
     )
-    console.print(f"{told} written to [bold]{out}[/]", highlight=False, soft_wrap=True)
+    tell(console, f"{told} written to", out)
     for sentence in (distinct, settings.privacy):
         if sentence:
             console.print(sentence, markup=False, highlight=False, soft_wrap=True)
@@ -184,12 +186,12 @@ def run_attack(given: Given, config: Config, console: Console, command: str) -> 
             shown.say(note, folder)
     if folders.is_member is None:
         _scores(folder, folders, told.scores, config)
-        console.print(
+        tell(
+            console,
             f"nothing is scored: nobody says which of the {len(folders.candidates):,} candidates were trained on "
             f"(put them into {MEMBERS}/ and {NON_MEMBERS}/); the scores, the most suspicious by "
-            f"{next(iter(told.scores))} first, are in [bold]{folder.path / 'scores.csv'}[/]",
-            highlight=False,
-            soft_wrap=True,
+            f"{next(iter(told.scores))} first, are in",
+            folder.path / "scores.csv",
         )
         return
     about = f"{len(folders.synthetic):,} synthetic images of {given.synthetic}"
@@ -244,7 +246,7 @@ def _scores(
     frame["nearest synthetic image"] = [folders.synthetic.names[place] for place in places[:, 0].tolist()]
     frame["distance"] = distances[:, 0].numpy()
     frame = frame.sort_values(first, ascending=False, kind="stable")
-    write_bytes(folder.path / "scores.csv", frame.to_csv(index=False).encode())
+    write_bytes(folder.path / "scores.csv", csv_bytes(frame))
     top = torch.from_numpy(frame.index.to_numpy()[:_NEAREST].copy())
     pair = {"images": asked[top], "synthetic": made[places[top, 0]], "distances": distances[top, 0].tolist()}
     picture = figures.nearest_sheet(first, {"candidates": pair})
@@ -361,7 +363,7 @@ def run_evaluate(given: Given, count: int, config: Config, console: Console, com
     console.print(_table(found, leaks))
     for sentence in _said(found):
         console.print(sentence, markup=False, highlight=False)
-    console.print(f"figures [bold]{folder.path / 'evaluation.json'}[/]", highlight=False, soft_wrap=True)
+    tell(console, "figures", folder.path / "evaluation.json")
 
 
 def _worth(synthetic: Tensor, public: Labelled, test: Labelled, seed: int) -> dict[str, Any]:

@@ -19,12 +19,20 @@ from fedattack.observation import Auxiliary
 from fedattack.rng import adversary_seed
 from fedattack.storage.plain import flat
 from simulations.experiments.executor import choose_device
-from simulations.progress import stages
+from simulations.progress import stages, tell
+
+MOST_PAIRS = 112
+"""Pairs that are collected where nobody says how many, or as many as there are images."""
 
 
-def run_collect_pairs(config: Config, out: Path, count: int, iterations: int, console: Console) -> None:
-    """Write (intermediate reconstruction, truth) pairs of public images to `out`."""
+def run_collect_pairs(
+    config: Config, out: Path, count: int | None, iterations: int, console: Console
+) -> None:
+    """Write (intermediate reconstruction, truth) pairs of public images to `out`; `count` None: what there is."""
     world, auxiliary = _public(config)
+    if count is None:
+        batch = max(1, config.training.batch_size)
+        count = min(MOST_PAIRS, len(auxiliary)) // batch * batch
     with stages(console) as shown:
         denoisers.collect_pairs(
             world.scenario,
@@ -37,7 +45,7 @@ def run_collect_pairs(config: Config, out: Path, count: int, iterations: int, co
             device=choose_device(config.engine.device),
             progress=partial(shown, "collecting pairs"),
         )
-    console.print(f"{count} pairs of {auxiliary.source} written to [bold]{out}[/]", highlight=False)
+    tell(console, f"{count} pairs of {auxiliary.source} written to", out)
 
 
 def run_train_denoiser(pairs: Path, out: Path, epochs: int | None, seed: int, console: Console) -> None:

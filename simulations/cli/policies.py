@@ -21,8 +21,9 @@ from fedattack.models import build_model, initial_weights
 from fedattack.reporting import formats
 from fedattack.storage.observations import read_tensors
 from fedattack.storage.plain import read_json, write_json
+from fedattack.storage.spreadsheet import csv_bytes
 from simulations.experiments.executor import choose_device
-from simulations.progress import stages
+from simulations.progress import stages, tell
 from simulations.studies.classifier import SCHEDULES, lesson, public_parts, train_classifier
 
 _SHOWN = 10
@@ -115,7 +116,7 @@ def _report(folder: Path, found: list[Candidate], least: float, console: Console
         for one in found
     ]
     frame = pd.DataFrame(rows).sort_values(["place", "S_pri mean"], kind="stable", na_position="last")
-    write_bytes(folder / "candidates.csv", frame.to_csv(index=False).encode())
+    write_bytes(folder / "candidates.csv", csv_bytes(frame))
     table = Table("place", "policy", "S_pri", "variance", "S_acc an image", box=None)
     for row in frame.head(_SHOWN).to_dict("records"):
         place = formats.NONE if pd.isna(row["place"]) else f"{row['place']:.0f}"
@@ -124,8 +125,9 @@ def _report(folder: Path, found: list[Candidate], least: float, console: Console
     console.print(table)
     if not order:
         best = max(one.accuracy_per_image for one in found)
-        console.print(
-            f"the best has {best:.3f}: the bound belongs to a network; lower it with --least-accuracy"
+        tell(
+            console,
+            f"the best has {best:.3f}: the bound belongs to a network; lower it with --least-accuracy",
         )
     kept = f"{len(order)} of {len(found)} policies have an S_acc of {least:g} an image or more"
-    console.print(f"{kept}; all are in [bold]{folder / 'candidates.csv'}[/]", highlight=False, soft_wrap=True)
+    tell(console, f"{kept}; all are in", folder / "candidates.csv")

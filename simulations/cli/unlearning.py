@@ -38,7 +38,7 @@ def run_audit(config: Config, mechanisms: str, counts: Counts, console: Console,
     about = (
         f"{counts.shadows} shadow trainings of {world.scenario.model.name} on {world.dataset.name}: "
         f"{counts.retained} samples that all have, {counts.targets} targets and {counts.probes} probes by coins, "
-        f"{config.federation.rounds} rounds of {config.training.local_steps} steps, seed {config.seed}"
+        f"{config.federation.rounds} rounds of {world.scenario.training.local_steps} steps, seed {config.seed}"
     )
     heading = "What is left of forgotten samples?"
     report(console, folder, results, None, command, {}, about=about, heading=heading)

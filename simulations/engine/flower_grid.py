@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedattack.errors import RunFailed
 from simulations.engine.forwarding import ForwardingGrid
 from simulations.engine.ray_grid import _START_SECONDS
-from strategies.messages import CONFIG, METRICS, PARTITION
+from strategies.messages import CONFIG, METRICS, PARTITION, reason_of
 
 _NODES_SECONDS = 20.0
 
@@ -32,7 +32,7 @@ class PartitionedGrid(ForwardingGrid):
         self._node_of: dict[int, int] = {}
         for reply in grid.send_and_receive(messages, timeout=_START_SECONDS):
             if reply.has_error():
-                raise RunFailed(f"a node could not say which client it is: {reply.error.reason}")
+                raise RunFailed(f"a node could not say which client it is: {reason_of(reply)}")
             number: Any = reply.content[METRICS][PARTITION]
             if number < clients:
                 self._node_of[number] = reply.metadata.src_node_id

@@ -1,27 +1,60 @@
-"""Everything that touches what Flower or Ray keep to themselves, written for flwr 1.41 and ray 2.55.
+"""Everything that touches what Flower or Ray keep to themselves, tried with flwr 1.41 and 1.42 and ray 2.55.
 
-The rest of the project uses their public interfaces only. Whoever raises the pinned versions reads this file.
+The rest of the project uses their public interfaces only. Where a version lacks something of it, the engines here and
+a private Ray say so in one sentence (:func:`check_flower`, :func:`loopback_ray`); what needs none of it, ``flwr run``
+and a cluster that is joined, goes on. Whoever raises the tried versions reads this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import psutil
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.app.metadata import Metadata
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from fedattack.errors import ConfigError
 from strategies.light_records import HeldArray
+
+try:
+    from flwr.app.metadata import Metadata
+    from flwr.supercore.run import Run
+    from flwr.supercore.task_identity import TaskIdentity
+
+    MISSING = [
+        f"{owner.__name__}.{name}"
+        for owner, names in ((TaskIdentity, ("_task_id", "_run_id", "_node_id")), (Run, ("create_empty",)))
+        for name in names
+        if not hasattr(owner, name)
+    ]
+    """What this version of Flower lacks of what the engines here use."""
+except ImportError as error:
+    MISSING = [error.name or str(error)]
+
+TRIED = "1.41 and 1.42"
+"""Versions of Flower that this file was written for."""
 
 SERVER_NODE = 1
 """Node id of the server, as Flower's SuperLink has it."""
 
 CLIENT_RAISED = 2
 """Flower's error code of a ClientApp that raised an exception."""
+
+
+def check_flower() -> None:
+    """ConfigError where this version of Flower lacks what the engines here are built on."""
+    if MISSING:
+        raise ConfigError(
+            f"flwr {version('flwr')} lacks {MISSING[0]}, on which --engine ray and inline are built (tried with "
+            f"{TRIED}); install one of those, or use `flwr run .`"
+        )
 
 
 @contextmanager
@@ -132,18 +165,148 @@ def size_of(records: RecordDict) -> int:
 
 
 @contextmanager
-def loopback_ray() -> Iterator[dict[str, Any]]:
+def loopback_ray(dashboard: bool = False) -> Iterator[dict[str, Any]]:
     """While a private Ray starts, make it believe that this machine is 127.0.0.1, and yield arguments for ray.init.
 
-    Ray 2.55 rewrites a loopback address to the machine's own and then listens on every interface, unless the two
-    functions that find the address are replaced.
+    RuntimeError where this version of Ray cannot be made to. Ray 2.55 rewrites a loopback address to the machine's
+    own and then listens on every interface, unless the two functions that find the address are replaced. Its
+    processes look for theirs by way of 8.8.8.8, unless told that there is no cluster. Without a dashboard its API
+    server does nothing but ask the clouds' metadata addresses which of them this is, even where usage statistics are
+    off: it is not started.
     """
     import ray._private.services as services
+    from ray._private.node import Node
 
-    before = services.resolve_ip_for_localhost, services.get_node_ip_address
-    services.resolve_ip_for_localhost = lambda host: host
-    services.get_node_ip_address = lambda *args, **kwargs: "127.0.0.1"
+    replaced: list[tuple[Any, str, Any]] = [
+        (services, "resolve_ip_for_localhost", lambda host: host),
+        (services, "get_node_ip_address", lambda *args, **kwargs: "127.0.0.1"),
+        *([] if dashboard else [(Node, "start_api_server", lambda *args, **kwargs: None)]),
+    ]
+    if lacking := [name for owner, name, _ in replaced if not hasattr(owner, name)]:
+        raise RuntimeError(
+            f"ray {version('ray')} lacks {lacking[0]}, by which a private one is kept on this machine (tried with "
+            "2.55)"
+        )
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    told = os.environ.get(_NO_CLUSTER)
+    os.environ[_NO_CLUSTER] = "0"
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
     try:
         yield {"_node_ip_address": "127.0.0.1"}
     finally:
-        services.resolve_ip_for_localhost, services.get_node_ip_address = before
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        if told is None:
+            del os.environ[_NO_CLUSTER]
+        else:
+            os.environ[_NO_CLUSTER] = told
+
+
+_NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Where it is 0, Ray's processes take the machine for 127.0.0.1 on every system, whatever the name says."""
+
+
+@contextmanager
+def ray_told_to(log: Callable[[str], None]) -> Iterator[None]:
+    """Give the first line of what Ray has to say of its own to `log`, instead of twenty to standard output."""
+    import ray._private.worker as worker
+
+    before = getattr(worker, "print_to_stdstream", None)
+
+    def told(data: Any, *rest: Any, **named: Any) -> None:
+        for text in data.get("lines", ()):
+            log(str(text).partition("\n")[0])
+
+    if before is not None:
+        worker.print_to_stdstream = told
+    try:
+        yield
+    finally:
+        if before is not None:
+            worker.print_to_stdstream = before
+
+
+def ray_lifelines() -> dict[str, Callable[[], bool]]:
+    """What this process cannot do without: what to say when it is gone -> whether it is there.
+
+    Of a private Ray its own processes; of a cluster the raylet of this machine, and the head, which is called now and
+    then.
+    """
+    node = _this_node()
+    if node is None:
+        return {}
+    if node.head:
+        kinds = {"gcs_server": "Ray's control process (gcs_server) ended", "raylet": "Ray's raylet ended"}
+        return {
+            words: partial(_runs, process.process)
+            for kind, words in kinds.items()
+            for process in node.all_processes.get(kind, [])
+        }
+    lines: dict[str, Callable[[], bool]] = {
+        f"the head of the Ray cluster, {node.gcs_address}, has not answered for {HEAD_SECONDS:.0f} s": _Head(
+            node.gcs_address
+        )
+    }
+    if (raylet := raylet_pid()) is not None:
+        lines["Ray's raylet ended"] = partial(psutil.pid_exists, raylet)
+    return lines
+
+
+def raylet_pid() -> int | None:
+    """The raylet that this process works with, None where it is not found."""
+    node = _this_node()
+    for one in node.all_processes.get("raylet", []) if node is not None else ():
+        return int(one.process.pid)
+    for process in psutil.process_iter(["name", "cmdline"]) if node is not None else ():
+        told = " ".join(process.info["cmdline"] or ())
+        if process.info["name"] == "raylet" and f"raylet_socket_name={node.raylet_socket_name}" in told:
+            return int(process.pid)
+    return None
+
+
+def end_ray() -> None:
+    """End the processes of a private Ray and what they started, without asking them."""
+    node = _this_node()
+    ended: list[psutil.Process] = []
+    for processes in node.all_processes.values() if node is not None and node.head else ():
+        for one in processes:
+            with suppress(psutil.Error):
+                first = psutil.Process(one.process.pid)
+                ended += [*first.children(recursive=True), first]
+    for one in reversed(ended):  # who starts others first
+        with suppress(psutil.Error):
+            one.kill()
+
+
+def _this_node() -> Any:
+    import ray
+
+    return ray._private.worker._global_node
+
+
+def _runs(process: Any) -> bool:
+    return bool(process.poll() is None)
+
+
+HEAD_SECONDS = 20.0
+"""How long the head of a cluster may not answer: a network may be away for a moment."""
+_CALL_SECONDS = 2.0
+
+
+class _Head:
+    """Whether the head of a cluster answers."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._place = host.strip("[]"), int(port)
+        self._seen = self._called = time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._called >= _CALL_SECONDS:
+            self._called = now
+            with suppress(OSError):
+                socket.create_connection(self._place, timeout=_CALL_SECONDS).close()
+                self._seen = time.monotonic()
+        return time.monotonic() - self._seen < HEAD_SECONDS

@@ -18,5 +18,8 @@ def open_grid(config: Config, world: World) -> Iterator[LocalGrid]:
     """The grid of the configured engine, with the session it needs, for the block."""
     place, inline = Workplace.of(config, world), config.engine.name == "inline"
     session = nullcontext() if inline else ray_session(config.engine)
-    with session, closing(InlineGrid(place) if inline else RayGrid(place)) as grid:
+    with (
+        session,
+        closing(InlineGrid(place, deadline=config.engine.deadline) if inline else RayGrid(place)) as grid,
+    ):
         yield grid

@@ -118,6 +118,13 @@ class Experiment(ABC):
         """Look at the global model after a round, just before :meth:`after_round`."""
         return None
 
+    def weights_again(self, round: int) -> bool:
+        """Whether :meth:`global_model` needs a round that is over again after a restart, unless it is observed again.
+
+        The request round and the last one are told in any case.
+        """
+        return type(self).global_model is not Experiment.global_model
+
     def release(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the server shows of its model to clients that may ask for deletions, just before they do."""
         return weights

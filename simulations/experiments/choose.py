@@ -14,7 +14,8 @@ from fedattack.data import World
 from fedattack.defenses import hides_clients
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.metrics import ready_metrics
-from fedattack.models import dry_run
+from fedattack.models import dry_run, hopeless
+from fedattack.models.live import PREFIX
 from fedattack.registry import build_plugins
 from fedattack.task import TASKS, task_of
 from fedattack.training import batch_positions
@@ -50,6 +51,11 @@ def arming_attack(attacks: Mapping[str, Attack]) -> MaliciousServer | None:
 
 def check_names(config: Config) -> None:
     """Refuse unknown names and devices before anything is read."""
+    if config.model.name.startswith(PREFIX) and config.engine.name != "inline":
+        raise ConfigError(
+            f"setting 'engine.name' = {config.engine.name!r}: model {config.model.name!r} is known in this process "
+            "alone; use --engine inline, or a model in a module that can be imported, as package.module:Class"
+        )
     build_strategy(config.federation, config.training.learning_rate)
     COMPRESSORS.get(config.compression.name)
     TASKS.get(config.training.task)
@@ -76,12 +82,24 @@ def check_model(config: Config, world: World) -> list[str]:
     if config.federation.strategy == "fedprox" and not task.proximal:
         raise ConfigError(no_proximal_term(config))
     notes = dry_run(max(sizes), world.scenario, config.seed)
+    notes += _check_training(config, world)
     if min(sizes) < max(sizes):
         try:
             dry_run(min(sizes), world.scenario, config.seed)
         except ConfigError as error:
             notes.append(str(error))
     return notes
+
+
+def _check_training(config: Config, world: World) -> list[str]:
+    """Refuse to train first what cannot be trained; else say so."""
+    rounds, pretrain = config.federation.rounds, config.federation.pretrain
+    trains = rounds + pretrain > 1 or world.scenario.training.local_steps > 1
+    if not (why := hopeless(world.scenario, config.seed, trains)):
+        return []
+    if pretrain:
+        raise ConfigError(f"setting 'federation.pretrain' = {pretrain}: {why}")
+    return [f"warning: {why.partition('; accepted: ')[0]}; what can be: {why.partition('; accepted: ')[2]}"]
 
 
 def known_facts(config: Config, world: World) -> Facts:

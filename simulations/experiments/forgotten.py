@@ -195,6 +195,10 @@ class ForgottenExperiment(Experiment):
         if self.own:
             self.deleting.global_model(round, weights)
 
+    def weights_again(self, round: int) -> bool:
+        """No: see :class:`UnlearningExperiment`."""
+        return False
+
     def after_round(self, record: RoundRecord) -> None:
         if self.own:
             self.deleting.after_round(record)

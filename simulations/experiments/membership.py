@@ -152,6 +152,10 @@ class MembershipExperiment(Experiment):
     def global_model(self, round: int, weights: dict[str, Tensor]) -> None:
         self._after = weights
 
+    def weights_again(self, round: int) -> bool:
+        """No: it is looked at beside what is observed of its round."""
+        return False
+
     def after_round(self, record: RoundRecord) -> None:
         """Have the attacks look at it, and let go of it."""
         seen, self.this_round = self.this_round, []
@@ -220,7 +224,7 @@ class MembershipExperiment(Experiment):
             idle=self._idle(federation),
             source=told.source,
             blind=self._blind.of(told.scored),
-            guarantee=weakest_guarantee(plan.config, world, federation.rounds),
+            guarantee=weakest_guarantee(plan.config, world, federation.all_rounds),
             references=told.references,
             images=self._images,
             warnings=self._warnings(details),
@@ -284,7 +288,7 @@ class MembershipExperiment(Experiment):
     def _save(self, seen: Sequence[Observation]) -> None:
         """Keep what was seen, for an attack of another day."""
         for observation in seen:
-            save_observation(self.plan.folder.observations, observation)
+            save_observation(self.plan.folder.observations, observation, self.plan.folder.identity)
         save_global_model(self.plan.folder.observations, seen[0].round, self._after)
         save_candidates(self.plan.folder.observations, self._candidates())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,15 @@ from fedattack.groundtruth import GroundTruth
 from fedattack.metrics import build_metrics
 from fedattack.models import build_model
 from fedattack.observation import EVERYONE, Observation, Reconstruction, Scenario, Update, UpdateKind
+from fedattack.reporting import formats
 from fedattack.rng import adversary_seed, numpy_rng
-from fedattack.storage import RunFolder, load_truths, save_observation, save_truth
+from fedattack.storage import RunFolder, StoredAnswer, load_truths, save_observation, save_truth
+from fedattack.task import trained_parameters
 from simulations.engine.federation import FederationResult, RoundRecord
 from simulations.experiments.base import Experiment, Plan, SavedWork
 from simulations.experiments.executor import Executor, make_executor
 from simulations.experiments.private import PrivateBatches
-from simulations.experiments.victims import Attacked, Victims, groups
+from simulations.experiments.victims import Attacked, Victims, by_scenario, groups
 from simulations.progress import Stages
 
 _GALLERY = 256
@@ -70,7 +73,7 @@ class Answers:
         self._executor: Executor | None = None
         self._observations: dict[str, Observation] = {}
         self._held: dict[str, list[Observation]] = defaultdict(list)  # of attacks that need their history
-        self._done: dict[str, dict[str, tuple[Reconstruction, float]]] = {name: {} for name in self._attacks}
+        self._done: dict[str, dict[str, StoredAnswer]] = {name: {} for name in self._attacks}
         self._failed: dict[str, dict[str, str]] = {name: {} for name in self._attacks}
 
     def need_history(self, scenario: Scenario) -> bool:
@@ -118,9 +121,11 @@ class Answers:
         """Wait for all that was submitted; attacks that need their history begin here, when it is complete."""
         together = self._config.attack.victims_per_task
         for name, held in self._held.items():
-            clients = sorted({o.client for o in held})
-            for start in range(0, len(clients), together):
-                self._start(name, [o for o in held if o.client in clients[start : start + together]])
+            scenarios = {o.client: o.scenario for o in held}
+            clients = sorted(scenarios)
+            for alike in by_scenario(clients, [scenarios[client] for client in clients]):
+                for start in range(0, len(alike), together):
+                    self._start(name, [o for o in held if o.client in alike[start : start + together]])
         self._held.clear()
         if self._executor is not None:
             self._executor.finish()
@@ -141,9 +146,10 @@ class Answers:
                 self._folder.save_failure(name, key, one.answer)
                 self._shown.say(f"{name}: {key} failed: {one.answer}", self._folder)
             else:
-                self._folder.save_reconstruction(name, key, one.answer, one.seconds)
-                self._done[name][key] = (one.answer, one.seconds)
-                self._folder.log(f"{name}: {key} done in {one.seconds:.1f} s by {one.answer.method}")
+                self._folder.save_reconstruction(name, key, one.answer, one.seconds, one.memory)
+                self._done[name][key] = StoredAnswer(one.answer, one.seconds, one.memory)
+                held = f", {formats.size(one.memory)} of memory at the peak" if one.memory else ""
+                self._folder.log(f"{name}: {key} done in {one.seconds:.1f} s by {one.answer.method}{held}")
         shutil.rmtree(job.checkpoints, ignore_errors=True)
         finished = len(self._done[name]) + len(self._failed[name])
         self._progress(name, 0.0, f"{finished} of {len(self._observations)} victims")
@@ -162,17 +168,20 @@ class Answers:
         photographs: Mapping[str, Tensor] | None = None,
     ) -> AuditResult:
         """Score one attack's answers; see :func:`fedattack.audit.audit_reconstruction`."""
-        answers: dict[str, tuple[Reconstruction | None, float]] = {**self._done[name]}
         observations = list(self._observations.values())
-        found = [answers.get(o.key, (None, 0.0)) for o in observations]
-        images, seconds = [answer for answer, _ in found], [spent for _, spent in found]
+        given = [self._done[name].get(o.key) for o in observations]
+        images, seconds = [g and g.answer for g in given], [g.seconds if g else 0.0 for g in given]
         more: dict[str, Any] = {"seed": self._config.seed, "reasons": self._failed[name]}
         more |= {"metrics": self._metrics, "public": public, "photographs": photographs}
-        return audit_reconstruction(name, observations, images, truths, seconds, **more)
+        found = audit_reconstruction(name, observations, images, truths, seconds, **more)
+        held = max((g.memory for g in given if g), default=0)
+        return replace(found, summary=found.summary | {"peak_memory": held}) if held else found
 
     def answers(self) -> dict[str, dict[str, Reconstruction]]:
         """Attack -> observation key -> answer."""
-        return {name: {key: answer for key, (answer, _) in done.items()} for name, done in self._done.items()}
+        return {
+            name: {key: stored.answer for key, stored in done.items()} for name, done in self._done.items()
+        }
 
 
 class SavedVictims(SavedWork):
@@ -243,7 +252,7 @@ class ReconstructionExperiment(Experiment):
             if asked:
                 self.truths.append(truth)
             if self.plan.config.output.save_observations:
-                save_observation(self.plan.folder.observations, observation)
+                save_observation(self.plan.folder.observations, observation, self.plan.folder.identity)
                 save_truth(self.plan.folder.truth, truth)
         self.work.submit(victims, asked)
         if asked and not hides_clients(self.plan.config.defense):
@@ -254,7 +263,8 @@ class ReconstructionExperiment(Experiment):
     def _refuse(self, round: int, client: int, reason: str) -> None:
         """Note a victim whose reply the server could not use: an update of nothing, and the truth."""
         world = self.plan.world
-        named = [(n, tuple(p.shape)) for n, p in build_model(world.scenario.model).named_parameters()]
+        trained = trained_parameters(build_model(world.scenario.model))
+        named = [(n, tuple(p.shape)) for n, p in trained.items()]
         names, shapes = zip(*named, strict=True)
         kind: UpdateKind = "gradient" if world.scenario.training.protocol == "fedsgd" else "delta"
         nothing = Update(names, shapes, torch.zeros(0, dtype=torch.int64), torch.zeros(0), kind)

@@ -18,12 +18,13 @@ from adversaries.base import Progress
 from adversaries.membership.knowledge import Knowledge, References
 from fedattack.config import Config
 from fedattack.errors import DataError, FedattackError
-from fedattack.files import content_hash, write_tensors
+from fedattack.files import content_hash
+from fedattack.metrics.weights import sha256
 from fedattack.models import build_model, initial_weights
 from fedattack.observation import Candidates, Scenario
 from fedattack.rng import adversary_seed, numpy_rng
+from fedattack.sealed import read_sealed, write_sealed
 from fedattack.storage import RunFolder
-from fedattack.storage.observations import read_tensors
 from fedattack.task import task_of
 from fedattack.training import sample_logits, train_alone
 from simulations.experiments.executor import Job, choose_device, reason
@@ -69,7 +70,7 @@ class Recipe:
             for part in (self.scenario.model, self.scenario.training, self.scenario.gan)
         ]
         if (file := self.scenario.model.weights) is not None:
-            told.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
+            told.append(sha256(Path(file)))
         tensors = {"images": samples.images, "labels": samples.labels, "groups": samples.groups}
         told.append(content_hash({name: t for name, t in tensors.items() if t is not None}))
         return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
@@ -157,7 +158,8 @@ class TrainedReferences:
             self._failed[job.index] = found.why
             return
         halves = torch.from_numpy(self._recipe.trained_on(job.index, self._samples))
-        write_tensors(self._file(job.index), {"logits": found.logits, "trained_on": halves})
+        path = self._file(job.index)
+        write_sealed(path, {"logits": found.logits, "trained_on": halves}, f"{self.folder.name}/{path.name}")
         self._logits[job.index] = found.logits
 
     @property
@@ -200,7 +202,7 @@ class TrainedReferences:
         scenario = self._recipe.scenario
         wanted = (len(halves), *task_of(scenario).output(scenario.model))
         try:
-            held = read_tensors(path)
+            held, _ = read_sealed(path, f"{self.folder.name}/{path.name}")
             logits, dealt = held.get("logits"), held.get("trained_on")
             if logits is None or tuple(logits.shape) != wanted or not bool(logits.isfinite().all()):
                 raise DataError(f"{path} holds no finite logits of shape {wanted}")

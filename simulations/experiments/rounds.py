@@ -132,7 +132,8 @@ class Watch:
         self._references: TrainedReferences | None = None
         needing = [n for n, a in self.attacks.items() if a.needs_now(self.scenario).references]
         if needing:
-            self._references = TrainedReferences(config, folder, self.knowledge, self.scenario, self.rounds)
+            trained = self.rounds + config.federation.pretrain
+            self._references = TrainedReferences(config, folder, self.knowledge, self.scenario, trained)
             for job in self._references.missing():
                 self.executor.later(job)
         elif config.attack.references and self.attacks:

@@ -19,13 +19,13 @@ from fedattack.unlearning import (
     Weights,
 )
 from fedattack.unlearning.mechanism import Excluded
-from simulations.client_app import Workplace, exclusion_settings
+from simulations.client_app import Workplace, exclusion_settings, share_of
 from simulations.engine.federation import (
     ask,
     run_federation,
 )
 from simulations.engine.local_grid import LocalGrid
-from strategies.messages import FORGETTING, LOCAL_STEPS, METRICS, OBJECTIVE
+from strategies.messages import FORGETTING, METRICS, OBJECTIVE, SHARE
 
 
 class FederationTrainer:
@@ -72,8 +72,7 @@ class FederationTrainer:
         clients: Collection[int] | None = None,
     ) -> Iterator[ClientUpdate]:
         """See :class:`fedattack.unlearning.Trainer`."""
-        steps = max(1, int(share * self.config.training.local_steps + 0.5))
-        seen = self._seen(excluded, weights, round, clients, steps, {LOCAL_STEPS: steps})
+        seen = self._seen(excluded, weights, round, clients, {SHARE: float(share)})
         return map(ClientUpdate.of, seen)
 
     def gradients(
@@ -85,7 +84,7 @@ class FederationTrainer:
         objective: str = "loss",
     ) -> Iterator[ClientUpdate]:
         """See :class:`fedattack.unlearning.Trainer`."""
-        seen = self._seen(excluded, weights, round, clients, 1, {OBJECTIVE: objective})
+        seen = self._seen(excluded, weights, round, clients, {OBJECTIVE: objective})
         return (ClientUpdate(o.client, o.update.dense(), o.buffers, o.num_examples) for o in seen)
 
     def _seen(
@@ -94,7 +93,6 @@ class FederationTrainer:
         weights: Weights,
         round: int,
         clients: Collection[int] | None,
-        steps: int,
         told: dict[str, Any],
     ) -> list[Observation]:
         seen: list[Observation] = []
@@ -106,9 +104,9 @@ class FederationTrainer:
         if not left:
             return []
         if clients is not None or len(left) < len(everything):
-            self._run(excluded, weights, round, round, steps, seen, clients=left, told=told)
+            self._run(excluded, weights, round, round, seen, clients=left, told=told)
         else:
-            self._run(excluded, weights, round, round, steps, seen, told=told)
+            self._run(excluded, weights, round, round, seen, told=told)
         return seen
 
     def evaluate(
@@ -140,7 +138,6 @@ class FederationTrainer:
         weights: Weights,
         first: int,
         last: int,
-        steps: int | None = None,
         seen: list[Observation] | None = None,
         told: Mapping[str, Any] | None = None,
         **how: Any,
@@ -160,13 +157,15 @@ class FederationTrainer:
             told=told,
             **how,
         )
-        taken, batch = steps or self.config.training.local_steps, self.config.training.batch_size
-        whole = OBJECTIVE in (told or {})
+        training, whole = self.config.training, OBJECTIVE in (told or {})
         sizes = [len(ids) for ids in self.place.partitions]
-        used = [n if whole or not batch else min(batch, n) for n in sizes]
-        passed = sum(taken * used[client] for record in result.rounds for client in record.clients)
+        share = float((told or {}).get(SHARE, 1.0))
+        steps = [1 if whole else share_of(share, training.steps(n)) for n in sizes]
+        used = [n if whole or not training.batch_size else min(training.batch_size, n) for n in sizes]
+        worked = [client for record in result.rounds for client in record.clients]
+        passed = sum(steps[client] * used[client] for client in worked)
         self.cost.gradients += passed / max(1, sum(sizes))
         self.cost.rounds += len(result.rounds)
-        self.cost.client_steps += taken * sum(len(record.clients) for record in result.rounds)
+        self.cost.client_steps += sum(steps[client] for client in worked)
         self.cost.bytes += sum(record.wire_bytes + record.buffer_bytes for record in result.rounds)
         return result.weights

@@ -21,7 +21,7 @@ from adversaries.unlearning.base import UnlearningAttack
 from fedattack.audit import AuditResult, audit_unlearning
 from fedattack.config import Config
 from fedattack.data import World
-from fedattack.errors import NotApplicable, PayloadError
+from fedattack.errors import ConfigError, NotApplicable, PayloadError
 from fedattack.models import initial_weights
 from fedattack.observation import Observation, UnlearningRequest
 from fedattack.rng import numpy_rng
@@ -147,7 +147,9 @@ class UnlearningExperiment(Experiment):
         self.mechanism = build_mechanism(plan.config.unlearning)
         self.gates = build_gates(plan.config.gates)
         self.history = self._history(plan.folder.path / "history")
-        self.history.replies = JournaledReplies(Journal(plan.folder.path / "journal"), plan.world.scenario)
+        journal = Journal(plan.folder.path / "journal", plan.folder.identity)
+        self.history.identity = plan.folder.identity
+        self.history.replies = JournaledReplies(journal, plan.world.scenario)
         self.history.keep_weights(0, initial_weights(plan.world.scenario.model, plan.config.seed))
         self.asked = DeletionRequests()
         self.changed = False
@@ -158,6 +160,11 @@ class UnlearningExperiment(Experiment):
 
     @classmethod
     def check(cls, config: Config, world: World) -> None:
+        if config.federation.pretrain:
+            raise ConfigError(
+                f"setting 'federation.pretrain' = {config.federation.pretrain}: what is to be forgotten was in "
+                "these rounds as well, which no mechanism sees; accepted: 0, and more rounds (--rounds)"
+            )
         named, mechanism = config.unlearning.mechanism, build_mechanism(config.unlearning)
         mechanism.check(named, world.scenario, len(world.partitions))
         for name, gate in build_gates(config.gates).items():
@@ -178,6 +185,10 @@ class UnlearningExperiment(Experiment):
     def global_model(self, round: int, weights: Weights) -> None:
         if round <= self.plan.config.request_round:
             self.history.keep_weights(round, weights)
+
+    def weights_again(self, round: int) -> bool:
+        """No: what is kept of earlier rounds lies in ``history/``."""
+        return False
 
     def after_round(self, record: RoundRecord) -> None:
         if record.round <= self.plan.config.request_round:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,8 +18,15 @@ from adversaries.base import Progress
 from adversaries.inversion.matching.checkpoint import checkpoints_in
 from adversaries.reconstruction.base import ReconstructionAttack
 from fedattack.errors import RunFailed
-from fedattack.observation import Observation, Reconstruction
+from fedattack.observation import Observation, Reconstruction, Scenario
+from fedattack.reporting import formats
 from simulations.experiments.executor import Job, reason
+from simulations.experiments.memory import watched
+
+SHOWN_FROM = 2_000_000_000
+"""Bytes of memory from which on progress tells of them."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,15 @@ class Victims(Job):
 
     def run(self, shared: Any, device: torch.device, progress: Progress) -> list[Attacked]:
         started, observations = time.perf_counter(), self.observations
+
+        def told(share: float, text: str) -> None:
+            progress(
+                share, text if peak.bytes < SHOWN_FROM else f"{text}, {formats.size(peak.bytes)} of memory"
+            )
+
         try:
-            with checkpoints_in(self.checkpoints, self.state_seconds):
-                answers = self.attack.run(observations, self.seed, device, progress)
+            with watched() as peak, checkpoints_in(self.checkpoints, self.state_seconds):
+                answers = self.attack.run(observations, self.seed, device, told)
             if len(answers) != len(observations):
                 raise RunFailed(f"answered {len(answers)} of {len(observations)} observations")
             found = [_checked(o, answer) for o, answer in zip(observations, answers, strict=True)]
@@ -58,7 +71,8 @@ class Victims(Job):
                 return [one for part in parts for one in part.run(shared, device, progress)]
             return self.lost(reason(error), time.perf_counter() - started)
         seconds = (time.perf_counter() - started) / len(observations)
-        return [Attacked(o.key, answer, seconds) for o, answer in zip(observations, found, strict=True)]
+        pairs = zip(observations, found, strict=True)
+        return [Attacked(o.key, answer, seconds, peak.bytes) for o, answer in pairs]
 
     def lost(self, why: str, seconds: float = 0.0) -> list[Attacked]:
         return [Attacked(o.key, why, seconds / len(self.observations)) for o in self.observations]
@@ -66,22 +80,42 @@ class Victims(Job):
 
 @dataclass(frozen=True)
 class Attacked:
-    """What became of one observation: an answer, or the reason why there is none; its share of the wall time (s)."""
+    """What became of one observation.
+
+    An answer, or the reason why there is none; its share of the wall time (s), and the most memory that the process
+    held meanwhile (bytes; 0: not known).
+    """
 
     key: str
     answer: Reconstruction | str
     seconds: float
+    memory: int = 0
 
 
 def groups(observations: Sequence[Observation], size: int) -> list[list[Observation]]:
-    """Cut one round's observations into the groups that are attacked together."""
-    return [list(observations[start : start + size]) for start in range(0, len(observations), size)]
+    """Cut one round's observations into the groups that are attacked together: of one scenario each."""
+    alike = by_scenario(observations, [observation.scenario for observation in observations])
+    return [same[start : start + size] for same in alike for start in range(0, len(same), size)]
+
+
+def by_scenario(things: Sequence[T], scenarios: Sequence[Scenario]) -> list[list[T]]:
+    """The things of each scenario, in the order in which they come; local steps may be each client's own."""
+    kinds: list[Scenario] = []
+    found: list[list[T]] = []
+    for thing, scenario in zip(things, scenarios, strict=True):
+        if scenario not in kinds:
+            kinds.append(scenario)
+            found.append([])
+        found[kinds.index(scenario)].append(thing)
+    return found
 
 
 def _checked(observation: Observation, answer: Any) -> Reconstruction | str:
     """The answer, or what is wrong with it."""
     if not isinstance(answer, Reconstruction):
         return f"answered a {type(answer).__name__}, which is no Reconstruction"
+    if not len(answer.images) and answer.details.get("reason"):
+        return str(answer.details["reason"])
     wanted = observation.scenario.image_shape
     for name, images in {"images": answer.images, **answer.floors}.items():
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted or not len(images):

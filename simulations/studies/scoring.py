@@ -25,6 +25,7 @@ from fedattack.errors import BadRequest, ConfigError, DataError
 from fedattack.groundtruth import GroundTruth
 from fedattack.metrics import ImageMetric, ready_metrics
 from fedattack.observation import EVERYONE, Reconstruction, client_name, observation_name
+from fedattack.reading import LARGEST_PICTURE, Unreadable, read_bytes, read_frame
 from fedattack.reporting.report import image_png, write_results
 from fedattack.reporting.sweep.page import write_sweep
 from fedattack.reporting.sweep.table import DONE, CellOutcome, SweepTable, sweep_table
@@ -34,6 +35,7 @@ from fedattack.storage.observations import safe_name
 from fedattack.storage.plain import plain, read_json, write_json
 from simulations.experiments.private import PrivateBatches
 from simulations.experiments.reconstruction import held_out_images, other_photographs
+from simulations.progress import tell
 
 EIGHT_BIT = "8 bit"
 _MARK = "scores.json"
@@ -171,7 +173,7 @@ def score_run(run: Path, chosen: MetricConfig, metrics: Mapping[str, ImageMetric
             found = folder.load_reconstruction(name, key) if answered else None
             place = _who(key)
             truth = truths.of(name, *place)
-            answer = None if found is None else found[0]
+            answer = None if found is None else found.answer
             reason = (
                 ""
                 if answered
@@ -239,7 +241,7 @@ class _Truths:
         """Refuse a data set that is no longer the run's."""
         for index, image in enumerate(truth.images):
             kept = self._file(attack, truth.round, truth.client, index)
-            if kept.is_file() and kept.read_bytes() != image_png(image):
+            if kept.is_file() and read_bytes(kept, LARGEST_PICTURE) != image_png(image):
                 sample = truth.sample_ids[index]
                 raise DataError(
                     f"sample {sample} of data set {self._config.data.name!r} is not the image that the run "
@@ -303,9 +305,9 @@ def _who(key: str) -> tuple[int, int]:
 
 def _records(run: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(run / "records.parquet")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {run / 'records.parquet'}: {error}") from None
+        return read_frame(run / "records.parquet")
+    except Unreadable as error:
+        raise DataError(f"cannot read {run / 'records.parquet'}: {error.reason}") from None
 
 
 def _old_fields(run: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
@@ -338,7 +340,7 @@ def _report(place: Path, scored: Scored, console: Console, command: str, about: 
     print_summary(console, scored.results, federation)
     for note in scored.notes:
         console.print(note, highlight=False, markup=False)
-    console.print(f"report [bold]{page}[/]", highlight=False, soft_wrap=True)
+    tell(console, "report", page)
     return page
 
 
@@ -373,16 +375,18 @@ def _score_sweep(
         raise DataError(f"{str(sweep)!r}: no run of this sweep is finished")
     table: SweepTable = sweep_table(list(told[0].labels), told)
     page = write_sweep(place, table, command=command)
-    console.print(f"page [bold]{page}[/]", highlight=False, soft_wrap=True)
+    tell(console, "page", page)
     return page
 
 
 def _cells(sweep: Path) -> Iterator[CellOutcome]:
     """The cells of a sweep as its table has them."""
     try:
-        frame = pd.read_parquet(sweep / "cells.parquet")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(sweep)!r} is no finished sweep: cannot read cells.parquet ({error})") from None
+        frame = read_frame(sweep / "cells.parquet")
+    except Unreadable as error:
+        raise DataError(
+            f"{str(sweep)!r} is no finished sweep: cannot read cells.parquet ({error.reason})"
+        ) from None
     axes = [str(name) for name in frame.columns if str(name).startswith("axis.")]
     for name, rows in frame.groupby("cell", sort=False):
         first = rows.iloc[0]

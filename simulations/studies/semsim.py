@@ -47,7 +47,7 @@ from fedattack.metrics.semsim.rated import AXES, Rated, held_out, image_digests
 from fedattack.metrics.semsim.training import RECIPES, Recipe, Rule, load_semsim, save_semsim, train_semsim
 from fedattack.storage.plain import plain, write_json
 from simulations.experiments.executor import choose_device
-from simulations.progress import stages
+from simulations.progress import stages, tell
 
 BESIDE = ("psnr", "ssim", "regcorr")
 """Metrics that stand beside SemSim in an evaluation."""
@@ -164,7 +164,7 @@ def run_train(request: TrainRequest, recipe: Recipe, console: Console) -> None:
     figures = {"ratings by": _source(rated), "rule": facts.rule, **facts.figures, "sha256": trained.hash[:16]}
     _figures(console, f"{facts.heading} written to {request.out}", figures)
     if facts.label_source == PROXY:
-        console.print(_proxy_sentence(rated.proxy), highlight=False, soft_wrap=True)
+        tell(console, _proxy_sentence(rated.proxy))
 
 
 def run_evaluate(
@@ -226,7 +226,7 @@ def run_evaluate(
     if json_file is not None:
         write_json(json_file, plain(document))
     if rated.proxy:
-        console.print(_proxy_sentence(rated.proxy), highlight=False, soft_wrap=True)
+        tell(console, _proxy_sentence(rated.proxy))
     return document
 
 
@@ -342,7 +342,7 @@ def run_label(sources: Sequence[Path], labeller: Path, out: Path, console: Conso
     _figures(console, f"proxy ratings by {judge.facts.name} written to {out}", figures)
     if unknown:
         _say(console, ["no class is known: the class is the one that the classifier finds in each original"])
-    console.print(_proxy_sentence(judge.facts.name), highlight=False, soft_wrap=True)
+    tell(console, _proxy_sentence(judge.facts.name))
 
 
 def _pairs_of(sources: Sequence[Path]) -> list[RatedPair]:

@@ -38,12 +38,14 @@ from fedattack.metrics.semsim.labeller import Labeller, load_labeller, save_labe
 from fedattack.observation import observation_name
 from fedattack.reporting.report import image_png
 from fedattack.storage import RunFolder
+from fedattack.storage.lock import in_use
 from fedattack.storage.plain import number, read_json, write_json
+from fedattack.storage.spreadsheet import csv_bytes
 from simulations.experiments.choose import choose_attacks
 from simulations.experiments.executor import choose_device
 from simulations.experiments.private import PrivateBatches
 from simulations.experiments.reconstruction import held_out_images
-from simulations.progress import stages
+from simulations.progress import stages, tell
 from simulations.studies.classifier import Trained, finished, lesson, public_parts, train_classifier
 from simulations.studies.semsim_presets import ATTACK, MODEL, POLICY, Benchmark
 from simulations.studies.semsim_ranking import Material, write_ranking
@@ -144,7 +146,7 @@ class Study:
         if "ranking" not in steps:
             return None
         page = self.rank(command)
-        self.console.print(f"page [bold]{page}[/]", highlight=False, soft_wrap=True)
+        tell(self.console, "page", page)
         return page
 
     # ------------------------------------------------------------------ classifiers
@@ -223,7 +225,7 @@ class Study:
         if not rows:
             reasons = "; ".join(sorted({str(outcome.get("reason")) for _, outcome in cells.values()}))
             raise DataError(f"no attack of the benchmark left a reconstruction: {reasons}")
-        write_bytes(self.folder / "scores.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+        write_bytes(self.folder / "scores.csv", csv_bytes(pd.DataFrame(rows)))
 
     @property
     def _metrics_record(self) -> dict[str, Any]:
@@ -345,7 +347,9 @@ def run_benchmark(
     RunFailed
         If a classifier diverges, or the disk is full.
     """
-    return Study(benchmark, folder, asked, console).run(command)
+    study = Study(benchmark, folder, asked, console)
+    with in_use(folder, "--out"):
+        return study.run(command)
 
 
 def chosen_metrics(
@@ -424,17 +428,17 @@ def cell_pairs(folder: Path) -> CellPairs:
     images, truth, shown, labels = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     right: list[bool] = []
     for client in range(config.victims):
-        answer = run.load_reconstruction(config.attack.names[0], observation_name(1, client))
-        if answer is None:
+        stored = run.load_reconstruction(config.attack.names[0], observation_name(1, client))
+        if stored is None:
             continue
         known = private.truth(1, client)
         if known.shown is not None:
             shown.append(known.shown)
         ids += known.sample_ids
-        images.append(answer[0].images.clamp(0, 1))
+        images.append(stored.answer.images.clamp(0, 1))
         truth.append(known.images)
         labels.append(known.labels)
-        right.append(bool(torch.equal(answer[0].labels, known.labels)))
+        right.append(bool(torch.equal(stored.answer.labels, known.labels)))
     if not ids:
         raise DataError(f"{folder}: no victim was reconstructed")
     seen = torch.cat(shown) if shown else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from adversaries.reconstruction.matching.inverting_gradients import SEMSIM
 from fedattack.errors import ConfigError, unknown_name
+from fedattack.reading import Unreadable, read_toml
+from fedattack.registry import check_names_of_file
 from fedattack.storage.plain import flat
 from simulations.studies.classifier import SCHEDULES, Schedule
 from simulations.studies.sweep import NONE, Sweep
@@ -103,11 +104,11 @@ class Benchmark:
                 f"setting 'preset' = {name!r}: {', '.join(PRESETS)} or a .toml file is accepted"
             )
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ConfigError(f"benchmark file {name!r} does not exist") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"benchmark file {name!r} is not readable TOML: {error}") from None
+            document = read_toml(path)
+        except Unreadable as error:
+            what = "does not exist" if error.absent else f"is not readable TOML: {error.reason}"
+            raise ConfigError(f"benchmark file {name!r} {what}") from None
+        check_names_of_file(document, f"benchmark file {name!r}")
         return cls.from_mapping(path.stem, document)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Benchmark:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -23,7 +22,9 @@ from fedattack.metrics import ImageMetric, wilson
 from fedattack.metrics.semsim.evaluation import Evaluation, Figure
 from fedattack.metrics.semsim.labeller import Labeller
 from fedattack.metrics.semsim.rated import Rated
+from fedattack.reading import LARGEST_PICTURE, Unreadable, open_picture, read_bytes
 from fedattack.reporting.benchmark import BenchmarkPage, write_page
+from fedattack.storage.spreadsheet import csv_bytes
 from simulations.studies.classifier import Schedule
 from simulations.studies.semsim import BESIDE, RECOGNISED
 from simulations.studies.semsim_presets import ATTACK, MODEL, POLICY
@@ -90,7 +91,7 @@ def write_ranking(study: Material, rows: pd.DataFrame, command: str = "") -> Pat
         ("correlations", correlations),
         ("disagreements", disagreements),
     ):
-        write_bytes(study.folder / f"{name}.csv", frame.to_csv(index=False).encode())
+        write_bytes(study.folder / f"{name}.csv", csv_bytes(frame))
     headings = {name: study.metrics[name].heading for name in order}
     page = BenchmarkPage(
         name=study.name,
@@ -222,11 +223,12 @@ def _images(folder: Path, names: pd.Series[Any]) -> Tensor:
     found = []
     for name in names:
         try:
-            with Image.open(folder / name) as image:
+            data = read_bytes(folder / name, LARGEST_PICTURE)
+            with open_picture(data, str(name)) as image:
                 pixels = np.array(image)
-        except OSError as error:
+        except Unreadable as error:
             raise DataError(
-                f"cannot read the pair's image {folder / name}: {error}; run the scores again"
+                f"cannot read the pair's image {folder / name}: {error.reason}; run the scores again"
             ) from None
         found.append(as_float(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)))
     return torch.stack(found)
@@ -336,7 +338,8 @@ def _shown(folder: Path, row: Mapping[Any, Any]) -> dict[str, Any]:
     """A pair for the page, with the PNG files' bytes."""
     told: dict[str, Any] = {str(name): value for name, value in row.items()}
     return told | {
-        f"{kind} png": (folder / row[kind]).read_bytes() for kind in ("original", "reconstruction")
+        f"{kind} png": read_bytes(folder / row[kind], LARGEST_PICTURE)
+        for kind in ("original", "reconstruction")
     }
 
 

@@ -23,13 +23,13 @@ Parameters of an attack, a defence or a gate that a cell does not use are left o
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import itertools
 import json
 import math
 import re
 import time
-import tomllib
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,14 +46,17 @@ from fedattack.defenses import DEFENSES
 from fedattack.errors import BadRequest, ConfigError, RunFailed
 from fedattack.files import write_bytes
 from fedattack.metrics import METRICS
-from fedattack.registry import Registry, plugin_options
+from fedattack.reading import Unreadable, read_toml
+from fedattack.registry import Registry, check_names_of_file, plugin_options
+from fedattack.reporting.provenance import provenance
 from fedattack.reporting.sweep.page import write_sweep
 from fedattack.reporting.sweep.table import DONE, FAILED, REFUSED, CellOutcome, SweepTable, sweep_table
+from fedattack.storage.lock import in_use
 from fedattack.storage.plain import flat, read_json, write_json
 from fedattack.unlearning.gates import GATES
 from simulations.engine.ray_session import ray_session
 from simulations.pipeline import simulate
-from simulations.progress import stages
+from simulations.progress import stages, tell
 
 NONE = "none"
 """On an axis of defences or gates: none of them."""
@@ -93,12 +96,11 @@ class Sweep:
     def from_toml(cls, path: str | Path) -> Sweep:
         """Read a sweep's file; ConfigError where it is malformed, or asks for no cells, too many or equal ones."""
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-            document = tomllib.loads(text)
-        except FileNotFoundError:
-            raise ConfigError(f"sweep file {str(path)!r} does not exist") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"sweep file {str(path)!r} is not readable TOML: {error}") from None
+            document = read_toml(path)
+        except Unreadable as error:
+            what = "does not exist" if error.absent else f"is not readable TOML: {error.reason}"
+            raise ConfigError(f"sweep file {str(path)!r} {what}") from None
+        check_names_of_file(document, f"sweep file {str(path)!r}")
         return cls.from_mapping(document)
 
     @classmethod
@@ -124,8 +126,24 @@ class Sweep:
             other = seen.setdefault(cell.name.rpartition("-")[2], cell.name)
             if other != cell.name:
                 raise ConfigError(f"two cells of the sweep have the same settings: {other}, {cell.name}")
+        _check_values(cells)
         engine = {key: value for key, value in common.items() if _resolved(key).startswith("engine.")}
         return cls(tuple(axes), tuple(cells), Config.from_mapping(engine).engine)
+
+
+def _check_values(cells: Sequence[Cell]) -> None:
+    """Refuse a value of an axis with which no cell makes a configuration; what does not go together is a cell's."""
+    refused: dict[int, str] = {}
+    for number, cell in enumerate(cells):
+        try:
+            cell.config(Path("cells"), 1)
+        except ConfigError as error:
+            refused[number] = str(error)
+    for axis in cells[0].labels:
+        for value in dict.fromkeys(cell.labels[axis] for cell in cells):
+            having = [number for number, cell in enumerate(cells) if cell.labels[axis] == value]
+            if all(number in refused for number in having):
+                raise ConfigError(f"axis {axis!r}, value {value!r}: {refused[having[0]]}")
 
 
 def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -248,16 +266,24 @@ def run_sweep(
     Raises
     ------
     BadRequest
-        If every cell is refused, or Ray cannot be started.
+        If every cell is refused, Ray cannot be started, or another process uses the folder.
     RunFailed
         If the disk is full.
     """
     console = console or Console(quiet=True)
+    with in_use(directory, "--out"):
+        return _run_sweep(sweep, directory, console, engine, command)
+
+
+def _run_sweep(
+    sweep: Sweep, directory: Path, console: Console, engine: str | None, command: str
+) -> SweepTable:
+    begun = datetime.datetime.now(datetime.UTC)
     place = directory / "cells"
     outcomes = {cell.name: _earlier(cell, place) for cell in sweep.cells}
     missing = [cell for cell in sweep.cells if outcomes[cell.name] is None]
     total, done = len(sweep.cells), len(sweep.cells) - len(missing)
-    console.print(f"sweep [bold]{directory}[/]: {total} cells, {done} finished before", highlight=False)
+    tell(console, "sweep", directory, f"{total} cells, {done} finished before")
     named = Config.from_mapping({"engine": engine}).engine.name if engine else sweep.engine.name
     chosen = sweep.engine.model_copy(update={"name": named})
     run = _on_ray if chosen.name == "ray" else _inline
@@ -273,10 +299,10 @@ def run_sweep(
         raise ConfigError(f"no cell of the sweep can be run: {found[0]['reason']}")
     told = [_outcome(cell, outcomes[cell.name], place) for cell in sweep.cells]
     table = sweep_table(sweep.axes, told)
-    page = write_sweep(directory, table, command=command)
+    page = write_sweep(directory, table, command=command, run=provenance(begun))
     states = Counter(outcome.status for outcome in told)
-    console.print("; ".join(f"{number} {status}" for status, number in states.items()), highlight=False)
-    console.print(f"page [bold]{page}[/]", highlight=False, soft_wrap=True)
+    tell(console, "; ".join(f"{number} {status}" for status, number in states.items()))
+    tell(console, "page", page)
     return table
 
 

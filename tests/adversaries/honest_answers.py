@@ -40,6 +40,8 @@ from fedattack.registry import plugin_options
 from fedattack.storage.observations import load_observations, read_tensors, save_observation
 from fedattack.task import LocalRound, task_of
 
+TWO_PASSES = TrainingConfig(protocol="fedavg", local_steps=4, batch_size=2, learning_rate=0.01)
+
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hcgla": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 5, "method": "matching"}),
     "tensor": ({"model": "two-layer", "batch": 2, "width": 128}, {}),
@@ -55,7 +57,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "loki": ({"model": "loki", "batch": 4, "width": 32}, {}),
     "cah": ({"model": "mlp", "batch": 2}, {}),
     "fishing": ({"model": "lenet-zhu", "batch": 3}, {"settings": {"products": 100}}),
-    "spear": ({"model": "mlp", "batch": 2}, {}),
+    "spear": ({"model": "cnn-mcmahan", "batch": 2, "width": 32}, {"turns": 1}),
     "analytic": ({"model": "mlp", "batch": 1}, {}),
     "rgap": ({"model": "lenet-zhu", "batch": 1}, {}),
     "ggl": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 3, "epochs": 1}),
@@ -64,6 +66,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lti": ({"model": "lenet-zhu", "batch": 1}, {"epochs": 1}),
     "fgla": ({"model": "lenet-zhu", "batch": 1}, {"epochs": 1}),
     "rog": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 3}),
+    "dlf": ({"model": "lenet-zhu", "batch": 2, "images": 4, "training": TWO_PASSES}, {"iterations": 4}),
 }
 """Attack -> (scene of a client, settings that keep it short), where they are not to be the drawn ones."""
 
@@ -99,7 +102,9 @@ def build(name: str) -> ReconstructionAttack:
 
 def made(settings: dict[str, Any]) -> Scenario:
     """The scenario of a scene."""
-    others = {key: value for key, value in settings.items() if key not in ("model", "batch", "width")}
+    others = {
+        key: value for key, value in settings.items() if key not in ("model", "batch", "width", "images")
+    }
     return scenario(settings["model"], settings["batch"], settings.get("width"), **others)
 
 
@@ -118,8 +123,9 @@ def drawn_scene(attack: ReconstructionAttack) -> dict[str, Any]:
 
 def save_scene(folder: Path, name: str, seed: int) -> GroundTruth:
     """Write what the server sees of one client, and give back what it must not."""
-    scene = made(scene_of(name))
-    images, labels = batch_of(scene.training.batch_size, seed)
+    settings = scene_of(name)
+    scene = made(settings)
+    images, labels = batch_of(settings.get("images", scene.training.batch_size), seed)
     labels = (labels[0] + torch.arange(len(labels))) % 10  # distinct, which some attacks need
     save_observation(folder, observe(build(name), scene, images, labels, public=PUBLIC))
     return GroundTruth(1, 0, images, labels, tuple(range(len(labels))))

@@ -15,7 +15,7 @@ from fedattack.config import CompressionConfig, DefenseConfig, ModelConfig, Trai
 from fedattack.metrics import match, psnr
 from fedattack.models import build_model, initial_weights, resolve
 from fedattack.observation import EVERYONE, Auxiliary, Observation, Reconstruction, Scenario
-from fedattack.training import local_update
+from fedattack.training import batch_positions, local_update
 
 SIZE = 8
 NONE = CompressionConfig(name="none")
@@ -66,6 +66,8 @@ def observe(
     if not honest and isinstance(attack, MaliciousServer):
         weights = attack.arm(scene, weights, seed, public)
     steps = [np.arange(len(images))] * scene.training.local_steps
+    if 0 < scene.training.batch_size < len(images) and scene.training.local_steps > 1:
+        steps = batch_positions(len(images), scene.training, seed, 1, 0)
     result = local_update(build_model(scene.model), weights, images, labels, steps, scene.training)
     names = tuple(result.update)
     shapes = tuple(tuple(tensor.shape) for tensor in result.update.values())

@@ -21,7 +21,7 @@ from adversaries.inversion.learning.denoiser import (
 from adversaries.inversion.matching.match import Matching
 from fedattack.config import CompressionConfig, DataConfig, ModelConfig, TrainingConfig
 from fedattack.data import load_dataset
-from fedattack.errors import ConfigError, DataError, NotApplicable
+from fedattack.errors import BadRequest, ConfigError, DataError, NotApplicable
 from fedattack.models import initial_weights, resolve
 from fedattack.models.decoders.denoisers import DnCNN
 from fedattack.observation import Auxiliary, Scenario
@@ -140,7 +140,7 @@ def test_bad_input_is_refused(denoiser_file, pairs_file, scenario, weights, auxi
         {"architecture": "os:system"},
     ):
         files.save_learned(tmp_path / "bent", tensors, metadata | change)
-        with pytest.raises(DataError, match=r"architecture|malformed"):
+        with pytest.raises(BadRequest, match=r"architecture|malformed"):
             load_denoiser(tmp_path / "bent")
     with pytest.raises(DataError, match="no such file"):
         load_pairs(tmp_path / "none")

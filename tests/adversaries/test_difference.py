@@ -97,7 +97,7 @@ def attacked(name: str, observation: Observation, images: Tensor, labels: Tensor
     ("attack", "model", "count", "least", "settings"),
     [
         ("analytic", {"name": "mlp"}, 1, 100, {}),
-        ("spear", {"name": "mlp", "width": 512}, 8, 100, {}),
+        pytest.param("spear", {"name": "mlp", "width": 512}, 8, 100, {}, marks=pytest.mark.slow),
         ("gauss-newton", {"name": "lenet-zhu", "activation": "sigmoid"}, 1, 60, {"products": 1200}),
     ],
 )

@@ -173,7 +173,7 @@ def test_certificate_stops_annealing_where_values_are_noised() -> None:
     trusting = GaussNewtonSettings(max_objective=math.inf)
     stopped, driven = solve(noised, labels, prior), solve(noised, labels, prior, trusting)
     assert stopped.objective_per_number <= 1.5 or not stopped.explained
-    assert stopped.history[-1] > 1.5
+    assert stopped.history[-1] > 1.5 * min(stopped.details["schedule"]) ** 2  # type: ignore[call-overload]
     assert len(stopped.details["reached"]) < len(stopped.details["schedule"])  # type: ignore[arg-type]
     assert psnr(stopped.images, truth) > psnr(driven.images, truth)
     assert solve(clean, labels, prior).explained

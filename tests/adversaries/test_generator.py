@@ -19,7 +19,7 @@ from adversaries.inversion.learning import generator as init_generation
 from adversaries.inversion.learning.generator import fit_linear, load_generator, train_generator
 from fedattack.config import CompressionConfig, DataConfig, ModelConfig, TrainingConfig
 from fedattack.data import load_dataset
-from fedattack.errors import ConfigError, DataError, NotApplicable
+from fedattack.errors import BadRequest, ConfigError, DataError, NotApplicable
 from fedattack.metrics.pixels import psnr
 from fedattack.models import build_model, initial_weights, resolve
 from fedattack.models.decoders.from_features import Deconv, RidgeConv, build_generator
@@ -274,13 +274,13 @@ def test_bad_files_and_data_are_refused(digits, tmp_path):
     train_generator(scenario, weights, Auxiliary(digits[:40]), tmp_path / "good", 0, epochs=0, passes=1)
     tensors, metadata = files.load_learned(tmp_path / "good", "generator")
     for change, message in (
-        ({"architecture": "os:system"}, "names the architecture 'os:system'"),
+        ({"architecture": "os:system"}, "'architecture' = 'os:system' names code that is not registered"),
         ({"features": 10**9}, "do not fit the architecture"),
         ({"features": "many"}, "malformed"),
         ({"width": 97}, "do not fit the architecture"),
     ):
         files.save_learned(tmp_path / "bent", tensors, metadata | change)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(BadRequest, match=message):
             load_generator(tmp_path / "bent", scenario)
     with pytest.raises(ConfigError, match="did you mean 'deconv'"):
         train_generator(scenario, weights, Auxiliary(digits), None, 0, "deconf")

@@ -72,7 +72,9 @@ def test_rooms_import_one_way() -> None:
     for height, room in enumerate(ROOMS):
         for path in files(room):
             for module in imports(path):
-                if any(within(module, above) for above in ROOMS[height + 1 :]):
+                # The front door hands on what is asked for by name; `python -m fedattack` is the command.
+                door = path.parent == ROOT / "fedattack" and path.name in ("__init__.py", "__main__.py")
+                if any(within(module, above) for above in ROOMS[height + 1 :]) and not door:
                     found.add(f"{path.relative_to(ROOT)} imports {module}")
     assert not found
 

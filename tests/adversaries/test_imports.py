@@ -78,12 +78,13 @@ def test_no_circles() -> None:
 
 
 def test_rooms_import_downwards() -> None:
-    # The front door hands out what lies above it, lazily.
+    # The front door hands out what lies above it, lazily; `python -m fedattack` is the command.
+    doors = ("fedattack", "fedattack.__main__")
     upwards = [
         (name, other)
         for name, found in OURS.items()
         for other in found
-        if ROOMS.index(other.partition(".")[0]) > ROOMS.index(name.partition(".")[0]) and name != "fedattack"
+        if ROOMS.index(other.partition(".")[0]) > ROOMS.index(name.partition(".")[0]) and name not in doors
     ]
     assert not upwards
 

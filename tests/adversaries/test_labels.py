@@ -10,7 +10,7 @@ from hcgla_scenes import observe, scenario, smooth_images
 
 from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.head import head_entries, head_name
-from adversaries.inversion.evidence.labels import infer_labels
+from adversaries.inversion.evidence.labels.counts import infer_labels
 from fedattack.models import build_model
 from fedattack.observation import Observation, Update
 

@@ -137,6 +137,7 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
         (Needs(batch="agreed"), with_training(MLP, batch_size=0), Facts(), "trained for one size"),
         (Needs(batch="same"), MLP, Facts(), "another batch in every round"),
     ],
+    "hidden": [(Needs(hidden=True), LENET, Facts(), "'head' is followed by nothing")],
     "first_layer": [(Needs(first_layer=True), LENET, Facts(), "begins with 'body.0', Conv2d")],
     "head": [(Needs(head="biased"), scenario("two-layer", 2), Facts(), "no bias")],
     "activations": [(Needs(activations=("tanh",)), MLP, Facts(), "use --activation tanh")],
@@ -187,7 +188,7 @@ CASES: dict[str, list[tuple[Needs, Scenario, Facts, str]]] = {
 
 
 def test_every_need_has_a_row_of_the_table_and_a_case() -> None:
-    named = {field.name for field in fields(Needs)} - {"signs"}
+    named = {field.name for field in fields(Needs)} - {"signs", "patches"}
     assert {row.field for row in TABLE} == named == set(CASES)
 
 

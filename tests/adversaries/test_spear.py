@@ -141,7 +141,7 @@ def test_repeated_images_are_not_certified() -> None:
 @pytest.mark.parametrize(
     ("count", "options", "part"),
     [
-        (2, {"model": "lenet-zhu", "width": None}, "begins with 'body.0', Conv2d"),
+        (2, {"model": "lenet-zhu", "width": None}, "'head' is followed by nothing"),
         (2, {"activation": "sigmoid"}, "works behind relu"),
         (2, {"model": "two-layer"}, "no bias"),
         (2, {"compression": CompressionConfig(name="topk", rate=0.1)}, "every one is needed"),

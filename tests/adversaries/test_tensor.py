@@ -319,7 +319,7 @@ def test_equal_images_are_counted_by_their_labels() -> None:
     attack = TensorAttack()
     images = pictures(3)[[0, 1, 1, 2, 1]]
     labels = torch.tensor([4, 7, 7, 0, 2])
-    observation, *_ = observe(5, 128, attack, images=images, labels=labels)
+    observation, *_ = observe(5, 256, attack, images=images, labels=labels)
     answer = attack.run([observation], 0, CPU)[0]
     values, right = scored(answer, images, labels)
     assert values.min() > 100

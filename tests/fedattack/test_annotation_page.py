@@ -571,7 +571,7 @@ def test_returned_files_are_checked_before_anything_is_merged(tmp_path: Path, pa
         with pytest.raises(DataError, match=re.escape(sentence)):
             import_answers(file, table)
     file.write_text("[" * 100_000)
-    with pytest.raises(DataError, match="is no file of answers"):
+    with pytest.raises(DataError, match="more than 64 deep"):
         import_answers(file, table)
     file.write_text("{")
     with pytest.raises(DataError, match="not readable JSON"):

@@ -135,7 +135,7 @@ def test_malformed_files(tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_bytes(data)
         with pytest.raises(DataError, match=sentence):
             read_table(tmp_path / "t.csv")
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "absent.csv")
     with pytest.raises(ConfigError, match=r"\.csv or a \.parquet"):
         read_table(tmp_path / "t.xlsx")

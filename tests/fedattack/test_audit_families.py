@@ -39,6 +39,9 @@ OWN_FILES = {
     "simulations/experiments/base.py",  # the registry
     "simulations/run.py",  # a sub-command of that name
     "simulations/experiments/forgotten.py",
+    "simulations/flower_app.py",  # what an app, and an update, are asked
+    "simulations/front_door.py",
+    "simulations/cli/catalogue.py",  # what a command of an attack needs
 }
 BASES = {"ReconstructionAttack", "MembershipAttack", "UnlearningAttack"}
 
@@ -116,7 +119,7 @@ def test_a_new_family_is_told_everywhere(words: None, tmp_path: Path) -> None:
 
     folder = RunFolder.create(tmp_path / "run", Config())
     page = write_results(folder, [_result()]).read_text()
-    for part in ("Can a client&#39;s words be read?", "<td>floor: commonest</td><td>12.5</td>", "the commonest words",
+    for part in ("Can a client&#39;s words be read?", "floor: commonest</th>", "<td>12.5</td>", "the commonest words",
                  "<td>80.0</td><td>[75.0, 85.0]</td><td>70.0</td><td>90.0</td>", "curious server"):  # fmt: skip
         assert part in page
     document = json.loads((folder.path / "summary.json").read_text())

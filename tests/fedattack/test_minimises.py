@@ -16,6 +16,7 @@ from fedattack.models import initial_weights, resolve
 from fedattack.observation import Scenario
 from fedattack.unlearning import Central, History, Mechanism
 from fedattack.unlearning.certified import CertifiedRemoval
+from fedattack.unlearning.curvature import minimise
 from fedattack.unlearning.newton import Newton
 from fedattack.unlearning.retrain import Retrain
 
@@ -63,6 +64,22 @@ def test_releases_are_at_the_minimum_of_what_is_said(
     left = sum(float((one + other).square().sum()) for one, other in zip(*pulls, strict=True)) ** 0.5
     size = sum(float(one.square().sum()) for one in pulls[0]) ** 0.5
     assert left < 1e-5 * size  # released in float32
+
+
+def test_a_minimum_is_found_where_values_are_equal_to_rounding() -> None:
+    """Values are known to 1e-9 of what they are, gradients exactly, as where sums of many losses are taken."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    curvature = matrix @ matrix.T + torch.eye(20, dtype=torch.float64)
+    wanted = torch.randn(20, generator=generator, dtype=torch.float64)
+
+    def evaluate(point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = curvature @ (point - wanted)
+        return ((point - wanted) @ gradient / 2).mul(1e7).round().div(1e7) + 100, gradient
+
+    found = minimise(evaluate, torch.zeros(20, dtype=torch.float64), 1e-9, 1000)
+    assert float((curvature @ (found - wanted)).abs().max()) <= 1e-9
+    assert float((found - wanted).abs().max()) < 1e-8
 
 
 def test_others_are_at_the_minimum_of_nothing_known() -> None:

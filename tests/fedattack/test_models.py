@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedattack.config import ModelConfig
+from fedattack.config import CompressionConfig, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, DataError
-from fedattack.models import build_model, initial_weights, resolve
+from fedattack.models import build_model, hopeless, initial_weights, resolve
+from fedattack.observation import Scenario
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,8 @@ from fedattack.models import build_model, initial_weights, resolve
         ("convnet", None, 3, 2_904_970),  # eight convolutions of 64 to 256 channels
         ("logistic", None, 1, (32 * 32 + 1) * 10),
         ("lcodec-cnn", None, 3, 157_140),  # L-CODEC's on CIFAR-10
+        ("cnn-mcmahan", None, 3, 2_156_490),
+        ("cnn-flower", None, 3, 62_006),  # Flower's tutorial net
         ("resnet18", "sigmoid", 3, 11_168_832 + 32_768 * 500 + 500),  # HCGLA's: same trunk, 32,768 features
     ],
 )
@@ -38,6 +41,8 @@ def test_published_parameter_counts(name, activation, channels, count) -> None:
         "mlp",
         "logistic",
         "lcodec-cnn",
+        "cnn-mcmahan",
+        "cnn-flower",
         "resnet18",
         "resnet20",
         "resnet20-4",
@@ -99,3 +104,15 @@ def test_given_weights_are_read_as_float32(tmp_path, kind: torch.dtype) -> None:
     assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in wanted.items()}
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("activation", "initialisation", "trains"),
+    [("relu", "published", False), ("relu", "kaiming", True), ("sigmoid", "published", True)],
+)
+def test_an_initialisation_that_cannot_be_trained_is_known(activation, initialisation, trains) -> None:
+    asked = ModelConfig(name="lenet-zhu", activation=activation, initialisation=initialisation, classes=10)
+    training = TrainingConfig(protocol="fedavg", local_steps=5, learning_rate=0.05)
+    why = hopeless(Scenario(resolve(asked, 3, 32, 10), training, CompressionConfig()), 0)
+    assert (why == "") == trains
+    assert trains or "accepted: model.initialisation = kaiming" in why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -179,7 +180,7 @@ def test_the_report_stands_alone(written: Path) -> None:
     page = _Page(source)
     assert page.open == []
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
-    addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href")]
+    addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key == "src"]
     assert len(addresses) == 7
     for address in addresses:
         kind, _, data = address.partition(",")
@@ -193,14 +194,16 @@ def test_the_report_stands_alone(written: Path) -> None:
 def test_the_report_says_what_matters_in_order(written: Path, results: list[AuditResult]) -> None:
     page = _Page((written / "report.html").read_text())
     assert [h.split(",")[0] for h in page.headings] == [
+        "Verdicts",
         "Results",
         "Pictures",
         "What the attacker saw",
         "The federation",
-        "How to repeat",
+        "This run",
         "Every figure",
         "How to read this page",
     ]
+    assert page.text.index("worst found: ") < page.text.index("Verdicts", page.text.index("worst found: "))
     for result in results:
         headline, _, explanation = result.verdict.partition(": ")
         assert page.text.index(headline) < page.text.index(explanation) < page.text.index("Results, beside")
@@ -216,7 +219,7 @@ def test_a_run_without_attacks_still_reports(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", Config())
     page = _Page(write_results(folder, [], FEDERATION).read_text())
     assert "No attack was part of this run" in page.text
-    assert page.headings == ["The federation", "How to repeat", "How to read this page"]
+    assert page.headings == ["The federation", "This run, and how to repeat it", "How to read this page"]
 
 
 def test_failed_attacks_are_reported(tmp_path: Path) -> None:
@@ -269,8 +272,44 @@ def test_dots_show_every_score(results: list[AuditResult]) -> None:
 def test_grey_images_and_many_victims_are_drawn() -> None:
     many = reconstruction_result(victims=70, channels=1)
     assert figures.enlarged(many.images["original"][0]).shape == (132, 132, 3)
-    assert "first 60 of 70" in figures.score_dots(many).axes[0].get_title(loc="left")
+    drawn = figures.score_dots(many).axes[0]
+    assert "70 images beside what could be guessed; median" in drawn.get_title(loc="left")
+    psnrs = [row["psnr"] for row in many.records]
+    middles = [line.get_xdata()[0] for line in drawn.lines if line.get_marker() == "o"]
+    assert middles[0] == pytest.approx(np.median(psnrs))
+    assert list(drawn.lines[0].get_xdata()) == pytest.approx(np.quantile(psnrs, [0.05, 0.95]).tolist())
     assert len(figures.reconstruction_sheet(many).axes) == 8 * 4  # original, reconstruction, two floors
+
+
+def with_histories(result: AuditResult, *histories: list[float]) -> AuditResult:
+    told = {f"round 1, client {number}": history for number, history in enumerate(histories)}
+    return dataclasses.replace(result, curves={"histories": told})
+
+
+def test_objectives_of_many_victims_are_a_median_and_bands(results: list[AuditResult]) -> None:
+    rng = np.random.default_rng(0)
+    falling = [(rng.uniform(1, 2) * 0.8 ** np.arange(20)).tolist() for _ in range(30)]
+    axes = figures.loss_history(with_histories(results[0], *falling, [5.0, 4.0])).axes[0]
+    (median,) = axes.lines
+    expected = np.median([*falling, [5.0] + [4.0] * 19], axis=0)
+    np.testing.assert_allclose(median.get_ydata(), expected)
+    assert (np.diff(median.get_ydata()) < 0).all()
+    assert len(axes.collections) == 2
+    assert "31 victims" in axes.get_title(loc="left")
+    assert len(figures.loss_history(with_histories(results[0], *falling[:8])).axes[0].lines) == 8
+
+
+def test_nothing_is_drawn_of_a_point_or_of_three(results: list[AuditResult]) -> None:
+    assert figures.loss_history(with_histories(results[0], [1.0], [math.nan, 2.0])) is None
+    assert figures.score_dots(reconstruction_result(victims=1)) is None
+    for members in (3, 9, 10):
+        scores = np.arange(members + 40.0)
+        few = audit_membership("few", [scored(scores, scores < members, 2)], statistic="loss", seconds=1.0)
+        assert (figures.roc([few]) is None) == (members < 10)
+        both = figures.roc([few, results[1]])
+        assert len([line for line in both.axes[0].lines if line.get_label() != "chance"]) == 1 + (
+            members >= 10
+        )
 
 
 @pytest.mark.parametrize("width", [100, 140])

@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedattack import sealed
 from fedattack.config import CompressionConfig, Config, ModelConfig, TrainingConfig
 from fedattack.errors import ConfigError, DataError, RunFailed
-from fedattack.files import write_bytes
+from fedattack.files import content_hash, write_bytes
 from fedattack.groundtruth import GroundTruth
 from fedattack.observation import Auxiliary, MembershipScores, Observation, Reconstruction, Scenario, Update
+from fedattack.sealed import Identity
 from fedattack.storage import RunFolder, load_observations, load_truths, save_observation, save_truth
 from fedattack.storage.plain import plain
 
@@ -113,13 +115,25 @@ def test_observations_hold_no_truth(tmp_path: Path) -> None:
 
 
 def _edit_json(folder: Path, **changes) -> None:
+    """Change what a document says, and seal it again: who made the change had no part in what it says."""
     path = folder / "round-0001" / "client-00000.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    document = json.loads(path.read_text())
+    del document[sealed.SEAL]
+    tensors = load_file(path.with_suffix(".safetensors"))
+    sealed.write_json(path, document | changes, observation().key, None, tensors)
 
 
 def _edit_tensors(folder: Path, **changes) -> None:
     path = folder / "round-0001" / "client-00000.safetensors"
     save_file({**load_file(path), **changes}, path)
+    _edit_json(folder)
+
+
+def _exchange(folder: Path, what: str, tensors) -> None:
+    place = folder / "round-0001" if what == "weights" else folder
+    name = f"{what}-{content_hash(tensors)[:16]}.safetensors"
+    save_file(tensors, place / name)
+    _edit_json(folder, **{what: name})
 
 
 CORRUPTIONS = {
@@ -153,19 +167,23 @@ CORRUPTIONS = {
         "not a readable safetensors",
     ),
     "auxiliary range": (
-        lambda f: save_file({"images": torch.full((2, 1, 8, 8), 1.5)}, next(f.glob("auxiliary-*"))),
+        lambda f: _exchange(f, "auxiliary", {"images": torch.full((2, 1, 8, 8), 1.5)}),
         "outside",
     ),
-    "auxiliary shape": (
-        lambda f: save_file({"images": torch.rand(2, 3, 8, 8)}, next(f.glob("auxiliary-*"))),
-        "takes",
-    ),
+    "auxiliary shape": (lambda f: _exchange(f, "auxiliary", {"images": torch.rand(2, 3, 8, 8)}), "takes"),
     "weights NaN": (
-        lambda f: save_file(
-            {"a.weight": torch.full((4, 3), math.nan), "b.weight": torch.zeros(5)},
-            next(f.glob("round-0001/weights-*")),
+        lambda f: _exchange(
+            f, "weights", {"a.weight": torch.full((4, 3), math.nan), "b.weight": torch.zeros(5)}
         ),
         "NaN",
+    ),
+    "other weights": (
+        lambda f: save_file({"a.weight": torch.zeros(4, 3)}, next(f.glob("round-0001/weights-*"))),
+        "weights-.* is damaged",
+    ),
+    "other tensors": (
+        lambda f: save_file({"values": torch.zeros(4)}, f / "round-0001" / "client-00000.safetensors"),
+        "client-00000.json is damaged",
     ),
 }
 
@@ -179,13 +197,23 @@ def test_malformed_observations_are_refused(tmp_path: Path, corrupt, words: str)
         load_observations(tmp_path)
 
 
-def test_an_unfinished_observation_is_passed_over(tmp_path: Path) -> None:
+def test_an_unfinished_observation_is_refused_by_name(tmp_path: Path) -> None:
     save_observation(tmp_path, observation())
     save_observation(tmp_path, observation(1))
     (tmp_path / "round-0001" / "client-00001.json").unlink()
-    assert [o.client for o in load_observations(tmp_path)] == [0]
+    with pytest.raises(DataError, match=r"client-00001\.safetensors has no client-00001\.json beside it"):
+        load_observations(tmp_path)
     with pytest.raises(DataError, match="no observation in"):
         load_observations(tmp_path / "elsewhere")
+
+
+def test_observations_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    save_observation(tmp_path, observation(), Identity("a", "x"))
+    save_observation(tmp_path, observation(1), Identity("b", "x"))
+    with pytest.raises(
+        DataError, match=r"client-00001\.json belongs to another run than .*client-00000\.json"
+    ):
+        load_observations(tmp_path)
 
 
 # --- run folder -----------------------------------------------------------------------------------------------------
@@ -239,10 +267,10 @@ def test_answers_of_attacks_are_resumed(tmp_path: Path) -> None:
         details={"restarts": [1, 2], "note": "ü"},
     )
     assert folder.load_reconstruction("my.pkg:Attack", "round-0001-client-00000") is None
-    folder.save_reconstruction("my.pkg:Attack", "round-0001-client-00000", answer, 12.5)
+    folder.save_reconstruction("my.pkg:Attack", "round-0001-client-00000", answer, 12.5, 3_000_000)
     again = RunFolder.create(tmp_path / "run", Config())
-    found, seconds = again.load_reconstruction("my.pkg:Attack", "round-0001-client-00000")
-    assert seconds == 12.5
+    found, seconds, memory = again.load_reconstruction("my.pkg:Attack", "round-0001-client-00000")
+    assert (seconds, memory) == (12.5, 3_000_000)
     assert torch.equal(found.images, answer.images)
     assert torch.equal(found.labels, answer.labels)
     assert all(torch.equal(found.floors[name], answer.floors[name]) for name in ("prior", "ridge"))
@@ -265,7 +293,7 @@ def test_a_torn_answer_is_refused(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", Config())
     folder.save_reconstruction("a", "k", Reconstruction(torch.rand(1, 1, 8, 8), torch.tensor([0]), 1.0), 1.0)
     save_file({"images": torch.rand(1, 1, 8, 8)}, folder.path / "parts" / "a" / "k.safetensors")
-    with pytest.raises(DataError, match="do not hold one reconstruction"):
+    with pytest.raises(DataError, match=r"k\.json is damaged: its checksum does not match"):
         folder.load_reconstruction("a", "k")
 
 
@@ -285,7 +313,7 @@ def test_scores_and_other_parts_are_resumed(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_are_swept(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", Config())
     leftover = folder.path / "parts" / ".k.json.4711.part"
-    leftover.parent.mkdir()
+    leftover.parent.mkdir(exist_ok=True)
     leftover.write_bytes(b"half")
     RunFolder.create(folder.path, Config())
     assert not leftover.exists()

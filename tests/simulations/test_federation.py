@@ -291,7 +291,13 @@ def test_every_strategy_of_flower_trains(strategy: str) -> None:
 
 def test_a_strategy_that_does_not_aggregate_is_recorded(caplog: pytest.LogCaptureFixture) -> None:
     config = Config.from_mapping(
-        {**BASE, "strategy": "bulyan", "federation.strategy_options": {"num-malicious-nodes": 1}}
+        {
+            **BASE,
+            "strategy": "bulyan",
+            "federation.strategy_options": {"num-malicious-nodes": 1},
+            "clients": 7,
+            "dropout": 0.4,
+        }
     )
     world = build_world(config)
     result = run_federation(config, world)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tutorial_figures import TUTORIAL, check_tutorial
 
-from fedattack.config import SHORT_NAMES, Config
-from fedattack.data import build_world
+from fedattack.config import SHORT_NAMES, Config, DataConfig
+from fedattack.data import build_world, load_dataset
 from fedattack.errors import ConfigError
 from simulations.engine.environment import SWITCHES
 from simulations.engine.federation import run_federation
@@ -98,7 +101,9 @@ def end(home: str) -> None:
     psutil.wait_procs(alive, timeout=15)
 
 
-def flwr_run(environment: dict[str, str], settings: dict[str, object], supernodes: int) -> str:
+def flwr_run(
+    environment: dict[str, str], settings: dict[str, object], supernodes: int, app: Path = ROOT
+) -> str:
     """Run it; returns the log. Its exit code says nothing (0 for failed runs too)."""
     override = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
     federation = (
@@ -107,7 +112,7 @@ def flwr_run(environment: dict[str, str], settings: dict[str, object], supernode
     )
     finished = subprocess.run(
         ["flwr", "run", ".", "--stream", "--federation-config", federation, "-c", override],
-        cwd=ROOT,
+        cwd=app,
         env=environment,
         capture_output=True,
         text=True,
@@ -126,6 +131,7 @@ def test_flwr_run_reaches_the_result_of_the_engines_here(tmp_path: Path, flower:
         "model": "tiny-cnn",
         "clients": 5,
         "rounds": 3,
+        "pretrain": 2,
         "participation": 0.6,
         "dropout": 0.2,
         "compression": 0.05,
@@ -145,6 +151,8 @@ def test_flwr_run_reaches_the_result_of_the_engines_here(tmp_path: Path, flower:
     assert any(r.dropped for r in expected.rounds)
     assert all(r["failed"] == r["rejected"] == [] for r in report["rounds"])
     assert [r["wire_bytes"] for r in report["rounds"]] == [r.wire_bytes for r in expected.rounds]
+    assert "verdict" not in output, "nothing was attacked"
+    assert f"report: {run_dir / 'report.html'}" in output
     weights = load_file(run_dir / WEIGHTS)
     for name, tensor in expected.weights.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-7)
@@ -157,3 +165,29 @@ def test_flwr_run_reaches_the_result_of_the_engines_here(tmp_path: Path, flower:
     assert report["status"] == "failed"
     assert "'federation.clients' = 9: Flower's federation has 6 nodes" in report["reason"]
     time.sleep(0.5)
+
+
+@pytest.fixture
+def photographs(shared_dir: Path, tmp_path: Path) -> str:
+    """A file of 160 photographs: four clients train on 32 each."""
+    archive = shared_dir / "data" / "CIFAR10" / "cifar-10-subset-python.tar.xz"
+    dataset = load_dataset(DataConfig(name="cifar10", dir=str(archive), limit=160), seed=0)
+    np.savez(tmp_path / "images.npz", images=dataset.images, labels=dataset.labels)
+    return str(tmp_path / "images.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_tutorials_app_is_attacked_under_flower(
+    tmp_path: Path, flower: dict[str, str], photographs: str
+) -> None:
+    run_dir, app = tmp_path / "run", tmp_path / "app"
+    shutil.copytree(TUTORIAL, app)
+    environment = flower | {"PYTHONPATH": str(ROOT)}
+    settings: dict[str, object] = {"images": photographs, "run-dir": str(run_dir)}
+    settings |= {"iterations": 3, "fraction-evaluate": 0.0}
+    output = flwr_run(environment, settings, supernodes=4, app=app)
+    assert (run_dir / "final_model.pt").is_file(), output[-4000:]
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    check_tutorial(summary, victims=4, level="partial")
+    assert summary["headline"]["text"] in " ".join(output.split())

@@ -141,7 +141,7 @@ def test_a_run_attacked_later_gives_its_own_scores(trained: Path, tmp_path: Path
     page = (tmp_path / "again" / "report.html").read_text()
     assert "How much do these images leak?" in page
     assert (tmp_path / "again" / "figures" / "nearest.png").is_file()
-    assert "Images of the generator, by round" in page
+    assert "images of the generator of round" in page
     # Started again on another question, the folder is not overwritten.
     assert "holds a run with other settings" in refusal(
         *("attack", trained, "--attack", "critic", "--run-dir", tmp_path / "again")

@@ -102,7 +102,7 @@ def test_two_nodes_and_the_loss_of_one_change_no_bit(world: World) -> None:
         try:
             with ray_session(config.engine.model_copy(update={"ray_address": cluster.address})):
                 grid = RayGrid(Workplace.of(config, world))
-                places = ray.get([actor.ready.remote() for actor in grid._actors])
+                places = ray.get([actor.ready.remote() for actor in grid.actors])
                 assert len(set(places)) == 2
                 assert_same(run_federation(config, world, grid=grid), expected)
 
@@ -111,7 +111,7 @@ def test_two_nodes_and_the_loss_of_one_change_no_bit(world: World) -> None:
                         cluster.remove_node(other, allow_graceful=False)
 
                 assert_same(run_federation(config, world, grid=grid, on_weights=lose), expected)
-                places = ray.get([actor.ready.remote() for actor in grid._actors])
+                places = ray.get([actor.ready.remote() for actor in grid.actors])
                 assert len(set(places)) == 1, "the actor that is left has taken over"
                 grid.close()
         finally:
@@ -160,9 +160,13 @@ def test_actors_change_no_bit(world: World, expected: FederationResult, ray_up: 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_client_that_always_kills_its_actor_ends_the_run(world: World, ray_up: Path) -> None:
-    with pytest.raises(RunFailed, match="lost 3 times in one round"):
-        on_ray(settings(actors=2, participation=1.0), world, "rigged_clients:dying_always")
+def test_a_client_that_always_kills_its_actor_is_done_without(world: World, ray_up: Path) -> None:
+    result = on_ray(settings(actors=2, participation=1.0, dropout=0.0), world, "rigged_clients:dying_always")
+    for record in result.rounds:
+        assert record.clients == (0, 1, 2, 3, 4)
+        ((client, reason),) = record.failed
+        assert client == rigged_clients.FATAL_CLIENT
+        assert reason.startswith("its process ended while it worked alone")
 
 
 @pytest.mark.ray

@@ -63,7 +63,7 @@ def test_records_say_what_each_candidate_is(run: RunResult) -> None:
 
 
 def test_the_right_client_is_read_from_the_scores_of_all_targets(run: RunResult) -> None:
-    folder = RunFolder(run.folder, Config())
+    folder = RunFolder(run.folder, Config.from_toml(run.folder / "config.toml"))
     records = run.audits["fedmia"].records
     targets = sorted({row["client"] for row in records})
     everybody = np.stack([folder.load_scores("fedmia", target)[0].scores.numpy() for target in targets])

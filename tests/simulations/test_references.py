@@ -176,7 +176,7 @@ def test_damaged_files_are_trained_anew_with_a_warning(tmp_path: Path) -> None:
     log = (tmp_path / "again/log.txt").read_text()
     assert "reference model 1 is trained anew" in log
     assert "reference model 2 is trained anew: " in log
-    assert "was trained on other samples than its name says" in log
+    assert "model-0002.safetensors is in the place of another file" in log
     assert (folder / "model-0001.safetensors").read_bytes() == expected
     name = BASE["attack"]
     assert second[name].records == first[name].records

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch
 from torch import nn
-from adversaries.inversion.evidence.labels import Labels
+from adversaries.inversion.evidence.evidence import Labels
 from adversaries.inversion.matching.objectives import Objective, masked_l2
 from adversaries.needs import Needs
 from adversaries.reconstruction.matching.inverting_gradients import InvertingGradients

@@ -141,12 +141,15 @@ def test_scores_of_a_run_are_those_of_its_floats(run: Path, tmp_path: Path) -> N
     assert first["threat"] == second["threat"]
 
 
-def test_without_its_data_a_run_is_scored_by_its_pictures_and_says_so(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    config = (copy / "config.toml").read_text()
-    (copy / "config.toml").write_text(config.replace('name = "digits"', 'name = "lfw"\ndir = "/nowhere"', 1))
-    _, shown = score([copy], "psnr", tmp_path / "scores")
+def test_without_its_data_a_run_is_scored_by_its_pictures_and_says_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise DataError("setting 'data.dir' = '/nowhere': there is no such folder")
+
+    monkeypatch.setattr("fedattack.data.load.load_dataset", gone)
+    monkeypatch.setattr("fedattack.data.world.load_dataset", gone)
+    _, shown = score([run], "psnr", tmp_path / "scores")
     assert "8 bit" in shown
     assert "the data set is not at hand" in shown.replace("\n", " ")
     there, here = (pd.read_csv(place / "records.csv") for place in (run, tmp_path / "scores"))

@@ -261,7 +261,7 @@ def test_the_page_says_proxy_and_shows_the_pairs(whole: Path) -> None:
     assert "no human took part" in text
     assert "the proxy recognises" in text.lower()
     assert "recognised by the proxy" in text
-    assert text.count('alt="reconstruction"') == 6  # one an original
+    assert text.count('alt="Reconstruction, ') == 6  # one an original
     assert "Fisher" in text
     assert "http" not in text.replace("http-equiv", "")
 

@@ -109,7 +109,8 @@ def test_ratings_of_a_classifier_say_so_in_the_table(place: Path) -> None:
 
 def test_labeller_is_apart_from_the_other_and_from_the_originals(place: Path) -> None:
     told = done(
-        "labeller", *SMALL, "--out", place / "p3.safetensors", "--steps", 2, "--set", "data.auxiliary_size=1400",
+        "labeller", *(str(one).replace("=600", "=1400") for one in SMALL), "--out", place / "p3.safetensors",
+        "--steps", 2,
         "--apart-from", place / "originals", "--apart-from", place / "noise 0.3",
     )  # fmt: skip
     assert "images are originals that are rated, and left out" in told

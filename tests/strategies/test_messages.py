@@ -41,9 +41,16 @@ def read(data: bytes, *, stype: str = "numpy.ndarray") -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "data", [npy(), npy(version=(2, 0)), npy(np.asfortranarray(VALUE)), headed(padded(ALLOWED))]
+    "data",
+    [
+        npy(),
+        npy(version=(2, 0)),
+        npy(version=(3, 0)),
+        npy(np.asfortranarray(VALUE)),
+        headed(padded(ALLOWED)),
+    ],
 )
-def test_npy_of_both_versions_and_orders_is_read_without_a_copy(data: bytes) -> None:
+def test_npy_of_all_versions_and_orders_is_read_without_a_copy(data: bytes) -> None:
     value = read(data)
     assert np.array_equal(value, VALUE)
     assert not value.flags.writeable
@@ -57,10 +64,9 @@ def test_npy_of_both_versions_and_orders_is_read_without_a_copy(data: bytes) -> 
         (npy() + b"x", "an array declares 24 bytes and brings 25"),
         (npy(VALUE.T.copy()), r"an array of shape \(3, 2\) and type float32, not \(2, 3\) and float32"),
         (npy(VALUE.astype("f8")), r"an array of shape \(2, 3\) and type float64, not \(2, 3\) and float32"),
-        (npy(version=(3, 0)), r"not readable as npy \(.*3, 0"),
-        (npy().replace(b"\x01\x00", b"\x01\x01", 1), r"not readable as npy \(.*1, 1"),
-        (npy(version=(2, 0)).replace(b"\x02\x00", b"\x02\x01", 1), r"not readable as npy \(.*2, 1"),
-        (npy(version=(2, 0)).replace(b"\x02\x00", b"\x00\x00", 1), r"not readable as npy \(.*0, 0"),
+        (npy().replace(b"\x01\x00", b"\x01\x01", 1), r"not readable as npy: .*1, 1"),
+        (npy(version=(2, 0)).replace(b"\x02\x00", b"\x02\x01", 1), r"not readable as npy: .*2, 1"),
+        (npy(version=(2, 0)).replace(b"\x02\x00", b"\x00\x00", 1), r"not readable as npy: .*0, 0"),
         (b"PK" + npy(), "not readable as npy"),
         (npy(np.where(VALUE == 4, np.nan, VALUE).astype("f4")), "holds NaN or infinite"),
         (npy(np.where(VALUE == 4, -np.inf, VALUE).astype("f4")), "holds NaN or infinite"),
@@ -71,12 +77,13 @@ def test_other_bytes_are_refused(data: bytes, message: str) -> None:
         read(data)
 
 
-def test_what_numpy_says_is_cut_to_a_line_of_two_hundred_characters() -> None:
-    with pytest.raises(PayloadError, match=r"Header info length \(4097\) [^\n]* securely\.\)$"):
+def test_what_a_header_says_is_cut_to_a_line() -> None:
+    with pytest.raises(PayloadError, match=r"its header declares 4097 bytes; at most 4096 are accepted$"):
         read(headed(padded(ALLOWED + 1)))
     with pytest.raises(PayloadError) as caught:
-        read(headed(b"?" * 1000))
-    assert len(str(caught.value)) == len("an array is not readable as npy ()") + 200
+        read(headed(b"{" + b"?\n" * 1000 + b"}"))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
 
 
 def test_another_serialisation_is_refused() -> None:

@@ -20,6 +20,7 @@ from fedattack.errors import DataError, NotApplicable
 from fedattack.models import build_model
 from fedattack.observation import Observation, Scenario, Update, UpdateKind
 from fedattack.rng import adversary_seed, numpy_rng, torch_rng
+from fedattack.task import trained_parameters
 from fedattack.training import batch_positions, load_weights, local_update
 
 _CHUNK = 64
@@ -78,7 +79,7 @@ class ImitatedClient:
         self.weights = {name: tensor.detach().to(device) for name, tensor in weights.items()}
         self.module = build_model(scenario.model).to(device).train()
         self.head = find_head(self.module)
-        self.names, parameters = zip(*self.module.named_parameters(), strict=True)
+        self.names, parameters = zip(*trained_parameters(self.module).items(), strict=True)
         self.shapes = tuple(tuple(parameter.shape) for parameter in parameters)
         self.compressor: Compressor = build_compressor(scenario.compression, self.names, self.shapes)
 
@@ -182,7 +183,7 @@ def _rows_by_threshold(
 ) -> list[RowSignals]:
     """Signals of batches by :func:`topk_rows`; the residuals of all of them in one product."""
     weight, bias = client.weights[client.head.weight], client.weights[client.head.bias]
-    body = dict(client.body.named_parameters())
+    body = trained_parameters(client.body)
     compression = client.scenario.compression
     needed = bool(body) and compression.name == "topk" and compression.scope == "global"
     inputs = [client.body(pixels.to(weight.device)) for _, pixels, _ in batches]

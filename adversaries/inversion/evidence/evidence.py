@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,6 +84,11 @@ class Evidence:
         """Of several victims of one round."""
         found = [cls(observations[0])] if observations else []
         return found + [cls(observation, like=found[0]) for observation in observations[1:]]
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """What is worked out once for all victims of the round, by what it depends on."""
+        return {} if self._like is None else self._like.shared
 
     @property
     def batch(self) -> int:

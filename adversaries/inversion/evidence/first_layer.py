@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
+from fedattack.models.normalise import bare, per_pixel
 from fedattack.observation import Observation, Scenario, Update
+from fedattack.task import trained_parameters
 from fedattack.training import training_mode
 
 
@@ -40,9 +42,12 @@ class FirstLayer:
 
 @lru_cache(maxsize=16)
 def first_layer(model: ModelConfig) -> FirstLayer:
-    """The first layer of a resolved model, where it is linear and sees the pixels themselves; else NotApplicable."""
+    """The first layer of a resolved model, where it is linear and sees the pixels themselves; else NotApplicable.
+
+    Pixels that the model normalises first count as such: :func:`~fedattack.models.normalise.pixels` takes it back.
+    """
     with torch.random.fork_rng(devices=[]):
-        module = build_model(model).eval()
+        module = build_model(bare(model)).eval()
     channels, side, _ = model.resolved
     probe = torch.linspace(0, 1, channels * side**2).reshape(1, channels, side, side)
     order: list[tuple[str, nn.Module, Tensor]] = []
@@ -59,7 +64,23 @@ def first_layer(model: ModelConfig) -> FirstLayer:
             f"model.name = {model.name!r} begins with {name!r}, {type(part).__name__}: this attack reads a linear "
             "layer on the pixels; use --model mlp"
         )
+    if not part.weight.requires_grad or (part.bias is not None and not part.bias.requires_grad):
+        raise NotApplicable(
+            f"model.name = {model.name!r}: its first layer {name!r} is frozen, and this attack reads its gradient"
+        )
     return FirstLayer(name, part.bias is not None)
+
+
+def for_inputs(model: ModelConfig, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (m, d) and biases (m,) that answer to what the first layer is given as these answer to pixels."""
+    found = per_pixel(model, weight)
+    return (weight, bias) if found is None else (weight * found[1], bias + weight @ found[0])
+
+
+def for_pixels(model: ModelConfig, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (m, d) and biases (m,) that answer to pixels as those of the first layer answer to what it is given."""
+    found = per_pixel(model, weight)
+    return (weight, bias) if found is None else (weight / found[1], bias - (weight / found[1]) @ found[0])
 
 
 def is_complete(scenario: Scenario) -> bool:
@@ -93,15 +114,20 @@ class Played:
 
 
 class Player:
-    """The model that was sent out, in float64 and in the client's mode; z are the outputs of module `first`."""
+    """The model that was sent out, in float64 and in the client's mode; z are the outputs of module `first`.
+
+    Inputs are what the first layer is given: pixels, or these normalised.
+    """
 
     def __init__(self, observation: Observation, first: str, device: torch.device) -> None:
-        self._module = build_model(observation.scenario.model).to(device)
+        self._module = build_model(bare(observation.scenario.model)).to(device)
         self._module.load_state_dict(observation.weights)
         self._module = training_mode(self._module.double(), observation.scenario.training.batch_norm)
         self._shape = observation.scenario.image_shape
         linear = [part for part in self._module.modules() if isinstance(part, nn.Linear)]
         names = [name for name, part in self._module.named_modules() if part is linear[-1]]
+        if not linear[-1].weight.requires_grad:
+            raise NotApplicable(f"the head {names[0]!r} is frozen, and labels are read off its gradient")
         self._head = f"{names[0]}.weight"
         self._first: list[Tensor] = []
         self._last: list[Tensor] = []
@@ -128,7 +154,7 @@ class Player:
     def play(self, inputs: Tensor, labels: Tensor) -> Played:
         """Gradients of a batch: inputs (B, d) and labels int64 (B,)."""
         loss = nn.functional.cross_entropy(self._forward(inputs), labels.to(inputs.device))
-        names, parameters = zip(*self._module.named_parameters(), strict=True)
+        names, parameters = zip(*trained_parameters(self._module).items(), strict=True)
         *found, back = torch.autograd.grad(loss, [*parameters, self._first[0]], materialize_grads=True)
         return Played(dict(zip(names, found, strict=True)), back)
 

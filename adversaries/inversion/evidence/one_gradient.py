@@ -1,8 +1,15 @@
-"""An update read as one gradient: what it may be read as, and what stands in the way."""
+"""An update read as one gradient: what it may be read as, and what stands in the way.
+
+A client that goes from w to w + d in T local steps sends d, a sum of gradients at weights that nobody else sees. The
+surrogate takes d for a multiple of the one gradient of all its images at ``w + a d``, where a in [0, 1] is found
+beside the images: what inverts one gradient inverts this one, and no step is simulated (Zhu, Yao, Blaschko,
+"Surrogate model extension (SME): A fast and accurate weight update attack on federated learning", ICML 2023).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,9 +17,15 @@ from torch import Tensor
 from adversaries.inversion.evidence import defences
 from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.gradients.schedule import step_weights
+from adversaries.inversion.gradients.sent import Moves
 from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable, PayloadError
 from fedattack.observation import EVERYONE, Observation, Scenario, Update
+
+FIRST_POINT = 0.5
+"""Where the search for a surrogate's a begins (Zhu et al. 2023)."""
+
+Reading = Literal["surrogate"]
 
 
 def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
@@ -22,7 +35,8 @@ def check_one_gradient(scenario: Scenario, *, signs: bool = False) -> None:
     if training.protocol == "fedavg" and training.local_steps > 1:
         raise NotApplicable(
             f"training.local_steps = {training.local_steps}: the update is a sum of gradients at weights that were "
-            "never sent, and this attack matches one gradient; use local_steps 1 or protocol 'fedsgd'"
+            "never sent, and this attack matches one gradient; use local_steps 1 or protocol 'fedsgd', or an attack "
+            "with a setting local_steps 'surrogate' (gauss-newton, ig)"
         )
     if compression.name == "sign" and not signs:
         raise NotApplicable(
@@ -162,3 +176,22 @@ def mean_gradient(
         return update
     values = update.values.double() - (beside if update.indices is None else beside[update.indices])
     return dataclasses.replace(update, values=values.float())
+
+
+def reads_surrogate(how: str | None, scenario: Scenario) -> bool:
+    """Whether an attack whose setting `local_steps` is `how` reads a surrogate; one step is a gradient already."""
+    return how == "surrogate" and scenario.training.local_steps > 1
+
+
+def check_moves(scenario: Scenario) -> None:
+    """NotApplicable where the weights after a client's steps cannot be told."""
+    if scenario.compression.name == "sign":
+        raise NotApplicable(
+            "setting 'local_steps' = 'surrogate' with compression.name = 'sign': only signs are sent, and not how "
+            "far the weights moved; use local_steps 'unrolled' or another compression"
+        )
+
+
+def moves(observation: Observation) -> Moves:
+    """What the client's steps did to each tensor, in its shape; zero where nothing was sent."""
+    return {name: change.float().cpu() for name, change in observation.update.dense().items()}

@@ -63,6 +63,11 @@ class Whitening:
         """z of images."""
         return self._stretch(self._coefficients(images - self.mean) / self.deviation, -1)
 
+    def unwhiten_adjoint(self, z: Tensor) -> Tensor:
+        """S^-T z, the adjoint of :meth:`whiten` less its mean."""
+        planes = self.colours @ (self._stretch(z, -1) / self.deviation).flatten(-2)
+        return self.down.T @ planes.view_as(z) @ self.across
+
     def _coefficients(self, images: Tensor) -> Tensor:
         coefficients = self.down @ images @ self.across.T
         return (self.colours.T @ coefficients.flatten(-2)).view_as(images)

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from adversaries.inversion.gradients import closed_form
-from adversaries.inversion.gradients.autograd import AutogradGradients, UnrolledGradients
+from adversaries.inversion.gradients.autograd import AutogradGradients, SurrogateGradients, UnrolledGradients
 from adversaries.inversion.gradients.chain import ChainGradients
 from adversaries.inversion.gradients.compiled import Compile, CompiledSlope
 from adversaries.inversion.gradients.explicit import ExplicitGradients
-from adversaries.inversion.gradients.schedule import Schedule, schedule_for
+from adversaries.inversion.gradients.schedule import Schedule, epochs_for, schedule_for
 from adversaries.inversion.gradients.sent import (
     BatchNormMode,
     DirectGradients,
     GradientModel,
     Layers,
+    Moves,
     Prediction,
     Segment,
     Sent,
@@ -46,6 +47,7 @@ def gradient_model(
     layers: Layers = "all",
     batch_norm: BatchNormMode = "train",
     unroll: Schedule | None = None,
+    moves: Sequence[Moves] | None = None,
     device: torch.device,
 ) -> GradientModel:
     """The back-end for these victims, V of equal weights and scenario.
@@ -62,6 +64,8 @@ def gradient_model(
         Whether the clients' BatchNorm used their batch's statistics or the running ones.
     unroll : Schedule, optional
         Simulate these local steps (:func:`schedule_for`).
+    moves : sequence of mapping of str to Tensor, optional
+        What each victim's local steps did to the weights: the gradient is at a point between.
 
     Raises
     ------
@@ -78,6 +82,8 @@ def gradient_model(
     layout = lay_out(updates, layers, device)
     if unroll is not None:
         return UnrolledGradients(model, weights, layout, labels, batch_norm, training, unroll)
+    if moves is not None:
+        return SurrogateGradients(model, weights, layout, labels, batch_norm, moves)
     if layers == "last" or max(update.kept for update in updates) < updates[0].numel * _SPARSE_SHARE:
         with contextlib.suppress(NotApplicable):
             return ChainGradients(closed_form.describe(model), weights, layout, labels)
@@ -98,12 +104,15 @@ __all__ = [
     "ExplicitGradients",
     "GradientModel",
     "Layers",
+    "Moves",
     "Prediction",
     "Schedule",
     "Segment",
     "Sent",
     "Statistics",
+    "SurrogateGradients",
     "UnrolledGradients",
+    "epochs_for",
     "gradient_model",
     "schedule_for",
 ]

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adversaries.inversion.gradients.closed_form import Weights
 from adversaries.inversion.gradients.schedule import Schedule
-from adversaries.inversion.gradients.sent import BatchNormMode, Layout, Prediction, Statistics, targets_of
+from adversaries.inversion.gradients.sent import (
+    BatchNormMode,
+    Layout,
+    Moves,
+    Prediction,
+    Statistics,
+    targets_of,
+)
 from fedattack.config import ModelConfig, TrainingConfig
 from fedattack.models import build_model
+
+
+def twice_differentiable() -> contextlib.AbstractContextManager[None]:
+    """Inside the block attention is computed so that its gradient can be differentiated; fused kernels have none."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class AutogradGradients:
@@ -57,7 +71,7 @@ class AutogradGradients:
         rows, squares, seen = [], [], []
         for v in range(len(images)):
             with self._inputs.recorded(statistics) as inputs:
-                gradients = self._gradients(images[v], targets[v])
+                gradients = self._gradients(images[v], targets[v], first + v)
             seen.append([_moments(one) for one in inputs])
             flat = [gradient.reshape(1, -1) for gradient in gradients]
             rows.append(self._layout.select(flat, slice(first + v, first + v + 1)))
@@ -69,10 +83,12 @@ class AutogradGradients:
         """Whether this tensor's gradient is needed."""
         return name in self._layout.names
 
-    def _gradients(self, images: Tensor, targets: Tensor) -> Sequence[Tensor]:
+    def _gradients(self, images: Tensor, targets: Tensor, victim: int) -> Sequence[Tensor]:
         """What one victim's images (B, C, H, W) give for each tensor that takes part."""
+        del victim
         wanted = [self._parameters[name] for name in self._layout.names]
-        loss = F.cross_entropy(self._module(images), targets)
+        with twice_differentiable():
+            loss = F.cross_entropy(self._module(images), targets)
         return torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
 
     def _statistics(self, seen: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Statistics:
@@ -107,14 +123,17 @@ class UnrolledGradients(AutogradGradients):
     def _moves(self, name: str) -> bool:
         return True
 
-    def _gradients(self, images: Tensor, targets: Tensor) -> Sequence[Tensor]:
+    def _gradients(self, images: Tensor, targets: Tensor, victim: int) -> Sequence[Tensor]:
+        del victim
         training, received = self._training, list(self._parameters.values())
         current: Sequence[Tensor] = received
         moved: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in received]
         velocity = moved
         for batch in self._batches:
             state = dict(zip(self._parameters, current, strict=True))
-            loss = F.cross_entropy(functional_call(self._module, state, (images[batch],)), targets[batch])
+            with twice_differentiable():
+                logits = functional_call(self._module, state, (images[batch],))
+            loss = F.cross_entropy(logits, targets[batch])
             step = torch.autograd.grad(loss, current, create_graph=True, materialize_grads=True)
             if training.weight_decay:
                 step = _add(step, current, training.weight_decay)
@@ -130,6 +149,46 @@ class UnrolledGradients(AutogradGradients):
         layers = len(seen[0]) // len(self._batches) if seen else 0
         by_layer = [[_mean_moments(victim[layer::layers]) for layer in range(layers)] for victim in seen]
         return super()._statistics(by_layer)
+
+
+class SurrogateGradients(AutogradGradients):
+    """One gradient at a point between each victim's weights before and after its local steps (Zhu et al. 2023).
+
+    `moves`: what the steps did, one for each of the V victims. Predictions are at the weights that were sent until
+    :meth:`at` says otherwise.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: Weights,
+        layout: Layout,
+        labels: Tensor | None,
+        batch_norm: BatchNormMode,
+        moves: Sequence[Moves],
+    ) -> None:
+        super().__init__(model, weights, layout, labels, batch_norm)
+        device = self.sent.values.device
+        self._changes = [{name: move.to(device) for name, move in one.items()} for one in moves]
+        self._points: dict[int, Tensor] = {}
+
+    def at(self, points: Tensor, victims: slice) -> SurrogateGradients:
+        """The same, with these victims' points (V',) in [0, 1]; predictions are differentiable in them."""
+        first = victims.indices(len(self.sent.values))[0]
+        found = copy.copy(self)
+        found._points = dict(enumerate(points, first))
+        return found
+
+    def _gradients(self, images: Tensor, targets: Tensor, victim: int) -> Sequence[Tensor]:
+        point, moves = self._points.get(victim), self._changes[victim]
+        state = {
+            name: value if point is None or name not in moves else value + point * moves[name]
+            for name, value in self._parameters.items()
+        }
+        with twice_differentiable():
+            loss = F.cross_entropy(functional_call(self._module, state, (images,)), targets)
+        wanted = [state[name] for name in self._layout.names]
+        return torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
 
 
 def _add(these: Sequence[Tensor], those: Sequence[Tensor], times: float = 1.0) -> tuple[Tensor, ...]:

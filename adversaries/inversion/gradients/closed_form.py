@@ -31,6 +31,7 @@ from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
 from fedattack.models.classifiers.lenet import ConvChain
+from fedattack.models.normalise import Normaliser, normaliser
 
 Weights = Mapping[str, Tensor]
 Elementwise = Callable[[Tensor], Tensor]
@@ -107,6 +108,14 @@ class Chain:
     activation: Activation
     image_shape: tuple[int, int, int]
     classes: int
+    normaliser: Normaliser | None = None
+
+    def shown(self, images: Tensor, *, tangents: bool = False) -> Tensor:
+        """What the first convolution is given of images, or of directions in their space: (N, C, H, W) each."""
+        if self.normaliser is None:
+            return images
+        mean, std = self.normaliser.columns(images)
+        return images / std if tangents else (images - mean) / std
 
     @property
     def feature_count(self) -> int:
@@ -158,7 +167,7 @@ def describe(model: ModelConfig) -> Chain:
         raise NotApplicable(
             f"model.activation = {name!r} has no closed-form derivatives; accepted: {', '.join(ACTIVATIONS)}"
         )
-    return Chain(tuple(layers), ACTIVATIONS[name], image_shape, module.head.out_features)
+    return Chain(tuple(layers), ACTIVATIONS[name], image_shape, module.head.out_features, normaliser(model))
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,8 @@ def patches(layer: Convolution, inputs: Tensor) -> Tensor:
 
 def run_forward(chain: Chain, weights: Weights, images: Tensor) -> ForwardPass:
     """All inputs and outputs of the convolutions for images (N, C, H, W)."""
-    inputs, outputs = [images], [convolve(chain.convolutions[0], weights, images)]
+    inputs = [chain.shown(images)]
+    outputs = [convolve(chain.convolutions[0], weights, inputs[0])]
     for layer in chain.convolutions[1:]:
         inputs.append(chain.activation.value(outputs[-1]))
         outputs.append(convolve(layer, weights, inputs[-1]))
@@ -281,7 +291,7 @@ def kernel_gradients(chain: Chain, forward: ForwardPass, delta: Sequence[Tensor]
 
 def forward_tangents(chain: Chain, weights: Weights, forward: ForwardPass, tangents: Tensor) -> list[Tensor]:
     """Derivatives du_1 .. du_L of the convolutions' outputs at one image along R directions (R, C, H, W)."""
-    found = [convolve(chain.convolutions[0], weights, tangents, bias=False)]
+    found = [convolve(chain.convolutions[0], weights, chain.shown(tangents, tangents=True), bias=False)]
     for layer, below in zip(chain.convolutions[1:], forward.outputs, strict=False):
         found.append(convolve(layer, weights, found[-1] * chain.activation.slope(below), bias=False))
     return found
@@ -320,7 +330,7 @@ def conv_gradient_tangents(
             slope, bend = activation.slope(below), activation.bend(below)
             input_tangent = below_tangent * slope
         else:
-            input_tangent = tangents
+            input_tangent = chain.shown(tangents, tangents=True)
         weight = correlate_directions(layer, delta[position], input_tangent)
         bias = torch.zeros(len(tangents), layer.output[0], dtype=tangents.dtype, device=tangents.device)
         if moving is not None:

@@ -20,6 +20,7 @@ from adversaries.inversion.gradients.network import Network, fold, trace
 from adversaries.inversion.gradients.sent import BatchNormMode, Layout, Prediction, targets_of
 from fedattack.config import ModelConfig
 from fedattack.models import build_model
+from fedattack.models.normalise import normaliser
 
 _JOINT_UP_TO = 32_000_000
 """Numbers, over all victims, of the gradients that are worth holding at once."""
@@ -139,7 +140,7 @@ class ExplicitGradients:
             for name, tensor in weights.items()
             if tensor.is_floating_point()
         }
-        steps = trace(build_model(model), own, batch_norm)
+        steps = trace(build_model(model), own, batch_norm, normaliser(model))
         self._layout, self.sent = layout, layout.sent
         shapes = {segment.name: segment.shape for segment in self.sent.segments}
         channels, side, classes = model.resolved

@@ -202,6 +202,58 @@ class Rearrangement(Layer):
         return [None if shift is None else self._adjoint(shift, saved["like"])]
 
 
+class MaxPool(Layer):
+    """The largest of each window: linear where the choice stands, as automatic differentiation has it too.
+
+    `how`: kernel, stride, padding, dilation (height, width each) and whether sizes are rounded up.
+    """
+
+    def __init__(self, how: tuple[Any, ...]) -> None:
+        self._how = how
+
+    def forward(self, saved: Saved, victims: int, *inputs: Tensor) -> Tensor:
+        saved["x"] = inputs[0]
+        value, saved["chosen"] = torch.ops.aten.max_pool2d_with_indices(inputs[0], *self._how)
+        return value
+
+    def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
+        return [
+            torch.ops.aten.max_pool2d_with_indices_backward(delta, saved["x"], *self._how, saved["chosen"])
+        ]
+
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
+        if tangents[0] is None:
+            return None
+        chosen = saved["chosen"]
+        return tangents[0].flatten(2).gather(2, chosen.flatten(2)).view_as(chosen)
+
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
+        return [None if shift is None else self.backward(saved, shift)[0]]
+
+
+class Scaling(Layer):
+    """(x - offset) / scale, channel by channel: what normalises a network's images."""
+
+    def __init__(self, offset: Sequence[float], scale: Sequence[float]) -> None:
+        self._offset, self._scale = tuple(offset), tuple(scale)
+
+    def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+    def forward(self, saved: Saved, victims: int, *inputs: Tensor) -> Tensor:
+        saved["scale"] = self._column(self._scale, inputs[0])
+        return (inputs[0] - self._column(self._offset, inputs[0])) / saved["scale"]
+
+    def backward(self, saved: Saved, delta: Tensor) -> Sequence[Tensor]:
+        return [delta / saved["scale"]]
+
+    def push(self, saved: Saved, tangents: Directions, directions: Directions) -> Maybe:
+        return None if tangents[0] is None else tangents[0] / saved["scale"]
+
+    def pull(self, saved: Saved, shift: Maybe, delta: Maybe, directions: Directions) -> Directions:
+        return [None if shift is None else shift / saved["scale"]]
+
+
 class Addition(Layer):
     """The sum of two branches."""
 

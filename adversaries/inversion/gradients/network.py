@@ -18,12 +18,15 @@ from adversaries.inversion.gradients.layers import (
     Elementwise,
     Layer,
     Linear,
+    MaxPool,
     Rearrangement,
     Relu,
+    Scaling,
     Sigmoid,
 )
 from adversaries.inversion.gradients.sent import BatchNormMode
 from fedattack.errors import NotApplicable
+from fedattack.models.normalise import Normaliser
 
 _ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
@@ -42,11 +45,16 @@ class Step:
     inputs: tuple[int, ...]
 
 
-def trace(module: nn.Module, weights: dict[str, Tensor], batch_norm: BatchNormMode) -> list[Step]:
-    """The network as a list of layers, each after its inputs.
+def trace(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    batch_norm: BatchNormMode,
+    normaliser: Normaliser | None = None,
+) -> list[Step]:
+    """The network as a list of layers, each after its inputs; `normaliser`: what is done to its images before.
 
     NotApplicable if it holds anything but convolutions, linear layers, BatchNorm, the common activations,
-    average pooling, flattening and sums of two branches.
+    average and maximum pooling, flattening and sums of two branches.
     """
     try:
         graph = fx.Tracer().trace(module)
@@ -57,7 +65,9 @@ def trace(module: nn.Module, weights: dict[str, Tensor], batch_norm: BatchNormMo
     steps: list[Step] = []
     for node in graph.nodes:
         if node.op == "placeholder":
-            place[node] = 0
+            if normaliser is not None and not steps:
+                steps.append(Step(Scaling(normaliser.mean, normaliser.std), (0,)))
+            place[node] = len(steps)
         elif node.op == "output":
             if place[node.args[0]] != len(steps):
                 raise NotApplicable("the model's output is not what its last layer gives")
@@ -134,8 +144,10 @@ def _layer(
             return Rearrangement(lambda x: x.mean((2, 3), keepdim=True), _spread)
         if isinstance(part, nn.AvgPool2d) and kind is nn.AvgPool2d:
             return _average_pool(part)
+        if isinstance(part, nn.MaxPool2d) and kind is nn.MaxPool2d and not part.return_indices:
+            return _max_pool(part)
         raise NotApplicable(f"layer {name!r} is a {kind.__name__}, which has no explicit second derivative")
-    if node.op == "call_function" and node.target in (operator.add, torch.add):
+    if node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add):
         if node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
             raise NotApplicable("a sum with anything but two branches has no explicit second derivative")
         return Addition()
@@ -171,14 +183,20 @@ def _spread(delta: Tensor, like: Tensor) -> Tensor:
     return (delta / (like.shape[2] * like.shape[3])).expand_as(like)
 
 
-def _average_pool(part: nn.AvgPool2d) -> Layer:
-    def sides(value: Any) -> list[int]:
-        return [value, value] if isinstance(value, int) else list(value)
+def _sides(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
 
+
+def _max_pool(part: nn.MaxPool2d) -> Layer:
+    sides = (_sides(value) for value in (part.kernel_size, part.stride, part.padding, part.dilation))
+    return MaxPool((*sides, part.ceil_mode))
+
+
+def _average_pool(part: nn.AvgPool2d) -> Layer:
     how: tuple[Any, ...] = (
-        sides(part.kernel_size),
-        sides(part.stride),
-        sides(part.padding),
+        _sides(part.kernel_size),
+        _sides(part.stride),
+        _sides(part.padding),
         part.ceil_mode,
         part.count_include_pad,
         part.divisor_override,

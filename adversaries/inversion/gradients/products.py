@@ -10,6 +10,8 @@ Neither needs another forward pass, and nothing of the size of J is ever formed.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from adversaries.inversion.gradients.autograd import twice_differentiable
 from adversaries.inversion.gradients.closed_form import normal_density
-from adversaries.inversion.gradients.sent import BatchNormMode
+from adversaries.inversion.gradients.sent import BatchNormMode, Moves
 from fedattack.config import ModelConfig
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
@@ -79,12 +83,32 @@ class SmoothedReLU(nn.Module):
         return _Value.apply(u, width) if width > 0 else F.relu(u)
 
 
+class FunctionalReLUs(TorchFunctionMode):
+    """Has ReLUs that a model calls as functions smoothed as :class:`SmoothedReLU` does; `seen`: whether it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.smoothed = SmoothedReLU()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RELUS:
+            self.seen = True
+            return self.smoothed(args[0] if args else (kwargs or {})["input"])
+        return func(*args, **(kwargs or {}))
+
+
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+"""What calls ReLU as a function."""
+
+
 class Network:
     """A classifier at fixed weights, what was sent of its gradient, and how much each entry counts.
 
     Entries of the update, one gradient, that were not sent have weight zero. `count` is the number that were,
     `kinked` tells whether :meth:`linearise` has ReLUs to smooth, `products` counts the Jacobian products made
-    so far.
+    so far. With `moves`, what the client's local steps did, the weights can be put to a :attr:`point` between those
+    before and after.
 
     NotApplicable if the gradient of a batch is random (dropout), or nothing but zeros was sent.
     """
@@ -98,17 +122,37 @@ class Network:
         batch_norm: BatchNormMode,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        moves: Moves | None = None,
     ) -> None:
         self._module = prepare(model, weights, batch_norm).to(device, dtype)
         self._kinks = [part for part in self._module.modules() if isinstance(part, SmoothedReLU)]
+        self._functions = _functions(self._module, model)
+        if self._functions is not None:
+            self._kinks.append(self._functions.smoothed)
         self.kinked = bool(self._kinks)
         parameters = dict(self._module.named_parameters())
         self._parameters = [parameters[name] for name in update.names]
         self._sizes = update.sizes
         self.labels = labels.to(device)
         self._target, self._scale = (t.to(device, dtype) for t in _scaled(update))
+        self._received = {name: p.detach().clone() for name, p in parameters.items()} if moves else {}
+        self._moves = {name: move.to(device, dtype) for name, move in (moves or {}).items()}
+        self.point = 0.0
         self.count = update.kept
         self.products = 0
+
+    @property
+    def movable(self) -> bool:
+        """Whether the weights have a :attr:`point` to be put to."""
+        return bool(self._moves)
+
+    @torch.no_grad()
+    def put(self, point: float) -> None:
+        """Put the weights so far, 0 to 1, along the moves; linearisations made before are void."""
+        self.point = point
+        for name, parameter in self._module.named_parameters():
+            if name in self._moves:
+                torch.add(self._received[name], self._moves[name], alpha=point, out=parameter)
 
     def linearise(self, images: Tensor, kink: float = 0.0) -> Linearisation:
         """Residual and Jacobian of the scaled gradient at images (B, C, H, W), ReLU's kinks as wide as `kink`."""
@@ -126,7 +170,8 @@ class Network:
     def _loss(self, images: Tensor, kink: float) -> Tensor:
         for part in self._kinks:
             part.width = kink
-        return objective(self._module, self._module(images), self.labels)
+        with twice_differentiable(), contextlib.nullcontext() if self._functions is None else self._functions:
+            return objective(self._module, self._module(images), self.labels)
 
     def _rms(self, residual: Tensor) -> float:
         return math.sqrt(float(residual.double().square().sum()) / self.count)
@@ -190,6 +235,20 @@ def prepare(model: ModelConfig, weights: Mapping[str, Tensor] | None, batch_norm
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and batch_norm == "train":
             part.track_running_stats = False
     return module.train(batch_norm == "train")
+
+
+@torch.no_grad()
+def _functions(module: nn.Module, model: ModelConfig) -> FunctionalReLUs | None:
+    """What smooths the ReLUs that a model calls as functions; None where it calls none beside its modules."""
+    plain, mode = copy.deepcopy(module), FunctionalReLUs()
+    for name, part in list(plain.named_modules()):
+        if isinstance(part, SmoothedReLU):
+            plain.set_submodule(name, nn.Identity())  # calls one too
+    channels, side, _ = model.resolved
+    given = next(plain.parameters())
+    with mode:
+        plain(torch.full((2, channels, side, side), 0.5, dtype=given.dtype, device=given.device))
+    return mode if mode.seen else None
 
 
 @torch.no_grad()

@@ -62,6 +62,24 @@ def schedule_for(scenario: Scenario, num_examples: int) -> Schedule:
     return Schedule(tuple(epoch[step % len(epoch)] for step in range(steps)))
 
 
+def epochs_for(scenario: Scenario, num_examples: int) -> tuple[Schedule, int]:
+    """:func:`schedule_for` with images of its own for each pass over the client's data, and the number of passes.
+
+    Which image of one pass is which of another is not known, as clients shuffle anew. The images of pass e, from 0,
+    are e B to e B + B - 1; of a last one that is broken off, those in its batches. Where each batch is all of the
+    client's data there is nothing to shuffle: one pass.
+    """
+    first, size = schedule_for(scenario, num_examples), scenario.training.batch_size
+    if size == 0 or num_examples <= size:
+        return first, 1
+    steps = -(-num_examples // size)
+    orders = (
+        tuple(position + step // steps * num_examples for position in order)
+        for step, order in enumerate(first.orders)
+    )
+    return Schedule(tuple(orders)), -(-first.steps // steps)
+
+
 def schedules_for(scenario: Scenario, num_examples: int) -> list[Schedule]:
     """Every schedule under which `num_examples` known images may have been seen, that of :func:`schedule_for` first.
 

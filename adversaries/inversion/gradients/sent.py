@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -16,6 +16,9 @@ Layers = Literal["all", "last"]
 BatchNormMode = Literal["train", "eval"]
 Statistics = tuple[tuple[Tensor, Tensor], ...]
 """Mean and biased variance (V, channels) of layers' inputs over each victim's batch."""
+
+Moves = Mapping[str, Tensor]
+"""Tensor -> what a client's local steps added to it."""
 
 _SPARSE_SHARE = 1 / 8
 """Above this sent share a tensor is handled densely: gathering would cost more than it saves."""

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedattack.compression import kept_share
 from fedattack.errors import DataError, NotApplicable
-from fedattack.files import write_tensors
+from fedattack.files import load_tensors, write_tensors
 from fedattack.observation import Scenario
+from fedattack.reading import Unreadable, parsed_json, said
+from fedattack.registry import check_names_of_file
 
 FORMAT = 1
 
@@ -66,17 +67,18 @@ def load_learned(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     DataError if the file is missing, no safetensors, holds something else than `kind`, or NaN or infinite values.
     """
     try:
-        with safe_open(path, framework="pt") as held:
-            header = held.metadata() or {}
-            tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (not a mapping)
-        metadata = json.loads(header.get("fedattack", "null"))
-    except FileNotFoundError:
-        raise DataError(f"no such file: {str(path)!r}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{str(path)!r} is not a readable safetensors file ({error})") from None
+        tensors, header = load_tensors(path)
+        metadata = parsed_json(header.get("fedattack", "null"))
+    except Unreadable as error:
+        if error.absent:
+            raise DataError(f"no such file: {str(path)!r}") from None
+        raise DataError(f"{str(path)!r} is not a readable safetensors file ({error.reason})") from None
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} describes itself by what is no JSON ({said(error)})") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or metadata.get("kind") != kind:
         found = metadata.get("kind", "nothing known") if isinstance(metadata, dict) else "nothing known"
         raise DataError(f"{str(path)!r} should hold a {kind} of format {FORMAT}; it holds {found!r}")
+    check_names_of_file(metadata, f"file {str(path)!r}")
     del metadata["format"]
     if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
         raise DataError(f"{str(path)!r} holds NaN or infinite values")

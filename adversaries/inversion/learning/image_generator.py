@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adversaries.base import Progress, no_progress
 from adversaries.inversion.learning import train
 from adversaries.inversion.learning.train import initialised
 from fedattack.errors import ConfigError, DataError, NotApplicable
+from fedattack.files import load_tensors
 from fedattack.metrics.pixels import psnr
 from fedattack.models.decoders.from_latent import ImageEncoder, ImageGenerator
 from fedattack.observation import Auxiliary
+from fedattack.reading import Unreadable
 from fedattack.registry import Registry
 from fedattack.rng import torch_rng
 
@@ -140,10 +140,10 @@ def given_generator(target: str, weights: str | None, image_shape: tuple[int, in
         )
     if weights is not None:
         try:
-            module.load_state_dict(load_file(weights))
-        except FileNotFoundError:
-            raise DataError(f"setting 'generator_weights' = {weights!r}: no such file") from None
-        except (SafetensorError, OSError, RuntimeError) as error:
+            module.load_state_dict(load_tensors(weights)[0])
+        except Unreadable as error:
+            raise DataError(f"setting 'generator_weights' = {weights!r}: {error.reason}") from None
+        except RuntimeError as error:
             raise DataError(f"setting 'generator_weights' = {weights!r}: does not fit ({error})") from None
     module.eval().requires_grad_(False)
     with torch.no_grad():

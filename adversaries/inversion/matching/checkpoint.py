@@ -15,11 +15,11 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedattack.errors import RunFailed
-from fedattack.files import write_tensors
+from fedattack.errors import DataError, RunFailed
+from fedattack.reading import parsed_json
+from fedattack.sealed import read_sealed, write_sealed
 
 log = logging.getLogger("fedattack.checkpoint")
 
@@ -95,24 +95,26 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("fedattack", "{}"))
-                # Cloned, because kernels may round differently where memory is not aligned as they like it.
-                tensors = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+            held, told = read_sealed(self.path, self.path.stem)
+            header = parsed_json(told.get("fedattack", "{}"))
+        except (DataError, ValueError) as error:
             log.warning("an attack begins afresh: its state %s cannot be read (%s)", self.path, error)
             return None
-        if header.get("format") != FORMAT or header.get("problem") != self._problem():
+        if (
+            not isinstance(header, dict)
+            or header.get("format") != FORMAT
+            or header.get("problem") != self._problem()
+        ):
             log.warning("an attack begins afresh: the state %s is of another problem", self.path)
             return None
-        log.info("an attack goes on from its state after %d iterations", int(tensors["iteration"]))
-        return tensors
+        log.info("an attack goes on from its state after %d iterations", int(held["iteration"]))
+        return {name: tensor.to(device) for name, tensor in held.items()}
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep a state, whole or not at all."""
         header = {"fedattack": json.dumps({"format": FORMAT, "problem": self._problem()})}
         try:
-            write_tensors(self.path, tensors, header)
+            write_sealed(self.path, tensors, self.path.stem, metadata=header)
         except RunFailed as error:
             log.warning("no state of an attack is kept from here on: %s", error)
             self._pause = math.inf

@@ -80,7 +80,8 @@ def descend(
         if outcome is not None and transform is not None:
             found = problem.images(outcome.variables)
             cleaned = transform(found.flatten(0, 1)).reshape(found.shape).detach()
-            start = problem.variables(cleaned, problem.logits(outcome.variables))
+            held = outcome.variables
+            start = problem.variables(cleaned, problem.logits(held), problem.points(held))
             past = _with(past, outcome)
         part = dataclasses.replace(settings, iterations=ends[stretch] - begin)
         runner = minimiser(problem, start, part, _later(noise, begin))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
-from adversaries.inversion.gradients import Schedule, Statistics, gradient_model
+from adversaries.inversion.gradients import Moves, Schedule, Statistics, gradient_model
 from adversaries.inversion.matching import pixels
 from adversaries.inversion.matching.checkpoint import digest, open_checkpoint
 from adversaries.inversion.matching.descent import Noise, Transform, descend
@@ -44,6 +44,7 @@ class Match:
     labels: Tensor  # int64 (B,): those given, or the largest of the optimised logits under joint labels
     losses: list[float] = field(default_factory=list)  # lowest loss from each start
     variables: Tensor | None = None  # float32 (N,): what the chart drew `images` from
+    point: float | None = None  # where a surrogate's gradient was taken; None: no surrogate
     compiled: str = "no"  # "compiled", "no", or why not
 
 
@@ -59,6 +60,7 @@ def match(
     label_starts: Tensor | None = None,
     chart: Chart | None = None,
     unroll: Schedule | None = None,
+    moves: Sequence[Moves] | None = None,
     penalty: Penalty | None = None,
     seed: int = 0,
 ) -> list[Match]:
@@ -84,6 +86,9 @@ def match(
         Replaces the settings' parametrisation, as by a generator's latent space.
     unroll : Schedule, optional
         Which images are in each local step's batch.
+    moves : sequence of mapping of str to Tensor, optional
+        What each victim's local steps did to the weights; the updates, their mean gradients, are matched at a point
+        between the weights before and after, which is found beside the images.
     penalty : Penalty, optional
         A term of the attack's own, in the units of the regularisers.
     seed : int
@@ -106,6 +111,7 @@ def match(
         layers=settings.layers,
         batch_norm=settings.batch_norm or rows[0].scenario.training.batch_norm,
         unroll=unroll,
+        moves=None if moves is None else [*moves] * restarts,
         device=device,
     )
     targets: Statistics = ()
@@ -127,6 +133,7 @@ def match(
 
     def identity() -> str:
         words = [repr(settings), repr(unroll), type(chart).__name__, str(device), str(seed)]
+        words += [] if moves is None else ["surrogate"]
         tensors = [tensor for tensor in (labels, starts, logits) if tensor is not None]
         tensors += observations[0].weights.values()
         for observation in observations:
@@ -157,7 +164,7 @@ def _answers(problem: Problem, outcome: Outcome, restarts: int, labels: Tensor |
     losses = outcome.losses.reshape(restarts, -1).cpu()
     history = torch.stack(outcome.history, 1).cpu()
     images = problem.images(outcome.variables).detach().cpu()
-    logits = problem.logits(outcome.variables)
+    logits, points = problem.logits(outcome.variables), problem.points(outcome.variables)
     found = []
     for v, restart in enumerate(losses.argmin(0).tolist()):
         row = restart * losses.shape[1] + v
@@ -171,6 +178,7 @@ def _answers(problem: Problem, outcome: Outcome, restarts: int, labels: Tensor |
                 labels=labels[v].cpu() if labels is not None else logits[row].argmax(1).cpu(),  # type: ignore[index]
                 losses=losses[:, v].tolist(),
                 variables=outcome.variables[row, : problem.width(outcome.variables)].detach().cpu(),
+                point=None if points is None else float(points[row]),
                 compiled=problem.compiled,
             )
         )

@@ -18,7 +18,7 @@ from adversaries.inversion.gradients import Prediction, Sent
 from fedattack.errors import unknown_name
 from fedattack.registry import Registry
 
-LayerWeights = Literal["equal", "falling"]
+LayerWeights = Literal["equal", "falling", "exponential"]
 
 Distance = Callable[[Prediction, slice], Tensor]
 """(Prediction of victims [a, b), slice(a, b)) -> objective of each, (V',), differentiable."""
@@ -33,17 +33,22 @@ _TINY = 1e-30
 
 
 def layer_weights(kind: LayerWeights, sent: Sent) -> Tensor:
-    """Weight of each layer, float32 (L,): 1, or (L + 1 - l) / L for "falling"."""
+    """Weight of each layer, float32 (L,): 1, (L + 1 - l) / L for "falling", or e^((1 - l) / 2) for "exponential".
+
+    The last is a factor e from one weight and bias to the next.
+    """
     count = len(sent.segments)
     rank = torch.arange(1.0, count + 1, device=sent.values.device)
     if kind == "equal":
         return torch.ones_like(rank)
     if kind == "falling":
         return (count + 1 - rank) / count
+    if kind == "exponential":
+        return ((1 - rank) / 2).exp()
     raise unknown_name("layer_weights", kind, LAYER_WEIGHTS)
 
 
-LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("equal", "falling")
+LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("equal", "falling", "exponential")
 
 
 class Layout:

@@ -8,12 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from adversaries.inversion.evidence.one_gradient import FIRST_POINT
 from adversaries.inversion.gradients import (
     CompiledSlope,
     DirectGradients,
     GradientModel,
     Prediction,
     Statistics,
+    SurrogateGradients,
 )
 from adversaries.inversion.gradients.compiled import LONG
 from adversaries.inversion.gradients.layers import add
@@ -22,6 +24,12 @@ from adversaries.inversion.matching.pixels import Bounded, Chart, ImageChart, Pi
 from adversaries.inversion.matching.regularisers import PIXEL_TERMS, SPECIAL, batch_norm, group
 from adversaries.inversion.matching.settings import Matching
 from fedattack.errors import ConfigError
+
+POINT_STEP = 1e-3
+"""What Adam moves a surrogate's point by in one iteration (Zhu et al. 2023)."""
+
+POINT_SCALE = 0.1
+"""Of a point beside pixels, for an optimiser that knows no steps of its own (L-BFGS)."""
 
 Penalty = Callable[[Tensor, "Tensor | None", slice], Tensor]
 """A term of an attack's own: (images (V', B, C, H, W), shares (V', B, classes) or None, which rows) -> (V',).
@@ -34,8 +42,9 @@ class Problem:
     """Objective and gradient of all rows as a function of the optimiser's variables (rows, N).
 
     A row is one victim from one start; the rows of one start lie together. Its variables are those of the
-    chart, and under joint labels after them the label logits, (B, classes) = `label_shape`. `targets` are
-    those of :func:`~adversaries.inversion.matching.regularisers.batch_norm_targets`, for all rows.
+    chart, under joint labels after them the label logits, (B, classes) = `label_shape`, and last, where gradients are
+    surrogates, what moves their point. `targets` are those of
+    :func:`~adversaries.inversion.matching.regularisers.batch_norm_targets`, for all rows.
     """
 
     def __init__(
@@ -72,9 +81,14 @@ class Problem:
         self._finished = [False] * len(self._unit)
         self._restarts, self._label_shape, self._penalty = restarts, label_shape, penalty
         self._label_count = 0 if label_shape is None else label_shape[0] * label_shape[1]
+        self._surrogate = gradients if isinstance(gradients, SurrogateGradients) else None
+        self._point_count = 0 if self._surrogate is None else 1
+        # One learning rate moves all variables, and a point takes a step of its own.
+        lbfgs = settings.optimiser.endswith("lbfgs")
+        self._point_scale = POINT_SCALE if lbfgs else POINT_STEP / settings.learning_rate
         # Where variables are pixels, scaled perhaps, nothing lies before the images.
         scaled = isinstance(chart, Pixels) and type(chart) in (Pixels, Standardised)
-        self._pixels_only = scaled and label_shape is None
+        self._pixels_only = scaled and label_shape is None and self._surrogate is None
         self._pixel_scale = chart.scale if isinstance(chart, Pixels) else 1.0
         # Where the entries' gradient is written out and nothing else depends on them, no graph is needed at all.
         alone = not self._statistics and self._cost is None and penalty is None and label_shape is None
@@ -87,17 +101,21 @@ class Problem:
         """Whether the network's passes were compiled, or why not."""
         return self._compiled if isinstance(self._compiled, str) else self._compiled.outcome
 
-    def variables(self, start: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Variables (rows, N) of images, or the chart's variables, and label logits (rows, B, classes)."""
+    def variables(self, start: Tensor, logits: Tensor | None = None, points: Tensor | None = None) -> Tensor:
+        """Variables (rows, N) of images or the chart's variables, label logits (rows, B, classes), points (rows,)."""
         if start.ndim > 2:
             if not isinstance(self._chart, ImageChart):
                 raise ConfigError("this parametrisation cannot start from images; give its variables")
             start = self._chart.variables(start)
-        return start if logits is None else torch.cat([start, logits.flatten(1)], 1)
+        parts = [start] if logits is None else [start, logits.flatten(1)]
+        if self._surrogate is not None:
+            shift = 0 if points is None else (points - FIRST_POINT)[:, None] / self._point_scale
+            parts.append(start.new_zeros(len(start), 1) + shift)
+        return torch.cat(parts, 1)
 
     def width(self, variables: Tensor) -> int:
         """How many of the variables (rows, N) are the chart's (N')."""
-        return variables.shape[1] - self._label_count
+        return variables.shape[1] - self._label_count - self._point_count
 
     def images(self, variables: Tensor) -> Tensor:
         return self._chart.images(variables[:, : self.width(variables)])
@@ -107,25 +125,35 @@ class Problem:
         if clamp:
             assert isinstance(self._chart, Pixels)
             low, high = self._chart.limits
-            project: Callable[[Tensor], Tensor] = partial(torch.clamp, min=low, max=high)
+            project: Callable[[Tensor], Tensor] | None = partial(torch.clamp, min=low, max=high)
         elif isinstance(self._chart, Bounded):
             project = self._chart.project
         else:
-            return None
-        if not self._label_count:
+            project = None
+        if self._surrogate is None and (project is None or not self._label_count):
             return project
+        span = 1 / self._point_scale
 
-        def images_only(variables: Tensor) -> Tensor:
+        def by_parts(variables: Tensor) -> Tensor:
             width = self.width(variables)
-            return torch.cat([project(variables[:, :width]), variables[:, width:]], 1)
+            drawn, logits, point = variables.split([width, self._label_count, self._point_count], 1)
+            point = point.clamp(-FIRST_POINT * span, (1 - FIRST_POINT) * span)
+            return torch.cat([drawn if project is None else project(drawn), logits, point], 1)
 
-        return images_only
+        return by_parts
 
     def logits(self, variables: Tensor) -> Tensor | None:
         """Label logits (rows, B, classes); None where labels are given."""
         if self._label_shape is None:
             return None
-        return variables[:, -self._label_count :].unflatten(1, self._label_shape)
+        width = self.width(variables)
+        return variables[:, width : width + self._label_count].unflatten(1, self._label_shape)
+
+    def points(self, variables: Tensor) -> Tensor | None:
+        """Each row's point between the weights before and after, (rows,) in [0, 1]; None where there is none."""
+        if self._surrogate is None:
+            return None
+        return FIRST_POINT + self._point_scale * variables[:, -1]
 
     def evaluate(self, variables: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (rows,) and their gradients (rows, N)."""
@@ -184,7 +212,11 @@ class Problem:
         """Losses (rows,), their gradient at the images, and that at the variables that does not go through them."""
         logits = self.logits(variables)
         shares = None if logits is None else logits.softmax(2)
-        prediction = self._gradients.predict(
+        points = self.points(variables)
+        at = (
+            self._gradients if self._surrogate is None or points is None else self._surrogate.at(points, rows)
+        )
+        prediction = at.predict(
             images, rows, whole=self._whole, shares=shares, statistics=self._statistics > 0
         )
         rest = self._differentiated(variables, images, shares, prediction, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Step = Callable[[float], Tensor | None]
@@ -25,6 +26,18 @@ class Damping:
     fall: float = 0.1  # factor after one that does,
     slow: float | None = None  # and by less than 30 percent; None: `fall`
     tries: int = 7  # dampings tried for one step
+
+
+def normal_steps(gram: Tensor, right: Tensor, shape: torch.Size) -> Step:
+    """Steps of `shape` from J'J (k, k) and J' left (k,), the damping in units of the mean diagonal."""
+
+    def step(damping: float) -> Tensor:
+        damped = gram.clone()
+        damped.diagonal().add_(damping * gram.diagonal().mean())
+        factor = torch.linalg.cholesky_ex(damped)[0]
+        return torch.cholesky_solve(right[:, None], factor)[:, 0].reshape(shape)
+
+    return step
 
 
 def levenberg_marquardt(

@@ -13,7 +13,9 @@ one sample, a chance of about ``B / 2^(B-1)``, it is that sample's.
 v of the batch's span, take the neurons with the lowest w.v; the q that they leave smallest tells for all neurons
 which are likely inactive, and the difference between the sums of the active and the inactive w is a better v, since
 a half-space of weights points to its sample. A few turns of that end in a sample's own q or nowhere, and B of 100
-takes seconds where random rows would take 2^99 draws.
+takes seconds where random rows would take 2^99 draws. Two things make it work on trained layers, whose inputs are
+much alike: inputs that cannot be below zero (behind a ReLU, or pixels) draw v to the cone of those that are not, and
+one half of the starts keeps to where the samples not yet found must lie, orthogonal to S^-1 q of the others.
 
 References
 ----------
@@ -36,8 +38,10 @@ Method = Literal["guided", "published"]
 ZERO = 50.0
 """Entries of U q below so many standard deviations of their noise are zero."""
 
-_TURNS = 5
+_TURNS = 8
 _SHARES = (2.0, 1.0, 3.0, 1.5, 4.0)
+_FIRST_CLIPS = 20
+_CLIPS = 3
 _DRAWS = 20_000
 _EXTRA = 1
 _DOUBTFUL = 100
@@ -54,12 +58,17 @@ class Factors:
     left: Tensor  # U, (m, B)
     values: Tensor  # S, (B,), descending
     right: Tensor  # V', (B, d)
-    neurons: Tensor  # the layer's weights in the span, W V, (m, B)
+    neurons: Tensor  # the layer's weights in the span, W V, (K, m, B): K states of them
     noise: Tensor  # (m,): deviation of the noise of an entry of G, by row, from what lies outside the span
+    alive: Tensor  # bool: the rows of G that are not zero
+    positive: bool = False  # whether no entry of X is below zero
 
     @classmethod
-    def of(cls, gradient: Tensor, weights: Tensor, basis: Tensor) -> Factors:
-        """Factors of a gradient (m, d) whose rows are spanned by the orthonormal columns of `basis` (d, B)."""
+    def of(cls, gradient: Tensor, weights: Tensor, basis: Tensor, positive: bool = False) -> Factors:
+        """Factors of a gradient (m, d) whose rows are spanned by the orthonormal columns of `basis` (d, B).
+
+        `weights` are (m, d), or (K, m, d): states that the layer went through while the gradient was summed.
+        """
         inside = gradient @ basis
         outside = (gradient - inside @ basis.T).norm(dim=1) / max(1, basis.shape[0] - basis.shape[1]) ** 0.5
         # Rounding that happens to vanish in a row says nothing about the row.
@@ -67,12 +76,25 @@ class Factors:
         alive = inside.norm(dim=1) > ZERO * noise * basis.shape[1] ** 0.5
         left, values, turn = torch.linalg.svd(inside[alive], full_matrices=False)
         right = turn @ basis.T
-        return cls(left, values, right, weights[alive] @ right.T, noise[alive])
+        states = weights.reshape(-1, *weights.shape[-2:])[:, alive]
+        return cls(left, values, right, states @ right.T, noise[alive], alive, positive)
 
     @property
     def samples(self) -> int:
         """B."""
         return len(self.values)
+
+    def completed(self, found: Found) -> Tensor:
+        """The inputs, a row (1, d) up to scale, of the one sample that B - 1 directions leave."""
+        rest = torch.linalg.qr((found.directions / self.values).T, mode="complete").Q[:, -1:].T
+        return rest @ self.right
+
+    def clipped(self, v: Tensor, times: int) -> Tensor:
+        """Vectors of the span (n, B), nearer to those whose entries are not below zero, where X has none that are."""
+        if self.positive:
+            for _ in range(times):
+                v = (v @ self.right).clamp_min(0) @ self.right.T
+        return v
 
 
 @dataclass
@@ -101,9 +123,9 @@ class Search:
         self.draws = 0
 
     def collect(self, rounds: int, accept: Callable[[Found], bool]) -> Found:
-        """Draw in rounds until `accept` says True to the B independent directions with the most zeros.
+        """Draw in rounds until `accept` says True to the independent directions with the most zeros, B or fewer.
 
-        Answers these, or fewer than B where no more were found.
+        Answers the last of these.
         """
         best = self._best()
         if self._factors.samples == 1:
@@ -116,9 +138,10 @@ class Search:
             if self._method == "published" or (turn % _RESORT == _RESORT - 1 and easy):
                 self._random_rows()
             else:
-                self._guided(_SHARES[turn % len(_SHARES)], best)
+                neurons = self._factors.neurons[turn % len(self._factors.neurons)]
+                self._guided(_SHARES[turn % len(_SHARES)], best, neurons)
             best = self._best()
-            if len(best) == self._factors.samples and accept(best):
+            if accept(best):
                 break
         return best
 
@@ -130,25 +153,31 @@ class Search:
             self.draws += draws
             self._add(kernel)
 
-    def _guided(self, share: float, best: Found) -> None:
+    def _guided(self, share: float, best: Found, neurons: Tensor) -> None:
         """From directions of the span to q and back; half of the starts avoid the samples that are known."""
         size, count = self._factors.samples, len(self._rows)
         starts = max(64, 4 * size)
         v = torch.randn(starts, size, generator=self._generator, dtype=self._rows.dtype).to(self._rows.device)
-        if len(best):
-            signs = torch.where(best.zeros, -1.0, 1.0).to(v.dtype)
-            known = torch.linalg.qr((signs @ self._factors.neurons).T).Q
-            v[::2] -= v[::2] @ known @ known.T
+        v *= self._factors.values
+        # The others' inputs lie in the directions' dual, whatever these others are.
+        known = torch.linalg.qr((best.directions[best.firm] / self._factors.values).T).Q
+        v[::2] -= v[::2] @ known @ known.T
+        if len(best) == size:
+            # One wrong direction spoils the others' inputs, while its own still points to its sample.
+            v[1 : 2 * size : 2] = torch.linalg.inv(best.directions).T * self._factors.values
+        v *= torch.where(v @ self._factors.right[:, -1:] < 0, -1.0, 1.0).to(v)  # the last input is 1
+        v = self._factors.clipped(v, _FIRST_CLIPS)
         least = min(int(share * size), count)
         for _ in range(_TURNS):
-            lowest = (v @ self._factors.neurons.T).topk(least, dim=1, largest=False).indices
+            lowest = (v @ neurons.T).topk(least, dim=1, largest=False).indices
             rows = self._rows[lowest]
             q = torch.linalg.eigh(rows.transpose(1, 2) @ rows).eigenvectors[:, :, 0]
             self.draws += starts
             self._add(q)
             size_of = (q @ self._rows.T).abs()
             middle = size_of.median(1, keepdim=True).values.clamp_min(1e-300)
-            v = torch.tanh(size_of / middle - 1) @ self._factors.neurons
+            v = self._factors.clipped(torch.tanh(size_of / middle - 1) @ neurons, _CLIPS)
+            v[::2] -= v[::2] @ known @ known.T
 
     def _zeros(self, q: Tensor, loose: float = 0.0) -> Tensor:
         """Where U q is zero up to noise, or below the share `loose` of its median; bool (n, m), for unit q (n, B)."""

@@ -17,6 +17,7 @@ from adversaries.needs import Needs
 from adversaries.seats import MaliciousServer
 from fedattack.config import Share
 from fedattack.errors import NotApplicable
+from fedattack.models.normalise import shown
 from fedattack.observation import Auxiliary, Candidates, MembershipScores, Observation, Scenario
 
 RIDGE = 1e-2
@@ -65,8 +66,9 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
         if candidates is None:
             raise NotApplicable("relu-trap: no candidate to ask about")
         layer = first_layer(scenario.model)
-        asked = candidates.images.flatten(1).double()
-        public = asked[:0] if auxiliary is None else auxiliary.images.flatten(1).double()
+        asked = shown(candidates.images.double(), scenario.model).flatten(1)
+        granted = candidates.images[:0] if auxiliary is None else auxiliary.images
+        public = shown(granted.double(), scenario.model).flatten(1)
         background = torch.cat([asked, public])
         mean = background.mean(0)
         covariance = (background - mean).T.cov() if len(background) > 1 else torch.eye(len(mean)).double()
@@ -86,8 +88,8 @@ class ReLUTrap(MaliciousServer, MembershipAttack):
 
     def watch(self, view: RoundView, seed: int) -> Figures:
         """``clients``, int64 (K,), and ``statistic``, float64 (K, N); without rows where no trap was sent."""
-        images = view.candidates.images.flatten(1).double()
-        layer = first_layer(view.observations[0].scenario.model)
+        model = view.observations[0].scenario.model
+        images, layer = shown(view.candidates.images.double(), model).flatten(1), first_layer(model)
         trapped = [o for o in view.observations if _is_trap(o, layer, images)]
         rows = [_read(o, layer, images) for o in trapped]
         empty = torch.empty(0, len(images), dtype=torch.float64)

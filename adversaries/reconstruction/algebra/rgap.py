@@ -20,6 +20,7 @@ from adversaries.needs import Needs
 from adversaries.reconstruction.base import OneByOne, status_of
 from fedattack.config import Strength
 from fedattack.errors import NotApplicable
+from fedattack.models.normalise import pixels, shown
 from fedattack.observation import Observation, Reconstruction
 
 _EDGE = 1e-7
@@ -114,10 +115,10 @@ def _recursion(observation: Observation, ridge: float, device: torch.device) -> 
         layers.append({"layer": layer.name, **figures})
         values = solved
         slopes = closed_form.transpose(layer, weights, delta, (solved.shape[2], solved.shape[3]))
-    image = values.clamp(0, 1)
-    parts = misfits(
-        sent, Player(observation, chain.convolutions[0].name, device).play(image.flatten(1), label).gradients
-    )
+    model = observation.scenario.model
+    image = pixels(values, model).clamp(0, 1)
+    player = Player(observation, chain.convolutions[0].name, device)
+    parts = misfits(sent, player.play(shown(image, model).flatten(1), label).gradients)
     left = max(parts.values())
     status = status_of(left)
     reason = f"residual {left:.0e}: the image does not explain the update" if status == "failed" else ""

@@ -6,15 +6,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress, share_of
-from adversaries.inversion.evidence import label_strategies, one_gradient
+from adversaries.base import Effort, Progress, no_progress, share_of
+from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors
+from adversaries.inversion.evidence.labels import label_strategies
 from adversaries.inversion.evidence.whitening import Whitening, whitening
 from adversaries.inversion.gradients import BatchNormMode
 from adversaries.inversion.gradients.products import Network, prepare
@@ -27,9 +28,12 @@ from fedattack.rng import torch_rng
 CAUTION = "a residual that falls is no evidence of a reconstruction: compare with the floor"
 
 
-def default_products(images: int) -> int:
-    """Jacobian products for a batch: 4,000 an image, but what two images get for one, which converges further."""
-    return 4000 * max(2, images)
+def default_products(images: int, *, surrogate: bool = False) -> int:
+    """Jacobian products for a batch: 4,000 an image, but what two images get for one, which converges further.
+
+    Of a surrogate 200 an image: more only fit what it leaves out of the client's steps.
+    """
+    return 200 * max(2, images) if surrogate else 4000 * max(2, images)
 
 
 @dataclass
@@ -55,7 +59,7 @@ class GaussNewton(ReconstructionAttack):
     starts : int
         The prior's mean, then draws from the prior, tried until one comes to a small residual.
     labels : str
-        Label strategy; see :mod:`adversaries.inversion.evidence.label_strategies`.
+        Label strategy; see :mod:`adversaries.inversion.evidence.labels.label_strategies`.
     batch_norm : {"train", "eval"}, optional
         Whether the clients' BatchNorm used their batch's statistics, as it does in training, or the running ones;
         None: as declared.
@@ -70,6 +74,12 @@ class GaussNewton(ReconstructionAttack):
     hop : float
         How far the best image is shaken once a descent has stalled, in units of its residual and of the prior; 0:
         never, and what is left of the budget is not spent.
+    local_steps : {"surrogate"}, optional
+        "surrogate": a weight delta of several local steps is read as one gradient at a point between the weights
+        before and after, found beside the images (:mod:`adversaries.inversion.evidence.one_gradient`); None: several
+        steps are refused. Where a network was trained before, some images come out and the others stay below the
+        floor: 14.3 dB on three clients with 5 steps of 3 CIFAR-10 images (best 23.8, floor 12.2), of whose labels 14
+        in 45 were inferred wrongly.
 
     References
     ----------
@@ -89,6 +99,7 @@ class GaussNewton(ReconstructionAttack):
     kink: float = 1.0
     hybrid_below: float = 0.05
     hop: float = 1.0
+    local_steps: one_gradient.Reading | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that can never work."""
@@ -96,9 +107,10 @@ class GaussNewton(ReconstructionAttack):
         label_strategies.STRATEGIES.get(self.labels)
         self._settings(1)
 
-    def _settings(self, images: int) -> Settings:
+    def _settings(self, images: int, several: bool = False) -> Settings:
+        usual = default_products(images, surrogate=several)
         return Settings(
-            products=default_products(images) if self.products is None else self.products,
+            products=usual if self.products is None else self.products,
             starts=self.starts,
             noise=self.noise,
             kink=self.kink,
@@ -107,12 +119,22 @@ class GaussNewton(ReconstructionAttack):
         )
 
     def needs_now(self, scenario: Scenario) -> Needs:
-        """The labels are read as asked."""
-        return dataclasses.replace(self.needs, labels=self.labels)
+        """The labels are read as asked, and so are several local steps."""
+        several = self._several(scenario)
+        update: Literal["gradient", "steps"] = "steps" if several else "gradient"
+        return dataclasses.replace(self.needs, labels=self.labels, update=update)
 
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Refuse models whose gradient is random."""
         prepare(scenario.model, None, self._batch_norm(scenario))
+
+    def effort(self, scenario: Scenario, images: int) -> Effort:
+        """Its budget of products."""
+        several = self._several(scenario)
+        return Effort(products=self._settings(images, several).products, whole=several)
+
+    def _several(self, scenario: Scenario) -> bool:
+        return one_gradient.reads_surrogate(self.local_steps, scenario)
 
     def _batch_norm(self, scenario: Scenario) -> BatchNormMode:
         return self.batch_norm or scenario.training.batch_norm
@@ -151,13 +173,15 @@ class GaussNewton(ReconstructionAttack):
         progress: Progress = no_progress,
     ) -> Solution:
         """Images of one victim whose labels are known or inferred, int64 (B,)."""
+        several = self._several(observation.scenario)
         network = Network(
             observation.scenario.model,
             observation.weights,
-            one_gradient.as_gradient(observation),
+            one_gradient.mean_gradient(observation) if several else one_gradient.as_gradient(observation),
             labels,
             self._batch_norm(observation.scenario),
             device,
+            moves=one_gradient.moves(observation) if several else None,
         )
         generator = torch_rng(seed, "gauss-newton", observation.round, observation.client + 1)
         shape = (len(labels), *observation.scenario.image_shape)
@@ -165,7 +189,7 @@ class GaussNewton(ReconstructionAttack):
         def draw() -> Tensor:
             return torch.randn(shape, generator=generator).to(device)
 
-        return solve(network, prior, draw, self._settings(len(labels)), progress)
+        return solve(network, prior, draw, self._settings(len(labels), several), progress)
 
     def _answer(
         self, observation: Observation, labels: Labels, solution: Solution, prior: Whitening
@@ -181,6 +205,7 @@ class GaussNewton(ReconstructionAttack):
             "hops": solution.hops,
             "hops kept": solution.hops_kept,
             "prior": prior.source,
+            **({"point": solution.point} if self._several(observation.scenario) else {}),
             "notes": CAUTION,
         }
         return Reconstruction(

@@ -7,6 +7,9 @@ residual does not yet determine and fades as it comes to do so.
 ReLU's gradient jumps wherever a unit switches, and its derivative says nothing of it. So each kink is smoothed over
 normal noise on the unit's input, as wide as the image is still unknown: that turns jumps into slopes which tell how
 many units must switch. The width follows the residual down, and falls by itself where the residual does not.
+
+Where the gradient is a surrogate for several local steps, each step that is taken is followed by a short one of the
+point between the weights before and after, down the residual.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress
+from adversaries.inversion.evidence.one_gradient import FIRST_POINT
 from adversaries.inversion.evidence.whitening import Whitening, relaxed
 from adversaries.inversion.gradients.products import Linearisation, Network
 from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
@@ -71,6 +75,9 @@ SLOW = 0.97
 PROMISING = 0.03
 """A start that has come to this residual has found the way down, more often than not."""
 
+REACH = 0.05
+"""How far a surrogate's point moves after a step, at most."""
+
 HYBRID_DEVIATION = 0.3
 """Deviation of a pixel after the switch."""
 
@@ -80,7 +87,7 @@ class Solution:
     """The iterate of lowest residual (B, C, H, W), not clamped, and that residual: rms over the sent entries, scaled.
 
     `history`: residuals after each accepted step of the descent it came from; `residuals`: of each start, then of
-    each hop; `start`: which led to it; `hops_kept`: hops that lowered the residual.
+    each hop; `start`: which led to it; `hops_kept`: hops that lowered the residual; `point`: a surrogate's.
     """
 
     images: Tensor
@@ -91,6 +98,7 @@ class Solution:
     start: int = 0
     hops: int = 0
     hops_kept: int = 0
+    point: float = 0.0
 
 
 class _Descent:
@@ -106,14 +114,20 @@ class _Descent:
         self._failures = self._last = 0
         self._width = settings.kink * WIDEST
         self._z = prior.whiten(images)
+        self._point = FIRST_POINT
+        if network.movable:
+            network.put(self._point)
         self._at = network.linearise(images, self._width)
         self._anneal()
-        self.best = Solution(images.detach(), network.rms(images))
+        self.best = Solution(images.detach(), network.rms(images), point=network.point)
         self.best.history.append(self.best.rms)
 
     def run(self, budget: int, told: Callable[[float], None]) -> None:
         """Step until the budget is spent, the residual is as good as zero, or nothing helps; `told` each residual."""
         best, self._last = self.best, self._network.products + budget
+        if self._network.movable:
+            # Another descent may have moved it.
+            self._place(self._point)
         while (
             self._network.products < self._last
             and self._failures < FAILURES
@@ -130,7 +144,7 @@ class _Descent:
             exact = self._network.rms(self._at.images.detach()) if self._network.kinked else self._at.rms
             best.history.append(exact)
             if exact < best.rms:
-                best.images, best.rms = self._at.images.detach(), exact
+                best.images, best.rms, best.point = self._at.images.detach(), exact, self._network.point
             told(best.rms)
 
     def _anneal(self) -> None:
@@ -170,10 +184,35 @@ class _Descent:
         self._damping = self._damping / 3 if self._damping > 0.1 else 0.0
         if capped and step == 1:
             self._cap = min(MOST_INNER, int(self._cap * GROWTH))
+        if self._network.movable:
+            self._place(self._better_point())
         self._anneal()
         if slow:
             self._narrow(0.7)
         return True
+
+    def _place(self, point: float) -> None:
+        self._point = point
+        self._network.put(point)
+        self._at = self._network.linearise(self._at.images, self._width)
+
+    def _better_point(self) -> float:
+        """Where within reach the residual is least: the foot of a parabola through three points, or one of them."""
+        network, images = self._network, self._at.images.detach()
+
+        def square(point: float) -> float:
+            network.put(point)
+            return network.rms(images) ** 2
+
+        low, here, high = max(0.0, self._point - REACH), self._point, min(1.0, self._point + REACH)
+        squares = {point: square(point) for point in (low, here, high)}
+        if low < here < high:
+            bend = squares[low] + squares[high] - 2 * squares[here]
+            if bend > 0:
+                lowest = here + (here - low) * (squares[low] - squares[high]) / (2 * bend)
+                lowest = min(high, max(low, lowest))
+                squares[lowest] = square(lowest)
+        return min(squares, key=squares.__getitem__)
 
     def _solve(self) -> tuple[Tensor, bool]:
         """The change of z, and whether conjugate gradients could have used more iterations."""

@@ -127,8 +127,11 @@ class GaussNewtonResult:
     ----------
     images : Tensor
         float32 (B, C, H, W), clamped to [0, 1], on the CPU, in the order of the labels.
-    objective_per_number, history
-        The certificate at the answer, and after each step.
+    objective_per_number : float
+        The certificate at the answer.
+    history : list[float]
+        After each step the certificate times s squared: what is unexplained, on one scale, so that it falls while
+        annealing succeeds (the certificate itself is in units of s, and rises as s falls).
     explained : bool
         Whether the certificate stayed below its limit; False: not even the loosest noise model explains the update,
         and the answer is not to be trusted. It is no measure of leakage: where few numbers were sent, many images
@@ -372,7 +375,7 @@ def _anneal(
             z, anchor = after.z, problem.anchor(after)
             # Noise may leave nothing to measure.
             certificate = after.objective / max(1, problem.measured.count)
-            path.history.append(certificate)
+            path.history.append(certificate * s**2)
             good = certificate <= settings.max_objective
             stalled = after.objective > (0.99 if last else 0.9) * before.objective
             if stalled or (good and not last):

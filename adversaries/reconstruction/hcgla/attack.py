@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from adversaries.base import Progress, no_progress, share_of
-from adversaries.inversion.evidence import defences, label_strategies, one_gradient
+from adversaries.inversion.evidence import defences, one_gradient
 from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors
+from adversaries.inversion.evidence.labels import label_strategies
 from adversaries.inversion.evidence.priors import GaussianPrior, gaussian_prior
 from adversaries.inversion.gradients import Layers
 from adversaries.inversion.learning.denoiser import load_denoiser

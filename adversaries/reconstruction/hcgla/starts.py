@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import prior_image
-from adversaries.inversion.evidence.labels import NON_NEGATIVE
+from adversaries.inversion.evidence.labels.counts import NON_NEGATIVE
 from adversaries.inversion.gradients import closed_form
 from adversaries.inversion.learning.ridge import FeatureRegression
 from fedattack.errors import ConfigError, DataError, NotApplicable
 from fedattack.observation import Auxiliary, Observation
+from fedattack.reading import LARGEST_PICTURE, Unreadable, open_picture, read_bytes
 from fedattack.rng import torch_rng
 
 Start = Literal["auto", "ridge", "generator", "mean", "grey", "random", "red", "same-label", "image"]
@@ -97,7 +97,7 @@ class Starts:
     @cached_property
     def _given_image(self) -> Tensor:
         assert self._image_path is not None
-        return _read_image(self._image_path, self._shape)
+        return read_start_image(self._image_path, self._shape)
 
     def make(self, observation: Observation, labels: Tensor, restarts: int) -> Tensor:
         """`restarts` starts of one victim, its update as a gradient: float32 (R, B, C, H, W).
@@ -172,20 +172,17 @@ class Starts:
         return self._auxiliary.images[int(there[0])].float()
 
 
-def _read_image(path: str, shape: tuple[int, int, int]) -> Tensor:
+def read_start_image(path: str, shape: tuple[int, int, int]) -> Tensor:
     """A picture as float32 (C, H, W) in [0, 1], resized."""
     channels, height, width = shape
     try:
-        with Image.open(Path(path)) as picture:
+        with open_picture(read_bytes(path, LARGEST_PICTURE), path) as picture:
             resized = picture.convert("L" if channels == 1 else "RGB").resize(
                 (width, height), Image.Resampling.BICUBIC
             )
             pixels = np.asarray(resized, dtype=np.float32) / 255
-    except FileNotFoundError:
-        raise ConfigError(f"setting 'hcgla.start_image' = {path!r}: no such file") from None
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(
-            f"setting 'hcgla.start_image' = {path!r}: not a readable picture ({error})"
-        ) from None
+    except Unreadable as error:
+        what = error.reason if error.absent else f"not a readable picture ({error.reason})"
+        raise ConfigError(f"setting 'hcgla.start_image' = {path!r}: {what}") from None
     planes = torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)
     return planes.expand(channels, -1, -1).contiguous()

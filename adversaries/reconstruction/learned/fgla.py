@@ -11,7 +11,7 @@ import torch
 from adversaries.base import Progress
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
-from adversaries.inversion.evidence.label_strategies import infer
+from adversaries.inversion.evidence.labels.label_strategies import infer
 from adversaries.inversion.learning import train
 from adversaries.inversion.learning.generator import Generator, load_generator, obtain_generator
 from adversaries.needs import Facts, Needs

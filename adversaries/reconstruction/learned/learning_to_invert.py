@@ -13,7 +13,7 @@ from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence.client import ImitatedClient
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors
-from adversaries.inversion.evidence.label_strategies import infer
+from adversaries.inversion.evidence.labels.label_strategies import infer
 from adversaries.inversion.learning import train
 from adversaries.reconstruction.learned import base
 from fedattack.config import Positive

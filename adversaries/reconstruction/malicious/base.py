@@ -15,7 +15,7 @@ from adversaries.base import Progress
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.first_layer import first_layer
 from adversaries.inversion.evidence.floors import floors, prior_image
-from adversaries.inversion.evidence.label_strategies import infer
+from adversaries.inversion.evidence.labels.label_strategies import infer
 from adversaries.inversion.evidence.one_gradient import gradient_unit, mean_gradient
 from adversaries.inversion.solvers.peeling import Rows, Sample, agreeing, peel
 from adversaries.needs import Needs
@@ -24,6 +24,7 @@ from adversaries.seats import MaliciousServer
 from fedattack.config import Share
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
+from fedattack.models.normalise import per_pixel
 from fedattack.observation import Observation, Reconstruction
 
 _ROUNDING = 2.0**-22
@@ -37,7 +38,10 @@ _LABELLED = 0.1
 
 
 class ReplayedClient:
-    """One observation, float64: what the first layer (K, d) sent, and what it would send of an image."""
+    """One observation, float64: what the first layer (K, d) sent, and what it would send of an image.
+
+    `weight` and `bias` answer to what the layer is given, :meth:`rows` are as of one that is given pixels.
+    """
 
     def __init__(self, observation: Observation, device: torch.device) -> None:
         self.observation = observation
@@ -79,6 +83,9 @@ class ReplayedClient:
         sent = update.dense()
         vectors = sent[self._layer.weight].to(self._device).double()
         scalars = sent[self._layer.bias].to(self._device).double()
+        normalised = per_pixel(observation.scenario.model, vectors)
+        if normalised is not None:
+            vectors = vectors * normalised[1] + scalars[:, None] * normalised[0]
         noise = torch.full_like(scalars, _ROUNDING * float(scalars.abs().max()))
         compression = observation.scenario.compression
         if observation.update.kind == "delta":  # the client's new weights were rounded

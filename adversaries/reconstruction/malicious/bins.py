@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from adversaries.inversion.evidence.first_layer import for_inputs
 from adversaries.inversion.evidence.priors import smooth_prior
 from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.base import armable
@@ -18,6 +19,7 @@ from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH, Reading, Re
 from fedattack.config import Positive, Strength
 from fedattack.errors import ConfigError, NotApplicable
 from fedattack.models.armable.imprint import CEILING, Imprinted
+from fedattack.models.normalise import shown
 from fedattack.observation import Auxiliary, Candidates, Scenario
 from fedattack.rng import torch_rng
 
@@ -124,7 +126,8 @@ class BinReading(RowReading):
             strength = _calm(module, scenario, direction / reach, generator, auxiliary)
         back = torch.outer(direction * strength / reach, signs)
         sent = dict(weights)
-        sent["measure.weight"], sent["measure.bias"] = torch.cat(rows).float(), torch.cat(biases).float()
+        wide, bias = for_inputs(scenario.model, torch.cat(rows), torch.cat(biases))
+        sent["measure.weight"], sent["measure.bias"] = wide.float(), bias.float()
         sent["back.weight"] = back.float()
         return sent
 
@@ -188,11 +191,11 @@ def _calm(
     else:
         images = torch.rand(64, *scenario.image_shape, generator=generator)
     labels = torch.randint(0, scenario.model.resolved[2], (len(images),), generator=generator)
-    given = images.clone().requires_grad_()
+    given = shown(images, scenario.model).clone().requires_grad_()
     loss = nn.functional.cross_entropy(module.rest(given), labels, reduction="sum")
     (slope,) = torch.autograd.grad(loss, given)
     steep = float((slope.flatten(1).double() @ direction).abs().median())
-    size = float(images.flatten(1).square().sum(1).mean())
+    size = float(given.detach().flatten(1).square().sum(1).mean())
     steps = training.learning_rate * training.local_steps / (training.batch_size or UNKNOWN_BATCH)
     return min(_STRENGTH, _TURN * CEILING / max(steps * steep * size, 1e-30))
 
@@ -264,7 +267,8 @@ def bins(client: ReplayedClient) -> list[range]:
 
 def _collisions(client: ReplayedClient, groups: list[range], public: Tensor) -> list[float]:
     """For each measurement the chance that two public images share a bin."""
-    images = public.double().flatten(1).to(client.bias.device)
+    given = shown(public.double(), client.observation.scenario.model)
+    images = given.flatten(1).to(client.bias.device)
     above = images @ client.weight.T + client.bias > 0
     chances = []
     for group in groups:

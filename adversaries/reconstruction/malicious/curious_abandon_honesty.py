@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adversaries.inversion.evidence.first_layer import first_layer, is_complete
+from adversaries.inversion.evidence.first_layer import first_layer, for_inputs, for_pixels, is_complete
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH, Reading, ReplayedClient, RowReading
 from fedattack.config import Strength
@@ -104,12 +104,18 @@ class CuriousAbandonHonesty(RowReading):
             share = woken / (scenario.training.batch_size or UNKNOWN_BATCH)
             factors = torch.quantile(ratios, min(share, 0.5), dim=0)
         sent = dict(weights)
-        sent[layer.weight] = (negative + factors[:, None] * positive).to(weights[layer.weight].dtype)
-        sent[layer.bias] = torch.zeros_like(weights[layer.bias])
+        traps = negative + factors[:, None] * positive
+        wide, bias = for_inputs(scenario.model, traps, torch.zeros(neurons, dtype=torch.float64))
+        sent[layer.weight], sent[layer.bias] = wide.to(weights[layer.weight]), bias.to(weights[layer.bias])
         return sent
 
     def _reading(self, client: ReplayedClient) -> Reading:
-        if bool(client.bias.any()) or float((client.weight < 0).double().mean(1).sub(0.5).abs().max()) > 0.05:
+        wide, bias = for_pixels(client.observation.scenario.model, client.weight, client.bias)
+        rounding = 1e-5 * wide.norm(dim=1).max()
+        if (
+            float(bias.abs().max()) > rounding
+            or float((wide < 0).double().mean(1).sub(0.5).abs().max()) > 0.05
+        ):
             raise NotApplicable(
                 "the first layer that was sent holds no trap weights (an honest server's); let the server send the "
                 "attack's weights (attack.names with 'cah' arms the rounds in attack.rounds)"

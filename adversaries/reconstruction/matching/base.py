@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adversaries.base import Progress, no_progress
-from adversaries.inversion.evidence import defences, label_strategies, one_gradient
+from adversaries.base import Effort, Progress, no_progress
+from adversaries.inversion.evidence import defences, one_gradient
 from adversaries.inversion.evidence.evidence import Evidence, Labels
 from adversaries.inversion.evidence.floors import floors, prior_image
-from adversaries.inversion.gradients import Compile, Layers, schedule_for
+from adversaries.inversion.evidence.labels import label_strategies
+from adversaries.inversion.gradients import Compile, Layers, Moves, schedule_for
 from adversaries.inversion.matching.match import Match, match
 from adversaries.inversion.matching.parts import in_parts
 from adversaries.inversion.matching.pixels import PIXEL_DEVIATION, PIXEL_MEAN, Chart
@@ -80,9 +81,10 @@ class OptimisationAttack(ReconstructionAttack):
         Iterations without a better loss after which a victim is left; 0: never.
     compile : {"auto", "always", "never"}, optional
         Whether the network's passes are compiled; "auto": in long runs.
-    local_steps : {"unrolled", "ignored"}
-        What is done with a weight delta of several local steps: the steps are simulated and differentiated through,
-        or the delta is taken for a multiple of one gradient.
+    local_steps : {"unrolled", "surrogate", "ignored"}
+        What is done with a weight delta of several local steps: the steps are simulated and differentiated through;
+        the delta is taken for a multiple of one gradient at a point between the weights before and after, found
+        beside the images (:mod:`adversaries.inversion.evidence.one_gradient`); or of one at the weights before.
     """
 
     needs: ClassVar[Needs] = Needs(update="steps", signs=True, sums="dense", fresh=True, labels="auto")
@@ -136,6 +138,15 @@ class OptimisationAttack(ReconstructionAttack):
     def probe(self, scenario: Scenario, facts: Facts) -> None:
         """Settle protocol and compression."""
         plan(self, scenario)
+
+    def effort(self, scenario: Scenario, images: int) -> Effort:
+        """An evaluation of objective and gradient an iteration, from each start and through each simulated step."""
+        settled = plan(self, scenario)
+        steps = scenario.training.local_steps
+        slopes = (settled.settings.iterations + 1) * settled.recipe.restarts
+        if settled.unrolled:
+            return Effort(slopes=slopes * steps)
+        return Effort(slopes=slopes, whole=steps > 1)
 
     def penalty(
         self, observations: Sequence[Observation], labels: Tensor, device: torch.device
@@ -198,11 +209,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an attack does under one scenario: settings as that needs them, and whether local steps are simulated."""
+    """What an attack does under one scenario: settings as that needs them, and how it reads local steps.
+
+    `unrolled`: they are simulated; `surrogate`: read as one gradient at a learned point.
+    """
 
     recipe: Recipe
     settings: Matching
     unrolled: bool
+    surrogate: bool
     notes: list[str]
 
 
@@ -212,7 +227,11 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
     settings, training = recipe.matching, scenario.training
     several = training.local_steps > 1
     unrolled = several and attack.local_steps == "unrolled"
-    if several and not unrolled:
+    reads = one_gradient.reads_surrogate(attack.local_steps, scenario)
+    if reads:
+        one_gradient.check_moves(scenario)
+        notes.append(f"{training.local_steps} local steps read as one gradient at a learned point")
+    elif several and not unrolled:
         notes.append(
             f"{training.local_steps} local steps taken for one: the delta is read as their mean gradient"
         )
@@ -238,15 +257,16 @@ def plan(attack: OptimisationAttack, scenario: Scenario) -> Plan:
         settings = dataclasses.replace(settings, regularisers=regularisers)
     if recipe.labels == "joint":
         settings = dataclasses.replace(settings, labels="joint")
-    return Plan(recipe, settings, unrolled, notes)
+    return Plan(recipe, settings, unrolled, reads, notes)
 
 
 @dataclass(frozen=True)
 class _Victim:
-    """One observation as it is matched: the update to match, its labels."""
+    """One observation as it is matched: the update to match, its labels, and what its local steps did."""
 
     observation: Observation
     labels: Labels
+    moves: Moves
 
 
 class _Run:
@@ -274,7 +294,8 @@ class _Run:
                 labels = Labels(nothing, 1.0, "optimised beside the images")
             else:
                 labels = label_strategies.infer(self._recipe.labels, evidence)
-            self._victims.append(_Victim(self._predicted(evidence), labels))
+            moves = one_gradient.moves(evidence.observation) if self._plan.surrogate else {}
+            self._victims.append(_Victim(self._predicted(evidence), labels, moves))
 
     def _predicted(self, evidence: Evidence) -> Observation:
         """The update as what will be predicted: a gradient, or the delta itself where steps are simulated."""
@@ -307,6 +328,7 @@ class _Run:
         options = {
             "label_starts": torch.stack([self._label_starts(v) for v in victims], 1) if joint else None,
             "unroll": schedule_for(scenario, batch) if self._plan.unrolled else None,
+            "moves": [victim.moves for victim in victims] if self._plan.surrogate else None,
             "penalty": self._attack.penalty(observations, labels, self._device),
         }
         starts, settings = torch.stack([self._starts(victim) for victim in victims], 1), self._plan.settings
@@ -370,6 +392,7 @@ class _Run:
             "recoveries": found.recoveries,
             "iterations": len(found.history) - 1,
             "compiled": found.compiled,
+            **({} if found.point is None else {"point": found.point}),
             "notes": "; ".join([recipe.note, *self._plan.notes]).strip("; "),
             **{f"matching.{name}": value for name, value in dataclasses.asdict(self._plan.settings).items()},
             **self._details[position],

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from adversaries.inversion.matching.settings import Matching
 
 Start = Literal["random", "uniform", "grey", "mean", "tiled"]
-LocalSteps = Literal["unrolled", "ignored"]
+LocalSteps = Literal["unrolled", "surrogate", "ignored"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Recipe:
 
     `tv` is the weight of the mean absolute difference of neighbouring pixels, vertical plus horizontal; of
     standardised pixels where these are what the optimiser turns; the other regularisers are `matching`'s. `labels`:
-    a key of :data:`adversaries.inversion.evidence.label_strategies.STRATEGIES`, or "joint": soft labels are
+    a key of :data:`adversaries.inversion.evidence.labels.label_strategies.STRATEGIES`, or "joint": soft labels are
     optimised beside the images. `start`: "random" (N(0, 1) pixels, or standardised ones), "uniform" (U[0, 1]),
     "grey" (0.5), "mean" (of the auxiliary images) or "tiled" (a random quarter four times). `note`: where the
     settings are from and what differs.

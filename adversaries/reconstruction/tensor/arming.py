@@ -8,6 +8,7 @@ from torch import Tensor
 from adversaries.reconstruction.base import armable
 from fedattack.errors import NotApplicable
 from fedattack.models.armable.two_layer import TwoLayer
+from fedattack.models.normalise import normaliser, shown
 from fedattack.observation import Auxiliary, Scenario
 from fedattack.rng import torch_rng
 
@@ -59,11 +60,12 @@ def armed(
         noise = torch.randn(_IMAGES, *scenario.image_shape, generator=generator)
         images = (TYPICAL_MEAN + TYPICAL_DEVIATION * noise).clamp(0, 1)
     with torch.no_grad():
-        inputs = module.inputs(images).double()
+        inputs = module.inputs(shown(images, scenario.model)).double()
     draws = torch.randn(m, d, generator=generator, dtype=torch.float64)
     if whiten or (whiten is None and spread):
         moment = inputs.T @ inputs / len(inputs)
-        if not granted and isinstance(module.stem, torch.nn.Flatten):  # of noise, without its sampling error
+        plain = isinstance(module.stem, torch.nn.Flatten) and normaliser(scenario.model) is None
+        if not granted and plain:  # of noise, without its sampling error
             moment = torch.full((d, d), TYPICAL_MEAN**2, dtype=torch.float64)
             moment.diagonal().add_(TYPICAL_DEVIATION**2)
         moment.diagonal().add_(_SHRINK * moment.diagonal().mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from adversaries.base import Progress
 from adversaries.inversion.evidence import one_gradient
 from adversaries.inversion.evidence.first_layer import is_complete
 from adversaries.inversion.gradients.activations import ACTIVATIONS, homogeneous, is_polynomial, stein_order
+from adversaries.inversion.solvers.span import largest
 from adversaries.needs import Block, Facts, Needs
 from adversaries.reconstruction.base import CERTIFIED, OneByOne, armable, failed, status_of
-from adversaries.reconstruction.tensor import certificate, from_entries, from_gradient, from_steps
+from adversaries.reconstruction.tensor import by_class, certificate, from_entries, from_gradient, from_steps
 from adversaries.reconstruction.tensor.arming import armed
 from adversaries.reconstruction.tensor.decompose import Decomposer
 from adversaries.reconstruction.tensor.from_gradient import Estimate
@@ -29,12 +31,14 @@ from adversaries.reconstruction.tensor.head import (
     read_labels,
     residuals_of,
 )
-from adversaries.reconstruction.tensor.refine import refine, relu_masks
+from adversaries.reconstruction.tensor.refine import refine, relu_masks, settle
 from adversaries.reconstruction.tensor.stem import invert_stem
 from adversaries.seats import MaliciousServer
 from fedattack.config import Positive, Strength
+from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable
 from fedattack.models.armable.two_layer import TwoLayer
+from fedattack.models.normalise import attach, normaliser, pixels
 from fedattack.observation import EVERYONE, Auxiliary, Candidates, Observation, Reconstruction, Scenario
 from fedattack.rng import torch_rng
 
@@ -46,6 +50,9 @@ _RUNGS = (0.28, 0.42, 0.57)
 
 _LEAST_SIDE = 16
 """Smaller images are solved at once."""
+
+_NEAR = 1e-2
+"""Residual of an answer whose labels can be believed in a last refinement."""
 
 NO_TRACE = "a sample's label leaves too little trace in the head's gradient to be read"
 
@@ -60,7 +67,9 @@ class TensorAttack(MaliciousServer, OneByOne):
     finished by Gauss-Newton on the gradient itself. The answer is put through the model: the residual of the update
     tells "certified" (10^-5 at most), "approximate" and "failed" apart without the truth. A certificate needs more
     than a residual: no other batch may explain the update as well (:mod:`.certificate`); the notes say what speaks
-    against one. The global model skips an armed round, from which a server learns the batch and nothing else.
+    against one. Black pictures leave nothing but a gap in the declared number, and are answered without labels (-1),
+    outside the certificate, as `details["inferred"]` says. The global model skips an armed round, from which a server
+    learns the batch and nothing else.
 
     Parameters
     ----------
@@ -69,8 +78,8 @@ class TensorAttack(MaliciousServer, OneByOne):
     view : {"full", "last_layer"}
         "last_layer" looks at the head's gradient only.
     batch : int, optional
-        Samples in the batch (of all clients together under secure aggregation); None: read from the spectrum, or
-        where noise hides that, the declared number.
+        Samples in the batch (of all clients together under secure aggregation); None: as many as stand out of the
+        gradient's noise, the declared number at most.
     decomposer : {"simdiag", "jennrich", "als", "tensorly_power"}
         The last two are tensorly's, as a cross-check.
     refine : {"auto", "off"}
@@ -86,7 +95,8 @@ class TensorAttack(MaliciousServer, OneByOne):
     head_strength : float, optional
         Size of the head's entries; None: 1/m, or 1/sqrt(m) with signs.
     restarts : int
-        Starts tried where single entries are solved for (top-k, last layer).
+        Starts tried where single entries are solved for (top-k, last layer); the classes of a whole last layer are
+        solved one by one before that, from as many starts as their size allows.
 
     References
     ----------
@@ -123,24 +133,28 @@ class TensorAttack(MaliciousServer, OneByOne):
                 f"model.activation = {model.activation!r} has a zero third Hermite coefficient, and method "
                 "'published' averages third moments; use poly3 or method 'exact'"
             )
-        batch = self.batch or training.batch_size
+        batch = self.batch or _fewest_samples(scenario, facts)
         if not batch:
             return  # all of a client's samples: known when it declares them
         m, d = module.wide.weight.shape
         if self.view == "last_layer" or not is_complete(scenario):
             _check_entries(self.view, scenario, module, batch)
         elif self.method == "exact":
-            needed = from_gradient.feature_count(batch, order if training.local_steps > 1 else order - 1)
+            several = training.steps(batch) > 1
+            needed = from_gradient.feature_count(batch, order if several else order - 1)
+            steps = f" (in {training.steps(batch)} local steps)" if several else ""
             if batch > d:
+                where = "training.batch_size" if batch == training.batch_size else "samples of an update"
                 raise NotApplicable(
-                    f"training.batch_size = {batch} > input dimension {d}: the samples' span is the whole space"
+                    f"{where} = {batch}{steps} > input dimension {d}: the samples' span is the whole space"
                 )
             if m < needed:
-                closed = order == 3 and training.local_steps == 1
+                closed = order == 3 and not several
                 what = f"(B+1)(B+2)/2 = {needed}" if closed else f"at least {needed}"
                 raise NotApplicable(
-                    f"model.width = {m} < {needed}: regression with {model.activation} needs {what} "
-                    f"neurons for B = {batch}; raise --width or lower --batch-size"
+                    f"model.width = {m} < {needed}: regression with {model.activation} needs {what} neurons for B = "
+                    f"{batch} samples{steps}; raise --width or lower --batch-size"
+                    + (" or --local-steps" if several else "")
                 )
 
     def arm(
@@ -177,6 +191,24 @@ class TensorAttack(MaliciousServer, OneByOne):
             return failed("tensor", observation, str(reason), residual=None)
 
 
+def _fewest_samples(scenario: Scenario, facts: Facts) -> int:
+    """The fewest samples that an update to be attacked may hold; 0: not known before a client declares them.
+
+    All samples that the local steps go through leave a part in one update, and those of all clients in a sum.
+    """
+    training = scenario.training
+
+    def seen(count: int) -> int:
+        size = training.batch_size
+        return min(count, size * training.steps(count)) if size else count
+
+    if facts.samples:
+        found = min(map(seen, facts.samples))
+    else:
+        found = training.batch_size * training.local_steps
+    return found * (facts.drawn or 1) if hides_clients(scenario.defense) else found
+
+
 def _check_entries(view: str, scenario: Scenario, module: TwoLayer, batch: int) -> None:
     """Refuse fewer equations than unknowns, as far as the settings tell."""
     (m, d), classes = module.wide.weight.shape, module.head.out_features
@@ -208,6 +240,10 @@ class _Answer:
     parts: dict[str, float] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
     error: float | None = None
+    hidden: int = 0
+    """Samples that only the declared number tells of,"""
+    brightness: float = 0.0
+    """and how bright they may be, root mean square over their pixels."""
 
     @property
     def certified(self) -> bool:
@@ -276,10 +312,39 @@ class _Victim:
         wide, last = self._dense()
         y = self._scaled(wide)
         self._progress(0.0, "span")
-        basis, notes = from_gradient.find_span(
+        bases, notes = from_gradient.find_span(
             self._head, y, self._attack.batch, self._observation.num_examples, self._generator
         )
         self._notes += notes
+        best, reason = None, None
+        notes, figures = list(self._notes), dict(self._figures)
+        for basis in bases:
+            self._notes, self._figures = list(notes), dict(figures)
+            if best is not None:
+                self._notes.append(f"rank {basis.shape[1]} explains the update better")
+            try:
+                found = self._in_span(basis, y, wide, last)
+            except NotApplicable as error:
+                reason = reason or error
+                continue
+            if best is None or self._prefers(found, best):
+                best, best_notes, best_figures = found, self._notes, self._figures
+            if found.certified:
+                break
+        if best is None:
+            assert reason is not None
+            raise reason
+        self._notes, self._figures = best_notes, best_figures
+        return best
+
+    def _prefers(self, found: _Answer, best: _Answer) -> bool:
+        """Whether an answer of lower rank is better: certified, of the declared number, or far smaller a residual."""
+        told, known = (int(one.labelled.counts.sum()) == self._samples for one in (found, best))
+        if found.certified or best.certified or told != known:
+            return found.certified or (not best.certified and told and found.residual < 2 * best.residual)
+        return found.residual < 0.1 * best.residual
+
+    def _in_span(self, basis: Tensor, y: Tensor, wide: Tensor, last: Tensor) -> _Answer:
         self._progress(0.1, "tensor")
         estimate = from_gradient.from_wide(
             self._head, y, basis, self._attack.decomposer, self._generator, self._seed
@@ -292,7 +357,14 @@ class _Victim:
         if self._attack.refine == "off" or found.certified:
             return found
         fit = refine(self._head, y, estimate.inputs, estimate.weights, progress=self._refining)
-        return self._better(found, self._labelled(fit.inputs, wide, last))
+        found = self._better(found, self._labelled(fit.inputs, wide, last))
+        if found.certified or found.residual > _NEAR or found.labelled.doubt > certificate.COUNT:
+            return found
+        before = dict(self._figures)
+        settled = settle(self._head, y, found.inputs, found.labelled.counts.to(y.device))
+        again = self._better(found, self._labelled(settled, wide, last))
+        self._figures = self._figures | before | {"settled": again is not found}
+        return again
 
     def _from_products(self, estimate: Estimate, y: Tensor, wide: Tensor, last: Tensor) -> _Answer:
         """ReLU: exact masks give r_i x_i, cross-entropy the scale."""
@@ -318,7 +390,7 @@ class _Victim:
             raise NotApplicable("the wide layer did not move: nothing of the batch is in the update")
         # The spectrum of several gradients has no clear end; the declared batch is believed.
         declared = self._observation.num_examples
-        basis, notes = from_gradient.find_span(
+        (basis,), notes = from_gradient.find_span(
             self._head, wide, self._attack.batch or declared, declared, self._generator
         )
         self._notes += notes
@@ -400,6 +472,9 @@ class _Victim:
         equations = min(equations, entries.independent(self._samples))
         if not float(from_entries.targets(entries).norm()) > 0:
             raise NotApplicable("the entries that were sent are zero: nothing of the batch is in them")
+        gradient, first = entries.head_gradient(self._head), None
+        if gradient is not None:
+            first = by_class.solve(self._head, gradient, self._samples, self._generator)
         solution = from_entries.solve(
             self._head,
             entries,
@@ -409,6 +484,7 @@ class _Victim:
             CERTIFIED,
             certificate.SAFETY,
             ladder=self._ladder(),
+            first=first,
             progress=lambda part: self._progress(part, "entries"),
         )
         counts = torch.nn.functional.one_hot(solution.labels, self._head.classes)
@@ -488,10 +564,20 @@ class _Victim:
         """Labels from the head's gradient, and the residual of the whole answer put through the model."""
         if not bool(torch.isfinite(inputs).all()):
             raise NotApplicable("the decomposition is degenerate: the samples cannot be told apart")
+        found = self._explained(inputs, wide, last)
+        dark = self._head.activation.value(inputs.new_zeros(1)) != 0
+        if found.residual > CERTIFIED and len(inputs) < self._samples and bool(dark):
+            # A black picture is nothing to the wide layer, and something to the head.
+            other = self._explained(torch.cat([inputs, torch.zeros_like(inputs[:1])]), wide, last)
+            found = other if other.residual < found.residual else found
+        return found
+
+    def _explained(self, inputs: Tensor, wide: Tensor, last: Tensor) -> _Answer:
         delta = residuals_of(self._head, inputs, last, self._samples)
         labelled = read_labels(self._head, inputs, delta)
         positions, labels = (part.to(inputs.device) for part in labelled.expanded())
-        model_wide, model_last = self._head.gradient(inputs[positions], labels)
+        share = len(positions) / self._samples  # samples without a gradient count in the client's mean
+        model_wide, model_last = (share * part for part in self._head.gradient(inputs[positions], labels))
         parts = {"head": _relative(last, model_last)}
         if self._attack.view == "full":
             parts["wide"] = _relative(wide, model_wide)
@@ -506,12 +592,29 @@ class _Victim:
         counts = answer.labelled.counts.to(inputs.device)
         delta = counts.sum(1, keepdim=True) * head.logits(inputs).softmax(1) - counts
         of_counts = certificate.count_errors(head, inputs, last, self._samples)
-        errors = certificate.input_errors(head, inputs, delta @ head.row, self._scaled(wide))
+        weights, left = delta @ head.row, self._scaled(wide)
+        errors = certificate.input_errors(head, inputs, weights, left)
         if homogeneous(head.name):
             of_norms = certificate.norm_errors(head, inputs, counts, of_counts)
             errors = errors + of_norms * inputs.square().mean(1).sqrt()
-        errors = errors + certificate.merged_errors(inputs, counts, answer.residual)
+        merged = certificate.merged_errors(head, inputs, counts, left, answer.residual, self._generator)
+        if normaliser(self._observation.scenario.model) is None:
+            # Nothing but black lies on either side of black.
+            merged = torch.where(inputs.any(1), merged, counts.sum(1) * errors)
+        errors = errors + merged
         answer.error = float(errors.max())
+        missing = self._samples - int(counts.sum())
+        if missing > 0 and isinstance(self._module.stem, torch.nn.Flatten):
+            answer.brightness = certificate.hidden_brightness(head, inputs, largest(left, self._generator))
+            # What a dark picture leaves, the others' errors and the head's gradient take up.
+            answer.error *= certificate.ABSORBED
+            if answer.brightness <= certificate.DARK and answer.residual <= certificate.CLEAN:
+                answer.hidden = missing
+            else:
+                answer.doubts.append(
+                    f"{missing} of {self._samples} samples leave no trace, as pictures of brightness "
+                    f"{answer.brightness:.0e} would"
+                )
         if max(float(of_counts.max()), answer.labelled.doubt) > certificate.COUNT:
             answer.doubts.append(NO_TRACE)
         answer.doubts += self._doubts(answer)
@@ -533,7 +636,9 @@ class _Victim:
             doubts.append(f"{self._head.name}: another brightness of a sample explains the update as well")
         if isinstance(self._module.stem, torch.nn.Flatten):
             # Root mean square over the worst input's entries.
-            outside = answer.inputs - answer.inputs.clamp(0, 1)
+            scenario = self._observation.scenario
+            seen = pixels(answer.inputs.reshape(-1, *scenario.image_shape), scenario.model).flatten(1)
+            outside = seen - seen.clamp(0, 1)
             off = float(outside.square().mean(1).sqrt().max())
             if off > certificate.UNCERTAIN:
                 doubts.append(
@@ -551,7 +656,8 @@ class _Victim:
         positions, labels = found.labelled.expanded()
         inputs = found.inputs.cpu()[positions]
         norms = found.inputs.norm(dim=1).cpu()
-        status = status_of(found.residual, vouched=found.certified and len(inputs) == self._samples)
+        told = len(inputs) + found.hidden == self._samples
+        status = status_of(found.residual, vouched=found.certified and told)
         reason = ""
         if status == "failed":
             reason = f"residual {found.residual:.0e}: the answer does not explain the update"
@@ -563,7 +669,15 @@ class _Victim:
             self._notes.append(
                 f"residual {found.residual:.0e}: not certified; retry with another seed or more neurons"
             )
-        if len(inputs) != self._samples:
+        if found.hidden:
+            self._notes.append(
+                f"{found.hidden} of {self._samples} samples leave no trace (black pictures, of brightness "
+                f"{found.brightness:.0e} at most): their number is the declared one less the {len(inputs)} that are "
+                "seen and vouched for; they are answered without labels (-1)"
+            )
+            inputs = torch.cat([inputs, inputs.new_zeros(found.hidden, inputs.shape[1])])
+            labels = torch.cat([labels, labels.new_full((found.hidden,), -1)])
+        elif not told:
             self._notes.append(f"{len(inputs)} samples found, {self._samples} in the batch")
         images = self._images(inputs, self._observation.scenario.image_shape)
         if "feature_residual" in self._figures:
@@ -579,7 +693,7 @@ class _Victim:
             images=images.clamp(0, 1).float(),
             labels=labels,
             loss=found.residual,
-            label_confidence=max(0.0, 1.0 - 2 * found.labelled.doubt),
+            label_confidence=max(0.0, 1.0 - 2 * found.labelled.doubt) * (1 - found.hidden / self._samples),
             method=f"tensor ({method})",
             details={
                 "status": status,
@@ -588,6 +702,8 @@ class _Victim:
                 "residual_parts": found.parts,
                 "predicted_error": found.error,
                 "batch": len(found.inputs),
+                "inferred": found.hidden,
+                "inferred_error": found.brightness if found.hidden else None,
                 "copies": found.labelled.counts.sum(1).tolist(),
                 "norms": norms.tolist(),
                 "notes": self._notes,
@@ -597,8 +713,9 @@ class _Victim:
 
     def _images(self, inputs: Tensor, shape: tuple[int, int, int]) -> Tensor:
         if isinstance(self._module.stem, torch.nn.Flatten):
-            return inputs.reshape(-1, *shape)
-        images, figures = invert_stem(self._module.stem, inputs, shape, self._observation.auxiliary)
+            return pixels(inputs.reshape(-1, *shape), self._observation.scenario.model)
+        stem = attach(copy.deepcopy(self._module.stem), self._observation.scenario.model)
+        images, figures = invert_stem(stem, inputs, shape, self._observation.auxiliary)
         self._figures |= figures
         return images
 

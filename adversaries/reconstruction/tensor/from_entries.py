@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradients
-from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt
+from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt, normal_steps
 from adversaries.reconstruction.tensor.head import TwoLayerHead
 
 Function = Callable[[Tensor], Tensor]
@@ -56,6 +56,18 @@ class Entries:
     def count(self) -> int:
         """Equations."""
         return len(self.head_values) + len(self.wide_values)
+
+    def whole(self, head: TwoLayerHead) -> bool:
+        """Whether all entries of A's gradient are there."""
+        return len(self.head_values) == head.head.numel()
+
+    def head_gradient(self, head: TwoLayerHead) -> Tensor | None:
+        """A's gradient; None where an entry is missing."""
+        if not self.whole(head):
+            return None
+        found = torch.zeros_like(head.head)
+        found[self.head_rows, self.head_columns] = self.head_values
+        return found
 
     def independent(self, samples: int) -> int:
         """How many of the equations can be independent.
@@ -218,14 +230,7 @@ def fit(
                 # Far from a solution an exact step is wasted.
                 return _iterated(push, pull, left, 1e-2 if gained < 0.5 else 1e-3)
             gram, right = function.normal_equations(x, left)
-
-            def step(damping: float) -> Tensor:
-                damped = gram.clone()
-                damped.diagonal().add_(damping * gram.diagonal().mean())
-                factor = torch.linalg.cholesky_ex(damped)[0]
-                return torch.cholesky_solve(right[:, None], factor)[:, 0].reshape(x.shape)
-
-            return step
+            return normal_steps(gram, right, x.shape)
 
         return left, prepare
 
@@ -310,7 +315,7 @@ def guess_labels(head: TwoLayerHead, entries: Entries, samples: int, most: int) 
     pool = sure if own in sure else [*sure, own]
     ways = list(itertools.islice(itertools.combinations_with_replacement(pool, samples - len(sure)), 10_000))
     guesses = [torch.tensor(sorted([*sure, *extra]), dtype=torch.int64) for extra in ways]
-    whole = len(entries.head_values) == head.head.numel()
+    whole = entries.whole(head)
 
     def misfit(labels: Tensor) -> float:
         counts = torch.bincount(labels, minlength=head.classes).to(totals.dtype)
@@ -421,28 +426,27 @@ def solve(
     certified: float,
     safety: float,
     ladder: Sequence[Tensor],
+    first: tuple[Tensor, Tensor] | None,
     progress: Callable[[float], None],
 ) -> Solution:
-    """Inputs and labels from the entries: of `restarts` starts the first with residual `certified`, else the lowest.
+    """Inputs and labels from the entries: of all starts the first with residual `certified`, else the lowest.
 
     What the entries leave open is measured where the residual could be taken for a certificate; their noise may be
-    `safety` times what is left of them. Each guess of the labels is tried in the spaces of `ladder` first, see
-    :func:`climbed`.
+    `safety` times what is left of them. Labels and inputs that are known already come `first`; each guess of the
+    labels is tried in the spaces of `ladder` first, see :func:`climbed`.
     """
-    guesses = guess_labels(head, entries, samples, restarts)
-    sources = [_sources(head, entries, labels, ladder, generator) for labels in guesses]
     wanted = targets(entries)
     best: Solution | None = None
-    for attempt in range(restarts):
-        labels = guesses[attempt % len(guesses)]
+    guessed = _attempts(head, entries, samples, restarts, generator, ladder)
+    tried = guessed if first is None else itertools.chain([first], guessed)
+    for attempt, (labels, start) in enumerate(tried):
         function = Model(head, entries, labels)
-        start = _scaled(function, wanted, next(sources[attempt % len(guesses)]))
         x, _ = fit(function, wanted, start, _STEPS)
         blocks = (wanted - function(x)).tensor_split([len(entries.head_values)])
         parts = {name: float(block.norm()) for name, block in zip(("head", "wide"), blocks, strict=True)}
         if best is None or max(parts.values()) < best.residual:
             best = Solution(x, labels, max(parts.values()), parts)
-        progress((attempt + 1) / restarts)
+        progress(min(1.0, (attempt + 1) / restarts))
         if best.residual <= certified:
             break
     assert best is not None
@@ -454,6 +458,23 @@ def solve(
     noise = torch.cat([part.square().mean().sqrt().expand(len(part)) for part in blocks])
     unseen, found = foundation(function, best.inputs, left, safety * noise, generator)
     return replace(best, unseen=unseen, error=float(found.max()))
+
+
+def _attempts(
+    head: TwoLayerHead,
+    entries: Entries,
+    samples: int,
+    restarts: int,
+    generator: torch.Generator,
+    ladder: Sequence[Tensor],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Guessed labels (B,) and starting inputs (B, d)."""
+    guesses = guess_labels(head, entries, samples, restarts)
+    sources = [_sources(head, entries, labels, ladder, generator) for labels in guesses]
+    for attempt in range(restarts):
+        labels = guesses[attempt % len(guesses)]
+        function = Model(head, entries, labels)
+        yield labels, _scaled(function, targets(entries), next(sources[attempt % len(guesses)]))
 
 
 def _sources(

@@ -14,12 +14,15 @@ from adversaries.inversion.gradients.activations import (
     is_polynomial,
     stein_order,
 )
-from adversaries.inversion.solvers.span import DEPENDENT, row_space
+from adversaries.inversion.solvers.span import CLEAR, DEPENDENT, NOISY, rank_under_noise, row_space
 from adversaries.reconstruction.tensor import decompose, moments
 from adversaries.reconstruction.tensor.decompose import Decomposer, simdiag, slices, symmetric
 from adversaries.reconstruction.tensor.head import TwoLayerHead, golden_section
 from adversaries.reconstruction.tensor.moments import feature_count, regress
 from fedattack.errors import NotApplicable
+
+_TRIED = 3
+"""Ranks tried where the last directions hardly stand out of the noise."""
 
 _MOST_DEGREE = 4
 _MOST_FEATURES = 1200
@@ -65,35 +68,47 @@ class Whitened:
 
 def find_span(
     head: TwoLayerHead, gradient: Tensor, batch: int | None, declared: int, generator: torch.Generator
-) -> tuple[Tensor, list[str]]:
-    """An orthonormal basis (d, B) of the span of the batch's `gradient` (m, d), and warnings.
+) -> tuple[list[Tensor], list[str]]:
+    """Orthonormal bases (d, B) of the span of the batch's `gradient` (m, d), likeliest first, and warnings.
 
-    `batch` overrides the number of samples; None: by the gap in the spectrum, or `declared` where there is none.
+    `batch` overrides the number of samples; None: as many as stand out of the gradient's noise, `declared` at most,
+    and then as many as precede a wide gap, for hardly different samples are better found as copies of one.
     """
     if not float(gradient.norm()) > 0:
         raise NotApplicable("the wide layer's gradient is zero: nothing of the batch is in it")
     most = min(max(declared, batch or 0) + 1, *gradient.shape)
     span = row_space(gradient, most, generator)
     notes: list[str] = []
-    size = span.rank(declared) if batch is None else batch
-    if size is None:
-        size = declared
-        notes.append(
-            f"no gap in the spectrum (noise?): the declared batch of {declared} is taken for its rank"
-        )
+    if batch is None:
+        rank, edge = rank_under_noise(gradient, span, declared, generator)
+        size = max(1, rank)
+        if edge > NOISY * float(span.values[0]):
+            notes.append(
+                f"noise in the gradient, up to {edge / float(span.values[0]):.0e} of its largest singular value"
+            )
+    else:
+        size = batch
     largest = min(head.inputs, len(span.values))
+    if size >= largest and declared > largest:
+        size = declared
     if size > largest:
         raise NotApplicable(
             f"batch {size} > input dimension {largest}: the samples' span is the whole space and singles out none"
         )
     if size < declared:
         notes.append(
-            f"batch {declared}, rank {size}: equal or dependent samples (or samples without a gradient)"
+            f"batch {declared}, rank {size}: equal or dependent samples (or black ones, or some below the noise)"
         )
     if float(span.values[size - 1]) < DEPENDENT * float(span.values[0]):
         share = float(span.values[size - 1] / span.values[0])
         notes.append(f"samples dependent: s_B / s_1 = {share:.1e} < {DEPENDENT:.0e}")
-    return span.basis[:, :size], notes
+    sizes = [size]
+    if batch is None and size == rank:
+        # Rounding is not quite noise: a direction or two of it may have been taken for samples.
+        sizes += list(range(size - 1, max(span.above(CLEAR * edge, declared), size - _TRIED, 1) - 1, -1))
+        wide = span.rank(declared)
+        sizes += [wide] if wide is not None and wide < sizes[-1] else []
+    return [span.basis[:, :count] for count in sizes], notes
 
 
 def degree_for(head: TwoLayerHead, batch: int) -> int:

@@ -12,6 +12,14 @@ from adversaries.inversion.solvers.conjugate_gradients import conjugate_gradient
 from adversaries.inversion.solvers.levenberg_marquardt import Damping, Step, levenberg_marquardt
 from adversaries.reconstruction.tensor.head import TwoLayerHead
 
+_DIRECT, _NEAR = 4500, 1e-3
+"""Unknowns and residual up to which the normal equations in the span are factored: farther off, steps lead astray."""
+
+_ROUNDED = 1e-6
+
+_CHORDS = 8
+"""Steps with one factor."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -40,23 +48,55 @@ def refine(
     """Levenberg-Marquardt from an estimate, alternating between the span and what lies in it; never worse than that.
 
     Off the span the model is linear in the inputs, which one least-squares solve with all d columns settles and
-    which averages the rounding of float32 over the neurons. In the span there are B^2 + B unknowns; their normal
-    equations are solved by conjugate gradients, preconditioned by each sample's own block, with products of cost m
-    B^2. `y` (m, d) is the gradient of W times batch size over a; `settled`: a residual that ends it.
+    which averages the rounding of float32 over the neurons. In the span there are B^2 + B unknowns, whose normal
+    equations cost m B^4; far from the end and for larger batches they are solved by conjugate gradients,
+    preconditioned by each sample's own block, with products of cost m B^2. `y` (m, d) is the gradient of W times
+    batch size over a; `settled`: a residual that ends it.
     """
     best = Fit(inputs, weights, misfit(head, y, inputs, weights))
-    damping = 1e-6
+    damping, least_damping = 1e-6, 1e-10
+    few = len(weights) * (len(weights) + 1) <= _DIRECT
     for iteration in range(iterations):
         before = best.residual
         moved = _off_span(head, y, best)
         basis = torch.linalg.qr(moved.T).Q
-        stepped, damping = _in_span(head, y, moved, best.weights, basis, damping)
+        if few and before < _NEAR:
+            stepped, least_damping = _in_span_directly(head, y, moved, best.weights, basis, least_damping)
+        else:
+            stepped, damping = _in_span(head, y, moved, best.weights, basis, damping)
         if stepped.residual < best.residual:
             best = stepped
         progress((iteration + 1) / iterations)
-        if best.residual > before * (1 - 1e-3) or best.residual < settled:
+        # At the rounding of float32 a step more costs as much as the first, and brings nothing.
+        least = 0.7 if best.residual < _ROUNDED else 1 - 1e-3
+        if best.residual > before * least or best.residual < settled:
             break
     return best
+
+
+def settle(head: TwoLayerHead, y: Tensor, inputs: Tensor, counts: Tensor, iterations: int = 4) -> Tensor:
+    """Inputs (B, d) that explain `y` with the weights that their labels, `counts` (B, C), give them; near an answer.
+
+    Without a weight of its own, a sample cannot trade it for what tells it from a hardly different one.
+    """
+    few = len(inputs) * (len(inputs) + 1) <= _DIRECT
+    best = inputs
+    least = torch.inf
+    for _ in range(iterations if few else 0):
+        weights = labelled_weights(head, inputs, counts)
+        residual = misfit(head, y, inputs, weights)
+        if not residual < 0.7 * least:
+            break
+        best, least = inputs, residual
+        moved = _off_span(head, y, Fit(inputs, weights, residual))
+        basis = torch.linalg.qr(moved.T).Q
+        inputs = _in_span_directly(head, y, moved, weights, basis, 1e-15, counts)[0].inputs
+    return best
+
+
+def labelled_weights(head: TwoLayerHead, inputs: Tensor, counts: Tensor) -> Tensor:
+    """r (B,) of inputs (B, d) with so many samples of each class, `counts` (B, C), at each."""
+    return (counts.sum(1, keepdim=True) * head.logits(inputs).softmax(1) - counts) @ head.row
 
 
 def _off_span(head: TwoLayerHead, y: Tensor, fit: Fit) -> Tensor:
@@ -114,6 +154,101 @@ def _in_span(
     if found is not start:
         inputs, weights = found[:, :-1] @ basis.T, found[:, -1]
     return Fit(inputs, weights, misfit(head, y, inputs, weights)), damping
+
+
+def _in_span_directly(
+    head: TwoLayerHead,
+    y: Tensor,
+    inputs: Tensor,
+    weights: Tensor,
+    basis: Tensor,
+    damping: float,
+    counts: Tensor | None = None,
+) -> tuple[Fit, float]:
+    """The same with factored normal equations, ill-conditioned as they are; with `counts`, weights follow inputs."""
+    u, seen, act = head.wide @ basis, y @ basis, head.activation
+
+    def tied(z: Tensor, w: Tensor) -> Tensor:
+        if counts is None:
+            return w
+        p = (act.value(z) @ head.head.T).softmax(1)
+        return (counts.sum(1, keepdim=True) * p - counts) @ head.row
+
+    def parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        c = x[:, :-1]
+        z = u @ c.T
+        slope, w = act.slope(z), tied(z.T, x[:, -1])
+        return c, slope, slope * w, act.bend(z) * w, seen - (slope * w) @ c
+
+    x = torch.cat([inputs @ basis, weights[:, None]], 1)
+    c, slope, k, bend, left = parts(x)
+    normal = _normal_equations(u, c, k, slope, bend)
+    follow = None if counts is None else _weight_slopes(head, u, c, counts)
+    if follow is not None:
+        normal = _without_weights(normal.reshape(*x.shape, *x.shape), follow)
+    scale = normal.diagonal().sqrt().clamp_min(1e-300)
+    normal = normal / scale / scale[:, None]
+    size, start = float(left.norm()), x
+    for _ in range(8):
+        factor, failed = torch.linalg.cholesky_ex(normal + damping * torch.eye(len(normal)).to(normal))
+        for _ in range(0 if int(failed) else _CHORDS):
+            c, slope, k, bend, left = parts(x)
+            onto = left @ c.T
+            right, of_weights = k.T @ left + (bend * onto).T @ u, (slope * onto).sum(0)[:, None]
+            if follow is None:
+                right = torch.cat([right, of_weights], 1)
+            else:
+                right = right + of_weights * follow
+            step = torch.cholesky_solve((right.flatten() / scale)[:, None], factor)[:, 0] / scale
+            trial = x.clone()
+            trial[:, : right.shape[1]] += step.reshape(right.shape)
+            trial_size = float(parts(trial)[-1].norm())
+            if not trial_size < size:
+                break
+            slow, size, x = trial_size > 0.9 * size, trial_size, trial
+            if slow:
+                break
+        if x is not start:
+            damping = max(0.1 * damping, 1e-13)
+            c = x[:, :-1]
+            inputs, weights = c @ basis.T, tied(c @ u.T, x[:, -1])
+            break
+        damping *= 30
+    return Fit(inputs, weights, misfit(head, y, inputs, weights)), damping
+
+
+def _weight_slopes(head: TwoLayerHead, u: Tensor, c: Tensor, counts: Tensor) -> Tensor:
+    """How each weight changes with its sample's coordinates, (B, span)."""
+    z = c @ u.T
+    p = (head.activation.value(z) @ head.head.T).softmax(1)
+    along = counts.sum(1, keepdim=True) * p * (head.row - p @ head.row[:, None])
+    return ((along @ head.head) * head.activation.slope(z)) @ u
+
+
+def _without_weights(normal: Tensor, follow: Tensor) -> Tensor:
+    """Normal equations (B, span + 1, B, span + 1) of the coordinates alone, which the weights `follow` (B, span)."""
+    mixed = normal[:, :-1, :, -1][..., None] * follow
+    both = normal[:, -1, :, -1][:, None, :, None] * follow[:, :, None, None] * follow
+    full = normal[:, :-1, :, :-1] + mixed + mixed.permute(2, 3, 0, 1) + both
+    return full.reshape(follow.numel(), -1)
+
+
+def _normal_equations(u: Tensor, c: Tensor, k: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+    """J'J (B^2 + B, B^2 + B) of the model in the span, each sample's coordinates before its weight."""
+    size, span = c.shape
+    gram = c @ c.T
+    bent = (bend[:, :, None] * u[:, None]).flatten(1)  # (m, B * span)
+    full = (bent.T @ bent).reshape(size, span, size, span) * gram[:, None, :, None]
+    cross = (bent.T @ k).reshape(size, span, size)[:, :, :, None] * c[:, None, None]  # (i, a, l, b)
+    full = full + cross + cross.permute(2, 3, 0, 1)
+    full.diagonal(dim1=1, dim2=3).add_((k.T @ k)[:, :, None])
+    mixed = (bent.T @ slope).reshape(size, span, size) * gram[:, None] + (k.T @ slope)[:, None] * c.T[None]
+    all_ = u.new_empty(size, span + 1, size, span + 1)
+    all_[:, :span, :, :span] = full
+    all_[:, :span, :, span] = mixed
+    all_[:, span, :, :span] = mixed.permute(2, 0, 1)
+    all_[:, span, :, span] = (slope.T @ slope) * gram
+    return all_.reshape(size * (span + 1), -1)
 
 
 def _diagonal(u: Tensor, c: Tensor, k: Tensor, slope: Tensor, bend: Tensor) -> Tensor:

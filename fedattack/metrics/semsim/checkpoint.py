@@ -9,11 +9,11 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedattack.errors import DataError
-from fedattack.files import content_hash, write_tensors
+from fedattack.files import content_hash, load_tensors, write_tensors
+from fedattack.reading import Unreadable, parsed_json
 
 FORMAT = 1
 
@@ -70,12 +70,12 @@ def load_net(path: str | Path, kind: str, document: type[T]) -> tuple[dict[str, 
     """
     name = f"{kind} {str(path)!r}"
     try:
-        with safe_open(path, framework="pt") as held:
-            header = json.loads((held.metadata() or {}).get("fedattack", "null"))
-            tensors = {one: held.get_tensor(one) for one in held.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such file") from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        tensors, described_as = load_tensors(path)
+        header = parsed_json(described_as.get("fedattack", "null"))
+    except Unreadable as error:
+        what = error.reason if error.absent else f"not a readable safetensors file ({error.reason})"
+        raise DataError(f"{name}: {what}") from None
+    except ValueError as error:
         raise DataError(f"{name}: not a readable safetensors file ({_line(error)})") from None
     found = (header.pop("kind", None), header.pop("format", None)) if isinstance(header, dict) else None
     if found != (kind, FORMAT):

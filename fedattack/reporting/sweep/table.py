@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class SweepTable:
     def families(self) -> list[str]:
         """The families that any cell attacked by."""
         return list(dict.fromkeys(self.frame["family"].dropna()))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows in JSON's own types."""
+        return list(json.loads(self.frame.to_json(orient="records")))
 
 
 def sweep_table(axes: Sequence[str], outcomes: Sequence[CellOutcome]) -> SweepTable:

@@ -15,7 +15,7 @@ from adversaries import ATTACKS
 from adversaries.base import Progress, no_progress, share_of
 from adversaries.inversion.evidence.evidence import Evidence
 from adversaries.inversion.evidence.floors import floors, prior_image
-from adversaries.inversion.evidence.label_strategies import infer
+from adversaries.inversion.evidence.labels.label_strategies import infer
 from adversaries.needs import Facts, Needs
 from adversaries.reconstruction.base import ReconstructionAttack
 from adversaries.reconstruction.malicious.base import UNKNOWN_BATCH

@@ -15,6 +15,7 @@ from adversaries.inversion.evidence.head import head_of
 from adversaries.inversion.evidence.priors import smooth_prior
 from fedattack.errors import NotApplicable
 from fedattack.models import build_model
+from fedattack.models.normalise import pixels
 from fedattack.observation import Auxiliary, Observation, Scenario, Update
 
 SATURATED = 1e3
@@ -54,7 +55,7 @@ def is_readable(scenario: Scenario) -> bool:
 def lone_scenario(scenario: Scenario, count: int) -> Scenario:
     """The scenario in which `count` samples alone send one complete gradient."""
     training = scenario.training.model_copy(
-        update={"protocol": "fedsgd", "batch_size": count, "local_steps": 1}
+        update={"protocol": "fedsgd", "batch_size": count, "local_steps": 1, "local_epochs": None}
     )
     return dataclasses.replace(
         scenario, training=training, compression=scenario.compression.model_copy(update={"name": "none"})
@@ -147,7 +148,8 @@ def read_off(single: Observation) -> Tensor:
     weight, bias = dense_layer(single.update, first_layer(single.scenario.model))
     assert bias is not None
     image = bias @ weight / bias.square().sum().clamp_min(1e-300)
-    return image.reshape(single.scenario.image_shape).clamp(0, 1).float()
+    read = image.reshape(single.scenario.image_shape)
+    return pixels(read, single.scenario.model).clamp(0, 1).float()
 
 
 def misfit_of(observation: Observation, isolated: Isolated, images: Tensor) -> float:

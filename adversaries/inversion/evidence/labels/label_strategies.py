@@ -15,7 +15,8 @@ from torch import Tensor
 
 from adversaries.inversion.evidence.evidence import Evidence, Expectation, Labels
 from adversaries.inversion.evidence.first_layer import is_complete
-from adversaries.inversion.evidence.labels import NON_NEGATIVE, counted, infer_labels
+from adversaries.inversion.evidence.labels.counts import NON_NEGATIVE, counted, infer_labels
+from fedattack.defenses import hides_clients
 from fedattack.errors import NotApplicable
 from fedattack.observation import Scenario
 from fedattack.registry import Registry
@@ -28,9 +29,21 @@ _NOISE_IMAGES = 64
 """Random images from which LLG* estimates what the model does."""
 
 
-def check_strategy(strategy: str, scenario: Scenario, batch: int) -> None:
-    """NotApplicable where `strategy` cannot work under a scenario, whatever is sent; `batch` 0: not known yet."""
+def check_strategy(strategy: str, scenario: Scenario, batch: int, labelled: bool | None = None) -> None:
+    """NotApplicable where `strategy` cannot work under a scenario, whatever is sent.
+
+    `batch` 0: not known yet; `labelled`: whether labelled public images are granted, None: not known yet.
+    """
     model = scenario.model
+    if strategy == "simulated" and labelled is False:
+        raise NotApplicable(
+            "labels = 'simulated' needs labelled public images, and none were granted; use 'auto', or data.auxiliary "
+            "with labels"
+        )
+    if strategy == "simulated" and hides_clients(scenario.defense):
+        raise NotApplicable(
+            "labels = 'simulated' imitates one client, and 'secure-aggregation' shows sums alone; use 'auto'"
+        )
     if strategy == "idlg" and batch > 1:
         raise NotApplicable(
             f"labels = 'idlg' reads one label, and updates are of {batch} examples; use 'gradinversion', 'llg' or "
@@ -198,6 +211,7 @@ STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
         "llg-star": llg_star,
         "llg-plus": llg_plus,
         "sparse-rows": infer_labels,
+        "simulated": "adversaries.inversion.evidence.labels.simulated_labels:simulated",
     },
     group="fedattack.label_strategies",
 )
@@ -205,6 +219,8 @@ STRATEGIES: Registry[Callable[[Evidence], Labels]] = Registry(
 
 def infer(strategy: str, evidence: Evidence) -> Labels:
     """Labels of a client's batch by a name of :data:`STRATEGIES` or ``package.module:function``; kept.
+
+    Those that the client declares are believed.
 
     ConfigError if there is no such strategy; NotApplicable if it does not apply to the observation, or the
     model has no linear layer.
@@ -214,6 +230,9 @@ def infer(strategy: str, evidence: Evidence) -> Labels:
     from Gradients in Federated Learning", PoPETs 2022.
     """
     chosen = STRATEGIES.get(strategy)
+    declared = evidence.observation.labels
+    if declared is not None:
+        return Labels(declared.sort().values, 1.0, "declared by the client")
     if strategy not in evidence.inferred:
         check_strategy(strategy, evidence.observation.scenario, evidence.batch)
         evidence.inferred[strategy] = chosen(evidence)

@@ -1,0 +1,1 @@
+"""The app of Flower's PyTorch tutorial, attacked in three lines: each says so."""
