@@ -61,9 +61,11 @@ def test_what_is_built_is_whole_and_the_demo_runs_from_the_source_archive(tmp_pa
         archive.extractall(tmp_path, filter="data")
     tree = tmp_path / source.name.removesuffix(".tar.gz")
     # The packages of the environment stand for those that `make` would install.
+    # Under a `make` with options of its own, one called from here tells which folder it leaves.
     dry = subprocess.run(
-        ["make", "--dry-run", "demo"], cwd=tree, check=True, capture_output=True, text=True
-    ).stdout
+        ["make", "--no-print-directory", "--dry-run", "demo"],
+        cwd=tree, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
     _, *command = shlex.split(dry.strip().splitlines()[-1])
     assert command[0] == "simulations/run.py"
     small = [

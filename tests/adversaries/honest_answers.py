@@ -63,9 +63,9 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ggl": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 3, "epochs": 1}),
     "gifd": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 3, "epochs": 1}),
     "dip": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 3}),
-    "lti": ({"model": "lenet-zhu", "batch": 1}, {"epochs": 1}),
-    "fgla": ({"model": "lenet-zhu", "batch": 1}, {"epochs": 1}),
-    "rog": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 3}),
+    "lti": ({"model": "lenet-zhu", "batch": 1}, {"epochs": 1, "passes": 1, "hidden": 32, "inputs": 512}),
+    "fgla": ({"model": "lenet-zhu", "batch": 1}, {"passes": 1, "epochs": 1, "width": 8}),
+    "rog": ({"model": "lenet-zhu", "batch": 1}, {"iterations": 3, "pairs": 8, "epochs": 1}),
     "dlf": ({"model": "lenet-zhu", "batch": 2, "images": 4, "training": TWO_PASSES}, {"iterations": 4}),
 }
 """Attack -> (scene of a client, settings that keep it short), where they are not to be the drawn ones."""

@@ -362,7 +362,8 @@ def test_mlflow_reads_back_what_was_exported(runs: dict[str, Path], tmp_path: Pa
         assert (
             each.data.metrics["hcgla/psnr/mean"] == run.summary["attacks"]["hcgla"]["metrics"]["psnr"]["mean"]
         )
-        assert each.data.params["defense.names"] == "–" or "defense.names" not in each.data.params
+        assert each.data.params == tracked(run).params
+        assert each.data.params
         assert [m.value for m in client.get_metric_history(each.info.run_id, "federation/accuracy")] == [
             0.11,
             0.35,

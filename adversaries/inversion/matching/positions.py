@@ -57,7 +57,7 @@ _COOLING = 0.1
 _SURE = 0.9995
 _DAMPED = 0.7
 _STALLED = 0.995
-_STALLED_TURNS = 3
+_STALLED_TURNS = 6
 """After so many turns in a row that leave more than that share of the least, there is no further."""
 
 
