@@ -137,6 +137,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # ---------------------------------------------------------------------- the files
 
 
+@pytest.mark.slow
 def test_templates_are_in_the_checkout_the_wheel_and_flowers_bundle() -> None:
     from flwr.cli.build import build_fab_from_disk
     from hatchling.builders.wheel import WheelBuilder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedattack.metrics.degradations import ARMS
-from simulations.bench.semsim import SEEN, UNSEEN, run
+from simulations.bench.semsim import SEEN, UNSEEN, one_seed, run
 
 
 def test_fourteen_degradations_of_which_six_are_unseen() -> None:
@@ -17,13 +17,21 @@ def test_fourteen_degradations_of_which_six_are_unseen() -> None:
 
 @pytest.mark.slow
 def test_semsim_follows_the_judge() -> None:
-    found = run()
-    assert len(found["seeds"]) == 3
+    """On one of the two seeds that no choice was made on; the benchmark has all three."""
+    one = one_seed(1)
+    found = one["figures"]
     assert found["semsim_seen_auc"] >= 0.88
     assert found["semsim_unseen_auc"] >= 0.78
     for part in ("seen", "unseen"):
         # The classifier that answered knows more than what learned from its answers: that is said, not hidden.
         assert found[f"labeller_{part}_auc"] > found[f"semsim_{part}_auc"] > found[f"psnr_{part}_auc"]
         assert 0.4 < found[f"regcorr_{part}_auc"] < 1
-    for one in found["seeds"]:
-        assert 0.8 < one["labeller_and_judge_agree"] < 1
+    assert 0.8 < one["labeller_and_judge_agree"] < 1
+
+
+@pytest.mark.slow
+def test_figures_are_means_over_seeds() -> None:
+    found = run(quick=True)
+    (one,) = found["seeds"]
+    assert one["figures"]["semsim_seen_auc"] == found["semsim_seen_auc"] == found["worst_semsim_seen_auc"]
+    assert found["originals_tested"] == one["originals_tested"] <= 40
