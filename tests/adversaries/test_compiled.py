@@ -54,7 +54,9 @@ def matched(model: str, how: Compile, count: int = 1) -> list[Match]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "count"), [("lenet-zhu", 1), ("lenet-zhu", 5), ("test_compiled:residual", 1)])
+@pytest.mark.parametrize(
+    ("model", "count"), [("lenet-zhu", 1), ("lenet-zhu", 5), ("test_compiled:residual", 1)]
+)
 def test_compiled_passes_are_the_passes(model: str, count: int) -> None:
     plain, compiled = matched(model, "never", count), matched(model, "always", count)
     for ours, theirs in zip(compiled, plain, strict=True):
