@@ -14,6 +14,8 @@ SWITCHES = {
     # Ray: no usage statistics; silence the warning about accelerators of actors that ask for none.
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # At Ray's niceness of 15 actors starve on a busy machine: a round of seconds took minutes.
+    "RAY_worker_niceness": "0",
     "HF_HUB_OFFLINE": "1",
     # Spinning OpenMP threads cost more than they give on small models and shared machines.
     "OMP_WAIT_POLICY": "PASSIVE",

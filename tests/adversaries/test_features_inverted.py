@@ -183,7 +183,7 @@ def test_a_briefly_trained_network_of_mcmahan_gives_its_images_near(shared_dir) 
     victims, own, public = images[1000:1004], labels[1000:1004], images[1500:]
     observation = observe(model, weights, victims, own, public)
     given = read(weights, model, "body.7", victims, own)
-    answer = invert_features(observation, given, prior_of(observation), own, 0, CPU, turns=8)
+    answer = invert_features(observation, given, prior_of(observation), own, 0, CPU, turns=4)
     floor = psnr(public.mean(0).expand_as(victims), victims).mean()
     found = psnr(answer.images.float().clamp(0, 1), victims)
     assert found.mean() > 26

@@ -448,33 +448,3 @@ def test_commands_of_the_documents_are_accepted(
         context = click.Context(command)
         parser = command.make_parser(context)
         parser.parse_args(rest)
-
-
-@pytest.mark.slow
-def test_learned_parts_of_hcgla_fit_together(tmp_path: Path) -> None:
-    tiny = (
-        "--dataset",
-        "digits",
-        "--model",
-        "tiny-cnn",
-        "--limit",
-        "150",
-        "--compressor",
-        "topk",
-        "--compression",
-        "0.1",
-    )
-    asking = (
-        ("hcgla", "train-generator", "--out", "generator.safetensors", "--epochs", "1", *tiny),
-        ("hcgla", "collect-pairs", "--out", "pairs.safetensors", "--iterations", "3", *tiny),
-        ("hcgla", "train-denoiser", "pairs.safetensors", "--out", "dncnn.safetensors", "--epochs", "1"),
-        ("hcgla", "test-denoiser", "pairs.safetensors", "dncnn.safetensors"),
-        ("--attack", "hcgla", *tiny, "--engine", "inline", "--set", "hcgla.method=matching", "--victims", "1",
-         "--set", "hcgla.start=generator", "--set", "hcgla.generator=generator.safetensors",
-         "--set", "hcgla.denoiser=dncnn.safetensors", "--set", "hcgla.denoise_every=2",
-         "--set", "hcgla.iterations=4", "--run-dir", "run"),
-    )  # fmt: skip
-    for arguments in asking:
-        answer = run(*arguments, cwd=tmp_path)
-        assert answer.returncode == 0, (arguments, answer.stderr)
-    assert (tmp_path / "run" / "report.html").is_file()

@@ -152,6 +152,14 @@ def test_an_actor_killed_in_mid_round_changes_no_bit(
 
 
 @pytest.mark.ray
+def test_actors_have_the_priority_of_the_run(ray_up: Path) -> None:
+    import ray
+
+    niceness = ray.remote(lambda: os.nice(0))
+    assert ray.get(niceness.remote()) == os.nice(0)
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("actors", [1, 2, 3])
 def test_actors_change_no_bit(world: World, expected: FederationResult, ray_up: Path, actors: int) -> None:

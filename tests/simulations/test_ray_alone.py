@@ -99,7 +99,7 @@ def test_a_killed_ray_ends_the_run_in_a_sentence(process: str, words: str, tmp_p
     assert re.search(sentence, text, re.M), text
     assert len(text.splitlines()) <= 3
     assert "Traceback" not in text
-    # They see it within seconds, but have the lowest priority: where other tests run, they wait for their turn.
+    # They see it within seconds, and where other tests run they wait for their turn.
     gone, alive = psutil.wait_procs(started, timeout=90)
     assert not alive, "what was started with the run has ended with it"
     assert gone
